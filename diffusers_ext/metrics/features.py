@@ -1,0 +1,132 @@
+"""A small image classifier whose penultimate layer gives the features of the Fréchet distance and of precision/recall.
+
+Features of a network that was trained on the very data set tell its classes and styles apart where those of a network
+trained on photographs may not, and they are made for any size and number of channels.
+"""
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions beside a shortcut, the first of them with a stride."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(out_channels)
+        self.shortcut = None
+        if stride != 1 or in_channels != out_channels:
+            self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.shortcut is None else self.shortcut(x)
+        x = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(self.norm2(self.conv2(x)) + shortcut)
+
+
+class FeatureClassifierModel(ModelMixin, ConfigMixin):
+    """A residual convolutional classifier with batch normalisation.
+
+    Args:
+        sample_size: Side of the images, or `(height, width)`.
+        in_channels: Channels of the images.
+        num_classes: Number of labels.
+        block_out_channels: Widths of the stages; each but the first halves the image. The last is the number of
+            features.
+        layers_per_block: Residual blocks in a stage.
+        label_names: Name of each label, for the reader of the saved folder.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | tuple[int, int],
+        in_channels: int,
+        num_classes: int,
+        block_out_channels: tuple[int, ...] = (32, 64, 128),
+        layers_per_block: int = 1,
+        label_names: list[str] | None = None,
+    ):
+        super().__init__()
+        if num_classes < 2:
+            raise ValueError(f"num_classes must be at least 2 for a classifier, got {num_classes}")
+        if label_names is not None and len(label_names) != num_classes:
+            raise ValueError(f"label_names must have {num_classes} names, got {len(label_names)}")
+
+        width = block_out_channels[0]
+        self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
+        self.norm_in = nn.BatchNorm2d(width)
+        blocks = []
+        for stage, out_channels in enumerate(block_out_channels):
+            for layer in range(layers_per_block):
+                blocks.append(ResidualBlock(width, out_channels, stride=2 if stage > 0 and layer == 0 else 1))
+                width = out_channels
+        self.blocks = nn.Sequential(*blocks)
+        self.classifier = nn.Linear(width, num_classes)
+
+    @property
+    def feature_dim(self) -> int:
+        """Number of features of an image."""
+        return self.config.block_out_channels[-1]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """`(channels, height, width)` of the images that the model takes."""
+        size = self.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return self.config.in_channels, height, width
+
+    def extract_features(self, sample: Tensor) -> Tensor:
+        """The activations before the last layer, averaged over the image.
+
+        Args:
+            sample: Images in [-1, 1], shape `(batch, channels, height, width)`.
+
+        Returns:
+            Shape `(batch, feature_dim)`.
+
+        Raises:
+            ValueError: if the images have another shape than those that the model was trained on.
+        """
+        if tuple(sample.shape[1:]) != self.image_shape:
+            raise ValueError(
+                f"this feature classifier takes images of (channels, height, width) {self.image_shape},"
+                f" got {tuple(sample.shape[1:])}: train one on such images with training/train_features.py"
+            )
+        x = F.relu(self.norm_in(self.conv_in(sample)))  # (B, C0, H, W)
+        x = self.blocks(x)  # (B, feature_dim, H', W')
+        return x.mean((2, 3))
+
+    def forward(self, sample: Tensor) -> Tensor:
+        """The logits of the labels, shape `(batch, num_classes)`, of images in [-1, 1]."""
+        return self.classifier(self.extract_features(sample))
+
+    @torch.no_grad()
+    def measure(self, images: Tensor, batch_size: int = 256) -> tuple[Tensor, Tensor]:
+        """Features and predicted labels of 8-bit images, in evaluation mode and batch by batch.
+
+        Args:
+            images: uint8, shape `(number, channels, height, width)`.
+            batch_size: Images at a time.
+
+        Returns:
+            Features, float32, shape `(number, feature_dim)`, and labels, int64, shape `(number,)`, both on the CPU.
+        """
+        if images.dtype != torch.uint8:
+            raise TypeError(f"images must be uint8 in [0, 255], got {images.dtype}")
+        training = self.training
+        self.eval()
+        features = torch.empty(len(images), self.feature_dim)
+        labels = torch.empty(len(images), dtype=torch.int64)
+        for start in range(0, len(images), batch_size):
+            rows = slice(start, start + batch_size)
+            features[rows] = self.extract_features(images[rows].to(self.device).float() / 127.5 - 1)
+            labels[rows] = self.classifier(features[rows].to(self.device)).argmax(1).cpu()
+        self.train(training)
+        return features, labels
