@@ -4,6 +4,8 @@ Features of a network that was trained on the very data set tell its classes and
 trained on photographs may not, and they are made for any size and number of channels.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -40,6 +42,7 @@ class FeatureClassifierModel(ModelMixin, ConfigMixin):
         block_out_channels: Widths of the stages; each but the first halves the image. The last is the number of
             features.
         layers_per_block: Residual blocks in a stage.
+        stem_stride: 1 or 2, the stride of the first convolution.
         label_names: Name of each label, for the reader of the saved folder.
     """
 
@@ -51,6 +54,7 @@ class FeatureClassifierModel(ModelMixin, ConfigMixin):
         num_classes: int,
         block_out_channels: tuple[int, ...] = (32, 64, 128),
         layers_per_block: int = 1,
+        stem_stride: int = 1,
         label_names: list[str] | None = None,
     ):
         super().__init__()
@@ -59,8 +63,12 @@ class FeatureClassifierModel(ModelMixin, ConfigMixin):
         if label_names is not None and len(label_names) != num_classes:
             raise ValueError(f"label_names must have {num_classes} names, got {len(label_names)}")
 
+        if stem_stride not in (1, 2):
+            raise ValueError(f"stem_stride must be 1 or 2, got {stem_stride}")
+
         width = block_out_channels[0]
-        self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
+        kernel_size = 3 if stem_stride == 1 else 4  # with a stride of 2, an even kernel sees each pixel equally often
+        self.conv_in = nn.Conv2d(in_channels, width, kernel_size, stem_stride, padding=1, bias=False)
         self.norm_in = nn.BatchNorm2d(width)
         blocks = []
         for stage, out_channels in enumerate(block_out_channels):
@@ -69,6 +77,25 @@ class FeatureClassifierModel(ModelMixin, ConfigMixin):
                 width = out_channels
         self.blocks = nn.Sequential(*blocks)
         self.classifier = nn.Linear(width, num_classes)
+
+    @classmethod
+    def for_images(cls, image_shape: tuple[int, int, int], label_names: list[str]) -> "FeatureClassifierModel":
+        """A classifier of a depth and width that suit images of shape `(channels, height, width)`.
+
+        From 16 pixels on, the stem halves the image, and each doubling beyond 64 pixels adds a stage, so that the last
+        feature map has between 2 and 8 pixels a side.
+        """
+        channels, height, width = image_shape
+        side = max(height, width)
+        more_stages = max(0, math.ceil(math.log2(side / 64)))
+        return cls(
+            sample_size=(height, width),
+            in_channels=channels,
+            num_classes=len(label_names),
+            block_out_channels=(32, 64) + (128,) * (1 + more_stages),
+            stem_stride=2 if min(height, width) >= 16 else 1,
+            label_names=list(label_names),
+        )
 
     @property
     def feature_dim(self) -> int:
@@ -126,7 +153,9 @@ class FeatureClassifierModel(ModelMixin, ConfigMixin):
         labels = torch.empty(len(images), dtype=torch.int64)
         for start in range(0, len(images), batch_size):
             rows = slice(start, start + batch_size)
-            features[rows] = self.extract_features(images[rows].to(self.device).float() / 127.5 - 1)
+            sample = images[rows].to(self.device).float() / 127.5 - 1
+            # One layout, and the fastest, so that the result does not depend on the layout of the weights.
+            features[rows] = self.extract_features(sample.contiguous(memory_format=torch.channels_last))
             labels[rows] = self.classifier(features[rows].to(self.device)).argmax(1).cpu()
         self.train(training)
         return features, labels

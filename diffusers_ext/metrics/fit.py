@@ -1,0 +1,132 @@
+"""Training of the feature classifier.
+
+`training/train_features.py` is the command for it, and `training/evaluate.py` calls it where no classifier is given.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers.optimization import get_cosine_schedule_with_warmup
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+from tqdm.auto import tqdm
+
+from diffusers_ext.metrics.features import FeatureClassifierModel
+
+
+class LabelledImages(TensorDataset):
+    """8-bit images `(number, channels, height, width)`, their labels `(number,)`, and the labels' names.
+
+    Raises:
+        TypeError, ValueError: if the images are not uint8 of that shape, or a label is missing or out of range.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, label_names: list[str]):
+        if images.dtype != torch.uint8:
+            raise TypeError(f"images must be uint8 in [0, 255], got {images.dtype}")
+        if images.ndim != 4:
+            raise ValueError(f"images must have shape (number, channels, height, width), got {tuple(images.shape)}")
+        if labels.shape != images.shape[:1]:
+            raise ValueError(f"labels must be one for each of the {len(images)} images, got {tuple(labels.shape)}")
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(label_names):
+            raise ValueError(
+                f"labels must be in [0, {len(label_names) - 1}], got {int(labels.min())} to {int(labels.max())}"
+            )
+        super().__init__(images, labels)
+        self.label_names = list(label_names)
+
+    @property
+    def images(self) -> Tensor:
+        return self.tensors[0]
+
+    @property
+    def labels(self) -> Tensor:
+        return self.tensors[1]
+
+
+def fit_feature_classifier(
+    train: LabelledImages,
+    *,
+    num_epochs: int = 5,
+    batch_size: int = 128,
+    learning_rate: float = 2e-3,
+    weight_decay: float = 0.05,
+    random_flip: bool = False,
+    seed: int = 0,
+    bf16: bool | None = None,
+    show_progress: bool = True,
+) -> FeatureClassifierModel:
+    """Trains a classifier with AdamW and a learning rate that rises for a fifth of the steps and then falls to 0.
+
+    Args:
+        train: The images to train on.
+        num_epochs: Passes over the images.
+        batch_size: Images a step and process.
+        learning_rate: The peak.
+        random_flip: Mirror each image with probability 1/2; not for digits or letters.
+        seed: Of the weights, the order and the flips. On one machine, the same seed gives the same weights.
+        bf16: Train under bf16 autocast; by default, where the device is fast at it. The weights stay float32.
+
+    Returns:
+        The model in evaluation mode, float32, on the device that accelerate chose.
+
+    Raises:
+        ValueError: if there are too few images, or the loss is not finite.
+    """
+    if num_epochs < 1:
+        raise ValueError(f"num_epochs must be at least 1, got {num_epochs}")
+    if len(train) < batch_size:
+        batch_size = max(2, len(train))
+    if len(train) < 2:
+        raise ValueError(f"training needs at least 2 images, got {len(train)}")
+    accelerator = Accelerator()
+    autocast = torch.autocast(
+        accelerator.device.type, torch.bfloat16, enabled=bf16_is_fast(accelerator.device) if bf16 is None else bf16
+    )
+    set_seed(seed)
+    model = FeatureClassifierModel.for_images(tuple(train.images.shape[1:]), train.label_names)
+    model = model.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    # Batch normalisation needs at least two images, which the last, smaller batch need not have.
+    loader = DataLoader(train, batch_size, shuffle=True, drop_last=True)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+
+    num_steps = num_epochs * len(loader)
+    schedule = get_cosine_schedule_with_warmup(optimizer, num_steps // 5, num_steps)
+    flips = torch.Generator().manual_seed(seed + accelerator.process_index)
+    hidden = not (show_progress and accelerator.is_local_main_process)
+    progress = tqdm(total=num_steps, desc="training the feature classifier", disable=hidden)
+    model.train()
+    for epoch in range(1, num_epochs + 1):
+        for images, labels in loader:
+            if random_flip:
+                flip = torch.rand(len(images), generator=flips).lt(0.5).to(images.device)
+                images = torch.where(flip[:, None, None, None], images.flip(3), images)
+            sample = (images.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+            with autocast:
+                loss = F.cross_entropy(model(sample), labels)
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            progress.update()
+        if not math.isfinite(loss.item()):
+            raise ValueError(f"the loss is {loss.item()} after epoch {epoch}: lower learning_rate")
+    progress.close()
+    return accelerator.unwrap_model(model, keep_fp32_wrapper=False).eval()
+
+
+def accuracy(model: FeatureClassifierModel, data: LabelledImages) -> float:
+    """Share of the images, in [0, 1], whose label the model gives."""
+    _, labels = model.measure(data.images)
+    return (labels == data.labels).double().mean().item()
+
+
+def bf16_is_fast(device: torch.device) -> bool:
+    """Whether bf16 runs on matrix units there: AMX on CPUs, tensor cores since Ampere on GPUs."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()

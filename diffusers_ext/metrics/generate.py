@@ -1,0 +1,119 @@
+"""Images from a pipeline, for measuring: balanced over the labels, and the same whatever the batch size."""
+
+import inspect
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+
+# Seeds s and s + 1 share no image of a set of up to this many.
+SEED_STRIDE = 1_000_000
+
+# Where diffusers' own class-conditional networks and ours keep the number of their labels.
+NUM_CLASSES_KEYS = ("num_classes", "num_class_embeds", "num_embeds_ada_norm")
+
+
+def num_classes_of(pipeline) -> int | None:
+    """The number of labels that a pipeline can be asked for, or None if it takes none."""
+    if "class_labels" not in _parameters(pipeline):
+        return None
+    for component in pipeline.components.values():
+        for key in NUM_CLASSES_KEYS:
+            num_classes = getattr(getattr(component, "config", None), key, None)
+            if isinstance(component, torch.nn.Module) and num_classes:
+                return num_classes
+    return None
+
+
+def balanced_labels(num_images: int, num_classes: int) -> list[int]:
+    """Labels in turn, so that their counts differ by at most 1."""
+    return [index % num_classes for index in range(num_images)]
+
+
+def generate_images(
+    pipeline,
+    indices: Sequence[int],
+    *,
+    labels: Sequence[int] | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    batch_size: int = 50,
+    seed: int = 0,
+    show_progress: bool = True,
+) -> Tensor:
+    """Images `indices` of a set of which image i is made by the generator of seed `seed * 1_000_000 + i`.
+
+    Image i depends on nothing else, so the set may be split among batches and processes.
+
+    Args:
+        pipeline: A pipeline of this package, or one of diffusers that is called with `batch_size` or `class_labels`.
+        indices: Which images of the set.
+        labels: The label of each image of the set, of which `labels[i]` for i in `indices` are asked for.
+        num_inference_steps: The pipeline's default if None.
+        guidance_scale: The pipeline's default if None.
+        batch_size: Images at a time.
+        seed: Of the set.
+
+    Returns:
+        uint8, shape `(len(indices), channels, height, width)`, on the CPU.
+
+    Raises:
+        ValueError: if the pipeline takes no `guidance_scale` or no labels and one is given, or if it makes NaN.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    given = {name: value for name, value in given.items() if value is not None}
+    needed = {*given, "generator", "output_type", "batch_size" if labels is None else "class_labels"}
+    if missing := sorted(needed - _parameters(pipeline).keys()):
+        raise ValueError(
+            f"{type(pipeline).__name__} takes no {', '.join(missing)}, so it cannot be evaluated with it;"
+            f" it takes {', '.join(_parameters(pipeline))}"
+        )
+
+    pipeline.set_progress_bar_config(disable=True)
+    progress = tqdm(total=len(indices), desc="generating", unit="image", disable=not show_progress)
+    batches = []
+    for start in range(0, len(indices), batch_size):
+        batch = indices[start : start + batch_size]
+        # On the CPU, so that the images are the same on every device.
+        generators = [torch.Generator().manual_seed(seed * SEED_STRIDE + index) for index in batch]
+        what = {"batch_size": len(batch)} if labels is None else {"class_labels": [labels[index] for index in batch]}
+        images = pipeline(**what, **given, generator=generators, output_type="np").images  # (B, H, W, C) in [0, 1]
+        images = torch.as_tensor(images).float().movedim(-1, 1)
+        if not torch.isfinite(images).all():
+            raise ValueError(f"{type(pipeline).__name__} made NaN or infinity for images {batch[0]} to {batch[-1]}")
+        batches.append(images.mul(255).round().clamp(0, 255).to(torch.uint8))
+        progress.update(len(batch))
+    progress.close()
+    return torch.cat(batches)
+
+
+def convert_channels(images: Tensor, channels: int) -> Tensor:
+    """Colour to grey by its luma (ITU-R BT.601, as in Pillow's mode L), grey to colour by copies; else unchanged.
+
+    Args:
+        images: uint8, shape `(number, 1 or 3 or channels, height, width)`.
+        channels: Channels of the result.
+    """
+    given = images.shape[1]
+    if given == channels:
+        return images
+    if (given, channels) == (3, 1):
+        luma = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
+        return (images.float() * luma).sum(1, keepdim=True).round().to(torch.uint8)
+    if (given, channels) == (1, 3):
+        return images.expand(-1, 3, -1, -1)
+    raise ValueError(f"images of {given} channels cannot be compared with a data set of {channels} channels")
+
+
+def default_of(pipeline, name: str):
+    """The default of an argument of the pipeline's call, or None."""
+    parameter = _parameters(pipeline).get(name)
+    return None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
+
+
+def _parameters(pipeline) -> dict[str, inspect.Parameter]:
+    return {name: p for name, p in inspect.signature(type(pipeline).__call__).parameters.items() if name != "self"}
