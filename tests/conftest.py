@@ -1,0 +1,33 @@
+"""What has to stand before any test module is imported: threads, and a Hub of our own in place of the real one."""
+
+import os
+import sys
+import tempfile
+
+import pytest
+from local_hub import LocalHub
+
+
+# The suite is many small computations; more threads than cores make each of them slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# huggingface_hub reads these once, when it is first imported. Whatever a test asks the Hub for goes to loopback, in
+# processes that a test starts too.
+assert "huggingface_hub" not in sys.modules
+_hf_home = tempfile.TemporaryDirectory(prefix="diffusers_ext_tests_")
+_hub = LocalHub({"hf_token_of_alice": "alice", "hf_token_of_bob": "bob"}).__enter__()
+os.environ |= {"HF_ENDPOINT": _hub.url, "HF_HOME": _hf_home.name, "HF_HUB_DISABLE_XET": "1"}
+os.environ.pop("HF_TOKEN", None)
+
+
+@pytest.fixture
+def hub() -> LocalHub:
+    """An empty Hub with the accounts "alice" and "bob", whose tokens are "hf_token_of_alice" and "hf_token_of_bob"."""
+    _hub.repos.clear()
+    _hub.requests.clear()
+    return _hub
+
+
+def pytest_unconfigure():
+    _hub.__exit__()
+    _hf_home.cleanup()
