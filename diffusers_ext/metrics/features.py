@@ -148,13 +148,13 @@ class FeatureClassifierModel(ModelMixin, ConfigMixin):
         if images.dtype != torch.uint8:
             raise TypeError(f"images must be uint8 in [0, 255], got {images.dtype}")
         training = self.training
-        self.eval()
+        # The fastest layout, and always the same one, since rounding depends on it.
+        self.eval().to(memory_format=torch.channels_last)
         features = torch.empty(len(images), self.feature_dim)
         labels = torch.empty(len(images), dtype=torch.int64)
         for start in range(0, len(images), batch_size):
             rows = slice(start, start + batch_size)
             sample = images[rows].to(self.device).float() / 127.5 - 1
-            # One layout, and the fastest, so that the result does not depend on the layout of the weights.
             features[rows] = self.extract_features(sample.contiguous(memory_format=torch.channels_last))
             labels[rows] = self.classifier(features[rows].to(self.device)).argmax(1).cpu()
         self.train(training)
