@@ -86,7 +86,9 @@ class Repo:
         return self.id.split("/")[0]
 
     def commit(self, title: str, files: dict[str, File], branch: str) -> str:
-        commit_id = hashlib.sha1(f"{self.type} {self.id} {len(self.commits)} {title}".encode()).hexdigest()
+        # By content, as in Git: clients take a commit that they have seen from their cache.
+        content = [self.branches.get(branch), title, *[(path, file.blob_id) for path, file in sorted(files.items())]]
+        commit_id = hashlib.sha1(repr(content).encode()).hexdigest()
         date = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.000Z")
         self.commits[commit_id] = Commit(commit_id, title, date, files, self.branches.get(branch))
         self.branches[branch] = commit_id

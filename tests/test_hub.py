@@ -1,0 +1,290 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import RepositoryNotFoundError
+from PIL import Image
+
+import diffusers_ext
+from diffusers_ext.hub import (
+    Figure,
+    TrainingRun,
+    describe_machine,
+    loading_lines,
+    prepare_repo,
+    push_folder,
+    source_commit,
+    write_card,
+)
+
+
+ALICE, BOB = "hf_token_of_alice", "hf_token_of_bob"
+FIGURE = Figure(
+    "Fréchet distance, digits classifier", 1.23456, 1000, "ExtDDIMScheduler", 50, "python evaluate.py runs/x"
+)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A saved pipeline, with what a training run leaves beside it."""
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+        layers_per_block=1,
+    )
+    folder = tmp_path / "my-digits"
+    DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=10)).save_pretrained(folder)
+    (folder / "checkpoint-10" / "unet").mkdir(parents=True)
+    (folder / "checkpoint-10" / "unet" / "model.safetensors").write_bytes(b"training state")
+    (folder / "logs").mkdir()
+    (folder / "logs" / "events").write_bytes(b"tensorboard")
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    Image.new("L", (8, 8)).save(folder / "samples.png")
+    return folder
+
+
+def image_of(pipeline):
+    return pipeline(num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images
+
+
+# The card.
+
+
+def test_card_says_what_is_known(folder):
+    run = TrainingRun("train.py --x", "0123abcd", seed=3, num_steps=400, seconds=200.4, hardware="2 CPU cores")
+    path = write_card(
+        folder,
+        data="Handwritten digits.",
+        training=run,
+        figures=[FIGURE],
+        sample_grid=folder / "samples.png",
+        repo_id="alice/my-digits",
+        dataset_id="alice/digits",
+        license="mit",
+        tags=["ddpm"],
+    )
+    text = path.read_text(encoding="utf-8")
+    for section in ("Overview", "Data", "Training", "Results", "Use", "Limitations"):
+        assert f"\n## {section}\n\n" in text
+    assert "![Samples](samples.png)" in text
+    assert "| Commit | 0123abcd |\n| Seed | 3 |\n| Optimizer steps | 400 |\n| Time | 3 min 20 s |\n" in text
+    assert "```bash\ntrain.py --x\n```" in text
+    assert "| Fréchet distance, digits classifier | 1.235 | 1000 | ExtDDIMScheduler | 50 |\n" in text
+    assert "```bash\npython evaluate.py runs/x\n```" in text
+    assert f"```python\n{loading_lines('alice/my-digits')}\n```" in text
+
+    data = ModelCard.load(path).data
+    assert (data.license, data.library_name, data.datasets) == ("mit", "diffusers", "alice/digits")
+    assert data.tags == ["diffusers", "diffusers_ext", "ddpm"]
+    [result] = data.eval_results
+    assert (result.metric_name, result.metric_value) == (FIGURE.metric, FIGURE.value)
+
+
+def test_card_counts_the_parameters_of_each_component(folder):
+    expected = sum(p.numel() for p in UNet2DModel.from_pretrained(folder / "unet").parameters())
+    text = write_card(folder, data="Digits.").read_text(encoding="utf-8")
+    assert f"| `unet` | `diffusers.UNet2DModel` | {expected:,} |" in text
+    assert "| `scheduler` | `diffusers.DDPMScheduler` |  |" in text
+
+
+def test_card_names_the_labels(folder):
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"id2label": {"0": "zero", "1": "one"}}))
+    assert "Labels: 0 zero, 1 one.\n" in write_card(folder, data="Digits.").read_text(encoding="utf-8")
+
+
+def test_card_invents_nothing(folder):
+    text = write_card(folder, data="Digits.").read_text(encoding="utf-8")
+    assert "No figure was measured." in text
+    assert "How it was trained was not recorded." in text
+    for absent in ("None", "model-index", "![", "| Seed", "```bash", "|---|---|---|---|"):
+        assert absent not in text
+    assert ModelCard(text).data.license == "unknown"
+
+
+@pytest.mark.parametrize(
+    "command, shown",
+    [
+        ("HF_TOKEN=hf_AbCdEfGhIjKlMnOpQrStUv train.py", "HF_TOKEN=$HF_TOKEN train.py"),
+        ("train.py --hub_token=short --seed 3", "train.py --hub_token=$HF_TOKEN --seed 3"),
+        ("train.py --hub_token short", "train.py --hub_token $HF_TOKEN"),
+        (
+            "train.py --hub_model_id alice/hf_digits_of_many_people",
+            "train.py --hub_model_id alice/hf_digits_of_many_people",
+        ),
+    ],
+)
+def test_card_hides_access_tokens(folder, command, shown):
+    text = write_card(folder, data="Digits.", training=TrainingRun(command)).read_text(encoding="utf-8")
+    assert f"```bash\n{shown}\n```" in text
+
+
+def test_card_takes_in_a_sample_grid_from_elsewhere(folder, tmp_path):
+    Image.new("L", (8, 8), 255).save(tmp_path / "grid.png")
+    text = write_card(folder, data="Digits.", sample_grid=tmp_path / "grid.png").read_text(encoding="utf-8")
+    assert "![Samples](grid.png)" in text
+    assert (folder / "grid.png").read_bytes() == (tmp_path / "grid.png").read_bytes()
+
+
+def test_card_errors(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="sample_grid must be an image file, but .*no.png' does not exist"):
+        write_card(folder, data="Digits.", sample_grid=folder / "no.png")
+    with pytest.raises(ValueError, match="a repo id must be 'name' or 'namespace/name', got '/data/digits'"):
+        write_card(folder, data="Digits.", dataset_id="/data/digits")
+    with pytest.raises(ValueError, match="must hold a saved pipeline, but has no model_index.json"):
+        write_card(tmp_path, data="Digits.")
+    assert not (folder / "README.md").exists() and not (tmp_path / "README.md").exists()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"value": float("nan")}, "must be finite, got nan"),
+        ({"num_samples": 0}, "num_samples of .* must be at least 1, got 0"),
+        ({"command": " "}, "a figure needs its command"),
+    ],
+)
+def test_figure_must_be_measured(change, message):
+    with pytest.raises(ValueError, match=message):
+        Figure(**{**vars(FIGURE), **change})
+
+
+def test_source_commit_is_that_of_this_checkout():
+    git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True)
+    if git.returncode == 0:
+        assert source_commit().removesuffix(" (changed)") == git.stdout.strip()
+    else:
+        assert source_commit() is None
+
+
+def test_describe_machine_names_torch():
+    assert f"torch {torch.__version__}" in describe_machine()
+
+
+# Pushing.
+
+
+@pytest.mark.parametrize("library", [diffusers, diffusers_ext])
+def test_pushed_pipeline_loads_from_the_hub(hub, folder, library):
+    expected = image_of(DDPMPipeline.from_pretrained(folder))
+    push_folder(folder, "alice/my-digits", token=ALICE)
+    pulled = library.DiffusionPipeline.from_pretrained("alice/my-digits")
+    assert type(pulled) is DDPMPipeline
+    assert (image_of(pulled) == expected).all()
+
+
+def test_push_is_one_commit_of_the_pipeline_alone(hub, folder):
+    write_card(folder, data="Digits.", repo_id="alice/my-digits")
+    address = push_folder(folder, "my-digits", token=ALICE, commit_message="Upload digits")
+    assert hub.titles("alice/my-digits") == ["initial commit", "Upload digits"]
+    assert address.startswith(f"{hub.url}/alice/my-digits/commit/")
+
+    uploaded = hub.files("alice/my-digits")
+    assert set(uploaded) == {
+        ".gitattributes",
+        "README.md",
+        "metrics.jsonl",
+        "model_index.json",
+        "samples.png",
+        "scheduler/scheduler_config.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+    }
+    for name in set(uploaded) - {".gitattributes"}:
+        assert uploaded[name] == (folder / name).read_bytes()
+
+
+def test_second_push_leaves_no_stale_weights(hub, folder):
+    pipeline = DDPMPipeline.from_pretrained(folder)
+    push_folder(folder, "alice/my-digits", token=ALICE)
+    HfApi(token=ALICE).upload_file(path_or_fileobj=b"notes", path_in_repo="notes.md", repo_id="alice/my-digits")
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    pipeline.unet.save_pretrained(folder / "unet", max_shard_size="10KB")
+    push_folder(folder, "alice/my-digits", token=ALICE)
+
+    weights = [name for name in hub.files("alice/my-digits") if name.startswith("unet/diffusion_pytorch_model")]
+    assert len(weights) > 2 and "unet/diffusion_pytorch_model.safetensors" not in weights
+    assert hub.files("alice/my-digits")["notes.md"] == b"notes"  # what is not part of a component stays
+    assert (image_of(diffusers.DiffusionPipeline.from_pretrained("alice/my-digits")) == image_of(pipeline)).all()
+
+
+def test_pushing_the_same_again_makes_no_commit(hub, folder):
+    push_folder(folder, "alice/my-digits", token=ALICE)
+    push_folder(folder, "alice/my-digits", token=ALICE)
+    assert len(hub.titles("alice/my-digits")) == 2
+
+
+def test_private_repo_is_its_owners_alone(hub, folder):
+    push_folder(folder, "alice/secret", token=ALICE, private=True)
+    pulled = diffusers.DiffusionPipeline.from_pretrained("alice/secret", token=ALICE)
+    assert type(pulled) is DDPMPipeline
+    for token in (BOB, False):
+        with pytest.raises(RepositoryNotFoundError):
+            HfApi(token=token).model_info("alice/secret")
+
+
+def test_token_is_taken_from_the_environment(hub, folder, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", ALICE)
+    assert prepare_repo("my-digits") == "alice/my-digits"
+
+
+def test_refuses_to_publish_what_should_be_private(hub, folder):
+    prepare_repo("alice/my-digits", token=ALICE)
+    with pytest.raises(ValueError, match="'alice/my-digits' exists and is public, but private=True was asked for"):
+        push_folder(folder, "alice/my-digits", token=ALICE, private=True)
+    assert hub.titles("alice/my-digits") == ["initial commit"]
+
+
+def test_push_errors_name_the_cause(hub, folder):
+    with pytest.raises(PermissionError, match="there is none: pass `token`, set the environment variable HF_TOKEN"):
+        push_folder(folder, "alice/my-digits")
+    with pytest.raises(PermissionError, match="does not accept the access token for 'alice/my-digits'"):
+        push_folder(folder, "alice/my-digits", token="hf_mistyped")
+    with pytest.raises(PermissionError, match="gives no right to write to 'alice/my-digits'"):
+        push_folder(folder, "alice/my-digits", token=BOB)
+    for repo_id in ("a/b/c", "alice/my digits", "alice/x--y", ""):
+        with pytest.raises(ValueError, match="a repo id must be 'name' or 'namespace/name'"):
+            push_folder(folder, repo_id, token=ALICE)
+    assert hub.repos == {}
+
+
+def test_no_right_to_write_to_a_repo_that_exists(hub, folder):
+    prepare_repo("alice/my-digits", token=ALICE)
+    with pytest.raises(PermissionError, match="gives no right to write to 'alice/my-digits'"):
+        push_folder(folder, "alice/my-digits", token=BOB)
+    assert hub.titles("alice/my-digits") == ["initial commit"]
+
+
+def test_a_broken_folder_is_not_pushed(hub, folder, tmp_path):
+    with pytest.raises(ValueError, match="has no model_index.json"):
+        push_folder(tmp_path, "alice/my-digits", token=ALICE)
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="diffusion_pytorch_model.safetensors' is damaged"):
+        push_folder(folder, "alice/my-digits", token=ALICE)
+    for file in (folder / "scheduler").iterdir():
+        file.unlink()
+    (folder / "scheduler").rmdir()
+    weights.unlink()
+    with pytest.raises(ValueError, match="names the component 'scheduler', but has no such folder"):
+        push_folder(folder, "alice/my-digits", token=ALICE)
+    assert hub.repos == {}
+
+
+def test_loading_lines_run_as_they_stand(hub, folder):
+    push_folder(folder, "alice/my-digits", token=ALICE)
+    for name in (folder, "alice/my-digits"):
+        code = loading_lines(name) + "\nprint(type(pipeline).__name__)"
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert result.stdout == "DDPMPipeline\n"
