@@ -1,0 +1,217 @@
+"""What the networks of this package share: normalisation, attention, and embeddings of timesteps and labels.
+
+The layers are written for the order in which memory is walked. Convolutions are fastest in channels_last, on CPUs and
+GPUs alike, so feature maps stay in that layout from the first layer to the last, and a feature map `(batch, channels,
+height, width)` is a sequence of tokens `(batch, height * width, channels)` without a copy.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def num_groups(channels: int) -> int:
+    """The number of groups for normalisation: about 16 channels in each, but not below 4 groups nor above 32.
+
+    16 channels fill a vector register in bfloat16: the CPU's kernel takes 4 to 15 times as long with 4 in channels_last.
+    """
+    for groups in range(min(32, max(4, channels // 16), channels), 0, -1):
+        if channels % groups == 0:
+            return groups
+    raise ValueError(f"channels must be at least 1, got {channels}")
+
+
+class _GroupNorm(torch.autograd.Function):
+    """Group normalisation whose backward pass stays in channels_last.
+
+    PyTorch's forward pass is fast in this layout; its backward pass is several times slower than what it takes: two
+    sums over positions, and one weighted sum of the gradient and the input.
+    """
+
+    @staticmethod
+    def forward(ctx, x, scale, shift, groups, eps):
+        batch, channels, height, width = x.shape
+        shared = len(scale) == 1
+        ones = torch.ones(channels)  # float32, so that the statistics are
+        weight, bias = (scale[0].float(), shift[0].float()) if shared else (ones, torch.zeros(channels))
+        y, mean, rstd = torch.native_group_norm(x, weight, bias, batch, channels, height * width, groups, eps)
+        ctx.save_for_backward(x, mean, rstd, scale)
+        return y if shared else _affine(y, scale, shift)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, mean, rstd, scale = ctx.saved_tensors
+        batch, channels, height, width = x.shape
+        groups = rstd.shape[1]
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        mean, rstd = mean.float().unsqueeze(-1), rstd.float().unsqueeze(-1)  # (batch, groups, 1)
+
+        # y = scale * (x - mean) * rstd + shift, so the gradients of scale and shift are sums over positions; by group:
+        grad_shift = _sum_over_positions(grad).view(batch, groups, -1)
+        grad_scale = rstd * (_sum_over_positions(grad * x).view(batch, groups, -1) - mean * grad_shift)
+
+        # The gradient of x is that of the normalised x less its projections on the two statistics, times rstd.
+        wide = scale.float().expand(batch, channels).view(batch, groups, -1)
+        count = height * width * channels // groups
+        along_mean = (wide * grad_shift).sum(-1, keepdim=True) / count
+        along_std = (wide * grad_scale).sum(-1, keepdim=True) / count
+        of_x = -rstd.square() * along_std
+        of_one = -rstd * along_mean - mean * of_x
+        of_grad, of_x, of_one = [
+            factor.expand_as(wide).reshape(batch, channels, 1, 1).to(x.dtype) for factor in (rstd * wide, of_x, of_one)
+        ]
+        grad_x = torch.addcmul(of_one, x, of_x).addcmul_(grad, of_grad)
+        return (
+            grad_x,
+            *[total.flatten(1).sum_to_size(scale.shape).to(scale.dtype) for total in (grad_scale, grad_shift)],
+            None,
+            None,
+        )
+
+
+def _sum_over_positions(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1).flatten(1, 2).sum(1).float()
+
+
+def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return torch.addcmul(shift[:, :, None, None].to(x.dtype), x, scale[:, :, None, None].to(x.dtype))
+
+
+def group_norm(x: Tensor, scale: Tensor, shift: Tensor, groups: int, eps: float = 1e-5) -> Tensor:
+    """Group normalisation (Wu & He 2018), then `scale * x + shift`, in the dtype and layout of `x`.
+
+    Args:
+        x: Feature map, shape `(batch, channels, height, width)`.
+        scale, shift: Shape `(batch, channels)`, or `(1, channels)` for an affine map that all samples share.
+        groups: Number of groups; divides `channels`.
+    """
+    eager_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if eager_cpu and torch.is_grad_enabled() and x.is_contiguous(memory_format=torch.channels_last):
+        return _GroupNorm.apply(x, scale, shift, groups, eps)
+    return _affine(F.group_norm(x, groups, eps=eps).to(x.dtype), scale, shift)
+
+
+class _Concatenate(torch.autograd.Function):
+    """Concatenation of channels whose gradients are compact, so that no later layer has to copy them again."""
+
+    @staticmethod
+    def forward(ctx, x, skip):
+        ctx.split = x.shape[1], skip.shape[1]
+        return torch.cat([x, skip], dim=1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return tuple(part.contiguous(memory_format=torch.channels_last) for part in grad.split(ctx.split, dim=1))
+
+
+def concatenate(x: Tensor, skip: Tensor) -> Tensor:
+    """Joins the channels of two feature maps `(batch, *, height, width)`."""
+    if x.device.type == "cpu" and not torch.compiler.is_compiling() and torch.is_grad_enabled():
+        return _Concatenate.apply(x, skip)
+    return torch.cat([x, skip], dim=1)
+
+
+class AffineGroupNorm(nn.Module):
+    """Group normalisation with a learned scale and shift for each channel, shape `(batch, channels, *)` to the same."""
+
+    def __init__(self, channels: int, eps: float = 1e-5):
+        super().__init__()
+        self.groups, self.eps = num_groups(channels), eps
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return group_norm(x, self.weight[None], self.bias[None], self.groups, self.eps)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Scaled dot-product attention, by whichever kernel is fastest where it runs.
+
+    Args:
+        query: Shape `(batch, heads, tokens, head_dim)`.
+        key, value: Shape `(batch, heads, other_tokens, head_dim)`.
+        mask: Added to the logits, broadcasting against `(batch, heads, tokens, other_tokens)`.
+    """
+    # The backward pass of the CPU's fused kernel takes 2 to 6 times as long as two matrix products in bfloat16, where
+    # the products run in tile registers; they need memory for all pairs of tokens, hence the bound.
+    low_precision = query.dtype == torch.bfloat16 or (query.device.type == "cpu" and torch.is_autocast_enabled("cpu"))
+    num_pairs = query.shape[-2] * key.shape[-2]
+    if query.device.type == "cpu" and low_precision and query.requires_grad and num_pairs <= 1024**2:
+        logits = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(-1, -2))
+        return torch.matmul((logits if mask is None else logits + mask).softmax(-1), value)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
+class Attention(nn.Module):
+    """Residual attention over the positions of a feature map, or from them to a context (Vaswani et al. 2017).
+
+    Args:
+        channels: Channels of the feature map.
+        head_dim: Channels of a head; rounded up to the next size that divides `channels`.
+        context_dim: Width of the context's tokens; `None` for self-attention.
+    """
+
+    def __init__(self, channels: int, head_dim: int = 64, context_dim: int | None = None):
+        super().__init__()
+        self.num_heads = next(n for n in range(max(channels // head_dim, 1), 0, -1) if channels % n == 0)
+        self.norm = AffineGroupNorm(channels)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_kv = nn.Linear(channels if context_dim is None else context_dim, 2 * channels)
+        self.to_out = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Feature map `(batch, channels, height, width)` and context `(batch, tokens, context_dim)` to a feature map."""
+        shape = x.shape
+        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (batch, height * width, channels)
+        context = tokens if context is None else context
+        query = self.to_q(tokens).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        key, value = self.to_kv(context).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        out = attention(query, key, value, mask).transpose(1, 2).flatten(2)
+        return x + self.to_out(out).transpose(1, 2).unflatten(2, shape[2:])
+
+
+def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
+    """Cosines and sines of the timestep at `dim // 2` frequencies from 1 down to `1 / max_period`.
+
+    Args:
+        timesteps: Shape `(batch,)`, integers or, for samplers between them, floats.
+        dim: Even width of the embedding.
+
+    Returns:
+        float32, shape `(batch, dim)`.
+    """
+    exponents = torch.arange(dim // 2, dtype=torch.float32, device=timesteps.device) / (dim // 2)
+    angles = timesteps.float()[:, None] * torch.exp(-math.log(max_period) * exponents)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class TimestepEmbedding(nn.Module):
+    """Embeds timesteps and, added to them, class labels; timesteps `(batch,)` to `(batch, dim)`.
+
+    Args:
+        dim: Width of the result.
+        frequency_dim: Width of the sinusoidal embedding.
+        num_classes: Labels are in `[0, num_classes]`, the last one the null label, which stands for "no label".
+    """
+
+    def __init__(self, dim: int, frequency_dim: int, num_classes: int | None = None):
+        super().__init__()
+        self.frequency_dim = frequency_dim
+        self.linear_1 = nn.Linear(frequency_dim, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+        self.class_embedding = None if num_classes is None else nn.Embedding(num_classes + 1, dim)
+
+    def forward(self, timesteps: Tensor, class_labels: Tensor | None, dtype: torch.dtype) -> Tensor:
+        embedding = timestep_embedding(timesteps, self.frequency_dim).to(dtype)
+        embedding = self.linear_2(F.silu(self.linear_1(embedding)))
+        if self.class_embedding is not None:
+            if class_labels is None:
+                class_labels = timesteps.new_full(
+                    timesteps.shape, self.class_embedding.num_embeddings - 1, dtype=torch.long
+                )
+            embedding = embedding + self.class_embedding(class_labels).to(embedding.dtype)
+        return embedding

@@ -1,0 +1,331 @@
+"""A U-Net that predicts noise, clean samples or velocities (Ho et al. 2020; Dhariwal & Nichol 2021)."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from torch import Tensor, nn
+
+from diffusers_ext.models.layers import (
+    AffineGroupNorm,
+    Attention,
+    TimestepEmbedding,
+    concatenate,
+    group_norm,
+    num_groups,
+)
+
+
+@dataclass
+class UNetOutput(BaseOutput):
+    """`sample` is the network's output, shape `(batch, out_channels, *spatial)`."""
+
+    sample: Tensor
+
+
+class UNetBlock(nn.Module):
+    """A residual block with its attention layers.
+
+    The embedding enters as a scale and a shift of the second normalisation.
+
+    Args:
+        in_channels, out_channels: Channels before and after.
+        embedding_dim: Width of the timestep's embedding.
+        kernel: Extent of the convolutions along height and width: (3, 3), or (1, 3) for 1-D data.
+        head_dim: Channels of an attention head.
+        self_attention: Whether positions attend to one another.
+        context_dim: Width of the tokens that positions attend to across; `None` leaves cross-attention out.
+        dropout: Share of the features that are dropped before the last convolution.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        embedding_dim: int,
+        *,
+        kernel: tuple[int, int] = (3, 3),
+        head_dim: int = 64,
+        self_attention: bool = False,
+        context_dim: int | None = None,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        padding = (kernel[0] // 2, kernel[1] // 2)
+        self.norm_1 = AffineGroupNorm(in_channels)
+        self.conv_1 = nn.Conv2d(in_channels, out_channels, kernel, padding=padding, bias=False)  # the shift is one
+        self.scale_shift = nn.Linear(embedding_dim, 2 * out_channels)
+        self.norm_2_groups = num_groups(out_channels)
+        self.conv_2 = nn.Conv2d(out_channels, out_channels, kernel, padding=padding)
+        self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+        self.dropout = nn.Dropout(dropout)
+        self.attention = Attention(out_channels, head_dim) if self_attention else None
+        self.cross_attention = None if context_dim is None else Attention(out_channels, head_dim, context_dim)
+
+    def forward(
+        self, x: Tensor, embedding: Tensor, context: Tensor | None = None, context_mask: Tensor | None = None
+    ) -> Tensor:
+        scale, shift = self.scale_shift(embedding).chunk(2, dim=-1)
+        h = self.conv_1(F.silu(self.norm_1(x)))
+        h = F.silu(group_norm(h, 1 + scale, shift, self.norm_2_groups))
+        h = self.skip(x) + self.conv_2(self.dropout(h))
+        if self.attention is not None:
+            h = self.attention(h)
+        if self.cross_attention is not None:
+            h = self.cross_attention(h, context, context_mask)
+        return h
+
+
+class Downsample(nn.Module):
+    """Halves the resolution by a strided convolution."""
+
+    def __init__(self, channels: int, kernel: tuple[int, int], factor: tuple[int, int]):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, kernel, stride=factor, padding=(kernel[0] // 2, kernel[1] // 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """Doubles the resolution by repetition, followed by a convolution to the channels of that resolution."""
+
+    def __init__(self, channels: int, out_channels: int, kernel: tuple[int, int], factor: tuple[int, int]):
+        super().__init__()
+        self.factor = tuple(float(f) for f in factor)
+        self.conv = nn.Conv2d(channels, out_channels, kernel, padding=(kernel[0] // 2, kernel[1] // 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=self.factor, mode="nearest"))
+
+
+class UNetModel(ModelMixin, ConfigMixin):
+    """A U-Net with residual blocks, attention at its lower resolutions, and optional labels and context.
+
+    Built for speed where it runs: feature maps stay in channels_last on CPUs, attention heads are wide, and no
+    pass over memory is made twice; `docs/speed.md` has the figures beside diffusers' `UNet2DModel`.
+
+    Args:
+        sample_size: Side of the square images, or `(height, width)`; for 1-D data the length. Each must be a multiple
+            of `2 ** (len(block_out_channels) - 1)`. Other sizes that are such multiples can be given to `forward`.
+        in_channels: Channels of the noisy sample.
+        out_channels: Channels of the output; twice `in_channels` for a learned variance.
+        block_out_channels: Channels at each resolution, the full one first; each further one has half the side.
+        layers_per_block: Residual blocks at each resolution on the way down; one more on the way up.
+        attention_resolutions: Sides (the longer one) of the feature maps that get self-attention, for `sample_size`;
+            `None` for the map of 9 to 16. The middle, at the lowest resolution, always has it.
+        attention_head_dim: Channels of an attention head. Channels that it does not divide get the next larger size.
+        num_classes: Number of labels, or `None`. Label `num_classes` is the null label, which stands for "no label".
+        cross_attention_dim: Width of `encoder_hidden_states`, or `None`. Maps with self-attention attend to them.
+        dropout: Share of the features dropped in each residual block while training.
+        dims: 2 for images, shape `(batch, channels, height, width)`; 1 for series, `(batch, channels, length)`.
+        time_embedding_dim: Width of the embedding of timestep and label; `None` for four times the first width.
+
+    Raises:
+        ValueError: if the sizes or options do not fit one another.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["UNetBlock"]
+    _repeated_blocks = ["UNetBlock"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | tuple[int, int] = 32,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        block_out_channels: tuple[int, ...] = (64, 128, 128),
+        layers_per_block: int = 2,
+        attention_resolutions: tuple[int, ...] | None = None,
+        attention_head_dim: int = 64,
+        num_classes: int | None = None,
+        cross_attention_dim: int | None = None,
+        dropout: float = 0.0,
+        dims: int = 2,
+        time_embedding_dim: int | None = None,
+    ):
+        super().__init__()
+        _check_options(
+            in_channels, out_channels, block_out_channels, layers_per_block, attention_head_dim, num_classes, dims
+        )
+        size = _as_size(sample_size, dims)
+        _check_size(size, block_out_channels)
+        embedding_dim = time_embedding_dim or 4 * block_out_channels[0]
+        kernel, factor = ((3, 3), (2, 2)) if dims == 2 else ((1, 3), (1, 2))
+        padding = (kernel[0] // 2, kernel[1] // 2)
+
+        def block(in_channels: int, out_channels: int, level: int, attend: bool | None = None) -> UNetBlock:
+            if attend is None:
+                side = max(size) >> level
+                attend = 8 < side <= 16 if attention_resolutions is None else side in attention_resolutions
+            return UNetBlock(
+                in_channels,
+                out_channels,
+                embedding_dim,
+                kernel=kernel,
+                head_dim=attention_head_dim,
+                self_attention=attend,
+                context_dim=cross_attention_dim if attend else None,
+                dropout=dropout,
+            )
+
+        self.time_embedding = TimestepEmbedding(embedding_dim, block_out_channels[0], num_classes)
+        self.conv_in = nn.Conv2d(in_channels, block_out_channels[0], kernel, padding=padding)
+
+        # Each module of the encoder leaves its output for one block of the decoder; names give level and place.
+        self.encoder, self.decoder = nn.ModuleDict(), nn.ModuleDict()
+        channels = block_out_channels[0]
+        skip_channels = [channels]
+        for level, width in enumerate(block_out_channels):
+            if level > 0:
+                self.encoder[f"level{level}_down"] = Downsample(channels, kernel, factor)
+                skip_channels.append(channels)
+            for i in range(layers_per_block):
+                self.encoder[f"level{level}_block{i}"] = block(channels, width, level)
+                channels = width
+                skip_channels.append(channels)
+
+        last = len(block_out_channels) - 1
+        self.middle = nn.ModuleList([block(channels, channels, last, True), block(channels, channels, last, False)])
+
+        for level, width in reversed(list(enumerate(block_out_channels))):
+            for i in range(layers_per_block + 1):
+                self.decoder[f"level{level}_block{i}"] = block(channels + skip_channels.pop(), width, level)
+                channels = width
+            if level > 0:
+                self.decoder[f"level{level}_up"] = Upsample(channels, block_out_channels[level - 1], kernel, factor)
+                channels = block_out_channels[level - 1]
+
+        self.norm_out = AffineGroupNorm(channels)
+        self.conv_out = nn.Conv2d(channels, out_channels, kernel, padding=padding)
+        self.gradient_checkpointing = False
+        self.initialize_weights()
+
+    def initialize_weights(self):
+        """Makes each residual branch and the output start at zero, so that the network starts as the identity's skips."""
+        for module in self.modules():
+            if isinstance(module, UNetBlock):
+                nn.init.zeros_(module.conv_2.weight)
+                nn.init.zeros_(module.conv_2.bias)
+            elif isinstance(module, Attention):
+                nn.init.zeros_(module.to_out.weight)
+                nn.init.zeros_(module.to_out.bias)
+        nn.init.zeros_(self.conv_out.weight)
+        nn.init.zeros_(self.conv_out.bias)
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float | int,
+        class_labels: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        timestep_cond: None = None,
+        cross_attention_kwargs: None = None,
+        added_cond_kwargs: None = None,
+        return_dict: bool = True,
+    ) -> UNetOutput | tuple[Tensor]:
+        """Predicts from a noisy sample what the network was trained for.
+
+        Args:
+            sample: x_t, shape `(batch, in_channels, *spatial)`.
+            timestep: One number for all samples, or one for each, shape `(batch,)`.
+            class_labels: Integers in `[0, num_classes]`, shape `(batch,)`; `None` stands for the null label.
+            encoder_hidden_states: Context, shape `(batch, tokens, cross_attention_dim)`.
+            encoder_attention_mask: 1 or True at the tokens of the context to attend to, shape `(batch, tokens)`.
+            timestep_cond, cross_attention_kwargs, added_cond_kwargs: Passed by diffusers' pipelines; must be empty.
+            return_dict: `False` returns a tuple.
+
+        Returns:
+            Output of shape `(batch, out_channels, *spatial)`.
+        """
+        self._check_inputs(sample, class_labels, encoder_hidden_states)
+        if timestep_cond is not None or cross_attention_kwargs or added_cond_kwargs:
+            raise ValueError("UNetModel takes no timestep_cond, cross_attention_kwargs or added_cond_kwargs")
+        timesteps = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
+        embedding = F.silu(self.time_embedding(timesteps, class_labels, sample.dtype))
+        mask = _attention_bias(encoder_attention_mask, sample.dtype)
+
+        x = sample.unsqueeze(2) if self.config.dims == 1 else sample
+        x = self.conv_in(x)
+        if x.device.type == "cpu":
+            x = x.contiguous(memory_format=torch.channels_last)  # and so is every feature map from here on
+        skips = [x]
+        for module in self.encoder.values():
+            x = self._run(module, x, embedding, encoder_hidden_states, mask)
+            skips.append(x)
+        for module in self.middle:
+            x = self._run(module, x, embedding, encoder_hidden_states, mask)
+        for module in self.decoder.values():
+            if isinstance(module, UNetBlock):
+                x = concatenate(x, skips.pop())
+            x = self._run(module, x, embedding, encoder_hidden_states, mask)
+        x = self.conv_out(F.silu(self.norm_out(x)))
+        x = x.squeeze(2) if self.config.dims == 1 else x
+
+        return UNetOutput(sample=x) if return_dict else (x,)
+
+    def _run(
+        self, module: nn.Module, x: Tensor, embedding: Tensor, context: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
+        args = (x, embedding, context, mask) if isinstance(module, UNetBlock) else (x,)
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(module, *args)
+        return module(*args)
+
+    def _check_inputs(self, sample: Tensor, class_labels: Tensor | None, context: Tensor | None):
+        config = self.config
+        if sample.ndim != config.dims + 2 or sample.shape[1] != config.in_channels:
+            spatial = "height, width" if config.dims == 2 else "length"
+            raise ValueError(
+                f"sample must have shape (batch, {config.in_channels}, {spatial}), got {tuple(sample.shape)}"
+            )
+        _check_size(sample.shape[2:], config.block_out_channels)
+        if class_labels is not None and config.num_classes is None:
+            raise ValueError("class_labels were given to a model without labels: it was built with num_classes=None")
+        if (context is None) != (config.cross_attention_dim is None):
+            raise ValueError(
+                "encoder_hidden_states must be given exactly if the model has cross-attention, got "
+                f"{'none' if context is None else tuple(context.shape)} for cross_attention_dim={config.cross_attention_dim}"
+            )
+
+
+def _as_size(sample_size, dims: int) -> tuple[int, ...]:
+    size = (sample_size,) * dims if isinstance(sample_size, int) else tuple(sample_size)
+    if len(size) != dims:
+        raise ValueError(f"sample_size must be one number or {dims}, for dims={dims}, got {sample_size}")
+    return size
+
+
+def _check_size(size, block_out_channels):
+    factor = 2 ** (len(block_out_channels) - 1)
+    if any(side < factor or side % factor for side in size):
+        raise ValueError(
+            f"each side of the sample must be a multiple of {factor}, since {len(block_out_channels)} block_out_channels "
+            f"halve it {len(block_out_channels) - 1} times, got {' x '.join(map(str, size))}"
+        )
+
+
+def _check_options(in_channels, out_channels, block_out_channels, layers_per_block, head_dim, num_classes, dims):
+    if dims not in (1, 2):
+        raise ValueError(f"dims must be 1 or 2, got {dims}")
+    if not block_out_channels or min(in_channels, out_channels, *block_out_channels, layers_per_block, head_dim) < 1:
+        raise ValueError(
+            "in_channels, out_channels, block_out_channels, layers_per_block and attention_head_dim must be at least 1, "
+            f"got {in_channels}, {out_channels}, {tuple(block_out_channels)}, {layers_per_block} and {head_dim}"
+        )
+    if block_out_channels[0] % 2:
+        raise ValueError(f"the first of block_out_channels must be even, got {block_out_channels[0]}")
+    if num_classes is not None and num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1, or None for no labels, got {num_classes}")
+
+
+def _attention_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if mask is None:
+        return None
+    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return bias.masked_fill(~mask.bool(), torch.finfo(dtype).min)[:, None, None]
