@@ -1,0 +1,9 @@
+"""Schedulers that take the place of diffusers' own."""
+
+from diffusers_ext.schedulers.scheduling_ddim import ExtDDIMScheduler
+from diffusers_ext.schedulers.scheduling_ddim_inverse import ExtDDIMInverseScheduler
+from diffusers_ext.schedulers.scheduling_ddpm import ExtDDPMScheduler
+from diffusers_ext.schedulers.scheduling_v_prediction import VPredictionScheduler
+
+
+__all__ = ["ExtDDIMInverseScheduler", "ExtDDIMScheduler", "ExtDDPMScheduler", "VPredictionScheduler"]

@@ -1,0 +1,474 @@
+"""What the schedulers of a Gaussian noising path share: config, timesteps, levels and the arithmetic of a step.
+
+An algorithm is a linear map from (x_t, model output, clipped x_0, noise) to x_s. Its coefficients depend on the noise
+levels alone, so they are worked out once for every transition, in float64, by evaluating the formulas of
+`diffusers_ext.noising` at unit inputs; a step then is two or three fused tensor operations.
+"""
+
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from diffusers_ext.betas import make_betas, rescale_zero_terminal_snr
+from diffusers_ext.noising import (
+    PREDICTION_TYPES,
+    NoiseLevel,
+    NoiseSchedule,
+    add_noise,
+    dynamic_threshold,
+    output_eps,
+    predict_x0,
+    training_target,
+)
+from diffusers_ext.timesteps import TIMESTEP_SPACINGS, check_timesteps, make_timesteps
+
+
+# Of these the classes of diffusers make the betas themselves; the others are handed to them as `trained_betas`.
+COMMON_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+
+# Samplers start from N(0, 1), so the noisiest level should have next to no signal left.
+LARGE_ALPHA_BAR = 0.01
+
+Factor = float | Tensor
+
+
+class Transition(NamedTuple):
+    """Coefficients of the step from t to s, floats or tensors that broadcast against x_t.
+
+    x_0 = x0_sample x_t + x0_output output
+    x_s = prev_x0 x_0 + prev_sample x_t + prev_output output + std noise
+
+    With a learned variance `std` is 1, or 0 for the last step, and multiplies what the model says.
+    """
+
+    x0_sample: Factor
+    x0_output: Factor
+    prev_x0: Factor
+    prev_sample: Factor
+    prev_output: Factor
+    std: Factor
+    log_std_small: Factor
+    log_std_large: Factor
+
+
+class Prediction(NamedTuple):
+    """How x_0 and eps follow from x_t and the model's output: `x0 = x0_sample x_t + x0_output output` and so on."""
+
+    x0_sample: Tensor
+    x0_output: Tensor
+    eps_sample: Tensor
+    eps_output: Tensor
+
+    @classmethod
+    def at(cls, level: NoiseLevel, prediction_type: str) -> "Prediction":
+        one, zero = torch.ones_like(level.alpha), torch.zeros_like(level.alpha)
+        return cls(
+            predict_x0(zero, one, level, prediction_type),
+            predict_x0(one, zero, level, prediction_type),
+            output_eps(zero, one, level, prediction_type),
+            output_eps(one, zero, level, prediction_type),
+        )
+
+
+class CoefficientTable:
+    """The coefficients of every transition, as floats for the host and as tensors for each device.
+
+    Args:
+        columns: A named tuple of float64 tensors of shape `(T,)`.
+    """
+
+    def __init__(self, columns: NamedTuple):
+        self.kind = type(columns)
+        self.values = torch.stack(columns, dim=-1)
+        self._rows: list | None = None
+        self._copies: dict = {}
+
+    def row(self, timestep: int) -> NamedTuple:
+        if self._rows is None:
+            self._rows = [self.kind(*row) for row in self.values.tolist()]
+        return self._rows[timestep]
+
+    def gather(self, timesteps: Tensor, like: Tensor) -> NamedTuple:
+        """Coefficients at `timesteps`, each broadcasting against `like`, without a look at the values of either."""
+        key = (like.device, torch.float64 if like.dtype == torch.float64 else torch.float32)
+        table = self._copies.get(key)
+        if table is None:
+            table = self.values.to(*key)
+            if not torch.compiler.is_compiling():
+                self._copies[key] = table
+        rows = table.index_select(0, timesteps.to(like.device).reshape(-1))
+        return self.kind(*rows.reshape(len(rows), *[1] * (like.ndim - 1), -1).unbind(-1))
+
+
+class Path:
+    """The transitions between the timesteps of one list: every timestep steps to the next lower listed one.
+
+    Attributes:
+        timesteps: The tensor this was made from, noisiest first or last.
+        listed: The same on the host.
+        clip_range, threshold: Bound on |x_0|, and the two numbers of dynamic thresholding, which goes before; or None.
+        next: Lower listed timestep of each of 0..T-1, -1 for the clean end, shape `(T,)`, int64.
+        t, s: Levels of each timestep and of its successor, float64, shape `(T,)`.
+        tables: Coefficient tables by the options of the algorithm.
+    """
+
+    def __init__(self, timesteps: Tensor, schedule: NoiseSchedule, config):
+        self.timesteps, self.config = timesteps, config
+        self.listed = [int(t) for t in timesteps.tolist()]
+        self.prediction_type = config.prediction_type
+        self.clip_range = config.clip_sample_range if config.clip_sample else None
+        self.threshold = None
+        if config.get("thresholding", False):
+            self.threshold = (config.dynamic_thresholding_ratio, config.sample_max_value)
+        every = torch.arange(len(schedule))
+        ascending = torch.tensor(sorted(self.listed))
+        place = torch.searchsorted(ascending, every)  # number of listed timesteps below each
+        self.next = torch.where(place > 0, ascending[(place - 1).clamp(min=0)], -1)
+        self.next_rows = self.next.tolist()
+        like = torch.zeros(1, dtype=torch.float64)
+        self.t, self.s = schedule.level(every, like), schedule.level(self.next, like)
+        self.tables: dict = {}
+
+    @property
+    def clips(self) -> bool:
+        return self.threshold is not None or self.clip_range is not None
+
+    def host_timestep(self, timestep: Tensor | int) -> int | None:
+        """The timestep's value if the host can know it without waiting for an accelerator.
+
+        An element of `timesteps` is recognised by its place in memory.
+        """
+        if not isinstance(timestep, Tensor):
+            return _integer(timestep)
+        if timestep.ndim:
+            return None
+        if timestep.device.type == "cpu":
+            return _integer(timestep.item())
+        ours = self.timesteps.untyped_storage()._cdata == timestep.untyped_storage()._cdata
+        if not ours or timestep.device.type != self.timesteps.device.type:
+            return None
+        return self.listed[(timestep.storage_offset() - self.timesteps.storage_offset()) // self.timesteps.stride(0)]
+
+
+class GaussianSchedulerMixin:
+    """Common part of the schedulers; goes before the diffusers class whose config keys it understands."""
+
+    order = 1
+    _stock_beta_schedules: tuple[str, ...] = COMMON_BETA_SCHEDULES
+
+    # Construction.
+
+    def _setup(self) -> None:
+        """Builds everything from `self.config`, refusing what cannot work."""
+        config = self.config
+        self._check_config(config)
+        betas = self._make_betas(config)
+        if config.rescale_betas_zero_snr:
+            betas = rescale_zero_terminal_snr(betas)
+        alpha_bar_0 = 1 - float(betas[0])
+        to_one = config.get("set_alpha_to_one", True)
+        self.schedule = NoiseSchedule(betas, final_alpha_bar=1.0 if to_one else alpha_bar_0)
+        alpha_bar = self.schedule.alpha_bar[:-1]
+        if alpha_bar[-1] == 0 and config.prediction_type in ("epsilon", "score"):
+            raise ValueError(
+                f"prediction_type must be 'v_prediction' or 'sample' at zero terminal SNR, where x_T holds no signal "
+                f"to divide by, got {config.prediction_type!r}; set prediction_type or rescale_betas_zero_snr=False"
+            )
+        if alpha_bar[-1] > LARGE_ALPHA_BAR:
+            warnings.warn(
+                f"alpha_bar of the last timestep is {alpha_bar[-1]:.3g}: x_T keeps signal, so that training and "
+                f"sampling from N(0, 1) disagree. Use more timesteps, larger betas, beta_reference_timesteps=1000 or "
+                f"rescale_betas_zero_snr=True.",
+                stacklevel=4,
+            )
+        # The names and dtypes under which diffusers' pipelines look for the tables.
+        self.betas = betas.float()
+        self.alphas = (1 - betas).float()
+        self.alphas_cumprod = alpha_bar.float()
+        self.one = torch.tensor(1.0)
+        self.final_alpha_cumprod = self.one if to_one else self.alphas_cumprod[0]
+        self.init_noise_sigma = 1.0
+        self.custom_timesteps = False
+        self.num_inference_steps = None
+        self.timesteps = self._ordered(np.arange(config.num_train_timesteps)[::-1])
+        self._path = None
+        self._current_path()
+
+    def _prepare(self, path: Path) -> None:
+        """Makes the tables that `step` will want, so that a compiled step finds them."""
+
+    def _check_config(self, config) -> None:
+        check_choice("prediction_type", config.prediction_type, PREDICTION_TYPES)
+        check_choice("timestep_spacing", config.timestep_spacing, TIMESTEP_SPACINGS)
+        if (
+            isinstance(config.steps_offset, bool)
+            or not isinstance(config.steps_offset, int)
+            or config.steps_offset < 0
+        ):
+            raise ValueError(f"steps_offset must be an integer of at least 0, got {config.steps_offset!r}")
+        if not config.clip_sample_range > 0:
+            raise ValueError(f"clip_sample_range must be above 0, got {config.clip_sample_range}")
+        if not 0 <= config.get("dynamic_thresholding_ratio", 1) <= 1:
+            raise ValueError(f"dynamic_thresholding_ratio must be in [0, 1], got {config.dynamic_thresholding_ratio}")
+        if not config.get("sample_max_value", 1) >= 1:
+            raise ValueError(f"sample_max_value must be at least 1, got {config.sample_max_value}")
+
+    def _make_betas(self, config) -> Tensor:
+        length = config.num_train_timesteps
+        if config.trained_betas is not None:
+            betas = torch.as_tensor(np.asarray(config.trained_betas, dtype=np.float64))
+            if betas.shape != (length,):
+                raise ValueError(
+                    f"trained_betas must have shape ({length},) (num_train_timesteps), got {tuple(betas.shape)}"
+                )
+            return betas
+        betas = make_betas(
+            config.beta_schedule,
+            length,
+            beta_start=config.beta_start,
+            beta_end=config.beta_end,
+            reference_timesteps=config.beta_reference_timesteps,
+        )
+        if config.beta_schedule not in self._stock_beta_schedules or config.beta_reference_timesteps is not None:
+            # The config then builds the same path in every class of diffusers, which reads `trained_betas` first.
+            self._register_explicitly(trained_betas=betas.tolist())
+        return betas
+
+    def _register_explicitly(self, **values) -> None:
+        """Puts `values` into the config as if they had been passed, so that `from_config` hands them on."""
+        defaults = [key for key in self.config.get("_use_default_values", []) if key not in values]
+        self.register_to_config(**values, _use_default_values=defaults)
+
+    # Timesteps.
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[int] | None = None,
+    ) -> None:
+        """Chooses the timesteps that sampling visits.
+
+        Args:
+            num_inference_steps: Number of steps, spaced as `timestep_spacing` says; in [1, num_train_timesteps].
+            device: Where `timesteps` is to be.
+            timesteps: The list itself, strictly descending, instead of a number.
+
+        Raises:
+            ValueError: If not exactly one of the two is given, or it is out of range or not descending.
+        """
+        if (num_inference_steps is None) == (timesteps is None):
+            raise ValueError(
+                f"pass one of num_inference_steps and timesteps, got num_inference_steps={num_inference_steps!r} and "
+                f"timesteps={timesteps!r}"
+            )
+        config = self.config
+        self.custom_timesteps = timesteps is not None
+        if timesteps is not None:
+            if isinstance(timesteps, Tensor):
+                timesteps = timesteps.tolist()
+            values = check_timesteps(timesteps, config.num_train_timesteps)
+        else:
+            values = make_timesteps(
+                config.timestep_spacing, num_inference_steps, config.num_train_timesteps, config.steps_offset
+            )
+            first = float(self.schedule.alpha_bar[values[0]])
+            if first > LARGE_ALPHA_BAR and float(self.schedule.alpha_bar[-2]) <= LARGE_ALPHA_BAR:
+                warnings.warn(
+                    f"the first of {num_inference_steps} {config.timestep_spacing!r} timesteps is {values[0]}, where "
+                    f"alpha_bar is {first:.3g}: sampling from N(0, 1) starts too late. Use "
+                    f"timestep_spacing='trailing' or another number of steps.",
+                    stacklevel=2,
+                )
+        self.num_inference_steps = len(values)
+        self.timesteps = self._ordered(values).to(device)
+        self._current_path()
+
+    def _ordered(self, descending: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(descending))
+
+    def previous_timestep(self, timestep: Tensor | int) -> Tensor:
+        """The timestep after this one in sampling, the next lower listed one; -1 after the last."""
+        path = self._current_path()
+        if isinstance(timestep, Tensor):
+            known = path.host_timestep(timestep)
+            if known is None:
+                return path.next.to(timestep.device).index_select(0, timestep.reshape(-1)).view(timestep.shape)
+            timestep = known
+        if not 0 <= timestep < len(path.next):
+            raise ValueError(f"timestep must be in [0, {len(path.next) - 1}], got {timestep}")
+        return path.next[timestep]
+
+    def scale_model_input(self, sample: Tensor, timestep: Tensor | int | None = None) -> Tensor:
+        return sample
+
+    def _current_path(self) -> Path:
+        path = self._path
+        if torch.compiler.is_compiling():
+            return path  # made by `set_timesteps`, outside of the graph
+        # Pipelines replace `timesteps` and the config behind our back.
+        if path is None or path.timesteps is not self.timesteps or path.config is not self._internal_dict:
+            path = self._path = Path(self.timesteps, self.schedule, self._internal_dict)
+            self._prepare(path)
+        return path
+
+    # Noising.
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor | int) -> Tensor:
+        """x_t for the standard normal draw `noise`, computed in float32 or wider and cast last.
+
+        Args:
+            timesteps: In [0, num_train_timesteps), one or one for each sample.
+        """
+        level = self.schedule.level(timesteps, original_samples)
+        return add_noise(original_samples, noise, level).to(torch.promote_types(original_samples.dtype, noise.dtype))
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor | int) -> Tensor:
+        """The target of v-prediction, alpha noise - sigma sample, in float32 or wider and cast last."""
+        level = self.schedule.level(timesteps, sample)
+        velocity = training_target(sample, noise, level, "v_prediction")
+        return velocity.to(torch.promote_types(sample.dtype, noise.dtype))
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+    # The arithmetic of a step.
+
+    def _coefficients_at(
+        self, path: Path, table: CoefficientTable, timestep: Tensor | int, sample: Tensor
+    ) -> tuple[NamedTuple, bool]:
+        """The coefficients at `timestep`, and whether the host knows that nothing comes after it."""
+        if not torch.compiler.is_compiling():
+            known = path.host_timestep(timestep)
+            if known is not None:
+                if not 0 <= known < len(path.next_rows):
+                    raise ValueError(f"timestep must be in [0, {len(path.next_rows) - 1}], got {known}")
+                return table.row(known), path.next_rows[known] < 0
+        elif not isinstance(timestep, Tensor):
+            timestep = torch.full((1,), timestep, device=sample.device)
+        if timestep.numel() not in (1, len(sample)):
+            raise ValueError(
+                f"timestep must be one or one for each of the {len(sample)} samples, got shape {tuple(timestep.shape)}"
+            )
+        try:
+            return table.gather(timestep, sample), False
+        except IndexError:
+            raise ValueError(f"timestep must be in [0, {len(path.next_rows) - 1}], got {timestep.tolist()}") from None
+
+    def _advance(
+        self,
+        path: Path,
+        c: Transition,
+        terms: tuple[str, ...],
+        output: Tensor,
+        sample: Tensor,
+        noise: Tensor | None,
+        log_std: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """x_s and the predicted x_0, in float32 or wider and cast last.
+
+        Args:
+            terms: Which of x0, sample and output make up x_s; the coefficients of the others are 0.
+            noise: Unit noise, or None for none.
+            log_std: Log standard deviation by the model, of the shape of `sample`.
+        """
+        dtype = torch.promote_types(sample.dtype, output.dtype)
+        sample, output = wide(sample), wide(output)
+        if path.prediction_type == "sample":
+            x0 = clip_x0(output, path, owned=False)
+        else:
+            x0 = clip_x0(weighted_sum((c.x0_sample, sample), (c.x0_output, output)), path, owned=True)
+        tensors = {"x0": (c.prev_x0, x0), "sample": (c.prev_sample, sample), "output": (c.prev_output, output)}
+        prev_sample = weighted_sum(*[tensors[term] for term in terms])
+        if noise is not None:
+            noise = wide(noise) if log_std is None else log_std.exp().mul_(noise)
+            prev_sample = add_weighted(prev_sample, c.std, noise)
+        return prev_sample.to(dtype), x0.to(dtype)
+
+
+def clip_x0(x0: Tensor, path: Path, owned: bool) -> Tensor:
+    """The predicted x_0 within the range of data; in place if nobody else holds it."""
+    if path.threshold is not None:
+        return dynamic_threshold(x0, *path.threshold)
+    if path.clip_range is not None:
+        return x0.clamp_(-path.clip_range, path.clip_range) if owned else x0.clamp(-path.clip_range, path.clip_range)
+    return x0
+
+
+def check_output(
+    model_output: Tensor, sample: Tensor, takes_variance: bool, variance_type: str | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Splits the model's output into the prediction and, if it has twice the channels, the variance output.
+
+    Args:
+        takes_variance: Whether twice the channels are accepted.
+        variance_type: Given if the variance output decides which shape is right.
+
+    Raises:
+        ValueError: If the shape does not fit.
+    """
+    needs_variance = takes_variance and variance_type is not None
+    if model_output.shape == sample.shape and not needs_variance:
+        return model_output, None
+    doubled = (len(sample), 2 * sample.shape[1], *sample.shape[2:]) if sample.ndim > 1 else None
+    if takes_variance and model_output.shape == doubled:
+        return model_output.split(sample.shape[1], dim=1)
+    accepted = [tuple(sample.shape)] * (not needs_variance) + [doubled] * takes_variance
+    hint = "" if variance_type is None else f" for variance_type {variance_type!r}"
+    raise ValueError(
+        f"model_output must have shape {' or '.join(str(shape) for shape in accepted)}{hint}, "
+        f"got {tuple(model_output.shape)}"
+    )
+
+
+def draw_noise(output: Tensor, generator, variance_noise: Tensor | None) -> Tensor:
+    """The noise of a step: as given, or from `generator`; with a list, that of image i from generator i alone."""
+    if variance_noise is not None:
+        if generator is not None:
+            raise ValueError("pass one of generator and variance_noise, got both")
+        if variance_noise.shape != output.shape:
+            raise ValueError(
+                f"variance_noise must have shape {tuple(output.shape)}, got {tuple(variance_noise.shape)}"
+            )
+        return variance_noise
+    if isinstance(generator, (list, tuple)):
+        if len(generator) != len(output):
+            raise ValueError(f"generator must be one or one for each of {len(output)} samples, got {len(generator)}")
+        generator = list(generator)
+    return randn_tensor(output.shape, generator=generator, device=output.device, dtype=output.dtype)
+
+
+def weighted_sum(*terms: tuple[Factor, Tensor]) -> Tensor:
+    """Sum of factor times tensor, in one new tensor; a factor is a float or broadcasts."""
+    (factor, tensor), *rest = terms
+    total = tensor * factor
+    for factor, tensor in rest:
+        total = add_weighted(total, factor, tensor)
+    return total
+
+
+def add_weighted(total: Tensor, factor: Factor, tensor: Tensor) -> Tensor:
+    """Adds factor times tensor to `total` in place."""
+    return total.add_(tensor, alpha=factor) if isinstance(factor, float) else total.addcmul_(tensor, factor)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Float32 or wider, so that half precision rounds once, at the end."""
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+
+
+def check_choice(key: str, value, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{key} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _integer(timestep) -> int:
+    value = int(timestep)
+    if value != timestep:
+        raise ValueError(f"timestep must be an integer, got {timestep}")
+    return value
