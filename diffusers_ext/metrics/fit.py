@@ -15,10 +15,13 @@ from torch.utils.data import DataLoader, TensorDataset
 from tqdm.auto import tqdm
 
 from diffusers_ext.metrics.features import FeatureClassifierModel
+from diffusers_ext.trainer.config import is_fast_at_bf16
 
 
 class LabelledImages(TensorDataset):
     """8-bit images `(number, channels, height, width)`, their labels `(number,)`, and the labels' names.
+
+    Images without labels have the label -1 and no names.
 
     Raises:
         TypeError, ValueError: if the images are not uint8 of that shape, or a label is missing or out of range.
@@ -31,7 +34,10 @@ class LabelledImages(TensorDataset):
             raise ValueError(f"images must have shape (number, channels, height, width), got {tuple(images.shape)}")
         if labels.shape != images.shape[:1]:
             raise ValueError(f"labels must be one for each of the {len(images)} images, got {tuple(labels.shape)}")
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(label_names):
+        if len(label_names) == 0:
+            if not labels.eq(-1).all():
+                raise ValueError("images without label_names must have the label -1")
+        elif len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(label_names):
             raise ValueError(
                 f"labels must be in [0, {len(label_names) - 1}], got {int(labels.min())} to {int(labels.max())}"
             )
@@ -50,7 +56,7 @@ class LabelledImages(TensorDataset):
 def fit_feature_classifier(
     train: LabelledImages,
     *,
-    num_epochs: int = 5,
+    num_epochs: int | None = None,
     batch_size: int = 128,
     learning_rate: float = 2e-3,
     weight_decay: float = 0.05,
@@ -63,8 +69,8 @@ def fit_feature_classifier(
 
     Args:
         train: The images to train on.
-        num_epochs: Passes over the images.
-        batch_size: Images a step and process.
+        num_epochs: Passes over the images; by default enough for some 275 000 images, at least 1 and at most 60.
+        batch_size: Images a step, over all processes.
         learning_rate: The peak.
         random_flip: Mirror each image with probability 1/2; not for digits or letters.
         seed: Of the weights, the order and the flips. On one machine, the same seed gives the same weights.
@@ -76,21 +82,24 @@ def fit_feature_classifier(
     Raises:
         ValueError: if there are too few images, or the loss is not finite.
     """
-    if num_epochs < 1:
-        raise ValueError(f"num_epochs must be at least 1, got {num_epochs}")
-    if len(train) < batch_size:
-        batch_size = max(2, len(train))
     if len(train) < 2:
         raise ValueError(f"training needs at least 2 images, got {len(train)}")
+    if num_epochs is None:
+        num_epochs = min(max(round(275_000 / len(train)), 1), 60)
+    if num_epochs < 1:
+        raise ValueError(f"num_epochs must be at least 1, got {num_epochs}")
     accelerator = Accelerator()
+    # Batch normalisation needs at least two images.
+    batch_size = max(2, min(batch_size, len(train)) // accelerator.num_processes)
     autocast = torch.autocast(
-        accelerator.device.type, torch.bfloat16, enabled=bf16_is_fast(accelerator.device) if bf16 is None else bf16
+        accelerator.device.type,
+        torch.bfloat16,
+        enabled=is_fast_at_bf16(accelerator.device.type) if bf16 is None else bf16,
     )
     set_seed(seed)
     model = FeatureClassifierModel.for_images(tuple(train.images.shape[1:]), train.label_names)
     model = model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
-    # Batch normalisation needs at least two images, which the last, smaller batch need not have.
     loader = DataLoader(train, batch_size, shuffle=True, drop_last=True)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
@@ -123,10 +132,3 @@ def accuracy(model: FeatureClassifierModel, data: LabelledImages) -> float:
     """Share of the images, in [0, 1], whose label the model gives."""
     _, labels = model.measure(data.images)
     return (labels == data.labels).double().mean().item()
-
-
-def bf16_is_fast(device: torch.device) -> bool:
-    """Whether bf16 runs on matrix units there: AMX on CPUs, tensor cores since Ampere on GPUs."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()

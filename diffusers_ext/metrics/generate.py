@@ -27,6 +27,22 @@ def num_classes_of(pipeline) -> int | None:
     return None
 
 
+def image_size_of(pipeline) -> tuple[int, int]:
+    """The (height, width) of the images that a pipeline makes, from the configs of its networks.
+
+    Raises:
+        ValueError: if they do not say it.
+    """
+    for name in ("denoiser", "unet", "transformer"):
+        size = getattr(getattr(getattr(pipeline, name, None), "config", None), "sample_size", None)
+        if size is not None:
+            height, width = (size, size) if isinstance(size, int) else size
+            vae = getattr(pipeline, "vae", None)
+            scale = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+            return height * scale, width * scale
+    raise ValueError(f"the size of the images of {type(pipeline).__name__} is not in its configs: give --resolution")
+
+
 def balanced_labels(num_images: int, num_classes: int) -> list[int]:
     """Labels in turn, so that their counts differ by at most 1."""
     return [index % num_classes for index in range(num_images)]

@@ -1,0 +1,219 @@
+"""The real images that generated ones are measured against, prepared as the trainer prepares them."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import datasets
+import numpy as np
+import torch
+from huggingface_hub.constants import HF_HOME
+
+from diffusers_ext.metrics.features import FeatureClassifierModel
+from diffusers_ext.metrics.fit import LabelledImages, accuracy, fit_feature_classifier
+from diffusers_ext.trainer.data import ImageData
+from diffusers_ext.trainer.options import option
+from diffusers_ext.trainer.prepare import prepare_images
+
+
+HELD_OUT_SPLITS = ("validation", "test", "valid", "val")
+
+# What a folder of a trained feature classifier tells about its training.
+FEATURES_FILE = "features.json"
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Options that name a data set and prepare its images."""
+
+    dataset_name: str | None = option(None, "digits, a data set on the Hub, or a local folder", "data")
+    dataset_config_name: str | None = option(None, "configuration of a data set that has several")
+    dataset_split: str = option("train", "split that the model was trained on")
+    held_out_split: str | None = option(
+        None, f"split of images not trained on; by default the first there is of {', '.join(HELD_OUT_SPLITS)}"
+    )
+    image_column: str | None = option(None, "column of the images; by default the only one that holds images")
+    label_column: str | None = option(None, "column of the labels; by default the class labels, if there are any")
+    resolution: tuple[int, ...] | None = option(None, "side of the images in pixels, or height and width")
+    resize_mode: Literal["auto", "crop", "pad", "stretch"] = option("auto", "how images get there, as in training")
+    pad_value: int = option(0, "value of the border and behind transparent pixels")
+    image_mode: Literal["L", "LA", "RGB", "RGBA"] | None = option(None, "channels to read; by default all there are")
+    max_train_samples: int | None = option(None, "use only the first so many images of dataset_split")
+    max_bad_share: float = option(0.01, "share of the images that may fail to decode and be left out")
+    preprocessing_num_workers: int = option(1, "processes that decode the images, once")
+    cache_dir: str | None = option(None, "where `datasets` keeps what it reads and decodes")
+
+
+@dataclass(frozen=True)
+class RealImages:
+    """A data set's images.
+
+    Attributes:
+        train: What the model was trained on. Where the data set has no labels, its `label_names` are empty.
+        held_out: Images that it was not trained on, or None.
+        name: What the user called the data set.
+        notes: What the user may want to know about the preparation.
+    """
+
+    train: LabelledImages
+    held_out: LabelledImages | None
+    name: str
+    notes: tuple[str, ...]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """`(channels, height, width)`"""
+        return tuple(self.train.images.shape[1:])
+
+    @property
+    def has_labels(self) -> bool:
+        return len(self.train.label_names) > 0
+
+
+def load_real_images(options: DataOptions) -> RealImages:
+    """Both splits of a data set, in memory.
+
+    Raises:
+        ValueError: see `prepare_images`; and if the splits differ in their labels.
+    """
+    train = prepare_split(options, options.dataset_split, options.max_train_samples)
+    name = options.held_out_split or find_held_out_split(options)
+    if name is None:
+        return RealImages(to_labelled_images(train), None, options.dataset_name, train.notes)
+
+    # Prepared like the training images, whatever its own pictures would suggest.
+    prepared = dataclasses.replace(options, resolution=train.size, resize_mode=train.resize_mode)
+    if options.image_mode is None and train.channels <= 4:
+        prepared = dataclasses.replace(prepared, image_mode=("L", "LA", "RGB", "RGBA")[train.channels - 1])
+    held_out = prepare_split(prepared, name)
+    if train.id2label != held_out.id2label:
+        raise ValueError(
+            f"the splits {options.dataset_split} and {name} must have the same labels, got"
+            f" {_names(train)} and {_names(held_out)}"
+        )
+    return RealImages(to_labelled_images(train), to_labelled_images(held_out), options.dataset_name, train.notes)
+
+
+def prepare_split(options: DataOptions, split: str, max_samples: int | None = None) -> ImageData:
+    """The images of one split, by the trainer's own preparation."""
+    return prepare_images(
+        options.dataset_name,
+        config_name=options.dataset_config_name,
+        split=split,
+        image_column=options.image_column,
+        label_column=options.label_column,
+        resolution=options.resolution,
+        resize_mode=options.resize_mode,
+        pad_value=options.pad_value,
+        mode=options.image_mode,
+        max_samples=max_samples,
+        max_bad_share=options.max_bad_share,
+        num_proc=options.preprocessing_num_workers,
+        cache_dir=options.cache_dir,
+    )
+
+
+def find_held_out_split(options: DataOptions) -> str | None:
+    """The split that holds images not trained on, or None."""
+    if options.dataset_name == "digits" and not Path("digits").exists():
+        return "test" if options.dataset_split == "train" else None
+    names = datasets.get_dataset_split_names(options.dataset_name, options.dataset_config_name)
+    return next((name for name in HELD_OUT_SPLITS if name in names and name != options.dataset_split), None)
+
+
+def to_labelled_images(data: ImageData) -> LabelledImages:
+    """All images in memory, in 8 bits, channels first. Without labels, `label_names` are empty."""
+    pixels = torch.from_numpy(data.pixels[np.arange(len(data))])
+    if pixels.dtype != torch.uint8:
+        pixels = pixels.int().add(128).div(257, rounding_mode="floor").to(torch.uint8)  # 65535 becomes 255
+    images = pixels.permute(0, 3, 1, 2).contiguous()
+    if data.labels is None:
+        return LabelledImages(images, torch.full([len(images)], -1), [])
+    names = [data.id2label[label] for label in range(len(data.id2label))]
+    return LabelledImages(images, torch.from_numpy(data.labels), names)
+
+
+def split_for_training(real: RealImages, seed: int) -> tuple[LabelledImages, LabelledImages]:
+    """The images to train a classifier on, and others to test it on: the held-out split, or else a tenth."""
+    if real.held_out is not None:
+        return real.train, real.held_out
+    order = torch.randperm(len(real.train), generator=torch.Generator().manual_seed(seed))
+    num_held_out = max(1, len(order) // 10)
+    held_out, train = [
+        LabelledImages(real.train.images[rows], real.train.labels[rows], real.train.label_names)
+        for rows in (order[:num_held_out], order[num_held_out:])
+    ]
+    return train, held_out
+
+
+def train_and_save_features(real: RealImages, folder: Path, **settings) -> dict:
+    """Trains a feature classifier, saves it, and tells how well it reads images that it was not trained on.
+
+    Args:
+        real: The data set, with labels.
+        folder: Where the model and `features.json` go.
+        settings: Of `fit_feature_classifier`.
+
+    Returns:
+        What `features.json` holds: `dataset_name`, `num_train_images`, `num_held_out_images`, `held_out_accuracy`.
+    """
+    if not real.has_labels:
+        raise ValueError(
+            f"{real.name} has no labels, which a feature classifier is trained on: name them with --label_column"
+        )
+    train, held_out = split_for_training(real, settings.get("seed", 0))
+    model = fit_feature_classifier(train, **settings)
+    about = {
+        "dataset_name": real.name,
+        "num_train_images": len(train),
+        "num_held_out_images": len(held_out),
+        "held_out_accuracy": accuracy(model, held_out),
+    }
+    if int(os.environ.get("RANK", 0)) == 0:
+        model.save_pretrained(folder)
+        # Last, so that a folder with this file is whole.
+        Path(folder, FEATURES_FILE).write_text(json.dumps(about, indent=2) + "\n")
+    return about
+
+
+def load_features(folder: str | Path) -> tuple[FeatureClassifierModel, dict]:
+    """A saved feature classifier, and what its `features.json` tells.
+
+    Raises:
+        ValueError: if the folder is not one that `training/train_features.py` has made.
+    """
+    folder = Path(folder)
+    if not (folder / FEATURES_FILE).is_file():
+        raise ValueError(f"{folder} is no folder of a feature classifier: make one with training/train_features.py")
+    return FeatureClassifierModel.from_pretrained(folder).eval(), json.loads((folder / FEATURES_FILE).read_text())
+
+
+def hash_weights(model: FeatureClassifierModel) -> str:
+    """A name of the evaluator: numbers compare if they were made with the same one."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def cached_features_folder(real: RealImages) -> Path:
+    """Where the default feature classifier of a data set is kept: named by the pixels and labels themselves."""
+    content = hashlib.sha256(b"fit 1")  # raise the number when `fit_feature_classifier` changes its defaults
+    train, held_out = split_for_training(real, seed=0)
+    for part in (train, held_out):
+        content.update(repr(tuple(part.images.shape)).encode())
+        content.update(part.images.numpy().tobytes())
+        content.update(part.labels.numpy().tobytes())
+    shape = "x".join(map(str, real.image_shape))
+    slug = Path(os.path.abspath(real.name)).name
+    root = os.environ.get("DIFFUSERS_EXT_CACHE", os.path.join(HF_HOME, "diffusers_ext"))
+    return Path(root, "features", f"{slug}-{shape}-{content.hexdigest()[:12]}")
+
+
+def _names(data: ImageData) -> str:
+    return "none" if data.id2label is None else ", ".join(list(data.id2label.values())[:10])

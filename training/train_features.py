@@ -1,0 +1,83 @@
+"""Train the classifier whose features `training/evaluate.py` measures generated images in.
+
+accelerate launch training/train_features.py --dataset_name digits --output_dir runs/features-digits
+"""
+
+import dataclasses
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from accelerate import PartialState
+
+from diffusers_ext.metrics.real import DataOptions, load_real_images, train_and_save_features
+from diffusers_ext.trainer.config import set_threads
+from diffusers_ext.trainer.options import option, parse_config
+
+
+@dataclass(frozen=True)
+class FeaturesConfig(DataOptions):
+    """Train a small classifier of a data set's labels, for measuring generated images in its features."""
+
+    output_dir: str | None = option(None, "folder of the model; by default runs/features-NAME_OF_THE_DATA_SET", "run")
+    overwrite_output_dir: bool = option(False, "replace what output_dir holds")
+    num_train_epochs: int | None = option(
+        None, "passes over the images; by default enough for 275 000 images, at most 60"
+    )
+    train_batch_size: int = option(128, "images of a step")
+    learning_rate: float = option(2e-3, "peak learning rate")
+    adam_weight_decay: float = option(0.05, "AdamW's weight decay")
+    random_flip: bool = option(False, "mirror every other image left to right, at random")
+    mixed_precision: Literal["no", "bf16"] | None = option(
+        None, "precision of the forward pass; by default bf16 where the hardware is fast at it"
+    )
+    num_threads: int | None = option(None, "CPU threads of a process; by default the cores are shared out")
+    seed: int = option(0, "seed of the weights, the order and the flips")
+
+
+def main(config: FeaturesConfig) -> dict:
+    """Trains, saves and tells the accuracy on held-out images."""
+    if config.dataset_name is None:
+        config = dataclasses.replace(config, dataset_name="digits")
+    name = os.path.basename(os.path.abspath(config.dataset_name))
+    folder = Path(config.output_dir or f"runs/features-{name}")
+    if folder.is_dir() and any(folder.iterdir()) and not config.overwrite_output_dir:
+        raise ValueError(f"output_dir {folder} is not empty: give another one, or --overwrite_output_dir")
+
+    state = PartialState()
+    set_threads(config.num_threads, state.num_processes)
+    with state.main_process_first():
+        real = load_real_images(config)
+    start = time.perf_counter()
+    about = train_and_save_features(
+        real,
+        folder,
+        num_epochs=config.num_train_epochs,
+        batch_size=config.train_batch_size,
+        learning_rate=config.learning_rate,
+        weight_decay=config.adam_weight_decay,
+        random_flip=config.random_flip,
+        bf16=None if config.mixed_precision is None else config.mixed_precision == "bf16",
+        seed=config.seed,
+    )
+    if state.is_main_process:
+        for note in real.notes:
+            print(note)
+        print(
+            f"{about['held_out_accuracy']:.2%} of {about['num_held_out_images']} held-out images get their label,"
+            f" after {time.perf_counter() - start:.0f} s\n"
+            f"saved in {folder}; measure with: python training/evaluate.py PIPELINE --features {folder}"
+        )
+    return about
+
+
+if __name__ == "__main__":
+    config = parse_config(FeaturesConfig)
+    if config is not None:
+        try:
+            main(config)
+        except ValueError as error:
+            sys.exit(f"error: {error}")
