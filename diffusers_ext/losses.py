@@ -1,0 +1,80 @@
+"""Training objectives, stated as weights of |x_0 - x0_hat|^2 at a noise level, whatever the model outputs.
+
+    L = E_t[ w(t) |x_0 - x0_hat|^2 ]
+
+The weights differ between papers only in w; `x0_error_scale` carries each to the model's own output.
+"""
+
+import torch
+from torch import Tensor
+
+from diffusers_ext.noising import NoiseLevel, training_target, x0_error_scale
+
+
+LOSS_WEIGHTINGS = ("uniform", "simple", "min_snr", "truncated_snr", "snr_plus_one", "p2", "sample")
+
+
+def loss_weight(
+    level: NoiseLevel, weighting: str, prediction_type: str, *, snr_gamma: float = 5.0, p2_gamma: float = 1.0
+) -> Tensor:
+    """The weight of the model's squared error |target - output|^2 at each noise level, of the level's shape.
+
+    | weighting | w, the weight of the squared error of x_0 | source |
+    |---|---|---|
+    | uniform | what makes the weight of the model's own error 1 | |
+    | simple | snr: every error of eps counts the same | L_simple, Ho et al. 2020 |
+    | min_snr | min(snr, snr_gamma) | Hang et al. 2023 |
+    | truncated_snr | max(snr, 1) | Salimans & Ho 2022 |
+    | snr_plus_one | snr + 1: every error of v counts the same | Salimans & Ho 2022 |
+    | p2 | snr / (1 + snr)^p2_gamma | Choi et al. 2022, with k = 1 |
+    | sample | 1: every error of x_0 counts the same | |
+
+    Raises:
+        ValueError: if `weighting` is none of `LOSS_WEIGHTINGS`.
+    """
+    snr = level.snr
+    match weighting:
+        case "uniform":
+            return snr.new_ones(snr.shape)
+        case "simple":
+            x0_weight = snr
+        case "min_snr":
+            x0_weight = snr.clamp(max=snr_gamma)
+        case "truncated_snr":
+            x0_weight = snr.clamp(min=1)
+        case "snr_plus_one":
+            x0_weight = snr + 1
+        case "p2":
+            x0_weight = snr / (1 + snr) ** p2_gamma
+        case "sample":
+            x0_weight = snr.new_ones(snr.shape)
+        case _:
+            raise ValueError(f"loss_weighting must be one of {', '.join(LOSS_WEIGHTINGS)}, got {weighting!r}")
+    return x0_weight * x0_error_scale(level, prediction_type)
+
+
+def denoising_loss(
+    output: Tensor,
+    x0: Tensor,
+    eps: Tensor,
+    level: NoiseLevel,
+    prediction_type: str,
+    *,
+    weighting: str = "uniform",
+    snr_gamma: float = 5.0,
+    p2_gamma: float = 1.0,
+) -> Tensor:
+    """The weighted squared error of each sample, averaged over its elements, at least in float32; shape `(batch,)`.
+
+    Args:
+        output: What the model gave at `add_noise(x0, eps, level)`.
+        x0: Clean samples in [-1, 1], shape `(batch, ...)`, like `eps` and `output`.
+        level: Noise level of each sample.
+    """
+    target = training_target(x0, eps, level, prediction_type)
+    wide = torch.promote_types(target.dtype, torch.float32)
+    error = (output.to(wide) - target).square().flatten(1).mean(1)
+    if weighting == "uniform":
+        return error
+    weight = loss_weight(level, weighting, prediction_type, snr_gamma=snr_gamma, p2_gamma=p2_gamma)
+    return weight.flatten() * error

@@ -1,0 +1,158 @@
+"""Checkpoints that are whole or not there at all.
+
+One is written to a hidden folder, its files are listed with sizes and hashes in a manifest and forced to the disk, and
+only then is the folder renamed to `checkpoint-STEP`. Whatever interrupts that leaves the checkpoints before it as they
+were.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from accelerate import Accelerator
+
+
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written, or none can be read."""
+
+
+def write_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, save: Callable[[Path], None]) -> Path:
+    """Writes `OUTPUT_DIR/checkpoint-STEP`, whole or not at all. Every process calls it, at the same step.
+
+    Args:
+        save: Writes this process's part into the folder it is given. Every process calls it.
+
+    Raises:
+        CheckpointError: if the folder cannot be written, with the reason. What was there before is untouched.
+    """
+    folder, hidden = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.partial"
+    if accelerator.is_main_process:
+        shutil.rmtree(hidden, ignore_errors=True)
+        hidden.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    try:
+        save(hidden)
+        accelerator.wait_for_everyone()  # each process has written its part
+        if accelerator.is_main_process:
+            _write_manifest(hidden, step)
+            if folder.exists():  # a run that went back before this step and came here again
+                _remove(folder)
+            os.rename(hidden, folder)
+            _sync(output_dir)
+    except BaseException as error:
+        shutil.rmtree(hidden, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
+        raise CheckpointError(
+            f"checkpoint-{step} could not be written to {output_dir} ({error}); the checkpoints before it are untouched"
+        ) from error
+    accelerator.wait_for_everyone()
+    return folder
+
+
+def find_checkpoint(output_dir: Path, request: str) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, and a line for each that was passed over.
+
+    Args:
+        request: "latest" for the newest whole one in `output_dir`, or a path, or a name in `output_dir`.
+
+    Returns:
+        None instead of a path if "latest" finds no checkpoint at all, whole or not.
+
+    Raises:
+        CheckpointError: if the named checkpoint is not whole, or if there are checkpoints and none of them is whole.
+    """
+    if request != "latest":
+        path = next((path for path in (Path(request), output_dir / request) if path.is_dir()), None)
+        if path is None:
+            there = ", ".join(path.name for path in list_checkpoints(output_dir)) or "none"
+            raise CheckpointError(f"there is no checkpoint {request}; {output_dir} holds: {there}")
+        fault = find_fault(path)
+        if fault:
+            raise CheckpointError(f"{path} is not whole: {fault}")
+        return path, []
+    passed_over = []
+    for path in reversed(list_checkpoints(output_dir)):
+        fault = find_fault(path)
+        if not fault:
+            return path, passed_over
+        passed_over.append(f"{path} passed over: {fault}")
+    if passed_over:
+        raise CheckpointError(f"no checkpoint in {output_dir} is whole: {'; '.join(passed_over)}")
+    return None, []
+
+
+def find_fault(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None: every file of the manifest must be there with its size and hash."""
+    try:
+        files = json.loads((path / MANIFEST).read_text())["files"]
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}"
+    except (ValueError, KeyError, TypeError):
+        return f"its {MANIFEST} cannot be read"
+    for name, entry in files.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != entry["size"]:
+            return f"{name} has {file.stat().st_size} bytes, not {entry['size']}"
+        if _hash(file) != entry["sha256"]:
+            return f"the contents of {name} have changed"
+    return None
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """The folders `checkpoint-STEP`, whole or not, the oldest first."""
+    found = [
+        (int(match[1]), path) for path in output_dir.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))
+    ]
+    return [path for _, path in sorted(found)]
+
+
+def step_of(path: Path) -> int:
+    return json.loads((path / MANIFEST).read_text())["step"]
+
+
+def keep_last(output_dir: Path, limit: int | None):
+    """Removes the oldest checkpoints beyond `limit`, and what an interrupted save has left behind."""
+    for path in list_checkpoints(output_dir)[: -limit if limit else 0]:
+        _remove(path)
+    for path in output_dir.glob(".checkpoint-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _remove(path: Path):
+    # Renamed first: a folder that is half gone must not look like a checkpoint.
+    hidden = path.with_name(f".{path.name}.removed")
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.rename(path, hidden)
+    shutil.rmtree(hidden)
+
+
+def _write_manifest(folder: Path, step: int):
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    entries = {str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": _hash(path)} for path in files}
+    (folder / MANIFEST).write_text(json.dumps({"step": step, "files": entries}, indent=2) + "\n")
+    for path in [*files, folder / MANIFEST, *(path for path in folder.rglob("*") if path.is_dir()), folder]:
+        _sync(path)
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,203 @@
+"""The options that every training script shares, and what follows from the machine when they are left open."""
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from diffusers_ext.trainer.images import IMAGE_MODES, RESIZE_MODES
+from diffusers_ext.trainer.options import option
+from diffusers_ext.trainer.schedule import LR_SCHEDULERS, Budget, parse_duration
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """Options of a training run.
+
+    Raises:
+        ValueError: if options contradict one another or are out of range.
+    """
+
+    dataset_name: str = option(
+        "digits", "digits, a data set on the Hub, or a local folder of images or parquet", "data"
+    )
+    dataset_config_name: str | None = option(None, "configuration of a data set that has several")
+    dataset_split: str = option("train", "split to train on, such as train or train[:90%]")
+    image_column: str | None = option(None, "column of the images; by default the only one that holds images")
+    label_column: str | None = option(None, "column of the labels; by default the class labels, if there are any")
+    unconditional: bool = option(False, "leave the labels out")
+    resolution: tuple[int, ...] | None = option(
+        None, "side of the images in pixels, or height and width; by default their own"
+    )
+    resize_mode: Literal[("auto", *RESIZE_MODES)] = option(
+        "auto",
+        "how images get there: scaled to cover and cropped; centred on a border, never enlarged; each side scaled for "
+        "itself. auto: pad if they are of one size and fill at least 3/4 of each side, else crop",
+    )
+    pad_value: int = option(0, "value of the border and behind transparent pixels")
+    image_mode: Literal[tuple(IMAGE_MODES)] | None = option(None, "channels to read; by default all that there are")
+    random_flip: bool = option(False, "mirror every other image left to right, at random")
+    max_train_samples: int | None = option(None, "use only the first so many images")
+    max_bad_share: float = option(0.01, "share of the images that may fail to decode and be left out")
+    preprocessing_num_workers: int = option(1, "processes that decode the images, once")
+    dataloader_num_workers: int | None = option(
+        None, "processes that make batches; by default 0 on a CPU, else up to 4"
+    )
+    cache_dir: str | None = option(None, "where `datasets` keeps what it reads and decodes")
+
+    output_dir: str | None = option(None, "folder of the run; by default runs/NAME_OF_THE_DATA_SET", "run")
+    overwrite_output_dir: bool = option(False, "remove the run that output_dir holds and start over")
+    seed: int = option(0, "seed of the weights, the order, the noise and all else that is random")
+    max_train_steps: int | None = option(
+        None, "optimizer steps of the run; by default 2000, if no max_train_time is given"
+    )
+    max_train_time: str | None = option(
+        None, "end the run after so long: seconds, or 10m, 1h30m; includes saving and sampling"
+    )
+    train_batch_size: int = option(32, "images of one process in one forward pass")
+    gradient_accumulation_steps: int = option(1, "forward passes of one optimizer step")
+
+    learning_rate: float = option(1e-3, "peak learning rate", "optimizer")
+    lr_scheduler: Literal[LR_SCHEDULERS] = option(
+        "cosine", "decay after the warm-up, over the steps or the time that the run has left"
+    )
+    lr_warmup_steps: int = option(100, "optimizer steps of the linear warm-up")
+    lr_num_cycles: int = option(1, "cycles of cosine_with_restarts")
+    lr_power: float = option(1.0, "power of polynomial")
+    adam_beta1: float = option(0.9, "AdamW's beta_1")
+    adam_beta2: float = option(0.99, "AdamW's beta_2")
+    adam_weight_decay: float = option(0.0, "AdamW's weight decay")
+    adam_epsilon: float = option(1e-8, "AdamW's epsilon")
+    max_grad_norm: float = option(1.0, "norm to clip gradients at; 0 for no clipping")
+
+    use_ema: bool = option(
+        True, "average the weights; the average is what is sampled and saved", "average of the weights"
+    )
+    ema_std: float | None = option(
+        None, "width of a power-function average, relative to the run's length; 0.1 unless ema_decay is given"
+    )
+    ema_decay: float | None = option(None, "decay of an exponential average, instead of ema_std")
+    ema_warmup: bool = option(
+        False, "let the decay of an exponential average start low: min(decay, (1 + t) / (10 + t))"
+    )
+
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
+        None, "precision of the forward pass; by default bf16 where the hardware is fast at it", "speed"
+    )
+    channels_last: bool | None = option(None, "memory layout of the images; by default yes on CPUs and CUDA")
+    compile: bool = option(False, "compile the model with torch.compile")
+    gradient_checkpointing: bool = option(False, "save memory by computing activations twice")
+    num_threads: int | None = option(None, "CPU threads of a process; by default the cores are shared out")
+
+    checkpointing_steps: int = option(1000, "optimizer steps between checkpoints", "checkpoints")
+    checkpoints_total_limit: int | None = option(2, "keep only the last so many")
+    resume_from_checkpoint: str | None = option(None, "go on from a checkpoint: latest, or a path")
+
+    logging_steps: int = option(20, "optimizer steps between the lines of metrics.jsonl", "watching")
+    save_images_steps: int | None = option(None, "optimizer steps between sample grids while training")
+    report_to: str | None = option(None, "trackers of accelerate: tensorboard, wandb, trackio, or all")
+    tracker_project_name: str = option("diffusers_ext", "project that trackers file the run under")
+
+    push_to_hub: bool = option(False, "upload the finished pipeline and its card", "Hub")
+    hub_model_id: str | None = option(None, "repository to push to; by default the name of output_dir")
+    hub_token: str | None = option(None, "token to push with; by default the one that is logged in")
+    hub_private_repo: bool = option(False, "make the repository private")
+
+    DEFAULT_MAX_TRAIN_STEPS: ClassVar[int] = 2000
+    # What a run that goes on must share with the run that it goes on with.
+    FIXED_ON_RESUME: ClassVar[frozenset[str]] = frozenset(
+        "dataset_name dataset_config_name dataset_split image_column label_column unconditional resolution resize_mode "
+        "pad_value image_mode random_flip max_train_samples seed use_ema ema_std ema_decay ema_warmup".split()
+    )
+
+    def __post_init__(self):
+        for name in ("train_batch_size", "gradient_accumulation_steps", "checkpointing_steps", "logging_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("checkpoints_total_limit", "save_images_steps", "max_train_samples", "num_threads"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.resolution is not None and (len(self.resolution) > 2 or min(self.resolution) < 1):
+            raise ValueError(
+                f"resolution must be one side or height and width, got {' '.join(map(str, self.resolution))}"
+            )
+        if not 0 <= self.max_bad_share < 1:
+            raise ValueError(f"max_bad_share must be in [0, 1), got {self.max_bad_share:g}")
+        if self.learning_rate <= 0 or self.max_grad_norm < 0 or self.lr_warmup_steps < 0:
+            raise ValueError(
+                "learning_rate must be positive, max_grad_norm and lr_warmup_steps not negative, got "
+                f"{self.learning_rate:g}, {self.max_grad_norm:g} and {self.lr_warmup_steps}"
+            )
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, got {self.seed}")
+        if self.overwrite_output_dir and self.resume_from_checkpoint:
+            raise ValueError("overwrite_output_dir and resume_from_checkpoint contradict each other")
+        self._check_ema()
+        self.budget()
+
+    def _check_ema(self):
+        if self.ema_std is not None and self.ema_decay is not None:
+            raise ValueError("ema_std and ema_decay are two kinds of average: give one of them")
+        if self.ema_warmup and self.ema_decay is None:
+            raise ValueError("ema_warmup belongs to an exponential average: give ema_decay, or leave ema_warmup out")
+        if not self.use_ema and (self.ema_std is not None or self.ema_decay is not None):
+            raise ValueError("ema_std and ema_decay have no meaning without use_ema")
+
+    def budget(self) -> Budget:
+        """The end of the run."""
+        seconds = None if self.max_train_time is None else parse_duration(self.max_train_time)
+        has_end = self.max_train_steps is not None or seconds is not None
+        return Budget(self.max_train_steps if has_end else self.DEFAULT_MAX_TRAIN_STEPS, seconds)
+
+
+def resolve_for_machine(config: TrainerConfig) -> TrainerConfig:
+    """Settles what was left to the machine: precision, memory layout, workers; and the kind of average."""
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    changes = {}
+    if config.mixed_precision is None:
+        # `accelerate launch` says "no" whether or not it was asked to, so only another word of it counts.
+        launched_with = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        default = "bf16" if is_fast_at_bf16(device) else "no"
+        changes["mixed_precision"] = launched_with if launched_with in ("fp16", "bf16") else default
+    if config.channels_last is None:
+        changes["channels_last"] = device in ("cpu", "cuda")
+    if config.dataloader_num_workers is None:
+        changes["dataloader_num_workers"] = 0 if device == "cpu" else min(4, len(available_cores()))
+    if config.use_ema and config.ema_std is None and config.ema_decay is None:
+        changes["ema_std"] = 0.1
+    if config.max_train_steps is None and config.max_train_time is None:
+        changes["max_train_steps"] = config.DEFAULT_MAX_TRAIN_STEPS
+    if config.output_dir is None:
+        changes["output_dir"] = f"runs/{os.path.basename(os.path.abspath(config.dataset_name))}"
+    return dataclasses.replace(config, **changes)
+
+
+def is_fast_at_bf16(device: str) -> bool:
+    """Whether bf16 is computed by the hardware: AMX or AVX-512 BF16 on a CPU, Ampere and later on CUDA."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities() if device == "cpu" else {}
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
+def available_cores() -> list[int]:
+    """The cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def set_threads(num_threads: int | None, num_local_processes: int):
+    """Shares the cores out among the processes, unless a number is given.
+
+    `accelerate launch` sets OMP_NUM_THREADS=1 where the user has set nothing, which would leave all cores but one idle.
+    A number above 1 is the user's own and stays.
+    """
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_WORLD_SIZE" in os.environ
+    if num_threads is None and launched and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        physical = torch.cpu.get_capabilities().get("num_physical_cores") or len(available_cores())
+        num_threads = max(1, min(physical, len(available_cores())) // num_local_processes)
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)

@@ -1,0 +1,309 @@
+"""Images and labels of a data set: found, decoded and resized once, kept as bytes in a memory-mapped table.
+
+Training then makes a batch by copying rows, and a run that goes on from a checkpoint decodes nothing that it skips.
+"""
+
+import io
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from PIL import Image
+
+from diffusers_ext.trainer.images import common_mode, fit, image_mode, to_array
+
+
+PROBED_ROWS = 64
+_CACHE_VERSION = 1  # part of the cache's key: raise it whenever the stored pixels change
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A prepared data set.
+
+    Attributes:
+        pixels: Takes row numbers, gives `(rows, height, width, channels)`, uint8 or uint16.
+        labels: int64, shape `(rows,)`, or None.
+        id2label: Name of each label, or None.
+        name: What the user called the data set.
+        notes: One line for each decision that a user may want to know of.
+        resize_mode: How pictures of another size were brought to this one: "crop", "pad" or "stretch".
+    """
+
+    pixels: "PixelTable"
+    labels: np.ndarray | None
+    id2label: dict[int, str] | None
+    name: str
+    notes: tuple[str, ...] = ()
+    resize_mode: str = "crop"
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width)"""
+        return self.pixels.shape[:2]
+
+    @property
+    def channels(self) -> int:
+        return self.pixels.shape[2]
+
+    @property
+    def num_classes(self) -> int | None:
+        return None if self.id2label is None else len(self.id2label)
+
+
+class PixelTable:
+    """Rows of pixels of one shape, read where `datasets` keeps them: nothing is copied until a row is asked for.
+
+    Args:
+        table: A dataset with the binary column `pixels`, whose rows are all of the same length.
+        shape: (height, width, channels) of a row.
+        dtype: uint8 or uint16.
+        rows: Row numbers of the table that count, in order.
+    """
+
+    def __init__(self, table: datasets.Dataset, shape: tuple[int, int, int], dtype: np.dtype, rows: np.ndarray):
+        self.shape, self.dtype = shape, np.dtype(dtype)
+        self._table, self._rows, self._chunks = table, rows, None
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, indices: np.ndarray | list[int]) -> np.ndarray:
+        if self._chunks is None:
+            self._map()
+        pixels = np.empty((len(indices), *self.shape), self.dtype)
+        rows = self._rows[np.asarray(indices)]
+        chunks = np.searchsorted(self._ends, rows, side="right")
+        for out, row, chunk in zip(pixels, rows, chunks, strict=True):
+            out[...] = self._chunks[chunk][row - self._starts[chunk]]
+        return pixels
+
+    def _map(self):
+        count = int(np.prod(self.shape))
+        self._chunks = []
+        for chunk in self._table.data.column("pixels").chunks:
+            _, offsets, values = chunk.buffers()
+            start = np.frombuffer(offsets, np.int32)[chunk.offset] // self.dtype.itemsize
+            view = np.frombuffer(values, self.dtype, count=start + len(chunk) * count)[start:]
+            self._chunks.append(view.reshape(len(chunk), *self.shape))
+        self._ends = np.cumsum([len(chunk) for chunk in self._chunks])
+        self._starts = self._ends - [len(chunk) for chunk in self._chunks]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_chunks": None}  # a spawned worker maps the file itself
+
+
+def load_source(name: str, config_name: str | None = None, split: str = "train", **kwargs) -> datasets.Dataset:
+    """The rows of `digits`, of a data set on the Hub, or of a local folder that `datasets.load_dataset` reads."""
+    if name == "digits" and not Path(name).exists():
+        return load_digits(split)
+    return datasets.load_dataset(name, config_name, split=split, **kwargs)
+
+
+def load_digits(split: str = "train") -> datasets.Dataset:
+    """scikit-learn's 1797 handwritten digits, 8x8 grey: `train` is the first 1500, `test` the rest."""
+    from sklearn.datasets import load_digits
+
+    ends = {"train": (0, 1500), "test": (1500, 1797), "train+test": (0, 1797)}
+    if split not in ends:
+        raise ValueError(f"the split of digits must be one of {', '.join(ends)}, got {split!r}")
+    start, end = ends[split]
+    digits = load_digits()
+    pixels = np.rint(digits.images[start:end] * (255 / 16)).astype(np.uint8)
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(digit) for digit in range(10)])}
+    rows = {"image": [Image.fromarray(picture) for picture in pixels], "label": digits.target[start:end]}
+    return datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+
+
+def find_image_column(source: datasets.Dataset, name: str | None = None) -> str:
+    """The column that holds the images.
+
+    Raises:
+        ValueError: if there is none, if there are several and none is named, or if the named one holds no images.
+    """
+    found = [column for column, feature in source.features.items() if _holds_images(feature)]
+    columns = ", ".join(f"{column} ({_describe(feature)})" for column, feature in source.features.items())
+    if name is not None and name not in found:
+        reason = "holds no images" if name in source.features else "is not in the data set"
+        raise ValueError(f"image_column {name!r} {reason}; its columns are: {columns}")
+    if not found:
+        raise ValueError(f"the data set has no column of images; its columns are: {columns}")
+    if name is None and len(found) > 1:
+        raise ValueError(f"several columns hold images ({', '.join(found)}): name one with --image_column")
+    return name or found[0]
+
+
+def read_labels(source: datasets.Dataset, name: str | None = None) -> tuple[np.ndarray, dict[int, str]] | None:
+    """The labels, int64 in 0..n-1, and the name of each; None if the data set has no labels.
+
+    Without a name, the labels are the only column of class labels, or else a column called `label`.
+
+    Raises:
+        ValueError: if the column is not there, or holds neither integers from 0 on nor names; or if several columns
+            could be meant.
+    """
+    if name is None:
+        found = [column for column, feature in source.features.items() if isinstance(feature, datasets.ClassLabel)]
+        if len(found) > 1:
+            raise ValueError(f"several columns hold labels ({', '.join(found)}): name one with --label_column")
+        name = found[0] if found else "label" if "label" in source.features else None
+    if name is None:
+        return None
+    if name not in source.features:
+        raise ValueError(f"label_column {name!r} is not in the data set; its columns are {', '.join(source.features)}")
+
+    feature = source.features[name]
+    if not isinstance(feature, datasets.ClassLabel | datasets.Value):
+        raise ValueError(f"label_column {name!r} must hold integers or names, got {_describe(feature)}")
+    values = source.with_format("arrow")[name]
+    values = values[:] if not hasattr(values, "to_pylist") else values
+    if values.null_count:
+        raise ValueError(f"label_column {name!r} must hold a label in every row, got {values.null_count} empty ones")
+    values = np.asarray(values.to_pylist())
+    if values.dtype.kind in "US":
+        names, labels = np.unique(values, return_inverse=True)
+        return labels.astype(np.int64), {label: str(text) for label, text in enumerate(names)}
+    if values.dtype.kind not in "iu":
+        raise ValueError(f"label_column {name!r} must hold integers or names, got {_describe(feature)}")
+    labels = values.astype(np.int64)
+    if labels.min() < 0:
+        raise ValueError(
+            f"label_column {name!r} must hold integers from 0 on, got {labels.min()} (rows without label?)"
+        )
+    names = feature.names if isinstance(feature, datasets.ClassLabel) else range(labels.max() + 1)
+    return labels, {label: str(text) for label, text in enumerate(names)}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How every picture is brought to one shape: (height, width), PIL mode or number of bands, and the way there."""
+
+    size: tuple[int, int]
+    mode: str | None
+    channels: int
+    dtype: str
+    resize_mode: str
+    pad_value: int
+
+
+def decode(
+    source: datasets.Dataset, column: str, how: Fit, *, max_bad_share: float = 0.01, num_proc: int | None = None
+):
+    """Decodes and fits every row once, with a bar; `datasets` keeps the result where it keeps the data set.
+
+    A row that cannot be decoded is named on stderr and left out.
+
+    Args:
+        max_bad_share: Share of the rows that may fail.
+
+    Returns:
+        The pixels (`PixelTable`), the numbers of the rows that they come from, and the number of rows that fail.
+
+    Raises:
+        ValueError: if more than `max_bad_share` of the rows fail, or all of them.
+    """
+    bytes_per_row = int(np.prod(how.size)) * how.channels * np.dtype(how.dtype).itemsize
+    rows_per_chunk = int(np.clip(2**26 // bytes_per_row, 1, 1000))
+    table = _undecoded(source.select_columns([column]), column).map(
+        _decode_rows,
+        batched=True,
+        batch_size=rows_per_chunk,
+        writer_batch_size=rows_per_chunk,
+        remove_columns=[column],
+        features=datasets.Features({"pixels": datasets.Value("binary"), "fault": datasets.Value("string")}),
+        fn_kwargs={"column": column, "how": how, "version": _CACHE_VERSION},
+        num_proc=num_proc if num_proc and num_proc > 1 else None,
+        desc="decoding images",
+    )
+    faults = table.data.column("fault").to_pylist()
+    bad = [row for row, fault in enumerate(faults) if fault]
+    for row in bad[:10]:
+        print(f"image of row {row} left out: {faults[row]}", file=sys.stderr)
+    if len(bad) > max_bad_share * len(table):
+        raise ValueError(
+            f"{len(bad)} of {len(table)} images cannot be decoded, the first in row {bad[0]} ({faults[bad[0]]}); "
+            f"at most a share of {max_bad_share:g} may fail (--max_bad_share)"
+        )
+    good = np.flatnonzero([not fault for fault in faults])
+    return PixelTable(table, (*how.size, how.channels), np.dtype(how.dtype), good), good, len(bad)
+
+
+def probe(source: datasets.Dataset, column: str) -> tuple[list[tuple[int, int]], set[str], np.ndarray]:
+    """Sizes (height, width) and modes of the first rows that can be decoded, and the first of them as an array.
+
+    Columns of arrays have no PIL mode: the set is empty.
+    """
+    rows = _undecoded(source.select_columns([column]).select(range(min(len(source), PROBED_ROWS))), column)
+    dtype = "uint8" if getattr(source.features[column], "dtype", None) == "uint8" else "uint16"
+    sizes, modes, first, fault = [], set(), None, "the data set is empty"
+    for row in rows:
+        try:
+            picture = _read(row[column], dtype)
+        except Exception as error:
+            fault = error
+            continue
+        if isinstance(picture, Image.Image):
+            modes.add(image_mode(picture))
+            sizes.append(picture.size[::-1])
+        else:
+            sizes.append(picture.shape[:2])
+        first = picture if first is None else first
+    if first is None:
+        raise ValueError(f"none of the first {len(rows)} images can be decoded; the last one: {fault}")
+    mode = common_mode(modes) if modes else None
+    return sizes, modes, to_array(first, mode) if mode else first
+
+
+def _undecoded(rows: datasets.Dataset, column: str) -> datasets.Dataset:
+    if isinstance(rows.features[column], datasets.Image):
+        return rows.cast_column(column, datasets.Image(decode=False))
+    return rows
+
+
+def _decode_rows(rows: dict[str, list], column: str, how: Fit, version: int) -> dict[str, list]:
+    pixels, faults = [], []
+    blank = np.zeros((*how.size, how.channels), how.dtype)
+    for value in rows[column]:
+        try:
+            picture = _read(value, how.dtype)
+            if isinstance(picture, Image.Image):
+                picture = to_array(picture, how.mode, how.pad_value)
+            if picture.shape[2] != how.channels:
+                raise ValueError(f"{picture.shape[2]} channels where the first row has {how.channels}")
+            pixels.append(fit(picture, how.size, how.resize_mode, how.pad_value).tobytes())
+            faults.append("")
+        except Exception as error:  # a decoder raises what it likes on a damaged file
+            pixels.append(blank.tobytes())  # keeps all rows of one length
+            faults.append(f"{type(error).__name__}: {error}")
+    return {"pixels": pixels, "fault": faults}
+
+
+def _read(value: Any, dtype: str) -> Image.Image | np.ndarray:
+    """A decoded picture from a cell of an image column, or an array (height, width, channels) from one of arrays."""
+    if value is None:
+        raise ValueError("the cell is empty")
+    if not isinstance(value, dict):
+        array, limit = np.asarray(value), np.iinfo(dtype).max
+        if array.min() < 0 or array.max() > limit:
+            raise ValueError(f"values must be in [0, {limit}], got [{array.min()}, {array.max()}]")
+        array = array.astype(dtype)
+        return array if array.ndim == 3 else array[..., None]
+    picture = Image.open(io.BytesIO(value["bytes"]) if value["bytes"] is not None else value["path"])
+    picture.load()
+    return picture
+
+
+def _holds_images(feature: Any) -> bool:
+    integers = ("uint8", "uint16", "int32", "int64")
+    arrays = datasets.Array2D | datasets.Array3D
+    return isinstance(feature, datasets.Image) or (isinstance(feature, arrays) and feature.dtype in integers)
+
+
+def _describe(feature: Any) -> str:
+    return feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__

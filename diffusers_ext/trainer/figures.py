@@ -1,0 +1,84 @@
+"""Pictures of a run: a grid of samples, the denoising of one of them, the curve of the loss."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+
+_MARGIN, _TEXT_SIZE, _MIN_SIDE = 2, 14, 48
+
+
+def labelled_grid(rows: Sequence[Tensor], names: Sequence[str] | None = None, heads: Sequence[str] | None = None):
+    """A PIL image of rows of pictures, each row with its name on the left and each column with its head above.
+
+    Small pictures are enlarged by a whole number, pixel by pixel.
+
+    Args:
+        rows: Tensors of shape `(columns, channels, height, width)`, float in [0, 1]. Of other than 1, 3 or 4 channels the
+            first is shown.
+        names: One for each row.
+        heads: One for each column.
+    """
+    pictures = [[_to_pil(picture) for picture in row] for row in rows]
+    width, height = pictures[0][0].size
+    zoom = max(1, -(-_MIN_SIDE // min(width, height)))
+    width, height = width * zoom, height * zoom
+    font = ImageFont.load_default(_TEXT_SIZE)
+    left = 0 if names is None else int(max(font.getlength(name) for name in names)) + 3 * _MARGIN
+    top = 0 if heads is None else _TEXT_SIZE + 3 * _MARGIN
+    columns = max(map(len, pictures))
+    if heads is not None:
+        width_of_heads = int(max(font.getlength(head) for head in heads)) + _MARGIN
+    step = (max(width, width_of_heads if heads is not None else 0) + _MARGIN, height + _MARGIN)
+    mode = "RGBA" if pictures[0][0].mode == "RGBA" else "RGB"
+    grid = Image.new(mode, (left + columns * step[0] + _MARGIN, top + len(rows) * step[1] + _MARGIN), "white")
+    draw = ImageDraw.Draw(grid)
+    for column, head in enumerate(heads or []):
+        draw.text((left + column * step[0] + step[0] // 2, _MARGIN), head, fill="black", font=font, anchor="ma")
+    for row, line in enumerate(pictures):
+        y = top + row * step[1] + _MARGIN
+        if names is not None:
+            draw.text((left - 2 * _MARGIN, y + height // 2), names[row], fill="black", font=font, anchor="rm")
+        for column, picture in enumerate(line):
+            x = left + column * step[0] + (step[0] - width) // 2
+            grid.paste(picture.resize((width, height), Image.Resampling.NEAREST), (x, y))
+    return grid
+
+
+def _to_pil(picture: Tensor) -> Image.Image:
+    array = picture.detach().float().clamp(0, 1).mul(255).round().to("cpu", torch.uint8).permute(1, 2, 0).numpy()
+    return Image.fromarray(array if array.shape[2] in (3, 4) else np.ascontiguousarray(array[..., 0]))
+
+
+def draw_loss(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """The loss over optimizer steps, as logged and smoothed, with the learning rate below it."""
+    from matplotlib.figure import Figure  # not pyplot: no global state, no display
+
+    steps = np.array([record["step"] for record in records])
+    losses = np.array([record["loss"] for record in records])
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    above.plot(steps, losses, color="C0", alpha=0.35, label="mean between two lines of the log")
+    above.plot(steps, _smoothed(losses), color="C0", label="smoothed")
+    if (losses > 0).all():
+        above.set_yscale("log")
+    above.set_ylabel("loss")
+    above.legend(frameon=False)
+    below.plot(steps, [record["learning_rate"] for record in records], color="C1")
+    below.set_ylabel("learning rate")
+    below.set_xlabel("optimizer step")
+    figure.savefig(path, dpi=120)
+
+
+def _smoothed(values: np.ndarray) -> np.ndarray:
+    """Means over a centred window of a twentieth of the curve, shorter at its ends."""
+    half = max(1, len(values) // 40)
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    places = np.arange(len(values))
+    low, high = np.maximum(places - half, 0), np.minimum(places + half + 1, len(values))
+    return (sums[high] - sums[low]) / (high - low)

@@ -1,0 +1,110 @@
+"""A data set, as named by the user, made ready for training. Whatever is decided on the way is said in a line."""
+
+from collections import Counter
+
+import numpy as np
+
+from diffusers_ext.trainer.data import Fit, ImageData, decode, find_image_column, load_source, probe, read_labels
+from diffusers_ext.trainer.images import IMAGE_MODES
+
+
+# Pictures of one size get a border, rather than being enlarged, if that leaves them at least this share of a side.
+PAD_FROM = 0.75
+
+
+def prepare_images(
+    name: str,
+    *,
+    config_name: str | None = None,
+    split: str = "train",
+    image_column: str | None = None,
+    label_column: str | None = None,
+    with_labels: bool = True,
+    resolution: tuple[int, ...] | None = None,
+    multiple_of: int = 1,
+    resize_mode: str = "auto",
+    pad_value: int = 0,
+    mode: str | None = None,
+    max_samples: int | None = None,
+    max_bad_share: float = 0.01,
+    num_proc: int | None = None,
+    cache_dir: str | None = None,
+) -> ImageData:
+    """Loads, decodes and fits the images of a data set, and reads their labels.
+
+    Args:
+        name: `digits`, a data set on the Hub, or a local folder that `datasets.load_dataset` reads.
+        image_column, label_column: None to find them; see `find_image_column` and `read_labels`.
+        resolution: `(side,)` or `(height, width)`. None for the images' own size, which must then be one size, with a
+            border up to the next multiple of `multiple_of`.
+        resize_mode: "crop", "pad" or "stretch" (see `fit`); "auto" pads images of one size that fill at least three
+            quarters of each side, and crops others.
+        pad_value: Value of the border and behind transparent pixels, in the images' own range.
+        mode: PIL mode to read images in, L, LA, RGB or RGBA; None for the narrowest that loses nothing.
+        max_bad_share: Share of the images that may fail to decode.
+
+    Raises:
+        ValueError: if the data set has no images, if its labels are neither integers nor names, or if it must be said
+            which column or size is meant.
+    """
+    source = load_source(name, config_name, split, cache_dir=cache_dir)
+    if max_samples is not None:
+        source = source.select(range(min(max_samples, len(source))))
+    column = find_image_column(source, image_column)
+    labels = read_labels(source, label_column) if with_labels else None
+    sizes, modes, first = probe(source, column)
+    notes = []
+
+    if mode is not None and not modes:
+        raise ValueError(f"image_mode {mode} needs pictures, column {column!r} holds arrays")
+    if modes:
+        common = "I;16" if first.dtype == np.uint16 else next(m for m, n in IMAGE_MODES.items() if n == first.shape[2])
+        mode = mode or common
+        if mode != common:
+            notes.append(f"images are read as {mode}; the narrowest mode that loses nothing is {common}")
+    channels = IMAGE_MODES.get(mode, 1) if mode else first.shape[2]
+    size, resize_mode, note = _decide_fit(sizes, resolution, multiple_of, resize_mode, pad_value)
+    notes += [note] if note else []
+
+    dtype = "uint8" if mode != "I;16" and first.dtype == np.uint8 else "uint16"
+    how = Fit(size, mode, channels, dtype, resize_mode, pad_value)
+    pixels, rows, bad = decode(source, column, how, max_bad_share=max_bad_share, num_proc=num_proc)
+    if bad:
+        notes.append(f"{bad} of {len(rows) + bad} images could not be decoded and are left out")
+    if labels is None:
+        return ImageData(pixels, None, None, name, tuple(notes), resize_mode)
+    return ImageData(pixels, labels[0][rows], labels[1], name, tuple(notes), resize_mode)
+
+
+def _decide_fit(
+    sizes: list[tuple[int, int]],
+    resolution: tuple[int, ...] | None,
+    multiple_of: int,
+    resize_mode: str,
+    pad_value: int,
+) -> tuple[tuple[int, int], str, str | None]:
+    counts = Counter(sizes)
+    own, one_size = sizes[0], len(counts) == 1
+    if resolution is None:
+        if not one_size:
+            some = ", ".join(_text(size) for size in list(counts)[:4])
+            raise ValueError(f"the images are of several sizes ({some}, ...): give --resolution, one side or H W")
+        resolution = tuple(-(-side // multiple_of) * multiple_of for side in own)
+        resize_mode = "pad" if resize_mode == "auto" else resize_mode
+    size = (resolution[0], resolution[-1])
+    if resize_mode == "auto":
+        fills = all(PAD_FROM * target <= side <= target for side, target in zip(own, size, strict=True))
+        resize_mode = "pad" if one_size and fills else "crop"
+    if one_size and own == size:
+        return size, resize_mode, None
+    seen = f"{_text(own)} images" if one_size else f"images of several sizes ({_text(own)}, ...)"
+    done = {
+        "pad": f"centred on {_text(size)} with a border of {pad_value}",
+        "crop": f"scaled to cover {_text(size)} and cropped to it",
+        "stretch": f"stretched to {_text(size)}",
+    }
+    return size, resize_mode, f"{seen} are {done[resize_mode]} (--resize_mode {resize_mode})"
+
+
+def _text(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"

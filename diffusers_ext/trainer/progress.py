@@ -1,0 +1,75 @@
+"""The progress bar of a run, and where its time went."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tqdm.auto import tqdm
+
+from diffusers_ext.trainer.schedule import Budget
+
+
+class ProgressBar:
+    """A bar over the whole run that shows step, loss, images a second and the time left.
+
+    Args:
+        budget: The run's end, in steps or in time.
+        images_per_step: Over all processes.
+        steps, seconds: What is behind a run that goes on.
+    """
+
+    def __init__(
+        self, budget: Budget, images_per_step: int, *, steps: int = 0, seconds: float = 0.0, enabled: bool = True
+    ):
+        self._budget, self._images_per_step = budget, images_per_step
+        self._last = (steps, seconds)
+        self._bar = tqdm(
+            total=1.0,
+            initial=budget.progress(steps, seconds),
+            bar_format="{percentage:3.0f}%|{bar:24}|{postfix}",
+            disable=not enabled,
+        )
+
+    def advance(self, steps: int, seconds: float):
+        self._bar.update(self._budget.progress(steps, seconds) - self._bar.n)
+
+    def report(self, steps: int, seconds: float, loss: float) -> float:
+        """Shows the loss, and the speed since the last report, which it returns in images a second."""
+        last_steps, last_seconds = self._last
+        speed = (steps - last_steps) / max(seconds - last_seconds, 1e-9)
+        self._last = (steps, seconds)
+        left = min((self._budget.max_steps - steps) / speed, self._budget.max_seconds - seconds) if speed else 0
+        end = "" if self._budget.max_steps == float("inf") else f"/{self._budget.max_steps}"
+        self._bar.set_postfix_str(
+            f"step {steps}{end}, loss {loss:.4f}, {speed * self._images_per_step:.0f} images/s, "
+            f"{tqdm.format_interval(max(0, left))} left"
+        )
+        return speed * self._images_per_step
+
+    def write(self, line: str):
+        """Prints a line above the bar."""
+        tqdm.write(line)
+
+    def close(self):
+        self._bar.close()
+
+
+class TimeShares:
+    """Seconds spent on named activities, as the host sees them."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def of(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def summary(self, total: float) -> str:
+        """Each activity's share of a total, and the rest, which is the model's."""
+        shares = {name: seconds / max(total, 1e-9) for name, seconds in self.seconds.items()}
+        parts = [f"{share:.1%} {name}" for name, share in shares.items()]
+        return ", ".join([f"{1 - sum(shares.values()):.1%} in the model", *parts])

@@ -1,0 +1,129 @@
+"""The frame of a run: devices, the claim on its folder, and what it leaves behind."""
+
+import math
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
+
+from diffusers_ext import hub
+from diffusers_ext.trainer.config import TrainerConfig, resolve_for_machine, set_threads
+from diffusers_ext.trainer.data import ImageData
+from diffusers_ext.trainer.figures import draw_loss
+from diffusers_ext.trainer.options import to_command, to_yaml
+from diffusers_ext.trainer.run_folder import (
+    CONFIG_FILE,
+    METRICS_FILE,
+    check_output_dir,
+    clear_output_dir,
+    read_metrics,
+)
+
+
+def make_accelerator(config: TrainerConfig) -> Accelerator:
+    """accelerate's engine for this machine, with as many CPU threads as there are cores to share."""
+    config = resolve_for_machine(config)
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        log_with=config.report_to,
+        project_dir=config.output_dir,
+    )
+    set_threads(config.num_threads, accelerator.num_processes)
+    return accelerator
+
+
+@contextmanager
+def open_run(config: TrainerConfig, accelerator: Accelerator) -> Iterator[Callable[[TrainerConfig], None]]:
+    """Checks that the run may write where it is told to, before anything long begins.
+
+    Yields a function that claims the folder for the config as resolved; until it is called, nothing is written.
+    """
+    check_output_dir(config)
+    if config.push_to_hub and accelerator.is_main_process:
+        hub.prepare_repo(hub_model_id(config), token=config.hub_token, private=config.hub_private_repo or None)
+
+    def open_folder(config: TrainerConfig):
+        path = Path(config.output_dir)
+        accelerator.wait_for_everyone()  # all have checked
+        if accelerator.is_main_process:
+            if config.overwrite_output_dir:
+                clear_output_dir(path)
+            path.mkdir(parents=True, exist_ok=True)
+            (path / CONFIG_FILE).write_text(to_yaml(config))
+        if config.report_to:
+            accelerator.init_trackers(config.tracker_project_name, config={"options": to_yaml(config)})
+        accelerator.wait_for_everyone()
+
+    yield open_folder
+    accelerator.end_training()
+
+
+def hub_model_id(config: TrainerConfig) -> str:
+    return config.hub_model_id or Path(config.output_dir).resolve().name
+
+
+def describe_data(config: TrainerConfig, data: ImageData) -> str:
+    """The data in a line."""
+    channels = {1: "grey", 3: "RGB"}.get(data.channels, f"{data.channels}-channel")
+    labels = "no labels" if data.id2label is None else f"{data.num_classes} labels"
+    height, width = data.size
+    return f"{data.name}, split {config.dataset_split}: {len(data)} images, {height}x{width} {channels}, {labels}"
+
+
+def save_whole(pipe: DiffusionPipeline, output_dir: Path) -> None:
+    """Saves a pipeline so that a folder that has its `model_index.json` has all of it."""
+    with tempfile.TemporaryDirectory(dir=output_dir, prefix=".pipeline-") as partial:
+        pipe.save_pretrained(partial)
+        # The index last: without it the folder is no pipeline.
+        for path in sorted(Path(partial).iterdir(), key=lambda path: path.name == "model_index.json"):
+            target = output_dir / path.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            path.replace(target)
+
+
+def finish_run(trainer, script: str, data: str) -> None:
+    """Draws the loss, writes the card, pushes if asked to, and says where everything is."""
+    config, output_dir, state = trainer.config, trainer.output_dir, trainer.state
+    draw_loss(read_metrics(output_dir / METRICS_FILE), output_dir / "loss.png")
+    hub.write_card(
+        output_dir,
+        data=data,
+        training=hub.TrainingRun(
+            command=to_command(config, script),
+            commit=hub.source_commit(),
+            seed=config.seed,
+            num_steps=state.step,
+            seconds=state.seconds,
+            hardware=hub.describe_machine(),
+        ),
+        sample_grid=output_dir / "samples.png",
+        repo_id=hub_model_id(config) if config.push_to_hub else None,
+    )
+    lines = [
+        "",
+        f"trained for {state.step} steps, {state.position} images, {_duration(state.seconds)}; in {output_dir}:",
+        "  samples.png      samples" + ("" if trainer.data.id2label is None else ", a row for each label"),
+        "  denoising.png    x_t and the predicted x_0 on the way",
+        "  loss.png         the loss curve; its numbers are in metrics.jsonl",
+        "  README.md        the model card; the options are in train_config.yaml",
+    ]
+    if config.push_to_hub:
+        url = hub.push_folder(
+            output_dir, hub_model_id(config), token=config.hub_token, private=config.hub_private_repo or None
+        )
+        lines.append(f"  pushed to        {url}")
+    print("\n".join([*lines, "", hub.loading_lines(output_dir)]), file=sys.stdout, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(math.floor(seconds), 60)
+    return f"{minutes} min {rest} s"

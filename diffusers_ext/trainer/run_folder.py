@@ -1,0 +1,103 @@
+"""The folder of a run: what it may hold, who may write to it, and its log of metrics."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from diffusers_ext.trainer.checkpoints import list_checkpoints
+from diffusers_ext.trainer.config import TrainerConfig
+from diffusers_ext.trainer.options import to_yaml
+
+
+CONFIG_FILE, METRICS_FILE = "train_config.yaml", "metrics.jsonl"
+_OF_A_RUN = (CONFIG_FILE, METRICS_FILE, "model_index.json")
+
+
+def check_output_dir(config: TrainerConfig) -> None:
+    """Refuses a folder that holds another run.
+
+    Raises:
+        ValueError: if `output_dir` holds a run and the config says neither to go on with it nor to overwrite it, or
+            if it is a file.
+    """
+    path = Path(config.output_dir)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"output_dir must be a folder, {path} is a file")
+    checkpoints = list_checkpoints(path)
+    holds_run = checkpoints or any((path / name).exists() for name in _OF_A_RUN)
+    if holds_run and not (config.resume_from_checkpoint or config.overwrite_output_dir):
+        newest = f", checkpoints up to {checkpoints[-1].name}" if checkpoints else ", no checkpoints"
+        raise ValueError(
+            f"output_dir {path} holds another run{newest}. Go on with it by --resume_from_checkpoint latest, start over "
+            "with --overwrite_output_dir, or choose another --output_dir"
+        )
+
+
+def clear_output_dir(path: Path) -> None:
+    """Removes what a run has written, and nothing else."""
+    if (path / "model_index.json").exists():
+        for name in json.loads((path / "model_index.json").read_text()):
+            shutil.rmtree(path / name, ignore_errors=True)
+    for checkpoint in [*path.glob("checkpoint-*"), *path.glob(".checkpoint-*")]:
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    shutil.rmtree(path / "samples", ignore_errors=True)
+    for name in (*_OF_A_RUN, "samples.png", "denoising.png", "loss.png", "README.md"):
+        (path / name).unlink(missing_ok=True)
+
+
+def check_same_run(config: TrainerConfig, checkpoint: Path) -> list[str]:
+    """Compares the options with those of the run that a checkpoint is from.
+
+    Returns: a line for each option that has changed and may change.
+
+    Raises:
+        ValueError: if an option differs that would make it another run.
+    """
+    before = yaml.safe_load((checkpoint / CONFIG_FILE).read_text())
+    now = yaml.safe_load(to_yaml(config))
+    free = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint"}
+    changed = [name for name in now if name not in free and before.get(name) != now[name]]
+    for name in changed:
+        if name in config.FIXED_ON_RESUME:
+            raise ValueError(
+                f"{checkpoint} is of a run with {name} {before.get(name)}, got {now[name]}: give the same {name}, or "
+                "start a new run in another --output_dir"
+            )
+    return [f"{name} is now {now[name]}, was {before.get(name)}" for name in changed]
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one JSON object a line, flushed at once, so that a run that is killed loses none.
+
+    Args:
+        path: The file; what it holds is kept up to `step`.
+        step: The step that the run goes on from.
+    """
+
+    def __init__(self, path: Path, step: int = 0):
+        kept = [record for record in read_metrics(path) if record["step"] <= step] if step else []
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        partial.replace(path)
+        self._file = path.open("a")
+
+    def write(self, record: dict[str, Any]):
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self):
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a `metrics.jsonl`; a last line that was cut off is left out."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records

@@ -1,0 +1,96 @@
+"""How far a run is, in optimizer steps or in time, and the learning rate that follows from it."""
+
+import math
+import re
+
+import torch
+from diffusers.optimization import get_scheduler
+
+
+LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+
+
+def parse_duration(text: str) -> float:
+    """Seconds in a duration such as `600`, `90s`, `10m` or `1h30m`."""
+    text = text.strip()
+    if re.fullmatch(r"\d+(\.\d+)?", text):
+        return float(text)
+    match = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?", text)
+    if not text or match is None:
+        raise ValueError(f"a duration must look like 600 (seconds), 10m or 1h30m, got {text!r}")
+    return sum(float(part or 0) * unit for part, unit in zip(match.groups(), (3600, 60, 1), strict=True))
+
+
+class Budget:
+    """The end of a run: a number of optimizer steps, a number of seconds, or whichever comes first.
+
+    Raises:
+        ValueError: if neither is given, or if one is not positive.
+    """
+
+    def __init__(self, max_steps: int | None = None, max_seconds: float | None = None):
+        if max_steps is None and max_seconds is None:
+            raise ValueError("a run needs an end: give max_train_steps, max_train_time or both")
+        for name, value in {"max_train_steps": max_steps, "max_train_time": max_seconds}.items():
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be positive, got {value:g}")
+        self.max_steps = math.inf if max_steps is None else max_steps
+        self.max_seconds = math.inf if max_seconds is None else max_seconds
+
+    def progress(self, steps: int, seconds: float, start_steps: int = 0, start_seconds: float = 0.0) -> float:
+        """The share in [0, 1] of the way from a start to the end that is behind a run of so many steps and seconds."""
+        by_steps = _share(steps, start_steps, self.max_steps)
+        return min(1.0, max(by_steps, _share(seconds, start_seconds, self.max_seconds)))
+
+    def is_over(self, steps: int, seconds: float) -> bool:
+        return steps >= self.max_steps or seconds >= self.max_seconds
+
+
+def _share(now: float, start: float, end: float) -> float:
+    if math.isinf(end):
+        return 0.0
+    return (now - start) / (end - start) if end > start else 1.0
+
+
+class LearningRate:
+    """The learning rate of each optimizer step: a linear warm-up, then a decay over what is left of the budget.
+
+    Counted in optimizer steps, whatever the gradient accumulation and the number of processes. Where the run ends by
+    time, the decay follows the time used, so that it is complete when the time is.
+
+    Args:
+        name: One of `LR_SCHEDULERS`, with diffusers' curves.
+        peak: Learning rate after the warm-up.
+        warmup_steps: Optimizer steps of the warm-up; step k (from 0) has (k + 1) / warmup_steps of the peak.
+        num_cycles, power: Of "cosine_with_restarts" and "polynomial".
+    """
+
+    def __init__(
+        self,
+        name: str,
+        peak: float,
+        budget: Budget,
+        *,
+        warmup_steps: int = 0,
+        num_cycles: int = 1,
+        power: float = 1.0,
+    ):
+        if name not in LR_SCHEDULERS:
+            raise ValueError(f"lr_scheduler must be one of {', '.join(LR_SCHEDULERS)}, got {name!r}")
+        self.peak, self.budget, self.warmup_steps = peak, budget, warmup_steps
+        # With one step in all, diffusers' multiplier is a function of the progress in [0, 1].
+        stand_in = torch.optim.SGD([torch.zeros(1)], lr=peak)
+        curve = get_scheduler(
+            name, stand_in, num_warmup_steps=0, num_training_steps=1, num_cycles=num_cycles, power=power
+        )
+        self._multiplier = curve.lr_lambdas[0]
+
+    def at(self, step: int, seconds: float, warmup_end_seconds: float = 0.0) -> float:
+        """The learning rate of optimizer step `step` (from 0), which begins after so many seconds.
+
+        Args:
+            warmup_end_seconds: When the warm-up ended; it does not matter before that.
+        """
+        if step < self.warmup_steps:
+            return self.peak * (step + 1) / self.warmup_steps
+        return self.peak * self._multiplier(self.budget.progress(step, seconds, self.warmup_steps, warmup_end_seconds))
