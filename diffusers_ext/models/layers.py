@@ -34,8 +34,8 @@ class _GroupNorm(torch.autograd.Function):
     def forward(ctx, x, scale, shift, groups, eps):
         batch, channels, height, width = x.shape
         shared = len(scale) == 1
-        ones = torch.ones(channels)  # float32, so that the statistics are
-        weight, bias = (scale[0].float(), shift[0].float()) if shared else (ones, torch.zeros(channels))
+        ones = torch.ones(channels, dtype=torch.promote_types(x.dtype, torch.float32))  # and so are the statistics
+        weight, bias = (scale[0].to(ones), shift[0].to(ones)) if shared else (ones, torch.zeros_like(ones))
         y, mean, rstd = torch.native_group_norm(x, weight, bias, batch, channels, height * width, groups, eps)
         ctx.save_for_backward(x, mean, rstd, scale)
         return y if shared else _affine(y, scale, shift)
@@ -47,14 +47,14 @@ class _GroupNorm(torch.autograd.Function):
         batch, channels, height, width = x.shape
         groups = rstd.shape[1]
         grad = grad.contiguous(memory_format=torch.channels_last)
-        mean, rstd = mean.float().unsqueeze(-1), rstd.float().unsqueeze(-1)  # (batch, groups, 1)
+        mean, rstd = mean.unsqueeze(-1), rstd.unsqueeze(-1)  # (batch, groups, 1)
 
         # y = scale * (x - mean) * rstd + shift, so the gradients of scale and shift are sums over positions; by group:
-        grad_shift = _sum_over_positions(grad).view(batch, groups, -1)
-        grad_scale = rstd * (_sum_over_positions(grad * x).view(batch, groups, -1) - mean * grad_shift)
+        grad_shift = _sum_over_positions(grad).to(mean).view(batch, groups, -1)
+        grad_scale = rstd * (_sum_over_positions(grad * x).to(mean).view(batch, groups, -1) - mean * grad_shift)
 
         # The gradient of x is that of the normalised x less its projections on the two statistics, times rstd.
-        wide = scale.float().expand(batch, channels).view(batch, groups, -1)
+        wide = scale.to(mean).expand(batch, channels).view(batch, groups, -1)
         count = height * width * channels // groups
         along_mean = (wide * grad_shift).sum(-1, keepdim=True) / count
         along_std = (wide * grad_scale).sum(-1, keepdim=True) / count
@@ -73,7 +73,7 @@ class _GroupNorm(torch.autograd.Function):
 
 
 def _sum_over_positions(x: Tensor) -> Tensor:
-    return x.permute(0, 2, 3, 1).flatten(1, 2).sum(1).float()
+    return x.permute(0, 2, 3, 1).flatten(1, 2).sum(1)
 
 
 def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
