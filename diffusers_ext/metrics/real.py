@@ -22,28 +22,33 @@ from diffusers_ext.trainer.prepare import prepare_images
 
 HELD_OUT_SPLITS = ("validation", "test", "valid", "val")
 
+# PIL's mode of images of 1, 2, 3 and 4 channels.
+CHANNEL_MODES = ("L", "LA", "RGB", "RGBA")
+
 # What a folder of a trained feature classifier tells about its training.
 FEATURES_FILE = "features.json"
 
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Options that name a data set and prepare its images."""
+    """Options that name a data set and prepare its images, called as in training. None leaves one open."""
 
     dataset_name: str | None = option(None, "digits, a data set on the Hub, or a local folder", "data")
     dataset_config_name: str | None = option(None, "configuration of a data set that has several")
-    dataset_split: str = option("train", "split that the model was trained on")
+    dataset_split: str | None = option(None, "split that the model was trained on; train if left open")
     held_out_split: str | None = option(
         None, f"split of images not trained on; by default the first there is of {', '.join(HELD_OUT_SPLITS)}"
     )
     image_column: str | None = option(None, "column of the images; by default the only one that holds images")
     label_column: str | None = option(None, "column of the labels; by default the class labels, if there are any")
     resolution: tuple[int, ...] | None = option(None, "side of the images in pixels, or height and width")
-    resize_mode: Literal["auto", "crop", "pad", "stretch"] = option("auto", "how images get there, as in training")
-    pad_value: int = option(0, "value of the border and behind transparent pixels")
+    resize_mode: Literal["auto", "crop", "pad", "stretch"] | None = option(
+        None, "how images get there, as in training; auto if left open"
+    )
+    pad_value: int | None = option(None, "value of the border and behind transparent pixels; 0 if left open")
     image_mode: Literal["L", "LA", "RGB", "RGBA"] | None = option(None, "channels to read; by default all there are")
     max_train_samples: int | None = option(None, "use only the first so many images of dataset_split")
-    max_bad_share: float = option(0.01, "share of the images that may fail to decode and be left out")
+    max_bad_share: float | None = option(None, "share of the images that may fail to decode; 0.01 if left open")
     preprocessing_num_workers: int = option(1, "processes that decode the images, once")
     cache_dir: str | None = option(None, "where `datasets` keeps what it reads and decodes")
 
@@ -80,19 +85,20 @@ def load_real_images(options: DataOptions) -> RealImages:
     Raises:
         ValueError: see `prepare_images`; and if the splits differ in their labels.
     """
-    train = prepare_split(options, options.dataset_split, options.max_train_samples)
+    train_split = options.dataset_split or "train"
+    train = prepare_split(options, train_split, options.max_train_samples)
     name = options.held_out_split or find_held_out_split(options)
     if name is None:
         return RealImages(to_labelled_images(train), None, options.dataset_name, train.notes)
 
     # Prepared like the training images, whatever its own pictures would suggest.
     prepared = dataclasses.replace(options, resolution=train.size, resize_mode=train.resize_mode)
-    if options.image_mode is None and train.channels <= 4:
-        prepared = dataclasses.replace(prepared, image_mode=("L", "LA", "RGB", "RGBA")[train.channels - 1])
     held_out = prepare_split(prepared, name)
+    if held_out.channels != train.channels and train.channels <= len(CHANNEL_MODES):
+        held_out = prepare_split(dataclasses.replace(prepared, image_mode=CHANNEL_MODES[train.channels - 1]), name)
     if train.id2label != held_out.id2label:
         raise ValueError(
-            f"the splits {options.dataset_split} and {name} must have the same labels, got"
+            f"the splits {train_split} and {name} must have the same labels, got"
             f" {_names(train)} and {_names(held_out)}"
         )
     return RealImages(to_labelled_images(train), to_labelled_images(held_out), options.dataset_name, train.notes)
@@ -107,11 +113,11 @@ def prepare_split(options: DataOptions, split: str, max_samples: int | None = No
         image_column=options.image_column,
         label_column=options.label_column,
         resolution=options.resolution,
-        resize_mode=options.resize_mode,
-        pad_value=options.pad_value,
+        resize_mode=options.resize_mode or "auto",
+        pad_value=options.pad_value or 0,
         mode=options.image_mode,
         max_samples=max_samples,
-        max_bad_share=options.max_bad_share,
+        max_bad_share=0.01 if options.max_bad_share is None else options.max_bad_share,
         num_proc=options.preprocessing_num_workers,
         cache_dir=options.cache_dir,
     )
@@ -120,9 +126,10 @@ def prepare_split(options: DataOptions, split: str, max_samples: int | None = No
 def find_held_out_split(options: DataOptions) -> str | None:
     """The split that holds images not trained on, or None."""
     if options.dataset_name == "digits" and not Path("digits").exists():
-        return "test" if options.dataset_split == "train" else None
+        return "test" if options.dataset_split in (None, "train") else None
+    used = (options.dataset_split or "train").split("[")[0]
     names = datasets.get_dataset_split_names(options.dataset_name, options.dataset_config_name)
-    return next((name for name in HELD_OUT_SPLITS if name in names and name != options.dataset_split), None)
+    return next((name for name in HELD_OUT_SPLITS if name in names and name != used), None)
 
 
 def to_labelled_images(data: ImageData) -> LabelledImages:

@@ -1,0 +1,164 @@
+"""What is measured: a pipeline, with its sampler, or a folder of images."""
+
+import dataclasses
+import tempfile
+from contextlib import nullcontext
+from pathlib import Path
+
+import diffusers
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from torch import Tensor
+
+import diffusers_ext
+from diffusers_ext.metrics.generate import (
+    balanced_labels,
+    convert_channels,
+    default_of,
+    generate_images,
+    num_classes_of,
+)
+from diffusers_ext.metrics.real import CHANNEL_MODES, DataOptions, RealImages, prepare_split, to_labelled_images
+
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+
+
+def is_image_folder(name: str) -> bool:
+    """Whether a local folder holds images rather than a pipeline.
+
+    Raises:
+        ValueError: if it holds neither.
+    """
+    folder = Path(name)
+    if not folder.is_dir() or (folder / "model_index.json").is_file():
+        return False
+    if any(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.rglob("*")):
+        return True
+    raise ValueError(f"{folder} holds neither a pipeline (model_index.json) nor images ({', '.join(IMAGE_SUFFIXES)})")
+
+
+def load_pipeline(name: str, scheduler: str | None = None) -> diffusers.DiffusionPipeline:
+    """A pipeline from a folder or the Hub.
+
+    Args:
+        name: Folder, or name on the Hub.
+        scheduler: Class of diffusers or of this package to sample with, made from the config of the pipeline's own.
+
+    Raises:
+        ValueError: if there is no such pipeline or scheduler.
+    """
+    if not Path(name).is_dir():
+        try:
+            validate_repo_id(name)
+        except HFValidationError:
+            raise ValueError(f"{name} is no folder here, and no name of a pipeline on the Hub") from None
+    try:
+        pipeline = diffusers_ext.DiffusionPipeline.from_pretrained(name)
+    except OSError as error:
+        if Path(name).is_dir():
+            raise
+        raise ValueError(f"{name} is no folder here, and cannot be had from the Hub: {error}") from error
+    if scheduler is not None:
+        scheduler_class = getattr(diffusers_ext, scheduler, None) or getattr(diffusers, scheduler, None)
+        if not (isinstance(scheduler_class, type) and issubclass(scheduler_class, diffusers.SchedulerMixin)):
+            raise ValueError(f"scheduler must be a scheduler class of diffusers or diffusers_ext, got {scheduler}")
+        pipeline.register_modules(scheduler=scheduler_class.from_config(pipeline.scheduler.config))
+    return pipeline
+
+
+def generate_for(
+    real: RealImages,
+    pipeline,
+    num_images: int,
+    *,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    batch_size: int = 64,
+    bf16: bool = False,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor | None, dict]:
+    """Images to measure against real ones, balanced over the labels, the work shared by the processes.
+
+    Args:
+        real: The data set, whose channels the images get.
+        pipeline: See `generate_images`, as for the other arguments.
+        num_images: Images of all processes together.
+        bf16: Run the networks under bf16 autocast.
+
+    Returns:
+        The images, uint8, in order, on every process; the labels that they were asked for, or None; and a record of
+        how they were sampled.
+
+    Raises:
+        ValueError: if the pipeline's labels are not those of the data set.
+    """
+    num_classes = num_classes_of(pipeline)
+    if num_classes is not None and real.has_labels:
+        names = pipeline.config.get("id2label") or {}
+        names = [names[key] for key in sorted(names, key=int)] or real.train.label_names
+        if num_classes != len(real.train.label_names) or names != real.train.label_names:
+            raise ValueError(
+                f"the pipeline's {num_classes} labels ({_some(names)}) are not the {len(real.train.label_names)} of"
+                f" {real.name} ({_some(real.train.label_names)}): evaluate it on the data set that it was trained on"
+            )
+    labels = None if num_classes is None else balanced_labels(num_images, num_classes)
+
+    state = PartialState()
+    with torch.autocast(state.device.type, torch.bfloat16) if bf16 else nullcontext():
+        mine = generate_images(
+            pipeline,
+            range(state.process_index, num_images, state.num_processes),
+            labels=labels,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            batch_size=batch_size,
+            seed=seed,
+            show_progress=state.is_main_process,
+        )
+    images = mine
+    if state.num_processes > 1:
+        images = mine.new_empty(num_images, *mine.shape[1:])
+        for process, part in enumerate(gather_object([mine])):
+            images[process :: state.num_processes] = part
+    record = {
+        "pipeline_class": type(pipeline).__name__,
+        "scheduler_class": type(pipeline.scheduler).__name__,
+        "num_inference_steps": num_inference_steps or default_of(pipeline, "num_inference_steps"),
+        "guidance_scale": default_of(pipeline, "guidance_scale") if guidance_scale is None else guidance_scale,
+        "by_label": labels is not None,
+        "mixed_precision": "bf16" if bf16 else "no",
+        "seed": seed,
+    }
+    labels = None if labels is None or not real.has_labels else torch.tensor(labels)
+    return convert_channels(images, real.image_shape[0]), labels, record
+
+
+def read_image_folder(name: str, options: DataOptions, real: RealImages) -> tuple[Tensor, Tensor | None]:
+    """The images of a folder, prepared like the real ones, and their labels if its subfolders bear the labels' names."""
+    channels, height, width = real.image_shape
+    if channels > len(CHANNEL_MODES):
+        raise ValueError(f"files hold images of up to 4 channels, but those of {real.name} have {channels}")
+    with tempfile.TemporaryDirectory() as cache:  # a new one each time, since files may have been replaced
+        options = dataclasses.replace(
+            options,
+            dataset_name=name,
+            dataset_config_name=None,
+            image_column="image",
+            label_column=None,
+            resolution=(height, width),
+            image_mode=CHANNEL_MODES[channels - 1],
+            cache_dir=cache,
+        )
+        folder = to_labelled_images(prepare_split(options, "train"))
+    ids = {label_name: label for label, label_name in enumerate(real.train.label_names)}
+    if not folder.label_names or not set(folder.label_names) <= ids.keys():
+        return folder.images, None
+    return folder.images, torch.tensor([ids[label_name] for label_name in folder.label_names])[folder.labels]
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -1,0 +1,251 @@
+"""Measure the images of a pipeline, or a folder of images, against the real ones of a data set.
+
+    python training/evaluate.py runs/digits
+    accelerate launch training/evaluate.py runs/fashion --num_images 5000 --num_inference_steps 50
+
+PIPELINE is the folder of a training run, any pipeline of diffusers that makes images from nothing or from labels (a
+folder, or a name on the Hub), or a folder of images, in a subfolder for each label if they have labels. What a training
+run says in train_config.yaml, about its data set above all, need not be said again.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import yaml
+from accelerate import PartialState
+from torch import Tensor
+
+from diffusers_ext.metrics.evaluation import Evaluator, fit_svc, format_table
+from diffusers_ext.metrics.generate import image_size_of
+from diffusers_ext.metrics.real import (
+    DataOptions,
+    RealImages,
+    cached_features_folder,
+    hash_weights,
+    load_features,
+    load_real_images,
+    train_and_save_features,
+)
+from diffusers_ext.metrics.subject import generate_for, is_image_folder, load_pipeline, read_image_folder
+from diffusers_ext.trainer.config import is_fast_at_bf16, set_threads
+from diffusers_ext.trainer.options import option, parse_config
+
+
+# Above these numbers of values an image, measures in pixels tell little and take long, so they must be asked for.
+PIXEL_METRICS_UP_TO = 64 * 64 * 3
+SVC_UP_TO = 16 * 16
+
+# What a run's train_config.yaml says of its sample grids, and the evaluation samples with too.
+OPTIONS_OF_SAMPLING = ["num_inference_steps", "guidance_scale"]
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(DataOptions):
+    """Measure generated images against real ones: Fréchet distance, precision and recall, and the labels they show."""
+
+    pipeline: str | None = option(None, "PIPELINE may also stand first, without --pipeline", "what is measured")
+    num_images: int = option(1000, "images to generate, the same number for each label if there are labels")
+    num_inference_steps: int | None = option(None, "steps of the sampler; by default the run's or the pipeline's")
+    guidance_scale: float | None = option(None, "by default the run's or the pipeline's")
+    scheduler: str | None = option(None, "class of a scheduler of diffusers or diffusers_ext to sample with instead")
+    eval_batch_size: int = option(64, "images to generate at a time; the images do not depend on it")
+    mixed_precision: Literal["no", "bf16"] | None = option(
+        None, "precision of the networks; by default bf16 where the hardware is fast at it"
+    )
+    seed: int = option(0, "image i is made from the seed 1 000 000 * seed + i")
+    num_threads: int | None = option(None, "CPU threads of a process; by default the cores are shared out")
+
+    features: str | None = option(
+        None,
+        "folder of a classifier of training/train_features.py; by default one is trained on the data set, once, and kept",
+        "how",
+    )
+    num_neighbours: int = option(5, "k of precision and recall")
+    pixel_metrics: bool | None = option(None, "measure in pixels too; by default for images of up to 64x64x3 values")
+    svc: bool | None = option(
+        None,
+        "train scikit-learn's SVC on the real pixels and count the labels asked for; by default for images of up to "
+        "16x16 values",
+    )
+    output_file: str | None = option(None, "by default evaluation.json in PIPELINE, or here for a name on the Hub")
+
+    def __post_init__(self):
+        if self.pipeline is None:
+            raise ValueError("say what to evaluate: evaluate.py PIPELINE, a folder or a name on the Hub")
+        for name in ("num_images", "eval_batch_size", "num_neighbours"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.num_inference_steps is not None and self.num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps must be at least 1, got {self.num_inference_steps}")
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, got {self.seed}")
+
+
+def main(config: EvaluateConfig) -> dict | None:
+    """Generates, measures, prints and writes. Returns what it wrote, on the main process, and None on the others."""
+    start = time.perf_counter()
+    state = PartialState()
+    set_threads(config.num_threads, state.num_processes)
+    pipeline = None
+    if not is_image_folder(config.pipeline):
+        pipeline = load_pipeline(config.pipeline, config.scheduler).to(state.device)
+    config = with_options_of_run(config)
+    if config.resolution is None and pipeline is not None:
+        config = dataclasses.replace(config, resolution=image_size_of(pipeline))
+    with state.main_process_first():
+        real = load_real_images(config)
+    for note in real.notes:
+        say(state, note)
+    # Before the images are generated, so that what is wrong here is told early.
+    features, about_features = get_features(config, real, state)
+
+    if pipeline is None:
+        images, labels = read_image_folder(config.pipeline, config, real)
+        sampling = None
+    else:
+        images, labels, sampling = generate_for(
+            real,
+            pipeline,
+            config.num_images,
+            num_inference_steps=config.num_inference_steps,
+            guidance_scale=config.guidance_scale,
+            batch_size=config.eval_batch_size,
+            bf16=is_fast_at_bf16(state.device.type)
+            if config.mixed_precision is None
+            else config.mixed_precision == "bf16",
+            seed=config.seed,
+        )
+    if not state.is_main_process:
+        return None
+    result = {
+        "pipeline": config.pipeline,
+        "dataset_name": config.dataset_name,
+        "image_shape": list(real.image_shape),
+        "num_train_images": len(real.train),
+        "num_neighbours": config.num_neighbours,
+        "sampling": sampling,
+        "features": about_features,
+        **measure(config, real, features, images, labels),
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    report(config, result)
+    return result
+
+
+def with_options_of_run(config: EvaluateConfig) -> EvaluateConfig:
+    """The config with what was left open taken from the train_config.yaml of the training run, if there is one.
+
+    Raises:
+        ValueError: if neither names a data set.
+    """
+    path = Path(config.pipeline, "train_config.yaml")
+    saved = (yaml.safe_load(path.read_text()) or {}) if path.is_file() else {}
+    names = [*OPTIONS_OF_SAMPLING, *(field.name for field in dataclasses.fields(DataOptions))]
+    if config.dataset_name not in (None, saved.get("dataset_name")):
+        names = OPTIONS_OF_SAMPLING  # another data set, prepared by options of its own
+    left_open = [name for name in names if getattr(config, name) is None and saved.get(name) is not None]
+    taken = {name: tuple(saved[name]) if isinstance(saved[name], list) else saved[name] for name in left_open}
+    config = dataclasses.replace(config, **taken)
+    if config.dataset_name is None:
+        raise ValueError(f"{config.pipeline} has no train_config.yaml that names its data set: give --dataset_name")
+    return config
+
+
+def get_features(config: EvaluateConfig, real: RealImages, state: PartialState) -> tuple:
+    """The feature classifier and what is known of it; it is trained if none is named and none is kept."""
+    if config.features is None and not real.has_labels:
+        say(
+            state,
+            f"{real.name} has no labels to train a feature classifier on, so only pixels are measured;"
+            " --features takes a classifier trained on other images of this size",
+        )
+        return None, None
+    folder = Path(config.features) if config.features else cached_features_folder(real)
+    if config.features is None and not (folder / "features.json").is_file():
+        say(state, f"training a feature classifier on {real.name}, kept in {folder}")
+        train_and_save_features(real, folder)
+        state.wait_for_everyone()
+    model, about = load_features(folder)
+    if model.image_shape != real.image_shape:
+        raise ValueError(
+            f"the feature classifier {folder} takes images of (channels, height, width) {model.image_shape}, but those"
+            f" of {real.name} are {real.image_shape}: train one on them with training/train_features.py"
+        )
+    known = {"folder": str(folder), "dim": model.feature_dim, "sha256": hash_weights(model)}
+    return model.to(state.device), known | about
+
+
+def measure(config: EvaluateConfig, real: RealImages, features, images: Tensor, labels: Tensor | None) -> dict:
+    """The measures of the generated images, and the same of real images that no model has seen, as what is possible."""
+    num_values = images[0].numel()
+    use_svc = num_values <= SVC_UP_TO if config.svc is None else config.svc
+    if use_svc and not real.has_labels:
+        if config.svc:
+            raise ValueError(f"--svc needs labels, and {real.name} has none")
+        use_svc = False
+    evaluator = Evaluator(
+        real.train,
+        features,
+        num_reference=len(images),
+        num_neighbours=config.num_neighbours,
+        in_pixels=num_values <= PIXEL_METRICS_UP_TO if config.pixel_metrics is None else config.pixel_metrics,
+        svc=fit_svc(real.train) if use_svc else None,
+        seed=config.seed,
+    )
+    result = {"generated": evaluator.measure(images, labels)}
+    if real.held_out is not None and len(real.held_out) > config.num_neighbours:
+        order = torch.randperm(len(real.held_out), generator=torch.Generator().manual_seed(config.seed))[: len(images)]
+        held_out_labels = real.held_out.labels[order] if real.has_labels else None
+        result["held_out"] = evaluator.measure(real.held_out.images[order], held_out_labels)
+    return result
+
+
+def report(config: EvaluateConfig, result: dict):
+    """Prints the measures and writes them, whole or not at all."""
+    folder = Path(config.pipeline) if Path(config.pipeline).is_dir() else Path()
+    path = Path(config.output_file) if config.output_file else folder / "evaluation.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(json.dumps(result, indent=2) + "\n")
+    os.replace(unfinished, path)
+
+    columns = {"generated": result["generated"]}
+    if "held_out" in result:
+        columns["held-out real"] = result["held_out"]
+    print(format_table(columns))
+    if result["features"]:
+        about = result["features"]
+        print(
+            f"features: {about['dim']} of the classifier in {about['folder']}, which reads {about['held_out_accuracy']:.2%}"
+            f" of held-out images; the Fréchet distance is from all {result['num_train_images']} training images and is"
+            " comparable only with distances in the same features"
+        )
+    print(f"written to {path}")
+
+
+def say(state: PartialState, line: str):
+    if state.is_main_process:
+        print(line, flush=True)
+
+
+def parse(arguments: list[str]) -> EvaluateConfig | None:
+    """The config from a command line on which PIPELINE may stand first without its name."""
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--pipeline", *arguments]
+    return parse_config(EvaluateConfig, arguments)
+
+
+if __name__ == "__main__":
+    config = parse(sys.argv[1:])
+    if config is not None:
+        try:
+            main(config)
+        except ValueError as error:
+            sys.exit(f"error: {error}")
