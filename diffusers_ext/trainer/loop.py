@@ -131,6 +131,8 @@ class Trainer:
         if config.resume_from_checkpoint:
             self._resume(config.resume_from_checkpoint)
         is_main = self.accelerator.is_main_process
+        if is_main:
+            (self.output_dir / CONFIG_FILE).write_text(to_yaml(config))
         self._log = MetricsLog(self.output_dir / METRICS_FILE, state.step) if is_main else None
         batches = TrainingBatches(self.data, self.batch_options, first_position=state.position)
         pin = self.accelerator.device.type == "cuda"

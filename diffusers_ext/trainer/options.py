@@ -145,7 +145,7 @@ class _StoreTuple(argparse.Action):
 
 def _without_none(hint: Any) -> Any:
     """`X` for `X | None`."""
-    if isinstance(hint, types.UnionType):
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):  # `Literal[...] | None` is the second
         (hint,) = [part for part in typing.get_args(hint) if part is not type(None)]
     return hint
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
 from diffusers import DiffusionPipeline
 
 from diffusers_ext import hub
@@ -34,7 +35,7 @@ def make_accelerator(config: TrainerConfig) -> Accelerator:
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=config.report_to,
-        project_dir=config.output_dir,
+        project_config=ProjectConfiguration(config.output_dir, logging_dir=f"{config.output_dir}/logs"),
     )
     set_threads(config.num_threads, accelerator.num_processes)
     return accelerator
@@ -57,7 +58,6 @@ def open_run(config: TrainerConfig, accelerator: Accelerator) -> Iterator[Callab
             if config.overwrite_output_dir:
                 clear_output_dir(path)
             path.mkdir(parents=True, exist_ok=True)
-            (path / CONFIG_FILE).write_text(to_yaml(config))
         if config.report_to:
             accelerator.init_trackers(config.tracker_project_name, config={"options": to_yaml(config)})
         accelerator.wait_for_everyone()

@@ -43,7 +43,8 @@ def clear_output_dir(path: Path) -> None:
             shutil.rmtree(path / name, ignore_errors=True)
     for checkpoint in [*path.glob("checkpoint-*"), *path.glob(".checkpoint-*")]:
         shutil.rmtree(checkpoint, ignore_errors=True)
-    shutil.rmtree(path / "samples", ignore_errors=True)
+    for name in ("samples", "logs"):
+        shutil.rmtree(path / name, ignore_errors=True)
     for name in (*_OF_A_RUN, "samples.png", "denoising.png", "loss.png", "README.md"):
         (path / name).unlink(missing_ok=True)
 
