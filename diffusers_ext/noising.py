@@ -79,7 +79,7 @@ class NoiseSchedule:
         self.alpha = log_alpha_bar.mul(0.5).exp()
         self.sigma = log_alpha_bar.expm1().neg().sqrt()
         # Rolled so that row t + 1 is timestep t: every valid index is then >= 0 and `index_select` refuses the rest.
-        self._tables = {(torch.device("cpu"), torch.float64): torch.stack([self.alpha, self.sigma]).roll(1, dims=1)}
+        self._tables = {(torch.device("cpu"), torch.float64): torch.stack([self.alpha, self.sigma], 1).roll(1, 0)}
 
     def __len__(self) -> int:
         return len(self.alpha) - 1
@@ -93,7 +93,8 @@ class NoiseSchedule:
         """The noise level at each timestep, broadcasting against `like`.
 
         Args:
-            timesteps: Integers in [-1, T), one or a tensor with one for each sample; -1 names the clean end.
+            timesteps: Integers in [-1, T), one or a tensor with one for each sample; -1 names the clean end. (A
+                float tensor on the CPU will do if its values are whole: some pipelines of diffusers make one.)
             like: Gives the device and, if it is wider than float32, the dtype. Tables are copied there once.
 
         Raises:
@@ -107,25 +108,28 @@ class NoiseSchedule:
             self._tables[(like.device, dtype)] = table
         trailing = [1] * (like.ndim - 1)
         if isinstance(timesteps, Tensor):
-            if timesteps.is_floating_point() or timesteps.is_complex():
+            if timesteps.is_floating_point() and (timesteps.device.type != "cpu" or (timesteps % 1 != 0).any()):
                 raise TypeError(f"timesteps must be integers, got a tensor of {timesteps.dtype}")
             rows = timesteps.to(like.device, torch.int64).reshape(-1) + 1
             try:
-                pair = table.index_select(1, rows)
+                pair = table.index_select(0, rows)
             except IndexError:
                 low, high = timesteps.min().item(), timesteps.max().item()
                 raise ValueError(f"timesteps must be in [-1, {len(self) - 1}], got {low} to {high}") from None
         else:
             if not -1 <= timesteps < len(self):
                 raise ValueError(f"timesteps must be in [-1, {len(self) - 1}], got {timesteps}")
-            pair = table.narrow(1, timesteps + 1, 1)
-        alpha, sigma = pair.view(2, -1, *trailing).unbind()
+            pair = table.narrow(0, timesteps + 1, 1)
+        alpha, sigma = pair.view(-1, *trailing, 2).unbind(-1)
         return NoiseLevel(alpha, sigma)
 
 
 def add_noise(x0: Tensor, eps: Tensor, level: NoiseLevel) -> Tensor:
     """x_t ~ q(x_t | x_0) for the standard normal draw `eps` (DDPM, Eq. 4)."""
-    return level.alpha * x0 + level.sigma * eps
+    x_t = level.alpha * x0
+    # One new tensor rather than three: for large batches allocation costs more than arithmetic.
+    fits = x_t.shape == eps.shape and x_t.dtype == eps.dtype == level.sigma.dtype
+    return x_t.addcmul_(level.sigma, eps) if fits else x_t + level.sigma * eps
 
 
 def output_coefficients(level: NoiseLevel, prediction_type: str) -> tuple[Tensor | float, Tensor | float]:

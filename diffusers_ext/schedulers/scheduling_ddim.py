@@ -14,19 +14,17 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from torch import Tensor
 
 from diffusers_ext.noising import NoiseLevel, posterior, predict_x0
-from diffusers_ext.schedulers.gaussian import (
+from diffusers_ext.schedulers.coefficients import (
     CoefficientTable,
     Factor,
-    GaussianSchedulerMixin,
     Path,
     Prediction,
     Transition,
-    check_output,
     clip_x0,
-    draw_noise,
     weighted_sum,
     wide,
 )
+from diffusers_ext.schedulers.gaussian import GaussianSchedulerMixin, check_output, draw_noise
 
 
 # Tables for so many values of eta are kept.
@@ -125,7 +123,8 @@ class ExtDDIMScheduler(InversionMixin, GaussianSchedulerMixin, DDIMScheduler):
 
     - The previous timestep is the next of the list for every spacing and number of steps (upstream it is computed as
       `t - T // n`, wrong for "linspace" and for "trailing" or "leading" lists that it does not describe).
-    - The last step is deterministic, also if `set_alpha_to_one` is off.
+    - The last step draws no noise if it ends at the clean level. (With `set_alpha_to_one` off the path ends at the
+      level of timestep 0, and at `eta > 0` the last transition has the noise of that, as upstream.)
     - `steps_offset` is cut where it would leave the path, and "trailing" never lists a timestep below 0.
     - Outputs with twice the channels (a learned variance) are sampled too; DDIM has no use for the second half.
     - Levels are exact to float64, and data in half precision round once, at the end.
@@ -209,7 +208,9 @@ class ExtDDIMScheduler(InversionMixin, GaussianSchedulerMixin, DDIMScheduler):
         path = self._current_path()
         reuse = path.clips and bool(use_clipped_model_output)
         c, last = self._coefficients_at(path, self._table(path, eta, reuse), timestep, sample)
-        noise = draw_noise(output, generator, variance_noise) if eta > 0 and not last else None
+        noise = None
+        if eta > 0 and not (last and path.ends_clean):
+            noise = draw_noise(output, generator, variance_noise)
         prev_sample, x0 = self._advance(path, c, self._terms(path, reuse), output, sample, noise)
         if not return_dict:
             return prev_sample, x0
@@ -241,7 +242,6 @@ class ExtDDIMScheduler(InversionMixin, GaussianSchedulerMixin, DDIMScheduler):
         """The coefficients at every timestep: `posterior`, which is linear, at unit inputs."""
         t, s = path.t, path.s
         one, zero = torch.ones_like(t.alpha), torch.zeros_like(t.alpha)
-        eta = eta * (path.next >= 0).double()  # the last step is deterministic
         output = Prediction.at(t, path.prediction_type)
         std = posterior(zero, zero, t, s, eta).std
         if reuse:
@@ -255,7 +255,7 @@ class ExtDDIMScheduler(InversionMixin, GaussianSchedulerMixin, DDIMScheduler):
         return Transition(output.x0_sample, output.x0_output, *weights, std, zero, zero)
 
     def _unclipped(
-        self, t: NoiseLevel, s: NoiseLevel, eta: Tensor, output: Prediction, of_x0: Tensor, *rest: Tensor
+        self, t: NoiseLevel, s: NoiseLevel, eta: float, output: Prediction, of_x0: Tensor, *rest: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The coefficients of x_0, x_t and the output, where x_0 is linear in the other two."""
         of_sample, of_output = rest

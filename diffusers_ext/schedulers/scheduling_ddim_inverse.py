@@ -9,7 +9,8 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from torch import Tensor
 
-from diffusers_ext.schedulers.gaussian import GaussianSchedulerMixin, Path
+from diffusers_ext.schedulers.coefficients import Path
+from diffusers_ext.schedulers.gaussian import GaussianSchedulerMixin
 from diffusers_ext.schedulers.scheduling_ddim import InversionMixin
 
 

@@ -10,17 +10,13 @@ from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from torch import Tensor
 
 from diffusers_ext.noising import interpolated_log_std, posterior, transition_std
+from diffusers_ext.schedulers.coefficients import CoefficientTable, Path, Prediction, Transition, wide
 from diffusers_ext.schedulers.gaussian import (
     COMMON_BETA_SCHEDULES,
-    CoefficientTable,
     GaussianSchedulerMixin,
-    Path,
-    Prediction,
-    Transition,
     check_choice,
     check_output,
     draw_noise,
-    wide,
 )
 
 

@@ -8,7 +8,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from diffusers_ext.noising import NoiseLevel, rotate
-from diffusers_ext.schedulers.gaussian import Prediction
+from diffusers_ext.schedulers.coefficients import Prediction
 from diffusers_ext.schedulers.scheduling_ddim import ExtDDIMScheduler
 
 
@@ -59,9 +59,9 @@ class VPredictionScheduler(ExtDDIMScheduler):
         self._setup()
 
     def _unclipped(
-        self, t: NoiseLevel, s: NoiseLevel, eta: Tensor, output: Prediction, of_x0: Tensor, *rest: Tensor
+        self, t: NoiseLevel, s: NoiseLevel, eta: float, output: Prediction, of_x0: Tensor, *rest: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
+        if eta > 0:
+            return super()._unclipped(t, s, eta, output, of_x0, *rest)
         one, zero = torch.ones_like(t.alpha), torch.zeros_like(t.alpha)
-        general = super()._unclipped(t, s, eta, output, of_x0, *rest)
-        rotation = zero, rotate(zero, one, t, s), rotate(one, zero, t, s)
-        return tuple(torch.where(eta == 0, *pair) for pair in zip(rotation, general, strict=True))
+        return zero, rotate(zero, one, t, s), rotate(one, zero, t, s)
