@@ -7,22 +7,32 @@ Importing the package registers its classes with diffusers (see `diffusers_ext.r
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.guiders import BaseGuidance
 
+from diffusers_ext.models.unet import UNetModel
+from diffusers_ext.pipelines.pipeline_guided_diffusion import GuidedDiffusionPipeline
 from diffusers_ext.registration import register_with_diffusers
+from diffusers_ext.schedulers import (
+    ExtDDIMInverseScheduler,
+    ExtDDIMScheduler,
+    ExtDDPMScheduler,
+    VPredictionScheduler,
+)
 
 
 __version__ = "0.1.0"
 
-# Every model, scheduler, guider and pipeline that a saved pipeline may name.
-_COMPONENTS = ()
-
-register_with_diffusers(*_COMPONENTS)
-
-# diffusers' own base classes stand here because diffusers looks them up in the library that a component comes from.
-# Once the classes above are registered, its `DiffusionPipeline` loads our pipelines as well as its own.
 __all__ = [
+    "ExtDDIMInverseScheduler",
+    "ExtDDIMScheduler",
+    "ExtDDPMScheduler",
+    "GuidedDiffusionPipeline",
+    "UNetModel",
+    "VPredictionScheduler",
+    # diffusers' own. It looks its base classes up in the library that a component comes from, so they stand here; and
+    # with our classes registered, its `DiffusionPipeline` loads our pipelines as well as its own.
     "BaseGuidance",
     "DiffusionPipeline",
     "ModelMixin",
     "SchedulerMixin",
-    *[component.__name__ for component in _COMPONENTS],
 ]
+
+register_with_diffusers(globals())

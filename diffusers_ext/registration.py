@@ -10,7 +10,11 @@ So `diffusers_ext` becomes such a library, and its classes become attributes of 
 `diffusers.AutoModel` find our models, and lets diffusers' schedulers take the config of ours without a warning.
 """
 
+from collections.abc import Mapping
+
 import diffusers
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers.guiders import BaseGuidance
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from diffusers.utils import logging
 
@@ -19,25 +23,30 @@ logger = logging.get_logger(__name__)
 
 LIBRARY = "diffusers_ext"
 
-# A component is saved and loaded by the methods that diffusers lists for the base class it derives from. `diffusers_ext`
-# has to expose each of these names.
-BASE_CLASSES = ("ModelMixin", "SchedulerMixin", "DiffusionPipeline", "BaseGuidance")
+# What a pipeline can be made of. `diffusers_ext` has to expose each of these by its name, since diffusers finds out how
+# to save and load a component by asking which of its library's base classes it derives from.
+BASE_CLASSES = (ModelMixin, SchedulerMixin, DiffusionPipeline, BaseGuidance)
 
 
-def register_with_diffusers(*classes: type) -> None:
-    """Makes diffusers resolve `classes`, the public components and pipelines of this package, by their names.
+def register_with_diffusers(namespace: Mapping[str, object]) -> None:
+    """Makes diffusers resolve by name the components and pipelines of ours in `namespace`, that of `diffusers_ext`.
 
-    Calling it again is harmless. A name that diffusers itself uses for another class keeps its meaning there, with a
+    Doing it again is harmless. A name that diffusers itself uses for another class keeps its meaning there, with a
     warning: replacing it would change what every other repository loads.
     """
-    LOADABLE_CLASSES[LIBRARY] = {base: LOADABLE_CLASSES["diffusers"][base] for base in BASE_CLASSES}
-    for cls in classes:
-        existing = getattr(diffusers, cls.__name__, cls)
-        if existing is cls or getattr(existing, "__module__", "").startswith(f"{LIBRARY}."):
-            setattr(diffusers, cls.__name__, cls)
+    LOADABLE_CLASSES[LIBRARY] = {base.__name__: ["save_pretrained", "from_pretrained"] for base in BASE_CLASSES}
+    for name, value in namespace.items():
+        if not (isinstance(value, type) and issubclass(value, BASE_CLASSES) and _is_ours(value)):
+            continue
+        existing = getattr(diffusers, name, None)
+        if existing is None or _is_ours(existing):
+            setattr(diffusers, name, value)
         else:
             logger.warning(
-                f"diffusers {diffusers.__version__} has a class named {cls.__name__} of its own, so"
-                f" `diffusers.{cls.__name__}` is not the one of {LIBRARY}. Load it with"
-                f" `{LIBRARY}.{cls.__name__}.from_pretrained(...)`."
+                f"diffusers {diffusers.__version__} has a {name} of its own, so `diffusers.{name}` is not the one of"
+                f" {LIBRARY}. Load that with `{LIBRARY}.{name}.from_pretrained(...)`."
             )
+
+
+def _is_ours(value: object) -> bool:
+    return getattr(value, "__module__", "").startswith(f"{LIBRARY}.")

@@ -1,0 +1,228 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DPMSolverMultistepScheduler, UNet2DModel
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES, _fetch_class_library_tuple
+
+import diffusers_ext
+from diffusers_ext import ExtDDIMScheduler, ExtDDPMScheduler, GuidedDiffusionPipeline, UNetModel
+from diffusers_ext.registration import BASE_CLASSES, register_with_diffusers
+
+
+PACKAGE = Path(diffusers_ext.__file__).parent
+PUBLIC = {name: getattr(diffusers_ext, name) for name in diffusers_ext.__all__}
+COMPONENTS = {
+    name: value
+    for name, value in PUBLIC.items()
+    if isinstance(value, type) and issubclass(value, BASE_CLASSES) and value not in BASE_CLASSES
+}
+
+
+def unet(num_classes=None):
+    """Ours, with weights that make it do something: its last layer starts at zero."""
+    torch.manual_seed(0)
+    model = UNetModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        num_classes=num_classes,
+    )
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def stock_unet():
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    return UNet2DModel(8, 1, 1, **blocks, block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1)
+
+
+PIPELINES = {
+    "ours": lambda: GuidedDiffusionPipeline(
+        denoiser=unet(num_classes=3), scheduler=ExtDDIMScheduler(timestep_spacing="trailing")
+    ),
+    "ours, stock scheduler": lambda: GuidedDiffusionPipeline(denoiser=unet(), scheduler=DPMSolverMultistepScheduler()),
+    "ours, stock network": lambda: GuidedDiffusionPipeline(
+        denoiser=stock_unet(), scheduler=ExtDDPMScheduler(timestep_spacing="trailing")
+    ),
+    "stock DDPM, our parts": lambda: DDPMPipeline(
+        unet=unet(), scheduler=ExtDDPMScheduler(timestep_spacing="trailing")
+    ),
+    "stock DDIM, our network": lambda: DDIMPipeline(unet=unet(), scheduler=DDIMScheduler()),
+}
+
+
+@pytest.fixture(params=PIPELINES)
+def pipeline(request):
+    return PIPELINES[request.param]()
+
+
+def image_of(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    return pipeline(batch_size=1, num_inference_steps=4, generator=generator, output_type="np").images
+
+
+# Round trips.
+
+
+@pytest.mark.parametrize("way", ["diffusers.DiffusionPipeline", "diffusers_ext.DiffusionPipeline", "its own class"])
+def test_pipeline_loads_as_it_was_saved(pipeline, tmp_path, way):
+    expected = image_of(pipeline)
+    pipeline.save_pretrained(tmp_path)
+    module = {"diffusers.DiffusionPipeline": diffusers, "diffusers_ext.DiffusionPipeline": diffusers_ext}.get(way)
+    loaded = (module.DiffusionPipeline if module else type(pipeline)).from_pretrained(tmp_path)
+    assert type(loaded) is type(pipeline)
+    for name, component in pipeline.components.items():
+        assert type(getattr(loaded, name)) is type(component)
+    np.testing.assert_array_equal(image_of(loaded), expected)
+
+
+def test_pipeline_loads_in_a_new_process(tmp_path):
+    pipeline = PIPELINES["ours"]()
+    expected = image_of(pipeline)
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    code = f"""
+import diffusers_ext
+import diffusers
+import numpy
+import torch
+
+images = []
+for cls in (diffusers.DiffusionPipeline, diffusers_ext.DiffusionPipeline, diffusers_ext.GuidedDiffusionPipeline):
+    pipeline = cls.from_pretrained({str(tmp_path / "pipeline")!r})
+    assert type(pipeline) is diffusers_ext.GuidedDiffusionPipeline
+    generator = torch.Generator().manual_seed(0)
+    images.append(pipeline(batch_size=1, num_inference_steps=4, generator=generator, output_type="np").images)
+numpy.save({str(tmp_path / "images.npy")!r}, images)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    for image in np.load(tmp_path / "images.npy"):
+        np.testing.assert_allclose(image, expected, rtol=0, atol=1e-5)  # another process may choose other kernels
+
+
+@pytest.mark.parametrize("folder", ["runs/v1.5/step.400", "unet", "my pipeline", "diffusers_ext"])
+def test_name_of_the_folder_does_not_matter(tmp_path, monkeypatch, folder):
+    pipeline = PIPELINES["ours"]()
+    expected = image_of(pipeline)
+    pipeline.save_pretrained(tmp_path / folder)
+    monkeypatch.chdir(tmp_path)
+    for path in (folder, tmp_path / folder):
+        np.testing.assert_array_equal(image_of(diffusers.DiffusionPipeline.from_pretrained(path)), expected)
+
+
+def test_component_can_be_replaced_while_loading(tmp_path):
+    PIPELINES["ours"]().save_pretrained(tmp_path)
+    for scheduler in (DDIMScheduler(), ExtDDPMScheduler(timestep_spacing="trailing")):
+        loaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path, scheduler=scheduler)
+        assert loaded.scheduler is scheduler
+
+
+def test_auto_model_finds_our_network(tmp_path):
+    PIPELINES["ours"]().save_pretrained(tmp_path)
+    for model in (
+        diffusers.AutoModel.from_pretrained(str(tmp_path), subfolder="denoiser"),
+        diffusers.AutoModel.from_pretrained(str(tmp_path / "denoiser")),
+    ):
+        assert type(model) is UNetModel
+
+
+# What is written.
+
+
+def test_model_index_names_public_classes_alone(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["_class_name"] == type(pipeline).__name__
+    named = {name: entry for name, entry in index.items() if isinstance(entry, list) and entry[0] is not None}
+    assert set(named) == {name for name, component in pipeline.components.items() if component is not None}
+    for name, (library, class_name) in named.items():
+        module = {"diffusers": diffusers, "diffusers_ext": diffusers_ext}[library]
+        assert getattr(module, class_name) is type(getattr(pipeline, name))
+        assert library == type(getattr(pipeline, name)).__module__.split(".")[0]
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_component_is_recorded_under_its_public_name(name):
+    """False for one in a folder that is named like one of `diffusers.pipelines`: it would never load again."""
+    assert _fetch_class_library_tuple(COMPONENTS[name]) == ("diffusers_ext", name)
+    assert getattr(diffusers, name) is COMPONENTS[name]
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in PACKAGE.rglob("*.py")}), ids=lambda path: path.name)
+def test_folder_is_a_package_of_a_free_name(folder):
+    """One without `__init__.py` would be missing from an installed copy."""
+    assert (folder / "__init__.py").is_file()
+    assert not hasattr(diffusers.pipelines, folder.name)
+
+
+# The registration.
+
+
+def test_base_classes_stand_beside_the_components():
+    assert set(LOADABLE_CLASSES["diffusers_ext"]) <= set(LOADABLE_CLASSES["diffusers"])
+    for name, methods in LOADABLE_CLASSES["diffusers_ext"].items():
+        assert getattr(diffusers_ext, name) is getattr(diffusers.guiders if "Guid" in name else diffusers, name)
+        assert methods == LOADABLE_CLASSES["diffusers"][name]
+
+
+def test_config_goes_to_a_stock_scheduler_and_back_without_a_warning(caplog, monkeypatch):
+    monkeypatch.setattr(diffusers.utils.logging.get_logger("diffusers"), "propagate", True)
+    ours = ExtDDIMScheduler(beta_start=2e-4)
+    stock = DDIMScheduler.from_config(ours.config)
+    back = ExtDDIMScheduler.from_config(stock.config)
+    assert {**back.config, "_use_default_values": 0} == {**ours.config, "_use_default_values": 0}
+    assert caplog.records == []
+
+
+def test_names_of_diffusers_keep_their_meaning(caplog, monkeypatch):
+    monkeypatch.setattr(diffusers.utils.logging.get_logger("diffusers_ext"), "propagate", True)
+    stock = diffusers.UNet2DModel
+    impostor = type("UNet2DModel", (UNetModel,), {"__module__": "diffusers_ext.models.impostor"})
+    register_with_diffusers({"UNet2DModel": impostor})
+    assert diffusers.UNet2DModel is stock
+    assert "has a UNet2DModel of its own" in caplog.text
+
+
+def test_registering_again_changes_nothing():
+    before = {name: getattr(diffusers, name) for name in COMPONENTS}
+    register_with_diffusers(vars(diffusers_ext))
+    assert {name: getattr(diffusers, name) for name in COMPONENTS} == before
+
+
+# Importing.
+
+
+def test_import_brings_in_nothing_but_what_diffusers_does():
+    code = """
+import sys
+from diffusers import DDIMInverseScheduler, DDIMScheduler, DDPMScheduler, DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers.guiders import BaseGuidance
+before = set(sys.modules)
+import diffusers_ext
+print({name.split(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names))
+print({name for name in set(sys.modules) - before if name.startswith(("diffusers.", "transformers.", "torch."))})
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    packages, modules = map(eval, result.stdout.splitlines())
+    assert packages == {"diffusers_ext"}
+    assert modules == set()
+
+
+def test_import_needs_none_of_the_extras():
+    code = """
+import sys
+for name in ("matplotlib", "datasets", "sklearn", "pandas", "tensorboard"):
+    sys.modules[name] = None  # importing it raises
+import diffusers_ext
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
