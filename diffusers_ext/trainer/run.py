@@ -49,7 +49,7 @@ def open_run(config: TrainerConfig, accelerator: Accelerator) -> Iterator[Callab
     """
     check_output_dir(config)
     if config.push_to_hub and accelerator.is_main_process:
-        hub.prepare_repo(hub_model_id(config), token=config.hub_token, private=config.hub_private_repo or None)
+        prepare_repo(config)
 
     def open_folder(config: TrainerConfig):
         path = Path(config.output_dir)
@@ -66,8 +66,10 @@ def open_run(config: TrainerConfig, accelerator: Accelerator) -> Iterator[Callab
     accelerator.end_training()
 
 
-def hub_model_id(config: TrainerConfig) -> str:
-    return config.hub_model_id or Path(config.output_dir).resolve().name
+def prepare_repo(config: TrainerConfig) -> str:
+    """Makes sure that the run can be pushed at its end, and returns the full id of where to."""
+    repo_id = config.hub_model_id or Path(config.output_dir).resolve().name
+    return hub.prepare_repo(repo_id, token=config.hub_token, private=config.hub_private_repo or None)
 
 
 def describe_data(config: TrainerConfig, data: ImageData) -> str:
@@ -94,6 +96,7 @@ def finish_run(trainer, script: str, data: str) -> None:
     """Draws the loss, writes the card, pushes if asked to, and says where everything is."""
     config, output_dir, state = trainer.config, trainer.output_dir, trainer.state
     draw_loss(read_metrics(output_dir / METRICS_FILE), output_dir / "loss.png")
+    repo_id = prepare_repo(config) if config.push_to_hub else None
     hub.write_card(
         output_dir,
         data=data,
@@ -106,7 +109,7 @@ def finish_run(trainer, script: str, data: str) -> None:
             hardware=hub.describe_machine(),
         ),
         sample_grid=output_dir / "samples.png",
-        repo_id=hub_model_id(config) if config.push_to_hub else None,
+        repo_id=repo_id,
     )
     lines = [
         "",
@@ -117,9 +120,7 @@ def finish_run(trainer, script: str, data: str) -> None:
         "  README.md        the model card; the options are in train_config.yaml",
     ]
     if config.push_to_hub:
-        url = hub.push_folder(
-            output_dir, hub_model_id(config), token=config.hub_token, private=config.hub_private_repo or None
-        )
+        url = hub.push_folder(output_dir, repo_id, token=config.hub_token, private=config.hub_private_repo or None)
         lines.append(f"  pushed to        {url}")
     print("\n".join([*lines, "", hub.loading_lines(output_dir)]), file=sys.stdout, flush=True)
 
