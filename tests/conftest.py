@@ -5,6 +5,7 @@ import sys
 import tempfile
 
 import pytest
+
 from local_hub import LocalHub
 
 

@@ -1,4 +1,3 @@
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -6,12 +5,12 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import RepositoryNotFoundError
 from PIL import Image
 
 import diffusers_ext
+from diffusers_ext import ExtDDPMScheduler, GuidedDiffusionPipeline
 from diffusers_ext.hub import (
     Figure,
     TrainingRun,
@@ -22,6 +21,7 @@ from diffusers_ext.hub import (
     source_commit,
     write_card,
 )
+from tiny import image_of, tiny_unet
 
 
 ALICE, BOB = "hf_token_of_alice", "hf_token_of_bob"
@@ -33,29 +33,17 @@ FIGURE = Figure(
 @pytest.fixture
 def folder(tmp_path):
     """A saved pipeline, with what a training run leaves beside it."""
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D",) * 2,
-        up_block_types=("UpBlock2D",) * 2,
-        layers_per_block=1,
-    )
     folder = tmp_path / "my-digits"
-    DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=10)).save_pretrained(folder)
-    (folder / "checkpoint-10" / "unet").mkdir(parents=True)
-    (folder / "checkpoint-10" / "unet" / "model.safetensors").write_bytes(b"training state")
+    scheduler = ExtDDPMScheduler(timestep_spacing="trailing")
+    pipeline = GuidedDiffusionPipeline(tiny_unet(num_classes=2), scheduler, id2label={0: "zero", 1: "one"})
+    pipeline.save_pretrained(folder)
+    (folder / "checkpoint-10" / "denoiser").mkdir(parents=True)
+    (folder / "checkpoint-10" / "denoiser" / "model.safetensors").write_bytes(b"training state")
     (folder / "logs").mkdir()
     (folder / "logs" / "events").write_bytes(b"tensorboard")
     (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
     Image.new("L", (8, 8)).save(folder / "samples.png")
     return folder
-
-
-def image_of(pipeline):
-    return pipeline(num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images
 
 
 # The card.
@@ -92,15 +80,13 @@ def test_card_says_what_is_known(folder):
 
 
 def test_card_counts_the_parameters_of_each_component(folder):
-    expected = sum(p.numel() for p in UNet2DModel.from_pretrained(folder / "unet").parameters())
+    expected = sum(parameter.numel() for parameter in tiny_unet(num_classes=2).parameters())
     text = write_card(folder, data="Digits.").read_text(encoding="utf-8")
-    assert f"| `unet` | `diffusers.UNet2DModel` | {expected:,} |" in text
-    assert "| `scheduler` | `diffusers.DDPMScheduler` |  |" in text
+    assert f"| `denoiser` | `diffusers_ext.UNetModel` | {expected:,} |" in text
+    assert "| `scheduler` | `diffusers_ext.ExtDDPMScheduler` |  |" in text
 
 
 def test_card_names_the_labels(folder):
-    index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps(index | {"id2label": {"0": "zero", "1": "one"}}))
     assert "Labels: 0 zero, 1 one.\n" in write_card(folder, data="Digits.").read_text(encoding="utf-8")
 
 
@@ -177,10 +163,10 @@ def test_describe_machine_names_torch():
 
 @pytest.mark.parametrize("library", [diffusers, diffusers_ext])
 def test_pushed_pipeline_loads_from_the_hub(hub, folder, library):
-    expected = image_of(DDPMPipeline.from_pretrained(folder))
+    expected = image_of(GuidedDiffusionPipeline.from_pretrained(folder))
     push_folder(folder, "alice/my-digits", token=ALICE)
     pulled = library.DiffusionPipeline.from_pretrained("alice/my-digits")
-    assert type(pulled) is DDPMPipeline
+    assert type(pulled) is GuidedDiffusionPipeline
     assert (image_of(pulled) == expected).all()
 
 
@@ -198,23 +184,23 @@ def test_push_is_one_commit_of_the_pipeline_alone(hub, folder):
         "model_index.json",
         "samples.png",
         "scheduler/scheduler_config.json",
-        "unet/config.json",
-        "unet/diffusion_pytorch_model.safetensors",
+        "denoiser/config.json",
+        "denoiser/diffusion_pytorch_model.safetensors",
     }
     for name in set(uploaded) - {".gitattributes"}:
         assert uploaded[name] == (folder / name).read_bytes()
 
 
 def test_second_push_leaves_no_stale_weights(hub, folder):
-    pipeline = DDPMPipeline.from_pretrained(folder)
+    pipeline = GuidedDiffusionPipeline.from_pretrained(folder)
     push_folder(folder, "alice/my-digits", token=ALICE)
     HfApi(token=ALICE).upload_file(path_or_fileobj=b"notes", path_in_repo="notes.md", repo_id="alice/my-digits")
-    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    pipeline.unet.save_pretrained(folder / "unet", max_shard_size="10KB")
+    (folder / "denoiser" / "diffusion_pytorch_model.safetensors").unlink()
+    pipeline.denoiser.save_pretrained(folder / "denoiser", max_shard_size="10KB")
     push_folder(folder, "alice/my-digits", token=ALICE)
 
-    weights = [name for name in hub.files("alice/my-digits") if name.startswith("unet/diffusion_pytorch_model")]
-    assert len(weights) > 2 and "unet/diffusion_pytorch_model.safetensors" not in weights
+    weights = [name for name in hub.files("alice/my-digits") if name.startswith("denoiser/diffusion_pytorch_model")]
+    assert len(weights) > 2 and "denoiser/diffusion_pytorch_model.safetensors" not in weights
     assert hub.files("alice/my-digits")["notes.md"] == b"notes"  # what is not part of a component stays
     assert (image_of(diffusers.DiffusionPipeline.from_pretrained("alice/my-digits")) == image_of(pipeline)).all()
 
@@ -228,7 +214,7 @@ def test_pushing_the_same_again_makes_no_commit(hub, folder):
 def test_private_repo_is_its_owners_alone(hub, folder):
     push_folder(folder, "alice/secret", token=ALICE, private=True)
     pulled = diffusers.DiffusionPipeline.from_pretrained("alice/secret", token=ALICE)
-    assert type(pulled) is DDPMPipeline
+    assert type(pulled) is GuidedDiffusionPipeline
     for token in (BOB, False):
         with pytest.raises(RepositoryNotFoundError):
             HfApi(token=token).model_info("alice/secret")
@@ -269,7 +255,7 @@ def test_no_right_to_write_to_a_repo_that_exists(hub, folder):
 def test_a_broken_folder_is_not_pushed(hub, folder, tmp_path):
     with pytest.raises(ValueError, match="has no model_index.json"):
         push_folder(tmp_path, "alice/my-digits", token=ALICE)
-    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = folder / "denoiser" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(ValueError, match="diffusion_pytorch_model.safetensors' is damaged"):
         push_folder(folder, "alice/my-digits", token=ALICE)
@@ -287,4 +273,4 @@ def test_loading_lines_run_as_they_stand(hub, folder):
     for name in (folder, "alice/my-digits"):
         code = loading_lines(name) + "\nprint(type(pipeline).__name__)"
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        assert result.stdout == "DDPMPipeline\n"
+        assert result.stdout == "GuidedDiffusionPipeline\n"

@@ -13,6 +13,7 @@ from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES, _fetch_
 import diffusers_ext
 from diffusers_ext import ExtDDIMScheduler, ExtDDPMScheduler, GuidedDiffusionPipeline, UNetModel
 from diffusers_ext.registration import BASE_CLASSES, register_with_diffusers
+from tiny import image_of, tiny_unet
 
 
 PACKAGE = Path(diffusers_ext.__file__).parent
@@ -24,22 +25,6 @@ COMPONENTS = {
 }
 
 
-def unet(num_classes=None):
-    """Ours, with weights that make it do something: its last layer starts at zero."""
-    torch.manual_seed(0)
-    model = UNetModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        num_classes=num_classes,
-    )
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    return model
-
-
 def stock_unet():
     torch.manual_seed(0)
     blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
@@ -48,28 +33,24 @@ def stock_unet():
 
 PIPELINES = {
     "ours": lambda: GuidedDiffusionPipeline(
-        denoiser=unet(num_classes=3), scheduler=ExtDDIMScheduler(timestep_spacing="trailing")
+        denoiser=tiny_unet(num_classes=3), scheduler=ExtDDIMScheduler(timestep_spacing="trailing")
     ),
-    "ours, stock scheduler": lambda: GuidedDiffusionPipeline(denoiser=unet(), scheduler=DPMSolverMultistepScheduler()),
+    "ours, stock scheduler": lambda: GuidedDiffusionPipeline(
+        denoiser=tiny_unet(), scheduler=DPMSolverMultistepScheduler()
+    ),
     "ours, stock network": lambda: GuidedDiffusionPipeline(
         denoiser=stock_unet(), scheduler=ExtDDPMScheduler(timestep_spacing="trailing")
     ),
     "stock DDPM, our parts": lambda: DDPMPipeline(
-        unet=unet(), scheduler=ExtDDPMScheduler(timestep_spacing="trailing")
+        unet=tiny_unet(), scheduler=ExtDDPMScheduler(timestep_spacing="trailing")
     ),
-    "stock DDIM, our network": lambda: DDIMPipeline(unet=unet(), scheduler=DDIMScheduler()),
+    "stock DDIM, our network": lambda: DDIMPipeline(unet=tiny_unet(), scheduler=DDIMScheduler()),
 }
 
 
 @pytest.fixture(params=PIPELINES)
 def pipeline(request):
     return PIPELINES[request.param]()
-
-
-def image_of(pipeline):
-    pipeline.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(0)
-    return pipeline(batch_size=1, num_inference_steps=4, generator=generator, output_type="np").images
 
 
 # Round trips.
