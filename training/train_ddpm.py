@@ -25,7 +25,7 @@ from diffusers_ext.trainer.batches import TIMESTEP_SAMPLINGS
 from diffusers_ext.trainer.config import TrainerConfig, resolve_for_machine
 from diffusers_ext.trainer.data import ImageData
 from diffusers_ext.trainer.loop import Trainer
-from diffusers_ext.trainer.options import option, parse_config
+from diffusers_ext.trainer.options import option, parse_config, to_command
 from diffusers_ext.trainer.prepare import prepare_images
 from diffusers_ext.trainer.run import describe_data, finish_run, make_accelerator, open_run, save_whole
 from diffusers_ext.trainer.sampling import draw_denoising, draw_samples
@@ -108,6 +108,7 @@ class TrainConfig(TrainerConfig):
 def main(config: TrainConfig) -> Path:
     """Trains a model and returns the folder of its pipeline."""
     accelerator = make_accelerator(config)
+    command = to_command(config, "training/train_ddpm.py")
     config = resolve_for_machine(config)
     with open_run(config, accelerator) as open_folder:
         data = load_data(config, accelerator)
@@ -128,7 +129,7 @@ def main(config: TrainConfig) -> Path:
             with averaged_pipeline(trainer, scheduler) as pipe:
                 save_whole(pipe, trainer.output_dir)
             draw_figures(config, accelerator, data)
-            finish_run(trainer, "training/train_ddpm.py", describe_data(config, data))
+            finish_run(trainer, command, describe_data(config, data))
     return trainer.output_dir
 
 

@@ -89,12 +89,16 @@ def to_yaml(config: Any) -> str:
     return yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=1000)
 
 
+# How a run was started, not what it is.
+_OF_ONE_START = ("overwrite_output_dir", "resume_from_checkpoint")
+
+
 def to_command(config: Any, script: str) -> str:
-    """The command line that gives this config, secrets left out."""
+    """The command line that makes the same run; secrets are left out."""
     words = ["accelerate", "launch", script]
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if value == field.default or value is None or field.name.endswith("_token"):
+        if value == field.default or value is None or field.name in _OF_ONE_START or field.name.endswith("_token"):
             continue
         if isinstance(value, bool):
             words.append(f"--{field.name}" if value else f"--no-{field.name}")
@@ -105,7 +109,11 @@ def to_command(config: Any, script: str) -> str:
 
 def _parser(cls: type) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=cls.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS, formatter_class=_HelpFormatter
+        usage="%(prog)s [--OPTION VALUE ...]",  # the list of all of them would hide the message of an error
+        description=cls.__doc__,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=_HelpFormatter,
     )
     parser.add_argument("--config", metavar="FILE.yaml", help="read options from a YAML file; the command line wins")
     parser.add_argument("--dry_run", action="store_true", help="print the options as resolved, as YAML, and end")

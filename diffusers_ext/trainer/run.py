@@ -17,9 +17,9 @@ from diffusers_ext import hub
 from diffusers_ext.trainer.config import TrainerConfig, resolve_for_machine, set_threads
 from diffusers_ext.trainer.data import ImageData
 from diffusers_ext.trainer.figures import draw_loss
-from diffusers_ext.trainer.options import to_command, to_yaml
+from diffusers_ext.trainer.loop import Trainer
+from diffusers_ext.trainer.options import to_yaml
 from diffusers_ext.trainer.run_folder import (
-    CONFIG_FILE,
     METRICS_FILE,
     check_output_dir,
     clear_output_dir,
@@ -92,8 +92,13 @@ def save_whole(pipe: DiffusionPipeline, output_dir: Path) -> None:
             path.replace(target)
 
 
-def finish_run(trainer, script: str, data: str) -> None:
-    """Draws the loss, writes the card, pushes if asked to, and says where everything is."""
+def finish_run(trainer: Trainer, command: str, data: str) -> None:
+    """Draws the loss, writes the card, pushes if asked to, and says where everything is.
+
+    Args:
+        command: The command line of the run.
+        data: What it was trained on, in a line.
+    """
     config, output_dir, state = trainer.config, trainer.output_dir, trainer.state
     draw_loss(read_metrics(output_dir / METRICS_FILE), output_dir / "loss.png")
     repo_id = prepare_repo(config) if config.push_to_hub else None
@@ -101,7 +106,7 @@ def finish_run(trainer, script: str, data: str) -> None:
         output_dir,
         data=data,
         training=hub.TrainingRun(
-            command=to_command(config, script),
+            command=command,
             commit=hub.source_commit(),
             seed=config.seed,
             num_steps=state.step,

@@ -1,0 +1,248 @@
+"""The loop with a small network, where every claim can be checked to the last bit."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from safetensors.torch import load_file
+from torch import nn
+
+from diffusers_ext.trainer.config import TrainerConfig, resolve_for_machine
+from diffusers_ext.trainer.loop import Trainer
+from diffusers_ext.trainer.prepare import prepare_images
+from diffusers_ext.trainer.run_folder import read_metrics
+
+
+@pytest.fixture(scope="module")
+def data():
+    return prepare_images("digits", max_samples=20)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """accelerate keeps precision and accumulation for the life of a process."""
+    yield
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+class Denoiser(nn.Module):
+    """Two convolutions with dropout between them, so that the default generators matter."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.dropout, self.last = (
+            nn.Conv2d(1, 4, 3, padding=1),
+            nn.Dropout(0.2),
+            nn.Conv2d(4, 1, 3, padding=1),
+        )
+
+    def forward(self, x):
+        return self.last(self.dropout(self.first(x).relu()))
+
+
+def squared_error(model, batch):
+    time = batch["time"].float().view(-1, 1, 1, 1)
+    return (model((1 - time) * batch["images"] + time * batch["noise"]) - batch["noise"]).square().mean()
+
+
+def trainer(data, output_dir, loss=squared_error, on_images=None, dropout=0.2, **settings):
+    defaults = {
+        "train_batch_size": 4,
+        "max_train_steps": 12,
+        "lr_warmup_steps": 2,
+        "logging_steps": 3,
+        "learning_rate": 0.01,
+    }
+    config = resolve_for_machine(
+        TrainerConfig(**defaults | {"mixed_precision": "no", "output_dir": str(output_dir)} | settings)
+    )
+    accelerator = Accelerator(
+        cpu=True,
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+    )
+    torch.manual_seed(0)
+    model = Denoiser()
+    model.dropout.p = dropout
+    output_dir.mkdir(exist_ok=True)
+    return Trainer(config, accelerator, model, loss, data, on_images=on_images)
+
+
+def saved(output_dir, step):
+    """Everything that a checkpoint holds of the weights, their average, the optimizer and the run."""
+    folder = output_dir / f"checkpoint-{step}"
+    optimizer = torch.load(folder / "optimizer.bin", weights_only=True)
+    moments = {f"{k}.{name}": value for k, entry in optimizer["state"].items() for name, value in entry.items()}
+    state = json.loads((folder / "run_state.json").read_text())
+    timed = ("seconds", "warmup_seconds")
+    return (
+        load_file(folder / "model.safetensors") | load_file(folder / "average.safetensors") | moments,
+        {name: value for name, value in state.items() if name not in timed},
+        optimizer["param_groups"],
+    )
+
+
+def metrics(output_dir):
+    timed = ("seconds", "images_per_second")
+    records = read_metrics(output_dir / "metrics.jsonl")
+    return [{name: value for name, value in record.items() if name not in timed} for record in records]
+
+
+def assert_same_run(one, other, step):
+    tensors, state, groups = saved(one, step)
+    tensors_other, state_other, groups_other = saved(other, step)
+    assert tensors.keys() == tensors_other.keys() and len(tensors) > 10
+    for name in tensors:
+        assert torch.equal(tensors[name], tensors_other[name]), name
+    assert state == state_other and groups == groups_other
+    assert metrics(one) == metrics(other)
+
+
+@pytest.mark.parametrize("accumulation, num_workers", [(1, 0), (3, 0), (1, 2)])
+def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(data, tmp_path, accumulation, num_workers):
+    """Stopped at step 7, in the middle of an epoch of 5 batches and of the steps between two lines of the log."""
+    settings = {"gradient_accumulation_steps": accumulation, "checkpointing_steps": 7}
+    trainer(data, tmp_path / "whole", **settings).train()
+
+    class Preempted(Exception):
+        pass
+
+    broken = trainer(data, tmp_path / "parts", dataloader_num_workers=num_workers, **settings)
+    step = broken._step
+
+    def until_step_10():
+        if broken.state.step == 10:
+            raise Preempted
+        step()
+
+    broken._step = until_step_10
+    with pytest.raises(Preempted):
+        broken.train()
+    torch.manual_seed(123)  # what ran before does not matter
+    trainer(data, tmp_path / "parts", resume_from_checkpoint="latest", **settings).train()
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", 12)
+
+
+def test_images_made_while_training_change_nothing(data, tmp_path):
+    made = []
+
+    def make(trainer):
+        with trainer.averaged_model() as model:
+            assert not model.training
+            made.append((trainer.state.step, model(torch.randn(2, 1, 8, 8)).shape))
+
+    trainer(data, tmp_path / "with", on_images=make, save_images_steps=5).train()
+    trainer(data, tmp_path / "without").train()
+    assert [step for step, _ in made] == [5, 10]
+    assert_same_run(tmp_path / "with", tmp_path / "without", 12)
+
+
+@pytest.mark.parametrize("accumulation, batch_size", [(2, 4), (4, 2), (8, 1)])
+def test_accumulation_gives_the_same_weights_and_learning_rates(data, tmp_path, accumulation, batch_size):
+    trainer(data, tmp_path / "whole", dropout=0.0, train_batch_size=8).train()
+    settings = {"train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+    trainer(data, tmp_path / "parts", dropout=0.0, **settings).train()
+    whole, parts = saved(tmp_path / "whole", 12)[0], saved(tmp_path / "parts", 12)[0]
+    for name in whole:
+        torch.testing.assert_close(whole[name], parts[name], rtol=1e-3, atol=1e-5)
+    rates = [[record["learning_rate"] for record in metrics(tmp_path / run)] for run in ("whole", "parts")]
+    assert rates[0] == rates[1] and rates[0][-1] < 0.03 * 0.01
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoint(data, tmp_path):
+    def loss(model, batch):
+        loss.calls += 1
+        return squared_error(model, batch) * (float("nan") if loss.calls >= 8 else 1)
+
+    loss.calls = 0
+    run = trainer(data, tmp_path / "run", loss=loss, checkpointing_steps=5, logging_steps=100)
+    with pytest.raises(
+        FloatingPointError, match=r"not finite \(nan\) at step 8, .* last good checkpoint is .*checkpoint-5"
+    ):
+        run.train()
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-5"]
+    assert all(torch.isfinite(value).all() for value in saved(tmp_path / "run", 5)[0].values())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_from_there(data, tmp_path, number, capsys):
+    def loss(model, batch):
+        loss.calls += 1
+        if loss.calls == 5:
+            os.kill(os.getpid(), number)
+        return squared_error(model, batch)
+
+    loss.calls = 0
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as exit:
+        trainer(data, tmp_path / "parts", loss=loss).train()
+    assert exit.value.code == 128 + number and signal.getsignal(number) is before
+    assert f"{signal.Signals(number).name} at step 5: saved {tmp_path}/parts/checkpoint-5" in capsys.readouterr().out
+    trainer(data, tmp_path / "parts", resume_from_checkpoint="latest").train()
+    trainer(data, tmp_path / "whole").train()
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", 12)
+
+
+def test_a_damaged_checkpoint_is_passed_over_by_name(data, tmp_path, capsys):
+    settings = {"checkpointing_steps": 4, "checkpoints_total_limit": None}
+    trainer(data, tmp_path / "run", **settings).train()
+    (tmp_path / "run" / "checkpoint-12" / "optimizer.bin").write_bytes(b"")
+    again = trainer(data, tmp_path / "run", resume_from_checkpoint="latest", **settings)
+    again.train()
+    out = capsys.readouterr().out
+    assert "checkpoint-12 passed over: optimizer.bin has 0 bytes" in out
+    assert f"going on from {tmp_path}/run/checkpoint-8 (step 8, 32 images seen)" in out
+    trainer(data, tmp_path / "whole", **settings).train()
+    assert_same_run(tmp_path / "whole", tmp_path / "run", 12)
+
+
+def test_a_run_by_time_ends_in_time_with_its_decay_complete(data, tmp_path):
+    run = trainer(
+        data, tmp_path / "run", max_train_steps=None, max_train_time="1.5s", logging_steps=1, lr_scheduler="linear"
+    )
+    run.train()
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert 1.5 <= run.state.seconds < 3
+    assert len(records) == run.state.step > 10
+    for record, following in zip(records[3:], records[4:], strict=False):
+        share = following["learning_rate"] / 0.01
+        # The rate of a step is that of the time at which it began, which is about when the step before was logged.
+        assert share == pytest.approx(1 - record["seconds"] / 1.5, abs=0.15)
+    assert records[-1]["learning_rate"] < 0.1 * 0.01
+
+
+def test_another_option_of_the_model_or_the_data_is_refused_on_resume(data, tmp_path):
+    trainer(data, tmp_path / "run", max_train_steps=3).train()
+    with pytest.raises(ValueError, match="is of a run with random_flip False, got True: give the same random_flip"):
+        trainer(data, tmp_path / "run", random_flip=True, resume_from_checkpoint="latest").train()
+    before = (tmp_path / "run" / "train_config.yaml").read_text()
+    assert "random_flip: false" in before
+
+
+def test_resuming_where_there_is_no_checkpoint_starts_and_says_so(data, tmp_path, capsys):
+    run = trainer(data, tmp_path / "run", resume_from_checkpoint="latest", max_train_steps=2)
+    run.train()
+    assert "holds no checkpoint: the run starts at its beginning" in capsys.readouterr().out
+    assert run.state.step == 2
+
+
+def test_without_average_the_models_own_weights_are_used(data, tmp_path):
+    run = trainer(data, tmp_path / "run", use_ema=False, max_train_steps=2)
+    run.train()
+    assert not (tmp_path / "run" / "checkpoint-2" / "average.safetensors").exists()
+    with run.averaged_model() as model:
+        assert model is run.module
+
+
+def test_16_bits_are_scaled_to_the_range_of_the_model(data, tmp_path):
+    run = trainer(data, tmp_path / "run")
+    for dtype, top in ((torch.uint8, 255), (torch.uint16, 65535)):
+        run._scale = 2 / top
+        pixels = torch.tensor([0, top], dtype=torch.int32).to(dtype).view(2, 1, 1, 1)
+        images = run._to_device({"pixels": pixels, "noise": torch.zeros(2, 1, 1, 1)})["images"]
+        torch.testing.assert_close(images.flatten(), torch.tensor([-1.0, 1.0]))

@@ -1,0 +1,99 @@
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+import yaml
+
+from diffusers_ext.trainer.options import option, parse_config, read_yaml, to_command, to_yaml
+
+
+@dataclass(frozen=True)
+class Config:
+    """A small table of options."""
+
+    learning_rate: float = option(1e-3, "peak, in 100% of cases", "optimizer")
+    resolution: tuple[int, ...] | None = option(None, "side")
+    mixed_precision: Literal["no", "bf16"] | None = option(None, "precision")
+    use_ema: bool = option(True, "average")
+    max_train_steps: int | None = option(None, "steps", "run")
+    output_dir: str = option("runs/x", "folder")
+    hub_token: str | None = option(None, "secret")
+
+    def __post_init__(self):
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate must be positive, got {self.learning_rate:g}")
+
+
+def write(path, text):
+    path.write_text(text)
+    return str(path)
+
+
+def test_command_line_wins_over_yaml_which_wins_over_defaults(tmp_path):
+    file = write(tmp_path / "c.yaml", "learning_rate: 1e-4\nresolution: [8, 16]\nuse_ema: false\n")
+    config = parse_config(Config, ["--config", file, "--learning_rate", "0.5", "--mixed_precision", "no"])
+    assert config == Config(learning_rate=0.5, resolution=(8, 16), use_ema=False, mixed_precision="no")
+
+
+def test_yaml_is_converted_to_the_types_of_the_options(tmp_path):
+    """YAML reads 1e-4 as a text and a bare `no` as false."""
+    file = write(
+        tmp_path / "c.yaml", "learning_rate: 1e-4\nmixed_precision: no\nresolution: 8\nmax_train_steps: null\n"
+    )
+    assert read_yaml(Config, file) == {
+        "learning_rate": 1e-4,
+        "mixed_precision": "no",
+        "resolution": (8,),
+        "max_train_steps": None,
+    }
+
+
+@pytest.mark.parametrize("arguments", [[], ["--resolution", "8", "16", "--no-use_ema", "--max_train_steps", "3"]])
+def test_dry_run_prints_what_the_config_file_reads_back(arguments, tmp_path, capsys):
+    assert parse_config(Config, [*arguments, "--dry_run"]) is None
+    file = write(tmp_path / "c.yaml", capsys.readouterr().out)
+    assert parse_config(Config, ["--config", file]) == parse_config(Config, arguments)
+
+
+def test_command_gives_the_same_config_without_secrets():
+    config = Config(resolution=(8, 16), use_ema=False, output_dir="a b", hub_token="hf_secret")
+    command = to_command(config, "train.py")
+    assert command == "accelerate launch train.py --resolution 8 16 --no-use_ema --output_dir 'a b'"
+    assert "hub_token" not in yaml.safe_load(to_yaml(config))
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("leraning_rate: 1", "unknown option leraning_rate; did you mean learning_rate"),
+        ("ema: true", "unknown option ema; did you mean use_ema"),
+        ("zzz: 1", "unknown option zzz; --help lists the options"),
+        ("learning_rate: fast", "learning_rate must be a number, got 'fast'"),
+        ("use_ema: 1", "use_ema must be true or false, got 1"),
+        ("max_train_steps: 1.5", "max_train_steps must be an integer, got 1.5"),
+        ("learning_rate: null", "learning_rate must have a value, got null"),
+        ("mixed_precision: fp8", "mixed_precision must be one of no, bf16, got 'fp8'"),
+        ("- 1", "must hold a mapping of options to values, got list"),
+        ("learning_rate: -1", "learning_rate must be positive, got -1"),
+    ],
+)
+def test_bad_yaml_is_refused(text, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit:
+        parse_config(Config, ["--config", write(tmp_path / "c.yaml", text)])
+    assert exit.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_unknown_argument_names_the_near_ones(capsys):
+    with pytest.raises(SystemExit):
+        parse_config(Config, ["--max_train_step", "5"])
+    assert "unknown option --max_train_step; did you mean --max_train_steps?" in capsys.readouterr().err
+
+
+def test_help_lists_every_option_under_its_heading(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "119")
+    with pytest.raises(SystemExit):
+        parse_config(Config, ["--help"])
+    text = capsys.readouterr().out
+    assert text.index("optimizer:") < text.index("--use_ema") < text.index("run:") < text.index("--output_dir")
+    assert "in 100% of cases (default: 0.001)" in text

@@ -1,0 +1,82 @@
+import json
+
+import pytest
+
+from diffusers_ext.trainer.config import TrainerConfig
+from diffusers_ext.trainer.options import to_yaml
+from diffusers_ext.trainer.run_folder import (
+    MetricsLog,
+    check_output_dir,
+    check_same_run,
+    clear_output_dir,
+    read_metrics,
+)
+
+
+@pytest.mark.parametrize("what", ["train_config.yaml", "metrics.jsonl", "model_index.json", "checkpoint-7"])
+def test_a_folder_that_holds_another_run_is_refused(tmp_path, what):
+    (tmp_path / what).mkdir() if what.startswith("checkpoint") else (tmp_path / what).write_text("{}")
+    with pytest.raises(ValueError, match="holds another run.*--resume_from_checkpoint latest.*--overwrite_output_dir"):
+        check_output_dir(TrainerConfig(output_dir=str(tmp_path)))
+    check_output_dir(TrainerConfig(output_dir=str(tmp_path), resume_from_checkpoint="latest"))
+    check_output_dir(TrainerConfig(output_dir=str(tmp_path), overwrite_output_dir=True))
+
+
+def test_a_folder_with_other_things_is_taken(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    check_output_dir(TrainerConfig(output_dir=str(tmp_path)))
+    check_output_dir(TrainerConfig(output_dir=str(tmp_path / "new")))
+    with pytest.raises(ValueError, match="output_dir must be a folder, .* is a file"):
+        check_output_dir(TrainerConfig(output_dir=str(tmp_path / "notes.txt")))
+
+
+def test_clearing_removes_the_run_and_nothing_else(tmp_path):
+    for name in ("checkpoint-7", "denoiser", "samples", "logs", "mine"):
+        (tmp_path / name).mkdir()
+    for name in ("train_config.yaml", "metrics.jsonl", "samples.png", "loss.png", "README.md", "notes.txt"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "model_index.json").write_text(
+        json.dumps({"_class_name": "P", "denoiser": ["diffusers_ext", "UNetModel"]})
+    )
+    clear_output_dir(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "notes.txt"]
+
+
+def test_options_that_make_another_run_are_refused_and_others_are_said(tmp_path):
+    (tmp_path / "train_config.yaml").write_text(to_yaml(TrainerConfig(seed=1, max_train_steps=10)))
+    assert check_same_run(TrainerConfig(seed=1, max_train_steps=20), tmp_path) == ["max_train_steps is now 20, was 10"]
+    with pytest.raises(ValueError, match="is of a run with seed 1, got 2: give the same seed, or start a new run"):
+        check_same_run(TrainerConfig(seed=2), tmp_path)
+
+
+def test_metrics_after_the_step_that_a_run_goes_on_from_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    log = MetricsLog(path, step=2)
+    log.write({"step": 3, "loss": 0.5})
+    log.close()
+    assert read_metrics(path) == [{"step": 1}, {"step": 2}, {"step": 3, "loss": 0.5}]
+    MetricsLog(path).close()
+    assert read_metrics(path) == []
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"train_batch_size": 0}, "train_batch_size must be at least 1, got 0"),
+        ({"checkpoints_total_limit": 0}, "checkpoints_total_limit must be at least 1, got 0"),
+        ({"resolution": (8, 8, 8)}, "resolution must be one side or height and width, got 8 8 8"),
+        ({"max_bad_share": 1.5}, r"max_bad_share must be in \[0, 1\), got 1.5"),
+        ({"learning_rate": 0.0}, "learning_rate must be positive"),
+        ({"seed": -1}, "seed must not be negative, got -1"),
+        ({"overwrite_output_dir": True, "resume_from_checkpoint": "latest"}, "contradict each other"),
+        ({"ema_std": 0.1, "ema_decay": 0.9}, "ema_std and ema_decay are two kinds of average"),
+        ({"ema_warmup": True}, "ema_warmup belongs to an exponential average"),
+        ({"use_ema": False, "ema_decay": 0.9}, "have no meaning without use_ema"),
+        ({"max_train_steps": 0}, "max_train_steps must be positive, got 0"),
+        ({"max_train_time": "soon"}, "a duration must look like 600 "),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TrainerConfig(**settings)

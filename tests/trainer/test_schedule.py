@@ -1,0 +1,65 @@
+import pytest
+import torch
+from diffusers.optimization import get_scheduler
+
+from diffusers_ext.trainer.schedule import LR_SCHEDULERS, Budget, LearningRate, parse_duration
+
+
+@pytest.mark.parametrize(
+    "text, seconds", [("600", 600), ("1.5", 1.5), ("90s", 90), ("10m", 600), ("1h30m", 5400), ("1h2m3s", 3723)]
+)
+def test_durations(text, seconds):
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "ten", "10 minutes", "m", "-5", "1m1h"])
+def test_other_durations_are_refused(text):
+    with pytest.raises(ValueError, match="a duration must look like 600"):
+        parse_duration(text)
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant_with_warmup"])
+def test_decay_matches_diffusers_step_by_step(name):
+    """After the warm-up; in it diffusers' first step has a learning rate of 0, ours moves."""
+    peak, warmup, total = 0.02, 5, 40
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=peak)
+    cycles = 3 if name == "cosine_with_restarts" else 1
+    stock = get_scheduler(
+        name, optimizer, num_warmup_steps=warmup, num_training_steps=total, num_cycles=cycles, power=2.0
+    )
+    ours = LearningRate(name, peak, Budget(total), warmup_steps=warmup, num_cycles=cycles, power=2.0)
+    for step in range(total):
+        expected = peak * (step + 1) / warmup if step < warmup else optimizer.param_groups[0]["lr"]
+        assert ours.at(step, 0.0) == pytest.approx(expected, rel=1e-6, abs=1e-12), step
+        optimizer.step()
+        stock.step()
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_decay_by_time_is_complete_when_the_time_is_up(name):
+    rate = LearningRate(name, 1.0, Budget(max_seconds=100.0), warmup_steps=10)
+    assert rate.at(4, 3.0) == 0.5
+    assert rate.at(10, 20.0, warmup_end_seconds=20.0) == 1.0
+    assert rate.at(1000, 60.0, warmup_end_seconds=20.0) == pytest.approx(0.5)
+    assert rate.at(9000, 100.0, warmup_end_seconds=20.0) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_whichever_end_is_nearer_decides():
+    budget = Budget(100, 50.0)
+    assert budget.progress(10, 25.0) == 0.5
+    assert budget.progress(80, 25.0) == 0.8
+    assert budget.is_over(100, 0.0) and budget.is_over(0, 50.0) and not budget.is_over(99, 49.9)
+    assert Budget(100).progress(50, 1e9) == 0.5
+
+
+@pytest.mark.parametrize("steps, seconds, message", [(0, None, "max_train_steps"), (None, 0.0, "max_train_time")])
+def test_empty_budgets_are_refused(steps, seconds, message):
+    with pytest.raises(ValueError, match=f"{message} must be positive, got 0"):
+        Budget(steps, seconds)
+    with pytest.raises(ValueError, match="a run needs an end"):
+        Budget()
+
+
+def test_unknown_scheduler_names_the_choices():
+    with pytest.raises(ValueError, match=f"lr_scheduler must be one of {', '.join(LR_SCHEDULERS)}, got 'step'"):
+        LearningRate("step", 1.0, Budget(1))
