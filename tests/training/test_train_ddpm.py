@@ -1,0 +1,321 @@
+"""Real runs of the script, with a network as small as it gets."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from diffusers import DDPMPipeline, DiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+import diffusers_ext
+from diffusers_ext.trainer.data import load_digits
+from diffusers_ext.trainer.options import parse_config
+from diffusers_ext.trainer.run_folder import read_metrics
+from training.train_ddpm import TrainConfig, build_scheduler, main, training_loss
+
+
+ROOT = Path(__file__).parents[2]
+SMALL = {
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "train_batch_size": 4,
+    "max_train_samples": 40,
+    "num_inference_steps": 2,
+    "sample_columns": 2,
+    "logging_steps": 2,
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """accelerate keeps precision and accumulation for the life of a process."""
+    yield
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+def config_of(output_dir, **settings):
+    return TrainConfig(**SMALL | {"output_dir": str(output_dir), "max_train_steps": 4} | settings)
+
+
+def arguments(config):
+    """The config as a command line."""
+    words = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value != field.default:
+            flag = [f"--{'' if value else 'no-'}{field.name}"] if isinstance(value, bool) else [f"--{field.name}"]
+            words += flag + [
+                str(part) for part in (value if isinstance(value, tuple) else [value]) if value is not True
+            ]
+    return words
+
+
+def launch(config, *launcher, **kwargs):
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *launcher]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command += [str(ROOT / "training" / "train_ddpm.py"), *arguments(config)]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs
+    )
+
+
+def save_images(folder, pixels, **columns):
+    """A folder of parquet with these pictures, (number, height, width, channels)."""
+    pictures = [Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture) for picture in pixels]
+    features = {"image": datasets.Image()} | {name: datasets.Value("int64") for name in columns}
+    folder.mkdir()
+    rows = datasets.Dataset.from_dict({"image": pictures} | columns, features=datasets.Features(features))
+    rows.to_parquet(folder / "train.parquet")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a run on digits, and what it printed."""
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    process = launch(config_of(folder, save_images_steps=2, report_to="tensorboard", num_threads=1))
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, output
+    return folder, output
+
+
+def test_run_leaves_all_that_it_names(run):
+    folder, output = run
+    assert f"in {folder}:" in output
+    for name in ("samples.png", "denoising.png", "loss.png", "metrics.jsonl", "README.md", "train_config.yaml"):
+        assert name in output and (folder / name).stat().st_size > 0
+    assert (folder / "samples" / "step-0000002.png").exists()
+    assert list((folder / "logs").rglob("events.out.tfevents*"))
+    assert "digits, split train: 40 images, 8x8 grey, 10 labels" in output
+    assert "images/s" in output and "left" in output and "100%" in output
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-4"]
+    records = read_metrics(folder / "metrics.jsonl")
+    assert [(record["step"], record["images"]) for record in records] == [(2, 8), (4, 16)]
+    # Ten rows of two pictures of 48 pixels, each with a margin, and the labels on their left.
+    assert Image.open(folder / "samples.png").size[1] == 10 * 50 + 2
+
+
+def test_the_lines_that_it_prints_load_the_pipeline(run):
+    folder, output = run
+    lines = output.strip().splitlines()[-3:]
+    assert lines[0] == "import diffusers_ext"
+    namespace = {}
+    exec("\n".join(lines), namespace)
+    pipe = namespace["pipeline"]
+    assert isinstance(pipe, diffusers_ext.GuidedDiffusionPipeline)
+    image = pipe(class_labels="3", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
+    assert image.size == (8, 8) and image.mode == "L"
+
+
+def test_saved_pipeline_holds_the_averaged_weights_and_the_trainings_schedule(run):
+    folder, _ = run
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    average = load_file(folder / "checkpoint-4" / "average.safetensors")
+    own = load_file(folder / "checkpoint-4" / "model.safetensors")
+    differences = 0
+    for name, value in pipe.denoiser.named_parameters():
+        torch.testing.assert_close(value.data, average[name], rtol=0, atol=0)
+        differences += not torch.equal(average[name], own[name])
+    assert differences
+    assert pipe.scheduler.config.prediction_type == "epsilon" and pipe.scheduler.config.num_train_timesteps == 1000
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["denoiser"] == ["diffusers_ext", "UNetModel"]
+    assert {int(label): name for label, name in pipe.config.id2label.items()} == {n: str(n) for n in range(10)}
+
+
+def test_resolved_options_make_the_same_run_again(run, tmp_path):
+    """Here in this process, from the options that the launched run has written."""
+    folder, _ = run
+    config = parse_config(
+        TrainConfig, ["--config", str(folder / "train_config.yaml"), "--output_dir", str(tmp_path / "again")]
+    )
+    assert config.resolution == (8, 8) and config.resize_mode == "pad" and config.ema_std is not None
+    main(config)
+    first, again = (
+        load_file(path / "denoiser" / "diffusion_pytorch_model.safetensors") for path in (folder, tmp_path / "again")
+    )
+    for name in first:
+        assert torch.equal(first[name], again[name]), name
+
+
+def test_a_second_run_in_the_same_folder_is_refused_continued_or_overwritten(run, tmp_path):
+    config = config_of(tmp_path / "run", max_train_steps=2)
+    main(config)
+    with pytest.raises(ValueError, match="holds another run, checkpoints up to checkpoint-2"):
+        main(config)
+    main(dataclasses.replace(config, max_train_steps=3, resume_from_checkpoint="latest"))
+    assert [record["step"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [2, 3]
+    main(dataclasses.replace(config, overwrite_output_dir=True))
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize("processes", [2])
+def test_processes_with_a_part_of_the_batch_give_the_weights_of_one_with_all_of_it(tmp_path, processes):
+    settings = {"mixed_precision": "no", "label_dropout": 0.5, "random_flip": True, "max_grad_norm": 0.1}
+    both = launch(
+        config_of(tmp_path / "two", train_batch_size=4 // processes, **settings),
+        *("--multi_gpu", "--num_processes", str(processes), "--num_machines", "1", "--main_process_port", "0"),
+    )
+    output = both.communicate(timeout=120)[0]
+    assert both.returncode == 0, output
+    main(config_of(tmp_path / "one", **settings))
+    one, two = (load_file(tmp_path / run / "checkpoint-4" / "model.safetensors") for run in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(
+            one[name], two[name], rtol=1e-4, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    logs = [read_metrics(tmp_path / run / "metrics.jsonl") for run in ("one", "two")]
+    for mine, theirs in zip(*logs, strict=True):
+        assert theirs["images"] == mine["images"] and theirs["learning_rate"] == mine["learning_rate"]
+        assert theirs["loss"] == pytest.approx(mine["loss"], rel=1e-4)
+    assert output.count("trained for 4 steps, 16 images") == 1
+
+
+def test_a_terminated_run_ends_clearly_and_goes_on(tmp_path):
+    config = config_of(tmp_path / "run", max_train_steps=None, max_train_time="1h")
+    process = launch(config)
+    metrics, end = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 100
+    while len(read_metrics(metrics)) < 2:
+        assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
+        time.sleep(0.05)
+    for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        os.kill(int(child), signal.SIGTERM)  # the script itself: the launcher does not pass it on
+    output = process.communicate(timeout=60)[0]
+    assert "SIGTERM at step" in output and "--resume_from_checkpoint latest goes on from there" in output
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    step = int(checkpoint.name.split("-")[1])
+    main(config_of(tmp_path / "run", resume_from_checkpoint="latest", max_train_steps=step + 2))
+    assert read_metrics(metrics)[-1]["step"] == step + 2
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+def test_unlabelled_colour_images_that_are_not_square(tmp_path, prediction_type):
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 12, 3), dtype=np.uint8)
+    name = save_images(tmp_path / "data", pixels)
+    settings = {
+        "prediction_type": prediction_type,
+        "loss_weighting": "min_snr",
+        "channels_last": False,
+        "max_train_steps": 2,
+    }
+    folder = main(config_of(tmp_path / "run", dataset_name=name, **settings))
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    assert pipe.denoiser.config.num_classes is None and pipe.scheduler.config.prediction_type == prediction_type
+    images = pipe(batch_size=2, num_inference_steps=2, output_type="np").images
+    assert images.shape == (2, 8, 12, 3)
+
+
+def test_unconditional_leaves_the_labels_out_and_fits_diffusers_own_pipeline(tmp_path):
+    folder = main(config_of(tmp_path / "run", unconditional=True, max_train_steps=1, compile=False))
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    assert pipe.denoiser.config.num_classes is None and pipe.config.id2label is None
+    stock = DDPMPipeline(pipe.denoiser, pipe.scheduler)
+    assert stock(batch_size=1, num_inference_steps=2, output_type="np").images.shape == (1, 8, 8, 1)
+
+
+def test_images_get_a_border_rather_than_being_enlarged(tmp_path, capsys):
+    pixels = np.full((5, 28, 28, 1), 255, np.uint8)
+    name = save_images(tmp_path / "data", pixels, label=[0, 1, 0, 1, 1])
+    folder = main(config_of(tmp_path / "run", dataset_name=name, resolution=(32,), max_train_steps=1))
+    assert "28x28 images are centred on 32x32 with a border of 0 (--resize_mode pad)" in capsys.readouterr().out
+    assert yaml.safe_load((folder / "train_config.yaml").read_text())["resize_mode"] == "pad"
+    assert tuple(DiffusionPipeline.from_pretrained(folder).denoiser.config.sample_size) == (32, 32)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (
+            {"resolution": (30,)},
+            "resolution must be a multiple of 4, since block_out_channels has 3 widths .* 30: take 28 or 32",
+        ),
+        ({"resolution": (2, 8)}, "got 2: take 4"),
+        ({"label_dropout": 1.0}, r"label_dropout must be in \[0, 1\), got 1"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be positive, got 0"),
+        ({"num_train_timesteps": 20}, r"num_inference_steps must be at most num_train_timesteps \(20\), got 50"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**settings)
+
+
+def test_nothing_is_written_when_the_data_are_refused(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    datasets.Dataset.from_dict({"text": ["a", "b"]}).to_parquet(folder / "train.parquet")
+    with pytest.raises(ValueError, match=r"no column of images; its columns are: text \(string\)"):
+        main(config_of(tmp_path / "run", dataset_name=str(folder)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_pushed_run_is_the_folder_with_its_card(hub, tmp_path):
+    main(
+        config_of(
+            tmp_path / "run",
+            max_train_steps=1,
+            push_to_hub=True,
+            hub_model_id="alice/digits",
+            hub_token="hf_token_of_alice",
+        )
+    )
+    pipe = DiffusionPipeline.from_pretrained("alice/digits")
+    assert isinstance(pipe, diffusers_ext.GuidedDiffusionPipeline)
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "alice/digits" in card and "hf_token_of_alice" not in card
+    assert "hf_token_of_alice" not in (tmp_path / "run" / "train_config.yaml").read_text()
+
+
+def test_a_hub_that_refuses_does_so_before_training(hub, tmp_path):
+    with pytest.raises(PermissionError):
+        main(config_of(tmp_path / "run", push_to_hub=True, hub_model_id="alice/digits", hub_token="hf_wrong"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+def test_loss_of_a_perfect_model_is_zero_and_of_a_blank_one_is_its_target(prediction_type):
+    config = TrainConfig(prediction_type=prediction_type)
+    scheduler = build_scheduler(config)
+    generator = torch.Generator().manual_seed(0)
+    x0, eps = torch.randn(2, 64, 1, 4, 4, generator=generator)
+    batch = {"images": x0, "noise": eps, "time": (torch.arange(64) + 0.5).double() / 64}
+    alpha_bar = scheduler.alphas_cumprod.double()[(batch["time"] * 1000).long()].view(-1, 1, 1, 1)
+    targets = {"epsilon": eps, "sample": x0, "v_prediction": alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x0}
+    target = targets[prediction_type].float()
+
+    def model(answer):
+        def call(sample, timesteps, class_labels):
+            torch.testing.assert_close(
+                sample, (alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps).float(), rtol=1e-3, atol=1e-3
+            )
+            return type("Output", (), {"sample": answer})
+
+        return call
+
+    assert training_loss(config, scheduler, model(target), batch) < 1e-6
+    blank = training_loss(config, scheduler, model(torch.zeros_like(x0)), batch)
+    torch.testing.assert_close(blank, target.square().mean(), rtol=1e-3, atol=0)
+
+
+def test_digits_by_name_and_as_a_folder_are_the_same_data(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    load_digits().select(range(40)).to_parquet(folder / "train.parquet")
+    main(config_of(tmp_path / "named", max_train_steps=2))
+    main(config_of(tmp_path / "folder", max_train_steps=2, dataset_name=str(folder)))
+    named, other = (read_metrics(tmp_path / run / "metrics.jsonl")[-1]["loss"] for run in ("named", "folder"))
+    assert named == other
