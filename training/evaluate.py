@@ -107,7 +107,7 @@ def main(config: EvaluateConfig) -> dict | None:
     features, about_features = get_features(config, real, state)
 
     if pipeline is None:
-        images, labels = read_image_folder(config.pipeline, config, real)
+        images, labels = read_image_folder(config.pipeline, real, config.pad_value or 0)
         sampling = None
     else:
         images, labels, sampling = generate_for(

@@ -25,9 +25,11 @@ class FeaturesConfig(DataOptions):
     output_dir: str | None = option(None, "folder of the model; by default runs/features-NAME_OF_THE_DATA_SET", "run")
     overwrite_output_dir: bool = option(False, "replace what output_dir holds")
     num_train_epochs: int | None = option(
-        None, "passes over the images; by default enough for 275 000 images, at most 60"
+        None, "passes over the images; by default enough for 275 000 images, at most 20"
     )
-    train_batch_size: int = option(128, "images of a step")
+    train_batch_size: int | None = option(
+        None, "images of a step, over all processes; by default 128, or fewer for less than 3000 images"
+    )
     learning_rate: float = option(2e-3, "peak learning rate")
     adam_weight_decay: float = option(0.05, "AdamW's weight decay")
     random_flip: bool = option(False, "mirror every other image left to right, at random")

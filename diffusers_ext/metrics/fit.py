@@ -57,7 +57,7 @@ def fit_feature_classifier(
     train: LabelledImages,
     *,
     num_epochs: int | None = None,
-    batch_size: int = 128,
+    batch_size: int | None = None,
     learning_rate: float = 2e-3,
     weight_decay: float = 0.05,
     random_flip: bool = False,
@@ -69,8 +69,8 @@ def fit_feature_classifier(
 
     Args:
         train: The images to train on.
-        num_epochs: Passes over the images; by default enough for some 275 000 images, at least 1 and at most 60.
-        batch_size: Images a step, over all processes.
+        num_epochs: Passes over the images; by default enough for some 275 000 images, at least 1 and at most 20.
+        batch_size: Images a step, over all processes; by default 128, or fewer to make 24 steps an epoch, at least 16.
         learning_rate: The peak.
         random_flip: Mirror each image with probability 1/2; not for digits or letters.
         seed: Of the weights, the order and the flips. On one machine, the same seed gives the same weights.
@@ -85,9 +85,11 @@ def fit_feature_classifier(
     if len(train) < 2:
         raise ValueError(f"training needs at least 2 images, got {len(train)}")
     if num_epochs is None:
-        num_epochs = min(max(round(275_000 / len(train)), 1), 60)
+        num_epochs = min(max(round(275_000 / len(train)), 1), 20)
     if num_epochs < 1:
         raise ValueError(f"num_epochs must be at least 1, got {num_epochs}")
+    if batch_size is None:
+        batch_size = min(max(len(train) // 24, 16), 128)
     accelerator = Accelerator()
     # Batch normalisation needs at least two images.
     batch_size = max(2, min(batch_size, len(train)) // accelerator.num_processes)

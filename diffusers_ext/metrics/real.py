@@ -61,12 +61,14 @@ class RealImages:
         train: What the model was trained on. Where the data set has no labels, its `label_names` are empty.
         held_out: Images that it was not trained on, or None.
         name: What the user called the data set.
+        resize_mode: How images get to their size, of the modes of `fit`.
         notes: What the user may want to know about the preparation.
     """
 
     train: LabelledImages
     held_out: LabelledImages | None
     name: str
+    resize_mode: str
     notes: tuple[str, ...]
 
     @property
@@ -89,7 +91,7 @@ def load_real_images(options: DataOptions) -> RealImages:
     train = prepare_split(options, train_split, options.max_train_samples)
     name = options.held_out_split or find_held_out_split(options)
     if name is None:
-        return RealImages(to_labelled_images(train), None, options.dataset_name, train.notes)
+        return RealImages(to_labelled_images(train), None, options.dataset_name, train.resize_mode, train.notes)
 
     # Prepared like the training images, whatever its own pictures would suggest.
     prepared = dataclasses.replace(options, resolution=train.size, resize_mode=train.resize_mode)
@@ -101,7 +103,9 @@ def load_real_images(options: DataOptions) -> RealImages:
             f"the splits {train_split} and {name} must have the same labels, got"
             f" {_names(train)} and {_names(held_out)}"
         )
-    return RealImages(to_labelled_images(train), to_labelled_images(held_out), options.dataset_name, train.notes)
+    return RealImages(
+        to_labelled_images(train), to_labelled_images(held_out), options.dataset_name, train.resize_mode, train.notes
+    )
 
 
 def prepare_split(options: DataOptions, split: str, max_samples: int | None = None) -> ImageData:
@@ -210,7 +214,7 @@ def hash_weights(model: FeatureClassifierModel) -> str:
 
 def cached_features_folder(real: RealImages) -> Path:
     """Where the default feature classifier of a data set is kept: named by the pixels and labels themselves."""
-    content = hashlib.sha256(b"fit 1")  # raise the number when `fit_feature_classifier` changes its defaults
+    content = hashlib.sha256(b"fit 2")  # raise the number when `fit_feature_classifier` changes its defaults
     train, held_out = split_for_training(real, seed=0)
     for part in (train, held_out):
         content.update(repr(tuple(part.images.shape)).encode())

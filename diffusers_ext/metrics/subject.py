@@ -1,16 +1,16 @@
 """What is measured: a pipeline, with its sampler, or a folder of images."""
 
-import dataclasses
-import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from PIL import Image
 from torch import Tensor
 
 import diffusers_ext
@@ -21,7 +21,8 @@ from diffusers_ext.metrics.generate import (
     generate_images,
     num_classes_of,
 )
-from diffusers_ext.metrics.real import CHANNEL_MODES, DataOptions, RealImages, prepare_split, to_labelled_images
+from diffusers_ext.metrics.real import CHANNEL_MODES, RealImages
+from diffusers_ext.trainer.images import fit, to_array
 
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -36,7 +37,7 @@ def is_image_folder(name: str) -> bool:
     folder = Path(name)
     if not folder.is_dir() or (folder / "model_index.json").is_file():
         return False
-    if any(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.rglob("*")):
+    if _image_files(folder):
         return True
     raise ValueError(f"{folder} holds neither a pipeline (model_index.json) nor images ({', '.join(IMAGE_SUFFIXES)})")
 
@@ -137,27 +138,41 @@ def generate_for(
     return convert_channels(images, real.image_shape[0]), labels, record
 
 
-def read_image_folder(name: str, options: DataOptions, real: RealImages) -> tuple[Tensor, Tensor | None]:
-    """The images of a folder, prepared like the real ones, and their labels if its subfolders bear the labels' names."""
+def read_image_folder(name: str, real: RealImages, pad_value: int = 0) -> tuple[Tensor, Tensor | None]:
+    """The images of a folder and its subfolders, prepared like the real ones.
+
+    Args:
+        name: Folder. If each image is in a subfolder that bears the name of a label, those are the labels.
+        real: The data set.
+        pad_value: Of a border, where images are smaller than the real ones.
+
+    Returns:
+        The images, uint8, in the order of their paths; and their labels, or None.
+
+    Raises:
+        ValueError: if a file cannot be decoded.
+    """
     channels, height, width = real.image_shape
     if channels > len(CHANNEL_MODES):
         raise ValueError(f"files hold images of up to 4 channels, but those of {real.name} have {channels}")
-    with tempfile.TemporaryDirectory() as cache:  # a new one each time, since files may have been replaced
-        options = dataclasses.replace(
-            options,
-            dataset_name=name,
-            dataset_config_name=None,
-            image_column="image",
-            label_column=None,
-            resolution=(height, width),
-            image_mode=CHANNEL_MODES[channels - 1],
-            cache_dir=cache,
-        )
-        folder = to_labelled_images(prepare_split(options, "train"))
+    paths = _image_files(Path(name))
+    images = np.empty((len(paths), height, width, channels), np.uint8)
+    for row, path in zip(images, paths, strict=True):
+        try:
+            with Image.open(path) as image:
+                picture = to_array(image, CHANNEL_MODES[channels - 1], pad_value)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} cannot be decoded: {error}") from error
+        row[...] = fit(picture, (height, width), real.resize_mode, pad_value)
+    images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+
     ids = {label_name: label for label, label_name in enumerate(real.train.label_names)}
-    if not folder.label_names or not set(folder.label_names) <= ids.keys():
-        return folder.images, None
-    return folder.images, torch.tensor([ids[label_name] for label_name in folder.label_names])[folder.labels]
+    labels = [ids.get(path.relative_to(name).parts[0]) for path in paths]
+    return images, None if None in labels else torch.tensor(labels)
+
+
+def _image_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
 
 
 def _some(names: list[str]) -> str:

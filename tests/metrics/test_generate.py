@@ -26,7 +26,7 @@ def make_pipeline(num_classes=3, scheduler=ExtDDPMScheduler, sample_size=8):
     )
     for parameter in unet.parameters():  # a new network's output is 0, whatever it is asked for
         torch.nn.init.normal_(parameter, std=0.1)
-    return GuidedDiffusionPipeline(denoiser=unet, scheduler=scheduler())
+    return GuidedDiffusionPipeline(denoiser=unet, scheduler=scheduler(timestep_spacing="trailing"))
 
 
 def make_stock_pipeline(channels=3):

@@ -1,0 +1,254 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffusers_ext import ExtDDIMScheduler, GuidedDiffusionPipeline, UNetModel
+
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "training"))
+import evaluate  # noqa: E402
+import train_features  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFUSERS_EXT_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def features_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("features") / "digits"
+    config = train_features.FeaturesConfig(output_dir=str(folder), num_train_epochs=12)
+    about = train_features.main(config)
+    assert about["held_out_accuracy"] > 0.85
+    return folder
+
+
+def save_pipeline(folder, num_classes=10, sample_size=8):
+    torch.manual_seed(0)
+    unet = UNetModel(
+        sample_size=sample_size,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        num_classes=num_classes,
+    )
+    names = {label: str(label) for label in range(num_classes)}
+    scheduler = ExtDDIMScheduler(timestep_spacing="trailing")
+    GuidedDiffusionPipeline(denoiser=unet, scheduler=scheduler, id2label=names).save_pretrained(folder)
+    return folder
+
+
+def save_digits(folder, split, by_label=True):
+    """scikit-learn's digits as files, in a subfolder for each label."""
+    from diffusers_ext.trainer.data import load_digits
+
+    for index, row in enumerate(load_digits(split)):
+        place = folder / (str(row["label"]) if by_label else "")
+        place.mkdir(parents=True, exist_ok=True)
+        row["image"].save(place / f"{index:04}.png")
+    return folder
+
+
+def run(*arguments):
+    return evaluate.main(evaluate.parse([str(argument) for argument in arguments]))
+
+
+def test_a_run_folder_is_measured_without_options(tmp_path, features_folder, capsys):
+    folder = save_pipeline(tmp_path / "run")
+    (folder / "train_config.yaml").write_text("dataset_name: digits\nresolution: [8, 8]\nnum_inference_steps: 3\n")
+    result = run(folder, "--num_images", 200, "--features", features_folder)
+
+    assert result == json.loads((folder / "evaluation.json").read_text())
+    assert not list(folder.glob("*.tmp"))
+    assert result["dataset_name"] == "digits" and result["num_train_images"] == 1500
+    assert result["sampling"]["num_inference_steps"] == 3 and result["sampling"]["by_label"]
+    generated, held_out = result["generated"], result["held_out"]
+    assert generated.keys() == held_out.keys()
+    assert generated["num_images"] == held_out["num_images"] == 200
+    # An untrained network makes noise, which no measure should take for digits.
+    assert generated["frechet_distance"] > 5 * held_out["frechet_distance"]
+    assert generated["pixel_precision"] < 0.1 < 0.7 < held_out["pixel_precision"]
+    assert generated["svc_label_accuracy"] < 0.3 and held_out["svc_label_accuracy"] > 0.9
+    assert generated["label_accuracy"] < 0.3 and held_out["label_accuracy"] > 0.85
+    printed = capsys.readouterr().out
+    assert "frechet_distance" in printed and "FID" not in printed
+    assert str(features_folder) in printed
+
+
+def test_the_training_images_as_a_folder_are_perfect(tmp_path, features_folder):
+    """They come through files, labels and the same preparation, so their distance from themselves is 0."""
+    folder = save_digits(tmp_path / "images", "train")
+    result = run(folder, "--dataset_name", "digits", "--features", features_folder)
+    generated = result["generated"]
+    assert generated["num_images"] == 1500
+    assert generated["frechet_distance"] == pytest.approx(0, abs=1e-6)
+    for name in ("pixel_precision", "pixel_recall", "feature_precision", "feature_recall"):
+        assert generated[name] == 1
+    assert generated["nearest_train_distance"] == pytest.approx(0, abs=1e-6)
+    assert generated["svc_label_accuracy"] > 0.99
+    assert result["sampling"] is None
+
+
+def test_a_folder_without_known_labels_has_no_label_accuracy(tmp_path, features_folder):
+    folder = save_digits(tmp_path / "images", "test", by_label=False)
+    result = run(folder, "--dataset_name", "digits", "--features", features_folder, "--no-svc")
+    assert "label_accuracy" not in result["generated"]
+    assert result["generated"]["frechet_distance"] == pytest.approx(result["held_out"]["frechet_distance"], rel=1e-4)
+
+
+def test_a_stock_pipeline_is_measured_with_another_scheduler(tmp_path, features_folder):
+    unet = diffusers.UNet2DModel(
+        sample_size=8,
+        block_out_channels=(32, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+    )
+    folder = tmp_path / "stock"
+    diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()).save_pretrained(folder)
+    result = run(
+        *(folder, "--dataset_name", "digits", "--features", features_folder, "--num_images", 130),
+        *("--num_inference_steps", 2, "--scheduler", "DDIMScheduler", "--output_file", tmp_path / "out" / "it.json"),
+    )
+    assert (tmp_path / "out" / "it.json").is_file() and not (folder / "evaluation.json").exists()
+    assert result["sampling"]["pipeline_class"] == "DDPMPipeline"
+    assert result["sampling"]["scheduler_class"] == "DDIMScheduler"
+    assert not result["sampling"]["by_label"] and "label_accuracy" not in result["generated"]
+    assert result["generated"]["num_images"] == 130  # three channels, measured as one
+
+
+def save_parquet(folder, with_labels, count=120):
+    """Colour images of 12x8, left half of one of three colours, and labels for them in parquet files."""
+    generator = np.random.default_rng(0)
+    folder.mkdir()
+    for split, number in (("train", count), ("validation", 40)):
+        labels = generator.integers(3, size=number)
+        pixels = generator.integers(60, size=(number, 12, 8, 3)).astype(np.uint8)
+        pixels[np.arange(number), :, :4, labels] += 180
+        rows = {"image": [Image.fromarray(picture) for picture in pixels]}
+        features = {"image": datasets.Image()}
+        if with_labels:
+            rows["label"], features["label"] = labels, datasets.ClassLabel(names=["red", "green", "blue"])
+        table = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+        table.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
+def test_features_are_trained_once_and_kept(tmp_path, capsys):
+    folder = save_parquet(tmp_path / "colours", with_labels=True)
+    images = tmp_path / "images"
+    images.mkdir()
+    for index in range(20):
+        Image.effect_noise((8, 12), 50).save(images / f"{index}.png")  # grey, measured as colour
+    arguments = (images, "--dataset_name", folder, "--cache_dir", tmp_path / "datasets", "--num_neighbours", 3)
+    with pytest.warns(UserWarning, match="unreliable from 20 samples"):
+        first = run(*arguments)
+    assert "training a feature classifier" in capsys.readouterr().out
+    assert first["image_shape"] == [3, 12, 8]
+    assert first["held_out"]["label_accuracy"] == 1.0
+    assert Path(first["features"]["folder"]).is_relative_to(tmp_path / "cache")
+
+    with pytest.warns(UserWarning, match="unreliable from 20 samples"):
+        second = run(*arguments)
+    assert "training a feature classifier" not in capsys.readouterr().out
+    assert second["features"] == first["features"] and second["generated"] == first["generated"]
+
+
+def test_without_labels_only_pixels_are_measured_and_it_says_so(tmp_path, capsys):
+    data = save_parquet(tmp_path / "colours", with_labels=False)
+    images = tmp_path / "images"
+    images.mkdir()
+    for index in range(20):
+        Image.effect_noise((8, 12), 50).save(images / f"{index}.png")
+    result = run(images, "--dataset_name", data, "--cache_dir", tmp_path / "datasets")
+    assert result["features"] is None
+    assert set(result["generated"]) == {"num_images", "pixel_precision", "pixel_recall", "nearest_train_distance"}
+    assert "has no labels to train a feature classifier on, so only pixels are measured" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--svc needs labels, and .* has none"):
+        run(images, "--dataset_name", data, "--cache_dir", tmp_path / "datasets", "--svc")
+
+
+def test_two_processes_give_the_measures_of_one(tmp_path, features_folder):
+    folder = save_pipeline(tmp_path / "run")
+    arguments = (
+        *(folder, "--dataset_name", "digits", "--features", features_folder, "--num_images", 131),
+        *("--num_inference_steps", 2, "--mixed_precision", "no"),
+    )
+    one = run(*arguments)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(ROOT / "training" / "evaluate.py"), *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    two = json.loads((folder / "evaluation.json").read_text())
+    assert two["generated"] == pytest.approx(one["generated"], rel=1e-3)
+    assert done.stdout.count("written to") == 1
+
+
+def test_features_of_training_are_not_overwritten(features_folder):
+    with pytest.raises(ValueError, match="is not empty: give another one, or --overwrite_output_dir"):
+        train_features.main(train_features.FeaturesConfig(output_dir=str(features_folder)))
+
+
+@pytest.mark.filterwarnings("ignore:the Fréchet distance of 128 features is unreliable")
+def test_what_cannot_be_evaluated_is_refused(tmp_path, features_folder):
+    digits = ("--dataset_name", "digits", "--features", features_folder, "--num_inference_steps", "2")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    ten = save_pipeline(tmp_path / "ten")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "a.png").write_bytes(b"no picture")
+    for arguments, message in [
+        ((tmp_path / "absent", *digits), "is no folder here, and no name of a pipeline on the Hub"),
+        ((empty, *digits), r"holds neither a pipeline \(model_index.json\) nor images"),
+        ((ten,), "has no train_config.yaml that names its data set: give --dataset_name"),
+        ((ten, "--dataset_name", "digits", "--features", empty), "is no folder of a feature classifier: make one"),
+        ((ten, *digits, "--scheduler", "UNetModel"), "scheduler must be a scheduler class .*, got UNetModel"),
+        ((ten, *digits, "--resolution", 16), r"takes images of .* \(1, 8, 8\), but those of digits are \(1, 16, 16\)"),
+        (
+            (save_pipeline(tmp_path / "four", num_classes=4), *digits),
+            r"the pipeline's 4 labels \(0, 1, 2, 3\) are not the 10 of digits",
+        ),
+        (
+            (save_pipeline(tmp_path / "large", sample_size=16), *digits, "--resolution", 8, "--num_images", 6),
+            r"the images are \(1, 16, 16\) .* but those of the data set are \(1, 8, 8\)",
+        ),
+        ((ten, *digits, "--num_images", 5), "k=5 neighbours need at least 6"),
+        ((broken, *digits), "a.png cannot be decoded"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            run(*arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "say what to evaluate: evaluate.py PIPELINE"),
+        (["runs/x", "--num_images", "0"], "num_images must be at least 1, got 0"),
+        (["runs/x", "--seed", "-1"], "seed must not be negative, got -1"),
+        (["runs/x", "--num_image", "5"], "unknown option --num_image; did you mean --num_images"),
+    ],
+)
+def test_wrong_options_end_with_a_line(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        evaluate.parse(arguments)
+    assert message in capsys.readouterr().err
