@@ -80,6 +80,7 @@ class TrainingRun:
         num_steps: Optimizer steps.
         seconds: Training time alone.
         hardware: What it ran on, as `describe_machine()` gives it.
+        options_file: The file in the pipeline's folder that has every option.
     """
 
     command: str | None = None
@@ -88,6 +89,7 @@ class TrainingRun:
     num_steps: int | None = None
     seconds: float | None = None
     hardware: str | None = None
+    options_file: str | None = None
 
 
 def loading_lines(name: str | os.PathLike) -> str:
@@ -176,6 +178,7 @@ def write_card(
         data=data.strip(),
         training=_training_rows(training),
         command=_without_tokens(training.command),
+        options_file=training.options_file,
         figures=[dataclasses.replace(figure, command=_without_tokens(figure.command)) for figure in figures],
         measuring_commands=list(dict.fromkeys(_without_tokens(figure.command) for figure in figures)),
         sample_grid=_inside(folder, sample_grid),

@@ -50,7 +50,9 @@ def folder(tmp_path):
 
 
 def test_card_says_what_is_known(folder):
-    run = TrainingRun("train.py --x", "0123abcd", seed=3, num_steps=400, seconds=200.4, hardware="2 CPU cores")
+    run = TrainingRun(
+        "train.py --x", "0123abcd", seed=3, num_steps=400, seconds=200.4, hardware="2 CPU cores", options_file="o.yaml"
+    )
     path = write_card(
         folder,
         data="Handwritten digits.",
@@ -67,7 +69,7 @@ def test_card_says_what_is_known(folder):
         assert f"\n## {section}\n\n" in text
     assert "![Samples](samples.png)" in text
     assert "| Commit | 0123abcd |\n| Seed | 3 |\n| Optimizer steps | 400 |\n| Time | 3 min 20 s |\n" in text
-    assert "```bash\ntrain.py --x\n```" in text
+    assert "```bash\ntrain.py --x\n```\n\nEvery option is in [o.yaml](o.yaml).\n" in text
     assert "| Fréchet distance, digits classifier | 1.235 | 1000 | ExtDDIMScheduler | 50 |\n" in text
     assert "```bash\npython evaluate.py runs/x\n```" in text
     assert f"```python\n{loading_lines('alice/my-digits')}\n```" in text
