@@ -85,7 +85,7 @@ def load_real_images(options: DataOptions) -> RealImages:
     """Both splits of a data set, in memory.
 
     Raises:
-        ValueError: see `prepare_images`; and if the splits differ in their labels.
+        ValueError: see `prepare_images`; and if the held-out images have labels that the training images have not.
     """
     train_split = options.dataset_split or "train"
     train = prepare_split(options, train_split, options.max_train_samples)
@@ -98,14 +98,24 @@ def load_real_images(options: DataOptions) -> RealImages:
     held_out = prepare_split(prepared, name)
     if held_out.channels != train.channels and train.channels <= len(CHANNEL_MODES):
         held_out = prepare_split(dataclasses.replace(prepared, image_mode=CHANNEL_MODES[train.channels - 1]), name)
-    if train.id2label != held_out.id2label:
+    train_images = to_labelled_images(train)
+    held_out_images = _with_labels_of(train_images, to_labelled_images(held_out), name)
+    return RealImages(train_images, held_out_images, options.dataset_name, train.resize_mode, train.notes)
+
+
+def _with_labels_of(train: LabelledImages, held_out: LabelledImages, split: str) -> LabelledImages:
+    """The held-out images with the ids that the training images' labels have: one split may lack some of the names."""
+    ids = {name: label for label, name in enumerate(train.label_names)}
+    unknown = [name for name in held_out.label_names if name not in ids]
+    if unknown or bool(ids) != bool(held_out.label_names):
         raise ValueError(
-            f"the splits {train_split} and {name} must have the same labels, got"
-            f" {_names(train)} and {_names(held_out)}"
+            f"the split {split} must have the labels of the training images, {_names(train)}, got {_names(held_out)}:"
+            " give another one by --held_out_split"
         )
-    return RealImages(
-        to_labelled_images(train), to_labelled_images(held_out), options.dataset_name, train.resize_mode, train.notes
-    )
+    if not ids:
+        return held_out
+    same = torch.tensor([ids[name] for name in held_out.label_names])
+    return LabelledImages(held_out.images, same[held_out.labels], train.label_names)
 
 
 def prepare_split(options: DataOptions, split: str, max_samples: int | None = None) -> ImageData:
@@ -226,5 +236,5 @@ def cached_features_folder(real: RealImages) -> Path:
     return Path(root, "features", f"{slug}-{shape}-{content.hexdigest()[:12]}")
 
 
-def _names(data: ImageData) -> str:
-    return "none" if data.id2label is None else ", ".join(list(data.id2label.values())[:10])
+def _names(data: LabelledImages) -> str:
+    return ", ".join(data.label_names[:10]) or "none"

@@ -64,10 +64,12 @@ def test_one_mode_of_two_has_full_precision_and_half_recall():
 
 
 def test_repeated_points_are_on_the_edge_of_a_ball_of_radius_zero():
-    """Rounding must not push them out: the images are far from the origin, and 0.1 has no exact binary form."""
-    real = torch.full((6, 500), 0.1, dtype=torch.float64) + torch.arange(2).repeat(3)[:, None] * 0.7
-    assert precision_recall(real, real.clone(), k=2) == (1.0, 1.0)
-    assert precision_recall(real, real + 1e-3, k=2) == (0.0, 0.0)
+    """Rounding must not push them out."""
+    points = normal(20, 500, 0).double() + 10
+    repeated = points.repeat(3, 1)
+    assert precision_recall(repeated, repeated.flip(0), k=2) == (1.0, 1.0)
+    assert precision_recall(repeated, points.repeat_interleave(4, 0), k=2) == (1.0, 1.0)
+    assert precision_recall(repeated, repeated + 1e-3, k=2) == (0.0, 0.0)
 
 
 def test_a_common_shift_changes_nothing():
