@@ -105,7 +105,8 @@ class NoiseSchedule:
         table = self._tables.get((like.device, dtype))
         if table is None:
             table = self._tables[(torch.device("cpu"), torch.float64)].to(like.device, dtype)
-            self._tables[(like.device, dtype)] = table
+            if type(table) is Tensor and not torch.compiler.is_compiling():  # not what tracing puts in its place
+                self._tables[(like.device, dtype)] = table
         trailing = [1] * (like.ndim - 1)
         if isinstance(timesteps, Tensor):
             if timesteps.is_floating_point() and (timesteps.device.type != "cpu" or (timesteps % 1 != 0).any()):

@@ -78,7 +78,7 @@ class CoefficientTable:
         table = self._copies.get(key)
         if table is None:
             table = self.values.to(*key)
-            if not torch.compiler.is_compiling():
+            if type(table) is Tensor and not torch.compiler.is_compiling():  # not what tracing puts in its place
                 self._copies[key] = table
         rows = table.index_select(0, timesteps.to(like.device).reshape(-1))
         return self.kind(*rows.reshape(len(rows), *[1] * (like.ndim - 1), -1).unbind(-1))
@@ -89,7 +89,7 @@ class Path:
 
     Attributes:
         timesteps: The tensor this was made from, noisiest first or last.
-        listed: The same on the host.
+        listed: The same on the host; read from there if not given.
         clip_range, threshold: Bound on |x_0|, and the two numbers of dynamic thresholding, which goes before; or None.
         next: Lower listed timestep of each of 0..T-1, -1 for the clean end, shape `(T,)`, int64.
         t, s: Levels of each timestep and of its successor, float64, shape `(T,)`.
@@ -97,9 +97,9 @@ class Path:
         tables: Coefficient tables by the options of the algorithm.
     """
 
-    def __init__(self, timesteps: Tensor, schedule: NoiseSchedule, config):
+    def __init__(self, timesteps: Tensor, listed: list[int] | None, schedule: NoiseSchedule, config):
         self.timesteps, self.config = timesteps, config
-        self.listed = [int(t) for t in timesteps.tolist()]
+        self.listed = [int(t) for t in timesteps.tolist()] if listed is None else listed
         self.prediction_type = config.prediction_type
         self.clip_range = config.clip_sample_range if config.clip_sample else None
         self.threshold = None
@@ -126,7 +126,7 @@ class Path:
         """
         if not isinstance(timestep, Tensor):
             return _integer(timestep)
-        if timestep.ndim:
+        if timestep.ndim or type(timestep) is not Tensor:  # fake tensors and the like have no value to read
             return None
         if timestep.device.type == "cpu":
             return _integer(timestep.item())

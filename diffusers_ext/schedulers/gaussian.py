@@ -70,9 +70,8 @@ class GaussianSchedulerMixin:
         self.init_noise_sigma = 1.0
         self.custom_timesteps = False
         self.num_inference_steps = None
-        self.timesteps = self._ordered(np.arange(config.num_train_timesteps)[::-1])
         self._path = None
-        self._current_path()
+        self._visit(np.arange(config.num_train_timesteps)[::-1], device=None)
 
     def _prepare(self, path: Path) -> None:
         """Makes the tables that `step` will want, so that a compiled step finds them."""
@@ -161,11 +160,15 @@ class GaussianSchedulerMixin:
                     stacklevel=2,
                 )
         self.num_inference_steps = len(values)
-        self.timesteps = self._ordered(values).to(device)
-        self._current_path()
+        self._visit(values, device)
 
-    def _ordered(self, descending: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(descending))
+    def _visit(self, descending: np.ndarray, device: str | torch.device | None) -> None:
+        values = self._ordered(descending)
+        self.timesteps = torch.tensor(values, device=device)
+        self._current_path(values)
+
+    def _ordered(self, descending: np.ndarray) -> list[int]:
+        return descending.tolist()
 
     def previous_timestep(self, timestep: Tensor | int) -> Tensor:
         """The timestep after this one in sampling, the next lower listed one; -1 after the last."""
@@ -182,13 +185,13 @@ class GaussianSchedulerMixin:
     def scale_model_input(self, sample: Tensor, timestep: Tensor | int | None = None) -> Tensor:
         return sample
 
-    def _current_path(self) -> Path:
+    def _current_path(self, listed: list[int] | None = None) -> Path:
         path = self._path
         if torch.compiler.is_compiling():
             return path  # made by `set_timesteps`, outside of the graph
         # Pipelines replace `timesteps` and the config behind our back.
         if path is None or path.timesteps is not self.timesteps or path.config is not self._internal_dict:
-            path = self._path = Path(self.timesteps, self.schedule, self._internal_dict)
+            path = self._path = Path(self.timesteps, listed, self.schedule, self._internal_dict)
             self._prepare(path)
         return path
 

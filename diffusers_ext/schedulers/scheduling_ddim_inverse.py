@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
@@ -58,5 +57,5 @@ class ExtDDIMInverseScheduler(InversionMixin, GaussianSchedulerMixin, DDIMInvers
     def _prepare(self, path: Path) -> None:
         self._prepare_inversion(path)
 
-    def _ordered(self, descending: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(descending[::-1]))
+    def _ordered(self, descending: np.ndarray) -> list[int]:
+        return descending[::-1].tolist()
