@@ -72,6 +72,14 @@ def test_repeated_points_are_on_the_edge_of_a_ball_of_radius_zero():
     assert precision_recall(repeated, repeated + 1e-3, k=2) == (0.0, 0.0)
 
 
+def test_points_on_the_edge_of_a_ball_are_inside():
+    """On a grid each ball of k=2 reaches to the next point, so the points one step outside the grid are on edges."""
+    steps = torch.arange(7, dtype=torch.float64) * 0.1 + 0.3
+    grid = torch.cartesian_prod(steps[:-1], steps)
+    assert precision_recall(grid, torch.cartesian_prod(steps[-1:], steps), k=2).precision == 1.0
+    assert precision_recall(grid, torch.cartesian_prod(steps[-1:] + 1e-6, steps), k=2).precision == 0.0
+
+
 def test_a_common_shift_changes_nothing():
     real, generated = normal(60, 5, 0).double(), normal(60, 5, 1).double()
     assert precision_recall(real + 1e4, generated + 1e4) == precision_recall(real, generated)
