@@ -25,7 +25,7 @@ from diffusers_ext.trainer.batches import TIMESTEP_SAMPLINGS
 from diffusers_ext.trainer.config import TrainerConfig, resolve_for_machine
 from diffusers_ext.trainer.data import ImageData
 from diffusers_ext.trainer.loop import Trainer
-from diffusers_ext.trainer.options import option, parse_config, to_command
+from diffusers_ext.trainer.options import option, run_script, to_command
 from diffusers_ext.trainer.prepare import prepare_images
 from diffusers_ext.trainer.run import describe_data, finish_run, make_accelerator, open_run, save_whole
 from diffusers_ext.trainer.sampling import draw_denoising, draw_samples
@@ -128,8 +128,9 @@ def main(config: TrainConfig) -> Path:
         if accelerator.is_main_process:
             with averaged_pipeline(trainer, scheduler) as pipe:
                 save_whole(pipe, trainer.output_dir)
+            print("drawing samples and the denoising of one of them ...", flush=True)
             draw_figures(config, accelerator, data)
-            finish_run(trainer, command, describe_data(config, data))
+            finish_run(trainer, command, "\n\n".join([describe_data(config, data), *data.notes]))
     return trainer.output_dir
 
 
@@ -258,6 +259,4 @@ def sample_settings(config: TrainConfig, data: ImageData) -> dict:
 
 
 if __name__ == "__main__":
-    options = parse_config(TrainConfig)
-    if options is not None:
-        main(options)
+    run_script(TrainConfig, main)

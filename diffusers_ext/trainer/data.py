@@ -99,11 +99,24 @@ class PixelTable:
         return self.__dict__ | {"_chunks": None}  # a spawned worker maps the file itself
 
 
+def is_local(name: str) -> bool:
+    """Whether a data set is not looked for on the Hub."""
+    return name == "digits" or Path(name).exists()
+
+
 def load_source(name: str, config_name: str | None = None, split: str = "train", **kwargs) -> datasets.Dataset:
-    """The rows of `digits`, of a data set on the Hub, or of a local folder that `datasets.load_dataset` reads."""
+    """The rows of `digits`, of a data set on the Hub, or of a local folder that `datasets.load_dataset` reads.
+
+    Raises:
+        ValueError: if there is no such data set, configuration or split, or it cannot be read.
+    """
     if name == "digits" and not Path(name).exists():
         return load_digits(split)
-    return datasets.load_dataset(name, config_name, split=split, **kwargs)
+    try:
+        return datasets.load_dataset(name, config_name, split=split, **kwargs)
+    except Exception as error:  # what a reader of files or of the Hub raises, which is of many kinds
+        where = "" if is_local(name) else "; it is no local folder, so it was looked for on the Hub"
+        raise ValueError(f"the split {split!r} of the data set {name!r} cannot be loaded{where}: {error}") from error
 
 
 def load_digits(split: str = "train") -> datasets.Dataset:

@@ -8,8 +8,11 @@ import argparse
 import dataclasses
 import difflib
 import shlex
+import sys
+import traceback
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -17,6 +20,8 @@ import yaml
 
 
 Config = TypeVar("Config")
+
+_PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def option(default: Any, help: str, group: str | None = None) -> Any:
@@ -57,6 +62,30 @@ def parse_config(cls: type[Config], arguments: list[str] | None = None) -> Confi
         print(to_yaml(config), end="")
         return None
     return config
+
+
+def run_script(cls: type[Config], main: Callable[[Config], Any], arguments: list[str] | None = None) -> None:
+    """Reads the options and calls `main` with them.
+
+    An error that this package or the script itself raises is meant for the user: it ends the script with its message as
+    a line on stderr. Any other error keeps its traceback.
+
+    Raises:
+        SystemExit: with code 1 after such an error.
+    """
+    config = parse_config(cls, arguments)
+    if config is None:
+        return
+    try:
+        main(config)
+    except (ValueError, OSError, FloatingPointError) as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        script = sys.modules[main.__module__].__file__
+        raised_in = Path(frame.f_code.co_filename).resolve()
+        if _PACKAGE not in raised_in.parents and raised_in != Path(script).resolve():
+            raise
+        print(f"{Path(script).name}: error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 def read_yaml(cls: type, path: str | Path) -> dict[str, Any]:

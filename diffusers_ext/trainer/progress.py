@@ -1,5 +1,6 @@
 """The progress bar of a run, and where its time went."""
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ class ProgressBar:
         self, budget: Budget, images_per_step: int, *, steps: int = 0, seconds: float = 0.0, enabled: bool = True
     ):
         self._budget, self._images_per_step = budget, images_per_step
-        self._last = (steps, seconds)
+        self._last, self._loss, self._speed = (steps, seconds), None, 0.0
         self._bar = tqdm(
             total=1.0,
             initial=budget.progress(steps, seconds),
@@ -31,24 +32,27 @@ class ProgressBar:
         )
 
     def advance(self, steps: int, seconds: float):
+        """Moves the bar; it is drawn a few times a second at most."""
+        self._bar.set_postfix_str(self._text(steps, seconds), refresh=False)
         self._bar.update(self._budget.progress(steps, seconds) - self._bar.n)
 
     def report(self, steps: int, seconds: float, loss: float) -> float:
-        """Shows the loss, and the speed since the last report, which it returns in images a second."""
+        """Takes note of the loss, and of the speed since the last report, which it returns in images a second."""
         last_steps, last_seconds = self._last
-        speed = (steps - last_steps) / max(seconds - last_seconds, 1e-9)
-        self._last = (steps, seconds)
-        left = min((self._budget.max_steps - steps) / speed, self._budget.max_seconds - seconds) if speed else 0
-        end = "" if self._budget.max_steps == float("inf") else f"/{self._budget.max_steps}"
-        self._bar.set_postfix_str(
-            f"step {steps}{end}, loss {loss:.4f}, {speed * self._images_per_step:.0f} images/s, "
+        self._last, self._loss = (steps, seconds), loss
+        self._speed = (steps - last_steps) / max(seconds - last_seconds, 1e-9)
+        self._bar.set_postfix_str(self._text(steps, seconds))
+        return self._speed * self._images_per_step
+
+    def _text(self, steps: int, seconds: float) -> str:
+        end = "" if math.isinf(self._budget.max_steps) else f"/{self._budget.max_steps}"
+        speed = self._speed or (steps - self._last[0]) / max(seconds - self._last[1], 1e-9)
+        left = min((self._budget.max_steps - steps) / max(speed, 1e-9), self._budget.max_seconds - seconds)
+        loss = "" if self._loss is None else f", loss {self._loss:.4f}"
+        return (
+            f"step {steps}{end}{loss}, {speed * self._images_per_step:.0f} images/s, "
             f"{tqdm.format_interval(max(0, left))} left"
         )
-        return speed * self._images_per_step
-
-    def write(self, line: str):
-        """Prints a line above the bar."""
-        tqdm.write(line)
 
     def close(self):
         self._bar.close()

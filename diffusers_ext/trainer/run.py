@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 
 from diffusers_ext import hub
 from diffusers_ext.trainer.config import TrainerConfig, resolve_for_machine, set_threads
-from diffusers_ext.trainer.data import ImageData
+from diffusers_ext.trainer.data import ImageData, is_local
 from diffusers_ext.trainer.figures import draw_loss
 from diffusers_ext.trainer.loop import Trainer
 from diffusers_ext.trainer.options import to_yaml
@@ -62,7 +62,11 @@ def open_run(config: TrainerConfig, accelerator: Accelerator) -> Iterator[Callab
             accelerator.init_trackers(config.tracker_project_name, config={"options": to_yaml(config)})
         accelerator.wait_for_everyone()
 
-    yield open_folder
+    try:
+        yield open_folder
+    except SystemExit:  # after a signal all processes end together, so that none waits for another
+        accelerator.end_training()
+        raise
     accelerator.end_training()
 
 
@@ -84,7 +88,8 @@ def save_whole(pipe: DiffusionPipeline, output_dir: Path) -> None:
     """Saves a pipeline so that a folder that has its `model_index.json` has all of it."""
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=".pipeline-") as partial:
         pipe.save_pretrained(partial)
-        # The index last: without it the folder is no pipeline.
+        # The index goes first and comes last: without it the folder is no pipeline.
+        (output_dir / "model_index.json").unlink(missing_ok=True)
         for path in sorted(Path(partial).iterdir(), key=lambda path: path.name == "model_index.json"):
             target = output_dir / path.name
             if target.is_dir():
@@ -97,7 +102,7 @@ def finish_run(trainer: Trainer, command: str, data: str) -> None:
 
     Args:
         command: The command line of the run.
-        data: What it was trained on, in a line.
+        data: What it was trained on, in Markdown.
     """
     config, output_dir, state = trainer.config, trainer.output_dir, trainer.state
     draw_loss(read_metrics(output_dir / METRICS_FILE), output_dir / "loss.png")
@@ -115,6 +120,7 @@ def finish_run(trainer: Trainer, command: str, data: str) -> None:
         ),
         sample_grid=output_dir / "samples.png",
         repo_id=repo_id,
+        dataset_id=None if is_local(config.dataset_name) else config.dataset_name,
     )
     lines = [
         "",

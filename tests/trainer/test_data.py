@@ -125,6 +125,14 @@ def test_grey_and_colour_together_become_colour(parquet):
     assert data.channels == 1 and "read as L; the narrowest mode that loses nothing is RGB" in data.notes[0]
 
 
+def test_a_data_set_that_is_not_there_says_where_it_was_looked_for(tmp_path, parquet):
+    with pytest.raises(ValueError, match="'nobody/nothing' cannot be loaded; it is no local folder, so .* the Hub"):
+        prepare_images("nobody/nothing")
+    folder = parquet({"image": [encode(pictures(1)[0])]}, {"image": datasets.Image()})
+    with pytest.raises(ValueError, match="the split 'test' of the data set .* cannot be loaded: Unknown split"):
+        prepare_images(folder, split="test")
+
+
 def test_data_without_images_names_its_columns(parquet):
     folder = parquet(
         {"text": ["a"], "size": [1.0]}, {"text": datasets.Value("string"), "size": datasets.Value("float32")}

@@ -1,10 +1,11 @@
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 import pytest
 import yaml
 
-from diffusers_ext.trainer.options import option, parse_config, read_yaml, to_command, to_yaml
+from diffusers_ext.trainer.options import option, parse_config, read_yaml, run_script, to_command, to_yaml
 
 
 @dataclass(frozen=True)
@@ -97,3 +98,19 @@ def test_help_lists_every_option_under_its_heading(capsys, monkeypatch):
     text = capsys.readouterr().out
     assert text.index("optimizer:") < text.index("--use_ema") < text.index("run:") < text.index("--output_dir")
     assert "in 100% of cases (default: 0.001)" in text
+
+
+def refuse(config):
+    raise ValueError(f"output_dir {config.output_dir} is taken")
+
+
+def test_an_error_for_the_user_ends_the_script_with_its_message_alone(capsys):
+    with pytest.raises(SystemExit) as exit:
+        run_script(Config, refuse, ["--output_dir", "here"])
+    assert exit.value.code == 1
+    assert capsys.readouterr().err == "test_options.py: error: output_dir here is taken\n"
+
+
+def test_an_error_of_a_library_keeps_its_traceback():
+    with pytest.raises(ValueError, match="Invalid literal for Fraction"):
+        run_script(Config, lambda config: Fraction("no number"), [])
