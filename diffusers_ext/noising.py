@@ -65,13 +65,7 @@ class NoiseSchedule:
     """
 
     def __init__(self, betas: Tensor, final_alpha_bar: float = 1.0):
-        betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu")
-        if betas.ndim != 1 or not len(betas):
-            raise ValueError(f"betas must have shape (T,) with T >= 1, got {tuple(betas.shape)}")
-        wrong = ~((betas >= 0) & (betas <= 1))  # true for NaN too
-        if wrong.any():
-            index = int(wrong.nonzero()[0])
-            raise ValueError(f"betas must be finite and in [0, 1], got {betas[index].item()} at index {index}")
+        betas = check_betas(betas)
         # Logs in float64: in float32, 1 - cumprod(1 - betas) is off by 2e-4 at t = 0 for the DDPM betas.
         log_alpha_bar = torch.log1p(-betas).cumsum(0)
         clean_end = torch.tensor([final_alpha_bar], dtype=torch.float64).log()
@@ -123,6 +117,22 @@ class NoiseSchedule:
             pair = table.narrow(0, timesteps + 1, 1)
         alpha, sigma = pair.view(-1, *trailing, 2).unbind(-1)
         return NoiseLevel(alpha, sigma)
+
+
+def check_betas(betas: Tensor) -> Tensor:
+    """`betas` as a float64 tensor on the CPU.
+
+    Raises:
+        ValueError: If they are no table of variances.
+    """
+    betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu")
+    if betas.ndim != 1 or not len(betas):
+        raise ValueError(f"betas must have shape (T,) with T >= 1, got {tuple(betas.shape)}")
+    wrong = ~((betas >= 0) & (betas <= 1))  # true for NaN too
+    if wrong.any():
+        index = int(wrong.nonzero()[0])
+        raise ValueError(f"betas must be finite and in [0, 1], got {betas[index].item()} at index {index}")
+    return betas
 
 
 def add_noise(x0: Tensor, eps: Tensor, level: NoiseLevel) -> Tensor:

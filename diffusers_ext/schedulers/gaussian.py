@@ -10,7 +10,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from diffusers_ext.betas import make_betas, rescale_zero_terminal_snr
-from diffusers_ext.noising import PREDICTION_TYPES, NoiseSchedule, add_noise, training_target
+from diffusers_ext.noising import PREDICTION_TYPES, NoiseSchedule, add_noise, check_betas, training_target
 from diffusers_ext.schedulers.coefficients import (
     CoefficientTable,
     Path,
@@ -100,7 +100,7 @@ class GaussianSchedulerMixin:
                 raise ValueError(
                     f"trained_betas must have shape ({length},) (num_train_timesteps), got {tuple(betas.shape)}"
                 )
-            return betas
+            return check_betas(betas)
         betas = make_betas(
             config.beta_schedule,
             length,
