@@ -48,8 +48,8 @@ class TrainConfig(TrainerConfig):
     attention_head_dim: int = option(64, "channels of an attention head")
     dropout: float = option(0.0, "share of the features dropped in each residual block")
 
-    num_train_timesteps: int = option(1000, "noise levels", "diffusion")
-    beta_schedule: Literal[BETA_SCHEDULES] = option("linear", "noise schedule")
+    num_train_timesteps: int = option(1000, "noise levels", "diffusion", alias="ddpm_num_steps")
+    beta_schedule: Literal[BETA_SCHEDULES] = option("linear", "noise schedule", alias="ddpm_beta_schedule")
     beta_start: float = option(1e-4, "first beta of linear, scaled_linear and sigmoid")
     beta_end: float = option(0.02, "last beta of linear, scaled_linear and sigmoid")
     rescale_betas_zero_snr: bool = option(False, "let the last level be pure noise; not with epsilon")
@@ -68,7 +68,7 @@ class TrainConfig(TrainerConfig):
     timestep_spacing: Literal["leading", "trailing", "linspace"] = option(
         "trailing", "timesteps that the scheduler visits"
     )
-    num_inference_steps: int = option(50, "steps of the sample grids")
+    num_inference_steps: int = option(50, "steps of the sample grids", alias="ddpm_num_inference_steps")
     guidance_scale: float = option(1.0, "classifier-free guidance of the sample grids; 1 is none")
     sample_columns: int = option(8, "pictures in a row of the sample grids")
     eval_batch_size: int = option(64, "pictures sampled at once")

@@ -21,7 +21,10 @@ class TrainerConfig:
     """
 
     dataset_name: str = option(
-        "digits", "digits, a data set on the Hub, or a local folder of images or parquet", "data"
+        "digits",
+        "digits, a data set on the Hub, or a local folder of images or parquet",
+        "data",
+        alias="train_data_dir",
     )
     dataset_config_name: str | None = option(None, "configuration of a data set that has several")
     dataset_split: str = option("train", "split to train on, such as train or train[:90%]")
@@ -78,7 +81,9 @@ class TrainerConfig:
     ema_std: float | None = option(
         None, "width of a power-function average, relative to the run's length; 0.1 unless ema_decay is given"
     )
-    ema_decay: float | None = option(None, "decay of an exponential average, instead of ema_std")
+    ema_decay: float | None = option(
+        None, "decay of an exponential average, instead of ema_std", alias="ema_max_decay"
+    )
     ema_warmup: bool = option(
         False, "let the decay of an exponential average start low: min(decay, (1 + t) / (10 + t))"
     )
@@ -97,7 +102,7 @@ class TrainerConfig:
 
     logging_steps: int = option(20, "optimizer steps between the lines of metrics.jsonl", "watching")
     save_images_steps: int | None = option(None, "optimizer steps between sample grids while training")
-    report_to: str | None = option(None, "trackers of accelerate: tensorboard, wandb, trackio, or all")
+    report_to: str | None = option(None, "trackers of accelerate: tensorboard, wandb, trackio, or all", alias="logger")
     tracker_project_name: str = option("diffusers_ext", "project that trackers file the run under")
 
     push_to_hub: bool = option(False, "upload the finished pipeline and its card", "Hub")
@@ -108,7 +113,7 @@ class TrainerConfig:
     DEFAULT_MAX_TRAIN_STEPS: ClassVar[int] = 2000
     # What a run that goes on must share with the run that it goes on with.
     FIXED_ON_RESUME: ClassVar[frozenset[str]] = frozenset(
-        "dataset_name dataset_config_name dataset_split image_column label_column unconditional resolution resize_mode "
+        "dataset_config_name dataset_split image_column label_column unconditional resolution resize_mode "
         "pad_value image_mode random_flip max_train_samples seed use_ema ema_std ema_decay ema_warmup".split()
     )
 

@@ -45,7 +45,7 @@ def labelled_grid(rows: Sequence[Tensor], names: Sequence[str] | None = None, he
         if names is not None:
             draw.text((left - 2 * _MARGIN, y + height // 2), names[row], fill="black", font=font, anchor="rm")
         for column, picture in enumerate(line):
-            x = left + column * step[0] + (step[0] - width) // 2
+            x = left + column * step[0] + _MARGIN + (step[0] - _MARGIN - width) // 2
             grid.paste(picture.resize((width, height), Image.Resampling.NEAREST), (x, y))
     return grid
 

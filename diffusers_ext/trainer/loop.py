@@ -37,6 +37,7 @@ class RunState:
     Attributes:
         step: Optimizer steps done.
         position: Images looked at, by all processes together; the next batch starts there.
+        num_images: Of the data set, on which the meaning of a position depends.
         seconds: Time of the run, from the first step on, over all its parts.
         warmup_seconds: `seconds` when the warm-up of the learning rate ended.
         losses, norms: Of each step since the last line of the log.
@@ -44,6 +45,7 @@ class RunState:
 
     step: int = 0
     position: int = 0
+    num_images: int = 0
     seconds: float = 0.0
     warmup_seconds: float = 0.0
     losses: list[float] = field(default_factory=list)
@@ -79,7 +81,7 @@ class Trainer:
         self.config, self.accelerator, self.data = config, accelerator, data
         self.output_dir = Path(config.output_dir)
         self.compute_loss, self.on_images = compute_loss, on_images
-        self.state, self.shares, self.last_checkpoint = RunState(), TimeShares(), None
+        self.state, self.shares, self.last_checkpoint = RunState(num_images=len(data)), TimeShares(), None
 
         self.module = model.to(accelerator.device)  # what is saved and sampled; `self.model` is what is called
         if config.channels_last:
@@ -325,8 +327,14 @@ class Trainer:
             return
         for line in check_same_run(self.config, folder):
             self.accelerator.print(line)
+        saved = json.loads((folder / STATE_FILE).read_text())
+        if saved["num_images"] != len(self.data):
+            raise ValueError(
+                f"{folder} is of a run on {saved['num_images']} images, the data set {self.data.name} has "
+                f"{len(self.data)}: give the same data, or start a new run in another --output_dir"
+            )
         self.accelerator.load_state(str(folder))
-        for name, value in json.loads((folder / STATE_FILE).read_text()).items():
+        for name, value in saved.items():
             setattr(self.state, name, value)
         if self.average:
             self.average.load_state_dict(load_file(folder / AVERAGE_FILE))

@@ -24,12 +24,15 @@ Config = TypeVar("Config")
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
-def option(default: Any, help: str, group: str | None = None) -> Any:
-    """A dataclass field with a default, a line of help and the heading under which `--help` lists it.
+def option(default: Any, help: str, group: str | None = None, alias: str | None = None) -> Any:
+    """A dataclass field for `parse_config`.
 
-    A field without a heading of its own stays under the heading of the field above it.
+    Args:
+        help: One line.
+        group: The heading under which `--help` lists it; by default that of the field above it.
+        alias: A second name, such as that of a diffusers script.
     """
-    return dataclasses.field(default=default, metadata={"help": help, "group": group})
+    return dataclasses.field(default=default, metadata={"help": help, "group": group, "alias": alias})
 
 
 def parse_config(cls: type[Config], arguments: list[str] | None = None) -> Config | None:
@@ -98,6 +101,8 @@ def read_yaml(cls: type, path: str | Path) -> dict[str, Any]:
     content = yaml.safe_load(Path(path).read_text()) or {}
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a mapping of options to values, got {type(content).__name__}")
+    aliases = {field.metadata["alias"]: field.name for field in dataclasses.fields(cls)}
+    content = {aliases.get(key, key): value for key, value in content.items()}
     hints = typing.get_type_hints(cls)
     unknown = [str(key) for key in content if key not in hints]
     if unknown:
@@ -155,7 +160,9 @@ def _parser(cls: type) -> argparse.ArgumentParser:
             shown = " ".join(map(str, shown))
         default = "" if shown is None else f" (default: {shown})"
         help = field.metadata["help"].replace("%", "%%") + default.replace("%", "%%")
-        group.add_argument(f"--{field.name}", help=help, **_argument(field.name, hints[field.name]))
+        alias = [f"--{field.metadata['alias']}"] if field.metadata["alias"] else []
+        keywords = _argument(field.name, hints[field.name])
+        group.add_argument(f"--{field.name}", *alias, dest=field.name, help=help, **keywords)
     return parser
 
 

@@ -224,6 +224,13 @@ def test_another_option_of_the_model_or_the_data_is_refused_on_resume(data, tmp_
     assert "random_flip: false" in before
 
 
+def test_other_data_are_refused_on_resume(data, tmp_path):
+    trainer(data, tmp_path / "run", max_train_steps=3).train()
+    other = prepare_images("digits", max_samples=21)
+    with pytest.raises(ValueError, match="is of a run on 20 images, the data set digits has 21: give the same data"):
+        trainer(other, tmp_path / "run", resume_from_checkpoint="latest").train()
+
+
 def test_resuming_where_there_is_no_checkpoint_starts_and_says_so(data, tmp_path, capsys):
     run = trainer(data, tmp_path / "run", resume_from_checkpoint="latest", max_train_steps=2)
     run.train()

@@ -16,7 +16,7 @@ class Config:
     resolution: tuple[int, ...] | None = option(None, "side")
     mixed_precision: Literal["no", "bf16"] | None = option(None, "precision")
     use_ema: bool = option(True, "average")
-    max_train_steps: int | None = option(None, "steps", "run")
+    max_train_steps: int | None = option(None, "steps", "run", alias="num_steps")
     output_dir: str = option("runs/x", "folder")
     hub_token: str | None = option(None, "secret")
 
@@ -34,6 +34,15 @@ def test_command_line_wins_over_yaml_which_wins_over_defaults(tmp_path):
     file = write(tmp_path / "c.yaml", "learning_rate: 1e-4\nresolution: [8, 16]\nuse_ema: false\n")
     config = parse_config(Config, ["--config", file, "--learning_rate", "0.5", "--mixed_precision", "no"])
     assert config == Config(learning_rate=0.5, resolution=(8, 16), use_ema=False, mixed_precision="no")
+
+
+def test_an_alias_is_the_option_itself(tmp_path):
+    file = write(tmp_path / "c.yaml", "num_steps: 5\n")
+    assert (
+        parse_config(Config, ["--config", file])
+        == parse_config(Config, ["--num_steps", "5"])
+        == Config(max_train_steps=5)
+    )
 
 
 def test_yaml_is_converted_to_the_types_of_the_options(tmp_path):
