@@ -78,6 +78,7 @@ def respace_betas(betas: Tensor, num_train_timesteps: int) -> Tensor:
     last alpha_bar stays what it was.
     """
     log_alpha_bar = torch.cat([betas.new_zeros(1), torch.log1p(-betas).cumsum(0)])
+    log_alpha_bar = log_alpha_bar.clamp(min=-1e4)  # stands for -inf, with which there is no interpolating
     place = torch.linspace(0, len(betas), num_train_timesteps + 1, dtype=torch.float64)
     low = place.floor().long().clamp(max=len(betas) - 1)
     log_alpha_bar = torch.lerp(log_alpha_bar[low], log_alpha_bar[low + 1], place - low)
@@ -96,7 +97,7 @@ def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
     if alpha[0] == alpha[-1]:
         raise ValueError("rescale_betas_zero_snr needs betas that add noise after the first step, got none")
     alpha = (alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))
-    return torch.cat([betas[:1], 1 - (alpha[1:] / alpha[:-1]).square()])
+    return torch.cat([betas[:1], 1 - (alpha[1:] / alpha[:-1].clamp(min=1e-300)).square()])
 
 
 def _betas_between(name: str, num_timesteps: int, beta_start: float, beta_end: float) -> Tensor:

@@ -98,6 +98,14 @@ def test_zero_terminal_snr_agrees_with_diffusers_to_its_precision():
     torch.testing.assert_close(ours, stock, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("num_train_timesteps", [2, 3, 8, 13])
+def test_paths_that_end_without_signal_are_respaced_and_rescaled(num_train_timesteps):
+    ends = torch.tensor([0.1, 0.5, 1.0, 1.0], dtype=torch.float64)
+    for betas in (respace_betas(ends, num_train_timesteps), rescale_zero_terminal_snr(ends)):
+        alpha_bar = NoiseSchedule(betas).alpha_bar[:-1]
+        assert alpha_bar[-1] == 0
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
