@@ -120,18 +120,24 @@ def load_source(name: str, config_name: str | None = None, split: str = "train",
 
 
 def load_digits(split: str = "train") -> datasets.Dataset:
-    """scikit-learn's 1797 handwritten digits, 8x8 grey: `train` is the first 1500, `test` the rest."""
-    from sklearn.datasets import load_digits
+    """scikit-learn's 1797 handwritten digits, 8x8 grey: `train` is a draw of 1500, `test` the other 297.
 
-    ends = {"train": (0, 1500), "test": (1500, 1797), "train+test": (0, 1797)}
-    if split not in ends:
-        raise ValueError(f"the split of digits must be one of {', '.join(ends)}, got {split!r}")
-    start, end = ends[split]
+    Drawn by label and not taken in file order, where the last rows differ: a classifier (SVC) of the first 1500 reads
+    95 % of them, one of a draw 98 % of the others.
+    """
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     digits = load_digits()
-    pixels = np.rint(digits.images[start:end] * (255 / 16)).astype(np.uint8)
+    train, test = train_test_split(np.arange(1797), test_size=297, stratify=digits.target, random_state=0)
+    splits = {"train": np.sort(train), "test": np.sort(test), "train+test": np.arange(1797)}
+    if split not in splits:
+        raise ValueError(f"the split of digits must be one of {', '.join(splits)}, got {split!r}")
+    rows = splits[split]
+    pixels = np.rint(digits.images[rows] * (255 / 16)).astype(np.uint8)
     features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(digit) for digit in range(10)])}
-    rows = {"image": [Image.fromarray(picture) for picture in pixels], "label": digits.target[start:end]}
-    return datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+    columns = {"image": [Image.fromarray(picture) for picture in pixels], "label": digits.target[rows]}
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
 
 
 def find_image_column(source: datasets.Dataset, name: str | None = None) -> str:

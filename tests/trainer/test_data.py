@@ -43,12 +43,17 @@ def images_of(data):
 def test_digits_are_scikit_learns():
     from sklearn import datasets as sklearn_datasets
 
-    data = prepare_images("digits")
     digits = sklearn_datasets.load_digits()
-    assert (len(data), data.size, data.channels, data.num_classes) == (1500, (8, 8), 1, 10)
-    np.testing.assert_allclose(images_of(data)[..., 0] * (16 / 255), digits.images[:1500], atol=0.5 * 16 / 255)
-    np.testing.assert_array_equal(data.labels, digits.target[:1500])
-    assert len(load_digits("test")) == 297 and len(load_digits("train+test")) == 1797
+    data, train, test = (prepare_images("digits", split=split) for split in ("train+test", "train", "test"))
+    np.testing.assert_allclose(images_of(data)[..., 0] * (16 / 255), digits.images, atol=0.5 * 16 / 255)
+    np.testing.assert_array_equal(data.labels, digits.target)
+    assert (len(train), train.size, train.channels, train.num_classes) == (1500, (8, 8), 1, 10)
+
+    def rows(part):
+        return sorted((pixels.tobytes(), label) for pixels, label in zip(images_of(part), part.labels, strict=True))
+
+    assert sorted(rows(train) + rows(test)) == rows(data)
+    assert min(np.bincount(test.labels)) >= 28  # as many of each digit as there are, to 1
     with pytest.raises(ValueError, match="the split of digits must be one of train, test, train.test, got 'valid'"):
         load_digits("valid")
 
