@@ -26,6 +26,9 @@ from diffusers_ext.timesteps import TIMESTEP_SPACINGS, check_timesteps, make_tim
 # Of these the classes of diffusers make the betas themselves; the others are handed to them as `trained_betas`.
 COMMON_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
+# What the model was trained on, whatever samples it.
+PATH_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
+
 # Samplers start from N(0, 1), so the noisiest level should have next to no signal left.
 LARGE_ALPHA_BAR = 0.01
 
@@ -40,9 +43,11 @@ class GaussianSchedulerMixin:
 
     def _setup(self) -> None:
         """Builds everything from `self.config`, refusing what cannot work."""
+        # Some samplers of diffusers have other defaults for the path, to which `from_config` would fall back.
+        self._register_explicitly(**{key: self.config[key] for key in PATH_KEYS})
+        self._check_config(self.config)
+        betas = self._make_betas(self.config)
         config = self.config
-        self._check_config(config)
-        betas = self._make_betas(config)
         if config.rescale_betas_zero_snr:
             betas = rescale_zero_terminal_snr(betas)
         alpha_bar_0 = 1 - float(betas[0])

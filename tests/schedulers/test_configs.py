@@ -12,6 +12,7 @@ from diffusers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
 )
 
 from diffusers_ext.betas import BETA_SCHEDULES
@@ -105,6 +106,14 @@ def test_diffusers_builds_the_same_path_from_our_config(cls, name):
     if name not in ("sigmoid", "laplace") or cls is not ExtDDPMScheduler:
         multistep = DPMSolverMultistepScheduler.from_config(ours.config)
         torch.testing.assert_close(multistep.alphas_cumprod, ours.alphas_cumprod, rtol=1e-3, atol=1e-7)
+
+
+def test_the_default_path_reaches_samplers_with_other_defaults():
+    """Heun's default betas are Stable Diffusion's: stock's config, at its own defaults, silently turns into those."""
+    assert HeunDiscreteScheduler.from_config(DDPMScheduler().config).config.beta_end == 0.012
+    for cls in ALL:
+        theirs = HeunDiscreteScheduler.from_config(cls().config)
+        assert (theirs.config.beta_start, theirs.config.beta_end) == (0.0001, 0.02)
 
 
 def test_our_defaults_reach_other_classes():
