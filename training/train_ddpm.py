@@ -43,7 +43,7 @@ class TrainConfig(TrainerConfig):
     )
     layers_per_block: int = option(2, "residual blocks at each resolution")
     attention_resolutions: tuple[int, ...] | None = option(
-        None, "sides of the maps with attention; by default up to 16"
+        None, "sides of the maps with attention; by default the largest of at most 16"
     )
     attention_head_dim: int = option(64, "channels of an attention head")
     dropout: float = option(0.0, "share of the features dropped in each residual block")

@@ -116,7 +116,7 @@ class UNetModel(ModelMixin, ConfigMixin):
         block_out_channels: Channels at each resolution, the full one first; each further one has half the side.
         layers_per_block: Residual blocks at each resolution on the way down; one more on the way up.
         attention_resolutions: Sides (the longer one) of the feature maps that get self-attention, for `sample_size`;
-            `None` for the map of 9 to 16. The middle, at the lowest resolution, always has it.
+            `None` for the largest map of at most 16. The middle, at the lowest resolution, always has it.
         attention_head_dim: Channels of an attention head. Channels that it does not divide get the next larger size.
         num_classes: Number of labels, or `None`. Label `num_classes` is the null label, which stands for "no label".
         cross_attention_dim: Width of `encoder_hidden_states`, or `None`. Maps with self-attention attend to them.
@@ -158,10 +158,14 @@ class UNetModel(ModelMixin, ConfigMixin):
         kernel, factor = ((3, 3), (2, 2)) if dims == 2 else ((1, 3), (1, 2))
         padding = (kernel[0] // 2, kernel[1] // 2)
 
+        sides = [max(size) >> level for level in range(len(block_out_channels))]
+        attention_sides = [side for side in sides if side <= 16][:1]
+        if attention_resolutions is not None:
+            attention_sides = attention_resolutions
+
         def block(in_channels: int, out_channels: int, level: int, attend: bool | None = None) -> UNetBlock:
             if attend is None:
-                side = max(size) >> level
-                attend = 8 < side <= 16 if attention_resolutions is None else side in attention_resolutions
+                attend = sides[level] in attention_sides
             return UNetBlock(
                 in_channels,
                 out_channels,
