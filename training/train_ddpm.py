@@ -49,11 +49,11 @@ class TrainConfig(TrainerConfig):
     dropout: float = option(0.0, "share of the features dropped in each residual block")
 
     num_train_timesteps: int = option(1000, "noise levels", "diffusion", alias="ddpm_num_steps")
-    beta_schedule: Literal[BETA_SCHEDULES] = option("linear", "noise schedule", alias="ddpm_beta_schedule")
+    beta_schedule: Literal[BETA_SCHEDULES] = option("cosine", "noise schedule", alias="ddpm_beta_schedule")
     beta_start: float = option(1e-4, "first beta of linear, scaled_linear and sigmoid")
     beta_end: float = option(0.02, "last beta of linear, scaled_linear and sigmoid")
     rescale_betas_zero_snr: bool = option(False, "let the last level be pure noise; not with epsilon")
-    prediction_type: Literal[PREDICTION_TYPES] = option("epsilon", "what the model outputs")
+    prediction_type: Literal[PREDICTION_TYPES] = option("v_prediction", "what the model outputs")
     loss_weighting: Literal[LOSS_WEIGHTINGS] = option(
         "uniform", "weight of the noise levels; see diffusers_ext.losses"
     )

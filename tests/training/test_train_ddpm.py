@@ -131,7 +131,8 @@ def test_saved_pipeline_holds_the_averaged_weights_and_the_trainings_schedule(ru
         torch.testing.assert_close(value.data, average[name], rtol=0, atol=0)
         differences += not torch.equal(average[name], own[name])
     assert differences
-    assert pipe.scheduler.config.prediction_type == "epsilon" and pipe.scheduler.config.num_train_timesteps == 1000
+    config = pipe.scheduler.config
+    assert (config.prediction_type, config.beta_schedule, config.num_train_timesteps) == ("v_prediction", "cosine", 1000)
     index = json.loads((folder / "model_index.json").read_text())
     assert index["denoiser"] == ["diffusers_ext", "UNetModel"]
     assert {int(label): name for label, name in pipe.config.id2label.items()} == {n: str(n) for n in range(10)}
