@@ -46,7 +46,10 @@ def test_sigmoid_alpha_bar_is_the_papers_function():
 @pytest.mark.parametrize("num_train_timesteps", [10, 1000])
 def test_betas_are_those_of_diffusers(name, num_train_timesteps):
     kwargs = {"beta_start": 0.00085, "beta_end": 0.012}
-    stock = DDPMScheduler(num_train_timesteps=num_train_timesteps, beta_schedule=name, **kwargs).betas
+    try:
+        stock = DDPMScheduler(num_train_timesteps=num_train_timesteps, beta_schedule=name, **kwargs).betas
+    except NotImplementedError:
+        pytest.skip(f"this version of diffusers has no {name!r}")
     torch.testing.assert_close(make_betas(name, num_train_timesteps, **kwargs).float(), stock, rtol=1e-4, atol=1e-7)
 
 

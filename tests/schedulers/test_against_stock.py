@@ -73,7 +73,11 @@ def test_ddim_steps_agree(prediction_type, clipping, eta, use_clipped):
 @pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"])
 @pytest.mark.filterwarnings("ignore:alpha_bar of the last timestep")
 def test_every_beta_schedule_agrees(schedule):
-    assert_steps_agree(DDPMScheduler(beta_schedule=schedule), ExtDDPMScheduler(beta_schedule=schedule), 50)
+    try:
+        stock = DDPMScheduler(beta_schedule=schedule)
+    except NotImplementedError:
+        pytest.skip(f"this version of diffusers has no {schedule!r}")
+    assert_steps_agree(stock, ExtDDPMScheduler(beta_schedule=schedule), 50)
 
 
 @pytest.mark.parametrize(
