@@ -4,7 +4,6 @@ A card says only what is known: a line that nobody filled in is left out, and a 
 measure it again.
 """
 
-import dataclasses
 import json
 import math
 import os
@@ -154,20 +153,8 @@ def write_card(
         pipeline_tag=pipeline_tag,
         tags=list(dict.fromkeys(["diffusers", "diffusers_ext", *tags])),
         datasets=dataset_id,
-        model_name=title if figures else None,
-        eval_results=[
-            EvalResult(
-                task_type=pipeline_tag,
-                dataset_type=dataset_id or "unknown",
-                dataset_name=dataset_id or "the data described in the card",
-                metric_type=re.sub(r"\W+", "_", figure.metric.lower()).strip("_"),
-                metric_name=figure.metric,
-                metric_value=figure.value,
-            )
-            for figure in figures
-        ]
-        or None,
     )
+    _tell_figures(card_data, figures, title)
     card = ModelCard.from_template(
         card_data,
         template_path=str(CARD_TEMPLATE),
@@ -179,14 +166,68 @@ def write_card(
         training=_training_rows(training),
         command=_without_tokens(training.command),
         options_file=training.options_file,
-        figures=[dataclasses.replace(figure, command=_without_tokens(figure.command)) for figure in figures],
-        measuring_commands=list(dict.fromkeys(_without_tokens(figure.command) for figure in figures)),
+        results=_results(figures),
         sample_grid=_inside(folder, sample_grid),
         loading_lines=loading_lines(repo_id or folder.resolve().name),
         limitations=limitations.strip(),
     )
-    path = folder / "README.md"
-    unfinished = folder / ".README.md.tmp"
+    return _write_whole(card, folder / "README.md")
+
+
+def add_figures(folder: str | os.PathLike, figures: Sequence[Figure]) -> Path:
+    """Puts figures that were measured later into the card of `folder`, in place of those it has; the rest stays.
+
+    Raises:
+        FileNotFoundError: if `folder` has no card.
+        ValueError: if its card has no section "Results" followed by "Use", as those of `write_card` have.
+    """
+    path = Path(folder) / "README.md"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is no file: write the card by write_card first")
+    card = ModelCard.load(path)
+    before, heading, rest = card.text.partition("## Results\n")
+    _, next_heading, after = rest.partition("\n## Use\n")
+    if not (heading and next_heading):
+        raise ValueError(
+            f"{path} has no section '## Results' followed by '## Use' to put figures in: write it by write_card"
+        )
+    card.text = f"{before}{heading}\n{_results(figures)}\n{next_heading}{after}"
+    _tell_figures(card.data, figures, Path(folder).resolve().name)
+    return _write_whole(card, path)
+
+
+def _results(figures: Sequence[Figure]) -> str:
+    if not figures:
+        return "No figure was measured."
+    rows = ["| metric | value | samples | sampler | steps |", "|---|---|---|---|---|"]
+    for figure in figures:
+        cells = (figure.metric, f"{figure.value:.4g}", figure.num_samples, figure.sampler, figure.num_inference_steps)
+        rows.append(f"| {' | '.join(map(str, cells))} |")
+    commands = dict.fromkeys(_without_tokens(figure.command) for figure in figures)
+    return "\n".join([*rows, "", "Measured by:", "", "```bash", *commands, "```"])
+
+
+def _tell_figures(card_data: ModelCardData, figures: Sequence[Figure], title: str) -> None:
+    """The figures for the Hub's own tables, in the card's metadata."""
+    if not figures:
+        return
+    dataset_id = card_data.datasets if isinstance(card_data.datasets, str) else None
+    card_data.model_name = card_data.model_name or title
+    card_data.eval_results = [
+        EvalResult(
+            task_type=card_data.pipeline_tag,
+            dataset_type=dataset_id or "unknown",
+            dataset_name=dataset_id or "the data described in the card",
+            metric_type=re.sub(r"\W+", "_", figure.metric.lower()).strip("_"),
+            metric_name=figure.metric,
+            metric_value=figure.value,
+        )
+        for figure in figures
+    ]
+
+
+def _write_whole(card: ModelCard, path: Path) -> Path:
+    unfinished = path.with_name(f".{path.name}.tmp")
     unfinished.write_text(str(card), encoding="utf-8")
     unfinished.replace(path)
     return path

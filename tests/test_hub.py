@@ -14,6 +14,7 @@ from diffusers_ext import ExtDDPMScheduler, GuidedDiffusionPipeline
 from diffusers_ext.hub import (
     Figure,
     TrainingRun,
+    add_figures,
     describe_machine,
     loading_lines,
     prepare_repo,
@@ -79,6 +80,26 @@ def test_card_says_what_is_known(folder):
     assert data.tags == ["diffusers", "diffusers_ext", "ddpm"]
     [result] = data.eval_results
     assert (result.metric_name, result.metric_value) == (FIGURE.metric, FIGURE.value)
+
+
+def test_figures_can_be_added_later_and_again(folder):
+    """A card that gets its figures afterwards is the card that had them from the start."""
+    keywords = {"data": "Digits.", "training": TrainingRun("train.py --x", seed=3), "dataset_id": "alice/digits"}
+    expected = write_card(folder, figures=[FIGURE], **keywords).read_text(encoding="utf-8")
+    other = Figure("precision", 0.5, 10, "DDIMScheduler", 5, "evaluate.py other")
+    for figures in ([], [other]):
+        path = write_card(folder, figures=figures, **keywords)
+        assert add_figures(folder, [FIGURE]) == path
+        assert path.read_text(encoding="utf-8") == expected
+
+
+def test_figures_need_a_card_of_ours(folder):
+    with pytest.raises(FileNotFoundError, match="write the card by write_card first"):
+        add_figures(folder / "nowhere", [FIGURE])
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
+    with pytest.raises(ValueError, match="has no section '## Results' followed by '## Use'"):
+        add_figures(folder, [FIGURE])
+    assert (folder / "README.md").read_text() == "---\nlicense: mit\n---\n# Mine\n"
 
 
 def test_card_counts_the_parameters_of_each_component(folder):

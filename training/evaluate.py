@@ -22,6 +22,7 @@ import yaml
 from accelerate import PartialState
 from torch import Tensor
 
+from diffusers_ext.hub import Figure, add_figures
 from diffusers_ext.metrics.evaluation import Evaluator, fit_svc, format_table
 from diffusers_ext.metrics.generate import image_size_of
 from diffusers_ext.metrics.real import (
@@ -35,12 +36,23 @@ from diffusers_ext.metrics.real import (
 )
 from diffusers_ext.metrics.subject import generate_for, is_image_folder, load_pipeline, read_image_folder
 from diffusers_ext.trainer.config import is_fast_at_bf16, set_threads
-from diffusers_ext.trainer.options import option, parse_config
+from diffusers_ext.trainer.options import option, parse_config, to_command
 
 
 # Above these numbers of values an image, measures in pixels tell little and take long, so they must be asked for.
 PIXEL_METRICS_UP_TO = 64 * 64 * 3
 SVC_UP_TO = 16 * 16
+
+# How a model card names the measures.
+METRICS = {
+    "frechet_distance": "Fréchet distance in the features of a classifier of {dataset}",
+    "feature_precision": "precision in these features, k={k}",
+    "feature_recall": "recall in these features, k={k}",
+    "label_accuracy": "share that this classifier gives the label asked for",
+    "pixel_precision": "precision in pixels, k={k}",
+    "pixel_recall": "recall in pixels, k={k}",
+    "svc_label_accuracy": "share that an SVC of the real pixels gives the label asked for",
+}
 
 # What a run's train_config.yaml says of its sample grids, and the evaluation samples with too.
 OPTIONS_OF_SAMPLING = ["num_inference_steps", "guidance_scale"]
@@ -208,7 +220,7 @@ def measure(config: EvaluateConfig, real: RealImages, features, images: Tensor, 
 
 
 def report(config: EvaluateConfig, result: dict):
-    """Prints the measures and writes them, whole or not at all."""
+    """Prints the measures and writes them, whole or not at all; the model card of a training run gets them too."""
     folder = Path(config.pipeline) if Path(config.pipeline).is_dir() else Path()
     path = Path(config.output_file) if config.output_file else folder / "evaluation.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -228,6 +240,28 @@ def report(config: EvaluateConfig, result: dict):
             " comparable only with distances in the same features"
         )
     print(f"written to {path}")
+    if result["sampling"] and (folder / "README.md").is_file() and (folder / "train_config.yaml").is_file():
+        print(f"and into {add_figures(folder, figures_of(config, result))}")
+
+
+def figures_of(config: EvaluateConfig, result: dict) -> list[Figure]:
+    """The measures of the generated images as a model card shows them."""
+    sampling, measures = result["sampling"], result["generated"]
+    sampler = sampling["scheduler_class"]
+    if sampling["guidance_scale"] not in (None, 1.0):
+        sampler += f", guidance {sampling['guidance_scale']:g}"
+    return [
+        Figure(
+            METRICS[name].format(dataset=result["dataset_name"], k=result["num_neighbours"]),
+            value,
+            measures["num_images"],
+            sampler,
+            sampling["num_inference_steps"],
+            to_command(config, "training/evaluate.py"),
+        )
+        for name, value in measures.items()
+        if name in METRICS
+    ]
 
 
 def say(state: PartialState, line: str):

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from diffusers_ext import ExtDDIMScheduler, GuidedDiffusionPipeline, UNetModel
+from diffusers_ext.hub import write_card
 
 
 ROOT = Path(__file__).parents[2]
@@ -68,8 +69,13 @@ def run(*arguments):
 def test_a_run_folder_is_measured_without_options(tmp_path, features_folder, capsys):
     folder = save_pipeline(tmp_path / "run")
     (folder / "train_config.yaml").write_text("dataset_name: digits\nresolution: [8, 8]\nnum_inference_steps: 3\n")
+    write_card(folder, data="Digits.")
     result = run(folder, "--num_images", 200, "--features", features_folder)
 
+    card = (folder / "README.md").read_text()
+    distance = f"{result['generated']['frechet_distance']:.4g}"
+    assert f"| Fréchet distance in the features of a classifier of digits | {distance} | 200 |" in card
+    assert "evaluate.py --dataset_name digits" in card
     assert result == json.loads((folder / "evaluation.json").read_text())
     assert not list(folder.glob("*.tmp"))
     assert result["dataset_name"] == "digits" and result["num_train_images"] == 1500
