@@ -132,7 +132,11 @@ def test_saved_pipeline_holds_the_averaged_weights_and_the_trainings_schedule(ru
         differences += not torch.equal(average[name], own[name])
     assert differences
     config = pipe.scheduler.config
-    assert (config.prediction_type, config.beta_schedule, config.num_train_timesteps) == ("v_prediction", "cosine", 1000)
+    assert (config.prediction_type, config.beta_schedule, config.num_train_timesteps) == (
+        "v_prediction",
+        "cosine",
+        1000,
+    )
     index = json.loads((folder / "model_index.json").read_text())
     assert index["denoiser"] == ["diffusers_ext", "UNetModel"]
     assert {int(label): name for label, name in pipe.config.id2label.items()} == {n: str(n) for n in range(10)}
