@@ -20,6 +20,7 @@ from diffusers_ext.trainer.figures import draw_loss
 from diffusers_ext.trainer.loop import Trainer
 from diffusers_ext.trainer.options import to_yaml
 from diffusers_ext.trainer.run_folder import (
+    CONFIG_FILE,
     METRICS_FILE,
     check_output_dir,
     clear_output_dir,
@@ -117,6 +118,7 @@ def finish_run(trainer: Trainer, command: str, data: str) -> None:
             num_steps=state.step,
             seconds=state.seconds,
             hardware=hub.describe_machine(),
+            options_file=CONFIG_FILE,
         ),
         sample_grid=output_dir / "samples.png",
         repo_id=repo_id,
