@@ -45,7 +45,7 @@ def clear_output_dir(path: Path) -> None:
         shutil.rmtree(checkpoint, ignore_errors=True)
     for name in ("samples", "logs"):
         shutil.rmtree(path / name, ignore_errors=True)
-    for name in (*_OF_A_RUN, "samples.png", "denoising.png", "loss.png", "README.md"):
+    for name in (*_OF_A_RUN, "samples.png", "denoising.png", "loss.png", "README.md", "evaluation.json"):
         (path / name).unlink(missing_ok=True)
 
 
