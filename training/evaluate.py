@@ -252,7 +252,7 @@ def figures_of(config: EvaluateConfig, result: dict) -> list[Figure]:
         sampler += f", guidance {sampling['guidance_scale']:g}"
     return [
         Figure(
-            METRICS[name].format(dataset=result["dataset_name"], k=result["num_neighbours"]),
+            METRICS[name].format(dataset=Path(result["dataset_name"]).name, k=result["num_neighbours"]),
             value,
             measures["num_images"],
             sampler,
