@@ -182,5 +182,8 @@ def test_add_noise_is_the_exact_sum_rounded(dtype, seed, timesteps):
     x_t = scheduler.add_noise(x0, eps, torch.tensor(timesteps))
     exact = scheduler.add_noise(x0.double(), eps.double(), torch.tensor(timesteps))
     assert x_t.dtype == dtype
-    bits = {torch.float32: 21, torch.bfloat16: 8, torch.float16: 10}[dtype]
-    torch.testing.assert_close(x_t.double(), exact, rtol=2**-bits, atol=2**-bits * 1e-1)
+    # Both scales, both products and the sum are rounded to float32, relative to the terms, which may cancel; the result
+    # is rounded to its own dtype once, and float16 has no steps below 2^-24.
+    terms = scheduler.add_noise(x0.double().abs(), eps.double().abs(), torch.tensor(timesteps))
+    bound = 2**-22 * terms + torch.finfo(dtype).eps / 2 * exact.abs() + (2**-25 if dtype == torch.float16 else 0)
+    assert ((x_t.double() - exact).abs() <= bound).all()
