@@ -5,12 +5,17 @@ import sys
 import tempfile
 
 import pytest
+from hypothesis import settings
 
 from local_hub import LocalHub
 
 
 # The suite is many small computations; more threads than cores make each of them slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A busy machine is no failure, and what fails for one fails for all.
+settings.register_profile("same everywhere", deadline=None, derandomize=True)
+settings.load_profile("same everywhere")
 
 # huggingface_hub reads these once, when it is first imported. Whatever a test asks the Hub for goes to loopback, in
 # processes that a test starts too.
