@@ -54,7 +54,7 @@ class TrainerConfig:
     overwrite_output_dir: bool = option(False, "remove the run that output_dir holds and start over")
     seed: int = option(0, "seed of the weights, the order, the noise and all else that is random")
     max_train_steps: int | None = option(
-        None, "optimizer steps of the run; by default 1500, if no max_train_time is given"
+        None, "optimizer steps of the run; by default 1200, if no max_train_time is given"
     )
     max_train_time: str | None = option(
         None, "end the run after so long: seconds, or 10m, 1h30m; includes saving and sampling"
@@ -110,7 +110,7 @@ class TrainerConfig:
     hub_token: str | None = option(None, "token to push with; by default the one that is logged in")
     hub_private_repo: bool = option(False, "make the repository private")
 
-    DEFAULT_MAX_TRAIN_STEPS: ClassVar[int] = 1500
+    DEFAULT_MAX_TRAIN_STEPS: ClassVar[int] = 1200
     # What a run that goes on must share with the run that it goes on with.
     FIXED_ON_RESUME: ClassVar[frozenset[str]] = frozenset(
         "dataset_config_name dataset_split image_column label_column unconditional resolution resize_mode "
