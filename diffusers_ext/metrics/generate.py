@@ -7,12 +7,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from diffusers_ext.pipelines.pipeline_guided_diffusion import NUM_CLASSES_KEYS
+
 
 # Seeds s and s + 1 share no image of a set of up to this many.
 SEED_STRIDE = 1_000_000
-
-# Where diffusers' own class-conditional networks and ours keep the number of their labels.
-NUM_CLASSES_KEYS = ("num_classes", "num_class_embeds", "num_embeds_ada_norm")
 
 
 def num_classes_of(pipeline) -> int | None:

@@ -22,6 +22,9 @@ from diffusers_ext.guidance import classifier_free_guidance, guided_prediction
 from diffusers_ext.noising import NoiseLevel, predict_x0
 
 
+# Where a network's config says how many labels it has: ours; diffusers' DiT; its UNet.
+NUM_CLASSES_KEYS = ("num_classes", "num_embeds_ada_norm", "num_class_embeds")
+
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 Labels = int | str | Sequence[int | str] | Tensor
@@ -85,7 +88,7 @@ class GuidedDiffusionPipeline(DiffusionPipeline):
     def num_classes(self) -> int | None:
         """Number of labels the denoiser knows, the null label not counted; `None` if it takes none."""
         config = self.denoiser.config
-        for key in ("num_classes", "num_embeds_ada_norm", "num_class_embeds"):  # ours; diffusers' DiT; its UNet
+        for key in NUM_CLASSES_KEYS:
             if config.get(key) is not None:
                 return config[key]
         return None
