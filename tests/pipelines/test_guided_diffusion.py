@@ -83,12 +83,13 @@ def test_unconditional_sampling_equals_the_pipeline_of_diffusers():
 
 
 @pytest.mark.parametrize("low_memory", [False, True])
-def test_guidance_is_the_formula_at_every_step(low_memory):
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_guidance_is_the_formula_at_every_step(scale, low_memory):
     """One DDIM step by hand: out = null + scale (cond - null)."""
     pipe, noise = pipeline(ExtDDIMScheduler(clip_sample=False)), torch.randn(2, 1, 8, 8)
     images = pipe(
         class_labels=[1, 2],
-        guidance_scale=2.5,
+        guidance_scale=scale,
         latents=noise,
         timesteps=[700],
         output_type="latent",
@@ -97,7 +98,7 @@ def test_guidance_is_the_formula_at_every_step(low_memory):
     with torch.no_grad():
         cond, null = (pipe.denoiser(noise, 700, torch.tensor(labels)).sample for labels in ([1, 2], [3, 3]))
     alpha_bar = pipe.scheduler.schedule.alpha_bar[700].float()
-    expected = (noise - (1 - alpha_bar).sqrt() * (null + 2.5 * (cond - null))) / alpha_bar.sqrt()
+    expected = (noise - (1 - alpha_bar).sqrt() * (null + scale * (cond - null))) / alpha_bar.sqrt()
     torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-3)
 
 
