@@ -1,10 +1,13 @@
 """Networks small enough for any test, and the picture that a pipeline makes with them."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 
-from diffusers_ext import UNetModel
+from diffusers_ext import ExtDDPMScheduler, GuidedDiffusionPipeline, UNetModel
 
 
 def tiny_unet(num_classes: int | None = None) -> UNetModel:
@@ -28,3 +31,17 @@ def image_of(pipeline: DiffusionPipeline) -> np.ndarray:
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     return pipeline(batch_size=1, num_inference_steps=4, generator=generator, output_type="np").images
+
+
+def save_run(folder: Path) -> Path:
+    """A saved pipeline, with what a training run leaves beside it."""
+    scheduler = ExtDDPMScheduler(timestep_spacing="trailing")
+    pipeline = GuidedDiffusionPipeline(tiny_unet(num_classes=2), scheduler, id2label={0: "zero", 1: "one"})
+    pipeline.save_pretrained(folder)
+    (folder / "checkpoint-10" / "denoiser").mkdir(parents=True)
+    (folder / "checkpoint-10" / "denoiser" / "model.safetensors").write_bytes(b"training state")
+    (folder / "logs").mkdir()
+    (folder / "logs" / "events").write_bytes(b"tensorboard")
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    Image.new("L", (8, 8)).save(folder / "samples.png")
+    return folder

@@ -22,7 +22,7 @@ import yaml
 from accelerate import PartialState
 from torch import Tensor
 
-from diffusers_ext.hub import Figure, add_figures
+from diffusers_ext.cards import Figure, add_figures
 from diffusers_ext.metrics.evaluation import Evaluator, fit_svc, format_table
 from diffusers_ext.metrics.generate import image_size_of
 from diffusers_ext.metrics.real import (

@@ -13,7 +13,8 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from diffusers import DiffusionPipeline
 
-from diffusers_ext import hub
+from diffusers_ext import cards, hub
+from diffusers_ext.saved_folder import loading_lines
 from diffusers_ext.trainer.config import TrainerConfig, resolve_for_machine, set_threads
 from diffusers_ext.trainer.data import ImageData, is_local
 from diffusers_ext.trainer.figures import draw_loss
@@ -108,16 +109,16 @@ def finish_run(trainer: Trainer, command: str, data: str) -> None:
     config, output_dir, state = trainer.config, trainer.output_dir, trainer.state
     draw_loss(read_metrics(output_dir / METRICS_FILE), output_dir / "loss.png")
     repo_id = prepare_repo(config) if config.push_to_hub else None
-    hub.write_card(
+    cards.write_card(
         output_dir,
         data=data,
-        training=hub.TrainingRun(
+        training=cards.TrainingRun(
             command=command,
-            commit=hub.source_commit(),
+            commit=cards.source_commit(),
             seed=config.seed,
             num_steps=state.step,
             seconds=state.seconds,
-            hardware=hub.describe_machine(),
+            hardware=cards.describe_machine(),
             options_file=CONFIG_FILE,
         ),
         sample_grid=output_dir / "samples.png",
@@ -135,7 +136,7 @@ def finish_run(trainer: Trainer, command: str, data: str) -> None:
     if config.push_to_hub:
         url = hub.push_folder(output_dir, repo_id, token=config.hub_token, private=config.hub_private_repo or None)
         lines.append(f"  pushed to        {url}")
-    print("\n".join([*lines, "", hub.loading_lines(output_dir)]), file=sys.stdout, flush=True)
+    print("\n".join([*lines, "", loading_lines(output_dir)]), file=sys.stdout, flush=True)
 
 
 def _duration(seconds: float) -> str:

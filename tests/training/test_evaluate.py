@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from diffusers_ext import ExtDDIMScheduler, GuidedDiffusionPipeline, UNetModel
-from diffusers_ext.hub import write_card
+from diffusers_ext.cards import write_card
 
 
 ROOT = Path(__file__).parents[2]

@@ -1,0 +1,114 @@
+"""What a folder holds that something was saved to: a pipeline, or a single model."""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+
+@dataclass(frozen=True)
+class Component:
+    """One part of what was saved.
+
+    Attributes:
+        name: Its name in the pipeline, which is its folder too; "model" for a model that was saved by itself.
+        library, class_name: Where its class comes from.
+        num_parameters: As its weights have them; 0 for what has none.
+    """
+
+    name: str
+    library: str
+    class_name: str
+    num_parameters: int
+
+
+@dataclass(frozen=True)
+class SavedFolder:
+    """A pipeline or a model on disk.
+
+    Attributes:
+        class_name: Of the pipeline or the model.
+        is_model: Whether it is a model by itself.
+        components: The pipeline's parts, or the model as the only one.
+        labels: Names of the labels by their ids, or `None`.
+    """
+
+    class_name: str
+    is_model: bool
+    components: Sequence[Component]
+    labels: dict[str, str] | None = None
+
+    @classmethod
+    def read(cls, folder: str | os.PathLike) -> "SavedFolder":
+        """Reads the configs and the headers of the weights.
+
+        Raises:
+            ValueError: if the folder holds neither a whole pipeline nor a whole model.
+        """
+        folder = Path(folder)
+        index, config = folder / "model_index.json", folder / "config.json"
+        if index.is_file():
+            entries = json.loads(index.read_text(encoding="utf-8"))
+            return cls(entries["_class_name"], False, _components(folder, entries), entries.get("id2label"))
+        if config.is_file():
+            class_name = json.loads(config.read_text(encoding="utf-8"))["_class_name"]
+            weights = _count_parameters(folder)
+            if not weights:
+                raise ValueError(
+                    f"config.json in {str(folder)!r} is of a {class_name}, but there are no weights beside it"
+                )
+            return cls(class_name, True, [Component("model", "diffusers_ext", class_name, weights)])
+        raise ValueError(
+            f"{str(folder)!r} must hold a saved pipeline or model, but has no model_index.json and no config.json. Save"
+            " one there with `save_pretrained(folder)`."
+        )
+
+    @property
+    def folders(self) -> list[str]:
+        """Names of the folders that belong to components."""
+        return [] if self.is_model else [component.name for component in self.components]
+
+
+def loading_lines(name: str | os.PathLike, model_class: str | None = None) -> str:
+    """The lines of Python that load `name`, a folder or a repo id.
+
+    Args:
+        model_class: The class of a model that was saved by itself; `None` for a pipeline.
+    """
+    name = Path(name).as_posix()
+    if model_class is not None:
+        return f'from diffusers_ext import {model_class}\nmodel = {model_class}.from_pretrained("{name}")'
+    return (
+        "import diffusers_ext\n"
+        "from diffusers import DiffusionPipeline\n"
+        f'pipeline = DiffusionPipeline.from_pretrained("{name}")'
+    )
+
+
+def _components(folder: Path, entries: dict) -> list[Component]:
+    components = []
+    for name, entry in entries.items():
+        if name.startswith("_") or not isinstance(entry, list) or len(entry) != 2 or entry[0] is None:
+            continue
+        if not (folder / name).is_dir():
+            raise ValueError(
+                f"model_index.json in {str(folder)!r} names the component {name!r}, but has no such folder"
+            )
+        components.append(Component(name, *entry, _count_parameters(folder / name)))
+    return components
+
+
+def _count_parameters(folder: Path) -> int:
+    return sum(_count_in_file(path) for path in sorted(folder.glob("*.safetensors")))
+
+
+def _count_in_file(path: Path) -> int:
+    try:
+        with safe_open(path, framework="pt") as weights:  # reads the header alone
+            return sum(math.prod(weights.get_slice(key).get_shape()) for key in weights.keys())
+    except SafetensorError as error:
+        raise ValueError(f"{str(path)!r} is damaged ({error}); save it again") from error
