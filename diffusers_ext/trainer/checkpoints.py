@@ -146,8 +146,11 @@ def _write_manifest(folder: Path, step: int):
 
 
 def _hash(path: Path) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _sync(path: Path):
