@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from diffusers_ext.trainer.adversary import Adversary, frozen
 from diffusers_ext.trainer.batches import BatchOptions, TrainingBatches, batch_stream, derived_seed
 from diffusers_ext.trainer.checkpoints import find_checkpoint, keep_last, write_checkpoint
 from diffusers_ext.trainer.config import TrainerConfig
@@ -27,7 +28,7 @@ from diffusers_ext.trainer.schedule import LearningRate
 from diffusers_ext.trainer.signals import StopRequest, catch_signals
 
 
-STATE_FILE, AVERAGE_FILE = "run_state.json", "average.safetensors"
+STATE_FILE, AVERAGE_FILE, OBJECTIVE_FILE = "run_state.json", "average.safetensors", "objective.safetensors"
 
 
 @dataclass
@@ -40,7 +41,7 @@ class RunState:
         num_images: Of the data set, on which the meaning of a position depends.
         seconds: Time of the run, from the first step on, over all its parts.
         warmup_seconds: `seconds` when the warm-up of the learning rate ended.
-        losses, norms: Of each step since the last line of the log.
+        losses, norms, adversary_losses: Of each step since the last line of the log.
     """
 
     step: int = 0
@@ -50,6 +51,7 @@ class RunState:
     warmup_seconds: float = 0.0
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
+    adversary_losses: list[float] = field(default_factory=list)
 
 
 class Trainer:
@@ -60,11 +62,19 @@ class Trainer:
         accelerator: Of accelerate; the engine for devices, precision and processes.
         model: Whose parameters are trained, in float32.
         compute_loss: Takes the prepared model and a batch (see `TrainingBatches`) on its device, with `images` in
-            [-1, 1] in place of `pixels`; gives the mean loss of the batch. Random numbers come from the batch.
+            [-1, 1] in place of `pixels`; gives the mean loss of the batch. Random numbers come from the batch. If it
+            is a module without parameters to train, its buffers belong to the run: they go to the device and into the
+            checkpoints, and must be the same in all processes after each step. If it has `metrics() -> dict[str,
+            float]`, all processes call that at each line of the log, and the numbers are added to it; there, and only
+            there, it may wait for the device. If it has `draw(folder)`, the main process calls that at the end.
         data: The images.
         batch_options: Keywords of `BatchOptions` beyond those that the config of every script has.
         on_images: Called with this object every `save_images_steps`, on the main process. It must leave the default
             generators as they are, or the run depends on how often it is called.
+        adversary: A second network that learns against the model.
+
+    Raises:
+        ValueError: if `compute_loss` has parameters to train, or if the adversary cannot run here.
     """
 
     def __init__(
@@ -77,6 +87,7 @@ class Trainer:
         *,
         batch_options: dict | None = None,
         on_images: Callable[["Trainer"], None] | None = None,
+        adversary: Adversary | None = None,
     ):
         self.config, self.accelerator, self.data = config, accelerator, data
         self.output_dir = Path(config.output_dir)
@@ -101,6 +112,10 @@ class Trainer:
             fused=accelerator.device.type in ("cpu", "cuda"),
         )
         self.model, self.optimizer = accelerator.prepare(self.module, optimizer)
+        self.adversary = adversary
+        if adversary:
+            adversary.prepare(accelerator, channels_last=config.channels_last)
+        self.objective = self._check_objective(compute_loss)
         self.budget = config.budget()
         self.learning_rate = LearningRate(
             config.lr_scheduler,
@@ -120,7 +135,17 @@ class Trainer:
             **(batch_options or {}),
         )
         self._scale = 2 / torch.iinfo(torch.uint16 if data.pixels.dtype == "uint16" else torch.uint8).max
-        self._losses, self._norms = [], []
+        self._losses, self._norms, self._adversary_losses = [], [], []
+
+    def _check_objective(self, compute_loss: Callable) -> nn.Module | None:
+        if not isinstance(compute_loss, nn.Module):
+            return None
+        if learned := [name for name, parameter in compute_loss.named_parameters() if parameter.requires_grad]:
+            raise ValueError(
+                f"compute_loss is trained by no optimizer, so its state must be buffers, got parameters: {learned[0]}"
+                + (f" and {len(learned) - 1} more" if len(learned) > 1 else "")
+            )
+        return compute_loss.to(self.accelerator.device)
 
     def train(self) -> None:
         """Runs until the budget is used up, from the checkpoint that the config names if it names one.
@@ -186,28 +211,39 @@ class Trainer:
         rate = self.learning_rate.at(state.step, state.seconds, state.warmup_seconds)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        if adversary := self.adversary:
+            adversary.begin_step(state.step, rate / config.learning_rate)
         # Dropout draws from the default generators: they too follow from the position alone.
         torch.manual_seed(derived_seed(config.seed, state.position, accelerator.process_index))
 
-        losses = []
+        losses, adversary_losses = [], []
+        models = [self.model, adversary.model] if adversary else [self.model]
         for _ in range(config.gradient_accumulation_steps):
             with self.shares.of("waiting for data"):
                 batch = self._to_device(next(self._stream))
-            with accelerator.accumulate(self.model):
-                loss = self.compute_loss(self.model, batch)
-                accelerator.backward(loss)
+            with accelerator.accumulate(*models):
+                with frozen(adversary.module) if adversary else nullcontext():
+                    loss = self.compute_loss(self.model, batch)
+                    accelerator.backward(loss)
                 losses.append(loss.detach())
+                if adversary and adversary.active:
+                    adversary_losses.append(adversary.learn(accelerator, self.module, batch, self._max_norm))
                 if accelerator.sync_gradients:
                     self._norms.append(self._clip())
                 self.optimizer.step()
                 self.optimizer.zero_grad()
         self._losses.append(torch.stack(losses).mean())
+        if adversary_losses:
+            self._adversary_losses.append(torch.stack(adversary_losses).mean())
         if self.average:
             self.average.update(self.module)
 
+    @property
+    def _max_norm(self) -> float:
+        return self.config.max_grad_norm or math.inf
+
     def _clip(self) -> Tensor:
-        limit = self.config.max_grad_norm or math.inf
-        return torch.as_tensor(self.accelerator.clip_grad_norm_(self.model.parameters(), limit))
+        return torch.as_tensor(self.accelerator.clip_grad_norm_(self.model.parameters(), self._max_norm))
 
     def _to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         batch = {name: value.to(self.accelerator.device, non_blocking=True) for name, value in batch.items()}
@@ -246,14 +282,22 @@ class Trainer:
         """Brings the losses of the last steps to the host, and checks them."""
         if not self._losses:
             return
-        pair = torch.stack([torch.stack(self._losses).float(), torch.stack(self._norms).float()])
-        losses, norms = self.accelerator.reduce(pair, "mean").tolist()
-        for step, loss in enumerate(losses, start=self.state.step - len(losses) + 1):
-            if not math.isfinite(loss):
-                raise FloatingPointError(self._not_finite(step, loss))
+        series = [self._losses, self._norms, self._adversary_losses]
+        values = torch.stack([value.float() for values in series for value in values])
+        values = iter(self.accelerator.reduce(values, "mean").tolist())
+        losses, norms, adversary_losses = ([next(values) for _ in one] for one in series)
+        faults = [
+            (self.state.step - len(numbers) + 1 + place, number, name)
+            for name, numbers in (("loss", losses), ("adversary's loss", adversary_losses))
+            for place, number in enumerate(numbers)
+            if not math.isfinite(number)
+        ]
+        if faults:
+            raise FloatingPointError(self._not_finite(*min(faults, key=lambda fault: fault[0])))
         self.state.losses += losses
         self.state.norms += norms
-        self._losses, self._norms = [], []
+        self.state.adversary_losses += adversary_losses
+        self._losses, self._norms, self._adversary_losses = [], [], []
 
     def _report(self):
         """Logs the mean of the losses since the last report."""
@@ -262,7 +306,10 @@ class Trainer:
         if not state.losses:
             return
         loss, norm, seconds = mean(state.losses), mean(state.norms), self._now()
-        state.losses, state.norms = [], []
+        more = {"adversary_loss": mean(state.adversary_losses)} if state.adversary_losses else {}
+        if hasattr(self.objective, "metrics"):
+            more |= self.objective.metrics()
+        state.losses, state.norms, state.adversary_losses = [], [], []
         record = {
             "step": state.step,
             "images": state.position,
@@ -272,19 +319,19 @@ class Trainer:
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "seconds": round(seconds, 3),
             "images_per_second": round(self._bar.report(state.step, seconds, loss), 1),
-        }
+        } | more
         if self._log:
             self._log.write(record)
         self.accelerator.log({name: value for name, value in record.items() if name != "step"}, step=state.step)
 
-    def _not_finite(self, step: int, loss: float) -> str:
+    def _not_finite(self, step: int, loss: float, name: str) -> str:
         good = (
             f"the last good checkpoint is {self.last_checkpoint}"
             if self.last_checkpoint
             else "no checkpoint was saved"
         )
         return (
-            f"the loss is not finite ({loss}) at step {step}, so the run ends; {good}. A lower --learning_rate, a longer "
+            f"the {name} is not finite ({loss}) at step {step}, so the run ends; {good}. A lower --learning_rate, a longer "
             "--lr_warmup_steps or --mixed_precision no may help"
         )
 
@@ -317,6 +364,10 @@ class Trainer:
         (folder / CONFIG_FILE).write_text(to_yaml(self.config))
         if self.average:
             save_file(self.average.state_dict(), folder / AVERAGE_FILE)
+        if self.objective:
+            state = self.objective.state_dict()
+            # safetensors refuses tensors that share memory or lie in another order.
+            save_file({name: value.contiguous().clone() for name, value in state.items()}, folder / OBJECTIVE_FILE)
 
     def _resume(self, request: str):
         folder, passed_over = find_checkpoint(self.output_dir, request)
@@ -338,5 +389,16 @@ class Trainer:
             setattr(self.state, name, value)
         if self.average:
             self.average.load_state_dict(load_file(folder / AVERAGE_FILE))
+        self._load_objective(folder)
         self.last_checkpoint = folder
         self.accelerator.print(f"going on from {folder} (step {self.state.step}, {self.state.position} images seen)")
+
+    def _load_objective(self, folder: Path):
+        if self.objective is None:
+            return
+        path = folder / OBJECTIVE_FILE
+        if not path.exists():
+            raise ValueError(
+                f"{folder} has no {OBJECTIVE_FILE}, so it is of a run without one: give the same objective"
+            )
+        self.objective.load_state_dict(load_file(path))

@@ -1,20 +1,15 @@
 """The loop with a small network, where every claim can be checked to the last bit."""
 
-import json
 import os
 import signal
 
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
-from safetensors.torch import load_file
 from torch import nn
 
-from diffusers_ext.trainer.config import TrainerConfig, resolve_for_machine
-from diffusers_ext.trainer.loop import Trainer
 from diffusers_ext.trainer.prepare import prepare_images
 from diffusers_ext.trainer.run_folder import read_metrics
+from runs import assert_same_run, forget_accelerate, metrics, saved, squared_error, stop_before_step, trainer
 
 
 @pytest.fixture(scope="module")
@@ -26,81 +21,7 @@ def data():
 def fresh_accelerate():
     """accelerate keeps precision and accumulation for the life of a process."""
     yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
-
-
-class Denoiser(nn.Module):
-    """Two convolutions with dropout between them, so that the default generators matter."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.dropout, self.last = (
-            nn.Conv2d(1, 4, 3, padding=1),
-            nn.Dropout(0.2),
-            nn.Conv2d(4, 1, 3, padding=1),
-        )
-
-    def forward(self, x):
-        return self.last(self.dropout(self.first(x).relu()))
-
-
-def squared_error(model, batch):
-    time = batch["time"].float().view(-1, 1, 1, 1)
-    return (model((1 - time) * batch["images"] + time * batch["noise"]) - batch["noise"]).square().mean()
-
-
-def trainer(data, output_dir, loss=squared_error, on_images=None, dropout=0.2, **settings):
-    defaults = {
-        "train_batch_size": 4,
-        "max_train_steps": 12,
-        "lr_warmup_steps": 2,
-        "logging_steps": 3,
-        "learning_rate": 0.01,
-    }
-    config = resolve_for_machine(
-        TrainerConfig(**defaults | {"mixed_precision": "no", "output_dir": str(output_dir)} | settings)
-    )
-    accelerator = Accelerator(
-        cpu=True,
-        mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-    )
-    torch.manual_seed(0)
-    model = Denoiser()
-    model.dropout.p = dropout
-    output_dir.mkdir(exist_ok=True)
-    return Trainer(config, accelerator, model, loss, data, on_images=on_images)
-
-
-def saved(output_dir, step):
-    """Everything that a checkpoint holds of the weights, their average, the optimizer and the run."""
-    folder = output_dir / f"checkpoint-{step}"
-    optimizer = torch.load(folder / "optimizer.bin", weights_only=True)
-    moments = {f"{k}.{name}": value for k, entry in optimizer["state"].items() for name, value in entry.items()}
-    state = json.loads((folder / "run_state.json").read_text())
-    timed = ("seconds", "warmup_seconds")
-    return (
-        load_file(folder / "model.safetensors") | load_file(folder / "average.safetensors") | moments,
-        {name: value for name, value in state.items() if name not in timed},
-        optimizer["param_groups"],
-    )
-
-
-def metrics(output_dir):
-    timed = ("seconds", "images_per_second")
-    records = read_metrics(output_dir / "metrics.jsonl")
-    return [{name: value for name, value in record.items() if name not in timed} for record in records]
-
-
-def assert_same_run(one, other, step):
-    tensors, state, groups = saved(one, step)
-    tensors_other, state_other, groups_other = saved(other, step)
-    assert tensors.keys() == tensors_other.keys() and len(tensors) > 10
-    for name in tensors:
-        assert torch.equal(tensors[name], tensors_other[name]), name
-    assert state == state_other and groups == groups_other
-    assert metrics(one) == metrics(other)
+    forget_accelerate()
 
 
 @pytest.mark.parametrize("accumulation, num_workers", [(1, 0), (3, 0), (1, 2)])
@@ -109,23 +30,63 @@ def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(data, tmp_path, accumu
     settings = {"gradient_accumulation_steps": accumulation, "checkpointing_steps": 7}
     trainer(data, tmp_path / "whole", **settings).train()
 
-    class Preempted(Exception):
-        pass
-
-    broken = trainer(data, tmp_path / "parts", dataloader_num_workers=num_workers, **settings)
-    step = broken._step
-
-    def until_step_10():
-        if broken.state.step == 10:
-            raise Preempted
-        step()
-
-    broken._step = until_step_10
-    with pytest.raises(Preempted):
-        broken.train()
+    stop_before_step(trainer(data, tmp_path / "parts", dataloader_num_workers=num_workers, **settings), 10)
     torch.manual_seed(123)  # what ran before does not matter
     trainer(data, tmp_path / "parts", resume_from_checkpoint="latest", **settings).train()
     assert_same_run(tmp_path / "whole", tmp_path / "parts", 12)
+
+
+class CountedError(nn.Module):
+    """An objective whose weights follow from its own history."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("since", torch.zeros(2))
+        self.drawn = None
+
+    def forward(self, model, batch):
+        loss = squared_error(model, batch)
+        if self.training:
+            self.since += torch.stack([loss.detach(), torch.ones(())])
+            self.seen += 1
+        return loss / (1 + 0.1 * self.seen)
+
+    def metrics(self):
+        total, count = self.since.tolist()
+        self.since.zero_()
+        return {"unweighted": total / count, "seen": self.seen.item()}
+
+    def draw(self, folder):
+        (folder / "objective.txt").write_text(str(self.seen.item()))
+
+
+def test_an_objective_with_a_state_is_saved_resumed_and_reported(data, tmp_path):
+    """Stopped between two lines of the log, so that what is reported comes from before and after."""
+    settings = {"checkpointing_steps": 7, "gradient_accumulation_steps": 2}
+    trainer(data, tmp_path / "whole", CountedError(), **settings).train()
+    stop_before_step(trainer(data, tmp_path / "parts", CountedError(), **settings), 10)
+    trainer(data, tmp_path / "parts", CountedError(), resume_from_checkpoint="latest", **settings).train()
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", 12)
+    tensors = saved(tmp_path / "parts", 12)[0]
+    assert tensors["objective.safetensors: seen"] == 24 and not tensors["objective.safetensors: since"].any()
+    records = metrics(tmp_path / "whole")
+    assert [record["seen"] for record in records] == [6, 12, 18, 24]
+    for record in records[1:]:  # the weights of a window's losses lie between those of its ends
+        assert 1 + 0.1 * (record["seen"] - 6) < record["unweighted"] / record["loss"] < 1 + 0.1 * record["seen"]
+    (tmp_path / "whole" / "checkpoint-12" / "objective.safetensors").unlink()
+    run = trainer(data, tmp_path / "whole", CountedError())
+    with pytest.raises(ValueError, match="checkpoint-12 has no objective.safetensors.*: give the same objective"):
+        run._load_objective(tmp_path / "whole" / "checkpoint-12")
+
+
+def test_an_objective_with_parameters_to_train_is_refused(data, tmp_path):
+    objective = CountedError()
+    objective.head = nn.Linear(2, 1)
+    with pytest.raises(ValueError, match="must be buffers, got parameters: head.weight and 1 more"):
+        trainer(data, tmp_path / "run", objective)
+    objective.head.requires_grad_(False)
+    trainer(data, tmp_path / "run", objective)
 
 
 def test_images_made_while_training_change_nothing(data, tmp_path):
