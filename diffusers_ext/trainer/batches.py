@@ -7,23 +7,24 @@ nothing random needs to be saved.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from diffusers_ext.trainer.data import ImageData
 
 
 TIMESTEP_SAMPLINGS = ("uniform", "stratified")
 
-# Independent streams of random numbers: of one image, of one optimizer step, of the order of one epoch.
-_IMAGE, _STEP, _EPOCH = range(3)
+# Independent streams of random numbers: of one image, of one optimizer step, of the order of one epoch, of the order of
+# one window of a stream.
+_IMAGE, _STEP, EPOCH, WINDOW = range(4)
 # Order of the uniform numbers of an image; room is left so that a new use changes no old one.
-_FLIP, _DROP, _TIME, _NUM_UNIFORM = 0, 1, 2, 8
+_FLIP, _DROP, _TIME, _CROP, _NUM_UNIFORM = 0, 1, 2, slice(3, 5), 8
 
 
 class PositionRandom:
@@ -34,10 +35,14 @@ class PositionRandom:
         self._state = self._philox.state
         self._generator = np.random.Generator(self._philox)
 
-    def at(self, stream: int, position: int) -> np.random.Generator:
-        """The generator at the start of a position's numbers. It is one object: use it up before the next call."""
+    def at(self, stream: int, position: int, part: int = 0) -> np.random.Generator:
+        """The generator at the start of a position's numbers. It is one object: use it up before the next call.
+
+        Args:
+            position, part: Two numbers, where one does not say which it is.
+        """
         # The lowest word counts the blocks of numbers drawn; the state is set since a new generator takes 6 times as long.
-        self._state["state"]["counter"][:] = 0, position, 0, stream
+        self._state["state"]["counter"][:] = 0, position, part, stream
         self._philox.state = self._state
         return self._generator
 
@@ -77,33 +82,54 @@ class BatchOptions:
         return self.batch_size * self.num_processes * self.accumulation
 
 
-class TrainingBatches(Dataset):
-    """Item k is the k-th batch of this process, counted from `first_position`, which starts an optimizer step.
+class BatchMaker:
+    """Makes batches of images that are at hand: adds noise and times, flips, drops labels, says where to crop.
 
     A batch is a dict: `pixels`, uint8 or uint16, and `noise`, float32, both of shape `(batch, channels, height, width)` in
     channels_last; `time`, float64 in [0, 1), and `labels`, int64, both of shape `(batch,)`. Without labels there is no
     `labels`.
+
+    Args:
+        shape: (height, width, channels) of an image.
+        num_classes: The null label, or None without labels.
+        first_position: Of batch 0; it starts an optimizer step.
     """
 
-    def __init__(self, data: ImageData, options: BatchOptions, first_position: int = 0):
-        self.data, self.options, self.first_position = data, options, first_position
-        self._random, self._orders = None, {}
+    def __init__(
+        self, options: BatchOptions, shape: tuple[int, int, int], num_classes: int | None, first_position: int = 0
+    ):
+        self.options, self.shape, self.num_classes, self.first_position = options, shape, num_classes, first_position
+        self._random = None
 
-    def __getitem__(self, number: int) -> dict[str, Tensor]:
+    def positions(self, number: int) -> range:
+        """Of the images of this process's batch with this number."""
         options = self.options
         batch = number * options.num_processes + options.process_index
         start = self.first_position + batch * options.batch_size
-        positions = range(start, start + options.batch_size)
-        rows = self._rows(positions)
+        return range(start, start + options.batch_size)
 
-        pixels = self.data.pixels[rows]
-        uniform = np.empty((len(rows), _NUM_UNIFORM))
-        noise = np.empty(pixels.shape, np.float32)
+    def make(
+        self,
+        positions: range,
+        images: Callable[[np.ndarray], np.ndarray],
+        labels: np.ndarray | None,
+    ) -> dict[str, Tensor]:
+        """The batch at these positions.
+
+        Args:
+            images: Takes a place to crop at for each image, shape `(batch, 2)` in [0, 1); gives the pixels, shape
+                `(batch, *shape)`, which are flipped in place.
+            labels: int64, shape `(batch,)`, or None.
+        """
+        options = self.options
+        uniform = np.empty((len(positions), _NUM_UNIFORM))
+        noise = np.empty((len(positions), *self.shape), np.float32)
         for position, uniform_out, noise_out in zip(positions, uniform, noise, strict=True):
-            generator = self._at(_IMAGE, position)
+            generator = self.at(_IMAGE, position)
             generator.random(out=uniform_out)
             generator.standard_normal(dtype=np.float32, out=noise_out)
 
+        pixels = images(uniform[:, _CROP])
         if options.random_flip:
             flipped = uniform[:, _FLIP] < 0.5
             pixels[flipped] = pixels[flipped, :, ::-1]
@@ -113,10 +139,45 @@ class TrainingBatches(Dataset):
             "noise": _channels_first(noise),
             "time": torch.from_numpy(time.copy()),
         }
-        if self.data.labels is not None:
+        if labels is not None:
             dropped = uniform[:, _DROP] < options.label_dropout
-            items["labels"] = torch.from_numpy(np.where(dropped, self.data.num_classes, self.data.labels[rows]))
+            items["labels"] = torch.from_numpy(np.where(dropped, self.num_classes, labels))
         return items
+
+    def _stratified(self, positions: range) -> np.ndarray:
+        size = self.options.images_per_step
+        step, place = np.divmod(np.asarray(positions) - self.first_position, size)
+        first = self.first_position + int(step[0]) * size  # a batch lies within one optimizer step
+        return (self.at(_STEP, first).random() + place / size) % 1.0
+
+    def at(self, stream: int, position: int, part: int = 0) -> np.random.Generator:
+        """See `PositionRandom.at`."""
+        if self._random is None:
+            self._random = PositionRandom(self.options.seed)
+        return self._random.at(stream, position, part)
+
+    def __getstate__(self):
+        return self.__dict__ | {"_random": None}  # each worker makes its own
+
+
+class TrainingBatches(Dataset):
+    """Item k is the k-th batch of this process, counted from `first_position`, which starts an optimizer step.
+
+    What a batch holds is said in `BatchMaker`.
+    """
+
+    def __init__(self, data: ImageData, options: BatchOptions, first_position: int = 0):
+        self.data, self._orders = data, {}
+        self._maker = BatchMaker(options, data.pixels.shape, data.num_classes, first_position)
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        data, positions = self.data, self._maker.positions(number)
+        rows = self._rows(positions)
+
+        def images(places):
+            return data.pixels.crop(rows, places) if data.resize_mode == "random_crop" else data.pixels[rows]
+
+        return self._maker.make(positions, images, None if data.labels is None else data.labels[rows])
 
     def _rows(self, positions: range) -> np.ndarray:
         """The images at these positions: each epoch is a new permutation of all of them."""
@@ -130,22 +191,8 @@ class TrainingBatches(Dataset):
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:
             # Epochs come one after the other, so that one order at a time suffices.
-            self._orders = {epoch: self._at(_EPOCH, epoch).permutation(len(self.data))}
+            self._orders = {epoch: self._maker.at(EPOCH, epoch).permutation(len(self.data))}
         return self._orders[epoch]
-
-    def _stratified(self, positions: range) -> np.ndarray:
-        size = self.options.images_per_step
-        step, place = np.divmod(np.asarray(positions) - self.first_position, size)
-        first = self.first_position + int(step[0]) * size  # a batch lies within one optimizer step
-        return (self._at(_STEP, first).random() + place / size) % 1.0
-
-    def _at(self, stream: int, position: int) -> np.random.Generator:
-        if self._random is None:
-            self._random = PositionRandom(self.options.seed)
-        return self._random.at(stream, position)
-
-    def __getstate__(self):
-        return self.__dict__ | {"_random": None}  # each worker makes its own
 
 
 def _channels_first(array: np.ndarray) -> Tensor:
@@ -153,13 +200,13 @@ def _channels_first(array: np.ndarray) -> Tensor:
 
 
 def batch_stream(
-    batches: TrainingBatches, *, num_workers: int = 0, pin_memory: bool = False
+    batches: TrainingBatches | IterableDataset, *, num_workers: int = 0, pin_memory: bool = False
 ) -> Iterator[dict[str, Tensor]]:
     """Batches 0, 1, 2, ... without end, made ahead by the workers."""
     loader = DataLoader(
         batches,
         batch_size=None,
-        sampler=itertools.count(),
+        sampler=None if isinstance(batches, IterableDataset) else itertools.count(),
         num_workers=num_workers,
         pin_memory=pin_memory,
         prefetch_factor=4 if num_workers else None,

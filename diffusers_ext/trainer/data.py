@@ -5,19 +5,22 @@ Training then makes a batch by copying rows, and a run that goes on from a check
 
 import io
 import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
-from diffusers_ext.trainer.images import common_mode, fit, image_mode, to_array
+from diffusers_ext.trainer.images import common_mode, cover, crop_at, fit, image_mode, to_array
 
 
 PROBED_ROWS = 64
-_CACHE_VERSION = 1  # part of the cache's key: raise it whenever the stored pixels change
+_CACHE_VERSION = 2  # part of the cache's key: raise it whenever the stored pixels change
+_SIZE = {"height": datasets.Value("int32"), "width": datasets.Value("int32")}
+_DECODED = {"pixels": datasets.Value("binary"), **_SIZE, "fault": datasets.Value("string")}
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,8 @@ class ImageData:
         id2label: Name of each label, or None.
         name: What the user called the data set.
         notes: One line for each decision that a user may want to know of.
-        resize_mode: How pictures of another size were brought to this one: "crop", "pad" or "stretch".
+        resize_mode: How pictures of another size were brought to this one, one of `RESIZE_MODES`. With "random_crop"
+            rows of `pixels` are cut in the middle, and `pixels.crop` cuts them elsewhere.
     """
 
     pixels: "PixelTable"
@@ -51,6 +55,14 @@ class ImageData:
     @property
     def channels(self) -> int:
         return self.pixels.shape[2]
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.pixels.dtype
+
+    @property
+    def num_images(self) -> int:
+        return len(self)
 
     @property
     def num_classes(self) -> int | None:
@@ -75,28 +87,61 @@ class PixelTable:
         return len(self._rows)
 
     def __getitem__(self, indices: np.ndarray | list[int]) -> np.ndarray:
-        if self._chunks is None:
-            self._map()
         pixels = np.empty((len(indices), *self.shape), self.dtype)
-        rows = self._rows[np.asarray(indices)]
-        chunks = np.searchsorted(self._ends, rows, side="right")
-        for out, row, chunk in zip(pixels, rows, chunks, strict=True):
-            out[...] = self._chunks[chunk][row - self._starts[chunk]]
+        for out, picture in zip(pixels, self._pictures(indices), strict=True):
+            out[...] = picture
         return pixels
 
+    def _pictures(self, indices: np.ndarray | list[int]) -> Iterator[np.ndarray]:
+        if self._chunks is None:
+            self._map()
+        rows = self._rows[np.asarray(indices)]
+        chunks = np.searchsorted(self._ends, rows, side="right")
+        for row, chunk in zip(rows, chunks, strict=True):
+            yield self._picture(self._chunks[chunk], row - self._starts[chunk], row)
+
+    def _picture(self, chunk: tuple[np.ndarray, np.ndarray], place: int, row: int) -> np.ndarray:
+        offsets, values = chunk
+        return values[offsets[place] : offsets[place + 1]].reshape(self.shape)
+
     def _map(self):
-        count = int(np.prod(self.shape))
         self._chunks = []
         for chunk in self._table.data.column("pixels").chunks:
             _, offsets, values = chunk.buffers()
-            start = np.frombuffer(offsets, np.int32)[chunk.offset] // self.dtype.itemsize
-            view = np.frombuffer(values, self.dtype, count=start + len(chunk) * count)[start:]
-            self._chunks.append(view.reshape(len(chunk), *self.shape))
-        self._ends = np.cumsum([len(chunk) for chunk in self._chunks])
-        self._starts = self._ends - [len(chunk) for chunk in self._chunks]
+            offsets = np.frombuffer(offsets, np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
+            self._chunks.append((offsets // self.dtype.itemsize, np.frombuffer(values, self.dtype)))
+        self._ends = np.cumsum([len(offsets) - 1 for offsets, _ in self._chunks])
+        self._starts = self._ends - [len(offsets) - 1 for offsets, _ in self._chunks]
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_chunks": None}  # a spawned worker maps the file itself
+
+
+class UncroppedTable(PixelTable):
+    """Rows of pictures that cover a shape and are kept whole, with the columns `height` and `width` besides `pixels`."""
+
+    def __getitem__(self, indices: np.ndarray | list[int]) -> np.ndarray:
+        """The rows, cut in the middle."""
+        pixels = np.empty((len(indices), *self.shape), self.dtype)
+        for out, picture in zip(pixels, self._pictures(indices), strict=True):
+            out[...] = fit(picture, self.shape[:2], "crop")
+        return pixels
+
+    def crop(self, indices: np.ndarray | list[int], places: np.ndarray) -> np.ndarray:
+        """The rows, cut at places in [0, 1) of shape `(rows, 2)`; see `crop_at`."""
+        pixels = np.empty((len(indices), *self.shape), self.dtype)
+        for out, picture, place in zip(pixels, self._pictures(indices), places, strict=True):
+            out[...] = crop_at(picture, self.shape[:2], place)
+        return pixels
+
+    def _picture(self, chunk: tuple[np.ndarray, np.ndarray], place: int, row: int) -> np.ndarray:
+        offsets, values = chunk
+        return values[offsets[place] : offsets[place + 1]].reshape(*self._sizes[row], self.shape[2])
+
+    def _map(self):
+        super()._map()
+        columns = [self._table.data.column(name).to_numpy() for name in ("height", "width")]
+        self._sizes = np.stack(columns, axis=1)
 
 
 def is_local(name: str) -> bool:
@@ -104,14 +149,19 @@ def is_local(name: str) -> bool:
     return name == "digits" or Path(name).exists()
 
 
-def load_source(name: str, config_name: str | None = None, split: str = "train", **kwargs) -> datasets.Dataset:
+def load_source(
+    name: str, config_name: str | None = None, split: str = "train", **kwargs
+) -> datasets.Dataset | datasets.IterableDataset:
     """The rows of `digits`, of a data set on the Hub, or of a local folder that `datasets.load_dataset` reads.
+
+    With `streaming=True` they are read as they are asked for, in order.
 
     Raises:
         ValueError: if there is no such data set, configuration or split, or it cannot be read.
     """
     if name == "digits" and not Path(name).exists():
-        return load_digits(split)
+        digits = load_digits(split)
+        return digits.to_iterable_dataset(num_shards=16) if kwargs.get("streaming") else digits
     try:
         return datasets.load_dataset(name, config_name, split=split, **kwargs)
     except Exception as error:  # what a reader of files or of the Hub raises, which is of many kinds
@@ -140,7 +190,7 @@ def load_digits(split: str = "train") -> datasets.Dataset:
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
 
 
-def find_image_column(source: datasets.Dataset, name: str | None = None) -> str:
+def find_image_column(source: datasets.Dataset | datasets.IterableDataset, name: str | None = None) -> str:
     """The column that holds the images.
 
     Raises:
@@ -158,28 +208,52 @@ def find_image_column(source: datasets.Dataset, name: str | None = None) -> str:
     return name or found[0]
 
 
-def read_labels(source: datasets.Dataset, name: str | None = None) -> tuple[np.ndarray, dict[int, str]] | None:
+def find_label_column(source: datasets.Dataset | datasets.IterableDataset, name: str | None = None) -> str | None:
+    """The column that holds the labels, or None if the data set has none.
+
+    Without a name that is the only column of class labels, or else a column called `label`, or the `cls` of WebDataset.
+
+    Raises:
+        ValueError: if the named column is not there or holds neither integers nor names; or if several columns could be
+            meant.
+    """
+    features = source.features
+    if name is None:
+        found = [column for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+        if len(found) > 1:
+            raise ValueError(f"several columns hold labels ({', '.join(found)}): name one with --label_column")
+        usual = [column for column in ("label", "cls") if column in features]
+        if not found + usual:
+            return None
+        name = (found + usual)[0]
+    if name not in features:
+        raise ValueError(f"label_column {name!r} is not in the data set; its columns are {', '.join(features)}")
+    if not isinstance(features[name], datasets.ClassLabel | datasets.Value):
+        raise ValueError(f"label_column {name!r} must hold integers or names, got {_describe(features[name])}")
+    return name
+
+
+def read_labels(
+    source: datasets.Dataset, name: str | None = None, label_names: Sequence[str] | None = None
+) -> tuple[np.ndarray, dict[int, str]] | None:
     """The labels, int64 in 0..n-1, and the name of each; None if the data set has no labels.
 
-    Without a name, the labels are the only column of class labels, or else a column called `label`.
+    Args:
+        name: Of the column; see `find_label_column`.
+        label_names: Names of 0, 1, 2, ...; None for the data set's own.
 
     Raises:
         ValueError: if the column is not there, or holds neither integers from 0 on nor names; or if several columns
             could be meant.
     """
+    name = find_label_column(source, name)
     if name is None:
-        found = [column for column, feature in source.features.items() if isinstance(feature, datasets.ClassLabel)]
-        if len(found) > 1:
-            raise ValueError(f"several columns hold labels ({', '.join(found)}): name one with --label_column")
-        name = found[0] if found else "label" if "label" in source.features else None
-    if name is None:
+        if label_names is not None:
+            raise ValueError(
+                "label_names are given, but the data set has no labels: name their column with --label_column"
+            )
         return None
-    if name not in source.features:
-        raise ValueError(f"label_column {name!r} is not in the data set; its columns are {', '.join(source.features)}")
-
     feature = source.features[name]
-    if not isinstance(feature, datasets.ClassLabel | datasets.Value):
-        raise ValueError(f"label_column {name!r} must hold integers or names, got {_describe(feature)}")
     values = source.with_format("arrow")[name]
     values = values[:] if not hasattr(values, "to_pylist") else values
     if values.null_count:
@@ -187,7 +261,14 @@ def read_labels(source: datasets.Dataset, name: str | None = None) -> tuple[np.n
     values = np.asarray(values.to_pylist())
     if values.dtype.kind in "US":
         names, labels = np.unique(values, return_inverse=True)
-        return labels.astype(np.int64), {label: str(text) for label, text in enumerate(names)}
+        names = {label: str(text) for label, text in enumerate(names)}
+        if label_names is None:
+            return labels.astype(np.int64), names
+        unknown = set(names.values()) - set(label_names)
+        if unknown:
+            raise ValueError(f"label_column {name!r} holds {sorted(unknown)[0]!r}, which is not in label_names")
+        places = np.array([label_names.index(text) for text in names.values()], np.int64)
+        return places[labels], dict(enumerate(label_names))
     if values.dtype.kind not in "iu":
         raise ValueError(f"label_column {name!r} must hold integers or names, got {_describe(feature)}")
     labels = values.astype(np.int64)
@@ -195,8 +276,11 @@ def read_labels(source: datasets.Dataset, name: str | None = None) -> tuple[np.n
         raise ValueError(
             f"label_column {name!r} must hold integers from 0 on, got {labels.min()} (rows without label?)"
         )
-    names = feature.names if isinstance(feature, datasets.ClassLabel) else range(labels.max() + 1)
-    return labels, {label: str(text) for label, text in enumerate(names)}
+    if label_names is None:
+        label_names = feature.names if isinstance(feature, datasets.ClassLabel) else range(labels.max() + 1)
+    if labels.max() >= len(label_names):
+        raise ValueError(f"label_column {name!r} holds {labels.max()}, but label_names are {len(label_names)}")
+    return labels, {label: str(text) for label, text in enumerate(label_names)}
 
 
 @dataclass(frozen=True)
@@ -229,13 +313,13 @@ def decode(
     """
     bytes_per_row = int(np.prod(how.size)) * how.channels * np.dtype(how.dtype).itemsize
     rows_per_chunk = int(np.clip(2**26 // bytes_per_row, 1, 1000))
-    table = _undecoded(source.select_columns([column]), column).map(
+    table = undecoded(source.select_columns([column]), column).map(
         _decode_rows,
         batched=True,
         batch_size=rows_per_chunk,
         writer_batch_size=rows_per_chunk,
         remove_columns=[column],
-        features=datasets.Features({"pixels": datasets.Value("binary"), "fault": datasets.Value("string")}),
+        features=datasets.Features(_DECODED),
         fn_kwargs={"column": column, "how": how, "version": _CACHE_VERSION},
         num_proc=num_proc if num_proc and num_proc > 1 else None,
         desc="decoding images",
@@ -250,18 +334,23 @@ def decode(
             f"at most a share of {max_bad_share:g} may fail (--max_bad_share)"
         )
     good = np.flatnonzero([not fault for fault in faults])
-    return PixelTable(table, (*how.size, how.channels), np.dtype(how.dtype), good), good, len(bad)
+    kind = UncroppedTable if how.resize_mode == "random_crop" else PixelTable
+    return kind(table, (*how.size, how.channels), np.dtype(how.dtype), good), good, len(bad)
 
 
-def probe(source: datasets.Dataset, column: str) -> tuple[list[tuple[int, int]], set[str], np.ndarray]:
-    """Sizes (height, width) and modes of the first rows that can be decoded, and the first of them as an array.
+def probe(rows: Iterable[dict], feature: Any, column: str) -> tuple[list[tuple[int, int]], set[str], np.ndarray]:
+    """Sizes (height, width) and modes of the rows that can be decoded, and the first of them as an array.
 
     Columns of arrays have no PIL mode: the set is empty.
+
+    Args:
+        rows: The first rows, undecoded.
+        feature: What `datasets` knows of the column.
     """
-    rows = _undecoded(source.select_columns([column]).select(range(min(len(source), PROBED_ROWS))), column)
-    dtype = "uint8" if getattr(source.features[column], "dtype", None) == "uint8" else "uint16"
-    sizes, modes, first, fault = [], set(), None, "the data set is empty"
+    dtype = "uint8" if getattr(feature, "dtype", None) == "uint8" else "uint16"
+    sizes, modes, first, count, fault = [], set(), None, 0, "the data set is empty"
     for row in rows:
+        count += 1
         try:
             picture = _read(row[column], dtype)
         except Exception as error:
@@ -274,33 +363,52 @@ def probe(source: datasets.Dataset, column: str) -> tuple[list[tuple[int, int]],
             sizes.append(picture.shape[:2])
         first = picture if first is None else first
     if first is None:
-        raise ValueError(f"none of the first {len(rows)} images can be decoded; the last one: {fault}")
+        raise ValueError(f"none of the first {count} images can be decoded; the last one: {fault}")
     mode = common_mode(modes) if modes else None
     return sizes, modes, to_array(first, mode) if mode else first
 
 
-def _undecoded(rows: datasets.Dataset, column: str) -> datasets.Dataset:
+def undecoded(
+    rows: datasets.Dataset | datasets.IterableDataset, column: str
+) -> datasets.Dataset | datasets.IterableDataset:
+    """The rows with the bytes or the paths of the images in place of the images."""
     if isinstance(rows.features[column], datasets.Image):
         return rows.cast_column(column, datasets.Image(decode=False))
     return rows
 
 
+def decode_one(value: Any, how: Fit) -> np.ndarray:
+    """The picture of an undecoded cell, brought to its shape; to one that covers it with "random_crop".
+
+    Raises:
+        Exception: whatever a decoder raises on a damaged file.
+    """
+    picture = _read(value, how.dtype)
+    if isinstance(picture, Image.Image):
+        picture = to_array(picture, how.mode, how.pad_value)
+    if picture.shape[2] != how.channels:
+        raise ValueError(f"{picture.shape[2]} channels where the first row has {how.channels}")
+    if how.resize_mode == "random_crop":
+        return cover(picture, how.size)
+    return fit(picture, how.size, how.resize_mode, how.pad_value)
+
+
 def _decode_rows(rows: dict[str, list], column: str, how: Fit, version: int) -> dict[str, list]:
-    pixels, faults = [], []
-    blank = np.zeros((*how.size, how.channels), how.dtype)
+    done = {name: [] for name in _DECODED}
     for value in rows[column]:
         try:
-            picture = _read(value, how.dtype)
-            if isinstance(picture, Image.Image):
-                picture = to_array(picture, how.mode, how.pad_value)
-            if picture.shape[2] != how.channels:
-                raise ValueError(f"{picture.shape[2]} channels where the first row has {how.channels}")
-            pixels.append(fit(picture, how.size, how.resize_mode, how.pad_value).tobytes())
-            faults.append("")
+            picture, fault = decode_one(value, how), ""
         except Exception as error:  # a decoder raises what it likes on a damaged file
-            pixels.append(blank.tobytes())  # keeps all rows of one length
-            faults.append(f"{type(error).__name__}: {error}")
-    return {"pixels": pixels, "fault": faults}
+            # A blank keeps the rows of one length, where they are.
+            picture, fault = np.zeros((*how.size, how.channels), how.dtype), describe_fault(error)
+        cells = (picture.tobytes(), *picture.shape[:2], fault)
+        for name, cell in zip(_DECODED, cells, strict=True):
+            done[name].append(cell)
+    return done
+
+
+def describe_fault(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _read(value: Any, dtype: str) -> Image.Image | np.ndarray:
@@ -313,8 +421,12 @@ def _read(value: Any, dtype: str) -> Image.Image | np.ndarray:
             raise ValueError(f"values must be in [0, {limit}], got [{array.min()}, {array.max()}]")
         array = array.astype(dtype)
         return array if array.ndim == 3 else array[..., None]
+    if value["bytes"] is None and "://" in value["path"]:  # in an archive, or on the Hub
+        return datasets.Image().decode_example(value)
     picture = Image.open(io.BytesIO(value["bytes"]) if value["bytes"] is not None else value["path"])
     picture.load()
+    if picture.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # a camera that was held upright, or on its head
+        picture = ImageOps.exif_transpose(picture)
     return picture
 
 

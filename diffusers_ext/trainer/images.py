@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 
-RESIZE_MODES = ("crop", "pad", "stretch")
+RESIZE_MODES = ("crop", "random_crop", "pad", "stretch")
 IMAGE_MODES = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4}
 
 # What a picture of one of PIL's other modes is read as.
@@ -55,22 +55,38 @@ def fit(array: np.ndarray, size: tuple[int, int], resize_mode: str, pad_value: i
 
     Args:
         array: uint8 or uint16, any number of channels.
-        resize_mode: "crop" scales until the picture covers the size, and cuts what stands out, half on either side.
-            "pad" scales down, never up, until it fits into the size, and centres it on a border of `pad_value`.
-            "stretch" scales height and width each for itself.
+        resize_mode: "crop" scales until the picture covers the size, and cuts what stands out, half on either side;
+            so does "random_crop", of which training takes another place each time (`cover` and `crop_at`). "pad" scales
+            down, never up, until it fits into the size, and centres it on a border of `pad_value`. "stretch" scales
+            height and width each for itself.
     """
     height, width = array.shape[:2]
     scales = size[0] / height, size[1] / width
-    if resize_mode == "crop":
-        scales = (max(scales),) * 2
+    if resize_mode in ("crop", "random_crop"):
+        array = cover(array, size)
     elif resize_mode == "pad":
         scales = (min(*scales, 1.0),) * 2
-    elif resize_mode != "stretch":
+        array = _resize(array, (max(1, round(height * scales[0])), max(1, round(width * scales[1]))))
+    elif resize_mode == "stretch":
+        array = _resize(array, size)
+    else:
         raise ValueError(f"resize_mode must be one of {', '.join(RESIZE_MODES)}, got {resize_mode!r}")
-    array = _resize(array, (max(1, round(height * scales[0])), max(1, round(width * scales[1]))))
     for axis in (0, 1):
         array = _centre(array, axis, size[axis], pad_value)
     return np.ascontiguousarray(array)
+
+
+def cover(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The picture, scaled until it just covers the given (height, width); nothing is cut."""
+    height, width = array.shape[:2]
+    scale = max(size[0] / height, size[1] / width)
+    return _resize(array, (max(1, round(height * scale)), max(1, round(width * scale))))
+
+
+def crop_at(array: np.ndarray, size: tuple[int, int], place: np.ndarray) -> np.ndarray:
+    """The part of the given (height, width) at a place, two numbers in [0, 1): each start is equally likely if they are."""
+    top, left = (int(u * (side - cut + 1)) for u, side, cut in zip(place, array.shape, size, strict=False))
+    return array[top : top + size[0], left : left + size[1]]
 
 
 def _resize(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:

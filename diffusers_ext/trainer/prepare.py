@@ -4,7 +4,17 @@ from collections import Counter
 
 import numpy as np
 
-from diffusers_ext.trainer.data import Fit, ImageData, decode, find_image_column, load_source, probe, read_labels
+from diffusers_ext.trainer.data import (
+    PROBED_ROWS,
+    Fit,
+    ImageData,
+    decode,
+    find_image_column,
+    load_source,
+    probe,
+    read_labels,
+    undecoded,
+)
 from diffusers_ext.trainer.images import IMAGE_MODES
 
 
@@ -52,7 +62,8 @@ def prepare_images(
         source = source.select(range(min(max_samples, len(source))))
     column = find_image_column(source, image_column)
     labels = read_labels(source, label_column) if with_labels else None
-    sizes, modes, first = probe(source, column)
+    first_rows = undecoded(source.select_columns([column]).select(range(min(len(source), PROBED_ROWS))), column)
+    sizes, modes, first = probe(first_rows, source.features[column], column)
     notes = []
 
     if mode is not None and not modes:
@@ -101,6 +112,7 @@ def _decide_fit(
     done = {
         "pad": f"centred on {_text(size)} with a border of {pad_value}",
         "crop": f"scaled to cover {_text(size)} and cropped to it",
+        "random_crop": f"scaled to cover {_text(size)} and cropped to it at random places",
         "stretch": f"stretched to {_text(size)}",
     }
     return size, resize_mode, f"{seen} are {done[resize_mode]} (--resize_mode {resize_mode})"

@@ -234,4 +234,4 @@ def test_decoded_images_are_kept_between_runs_and_mapped_not_copied(parquet):
     again = prepare_images(folder)
     assert again.pixels._table.cache_files == data.pixels._table.cache_files != []
     np.testing.assert_array_equal(data.pixels[[0, 999, 1000, 2499]], again.pixels[[0, 999, 1000, 2499]])
-    assert len(data.pixels._chunks) == 3 and not any(chunk.flags.owndata for chunk in data.pixels._chunks)
+    assert len(data.pixels._chunks) == 3 and not any(values.flags.owndata for _, values in data.pixels._chunks)

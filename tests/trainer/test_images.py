@@ -55,7 +55,7 @@ def test_stretching_uses_all_of_the_picture():
 
 
 def test_unknown_resize_mode_names_the_choices():
-    with pytest.raises(ValueError, match="resize_mode must be one of crop, pad, stretch, got 'squash'"):
+    with pytest.raises(ValueError, match="resize_mode must be one of crop, random_crop, pad, stretch, got 'squash'"):
         fit(ramp(4, 4), (8, 8), "squash")
 
 
