@@ -7,6 +7,7 @@ Importing the package registers its classes with diffusers (see `diffusers_ext.r
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.guiders import BaseGuidance
 
+from diffusers_ext.models.dit import DiTModel
 from diffusers_ext.models.unet import UNetModel
 from diffusers_ext.pipelines.pipeline_guided_diffusion import GuidedDiffusionPipeline
 from diffusers_ext.registration import register_with_diffusers
@@ -21,6 +22,7 @@ from diffusers_ext.schedulers import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "DiTModel",
     "ExtDDIMInverseScheduler",
     "ExtDDIMScheduler",
     "ExtDDPMScheduler",

@@ -146,6 +146,14 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = N
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
+def attention_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """What masked attention adds to its logits: `(batch, tokens)`, true where to attend, to `(batch, 1, 1, tokens)`."""
+    if mask is None:
+        return None
+    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return bias.masked_fill(~mask.bool(), torch.finfo(dtype).min)[:, None, None]
+
+
 class Attention(nn.Module):
     """Residual attention over the positions of a feature map, or from them to a context (Vaswani et al. 2017).
 
@@ -174,18 +182,20 @@ class Attention(nn.Module):
         return x + self.to_out(out).transpose(1, 2).unflatten(2, shape[2:])
 
 
-def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
+def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0, endpoint: bool = False) -> Tensor:
     """Cosines and sines of the timestep at `dim // 2` frequencies from 1 down to `1 / max_period`.
 
     Args:
         timesteps: Shape `(batch,)`, integers or, for samplers between them, floats.
         dim: Even width of the embedding.
+        endpoint: Whether `1 / max_period` is the last of the frequencies, or the one that would come next.
 
     Returns:
         float32, shape `(batch, dim)`.
     """
-    exponents = torch.arange(dim // 2, dtype=torch.float32, device=timesteps.device) / (dim // 2)
-    angles = timesteps.float()[:, None] * torch.exp(-math.log(max_period) * exponents)
+    # Rounded in the order in which diffusers rounds, since a large timestep makes much of the last digit.
+    exponents = -math.log(max_period) * torch.arange(dim // 2, dtype=torch.float32, device=timesteps.device)
+    angles = timesteps.float()[:, None] * torch.exp(exponents / (dim // 2 - endpoint))
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
@@ -196,17 +206,18 @@ class TimestepEmbedding(nn.Module):
         dim: Width of the result.
         frequency_dim: Width of the sinusoidal embedding.
         num_classes: Labels are in `[0, num_classes]`, the last one the null label, which stands for "no label".
+        endpoint: Of `timestep_embedding`.
     """
 
-    def __init__(self, dim: int, frequency_dim: int, num_classes: int | None = None):
+    def __init__(self, dim: int, frequency_dim: int, num_classes: int | None = None, endpoint: bool = False):
         super().__init__()
-        self.frequency_dim = frequency_dim
+        self.frequency_dim, self.endpoint = frequency_dim, endpoint
         self.linear_1 = nn.Linear(frequency_dim, dim)
         self.linear_2 = nn.Linear(dim, dim)
         self.class_embedding = None if num_classes is None else nn.Embedding(num_classes + 1, dim)
 
     def forward(self, timesteps: Tensor, class_labels: Tensor | None, dtype: torch.dtype) -> Tensor:
-        embedding = timestep_embedding(timesteps, self.frequency_dim).to(dtype)
+        embedding = timestep_embedding(timesteps, self.frequency_dim, endpoint=self.endpoint).to(dtype)
         embedding = self.linear_2(F.silu(self.linear_1(embedding)))
         if self.class_embedding is not None:
             if class_labels is None:

@@ -13,6 +13,7 @@ from diffusers_ext.models.layers import (
     AffineGroupNorm,
     Attention,
     TimestepEmbedding,
+    attention_bias,
     concatenate,
     group_norm,
     num_groups,
@@ -252,7 +253,7 @@ class UNetModel(ModelMixin, ConfigMixin):
             raise ValueError("UNetModel takes no timestep_cond, cross_attention_kwargs or added_cond_kwargs")
         timesteps = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
         embedding = F.silu(self.time_embedding(timesteps, class_labels, sample.dtype))
-        mask = _attention_bias(encoder_attention_mask, sample.dtype)
+        mask = attention_bias(encoder_attention_mask, sample.dtype)
 
         x = sample.unsqueeze(2) if self.config.dims == 1 else sample
         x = self.conv_in(x)
@@ -326,10 +327,3 @@ def _check_options(in_channels, out_channels, block_out_channels, layers_per_blo
         raise ValueError(f"the first of block_out_channels must be even, got {block_out_channels[0]}")
     if num_classes is not None and num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, or None for no labels, got {num_classes}")
-
-
-def _attention_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    if mask is None:
-        return None
-    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-    return bias.masked_fill(~mask.bool(), torch.finfo(dtype).min)[:, None, None]

@@ -1,0 +1,411 @@
+"""A transformer over patches that predicts noise, clean samples or velocities (Peebles & Xie 2022, "DiT")."""
+
+import re
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.hooks._helpers import (
+    AttentionProcessorMetadata,
+    AttentionProcessorRegistry,
+    TransformerBlockMetadata,
+    TransformerBlockRegistry,
+)
+from diffusers.models.attention import AttentionModuleMixin, FeedForward
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from torch import Tensor, nn
+
+from diffusers_ext.models.layers import TimestepEmbedding, attention, attention_bias
+
+
+# Widths and depths of the paper (Table 1). The names end with the patch size: DiT-S/2, DiT-XL/4.
+DIT_CONFIGS = {
+    "DiT-S": {"hidden_size": 384, "num_layers": 12, "num_attention_heads": 6},
+    "DiT-B": {"hidden_size": 768, "num_layers": 12, "num_attention_heads": 12},
+    "DiT-L": {"hidden_size": 1024, "num_layers": 24, "num_attention_heads": 16},
+    "DiT-XL": {"hidden_size": 1152, "num_layers": 28, "num_attention_heads": 16},
+}
+PATCH_SIZES = range(1, 9)
+
+# The null label of diffusers' `DiTPipeline`, whatever the number of labels is.
+NULL_LABEL_OF_DIFFUSERS = 1000
+
+FREQUENCIES = 256  # width of the sinusoidal embedding of timesteps, as in the paper's code
+
+
+def dit_config(name: str) -> dict[str, int]:
+    """The options of `DiTModel` for a name of the paper, such as "DiT-S/2".
+
+    Raises:
+        ValueError: for a name that is none.
+    """
+    match = re.fullmatch(r"(DiT-\w+)/(\d+)", name)
+    if match is None or match[1] not in DIT_CONFIGS or int(match[2]) not in PATCH_SIZES:
+        raise ValueError(
+            f"the name must be one of {', '.join(DIT_CONFIGS)}, a slash and a patch size in [{PATCH_SIZES[0]}, "
+            f"{PATCH_SIZES[-1]}], such as DiT-S/2, got {name!r}"
+        )
+    return DIT_CONFIGS[match[1]] | {"patch_size": int(match[2])}
+
+
+@dataclass
+class DiTOutput(BaseOutput):
+    """`sample` is the network's output, shape `(batch, out_channels, height, width)`."""
+
+    sample: Tensor
+
+
+def position_embedding(size: tuple[int, int], base_size: tuple[int, int], dim: int, device=None) -> Tensor:
+    """Sines and cosines of columns, then of rows, at `dim // 4` frequencies each, from 1 down to nearly 1/10000.
+
+    Args:
+        size: Rows and columns of the grid of patches.
+        base_size: Rows and columns of the grid that the network was made for. Positions of another grid lie between
+            those of this one, so that the same place of an image has the same position.
+        dim: Width, a multiple of 4.
+
+    Returns:
+        float32, shape `(rows * columns, dim)`.
+    """
+    frequencies = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64, device=device) / (dim // 4))
+    row, column = (
+        (torch.arange(n, dtype=torch.float64, device=device) * (base / n))[:, None] * frequencies
+        for n, base in zip(size, base_size, strict=True)
+    )
+    row = torch.cat([row.sin(), row.cos()], dim=-1)[:, None].expand(-1, size[1], -1)
+    column = torch.cat([column.sin(), column.cos()], dim=-1)[None].expand(size[0], -1, -1)
+    return torch.cat([column, row], dim=-1).flatten(0, 1).float()
+
+
+def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+    """Layer normalisation, then `(1 + scale) * x + shift`; tokens `(batch, tokens, dim)`, the others `(batch, dim)`."""
+    return torch.addcmul(shift[:, None], F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale[:, None])
+
+
+class DiTAttentionProcessor:
+    """How `DiTAttention` goes from tokens to tokens."""
+
+    def __call__(
+        self, attn: "DiTAttention", hidden_states: Tensor, context: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        query = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+        key_value = attn.to_kv(hidden_states if context is None else context)
+        key, value = key_value.unflatten(-1, (2, attn.heads, -1)).permute(2, 0, 3, 1, 4)
+        if attn.norm_q is not None:
+            query, key = attn.norm_q(query).to(value.dtype), attn.norm_k(key).to(value.dtype)
+        return attn.to_out(attention(query, key, value, mask).transpose(1, 2).flatten(2))
+
+
+class DiTAttention(nn.Module, AttentionModuleMixin):
+    """Attention of tokens to one another, or to a context (Vaswani et al. 2017).
+
+    Args:
+        dim: Width of the tokens.
+        heads: Number of heads.
+        qk_norm: Normalise queries and keys, which bounds the logits (Dehghani et al. 2023).
+        context_dim: Width of the context's tokens; `None` for self-attention.
+    """
+
+    _supports_qkv_fusion = False
+
+    def __init__(self, dim: int, heads: int, qk_norm: bool = False, context_dim: int | None = None):
+        super().__init__()
+        self.heads, self.is_cross_attention = heads, context_dim is not None
+        self.to_q = nn.Linear(dim, dim)
+        self.to_kv = nn.Linear(dim if context_dim is None else context_dim, 2 * dim)
+        self.norm_q = nn.LayerNorm(dim // heads, bias=False) if qk_norm else None
+        self.norm_k = nn.LayerNorm(dim // heads, bias=False) if qk_norm else None
+        self.to_out = nn.Linear(dim, dim)
+        self.set_processor(DiTAttentionProcessor())
+
+    def forward(self, hidden_states: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Tokens `(batch, tokens, dim)` and context `(batch, other_tokens, context_dim)` to tokens."""
+        return self.processor(self, hidden_states, context, mask)
+
+
+class DiTBlock(nn.Module):
+    """Self-attention, cross-attention if there is a context, and a feed-forward layer (the paper's adaLN-Zero block).
+
+    The embedding sets scale and shift of the normalisations, and gates of the residual branches that start at zero.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        mlp_ratio: float = 4.0,
+        dropout: float = 0.0,
+        qk_norm: bool = False,
+        context_dim: int | None = None,
+        mlp_norm_eps: float = 1e-6,
+    ):
+        super().__init__()
+        self.mlp_norm_eps = mlp_norm_eps
+        self.modulation = nn.Linear(dim, 6 * dim)
+        self.attn = DiTAttention(dim, heads, qk_norm)
+        self.dropout = nn.Dropout(dropout)
+        self.cross_norm = None if context_dim is None else nn.LayerNorm(dim, eps=1e-6)
+        self.cross_attn = None if context_dim is None else DiTAttention(dim, heads, qk_norm, context_dim)
+        self.ff = FeedForward(dim, inner_dim=int(dim * mlp_ratio), dropout=dropout, activation_fn="gelu-approximate")
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        embedding: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Tokens `(batch, tokens, dim)` to tokens, given an embedding `(batch, dim)` of timestep and label."""
+        shift, scale, gate, shift_ff, scale_ff, gate_ff = self.modulation(embedding).chunk(6, dim=-1)
+        x = hidden_states
+        x = torch.addcmul(x, gate[:, None], self.dropout(self.attn(modulated_norm(x, scale, shift, 1e-6))))
+        if self.cross_attn is not None:
+            x = x + self.dropout(self.cross_attn(self.cross_norm(x).to(x.dtype), encoder_hidden_states, mask))
+        return torch.addcmul(x, gate_ff[:, None], self.ff(modulated_norm(x, scale_ff, shift_ff, self.mlp_norm_eps)))
+
+
+# diffusers' guiders that skip layers or perturb attention look up here what they find in a network.
+AttentionProcessorRegistry._registry[DiTAttentionProcessor] = AttentionProcessorMetadata(
+    skip_processor_output_fn=lambda attn, hidden_states, *args, **kwargs: hidden_states
+)
+TransformerBlockRegistry._registry[DiTBlock] = TransformerBlockMetadata(return_hidden_states_index=0)
+TransformerBlockRegistry._registry[DiTBlock]._cls = DiTBlock
+
+
+class DiTModel(ModelMixin, ConfigMixin):
+    """A diffusion transformer: patches as tokens, with labels or a text as condition.
+
+    Works as `transformer` of diffusers' `DiTPipeline`, as `denoiser` of `GuidedDiffusionPipeline`, and is converted from
+    and to diffusers' `DiTTransformer2DModel` by `from_diffusers` and `to_diffusers`.
+
+    Args:
+        sample_size: Side of the square samples, or `(height, width)`; a multiple of `patch_size`. Other sizes that are
+            such multiples can be given to `forward`: positions are then scaled to the grid of this one.
+        patch_size: Side of the square patches, in [1, 8]. Halving it makes four times as many tokens.
+        in_channels: Channels of the noisy sample.
+        out_channels: Channels of the output; `None` for `in_channels`, twice that for a learned variance.
+        hidden_size: Width of the tokens, a multiple of 4 and of `num_attention_heads`.
+        num_layers: Number of blocks.
+        num_attention_heads: Number of attention heads.
+        mlp_ratio: Width of the feed-forward layers' hidden features, as a multiple of `hidden_size`.
+        num_classes: Number of labels, or `None`. Label `num_classes` is the null label, which stands for "no label".
+        cross_attention_dim: Width of `encoder_hidden_states`, which each block then attends to, or `None`.
+        dropout: Share of the features dropped while training: of attention's outputs, and within feed-forward layers.
+        qk_norm: Normalise queries and keys, which keeps attention's logits bounded in long runs.
+        num_registers: Learned tokens that the others can attend to and that are dropped at the end (Darcet et al. 2023).
+        mlp_norm_eps: What the normalisation before feed-forward layers adds to the variance. diffusers' has 1e-5.
+        embedding_per_block: Give each block an embedding of timestep and label of its own, as diffusers' has it.
+
+    Raises:
+        ValueError: if the sizes or options do not fit one another.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["DiTBlock"]
+    _repeated_blocks = ["DiTBlock"]
+    _skip_layerwise_casting_patterns = ["patch_in", "norm", "time_embedding", "block_embeddings"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | tuple[int, int] = 32,
+        patch_size: int = 2,
+        in_channels: int = 3,
+        out_channels: int | None = None,
+        hidden_size: int = 384,
+        num_layers: int = 12,
+        num_attention_heads: int = 6,
+        mlp_ratio: float = 4.0,
+        num_classes: int | None = None,
+        cross_attention_dim: int | None = None,
+        dropout: float = 0.0,
+        qk_norm: bool = False,
+        num_registers: int = 0,
+        mlp_norm_eps: float = 1e-6,
+        embedding_per_block: bool = False,
+    ):
+        super().__init__()
+        out_channels = in_channels if out_channels is None else out_channels
+        self.register_to_config(out_channels=out_channels)  # a number, since pipelines read it
+        self._check_config()
+        size = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
+        _check_size(size, patch_size)
+
+        self.grid = (size[0] // patch_size, size[1] // patch_size)
+        self.patch_in = nn.Linear(in_channels * patch_size**2, hidden_size)
+        self.register_buffer("positions", position_embedding(self.grid, self.grid, hidden_size), persistent=False)
+        self.registers = nn.Parameter(torch.empty(num_registers, hidden_size)) if num_registers else None
+
+        def embedding() -> TimestepEmbedding:
+            return TimestepEmbedding(hidden_size, FREQUENCIES, num_classes, endpoint=True)
+
+        self.time_embedding = embedding()
+        # The first block, and the output, have the one above.
+        self.block_embeddings = nn.ModuleList(embedding() for _ in range((num_layers - 1) * embedding_per_block))
+        self.transformer_blocks = nn.ModuleList(
+            DiTBlock(
+                hidden_size,
+                num_attention_heads,
+                mlp_ratio=mlp_ratio,
+                dropout=dropout,
+                qk_norm=qk_norm,
+                context_dim=cross_attention_dim,
+                mlp_norm_eps=mlp_norm_eps,
+            )
+            for _ in range(num_layers)
+        )
+        self.modulation_out = nn.Linear(hidden_size, 2 * hidden_size)
+        self.patch_out = nn.Linear(hidden_size, patch_size**2 * out_channels)
+        self.gradient_checkpointing = False
+        self.initialize_weights()
+
+    @classmethod
+    def from_name(cls, name: str, **kwargs) -> "DiTModel":
+        """A new model of one of the paper's sizes, such as "DiT-S/2"; `kwargs` are the other options."""
+        return cls(**dit_config(name) | kwargs)
+
+    @classmethod
+    def from_diffusers(cls, model: ModelMixin) -> "DiTModel":
+        """The same network as a `DiTTransformer2DModel` of diffusers; see `diffusers_ext.models.dit_conversion`."""
+        from diffusers_ext.models.dit_conversion import from_diffusers
+
+        return from_diffusers(model)
+
+    def to_diffusers(self) -> ModelMixin:
+        """The same network as a `DiTTransformer2DModel` of diffusers; see `diffusers_ext.models.dit_conversion`."""
+        from diffusers_ext.models.dit_conversion import to_diffusers
+
+        return to_diffusers(self)
+
+    def initialize_weights(self):
+        """As in the paper's code: each residual branch and the output start at zero, so that a block is the identity."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for embedding in (self.time_embedding, *self.block_embeddings):
+            for layer in (embedding.linear_1, embedding.linear_2, embedding.class_embedding):
+                if layer is not None:
+                    nn.init.normal_(layer.weight, std=0.02)
+        if self.registers is not None:
+            nn.init.normal_(self.registers, std=0.02)
+        zero = [self.modulation_out, self.patch_out]
+        for block in self.transformer_blocks:
+            zero += [block.modulation] if block.cross_attn is None else [block.modulation, block.cross_attn.to_out]
+        for layer in zero:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float | int,
+        class_labels: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> DiTOutput | tuple[Tensor]:
+        """Predicts from a noisy sample what the network was trained for.
+
+        Args:
+            sample: x_t, shape `(batch, in_channels, height, width)`.
+            timestep: One number for all samples, or one for each, shape `(batch,)`.
+            class_labels: Integers in `[0, num_classes]`, shape `(batch,)`; `None` stands for the null label, and so does
+                1000 in a model of fewer labels, since diffusers' `DiTPipeline` says it so.
+            encoder_hidden_states: Context, shape `(batch, tokens, cross_attention_dim)`.
+            encoder_attention_mask: 1 or True at the tokens of the context to attend to, shape `(batch, tokens)`.
+            return_dict: `False` returns a tuple.
+
+        Returns:
+            Output of shape `(batch, out_channels, height, width)`.
+        """
+        class_labels = self._check_inputs(sample, class_labels, encoder_hidden_states)
+        patch = self.config.patch_size
+        grid = (sample.shape[2] // patch, sample.shape[3] // patch)
+        timesteps = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
+        embeddings = [
+            F.silu(embed(timesteps, class_labels, sample.dtype))
+            for embed in (self.time_embedding, *self.block_embeddings)
+        ]
+        mask = attention_bias(encoder_attention_mask, sample.dtype)
+
+        x = F.pixel_unshuffle(sample, patch).flatten(2).transpose(1, 2)  # (batch, patches, in_channels * patch ** 2)
+        x = self.patch_in(x)  # (batch, patches, hidden_size)
+        x = x + self._positions(grid).to(x.dtype)
+        if self.registers is not None:  # last, since smoothed energy guidance takes the first tokens for the image
+            x = torch.cat([x, self.registers.to(x.dtype).expand(len(x), -1, -1)], dim=1)
+        for i, block in enumerate(self.transformer_blocks):
+            args = (x, embeddings[i if self.block_embeddings else 0], encoder_hidden_states, mask)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = self._gradient_checkpointing_func(block, *args)
+            else:
+                x = block(*args)
+        shift, scale = self.modulation_out(embeddings[0]).chunk(2, dim=-1)
+        x = self.patch_out(modulated_norm(x[:, : grid[0] * grid[1]], scale, shift, 1e-6))
+        x = x.unflatten(1, grid).unflatten(3, (patch, patch, -1))  # (batch, rows, columns, patch, patch, channels)
+        x = x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (batch, out_channels, height, width)
+
+        return DiTOutput(sample=x) if return_dict else (x,)
+
+    def _positions(self, grid: tuple[int, int]) -> Tensor:
+        if grid == self.grid:
+            return self.positions
+        return position_embedding(grid, self.grid, self.config.hidden_size, self.positions.device)
+
+    def _check_inputs(self, sample: Tensor, class_labels: Tensor | None, context: Tensor | None) -> Tensor | None:
+        config = self.config
+        if sample.ndim != 4 or sample.shape[1] != config.in_channels:
+            raise ValueError(
+                f"sample must have shape (batch, {config.in_channels}, height, width), got {tuple(sample.shape)}"
+            )
+        _check_size(sample.shape[2:], config.patch_size)
+        if (context is None) != (config.cross_attention_dim is None):
+            raise ValueError(
+                "encoder_hidden_states must be given exactly if the model has cross-attention, got "
+                f"{'none' if context is None else tuple(context.shape)} for cross_attention_dim={config.cross_attention_dim}"
+            )
+        if class_labels is None:
+            return None
+        if config.num_classes is None:
+            raise ValueError("class_labels were given to a model without labels: it was built with num_classes=None")
+        if config.num_classes < NULL_LABEL_OF_DIFFUSERS:
+            class_labels = class_labels.masked_fill(class_labels == NULL_LABEL_OF_DIFFUSERS, config.num_classes)
+        # Elsewhere the embedding finds it out itself, and looking would stall the device.
+        if class_labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            outside = class_labels[(class_labels < 0) | (class_labels > config.num_classes)]
+            if len(outside):
+                raise ValueError(f"class_labels must be in [0, {config.num_classes}], got {outside.tolist()}")
+        return class_labels
+
+    def _check_config(self):
+        config = self.config
+        counts = ("in_channels", "out_channels", "hidden_size", "num_layers", "num_attention_heads")
+        if min(config[name] for name in counts) < 1:
+            raise ValueError(
+                f"{', '.join(counts[:-1])} and {counts[-1]} must be at least 1, got "
+                f"{', '.join(str(config[name]) for name in counts)}"
+            )
+        if config.patch_size not in PATCH_SIZES:
+            raise ValueError(f"patch_size must be in [{PATCH_SIZES[0]}, {PATCH_SIZES[-1]}], got {config.patch_size}")
+        if config.hidden_size % config.num_attention_heads or config.hidden_size % 4:
+            raise ValueError(
+                f"hidden_size must be a multiple of num_attention_heads ({config.num_attention_heads}) and of 4, got "
+                f"{config.hidden_size}"
+            )
+        if config.hidden_size * config.mlp_ratio < 1 or config.num_registers < 0:
+            raise ValueError(
+                "mlp_ratio must be positive and num_registers not negative, got "
+                f"{config.mlp_ratio:g} and {config.num_registers}"
+            )
+        if config.num_classes is not None and config.num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, or None for no labels, got {config.num_classes}")
+
+
+def _check_size(size, patch_size: int):
+    if len(size) != 2 or any(side < patch_size or side % patch_size for side in size):
+        raise ValueError(
+            f"each side of the sample must be a multiple of patch_size ({patch_size}), got {' x '.join(map(str, size))}"
+        )
