@@ -14,7 +14,7 @@ from diffusers_ext.saved_folder import SavedFolder
 
 
 # What a training run leaves beside what it saves and nobody needs for loading it.
-NOT_UPLOADED = ("checkpoint-*/*", "logs/*", ".*")
+NOT_UPLOADED = ("checkpoint-*/*", "ema_snapshots/*", "profile/*", "logs/*", ".*")
 
 
 def prepare_repo(repo_id: str, *, token: str | None = None, private: bool | None = None) -> str:

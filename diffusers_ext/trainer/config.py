@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 import torch
 
+from diffusers_ext.trainer.ema import power_function_exponent
 from diffusers_ext.trainer.images import IMAGE_MODES, RESIZE_MODES
 from diffusers_ext.trainer.options import option
 from diffusers_ext.trainer.schedule import LR_SCHEDULERS, Budget, parse_duration
@@ -87,6 +88,14 @@ class TrainerConfig:
     ema_warmup: bool = option(
         False, "let the decay of an exponential average start low: min(decay, (1 + t) / (10 + t))"
     )
+    ema_snapshot_steps: int | None = option(
+        None,
+        "optimizer steps between snapshots of averages, from which training/reconstruct_ema.py makes any other width "
+        "afterwards; a few dozen of them are enough, each as large as the model times the number of ema_stds",
+    )
+    ema_stds: tuple[float, ...] | None = option(
+        None, "widths of the averages that snapshots are taken of; by default 0.05 and 0.1"
+    )
 
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
         None, "precision of the forward pass; by default bf16 where the hardware is fast at it", "speed"
@@ -114,14 +123,21 @@ class TrainerConfig:
     # What a run that goes on must share with the run that it goes on with.
     FIXED_ON_RESUME: ClassVar[frozenset[str]] = frozenset(
         "dataset_config_name dataset_split image_column label_column unconditional resolution resize_mode "
-        "pad_value image_mode random_flip max_train_samples seed use_ema ema_std ema_decay ema_warmup".split()
+        "pad_value image_mode random_flip max_train_samples seed use_ema ema_std ema_decay ema_warmup "
+        "ema_snapshot_steps ema_stds".split()
     )
 
     def __post_init__(self):
         for name in ("train_batch_size", "gradient_accumulation_steps", "checkpointing_steps", "logging_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("checkpoints_total_limit", "save_images_steps", "max_train_samples", "num_threads"):
+        for name in (
+            "checkpoints_total_limit",
+            "save_images_steps",
+            "max_train_samples",
+            "num_threads",
+            "ema_snapshot_steps",
+        ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.resolution is not None and (len(self.resolution) > 2 or min(self.resolution) < 1):
@@ -149,6 +165,12 @@ class TrainerConfig:
             raise ValueError("ema_warmup belongs to an exponential average: give ema_decay, or leave ema_warmup out")
         if not self.use_ema and (self.ema_std is not None or self.ema_decay is not None):
             raise ValueError("ema_std and ema_decay have no meaning without use_ema")
+        if self.ema_stds is not None and self.ema_snapshot_steps is None:
+            raise ValueError("ema_stds are the averages that snapshots are taken of: give ema_snapshot_steps too")
+        if len(set(self.ema_stds or ())) < len(self.ema_stds or ()):
+            raise ValueError(f"ema_stds must be different widths, got {' '.join(map(str, self.ema_stds))}")
+        for std in {self.ema_std, *(self.ema_stds or ())} - {None}:
+            power_function_exponent(std)  # refuses one out of range
 
     def budget(self) -> Budget:
         """The end of the run."""
@@ -172,6 +194,8 @@ def resolve_for_machine(config: TrainerConfig) -> TrainerConfig:
         changes["dataloader_num_workers"] = 0 if device == "cpu" else min(4, len(available_cores()))
     if config.use_ema and config.ema_std is None and config.ema_decay is None:
         changes["ema_std"] = 0.1
+    if config.ema_snapshot_steps is not None and config.ema_stds is None:
+        changes["ema_stds"] = (0.05, 0.1)
     if config.max_train_steps is None and config.max_train_time is None:
         changes["max_train_steps"] = config.DEFAULT_MAX_TRAIN_STEPS
     if config.output_dir is None:

@@ -12,7 +12,7 @@ def power_function_exponent(std: float) -> float:
     """The gamma of the power-function average whose weighting has this standard deviation, relative to the run's length.
 
     The average at step t weights the weights of step tau by tau^gamma (Karras et al. 2023, "Analyzing and improving the
-    training dynamics of diffusion models", section 3.1).
+    training dynamics of diffusion models", arXiv 2312.02696, section 3.1).
 
     Raises:
         ValueError: if `std` is not in (0, 0.28]; at gamma = 0, the plain mean of all steps, it is 12^-0.5 = 0.289.
@@ -45,14 +45,14 @@ class WeightAverage:
             raise ValueError(f"exactly one of ema_std and ema_decay must be given, got {std} and {decay}")
         if decay is not None and not 0 <= decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {decay:g}")
-        self.gamma = None if std is None else power_function_exponent(std)
+        self.std, self.gamma = std, None if std is None else power_function_exponent(std)
         self.decay, self.warmup, self.num_updates = decay, warmup, 0
         self._names = [name for name, _ in model.named_parameters()]
         self._average = [parameter.detach().float().clone() for parameter in model.parameters()]
 
     def decay_at(self, update: int) -> float:
         """The share of the old average that update `update`, counted from 1, keeps."""
-        if self.gamma is not None:
+        if self.gamma is not None:  # Karras et al. 2023, Eq. 2
             return (1 - 1 / update) ** (self.gamma + 1)
         if self.warmup:
             return min(self.decay, (1 + update) / (10 + update))
@@ -80,10 +80,13 @@ class WeightAverage:
             for parameter, data in zip(parameters, own, strict=True):
                 parameter.data = data
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def averages(self) -> dict[str, Tensor]:
+        """The averaged parameters by name, float32."""
         # safetensors refuses channels_last.
-        state = {name: average.contiguous() for name, average in zip(self._names, self._average, strict=True)}
-        return state | {"num_updates": torch.tensor(self.num_updates, dtype=torch.int64)}
+        return {name: average.contiguous() for name, average in zip(self._names, self._average, strict=True)}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.averages() | {"num_updates": torch.tensor(self.num_updates, dtype=torch.int64)}
 
     def load_state_dict(self, state: dict[str, Tensor]):
         if set(state) != {*self._names, "num_updates"}:

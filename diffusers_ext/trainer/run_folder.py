@@ -10,6 +10,7 @@ import yaml
 from diffusers_ext.trainer.checkpoints import list_checkpoints
 from diffusers_ext.trainer.config import TrainerConfig
 from diffusers_ext.trainer.options import to_yaml
+from diffusers_ext.trainer.posthoc_ema import SNAPSHOT_FOLDER
 
 
 CONFIG_FILE, METRICS_FILE = "train_config.yaml", "metrics.jsonl"
@@ -43,7 +44,7 @@ def clear_output_dir(path: Path) -> None:
             shutil.rmtree(path / name, ignore_errors=True)
     for checkpoint in [*path.glob("checkpoint-*"), *path.glob(".checkpoint-*")]:
         shutil.rmtree(checkpoint, ignore_errors=True)
-    for name in ("samples", "logs"):
+    for name in ("samples", "logs", "profile", SNAPSHOT_FOLDER):
         shutil.rmtree(path / name, ignore_errors=True)
     for name in (*_OF_A_RUN, "samples.png", "denoising.png", "loss.png", "README.md", "evaluation.json"):
         (path / name).unlink(missing_ok=True)
