@@ -1,0 +1,99 @@
+"""Between images and the latents that a denoiser is trained on: encoding, decoding, and the scale between the two.
+
+    z_model = (z - shift) scale
+
+makes the latents of a VAE have mean 0 and standard deviation 1, as its config's `shift_factor` and `scaling_factor`
+say: one number, or one for each channel. Some VAEs of diffusers have `latents_mean` and `latents_std` for each channel
+beside them; the shift is then that mean, and the scale `scaling_factor / latents_std`.
+"""
+
+import torch
+from torch import Generator, Tensor, nn
+
+
+def latent_scale(vae: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Shift and scale of the latents of `vae`, float32, broadcasting against `like`.
+
+    Args:
+        like: Latents, shape `(batch, latent_channels, ...)`.
+
+    Raises:
+        ValueError: if the scale was never measured, or is not a positive finite number.
+    """
+    config = vae.config
+    scale, shift = config.get("scaling_factor"), config.get("shift_factor")
+    if scale is None:
+        raise ValueError(
+            f"{type(vae).__name__}.config.scaling_factor must be a number, got None: the scale of its latents was never "
+            "measured. Set it by vae.register_to_config(shift_factor=MEAN, scaling_factor=1 / STD), with mean and std "
+            "of the latents of the training images; training/train_vae.py does so at its end"
+        )
+    scale, shift = _broadcasting(scale, like), _broadcasting(0.0 if shift is None else shift, like)
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is not None and std is not None:
+        shift, scale = _broadcasting(mean, like), scale / _broadcasting(std, like)
+    if not (scale.isfinite().all() and (scale > 0).all() and shift.isfinite().all()):
+        raise ValueError(
+            f"{type(vae).__name__}.config must have a positive finite scaling_factor and a finite shift_factor, got "
+            f"{config.get('scaling_factor')} and {config.get('shift_factor')}"
+        )
+    return shift, scale
+
+
+def normalize_latents(vae: nn.Module, latents: Tensor) -> Tensor:
+    """Latents of the VAE to those that a denoiser is trained on, float32."""
+    shift, scale = latent_scale(vae, latents)
+    return (latents.float() - shift) * scale
+
+
+def encode_latents(
+    vae: nn.Module, images: Tensor, generator: Generator | list[Generator] | None = None, sample: bool = False
+) -> Tensor:
+    """Images to the latents that a denoiser is trained on.
+
+    Args:
+        vae: `VAEModel`, or an autoencoder of diffusers.
+        images: In [-1, 1], shape `(batch, channels, *spatial)`.
+        generator: Source of the draw, if `sample`. With a list, that of image i comes from generator i alone.
+        sample: Draw from the posterior, rather than take its mode.
+
+    Returns:
+        float32, shape `(batch, latent_channels, *latent_spatial)`.
+
+    Raises:
+        ValueError: if the scale of the latents was never measured.
+    """
+    posterior = vae.encode(images.to(vae.dtype)).latent_dist
+    if not sample:
+        return normalize_latents(vae, posterior.mode())
+    if not isinstance(generator, list | tuple):
+        return normalize_latents(vae, posterior.sample(generator))
+    mean = posterior.mode()
+    if len(generator) != len(mean):
+        raise ValueError(f"generator must be one or one for each of {len(mean)} images, got {len(generator)}")
+    noise = [torch.randn(mean.shape[1:], generator=g, device=g.device) for g in generator]
+    std = posterior.logvar.mul(0.5).exp()
+    return normalize_latents(vae, mean + std * torch.stack(noise).to(mean))
+
+
+def decode_latents(vae: nn.Module, latents: Tensor) -> Tensor:
+    """Latents that a denoiser made to images, float32, in about [-1, 1]; `encode_latents` backwards.
+
+    Raises:
+        ValueError: if the scale of the latents was never measured.
+    """
+    shift, scale = latent_scale(vae, latents)
+    return vae.decode((latents.float() / scale + shift).to(vae.dtype), return_dict=False)[0].float()
+
+
+def latent_channels(vae: nn.Module) -> int:
+    """Channels of the latents; of a fully connected VAE, their dimension."""
+    channels = vae.config.get("latent_channels")
+    return vae.config.latent_dim if channels is None else channels
+
+
+def _broadcasting(value: float | list[float], like: Tensor) -> Tensor:
+    values = torch.as_tensor(value, dtype=torch.float32, device=like.device).flatten()
+    if len(values) not in (1, like.shape[1]):
+        raise ValueError(f"the latents' scale must be one or one for each of {like.shape[1]} channels, got {value}")
+    return values.view(-1, *[1] * (like.ndim - 2))
