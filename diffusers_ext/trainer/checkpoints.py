@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 
 MANIFEST = "manifest.json"
@@ -31,31 +32,70 @@ def write_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, save
         save: Writes this process's part into the folder it is given. Every process calls it.
 
     Raises:
-        CheckpointError: if the folder cannot be written, with the reason. What was there before is untouched.
+        CheckpointError: in every process, if one of them cannot write: with the reason and what is kept. What was there
+            before is untouched.
     """
     folder, hidden = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.partial"
-    if accelerator.is_main_process:
+
+    def prepare():
         shutil.rmtree(hidden, ignore_errors=True)
         hidden.mkdir(parents=True)
-    accelerator.wait_for_everyone()
+
+    def complete():
+        _write_manifest(hidden, step)
+        if folder.exists():  # a run that went back before this step and came here again
+            _remove(folder)
+        os.rename(hidden, folder)
+        _sync(output_dir)
+
+    is_main = accelerator.is_main_process
     try:
-        save(hidden)
-        accelerator.wait_for_everyone()  # each process has written its part
-        if accelerator.is_main_process:
-            _write_manifest(hidden, step)
-            if folder.exists():  # a run that went back before this step and came here again
-                _remove(folder)
-            os.rename(hidden, folder)
-            _sync(output_dir)
+        _all_or_none(accelerator, prepare if is_main else None)
+        _all_or_none(accelerator, lambda: save(_seen(hidden)))
+        _all_or_none(accelerator, complete if is_main else None)
     except BaseException as error:
-        shutil.rmtree(hidden, ignore_errors=True)
-        if not isinstance(error, OSError):
+        if is_main:
+            shutil.rmtree(hidden, ignore_errors=True)
+        if not isinstance(error, _WriteError):
             raise
-        raise CheckpointError(
-            f"checkpoint-{step} could not be written to {output_dir} ({error}); the checkpoints before it are untouched"
-        ) from error
-    accelerator.wait_for_everyone()
+        raise CheckpointError(_failure(output_dir, step, str(error))) from error.__cause__
     return folder
+
+
+class _WriteError(Exception):
+    pass
+
+
+def _all_or_none(accelerator: Accelerator, write: Callable[[], None] | None) -> None:
+    """Calls `write` and waits for the other processes; raises in all of them if it fails in one."""
+    fault = None
+    try:
+        if write:
+            write()
+    except Exception as error:  # libraries report a full disk as what they like, RuntimeError among others
+        fault = error
+    # A process that fails says so, since the others would wait for it without end.
+    reasons = gather_object([None if fault is None else f"{type(fault).__name__}: {fault}"])
+    failed = [f"process {index}: {reason}" for index, reason in enumerate(reasons) if reason]
+    if failed:
+        raise _WriteError("; ".join(failed) if accelerator.num_processes > 1 else reasons[0]) from fault
+
+
+def _seen(hidden: Path) -> Path:
+    if not hidden.is_dir():
+        raise FileNotFoundError(
+            f"{hidden}, made by the main process, is not seen here: all machines must share output_dir"
+        )
+    return hidden
+
+
+def _failure(output_dir: Path, step: int, reason: str) -> str:
+    kept = ", ".join(path.name for path in list_checkpoints(output_dir)) or "none, since there were none"
+    free = shutil.disk_usage(output_dir).free if output_dir.is_dir() else 0
+    return (
+        f"checkpoint-{step} could not be written to {output_dir} ({reason}; {free / 1e6:.1f} MB are free there). The "
+        f"checkpoints before it are kept: {kept}. Make room, then go on with --resume_from_checkpoint latest"
+    )
 
 
 def find_checkpoint(output_dir: Path, request: str) -> tuple[Path | None, list[str]]:
@@ -111,22 +151,36 @@ def find_fault(path: Path) -> str | None:
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """The folders `checkpoint-STEP`, whole or not, the oldest first."""
-    found = [
-        (int(match[1]), path) for path in output_dir.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))
-    ]
-    return [path for _, path in sorted(found)]
+    found = [path for path in output_dir.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=step_from_name)
 
 
 def step_of(path: Path) -> int:
     return json.loads((path / MANIFEST).read_text())["step"]
 
 
-def keep_last(output_dir: Path, limit: int | None):
-    """Removes the oldest checkpoints beyond `limit`, and what an interrupted save has left behind."""
-    for path in list_checkpoints(output_dir)[: -limit if limit else 0]:
-        _remove(path)
+def remove_old(output_dir: Path, step: int, *, limit: int | None = None, keep_every: int | None = None) -> None:
+    """Removes checkpoints that are not to be kept, and what an interrupted save has left behind.
+
+    Kept are the last ones up to `step`, and of the others those at multiples of a number of steps. Those beyond `step` are
+    of a run that went back before them, or are damaged; they would be taken for the latest.
+
+    Args:
+        step: Of the checkpoint just written.
+        limit: How many of the last are kept; all, if None.
+    """
+    there = {step_from_name(path): path for path in list_checkpoints(output_dir)}
+    past = sorted(number for number in there if number <= step)
+    kept = set(past[-limit:] if limit else past)
+    kept |= {number for number in past if keep_every and number % keep_every == 0}
+    for number in there.keys() - kept:
+        _remove(there[number])
     for path in output_dir.glob(".checkpoint-*"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def step_from_name(path: Path) -> int:
+    return int(_NAME.fullmatch(path.name)[1])
 
 
 def _remove(path: Path):

@@ -107,7 +107,10 @@ class TrainerConfig:
 
     checkpointing_steps: int = option(1000, "optimizer steps between checkpoints", "checkpoints")
     checkpoints_total_limit: int | None = option(2, "keep only the last so many")
-    resume_from_checkpoint: str | None = option(None, "go on from a checkpoint: latest, or a path")
+    checkpoints_keep_every: int | None = option(None, "keep, besides, those at multiples of so many steps")
+    resume_from_checkpoint: str | None = option(
+        None, "go on from a checkpoint: latest, or a path; those beyond it are removed at the next save"
+    )
 
     logging_steps: int = option(20, "optimizer steps between the lines of metrics.jsonl", "watching")
     save_images_steps: int | None = option(None, "optimizer steps between sample grids while training")
@@ -133,6 +136,7 @@ class TrainerConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in (
             "checkpoints_total_limit",
+            "checkpoints_keep_every",
             "save_images_steps",
             "max_train_samples",
             "num_threads",

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from diffusers_ext.trainer.adversary import Adversary, frozen
 from diffusers_ext.trainer.batches import BatchOptions, TrainingBatches, batch_stream, derived_seed
-from diffusers_ext.trainer.checkpoints import find_checkpoint, keep_last, write_checkpoint
+from diffusers_ext.trainer.checkpoints import find_checkpoint, remove_old, write_checkpoint
 from diffusers_ext.trainer.config import TrainerConfig
 from diffusers_ext.trainer.data import ImageData
 from diffusers_ext.trainer.ema import WeightAverage
 from diffusers_ext.trainer.options import to_yaml
+from diffusers_ext.trainer.posthoc_ema import AverageSnapshots
 from diffusers_ext.trainer.progress import ProgressBar, TimeShares
 from diffusers_ext.trainer.run_folder import CONFIG_FILE, METRICS_FILE, MetricsLog, check_same_run
 from diffusers_ext.trainer.schedule import LearningRate
@@ -103,6 +104,9 @@ class Trainer:
             self.module.compile()
         average = {"std": config.ema_std, "decay": config.ema_decay, "warmup": config.ema_warmup}
         self.average = WeightAverage(self.module, **average) if config.use_ema else None
+        self.snapshots = None
+        if config.ema_snapshot_steps:
+            self.snapshots = AverageSnapshots(self.module, config.ema_stds, self.output_dir, self.average)
         optimizer = torch.optim.AdamW(
             self.module.parameters(),
             lr=config.learning_rate,
@@ -160,6 +164,8 @@ class Trainer:
         is_main = self.accelerator.is_main_process
         if is_main:
             (self.output_dir / CONFIG_FILE).write_text(to_yaml(config))
+            if self.snapshots:
+                self.snapshots.drop_after(state.step)
         self._log = MetricsLog(self.output_dir / METRICS_FILE, state.step) if is_main else None
         batches = TrainingBatches(self.data, self.batch_options, first_position=state.position)
         pin = self.accelerator.device.type == "cuda"
@@ -188,6 +194,9 @@ class Trainer:
             self._bar.advance(state.step, self._now())
             if state.step % config.logging_steps == 0:
                 self._report()
+            # Before the checkpoint, so that one never stands without the snapshots up to its step.
+            if self.snapshots and state.step % config.ema_snapshot_steps == 0:
+                self._save_snapshot()
             if state.step % config.checkpointing_steps == 0:
                 self.save_checkpoint()
             if self.on_images and config.save_images_steps and state.step % config.save_images_steps == 0:
@@ -201,6 +210,8 @@ class Trainer:
             self.save_checkpoint()
             raise SystemExit(self._stopped(request))
         self._report()
+        if self.snapshots and state.step % config.ema_snapshot_steps:
+            self._save_snapshot()
         if self.last_checkpoint is None or self.last_checkpoint.name != f"checkpoint-{state.step}":
             self.save_checkpoint()
 
@@ -237,6 +248,8 @@ class Trainer:
             self._adversary_losses.append(torch.stack(adversary_losses).mean())
         if self.average:
             self.average.update(self.module)
+        if self.snapshots:
+            self.snapshots.update(self.module)
 
     @property
     def _max_norm(self) -> float:
@@ -353,8 +366,16 @@ class Trainer:
         with self.shares.of("saving"):
             folder = write_checkpoint(self.accelerator, self.output_dir, self.state.step, self._save)
             if self.accelerator.is_main_process:
-                keep_last(self.output_dir, self.config.checkpoints_total_limit)
+                config = self.config
+                limits = {"limit": config.checkpoints_total_limit, "keep_every": config.checkpoints_keep_every}
+                remove_old(self.output_dir, self.state.step, **limits)
         self.last_checkpoint = folder
+
+    def _save_snapshot(self):
+        self._fetch()
+        with self.shares.of("saving"):
+            if self.accelerator.is_main_process:
+                self.snapshots.write(self.state.step)
 
     def _save(self, folder: Path):
         self.accelerator.save_state(str(folder))
@@ -364,6 +385,8 @@ class Trainer:
         (folder / CONFIG_FILE).write_text(to_yaml(self.config))
         if self.average:
             save_file(self.average.state_dict(), folder / AVERAGE_FILE)
+        if self.snapshots:
+            self.snapshots.save(folder)
         if self.objective:
             state = self.objective.state_dict()
             # safetensors refuses tensors that share memory or lie in another order.
@@ -389,6 +412,8 @@ class Trainer:
             setattr(self.state, name, value)
         if self.average:
             self.average.load_state_dict(load_file(folder / AVERAGE_FILE))
+        if self.snapshots:
+            self.snapshots.load(folder)
         self._load_objective(folder)
         self.last_checkpoint = folder
         self.accelerator.print(f"going on from {folder} (step {self.state.step}, {self.state.position} images seen)")

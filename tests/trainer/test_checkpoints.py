@@ -1,13 +1,15 @@
 import json
+import re
 
 import pytest
+import torch
 from accelerate import Accelerator
 
 from diffusers_ext.trainer.checkpoints import (
     CheckpointError,
     find_checkpoint,
-    keep_last,
     list_checkpoints,
+    remove_old,
     write_checkpoint,
 )
 
@@ -70,17 +72,29 @@ def test_a_checkpoint_that_is_not_there_names_those_that_are(accelerator, tmp_pa
         find_checkpoint(tmp_path, "checkpoint-30")
 
 
-def test_a_save_that_fails_leaves_nothing_and_harms_nothing(accelerator, tmp_path):
-    write(accelerator, tmp_path, 10)
+@pytest.mark.parametrize(
+    "write_all",
+    [
+        lambda file, data: file.write_bytes(data),
+        lambda file, data: torch.save(torch.frombuffer(data, dtype=torch.uint8), file),
+    ],
+    ids=["plain", "torch"],
+)
+def test_a_save_on_a_full_disk_leaves_nothing_and_harms_nothing(accelerator, tmp_path, write_all):
+    """/dev/full answers each write with the error of a full disk, which every library reports in its own way."""
+    write(accelerator, tmp_path, 10, 15)
 
     def save(folder):
-        (folder / "weights").write_bytes(bytes(1000))
-        raise OSError(28, "No space left on device")
+        (folder / "first").write_bytes(bytes(1000))
+        (folder / "weights").symlink_to("/dev/full")
+        write_all(folder / "weights", bytearray(100_000))
 
-    with pytest.raises(CheckpointError, match="checkpoint-20 could not be written .*No space left.* are untouched"):
+    with pytest.raises(CheckpointError) as error:
         write_checkpoint(accelerator, tmp_path, 20, save)
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-10"]
-    assert find_checkpoint(tmp_path, "latest")[0] == tmp_path / "checkpoint-10"
+    assert re.search(r"checkpoint-20 could not be written .* MB are free there\)", str(error.value))
+    assert "The checkpoints before it are kept: checkpoint-10, checkpoint-15. Make room" in str(error.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-15"]
+    assert find_checkpoint(tmp_path, "latest")[0] == tmp_path / "checkpoint-15"
 
 
 def test_what_an_interrupted_save_leaves_is_no_checkpoint(accelerator, tmp_path):
@@ -98,10 +112,27 @@ def test_writing_a_step_again_replaces_it(accelerator, tmp_path):
     assert json.loads((tmp_path / "checkpoint-10" / "manifest.json").read_text())["step"] == 10
 
 
-@pytest.mark.parametrize("limit, kept", [(1, [30]), (2, [20, 30]), (5, [10, 20, 30]), (None, [10, 20, 30])])
-def test_the_last_are_kept(accelerator, tmp_path, limit, kept):
-    write(accelerator, tmp_path, 10, 20, 30)
+@pytest.mark.parametrize(
+    "limit, keep_every, kept",
+    [
+        (1, None, [60]),
+        (2, None, [50, 60]),
+        (9, None, [10, 20, 30, 40, 50, 60]),
+        (None, None, [10, 20, 30, 40, 50, 60]),
+        (2, 30, [30, 50, 60]),
+        (1, 20, [20, 40, 60]),
+        (1, 15, [30, 60]),
+    ],
+)
+def test_the_last_and_every_so_many_are_kept(accelerator, tmp_path, limit, keep_every, kept):
+    write(accelerator, tmp_path, 10, 20, 30, 40, 50, 60)
     (tmp_path / ".checkpoint-5.partial").mkdir()
-    keep_last(tmp_path, limit)
+    remove_old(tmp_path, 60, limit=limit, keep_every=keep_every)
     assert [path.name for path in list_checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in kept]
     assert not list(tmp_path.glob(".checkpoint-*"))
+
+
+def test_a_run_that_went_back_keeps_its_own_checkpoints_and_not_those_beyond(accelerator, tmp_path):
+    write(accelerator, tmp_path, 10, 20, 30, 15)
+    remove_old(tmp_path, 15, limit=2)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-15"]
