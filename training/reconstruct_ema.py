@@ -1,0 +1,113 @@
+"""Make an average of the weights of another width, after the run.
+
+    python training/train_ddpm.py --ema_snapshot_steps 50 --output_dir runs/digits
+    python training/reconstruct_ema.py runs/digits --ema_std 0.07 --output_dir runs/digits-0.07
+
+RUN is the folder of a run that took snapshots of averages. What is written is the run's pipeline, or its model, with the weights
+that training with this --ema_std would have given it, up to the error that is printed (Karras et al. 2023, arXiv 2312.02696,
+section 3.2). Nothing is trained, and the run stays as it is.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from torch import nn
+
+import diffusers_ext
+from diffusers_ext.saved_folder import SavedFolder, loading_lines
+from diffusers_ext.trainer.options import option, run_script
+from diffusers_ext.trainer.posthoc_ema import is_of, list_snapshots, load_averages, reconstruct
+from diffusers_ext.trainer.run import save_whole
+from diffusers_ext.trainer.run_folder import CONFIG_FILE
+
+
+REPORT_FILE = "reconstruction.json"
+INDEX_FILES = ("model_index.json", "config.json")  # of a pipeline, of a model by itself
+
+
+@dataclass(frozen=True)
+class ReconstructConfig:
+    """Make an average of the weights of another width from the snapshots of a run."""
+
+    run: str | None = option(None, "RUN may also stand first, without --run: the folder of the run")
+    ema_std: float | None = option(None, "width of the power-function average, relative to the run's length")
+    step: int | None = option(None, "optimizer step of a snapshot, at which the run is looked at; by default the last")
+    output_dir: str | None = option(None, "folder for the pipeline; by default RUN-STD")
+    overwrite_output_dir: bool = option(False, "replace the pipeline that output_dir holds")
+
+    def __post_init__(self):
+        if self.run is None:
+            raise ValueError("say which run: reconstruct_ema.py RUN --ema_std STD")
+        if self.ema_std is None:
+            raise ValueError("ema_std must be given: the width of the average to make, such as 0.07")
+
+
+def main(config: ReconstructConfig) -> Path:
+    """Makes the average and returns the folder of its pipeline."""
+    run = Path(config.run)
+    output_dir = check_output_dir(config)
+    if not any((run / name).is_file() for name in INDEX_FILES):
+        raise ValueError(f"{run} holds no pipeline, which a run writes at its end: finish the run first")
+    saved = SavedFolder.read(run)
+    snapshots = list_snapshots(run)
+    if not snapshots:
+        raise ValueError(f"{run} holds no snapshots of averages: train with --ema_snapshot_steps")
+    step = snapshots[-1].step if config.step is None else config.step
+    averages, misfit = reconstruct(snapshots, step, config.ema_std)
+
+    whole = getattr(diffusers_ext, saved.class_name if saved.is_model else "DiffusionPipeline").from_pretrained(run)
+    parts = [whole] if saved.is_model else whole.components.values()
+    models = [part for part in parts if isinstance(part, nn.Module) and is_of(part, averages)]
+    if len(models) != 1:
+        raise ValueError(
+            f"the snapshots are of another model than {run} holds: they must have the names and shapes of the parameters "
+            f"of one of its parts, and have those of {len(models)}"
+        )
+    load_averages(models[0], averages)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    report = {"run": str(run), "step": step, "ema_std": config.ema_std, "misfit_of_weighting": misfit}
+    (output_dir / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
+    if (run / CONFIG_FILE).is_file():  # so that evaluate.py knows the data
+        write_config(run / CONFIG_FILE, output_dir, config.ema_std)
+    save_whole(whole, output_dir)
+    print(
+        f"average of std {config.ema_std:g} at step {step}, made of {len(snapshots)} snapshots; its weighting is off by "
+        f"{misfit:.2%}; in {output_dir}\n\n{loading_lines(output_dir, saved.class_name if saved.is_model else None)}"
+    )
+    return output_dir
+
+
+def check_output_dir(config: ReconstructConfig) -> Path:
+    output_dir = Path(config.output_dir or f"{config.run.rstrip('/')}-{config.ema_std:g}")
+    if output_dir.resolve() == Path(config.run).resolve():
+        raise ValueError(f"output_dir must be another folder than the run's, got {output_dir}")
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"output_dir must be a folder, {output_dir} is a file")
+    if list(output_dir.glob("checkpoint-*")):
+        raise ValueError(f"output_dir {output_dir} holds another run: choose another one")
+    if any((output_dir / name).exists() for name in INDEX_FILES) and not config.overwrite_output_dir:
+        raise ValueError(
+            f"output_dir {output_dir} holds a pipeline or a model: replace it with --overwrite_output_dir, or choose another one"
+        )
+    return output_dir
+
+
+def write_config(source: Path, output_dir: Path, std: float) -> None:
+    """The options of the run that would have given this average."""
+    options = yaml.safe_load(source.read_text())
+    options |= {"use_ema": True, "ema_std": std, "ema_decay": None, "ema_warmup": False}
+    options["output_dir"] = str(output_dir)
+    text = yaml.safe_dump(options, sort_keys=False, default_flow_style=None, width=1000)
+    (output_dir / CONFIG_FILE).write_text(text)
+
+
+def arguments_of(words: list[str]) -> list[str]:
+    """The command line, on which RUN may stand first without its name."""
+    return ["--run", *words] if words and not words[0].startswith("-") else words
+
+
+if __name__ == "__main__":
+    run_script(ReconstructConfig, main, arguments_of(sys.argv[1:]))
