@@ -120,8 +120,9 @@ class GaussianSchedulerMixin:
 
     def _register_explicitly(self, **values) -> None:
         """Puts `values` into the config as if they had been passed, so that `from_config` hands them on."""
-        defaults = [key for key in self.config.get("_use_default_values", []) if key not in values]
-        self.register_to_config(**values, _use_default_values=defaults)
+        if "_use_default_values" in self.config:  # diffusers leaves the key out if nothing was left to its default
+            values["_use_default_values"] = [key for key in self.config["_use_default_values"] if key not in values]
+        self.register_to_config(**values)
 
     # Timesteps.
 

@@ -24,6 +24,7 @@ class ExtDDIMInverseScheduler(InversionMixin, GaussianSchedulerMixin, DDIMInvers
     """
 
     _compatibles = DDIMScheduler._compatibles
+    _deprecated_kwargs = ()  # diffusers' class lists a key that it takes by **kwargs, which there are none of here
 
     @register_to_config
     def __init__(

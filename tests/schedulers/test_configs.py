@@ -1,5 +1,6 @@
 """Configs: round trips through diffusers' classes and disk, and values that are refused."""
 
+import inspect
 import json
 import warnings
 
@@ -92,6 +93,22 @@ def test_config_survives_the_disk(cls, tmp_path):
     back = cls.from_pretrained(tmp_path)
     assert torch.equal(back.schedule.alpha, ours.schedule.alpha)
     assert json.loads((tmp_path / "scheduler_config.json").read_text())["trained_betas"] == trained_betas.tolist()
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_what_is_loaded_counts_as_set(cls, tmp_path):
+    """The list of keys left at their default is not saved, so a loaded scheduler has none; else the configs agree."""
+    made = cls()
+    made.save_pretrained(tmp_path)
+    assert made.config["_use_default_values"]
+    loaded = cls.from_pretrained(tmp_path).config
+    assert loaded == {key: value for key, value in made.config.items() if key != "_use_default_values"}
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_no_key_is_handed_to_init_that_it_does_not_take(cls):
+    """`from_config` passes what a class calls deprecated on to its `__init__`."""
+    assert set(cls._deprecated_kwargs) <= set(inspect.signature(cls.__init__).parameters)
 
 
 @pytest.mark.parametrize("cls", ALL)
