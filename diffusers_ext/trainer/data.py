@@ -5,7 +5,7 @@ Training then makes a batch by copying rows, and a run that goes on from a check
 
 import io
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from diffusers_ext.trainer.images import common_mode, cover, crop_at, fit, image_mode, to_array
+from diffusers_ext.trainer.labels import describe_feature
 
 
 PROBED_ROWS = 64
@@ -197,7 +198,7 @@ def find_image_column(source: datasets.Dataset | datasets.IterableDataset, name:
         ValueError: if there is none, if there are several and none is named, or if the named one holds no images.
     """
     found = [column for column, feature in source.features.items() if _holds_images(feature)]
-    columns = ", ".join(f"{column} ({_describe(feature)})" for column, feature in source.features.items())
+    columns = ", ".join(f"{column} ({describe_feature(feature)})" for column, feature in source.features.items())
     if name is not None and name not in found:
         reason = "holds no images" if name in source.features else "is not in the data set"
         raise ValueError(f"image_column {name!r} {reason}; its columns are: {columns}")
@@ -206,81 +207,6 @@ def find_image_column(source: datasets.Dataset | datasets.IterableDataset, name:
     if name is None and len(found) > 1:
         raise ValueError(f"several columns hold images ({', '.join(found)}): name one with --image_column")
     return name or found[0]
-
-
-def find_label_column(source: datasets.Dataset | datasets.IterableDataset, name: str | None = None) -> str | None:
-    """The column that holds the labels, or None if the data set has none.
-
-    Without a name that is the only column of class labels, or else a column called `label`, or the `cls` of WebDataset.
-
-    Raises:
-        ValueError: if the named column is not there or holds neither integers nor names; or if several columns could be
-            meant.
-    """
-    features = source.features
-    if name is None:
-        found = [column for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-        if len(found) > 1:
-            raise ValueError(f"several columns hold labels ({', '.join(found)}): name one with --label_column")
-        usual = [column for column in ("label", "cls") if column in features]
-        if not found + usual:
-            return None
-        name = (found + usual)[0]
-    if name not in features:
-        raise ValueError(f"label_column {name!r} is not in the data set; its columns are {', '.join(features)}")
-    if not isinstance(features[name], datasets.ClassLabel | datasets.Value):
-        raise ValueError(f"label_column {name!r} must hold integers or names, got {_describe(features[name])}")
-    return name
-
-
-def read_labels(
-    source: datasets.Dataset, name: str | None = None, label_names: Sequence[str] | None = None
-) -> tuple[np.ndarray, dict[int, str]] | None:
-    """The labels, int64 in 0..n-1, and the name of each; None if the data set has no labels.
-
-    Args:
-        name: Of the column; see `find_label_column`.
-        label_names: Names of 0, 1, 2, ...; None for the data set's own.
-
-    Raises:
-        ValueError: if the column is not there, or holds neither integers from 0 on nor names; or if several columns
-            could be meant.
-    """
-    name = find_label_column(source, name)
-    if name is None:
-        if label_names is not None:
-            raise ValueError(
-                "label_names are given, but the data set has no labels: name their column with --label_column"
-            )
-        return None
-    feature = source.features[name]
-    values = source.with_format("arrow")[name]
-    values = values[:] if not hasattr(values, "to_pylist") else values
-    if values.null_count:
-        raise ValueError(f"label_column {name!r} must hold a label in every row, got {values.null_count} empty ones")
-    values = np.asarray(values.to_pylist())
-    if values.dtype.kind in "US":
-        names, labels = np.unique(values, return_inverse=True)
-        names = {label: str(text) for label, text in enumerate(names)}
-        if label_names is None:
-            return labels.astype(np.int64), names
-        unknown = set(names.values()) - set(label_names)
-        if unknown:
-            raise ValueError(f"label_column {name!r} holds {sorted(unknown)[0]!r}, which is not in label_names")
-        places = np.array([label_names.index(text) for text in names.values()], np.int64)
-        return places[labels], dict(enumerate(label_names))
-    if values.dtype.kind not in "iu":
-        raise ValueError(f"label_column {name!r} must hold integers or names, got {_describe(feature)}")
-    labels = values.astype(np.int64)
-    if labels.min() < 0:
-        raise ValueError(
-            f"label_column {name!r} must hold integers from 0 on, got {labels.min()} (rows without label?)"
-        )
-    if label_names is None:
-        label_names = feature.names if isinstance(feature, datasets.ClassLabel) else range(labels.max() + 1)
-    if labels.max() >= len(label_names):
-        raise ValueError(f"label_column {name!r} holds {labels.max()}, but label_names are {len(label_names)}")
-    return labels, {label: str(text) for label, text in enumerate(label_names)}
 
 
 @dataclass(frozen=True)
@@ -434,7 +360,3 @@ def _holds_images(feature: Any) -> bool:
     integers = ("uint8", "uint16", "int32", "int64")
     arrays = datasets.Array2D | datasets.Array3D
     return isinstance(feature, datasets.Image) or (isinstance(feature, arrays) and feature.dtype in integers)
-
-
-def _describe(feature: Any) -> str:
-    return feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__

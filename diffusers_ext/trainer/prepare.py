@@ -1,7 +1,10 @@
 """A data set, as named by the user, made ready for training. Whatever is decided on the way is said in a line."""
 
+import itertools
 from collections import Counter
+from collections.abc import Iterable, Sequence
 
+import datasets
 import numpy as np
 
 from diffusers_ext.trainer.data import (
@@ -12,10 +15,11 @@ from diffusers_ext.trainer.data import (
     find_image_column,
     load_source,
     probe,
-    read_labels,
     undecoded,
 )
 from diffusers_ext.trainer.images import IMAGE_MODES
+from diffusers_ext.trainer.labels import find_stream_labels, read_labels
+from diffusers_ext.trainer.stream import StreamData
 
 
 # Pictures of one size get a border, rather than being enlarged, if that leaves them at least this share of a side.
@@ -29,6 +33,7 @@ def prepare_images(
     split: str = "train",
     image_column: str | None = None,
     label_column: str | None = None,
+    label_names: Sequence[str] | None = None,
     with_labels: bool = True,
     resolution: tuple[int, ...] | None = None,
     multiple_of: int = 1,
@@ -44,11 +49,12 @@ def prepare_images(
 
     Args:
         name: `digits`, a data set on the Hub, or a local folder that `datasets.load_dataset` reads.
-        image_column, label_column: None to find them; see `find_image_column` and `read_labels`.
+        image_column, label_column: None to find them; see `find_image_column` and `find_label_column`.
+        label_names: Names of the labels 0, 1, 2, ...; None for the data set's own.
         resolution: `(side,)` or `(height, width)`. None for the images' own size, which must then be one size, with a
             border up to the next multiple of `multiple_of`.
-        resize_mode: "crop", "pad" or "stretch" (see `fit`); "auto" pads images of one size that fill at least three
-            quarters of each side, and crops others.
+        resize_mode: One of `RESIZE_MODES` (see `fit`); "auto" pads images of one size that fill at least three quarters
+            of each side, and crops others.
         pad_value: Value of the border and behind transparent pixels, in the images' own range.
         mode: PIL mode to read images in, L, LA, RGB or RGBA; None for the narrowest that loses nothing.
         max_bad_share: Share of the images that may fail to decode.
@@ -61,11 +67,76 @@ def prepare_images(
     if max_samples is not None:
         source = source.select(range(min(max_samples, len(source))))
     column = find_image_column(source, image_column)
-    labels = read_labels(source, label_column) if with_labels else None
+    labels = read_labels(source, label_column, label_names) if with_labels else None
     first_rows = undecoded(source.select_columns([column]).select(range(min(len(source), PROBED_ROWS))), column)
+    how, notes = _decide(source, column, first_rows, resolution, multiple_of, resize_mode, pad_value, mode)
+    pixels, rows, bad = decode(source, column, how, max_bad_share=max_bad_share, num_proc=num_proc)
+    if bad:
+        notes.append(f"{bad} of {len(rows) + bad} images could not be decoded and are left out")
+    if labels is None:
+        return ImageData(pixels, None, None, name, tuple(notes), how.resize_mode)
+    return ImageData(pixels, labels[0][rows], labels[1], name, tuple(notes), how.resize_mode)
+
+
+def prepare_stream(
+    name: str,
+    *,
+    config_name: str | None = None,
+    split: str = "train",
+    image_column: str | None = None,
+    label_column: str | None = None,
+    label_names: Sequence[str] | None = None,
+    with_labels: bool = True,
+    resolution: tuple[int, ...] | None = None,
+    multiple_of: int = 1,
+    resize_mode: str = "auto",
+    pad_value: int = 0,
+    mode: str | None = None,
+    max_samples: int | None = None,
+    max_bad_share: float = 0.01,
+    shuffle_buffer: int = 1000,
+    cache_dir: str | None = None,
+) -> StreamData:
+    """Opens a data set for reading it while it is used; see `prepare_images`, whose arguments these are.
+
+    What follows from the images follows from the first of them.
+
+    Args:
+        label_names: Needed for labels that `datasets` has no names of.
+        shuffle_buffer: Examples that a reader puts into a new order at a time.
+
+    Raises:
+        ValueError: see `prepare_images`; and if the labels must be named.
+    """
+    if shuffle_buffer < 1:
+        raise ValueError(f"shuffle_buffer must be at least 1, got {shuffle_buffer}")
+    source = load_source(name, config_name, split, cache_dir=cache_dir, streaming=True)
+    column = find_image_column(source, image_column)
+    labels = find_stream_labels(source, label_column, label_names) if with_labels else None
+    columns = [column] if labels is None else [column, labels.column]
+    rows = undecoded(source.select_columns(columns), column)
+    first_rows = itertools.islice(rows, PROBED_ROWS)
+    how, notes = _decide(source, column, first_rows, resolution, multiple_of, resize_mode, pad_value, mode)
+    if rows.num_shards == 1:
+        notes.append(
+            f"the stream is one shard: only {shuffle_buffer} images at a time are shuffled (--shuffle_buffer)"
+        )
+    return StreamData(rows, column, how, labels, name, shuffle_buffer, max_bad_share, max_samples, tuple(notes))
+
+
+def _decide(
+    source: datasets.Dataset | datasets.IterableDataset,
+    column: str,
+    first_rows: Iterable[dict],
+    resolution: tuple[int, ...] | None,
+    multiple_of: int,
+    resize_mode: str,
+    pad_value: int,
+    mode: str | None,
+) -> tuple[Fit, list[str]]:
+    """How the images get to their shape, with a note for each decision that the user has not made."""
     sizes, modes, first = probe(first_rows, source.features[column], column)
     notes = []
-
     if mode is not None and not modes:
         raise ValueError(f"image_mode {mode} needs pictures, column {column!r} holds arrays")
     if modes:
@@ -76,15 +147,8 @@ def prepare_images(
     channels = IMAGE_MODES.get(mode, 1) if mode else first.shape[2]
     size, resize_mode, note = _decide_fit(sizes, resolution, multiple_of, resize_mode, pad_value)
     notes += [note] if note else []
-
     dtype = "uint8" if mode != "I;16" and first.dtype == np.uint8 else "uint16"
-    how = Fit(size, mode, channels, dtype, resize_mode, pad_value)
-    pixels, rows, bad = decode(source, column, how, max_bad_share=max_bad_share, num_proc=num_proc)
-    if bad:
-        notes.append(f"{bad} of {len(rows) + bad} images could not be decoded and are left out")
-    if labels is None:
-        return ImageData(pixels, None, None, name, tuple(notes), resize_mode)
-    return ImageData(pixels, labels[0][rows], labels[1], name, tuple(notes), resize_mode)
+    return Fit(size, mode, channels, dtype, resize_mode, pad_value), notes
 
 
 def _decide_fit(

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusers_ext.trainer.data import load_digits, read_labels
+from diffusers_ext.trainer.data import load_digits
+from diffusers_ext.trainer.labels import read_labels
 from diffusers_ext.trainer.prepare import prepare_images
 
 
