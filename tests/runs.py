@@ -33,6 +33,31 @@ def squared_error(model, batch):
     return (model((1 - time) * batch["images"] + time * batch["noise"]) - batch["noise"]).square().mean()
 
 
+class CountedError(nn.Module):
+    """An objective whose weights follow from its own history."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("since", torch.zeros(2))
+        self.drawn = None
+
+    def forward(self, model, batch):
+        loss = squared_error(model, batch)
+        if self.training:
+            self.since += torch.stack([loss.detach(), torch.ones(())])
+            self.seen += 1
+        return loss / (1 + 0.1 * self.seen)
+
+    def metrics(self):
+        total, count = self.since.tolist()
+        self.since.zero_()
+        return {"unweighted": total / count, "seen": self.seen.item()}
+
+    def draw(self, folder):
+        (folder / "objective.txt").write_text(str(self.seen.item()))
+
+
 def forget_accelerate():
     """accelerate keeps precision and accumulation for the life of a process."""
     for state in (AcceleratorState, GradientState, PartialState):

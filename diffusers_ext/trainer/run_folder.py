@@ -84,11 +84,22 @@ class MetricsLog:
         partial = path.with_name(f".{path.name}.partial")
         partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
         partial.replace(path)
-        self._file = path.open("a")
+        self._path, self._file = path, path.open("ab", buffering=0)
 
     def write(self, record: dict[str, Any]):
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        """Adds a line.
+
+        Raises:
+            OSError: if the disk is full or gone.
+        """
+        line = (json.dumps(record) + "\n").encode()
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            kept = ", ".join(path.name for path in list_checkpoints(self._path.parent)) or "none"
+            reason = f"{error.strerror}: {self._path} could not be written, so the run ends; its checkpoints are kept: {kept}"
+            raise OSError(error.errno, reason) from error
 
     def close(self):
         self._file.close()

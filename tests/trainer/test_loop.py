@@ -9,7 +9,16 @@ from torch import nn
 
 from diffusers_ext.trainer.prepare import prepare_images
 from diffusers_ext.trainer.run_folder import read_metrics
-from runs import assert_same_run, forget_accelerate, metrics, saved, squared_error, stop_before_step, trainer
+from runs import (
+    CountedError,
+    assert_same_run,
+    forget_accelerate,
+    metrics,
+    saved,
+    squared_error,
+    stop_before_step,
+    trainer,
+)
 
 
 @pytest.fixture(scope="module")
@@ -34,31 +43,6 @@ def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(data, tmp_path, accumu
     torch.manual_seed(123)  # what ran before does not matter
     trainer(data, tmp_path / "parts", resume_from_checkpoint="latest", **settings).train()
     assert_same_run(tmp_path / "whole", tmp_path / "parts", 12)
-
-
-class CountedError(nn.Module):
-    """An objective whose weights follow from its own history."""
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("seen", torch.zeros(()))
-        self.register_buffer("since", torch.zeros(2))
-        self.drawn = None
-
-    def forward(self, model, batch):
-        loss = squared_error(model, batch)
-        if self.training:
-            self.since += torch.stack([loss.detach(), torch.ones(())])
-            self.seen += 1
-        return loss / (1 + 0.1 * self.seen)
-
-    def metrics(self):
-        total, count = self.since.tolist()
-        self.since.zero_()
-        return {"unweighted": total / count, "seen": self.seen.item()}
-
-    def draw(self, folder):
-        (folder / "objective.txt").write_text(str(self.seen.item()))
 
 
 def test_an_objective_with_a_state_is_saved_resumed_and_reported(data, tmp_path):

@@ -81,3 +81,14 @@ def test_metrics_after_the_step_that_a_run_goes_on_from_are_dropped(tmp_path):
 def test_options_that_make_no_sense_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         TrainerConfig(**settings)
+
+
+def test_a_log_on_a_full_disk_names_the_checkpoints_that_are_kept(tmp_path):
+    (tmp_path / "checkpoint-6").mkdir()
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.write({"step": 6})
+    log._file = open("/dev/full", "ab", buffering=0)
+    with pytest.raises(OSError, match="No space left .*metrics.jsonl could not be written, .* are kept: checkpoint-6"):
+        log.write({"step": 7})
+    log.close()
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 6}]
