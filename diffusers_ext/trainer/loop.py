@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffusers_ext.trainer.adversary import Adversary, frozen
-from diffusers_ext.trainer.batches import BatchOptions, TrainingBatches, batch_stream, derived_seed
+from diffusers_ext.trainer.batches import BatchOptions, derived_seed
 from diffusers_ext.trainer.checkpoints import find_checkpoint, remove_old, write_checkpoint
 from diffusers_ext.trainer.config import TrainerConfig
 from diffusers_ext.trainer.data import ImageData
@@ -27,6 +27,7 @@ from diffusers_ext.trainer.progress import ProgressBar, TimeShares
 from diffusers_ext.trainer.run_folder import CONFIG_FILE, METRICS_FILE, MetricsLog, check_same_run
 from diffusers_ext.trainer.schedule import LearningRate
 from diffusers_ext.trainer.signals import StopRequest, catch_signals
+from diffusers_ext.trainer.stream import StreamData, load_stream_state, make_batches, save_stream_state
 
 
 STATE_FILE, AVERAGE_FILE, OBJECTIVE_FILE = "run_state.json", "average.safetensors", "objective.safetensors"
@@ -39,7 +40,7 @@ class RunState:
     Attributes:
         step: Optimizer steps done.
         position: Images looked at, by all processes together; the next batch starts there.
-        num_images: Of the data set, on which the meaning of a position depends.
+        num_images: Of the data set, on which the meaning of a position depends; None for a stream.
         seconds: Time of the run, from the first step on, over all its parts.
         warmup_seconds: `seconds` when the warm-up of the learning rate ended.
         losses, norms, adversary_losses: Of each step since the last line of the log.
@@ -47,7 +48,7 @@ class RunState:
 
     step: int = 0
     position: int = 0
-    num_images: int = 0
+    num_images: int | None = 0
     seconds: float = 0.0
     warmup_seconds: float = 0.0
     losses: list[float] = field(default_factory=list)
@@ -84,7 +85,7 @@ class Trainer:
         accelerator: Accelerator,
         model: nn.Module,
         compute_loss: Callable[[nn.Module, dict[str, Tensor]], Tensor],
-        data: ImageData,
+        data: ImageData | StreamData,
         *,
         batch_options: dict | None = None,
         on_images: Callable[["Trainer"], None] | None = None,
@@ -93,7 +94,7 @@ class Trainer:
         self.config, self.accelerator, self.data = config, accelerator, data
         self.output_dir = Path(config.output_dir)
         self.compute_loss, self.on_images = compute_loss, on_images
-        self.state, self.shares, self.last_checkpoint = RunState(num_images=len(data)), TimeShares(), None
+        self.state, self.shares, self.last_checkpoint = RunState(num_images=data.num_images), TimeShares(), None
 
         self.module = model.to(accelerator.device)  # what is saved and sampled; `self.model` is what is called
         if config.channels_last:
@@ -138,8 +139,9 @@ class Trainer:
             random_flip=config.random_flip,
             **(batch_options or {}),
         )
-        self._scale = 2 / torch.iinfo(torch.uint16 if data.pixels.dtype == "uint16" else torch.uint8).max
+        self._scale = 2 / torch.iinfo(torch.uint16 if data.dtype == "uint16" else torch.uint8).max
         self._losses, self._norms, self._adversary_losses = [], [], []
+        self._stream_state = None  # of the checkpoint that the run goes on from
 
     def _check_objective(self, compute_loss: Callable) -> nn.Module | None:
         if not isinstance(compute_loss, nn.Module):
@@ -161,15 +163,20 @@ class Trainer:
         config, state = self.config, self.state
         if config.resume_from_checkpoint:
             self._resume(config.resume_from_checkpoint)
+        self._stream = make_batches(
+            self.data,
+            self.batch_options,
+            position=state.position,
+            state=self._stream_state,
+            num_workers=config.dataloader_num_workers,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
         is_main = self.accelerator.is_main_process
         if is_main:
             (self.output_dir / CONFIG_FILE).write_text(to_yaml(config))
             if self.snapshots:
                 self.snapshots.drop_after(state.step)
         self._log = MetricsLog(self.output_dir / METRICS_FILE, state.step) if is_main else None
-        batches = TrainingBatches(self.data, self.batch_options, first_position=state.position)
-        pin = self.accelerator.device.type == "cuda"
-        self._stream = batch_stream(batches, num_workers=config.dataloader_num_workers, pin_memory=pin)
         per_step = self.batch_options.images_per_step
         self._bar = ProgressBar(self.budget, per_step, steps=state.step, seconds=state.seconds, enabled=is_main)
         self._start = time.perf_counter() - state.seconds
@@ -326,7 +333,7 @@ class Trainer:
         record = {
             "step": state.step,
             "images": state.position,
-            "epoch": state.position / len(self.data),
+            "epoch": state.position / state.num_images if state.num_images else self._stream.passes,
             "loss": loss,
             "grad_norm": norm,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
@@ -379,6 +386,7 @@ class Trainer:
 
     def _save(self, folder: Path):
         self.accelerator.save_state(str(folder))
+        save_stream_state(self._stream.state, folder, self.accelerator.process_index)
         if not self.accelerator.is_main_process:
             return
         (folder / STATE_FILE).write_text(json.dumps(dataclasses.asdict(self.state), indent=2) + "\n")
@@ -402,11 +410,13 @@ class Trainer:
         for line in check_same_run(self.config, folder):
             self.accelerator.print(line)
         saved = json.loads((folder / STATE_FILE).read_text())
-        if saved["num_images"] != len(self.data):
+        if saved["num_images"] != self.data.num_images:
             raise ValueError(
                 f"{folder} is of a run on {saved['num_images']} images, the data set {self.data.name} has "
-                f"{len(self.data)}: give the same data, or start a new run in another --output_dir"
+                f"{self.data.num_images}: give the same data, or start a new run in another --output_dir"
             )
+        if self.data.num_images is None:
+            self._stream_state = load_stream_state(folder, self.accelerator.process_index)
         self.accelerator.load_state(str(folder))
         for name, value in saved.items():
             setattr(self.state, name, value)

@@ -27,6 +27,7 @@ from diffusers_ext.trainer.run_folder import (
     clear_output_dir,
     read_metrics,
 )
+from diffusers_ext.trainer.stream import StreamData
 
 
 def make_accelerator(config: TrainerConfig) -> Accelerator:
@@ -78,12 +79,13 @@ def prepare_repo(config: TrainerConfig) -> str:
     return hub.prepare_repo(repo_id, token=config.hub_token, private=config.hub_private_repo or None)
 
 
-def describe_data(config: TrainerConfig, data: ImageData) -> str:
+def describe_data(config: TrainerConfig, data: ImageData | StreamData) -> str:
     """The data in a line."""
     channels = {1: "grey", 3: "RGB"}.get(data.channels, f"{data.channels}-channel")
     labels = "no labels" if data.id2label is None else f"{data.num_classes} labels"
     height, width = data.size
-    return f"{data.name}, split {config.dataset_split}: {len(data)} images, {height}x{width} {channels}, {labels}"
+    count = "a stream of" if data.num_images is None else len(data)
+    return f"{data.name}, split {config.dataset_split}: {count} images, {height}x{width} {channels}, {labels}"
 
 
 def save_whole(pipe: DiffusionPipeline, output_dir: Path) -> None:
