@@ -225,6 +225,24 @@ def transition_std(t: NoiseLevel, s: NoiseLevel) -> Tensor:
     return (1 - (t.alpha / _nonzero(s.alpha)).square()).clamp(min=0).sqrt()
 
 
+def transition(x_s: Tensor, t: NoiseLevel, s: NoiseLevel) -> Normal:
+    """The noising transition q(x_t | x_s) from the cleaner level s up to t (DDPM, Eq. 2)."""
+    return Normal(t.alpha / _nonzero(s.alpha) * x_s, transition_std(t, s))
+
+
+def add_to_score(output: Tensor, gradient: Tensor, level: NoiseLevel, prediction_type: str) -> Tensor:
+    """The output that means the score of `output` plus `gradient`, whatever the prediction type.
+
+    By x_0 = (x_t - sigma eps) / alpha and score = -eps / sigma, a shift of the score by g is one of eps by -sigma g and
+    of x_0 by sigma^2 / alpha g (classifier guidance: Dhariwal & Nichol 2021, arXiv 2105.05233). At a level without any
+    signal x_t says nothing of x_0, and the output stays as it is.
+    """
+    a, b = output_coefficients(level, prediction_type)
+    of_x0 = torch.where(level.alpha > 0, level.sigma.square() / _nonzero(level.alpha), 0.0)
+    of_eps = torch.where(level.alpha > 0, -level.sigma, 0.0)
+    return output + (a * of_x0 + b * of_eps) * gradient
+
+
 def interpolated_log_std(output: Tensor, log_std_small: Tensor, log_std_large: Tensor) -> Tensor:
     """Log standard deviation that a model's variance output means (Nichol & Dhariwal 2021, Eq. 15).
 
@@ -251,6 +269,13 @@ def dynamic_threshold(x0: Tensor, ratio: float, max_value: float) -> Tensor:
 def kl_weight(t: NoiseLevel, s: NoiseLevel) -> Tensor:
     """The w for which KL(q(x_s | x_t, x0) || q(x_s | x_t, x0_hat)) = w |x0 - x0_hat|^2, in nats (at eta = 1)."""
     return 0.5 * (s.snr - t.snr)
+
+
+def normal_kl(q: Normal, p: Normal) -> Tensor:
+    """KL(q || p) of each coordinate in nats, from standard deviations that are not 0; at least 0."""
+    log_ratio = (q.std / p.std).log()
+    # With expm1 two equal normals cost 0 to the square of the rounding, which a thousand small terms need.
+    return 0.5 * ((2 * log_ratio).expm1() - 2 * log_ratio + ((q.mean - p.mean) / p.std).square())
 
 
 def _nonzero(x: Tensor) -> Tensor:

@@ -9,10 +9,12 @@ from diffusers_ext.betas import make_betas, rescale_zero_terminal_snr
 from diffusers_ext.noising import (
     PREDICTION_TYPES,
     NoiseSchedule,
+    Normal,
     add_noise,
     dynamic_threshold,
     interpolated_log_std,
     kl_weight,
+    normal_kl,
     output_eps,
     posterior,
     predict_eps,
@@ -258,3 +260,17 @@ def test_prediction_type_error_names_the_choices(schedule, batch):
     x0, eps, timesteps = batch
     with pytest.raises(ValueError, match="'epsilon', 'sample', 'v_prediction' or 'score', got 'noise'"):
         training_target(x0, eps, schedule.level(timesteps, x0), "noise")
+
+
+def test_normal_kl_is_that_of_torch_and_keeps_its_digits_for_nearly_equal_normals():
+    generator = torch.Generator().manual_seed(0)
+    means, stds = torch.randn(2, 1000, generator=generator).double(), torch.rand(2, 1000, generator=generator).double()
+    normals = [Normal(mean, std + 0.01) for mean, std in zip(means, stds, strict=True)]
+    expected = kl_divergence(*[distributions.Normal(*normal) for normal in normals])
+    torch.testing.assert_close(normal_kl(*normals), expected)
+    # KL(N(0, (1 + d)^2) || N(0, 1)) = d^2 to first order, far below the rounding of the terms that cancel.
+    zero = torch.zeros((), dtype=torch.float64)
+    for difference in (1e-6, -1e-6):
+        assert normal_kl(Normal(zero, 1 + difference + zero), Normal(zero, 1 + zero)).item() == pytest.approx(
+            1e-12, rel=1e-3
+        )
