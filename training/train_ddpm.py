@@ -26,9 +26,10 @@ from diffusers_ext.trainer.config import TrainerConfig, resolve_for_machine
 from diffusers_ext.trainer.data import ImageData
 from diffusers_ext.trainer.loop import Trainer
 from diffusers_ext.trainer.options import option, run_script, to_command
-from diffusers_ext.trainer.prepare import prepare_images
+from diffusers_ext.trainer.prepare import prepare_data
 from diffusers_ext.trainer.run import describe_data, finish_run, make_accelerator, open_run, save_whole
 from diffusers_ext.trainer.sampling import draw_denoising, draw_samples
+from diffusers_ext.trainer.stream import StreamData
 
 
 SCHEDULERS = {"ddpm": ExtDDPMScheduler, "ddim": ExtDDIMScheduler}
@@ -134,26 +135,10 @@ def main(config: TrainConfig) -> Path:
     return trainer.output_dir
 
 
-def load_data(config: TrainConfig, accelerator: Accelerator) -> ImageData:
-    """The images, decoded by the first process of each machine and read by the others."""
+def load_data(config: TrainConfig, accelerator: Accelerator) -> ImageData | StreamData:
+    """The images, decoded by the first process of each machine and read by the others, or a stream of them."""
     with accelerator.local_main_process_first():
-        data = prepare_images(
-            config.dataset_name,
-            config_name=config.dataset_config_name,
-            split=config.dataset_split,
-            image_column=config.image_column,
-            label_column=config.label_column,
-            with_labels=not config.unconditional,
-            resolution=config.resolution,
-            multiple_of=config.size_multiple,
-            resize_mode=config.resize_mode,
-            pad_value=config.pad_value,
-            mode=config.image_mode,
-            max_samples=config.max_train_samples,
-            max_bad_share=config.max_bad_share,
-            num_proc=config.preprocessing_num_workers,
-            cache_dir=config.cache_dir,
-        )
+        data = prepare_data(config, multiple_of=config.size_multiple)
     for note in (describe_data(config, data), *data.notes):
         accelerator.print(note)
     return data

@@ -23,28 +23,44 @@ class TrainerConfig:
 
     dataset_name: str = option(
         "digits",
-        "digits, a data set on the Hub, or a local folder of images or parquet",
+        "digits, a data set on the Hub, or a local folder of images, parquet or WebDataset tars",
         "data",
         alias="train_data_dir",
     )
     dataset_config_name: str | None = option(None, "configuration of a data set that has several")
     dataset_split: str = option("train", "split to train on, such as train or train[:90%]")
     image_column: str | None = option(None, "column of the images; by default the only one that holds images")
-    label_column: str | None = option(None, "column of the labels; by default the class labels, if there are any")
+    label_column: str | None = option(
+        None, "column of the labels; by default the class labels, or else one called label or cls"
+    )
+    num_classes: int | None = option(
+        None, "how many labels there are, if they are integers; by default as many as occur"
+    )
+    label_names: tuple[str, ...] | None = option(
+        None, "names of the labels 0, 1, 2, ...; by default the data set's own"
+    )
     unconditional: bool = option(False, "leave the labels out")
     resolution: tuple[int, ...] | None = option(
         None, "side of the images in pixels, or height and width; by default their own"
     )
     resize_mode: Literal[("auto", *RESIZE_MODES)] = option(
         "auto",
-        "how images get there: scaled to cover and cropped; centred on a border, never enlarged; each side scaled for "
-        "itself. auto: pad if they are of one size and fill at least 3/4 of each side, else crop",
+        "how images get there: crop and random_crop scale them to cover, and cut in the middle or at random; pad centres "
+        "them on a border and never enlarges; stretch scales each side for itself. auto: pad if they are of one size and "
+        "fill at least 3/4 of each side, else crop",
     )
     pad_value: int = option(0, "value of the border and behind transparent pixels")
     image_mode: Literal[tuple(IMAGE_MODES)] | None = option(None, "channels to read; by default all that there are")
     random_flip: bool = option(False, "mirror every other image left to right, at random")
     max_train_samples: int | None = option(None, "use only the first so many images")
     max_bad_share: float = option(0.01, "share of the images that may fail to decode and be left out")
+    streaming: bool = option(
+        False,
+        "read the images while training, for data sets too large to decode beforehand; labels must have known names",
+    )
+    shuffle_buffer: int | None = option(
+        None, "images that each reader of a stream holds, undecoded, to shuffle them; by default 1000"
+    )
     preprocessing_num_workers: int = option(1, "processes that decode the images, once")
     dataloader_num_workers: int | None = option(
         None, "processes that make batches; by default 0 on a CPU, else up to 4"
@@ -125,7 +141,8 @@ class TrainerConfig:
     DEFAULT_MAX_TRAIN_STEPS: ClassVar[int] = 1200
     # What a run that goes on must share with the run that it goes on with.
     FIXED_ON_RESUME: ClassVar[frozenset[str]] = frozenset(
-        "dataset_config_name dataset_split image_column label_column unconditional resolution resize_mode "
+        "dataset_config_name dataset_split image_column label_column num_classes label_names unconditional resolution "
+        "resize_mode streaming shuffle_buffer "
         "pad_value image_mode random_flip max_train_samples seed use_ema ema_std ema_decay ema_warmup "
         "ema_snapshot_steps ema_stds".split()
     )
@@ -139,6 +156,8 @@ class TrainerConfig:
             "checkpoints_keep_every",
             "save_images_steps",
             "max_train_samples",
+            "num_classes",
+            "shuffle_buffer",
             "num_threads",
             "ema_snapshot_steps",
         ):
@@ -148,6 +167,7 @@ class TrainerConfig:
             raise ValueError(
                 f"resolution must be one side or height and width, got {' '.join(map(str, self.resolution))}"
             )
+        self._check_data()
         if not 0 <= self.max_bad_share < 1:
             raise ValueError(f"max_bad_share must be in [0, 1), got {self.max_bad_share:g}")
         if self.learning_rate <= 0 or self.max_grad_norm < 0 or self.lr_warmup_steps < 0:
@@ -161,6 +181,28 @@ class TrainerConfig:
             raise ValueError("overwrite_output_dir and resume_from_checkpoint contradict each other")
         self._check_ema()
         self.budget()
+
+    def _check_data(self):
+        names = self.label_names
+        if names is not None and (not names or len(set(names)) < len(names)):
+            raise ValueError(f"label_names must be different names, got {' '.join(names)}")
+        if self.num_classes and names and len(names) != self.num_classes:
+            raise ValueError(f"num_classes must be the number of label_names, got {self.num_classes} and {len(names)}")
+        if self.unconditional and (self.num_classes or names):
+            raise ValueError(
+                "num_classes and label_names have no meaning with unconditional, which leaves the labels out"
+            )
+        if self.streaming and self.preprocessing_num_workers != 1:
+            raise ValueError(
+                "streaming decodes nothing beforehand: give dataloader_num_workers, not preprocessing_num_workers"
+            )
+        if self.shuffle_buffer and not self.streaming:
+            raise ValueError("shuffle_buffer belongs to streaming; without it all images are shuffled")
+
+    @property
+    def names_of_labels(self) -> tuple[str, ...] | None:
+        """Of 0, 1, 2, ..., if `label_names` or `num_classes` says so."""
+        return self.label_names or (tuple(map(str, range(self.num_classes))) if self.num_classes else None)
 
     def _check_ema(self):
         if self.ema_std is not None and self.ema_decay is not None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import datasets
 import numpy as np
 
+from diffusers_ext.trainer.config import TrainerConfig
 from diffusers_ext.trainer.data import (
     PROBED_ROWS,
     Fit,
@@ -24,6 +25,31 @@ from diffusers_ext.trainer.stream import StreamData
 
 # Pictures of one size get a border, rather than being enlarged, if that leaves them at least this share of a side.
 PAD_FROM = 0.75
+DEFAULT_SHUFFLE_BUFFER = 1000
+
+
+def prepare_data(config: TrainerConfig, multiple_of: int = 1) -> ImageData | StreamData:
+    """The images that the options of a training script ask for; see `prepare_images` and `prepare_stream`."""
+    options = {
+        "config_name": config.dataset_config_name,
+        "split": config.dataset_split,
+        "image_column": config.image_column,
+        "label_column": config.label_column,
+        "label_names": config.names_of_labels,
+        "with_labels": not config.unconditional,
+        "resolution": config.resolution,
+        "multiple_of": multiple_of,
+        "resize_mode": config.resize_mode,
+        "pad_value": config.pad_value,
+        "mode": config.image_mode,
+        "max_samples": config.max_train_samples,
+        "max_bad_share": config.max_bad_share,
+        "cache_dir": config.cache_dir,
+    }
+    if config.streaming:
+        shuffle_buffer = config.shuffle_buffer or DEFAULT_SHUFFLE_BUFFER
+        return prepare_stream(config.dataset_name, shuffle_buffer=shuffle_buffer, **options)
+    return prepare_images(config.dataset_name, num_proc=config.preprocessing_num_workers, **options)
 
 
 def prepare_images(
@@ -94,7 +120,7 @@ def prepare_stream(
     mode: str | None = None,
     max_samples: int | None = None,
     max_bad_share: float = 0.01,
-    shuffle_buffer: int = 1000,
+    shuffle_buffer: int = DEFAULT_SHUFFLE_BUFFER,
     cache_dir: str | None = None,
 ) -> StreamData:
     """Opens a data set for reading it while it is used; see `prepare_images`, whose arguments these are.
