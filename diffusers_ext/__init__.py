@@ -7,8 +7,10 @@ Importing the package registers its classes with diffusers (see `diffusers_ext.r
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.guiders import BaseGuidance
 
+from diffusers_ext.guiders import ClassifierGuidance, WeakModelGuidance
 from diffusers_ext.models.dit import DiTModel
 from diffusers_ext.models.unet import UNetModel
+from diffusers_ext.models.vae import VAEModel
 from diffusers_ext.pipelines.pipeline_guided_diffusion import GuidedDiffusionPipeline
 from diffusers_ext.registration import register_with_diffusers
 from diffusers_ext.schedulers import (
@@ -22,13 +24,16 @@ from diffusers_ext.schedulers import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "ClassifierGuidance",
     "DiTModel",
     "ExtDDIMInverseScheduler",
     "ExtDDIMScheduler",
     "ExtDDPMScheduler",
     "GuidedDiffusionPipeline",
     "UNetModel",
+    "VAEModel",
     "VPredictionScheduler",
+    "WeakModelGuidance",
     # diffusers' own. It looks its base classes up in the library that a component comes from, so they stand here; and
     # with our classes registered, its `DiffusionPipeline` loads our pipelines as well as its own.
     "BaseGuidance",

@@ -1,62 +1,284 @@
 """How several predictions of a network become one: diffusers' guiders, run by hand.
 
 A guider of diffusers (`diffusers.guiders`) says which predictions it needs, prepares the network for each of them, and
-combines them. What stands here is the loop between, for pipelines that are not modular.
+combines them. What stands here is the loop between, for pipelines that are not modular. Guiders of ours, which look at
+more than predictions, stand in `diffusers_ext.guiders`.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
-from diffusers.guiders import BaseGuidance, ClassifierFreeGuidance
+from diffusers.guiders import AutoGuidance, BaseGuidance, ClassifierFreeGuidance
+from diffusers.hooks import LayerSkipConfig
+from diffusers.hooks.smoothed_energy_guidance_utils import SmoothedEnergyGuidanceConfig
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
 
+from diffusers_ext.labels import num_classes_of
+from diffusers_ext.noising import NoiseLevel
+from diffusers_ext.schedulers.levels import noise_level
 
-def classifier_free_guidance(guidance_scale: float) -> ClassifierFreeGuidance | None:
+
+# What an interval can be given in, besides fractions of the steps.
+INTERVAL_UNITS = ("steps", "sigma", "timestep")
+
+Interval = tuple[float, float] | Mapping[str, tuple[float, float]]
+
+
+class StepContext(NamedTuple):
+    """What a guider of ours may look at in a step, besides predictions."""
+
+    x_t: Tensor
+    timestep: Tensor
+    level: NoiseLevel
+    prediction_type: str
+    class_labels: Tensor | None
+    classifier: nn.Module | None
+    weak_denoiser: nn.Module | None
+
+
+def classifier_free_guidance(guidance_scale: float, guidance_rescale: float = 0.0) -> ClassifierFreeGuidance | None:
     """The guider for a scale, where 1 is the conditional prediction alone (Ho & Salimans 2022, with w = scale - 1).
 
     At a scale of 1 there is nothing to guide: `None`, so that a step costs one call of the network.
-    """
-    return None if guidance_scale == 1.0 else ClassifierFreeGuidance(guidance_scale=float(guidance_scale))
-
-
-def guided_prediction(
-    guider: BaseGuidance | None,
-    model: nn.Module,
-    predict: Callable[[dict[str, Tensor | None]], Tensor],
-    conditions: dict[str, tuple[Tensor, Tensor]],
-    channels: int,
-    low_memory: bool = False,
-) -> Tensor:
-    """One prediction from as many as the guider asks for.
 
     Args:
-        guider: Set to the current step (`set_state`), or `None` for the conditional prediction alone.
-        model: What the guider may put hooks on.
-        predict: Maps conditions by name, each of shape `(n * batch, ...)`, to the network's output for them.
+        guidance_rescale: In [0, 1], how far the result gets the standard deviation of the conditional prediction
+            back (Lin et al. 2023, arXiv 2305.08891, Section 3.4).
+    """
+    if guidance_scale == 1.0:
+        return None
+    return ClassifierFreeGuidance(guidance_scale=float(guidance_scale), guidance_rescale=float(guidance_rescale))
+
+
+class GuidedDenoiser:
+    """A network as a sampler sees it: from x_t to one prediction, of however many the guider asks for.
+
+    Args:
+        denoiser: Called `denoiser(x_t, timesteps, **conditions, return_dict=False)`.
+        scheduler: That samples.
+        guider: Or `None` for the conditional prediction alone.
         conditions: Pairs (conditional, unconditional) of tensors by name, each of shape `(batch, ...)`.
         channels: Channels of the prediction. Further ones, of a learned variance, are not guided: they stay those of
             the conditional prediction.
+        class_labels: What a classifier is to see, shape `(batch,)`.
+        classifier, weak_denoiser: For guiders that use them.
         low_memory: Call the network once for each prediction, instead of once for all.
-
-    Returns:
-        Shape of one output of the network.
     """
-    if guider is None:
-        return predict({name: pair[0] for name, pair in conditions.items()})
-    batches = guider.prepare_inputs(conditions)
-    changes_model = type(guider).prepare_models is not BaseGuidance.prepare_models
-    if low_memory or changes_model or len(batches) == 1:
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        scheduler: SchedulerMixin,
+        guider: BaseGuidance | None,
+        conditions: dict[str, tuple[Tensor, Tensor]],
+        channels: int,
+        *,
+        class_labels: Tensor | None = None,
+        classifier: nn.Module | None = None,
+        weak_denoiser: nn.Module | None = None,
+        low_memory: bool = False,
+    ):
+        self.denoiser, self.scheduler, self.guider = denoiser, scheduler, guider
+        self.conditions, self.channels, self.low_memory = conditions, channels, low_memory
+        self.class_labels, self.classifier, self.weak_denoiser = class_labels, classifier, weak_denoiser
+        self.changes_model = guider is not None and type(guider).prepare_models is not BaseGuidance.prepare_models
+        if self.changes_model:
+            _list_indices(guider)
+
+    def __call__(self, x: Tensor, timestep: Tensor, step: int = 0, num_steps: int = 1, guide: bool = True) -> Tensor:
+        """The network's output, guided.
+
+        Args:
+            x: As the scheduler has it, shape `(batch, channels, ...)`.
+            timestep: One for all samples.
+            step, num_steps: Place among the steps of the sampler.
+            guide: Whether the guider acts in this step; if not, it costs the one call that no guider costs.
+
+        Returns:
+            float32, shape of one output of the network.
+        """
+        x = self.scheduler.scale_model_input(x, timestep)
+        if self.guider is None:
+            return self._predict(self.denoiser, x, timestep, {name: pair[0] for name, pair in self.conditions.items()})
+        guider = self.guider
+        with _acting(guider, guide):
+            guider.set_state(step=step, num_inference_steps=num_steps, timestep=timestep)
+            if hasattr(guider, "see"):
+                guider.see(self._context(x, timestep))
+            batches = prepare_inputs(guider, self.conditions)
+            for batch, output in zip(batches, self._outputs(batches, x, timestep), strict=True):
+                batch.noise_pred, batch.rest = output[:, : self.channels], output[:, self.channels :]
+            guided = guider(batches).pred
+        rest = batches[0].rest
+        return torch.cat([guided, rest], dim=1) if rest.shape[1] else guided
+
+    def _outputs(self, batches: list, x: Tensor, timestep: Tensor) -> list[Tensor]:
+        networks = [getattr(batch, "network", None) or self.denoiser for batch in batches]
+        conditions = [{name: getattr(batch, name) for name in self.conditions} for batch in batches]
+        apart = self.low_memory or self.changes_model or any(network is not networks[0] for network in networks)
+        if not apart:
+            stacked = {name: torch.cat([values[name] for values in conditions]) for name in self.conditions}
+            size = len(batches) * len(x)
+            return list(self._predict(networks[0], x, timestep, stacked, size).chunk(len(batches)))
         outputs = []
-        for batch in batches:
-            guider.prepare_models(model)
-            outputs.append(predict({name: getattr(batch, name) for name in conditions}))
-            guider.cleanup_models(model)
-    else:
-        for _ in batches:
-            guider.prepare_models(model)  # counts the predictions; leaves the model as it is
-        stacked = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in conditions}
-        outputs = predict(stacked).chunk(len(batches))
-    for batch, output in zip(batches, outputs, strict=True):
-        batch.noise_pred = output[:, :channels]
-    guided = guider(batches).pred
-    return torch.cat([guided, outputs[0][:, channels:]], dim=1) if outputs[0].shape[1] > channels else guided
+        for batch, network, values in zip(batches, networks, conditions, strict=True):
+            with self._prepared(network, batch):
+                outputs.append(self._predict(network, x, timestep, values))
+        return outputs
+
+    def _predict(
+        self, network: nn.Module, x: Tensor, timestep: Tensor, conditions: dict[str, Tensor], size: int | None = None
+    ) -> Tensor:
+        size = len(x) if size is None else size
+        x = x.repeat(size // len(x), *[1] * (x.ndim - 1)).to(network.dtype)
+        if network is self.weak_denoiser and num_classes_of(network) is None:
+            conditions = {name: value for name, value in conditions.items() if name != "class_labels"}
+        return network(x, timestep.expand(size), **conditions, return_dict=False)[0].float()
+
+    @contextmanager
+    def _prepared(self, network: nn.Module, batch) -> Iterator[None]:
+        """The network as the guider wants it for this prediction."""
+        guider, name = self.guider, getattr(batch, BaseGuidance._identifier_key)
+        if not self.changes_model:
+            yield
+            return
+        hookable = with_named_blocks(network)
+        before = _num_hooks(hookable)
+        # Guiders tell the perturbed prediction by the number of those before it. Without an unconditional one it is one
+        # less, and diffusers 0.42 then perturbs nothing; so the number is what it would be with all of them.
+        place = guider._input_predictions.index(name)
+        guider._count_prepared = place
+        try:
+            guider.prepare_models(hookable)
+            if guider._count_prepared == place:  # SmoothedEnergyGuidance of diffusers 0.42 does not count
+                guider._count_prepared += 1
+                guider.prepare_models(hookable)
+            if _is_perturbed(guider, name) and _num_hooks(hookable) == before:
+                raise ValueError(
+                    f"{type(guider).__name__} found nothing to change in {type(network).__name__}: the layers that it "
+                    "names have no such part (a U-Net's have attention and no feed-forward network)"
+                )
+            yield
+        finally:
+            guider.cleanup_models(hookable)
+
+    def _context(self, x: Tensor, timestep: Tensor) -> StepContext:
+        return StepContext(
+            x,
+            timestep,
+            noise_level(self.scheduler, timestep, x),
+            self.scheduler.config.prediction_type,
+            self.class_labels,
+            self.classifier,
+            self.weak_denoiser,
+        )
+
+
+def prepare_inputs(guider: BaseGuidance, conditions: dict[str, tuple[Tensor, Tensor]]) -> list:
+    """The batches of the predictions that a guider asks for in the step that it is set to.
+
+    Raises:
+        ValueError: if it asks for predictions that are neither conditional nor unconditional.
+    """
+    try:
+        batches = guider.prepare_inputs(conditions)
+    except IndexError:
+        batches = None
+    known = ("pred_cond_stg", "pred_cond_modality")  # LTX2Guidance's, which its own network alone can make
+    if batches is None or any(getattr(batch, guider._identifier_key) in known for batch in batches):
+        raise ValueError(
+            f"{type(guider).__name__} asks for predictions that this network cannot make; leave its stg_scale and "
+            "modality_scale as they are"
+        )
+    return batches
+
+
+def asks_for_unconditional(guider: BaseGuidance, num_steps: int, timesteps: Tensor) -> bool:
+    """Whether in any of the steps a guider asks for a prediction without the condition."""
+    for step, timestep in enumerate(timesteps):
+        guider.set_state(step=step, num_inference_steps=num_steps, timestep=timestep)
+        if any(getattr(batch, guider._identifier_key) == "pred_uncond" for batch in prepare_inputs(guider, {})):
+            return True
+    return False
+
+
+def guided_steps(interval: Interval | None, scheduler: SchedulerMixin, timesteps: Tensor) -> list[bool]:
+    """In which of the steps guidance acts (limited interval: Kynkaanniemi et al. 2024, arXiv 2404.07724).
+
+    Args:
+        interval: `(start, stop)` as fractions of the steps, start included, as diffusers' guiders have them. Or by
+            name, with both ends included: `{"sigma": (low, high)}` for sigma / alpha, the paper's noise level, or
+            `{"timestep": (low, high)}`.
+
+    Raises:
+        ValueError: if the interval is out of order or out of range, or of an unknown unit.
+    """
+    if interval is None:
+        return [True] * len(timesteps)
+    by_name = interval if isinstance(interval, Mapping) else {"steps": interval}
+    if len(by_name) != 1 or next(iter(by_name)) not in INTERVAL_UNITS:
+        raise ValueError(
+            f"guidance_interval must be (start, stop) or of one of the units {', '.join(INTERVAL_UNITS)}, such as "
+            f"{{'sigma': (0.2, 5.0)}}, got {interval!r}"
+        )
+    (unit, bounds), *_ = by_name.items()
+    largest = 1.0 if unit == "steps" else float("inf")
+    if len(bounds) != 2 or not 0 <= bounds[0] <= bounds[1] <= largest:
+        limit = " in [0, 1]" if unit == "steps" else " of at least 0"
+        raise ValueError(
+            f"guidance_interval must be two numbers{limit}, the smaller one first, got {tuple(bounds)} ({unit})"
+        )
+    low, high = bounds
+    if unit == "steps":
+        return [int(low * len(timesteps)) <= i < int(high * len(timesteps)) for i in range(len(timesteps))]
+    values = timesteps.tolist()
+    if unit == "sigma":
+        like = torch.zeros(1, dtype=torch.float64)
+        levels = [noise_level(scheduler, t, like) for t in timesteps.cpu()]
+        values = [(level.sigma / level.alpha).item() for level in levels]
+    return [low <= value <= high for value in values]
+
+
+def with_named_blocks(model: nn.Module) -> nn.Module:
+    """`model` as diffusers' hooks look for its layers: a list of blocks under a name that they know.
+
+    A model that says which of its layers may be skipped (`skippable_blocks`) gets a module around it that has them as
+    `transformer_blocks`, beside what the model itself has. Registered in the model they would be saved twice.
+    """
+    blocks = getattr(model, "skippable_blocks", None)
+    if blocks is None:
+        return model
+    view = nn.Module()
+    view.transformer_blocks = nn.ModuleList(blocks)
+    view._modules.update(model._modules)
+    return view
+
+
+@contextmanager
+def _acting(guider: BaseGuidance, guide: bool) -> Iterator[None]:
+    enabled = guider._enabled
+    guider._enabled = enabled and guide
+    try:
+        yield
+    finally:
+        guider._enabled = enabled
+
+
+def _is_perturbed(guider: BaseGuidance, name: str) -> bool:
+    return name not in ("pred_cond", "pred_uncond") or (isinstance(guider, AutoGuidance) and name == "pred_uncond")
+
+
+def _num_hooks(model: nn.Module) -> int:
+    return sum(len(module._diffusers_hook.hooks) for module in model.modules() if hasattr(module, "_diffusers_hook"))
+
+
+def _list_indices(guider: BaseGuidance) -> None:
+    """Makes a layer's number a list of one, as diffusers' hooks want it; its guiders pass the number on as it is."""
+    for value in vars(guider).values():
+        for config in value if isinstance(value, list) else ():
+            is_config = isinstance(config, LayerSkipConfig | SmoothedEnergyGuidanceConfig)
+            if is_config and not isinstance(config.indices, Sequence):
+                config.indices = [config.indices]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from diffusers_ext.pipelines.pipeline_guided_diffusion import NUM_CLASSES_KEYS
+from diffusers_ext.labels import NUM_CLASSES_KEYS
 
 
 # Seeds s and s + 1 share no image of a set of up to this many.

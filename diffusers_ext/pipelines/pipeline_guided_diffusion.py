@@ -1,6 +1,5 @@
 """Images from noise: unconditional or by label, in pixels or in latents, with any scheduler and guider of diffusers."""
 
-import difflib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,16 +17,15 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Generator, Tensor
 
-from diffusers_ext.guidance import classifier_free_guidance, guided_prediction
-from diffusers_ext.noising import NoiseLevel, predict_x0
-
-
-# Where a network's config says how many labels it has: ours; diffusers' DiT; its UNet.
-NUM_CLASSES_KEYS = ("num_classes", "num_embeds_ada_norm", "num_class_embeds")
-
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-
-Labels = int | str | Sequence[int | str] | Tensor
+from diffusers_ext.guidance import GuidedDenoiser, Interval, guided_steps
+from diffusers_ext.labels import LabelledMixin, Labels
+from diffusers_ext.latents import decode_latents
+from diffusers_ext.noising import predict_x0
+from diffusers_ext.pipelines.checks import check_components, check_guider, check_outputs, choose_guider, count_images
+from diffusers_ext.pipelines.image_inputs import ImageInput, encode_image, mask_to_tensor
+from diffusers_ext.pipelines.inpainting import KnownPixels, check_resampling, mask_of_latents
+from diffusers_ext.pipelines.inversion import InversionMixin
+from diffusers_ext.schedulers.levels import noise_level
 
 
 class TrajectoryPoint(NamedTuple):
@@ -49,25 +47,32 @@ class GuidedDiffusionPipelineOutput(BaseOutput):
     trajectory: list[TrajectoryPoint] | None = None
 
 
-class GuidedDiffusionPipeline(DiffusionPipeline):
-    """Generates images from noise, unconditionally or by label.
+class GuidedDiffusionPipeline(LabelledMixin, InversionMixin, DiffusionPipeline):
+    """Generates images from noise or from images, unconditionally or by label.
 
     Args:
         denoiser: `UNetModel`, `DiTModel`, or a model of diffusers that is called `model(x_t, timestep, class_labels=)`.
         scheduler: Any scheduler of this package or of diffusers.
-        vae: Decodes the denoiser's output, for models trained on latents; `None` for models trained on pixels.
+        vae: `VAEModel` or an autoencoder of diffusers, for models trained on latents; `None` for models of pixels.
         guider: How conditional and unconditional predictions are combined, if not by `guidance_scale`.
+        classifier: `NoisyClassifierModel`, for `ClassifierGuidance`.
+        weak_denoiser: A weaker network of the same data, for `WeakModelGuidance`.
         id2label: Names of the labels by their ids, saved with the pipeline.
+
+    Raises:
+        ValueError: if the components do not fit one another.
 
     Example:
 
         >>> import diffusers_ext
         >>> pipe = diffusers_ext.DiffusionPipeline.from_pretrained("runs/digits")
-        >>> pipe(class_labels=[3, 3, 7], num_inference_steps=50, guidance_scale=2.0).images[0].save("three.png")
+        >>> three = pipe(class_labels=[3, 3, 7], num_inference_steps=50, guidance_scale=2.0).images[0]
+        >>> other_threes = pipe(class_labels=3, batch_size=4, image=three, strength=0.6).images
     """
 
     model_cpu_offload_seq = "denoiser->vae"
-    _optional_components = ["vae", "guider"]
+    _exclude_from_cpu_offload = ["classifier", "weak_denoiser"]  # used in turns with the denoiser, in each step
+    _optional_components = ["vae", "guider", "classifier", "weak_denoiser"]
     _callback_tensor_inputs = ["latents"]
 
     def __init__(
@@ -76,61 +81,23 @@ class GuidedDiffusionPipeline(DiffusionPipeline):
         scheduler: SchedulerMixin,
         vae: ModelMixin | None = None,
         guider: BaseGuidance | None = None,
+        classifier: ModelMixin | None = None,
+        weak_denoiser: ModelMixin | None = None,
         id2label: dict | None = None,
     ):
         super().__init__()
-        self.register_modules(denoiser=denoiser, scheduler=scheduler, vae=vae, guider=guider)
+        check_components(denoiser, vae, classifier, weak_denoiser)
+        self.register_modules(
+            denoiser=denoiser,
+            scheduler=scheduler,
+            vae=vae,
+            guider=guider,
+            classifier=classifier,
+            weak_denoiser=weak_denoiser,
+        )
         # JSON turns the keys into strings, and so does this, so that a saved pipeline equals the loaded one.
         self.register_to_config(id2label=None if id2label is None else {str(k): v for k, v in id2label.items()})
         self.image_processor = VaeImageProcessor()
-
-    @property
-    def num_classes(self) -> int | None:
-        """Number of labels the denoiser knows, the null label not counted; `None` if it takes none."""
-        config = self.denoiser.config
-        for key in NUM_CLASSES_KEYS:
-            if config.get(key) is not None:
-                return config[key]
-        return None
-
-    @property
-    def null_label(self) -> int | None:
-        """The label that stands for "no label", or `None` if the denoiser has none."""
-        return None if self.denoiser.config.get("num_class_embeds") is not None else self.num_classes
-
-    @property
-    def labels(self) -> dict[str, int]:
-        """Ids of the labels by name; empty if the labels have no names."""
-        return {name: int(label) for label, name in (self.config.id2label or {}).items()}
-
-    def get_label_ids(self, class_labels: Labels) -> list[int]:
-        """Ids of one or several labels, each given by id or by name.
-
-        Raises:
-            ValueError: for a label that the model does not have.
-        """
-        if isinstance(class_labels, Tensor):
-            class_labels = class_labels.tolist()
-        if isinstance(class_labels, str) or not isinstance(class_labels, Sequence | np.ndarray):
-            class_labels = [class_labels]
-        if self.num_classes is None:
-            raise ValueError("class_labels were given, but the model was trained without labels")
-        return [self._label_id(label) for label in class_labels]
-
-    def _label_id(self, label: int | str) -> int:
-        if isinstance(label, str):
-            if label not in self.labels:
-                near = difflib.get_close_matches(label, self.labels, n=5, cutoff=0.4) or list(self.labels)[:20]
-                hint = f"near ones are {', '.join(map(repr, near))}" if near else "this model's labels have no names"
-                raise ValueError(f"class_labels has no label named {label!r}; {hint}")
-            return self.labels[label]
-        if isinstance(label, bool) or not isinstance(label, int | np.integer):
-            raise ValueError(f"class_labels must be ids or names, got {label!r}")
-        last = self.num_classes - 1
-        if not (0 <= label <= last or label == self.null_label):
-            null = "" if self.null_label is None else f", or {self.null_label} for no label"
-            raise ValueError(f"class_labels must be in [0, {last}]{null}, got {label}")
-        return int(label)
 
     @torch.no_grad()
     def __call__(
@@ -142,7 +109,14 @@ class GuidedDiffusionPipeline(DiffusionPipeline):
         *,
         generator: Generator | list[Generator] | None = None,
         latents: Tensor | None = None,
+        image: ImageInput | None = None,
+        strength: float | None = None,
+        mask_image: ImageInput | None = None,
+        num_resample_steps: int = 1,
         guider: BaseGuidance | None = None,
+        guidance_rescale: float = 0.0,
+        guidance_interval: Interval | None = None,
+        classifier_scale: float = 0.0,
         timesteps: list[int] | None = None,
         eta: float = 0.0,
         low_memory: bool = False,
@@ -156,13 +130,26 @@ class GuidedDiffusionPipeline(DiffusionPipeline):
 
         Args:
             class_labels: One label for all images, or one for each, as ids or as names; `None` for no label.
-            batch_size: Number of images, where `class_labels` and `latents` do not say it.
+            batch_size: Number of images, where `class_labels`, `latents` and `image` do not say it.
             num_inference_steps: Number of steps, each of one call of the network (two with guidance).
             guidance_scale: Weight of classifier-free guidance; 1 is none. Not to be given together with a guider.
             generator: Source of the noise. With a list, one generator for each image, image i depends on generator i
                 alone, whatever else is in the batch; one generator is drawn from for the batch as a whole.
             latents: Start noise of unit variance, shape `(batch, in_channels, *sample_size)`.
+            image: Images to start from, or to keep what `mask_image` says of: PIL images; arrays `(batch, height,
+                width, channels)` or tensors `(batch, channels, height, width)` in [0, 1]; one for all, or one for each.
+            strength: How far to go back to noise, in [0, 1]: 0 gives the image itself, 1 does not look at it. By
+                default 0.8, or 1 with a `mask_image`. The steps taken are that share of `num_inference_steps`.
+            mask_image: White (from 0.5 on) where to make the image anew, black where to keep it exactly.
+            num_resample_steps: How often each step of inpainting is done, with noise added back between, so that the
+                new parts fit the known ones better (RePaint, arXiv 2201.09865).
             guider: Takes the place of the pipeline's guider in this call.
+            guidance_rescale: In [0, 1], how far a guided prediction gets the standard deviation of the conditional one
+                back (arXiv 2305.08891, Section 3.4). For `guidance_scale`; a guider has its own.
+            guidance_interval: Where to guide: `(start, stop)` as fractions of the steps, or `{"sigma": (low, high)}` in
+                sigma / alpha, or `{"timestep": (low, high)}`. Elsewhere the conditional prediction is used alone, which
+                costs one call of the network (arXiv 2404.07724).
+            classifier_scale: Weight of the pipeline's classifier (`ClassifierGuidance`), on top of `guidance_scale`.
             timesteps: Timesteps to visit, descending, in place of `num_inference_steps`.
             eta: Share of the noise that DDIM puts back in each step, in [0, 1]; other schedulers take none.
             low_memory: Call the network once for each prediction of a guider, instead of once for all.
@@ -177,45 +164,49 @@ class GuidedDiffusionPipeline(DiffusionPipeline):
         Raises:
             ValueError: if an argument does not fit the model, the scheduler or another argument.
         """
-        guider = self._check_inputs(
-            guider, guidance_scale, output_type, callback_on_step_end_tensor_inputs, latents, class_labels
-        )
+        check_outputs(self, output_type, callback_on_step_end_tensor_inputs)
+        guider = choose_guider(self, guider, guidance_scale, guidance_rescale, classifier_scale)
+        strength = self._strength(strength, image, mask_image, latents)
+        check_resampling(num_resample_steps, mask_image is not None, self.scheduler)
         device = self._execution_device
         labels = None if class_labels is None else self.get_label_ids(class_labels)
-        batch_size = self._batch_size(labels, batch_size, latents)
-        conditions = self._conditions(labels, batch_size, device)
-        self._set_timesteps(num_inference_steps, timesteps, device)
+        x0, pixels = (None, None) if image is None else self._encode(image, device)
+        mask = None if mask_image is None else mask_to_tensor(mask_image, self._dims).to(device)
+        batch_size = count_images(
+            batch_size=batch_size, latents=latents, class_labels=labels, image=x0, mask_image=mask
+        )
+        visited = self._set_timesteps(num_inference_steps, timesteps, strength, device)
+        check_guider(self, guider, labels, visited)
+        guide = guided_steps(guidance_interval, self.scheduler, visited)
+        denoise = self._denoiser(self.scheduler, guider, labels, batch_size, device, low_memory)
         step_kwargs = self._step_kwargs(generator, eta)
-        wanted = self._trajectory_indices(trajectory_steps, len(self.scheduler.timesteps))
+        wanted = self._trajectory_indices(trajectory_steps, len(visited))
 
-        # In float32 whatever the network's precision: a sum of many small steps.
-        shape = self._latent_shape(batch_size)
-        if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        elif latents.shape != shape:
-            raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}")
-        x = latents.to(device, torch.float32) * self.scheduler.init_noise_sigma
+        x = self._start(batch_size, generator, latents, x0, strength, visited)
+        known = None
+        if mask is not None:
+            spatial_mask = self._fitting_mask(mask, x0, pixels)
+            known = KnownPixels(x0.expand_as(x), spatial_mask, self.scheduler, generator)
 
         trajectory = []
-        with self.progress_bar(total=len(self.scheduler.timesteps)) as bar:
-            for i, t in enumerate(self.scheduler.timesteps):
-                model_input = self.scheduler.scale_model_input(x, t)
-                if guider is not None:
-                    guider.set_state(step=i, num_inference_steps=len(self.scheduler.timesteps), timestep=t)
-                output = guided_prediction(
-                    guider, self.denoiser, self._predictor(model_input, t), conditions, shape[1], low_memory
-                )
-                step = self.scheduler.step(self._as_expected(output, shape[1]), t, x, **step_kwargs)
-                if i in wanted:
-                    trajectory.append(self._trajectory_point(t, x, output[:, : shape[1]], step))
-                x = step.prev_sample
+        with self.progress_bar(total=len(visited) * num_resample_steps) as bar:
+            for i, t in enumerate(visited):
+                for repeat in range(num_resample_steps):
+                    output = denoise(x, t, i, len(visited), guide[i])
+                    step = self.scheduler.step(self._as_expected(output, x.shape[1]), t, x, **step_kwargs)
+                    if i in wanted and repeat == num_resample_steps - 1:
+                        trajectory.append(self._trajectory_point(t, x, output[:, : x.shape[1]], step))
+                    x = step.prev_sample
+                    if known is not None:
+                        x = known.put_into(x, visited[i + 1] if i + 1 < len(visited) else None)
+                        x = known.renoise(x, t) if repeat < num_resample_steps - 1 else x
+                    bar.update()
 
                 if callback_on_step_end is not None:
                     returned = callback_on_step_end(self, i, t, {"latents": x})
                     x = (returned or {}).get("latents", x)
-                bar.update()
 
-        images = self._decode(x, output_type)
+        images = self._decode(x, output_type, pixels, mask)
         self.maybe_free_model_hooks()
         if not return_dict:
             return (images,) if trajectory_steps is None else (images, trajectory)
@@ -225,51 +216,31 @@ class GuidedDiffusionPipeline(DiffusionPipeline):
 
     # What the call is made of, in its order.
 
-    def _check_inputs(self, guider, guidance_scale, output_type, callback_inputs, latents, class_labels):
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
-        channels = self.denoiser.config.in_channels if self.vae is None else self.vae.config.out_channels
-        if output_type == "pil" and (channels not in (1, 3, 4) or self.denoiser.config.get("dims", 2) != 2):
-            raise ValueError(
-                f"output_type must be 'np' or 'pt' for this model: 'pil' is for images of 1, 3 or 4 channels, and its "
-                f"samples have {channels} channels and {self.denoiser.config.get('dims', 2)} dimensions"
-            )
-        unknown = [name for name in callback_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs must be among {self._callback_tensor_inputs}, got {unknown}"
-            )
-        guider = guider or self.guider
-        if guider is not None and guidance_scale != 1.0:
-            raise ValueError(
-                f"guidance_scale must not be given together with a guider, which has a scale of its own, got "
-                f"{guidance_scale}; give the guider that you want for this call as guider="
-            )
-        guider = guider or classifier_free_guidance(guidance_scale)
-        if guider is not None and self.null_label is None:
-            reason = "was trained without labels" if self.num_classes is None else "has no null label"
-            raise ValueError(f"guidance needs a model with labels and a null label; this one {reason}")
-        if guider is not None and class_labels is None:
-            raise ValueError("guidance needs class_labels to guide to, got None")
-        return guider
+    @property
+    def _dims(self) -> int:
+        return self.denoiser.config.get("dims", 2)
 
-    def _batch_size(self, labels, batch_size, latents) -> int:
-        given = {"batch_size": batch_size} if batch_size != 1 else {}
-        if latents is not None:
-            given["latents"] = len(latents)
-        if labels is not None and len(labels) != 1:
-            given["class_labels"] = len(labels)
-        if len(set(given.values())) > 1:
-            told = ", ".join(f"{name} has {count}" for name, count in given.items())
-            raise ValueError(f"the number of images must be the same everywhere, but {told}")
-        size = next(iter(given.values()), 1)
-        if size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {size}")
-        return size
+    def _strength(self, strength: float | None, image, mask_image, latents) -> float:
+        if image is None:
+            given = [name for name, value in (("strength", strength), ("mask_image", mask_image)) if value is not None]
+            if given:
+                raise ValueError(f"{' and '.join(given)} must be given together with an image")
+            return 1.0
+        if strength is None:
+            strength = 0.8 if mask_image is None else 1.0
+        if not 0 <= strength <= 1:
+            raise ValueError(f"strength must be in [0, 1], got {strength}")
+        if latents is not None and strength < 1:
+            raise ValueError("latents must not be given together with an image and a strength below 1: they are noise")
+        return strength
+
+    def _encode(self, image: ImageInput, device) -> tuple[Tensor, Tensor]:
+        """The images as the denoiser knows them, and in pixels."""
+        return encode_image(image, self.vae, self._latent_shape(1)[1:], device)
 
     def _conditions(self, labels, batch_size: int, device) -> dict[str, tuple[Tensor, Tensor]]:
         """Pairs of labels and null labels, each of shape `(batch,)`."""
-        if self.num_classes is None:
+        if self.denoiser_num_classes is None:
             return {}
         if labels is None and self.null_label is None:
             raise ValueError(f"class_labels must be given: the model has {self.num_classes} labels and no null label")
@@ -278,13 +249,52 @@ class GuidedDiffusionPipeline(DiffusionPipeline):
             return {"class_labels": (null, null)}
         return {"class_labels": (torch.tensor(labels, device=device).expand(batch_size), null)}
 
-    def _set_timesteps(self, num_inference_steps: int, timesteps, device) -> None:
+    def _denoiser(
+        self, scheduler, guider, labels: list[int] | None, batch_size: int, device, low_memory: bool = False
+    ) -> GuidedDenoiser:
+        return GuidedDenoiser(
+            self.denoiser,
+            scheduler,
+            guider,
+            self._conditions(labels, batch_size, device),
+            self.denoiser.config.in_channels,
+            class_labels=None if labels is None else torch.tensor(labels, device=device).expand(batch_size),
+            classifier=self.classifier,
+            weak_denoiser=self.weak_denoiser,
+            low_memory=low_memory,
+        )
+
+    def _set_timesteps(self, num_inference_steps: int, timesteps, strength: float, device) -> Tensor:
+        """The timesteps to visit: the last ones, if it does not start from noise."""
+        scheduler = self.scheduler
         if timesteps is None:
-            self.scheduler.set_timesteps(num_inference_steps, device=device)
-        elif "timesteps" in inspect.signature(self.scheduler.set_timesteps).parameters:
-            self.scheduler.set_timesteps(timesteps=timesteps, device=device)
+            scheduler.set_timesteps(num_inference_steps, device=device)
+        elif "timesteps" in inspect.signature(scheduler.set_timesteps).parameters:
+            scheduler.set_timesteps(timesteps=timesteps, device=device)
         else:
-            raise ValueError(f"{type(self.scheduler).__name__} takes no timesteps; give num_inference_steps")
+            raise ValueError(f"{type(scheduler).__name__} takes no timesteps; give num_inference_steps")
+        if strength == 1:
+            return scheduler.timesteps
+        num_steps = num_inference_steps if timesteps is None else len(timesteps)
+        first = (num_steps - int(num_steps * strength)) * scheduler.order
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(first)
+        return scheduler.timesteps[first:]
+
+    def _start(self, batch_size: int, generator, latents, x0, strength: float, visited: Tensor) -> Tensor:
+        """x_T from noise, or the level of the first visited timestep from an image."""
+        # In float32 whatever the network's precision: a sum of many small steps.
+        shape, device = self._latent_shape(batch_size), visited.device
+        if latents is None:
+            noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        elif latents.shape != shape:
+            raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}")
+        else:
+            noise = latents.to(device, torch.float32)
+        if strength == 1:
+            return noise * self.scheduler.init_noise_sigma
+        x0 = x0.expand(shape)
+        return self.scheduler.add_noise(x0, noise, visited[:1]) if len(visited) else x0
 
     def _step_kwargs(self, generator, eta: float) -> dict[str, Any]:
         accepted = inspect.signature(self.scheduler.step).parameters
@@ -303,41 +313,37 @@ class GuidedDiffusionPipeline(DiffusionPipeline):
 
     def _latent_shape(self, batch_size: int) -> tuple[int, ...]:
         config = self.denoiser.config
-        dims = config.get("dims", 2)
-        size = (config.sample_size,) * dims if isinstance(config.sample_size, int) else tuple(config.sample_size)
+        size = (config.sample_size,) * self._dims if isinstance(config.sample_size, int) else tuple(config.sample_size)
         return (batch_size, config.in_channels, *size)
-
-    def _predictor(self, model_input: Tensor, timestep: Tensor) -> Callable[[dict[str, Tensor]], Tensor]:
-        """The network as a function of its conditions, which may be several times the batch."""
-
-        def predict(conditions: dict[str, Tensor]) -> Tensor:
-            size = len(next(iter(conditions.values()), model_input))
-            x = model_input.repeat(size // len(model_input), *[1] * (model_input.ndim - 1)).to(self.denoiser.dtype)
-            return self.denoiser(x, timestep.expand(size), **conditions, return_dict=False)[0].float()
-
-        return predict
 
     def _as_expected(self, output: Tensor, channels: int) -> Tensor:
         """Leaves a learned variance away for a scheduler that has no use for it."""
         learned = str(self.scheduler.config.get("variance_type", "")).startswith("learned")
         return output if learned else output[:, :channels]
 
+    def _fitting_mask(self, mask: Tensor, x0: Tensor, pixels: Tensor) -> Tensor:
+        if mask.shape[2:] != pixels.shape[2:]:
+            sizes = ["x".join(map(str, tensor.shape[2:])) for tensor in (pixels, mask)]
+            raise ValueError(f"mask_image must have the size of image, {sizes[0]}, got {sizes[1]}")
+        return mask if self.vae is None else mask_of_latents(mask, tuple(x0.shape[2:]))
+
     def _trajectory_point(self, t: Tensor, x_t: Tensor, output: Tensor, step) -> TrajectoryPoint:
         x0_hat = getattr(step, "pred_original_sample", None)
-        alpha_bar = getattr(self.scheduler, "alphas_cumprod", None)
         variance_preserving = torch.as_tensor(self.scheduler.init_noise_sigma).item() == 1
-        if x0_hat is None and variance_preserving and alpha_bar is not None:
-            alpha_bar = alpha_bar.double()[int(t)].to(x_t)
-            level = NoiseLevel(alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
+        if x0_hat is None and variance_preserving and hasattr(self.scheduler, "alphas_cumprod"):
+            level = noise_level(self.scheduler, t, x_t)
             x0_hat = predict_x0(output, x_t, level, self.scheduler.config.prediction_type)
         return TrajectoryPoint(t.item(), x_t, x0_hat)
 
-    def _decode(self, x: Tensor, output_type: str) -> list[Image.Image] | np.ndarray | Tensor:
+    def _decode(
+        self, x: Tensor, output_type: str, pixels: Tensor | None = None, mask: Tensor | None = None
+    ) -> list[Image.Image] | np.ndarray | Tensor:
         if output_type == "latent":
             return x
         if self.vae is not None:
-            z = x / self.vae.config.scaling_factor + (self.vae.config.get("shift_factor") or 0.0)
-            x = self.vae.decode(z.to(self.vae.dtype), return_dict=False)[0].float()
+            x = decode_latents(self.vae, x)
+            if mask is not None:  # what is known is known in pixels, which the way through latents changes
+                x = torch.where(mask.bool(), x, pixels)
         x = (x / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":
             return x

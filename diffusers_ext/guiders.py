@@ -1,0 +1,185 @@
+"""Guiders of this package: by a classifier, and by a weaker network. Both are saved with a pipeline like diffusers' own.
+
+They need more than conditional and unconditional predictions, which `diffusers_ext.guidance.GuidedDenoiser` gives them:
+before each step it calls `see` with the noisy sample, its noise level and the pipeline's other networks. A pipeline
+calls `check_pipeline` once, before it samples.
+"""
+
+import math
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from diffusers.guiders import BaseGuidance
+from diffusers.guiders.guider_utils import GuiderOutput, rescale_noise_cfg
+from torch import Tensor
+
+from diffusers_ext.guidance import StepContext
+from diffusers_ext.noising import add_to_score
+
+
+class _ContextGuidance(BaseGuidance):
+    """A guider that looks at the step's context, within its share of the steps."""
+
+    _context: StepContext | None = None
+
+    def see(self, context: StepContext) -> None:
+        """What the predictions of the next `forward` belong to."""
+        self._context = context
+
+    def check_pipeline(self, pipe, labels: list[int] | None) -> None:
+        """Refuses a pipeline without what the guider needs.
+
+        Raises:
+            ValueError: with what is missing.
+        """
+        raise NotImplementedError
+
+    @property
+    def is_conditional(self) -> bool:
+        return self._count_prepared == 1
+
+    @property
+    def num_conditions(self) -> int:
+        return len(self._names())
+
+    def _names(self) -> list[str]:
+        """Names of the predictions to ask for in this step."""
+        raise NotImplementedError
+
+    def _is_on(self) -> bool:
+        if not self._enabled:
+            return False
+        if self._num_inference_steps is None:
+            return True
+        first, end = (int(share * self._num_inference_steps) for share in (self._start, self._stop))
+        return first <= self._step < end
+
+
+class ClassifierGuidance(_ContextGuidance):
+    """Guidance by the gradient of a classifier of noisy samples (Dhariwal & Nichol 2021, arXiv 2105.05233).
+
+        score = score(x_t, guided) + classifier_scale * grad log p(label | x_t)
+
+    where "guided" is classifier-free guidance at `guidance_scale`: 1, the conditional prediction; 0, the unconditional
+    one, on which a `classifier_scale` of w means what classifier-free guidance at a scale of w means; or any other, for
+    both kinds at once. For a denoiser without labels there is one prediction, and the label is the classifier's alone.
+
+    The gradient enters through the score that the network's output means, so that every prediction type and every
+    sampler of a variance-preserving path will do. Needs the pipeline's `classifier`.
+
+    Args:
+        classifier_scale: Weight of the gradient, at least 0; 0 costs no call of the classifier.
+        guidance_scale: Of classifier-free guidance.
+        guidance_rescale: In [0, 1], how far the result gets the standard deviation of the conditional prediction back.
+        start, stop: Share of the steps after which guidance starts and stops, in [0, 1].
+        enabled: Whether it acts at all.
+
+    Raises:
+        ValueError: if a scale is out of range.
+    """
+
+    _input_predictions = ["pred_cond", "pred_uncond"]
+
+    @register_to_config
+    def __init__(
+        self,
+        classifier_scale: float = 1.0,
+        guidance_scale: float = 1.0,
+        guidance_rescale: float = 0.0,
+        start: float = 0.0,
+        stop: float = 1.0,
+        enabled: bool = True,
+    ):
+        super().__init__(start, stop, enabled)
+        if not (math.isfinite(classifier_scale) and classifier_scale >= 0):
+            raise ValueError(f"classifier_scale must be finite and at least 0, got {classifier_scale}")
+        self.classifier_scale, self.guidance_scale = classifier_scale, guidance_scale
+        self.guidance_rescale = guidance_rescale
+
+    def check_pipeline(self, pipe, labels: list[int] | None) -> None:
+        if pipe.classifier is None:
+            raise ValueError("ClassifierGuidance needs a classifier: give the pipeline one as classifier=")
+        if labels is None or any(label == pipe.null_label for label in labels):
+            raise ValueError("ClassifierGuidance needs class_labels to guide to, none of them the null label")
+        pipe.classifier.check_schedule(pipe.scheduler)
+
+    def prepare_inputs(self, data: dict[str, tuple[Tensor, Tensor]]) -> list:
+        return [self._prepare_batch(data, int(name == "pred_uncond"), name) for name in self._names()]
+
+    def forward(self, pred_cond: Tensor | None = None, pred_uncond: Tensor | None = None) -> GuiderOutput:
+        if pred_cond is None or pred_uncond is None:
+            pred = pred_uncond if pred_cond is None else pred_cond
+        else:
+            pred = pred_uncond + self.guidance_scale * (pred_cond - pred_uncond)
+        if self._is_on() and self.classifier_scale:
+            context = self._context
+            gradient = self.classifier_scale * classifier_gradient(context)
+            pred = add_to_score(pred, gradient.to(pred), context.level, context.prediction_type)
+        if self._is_on() and self.guidance_rescale > 0:
+            pred = rescale_noise_cfg(pred, pred_uncond if pred_cond is None else pred_cond, self.guidance_rescale)
+        return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=pred_uncond)
+
+    def _names(self) -> list[str]:
+        if not self._is_on() or self.guidance_scale == 1:
+            return ["pred_cond"]
+        return ["pred_uncond"] if self.guidance_scale == 0 else ["pred_cond", "pred_uncond"]
+
+
+class WeakModelGuidance(_ContextGuidance):
+    """Autoguidance: away from what a weaker network predicts (Karras et al. 2024, arXiv 2406.02507).
+
+        weak + guidance_scale * (strong - weak)
+
+    Both see the same label. The weaker one is a smaller or less trained network of the same data, noise schedule and
+    prediction type, the pipeline's `weak_denoiser`; where it takes no labels, it leads to the label too, as
+    classifier-free guidance does. (diffusers' `AutoGuidance` weakens the network itself, by dropping layers.)
+
+    Args:
+        guidance_scale: 1 is the stronger network alone, which costs one call a step.
+        guidance_rescale: In [0, 1], how far the result gets the standard deviation of the stronger prediction back.
+        start, stop: Share of the steps after which guidance starts and stops, in [0, 1].
+        enabled: Whether it acts at all.
+    """
+
+    _input_predictions = ["pred_cond", "pred_weak"]
+
+    @register_to_config
+    def __init__(
+        self,
+        guidance_scale: float = 2.0,
+        guidance_rescale: float = 0.0,
+        start: float = 0.0,
+        stop: float = 1.0,
+        enabled: bool = True,
+    ):
+        super().__init__(start, stop, enabled)
+        self.guidance_scale, self.guidance_rescale = guidance_scale, guidance_rescale
+
+    def check_pipeline(self, pipe, labels: list[int] | None) -> None:
+        if pipe.weak_denoiser is None:
+            raise ValueError("WeakModelGuidance needs a weaker network: give the pipeline one as weak_denoiser=")
+
+    def prepare_inputs(self, data: dict[str, tuple[Tensor, Tensor]]) -> list:
+        batches = [self._prepare_batch(data, 0, name) for name in self._names()]
+        if len(batches) == 2 and self._context is not None:
+            batches[1].network = self._context.weak_denoiser
+        return batches
+
+    def forward(self, pred_cond: Tensor, pred_weak: Tensor | None = None) -> GuiderOutput:
+        pred = pred_cond if pred_weak is None else pred_weak + self.guidance_scale * (pred_cond - pred_weak)
+        if pred_weak is not None and self.guidance_rescale > 0:
+            pred = rescale_noise_cfg(pred, pred_cond, self.guidance_rescale)
+        return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=pred_weak)
+
+    def _names(self) -> list[str]:
+        return self._input_predictions if self._is_on() and self.guidance_scale != 1 else ["pred_cond"]
+
+
+def classifier_gradient(context: StepContext) -> Tensor:
+    """The gradient of log p(label | x_t) in x_t by the classifier, float32, shape of x_t."""
+    classifier = context.classifier
+    with torch.enable_grad():
+        x_t = context.x_t.detach().requires_grad_()
+        logits = classifier(x_t.to(classifier.dtype), context.timestep.expand(len(x_t)), return_dict=False)[0]
+        of_labels = logits.float().log_softmax(-1).gather(1, context.class_labels[:, None])
+        return torch.autograd.grad(of_labels.sum(), x_t)[0]

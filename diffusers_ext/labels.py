@@ -1,0 +1,74 @@
+"""The labels of a pipeline's denoiser: how many, by which names, and which of them stands for none."""
+
+import difflib
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor, nn
+
+
+# Where a network's config says how many labels it has: ours; diffusers' DiT; its UNet.
+NUM_CLASSES_KEYS = ("num_classes", "num_embeds_ada_norm", "num_class_embeds")
+
+Labels = int | str | Sequence[int | str] | Tensor
+
+
+def num_classes_of(network: nn.Module) -> int | None:
+    """Number of labels that a network knows, the null label not counted; `None` if it takes none."""
+    return next((network.config[key] for key in NUM_CLASSES_KEYS if network.config.get(key) is not None), None)
+
+
+class LabelledMixin:
+    """Labels by id and by name, for a pipeline with a `denoiser`, perhaps a `classifier`, and `id2label` in its config."""
+
+    @property
+    def denoiser_num_classes(self) -> int | None:
+        """Number of labels that the denoiser knows, the null label not counted; `None` if it takes none."""
+        return num_classes_of(self.denoiser)
+
+    @property
+    def num_classes(self) -> int | None:
+        """The same, or the classifier's number of labels for a denoiser without."""
+        classifier = getattr(self, "classifier", None)
+        if self.denoiser_num_classes is None and classifier is not None:
+            return num_classes_of(classifier)
+        return self.denoiser_num_classes
+
+    @property
+    def null_label(self) -> int | None:
+        """The label that stands for "no label", or `None` if the denoiser has none."""
+        return None if self.denoiser.config.get("num_class_embeds") is not None else num_classes_of(self.denoiser)
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """Ids of the labels by name; empty if the labels have no names."""
+        return {name: int(label) for label, name in (self.config.id2label or {}).items()}
+
+    def get_label_ids(self, class_labels: Labels) -> list[int]:
+        """Ids of one or several labels, each given by id or by name.
+
+        Raises:
+            ValueError: for a label that the model does not have.
+        """
+        if isinstance(class_labels, Tensor):
+            class_labels = class_labels.tolist()
+        if isinstance(class_labels, str) or not isinstance(class_labels, Sequence | np.ndarray):
+            class_labels = [class_labels]
+        if self.num_classes is None:
+            raise ValueError("class_labels were given, but the model was trained without labels")
+        return [self._label_id(label) for label in class_labels]
+
+    def _label_id(self, label: int | str) -> int:
+        if isinstance(label, str):
+            if label not in self.labels:
+                near = difflib.get_close_matches(label, self.labels, n=5, cutoff=0.4) or list(self.labels)[:20]
+                hint = f"near ones are {', '.join(map(repr, near))}" if near else "this model's labels have no names"
+                raise ValueError(f"class_labels has no label named {label!r}; {hint}")
+            return self.labels[label]
+        if isinstance(label, bool) or not isinstance(label, int | np.integer):
+            raise ValueError(f"class_labels must be ids or names, got {label!r}")
+        last = self.num_classes - 1
+        if not (0 <= label <= last or label == self.null_label):
+            null = "" if self.null_label is None else f", or {self.null_label} for no label"
+            raise ValueError(f"class_labels must be in [0, {last}]{null}, got {label}")
+        return int(label)

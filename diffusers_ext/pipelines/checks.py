@@ -1,0 +1,147 @@
+"""What a pipeline refuses, before the first call of a network."""
+
+from collections.abc import Sequence
+
+from diffusers.guiders import BaseGuidance
+from torch import Tensor, nn
+
+from diffusers_ext.guidance import asks_for_unconditional, classifier_free_guidance
+from diffusers_ext.guiders import ClassifierGuidance
+from diffusers_ext.labels import num_classes_of
+from diffusers_ext.latents import latent_channels, latent_scale
+
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+def check_components(
+    denoiser: nn.Module, vae: nn.Module | None, classifier: nn.Module | None, weak_denoiser: nn.Module | None
+) -> None:
+    """Refuses components that do not fit the denoiser.
+
+    Raises:
+        ValueError: with what differs.
+    """
+    in_channels, num_classes = denoiser.config.in_channels, num_classes_of(denoiser)
+    if vae is not None and latent_channels(vae) != in_channels:
+        raise ValueError(
+            f"vae must have latents of the denoiser's {in_channels} channels, got {latent_channels(vae)} latent channels"
+        )
+    if vae is not None and getattr(vae, "latent_size", None) is not None:
+        expected, got = _size(denoiser.config.sample_size), _size(vae.latent_size)
+        if len(set(expected)) == 1 and len(expected) != len(got):
+            expected = expected[:1] * len(got)
+        if expected != got:
+            raise ValueError(
+                f"vae must have latents of the denoiser's size, {_text(expected)}, got {_text(got)} for images of "
+                f"{_text(_size(vae.config.sample_size))}; if it is to decode images of another size than it was trained "
+                "on, say so by vae.register_to_config(sample_size=...)"
+            )
+    if weak_denoiser is not None:
+        for key in ("in_channels", "sample_size"):
+            theirs, ours = weak_denoiser.config[key], denoiser.config[key]
+            if _size(theirs) != _size(ours):
+                raise ValueError(f"weak_denoiser must have the denoiser's {key}, {ours}, got {theirs}")
+        if num_classes_of(weak_denoiser) not in (None, num_classes):
+            raise ValueError(
+                f"weak_denoiser must have no labels or the denoiser's {num_classes}, got {num_classes_of(weak_denoiser)}"
+            )
+    if classifier is not None:
+        if classifier.config.in_channels != in_channels:
+            raise ValueError(
+                f"classifier must take the denoiser's {in_channels} channels, got {classifier.config.in_channels}"
+            )
+        if num_classes is not None and num_classes_of(classifier) != num_classes:
+            raise ValueError(
+                f"classifier must have the denoiser's {num_classes} labels, got {num_classes_of(classifier)}"
+            )
+
+
+def check_outputs(pipe, output_type: str, callback_inputs: Sequence[str]) -> None:
+    """Refuses outputs that the pipeline cannot give."""
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
+    config = pipe.denoiser.config
+    channels = config.in_channels if pipe.vae is None else pipe.vae.config.out_channels
+    dims = config.get("dims", 2)
+    if output_type == "pil" and (channels not in (1, 3, 4) or dims != 2):
+        raise ValueError(
+            f"output_type must be 'np' or 'pt' for this model: 'pil' is for images of 1, 3 or 4 channels, and its "
+            f"samples have {channels} channels and {dims} dimensions"
+        )
+    unknown = [name for name in callback_inputs if name not in pipe._callback_tensor_inputs]
+    if unknown:
+        raise ValueError(
+            f"callback_on_step_end_tensor_inputs must be among {pipe._callback_tensor_inputs}, got {unknown}"
+        )
+    if pipe.vae is not None:
+        parameter = next(pipe.vae.parameters())
+        latent_scale(pipe.vae, parameter.new_empty(1, config.in_channels, *[1] * dims))
+
+
+def choose_guider(
+    pipe, guider: BaseGuidance | None, guidance_scale: float, guidance_rescale: float, classifier_scale: float
+) -> BaseGuidance | None:
+    """The guider of a call: the one given, or the pipeline's, or what the short forms mean."""
+    short = {
+        "guidance_scale": (guidance_scale, 1.0),
+        "guidance_rescale": (guidance_rescale, 0.0),
+        "classifier_scale": (classifier_scale, 0.0),
+    }
+    guider = guider or pipe.guider
+    for name, (value, default) in short.items():
+        if guider is not None and value != default:
+            raise ValueError(
+                f"{name} must not be given together with a guider, which has a scale of its own, got {value}; give the "
+                "guider that you want for this call as guider="
+            )
+    if not 0 <= guidance_rescale <= 1:
+        raise ValueError(f"guidance_rescale must be in [0, 1], got {guidance_rescale}")
+    if guider is not None:
+        return guider
+    if classifier_scale:
+        return ClassifierGuidance(classifier_scale, guidance_scale, guidance_rescale=guidance_rescale)
+    return classifier_free_guidance(guidance_scale, guidance_rescale)
+
+
+def check_guider(pipe, guider: BaseGuidance | None, labels: list[int] | None, timesteps: Tensor) -> None:
+    """Refuses a guider that the components or the labels do not suffice for."""
+    if guider is None:
+        return
+    if hasattr(guider, "check_pipeline"):
+        guider.check_pipeline(pipe, labels)
+    has_null = pipe.null_label is not None
+    if has_null and labels is not None:
+        return
+    if not asks_for_unconditional(guider, len(timesteps), timesteps):
+        return
+    if not has_null:
+        trained = pipe.denoiser_num_classes is not None
+        reason = "has no null label" if trained else "was trained without labels"
+        raise ValueError(f"guidance needs a model with labels and a null label; this one {reason}")
+    raise ValueError("guidance needs class_labels to guide to, got None")
+
+
+def count_images(batch_size: int, class_labels: list[int] | None = None, **tensors: Tensor | None) -> int:
+    """The number of images that the arguments of a call agree on; one of an argument stands for any number."""
+    given = {"batch_size": batch_size} if batch_size != 1 else {}
+    sized = {**tensors, "class_labels": class_labels}
+    for name, value in sized.items():
+        # Noise is not shared: one start noise means one image.
+        if value is not None and (len(value) != 1 or name == "latents"):
+            given[name] = len(value)
+    if len(set(given.values())) > 1:
+        told = ", ".join(f"{name} has {count}" for name, count in given.items())
+        raise ValueError(f"the number of images must be the same everywhere, but {told}")
+    size = next(iter(given.values()), 1)
+    if size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {size}")
+    return size
+
+
+def _size(value: int | Sequence[int]) -> tuple[int, ...]:
+    return (value,) if isinstance(value, int) else tuple(value)
+
+
+def _text(size: tuple[int, ...]) -> str:
+    return "x".join(map(str, size))

@@ -1,0 +1,133 @@
+"""From images back to the noise that makes them, and images between two images (DDIM: arXiv 2010.02502, Section 5.3)."""
+
+import torch
+from torch import Tensor
+
+from diffusers_ext.labels import Labels
+from diffusers_ext.pipelines.checks import count_images
+from diffusers_ext.pipelines.image_inputs import ImageInput
+from diffusers_ext.schedulers.gaussian import GaussianSchedulerMixin
+from diffusers_ext.schedulers.scheduling_ddim import ExtDDIMScheduler
+from diffusers_ext.schedulers.scheduling_ddim_inverse import ExtDDIMInverseScheduler
+
+
+class InversionMixin:
+    """`invert` and `interpolate`, for a pipeline that makes images."""
+
+    @torch.no_grad()
+    def invert(
+        self,
+        image: ImageInput,
+        class_labels: Labels | None = None,
+        *,
+        num_inference_steps: int = 50,
+        num_refinements: int = 0,
+    ) -> Tensor:
+        """The noise from which deterministic sampling with as many steps makes `image`, up to the error of the steps.
+
+        Give it to the pipeline as `latents`, with the same labels, `num_inference_steps` and a DDIM scheduler.
+
+        Args:
+            image: One or several, as for the call.
+            class_labels: As for the call.
+            num_inference_steps: Number of steps, each of one call of the network.
+            num_refinements: How often each step is repeated with its own result; each costs one more call of the
+                network a step and makes the way back more exact.
+
+        Returns:
+            float32, shape `(batch, in_channels, *sample_size)`.
+
+        Raises:
+            ValueError: if an argument does not fit the model, or the scheduler has no noising path of ours.
+        """
+        if num_refinements < 0:
+            raise ValueError(f"num_refinements must not be negative, got {num_refinements}")
+        inverse = ExtDDIMInverseScheduler.from_config(self._path_config())
+        device = self._execution_device
+        inverse.set_timesteps(num_inference_steps, device=device)
+        x0, _ = self._encode(image, device)
+        labels = None if class_labels is None else self.get_label_ids(class_labels)
+        batch_size = count_images(1, class_labels=labels, image=x0)
+        predict = self._denoiser(inverse, None, labels, batch_size, device)
+        latents = inverse.invert(
+            lambda x, t: predict(x, t)[:, : x.shape[1]], x0.expand(batch_size, *x0.shape[1:]), num_refinements
+        )
+        self.maybe_free_model_hooks()
+        return latents
+
+    @torch.no_grad()
+    def interpolate(
+        self,
+        image_a: ImageInput,
+        image_b: ImageInput,
+        num_images: int = 8,
+        class_labels: Labels | None = None,
+        *,
+        num_inference_steps: int = 50,
+        num_refinements: int = 0,
+        output_type: str = "pil",
+    ):
+        """Images on the way from one image to another, both included: inverted, mixed as noise, and made again.
+
+        The noise goes along the great circle between the two, on which it keeps its length.
+
+        Args:
+            image_a, image_b: The two ends, as for the call.
+            num_images: Number of images, the ends included; at least 2.
+            class_labels: One label for all of them, or none.
+            num_inference_steps, num_refinements: As for `invert`.
+            output_type: As for the call.
+
+        Returns:
+            The images, as the call's.
+
+        Raises:
+            ValueError: if an argument does not fit the model.
+        """
+        if num_images < 2:
+            raise ValueError(f"num_images must be at least 2, the two ends, got {num_images}")
+        if class_labels is not None and len(self.get_label_ids(class_labels)) != 1:
+            raise ValueError("class_labels must be one label for all images of an interpolation")
+        ends = [
+            self.invert(image, class_labels, num_inference_steps=num_inference_steps, num_refinements=num_refinements)
+            for image in (image_a, image_b)
+        ]
+        if any(len(end) != 1 for end in ends):
+            raise ValueError(f"image_a and image_b must be one image each, got {len(ends[0])} and {len(ends[1])}")
+        device = ends[0].device
+        x = slerp(*ends, torch.linspace(0, 1, num_images, device=device))
+        sampler = ExtDDIMScheduler.from_config(self._path_config())
+        sampler.set_timesteps(num_inference_steps, device=device)
+        labels = None if class_labels is None else self.get_label_ids(class_labels)
+        predict = self._denoiser(sampler, None, labels, num_images, device)
+        for t in sampler.timesteps:
+            x = sampler.step(predict(x, t), t, x).prev_sample
+        images = self._decode(x, output_type)
+        self.maybe_free_model_hooks()
+        return images
+
+    def _path_config(self):
+        if not isinstance(self.scheduler, GaussianSchedulerMixin):
+            raise ValueError(
+                f"inversion needs a scheduler of this package, such as ExtDDIMScheduler, got {type(self.scheduler).__name__}"
+            )
+        return self.scheduler.config
+
+
+def slerp(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
+    """Points on the great circle from `a` (weight 0) to `b` (weight 1), with the lengths interpolated too.
+
+    Args:
+        a, b: Shape `(1, ...)`.
+        weights: Shape `(points,)`.
+
+    Returns:
+        Shape `(points, ...)`. Where the two directions are parallel, points on the straight line.
+    """
+    w = weights.to(a).view(-1, *[1] * (a.ndim - 1))
+    norm_a, norm_b = a.norm(), b.norm()
+    angle = torch.arccos(((a / norm_a) * (b / norm_b)).sum().clamp(-1, 1))
+    if not torch.sin(angle) > 1e-4:
+        return (1 - w) * a + w * b
+    direction = (torch.sin((1 - w) * angle) * a / norm_a + torch.sin(w * angle) * b / norm_b) / torch.sin(angle)
+    return direction * ((1 - w) * norm_a + w * norm_b)
