@@ -5,6 +5,7 @@ from safetensors.torch import load_file, save_file
 from scipy.integrate import quad
 from torch import nn
 
+from diffusers_ext.trainer.config import TrainerConfig
 from diffusers_ext.trainer.ema import WeightAverage, power_function_exponent
 from diffusers_ext.trainer.posthoc_ema import (
     MAX_MISFIT,
@@ -16,9 +17,17 @@ from diffusers_ext.trainer.posthoc_ema import (
     reconstruct,
     weighting_product,
 )
+from diffusers_ext.trainer.prepare import prepare_images
+from runs import assert_same_run, forget_accelerate, saved, stop_before_step, trainer
 
 
 NUM_STEPS, SPACING = 600, 25
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    yield
+    forget_accelerate()
 
 
 def weighting(tau, step, gamma):
@@ -207,3 +216,47 @@ def test_a_snapshot_that_cannot_be_written_leaves_nothing(tmp_path):
     with pytest.raises(OSError, match="the snapshot .*step-0000010-std-0.05.safetensors could not be written"):
         snapshots.write(10)
     assert not list((tmp_path / "ema_snapshots").glob(".*"))
+
+
+def test_a_resumed_run_leaves_the_snapshots_of_the_undisturbed_one_bit_for_bit(tmp_path):
+    """Stopped at step 11: of the snapshots at 5 and 10 the checkpoint at 7 knows the first."""
+    data = prepare_images("digits", max_samples=20)
+    settings = {"checkpointing_steps": 7, "ema_snapshot_steps": 5, "ema_stds": (0.05, 0.12), "ema_std": 0.12}
+    trainer(data, tmp_path / "whole", **settings).train()
+    stop_before_step(trainer(data, tmp_path / "parts", **settings), 11)
+    assert {snapshot.step for snapshot in list_snapshots(tmp_path / "parts")} == {5, 10}
+    later = tmp_path / "parts" / "ema_snapshots" / "step-0000011-std-0.05.safetensors"
+    save_file({}, later)
+    trainer(data, tmp_path / "parts", resume_from_checkpoint="latest", **settings).train()
+
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", 12)
+    assert "average-std-0.05.safetensors: num_updates" in saved(tmp_path / "whole", 12)[0]
+    whole, parts = list_snapshots(tmp_path / "whole"), list_snapshots(tmp_path / "parts")
+    names = [snapshot.path.name for snapshot in whole]
+    assert [(snapshot.step, snapshot.std) for snapshot in whole] == [(n, s) for n in (5, 10, 12) for s in (0.05, 0.12)]
+    assert [snapshot.path.name for snapshot in parts] == names
+    for one, other in zip(whole, parts, strict=True):
+        tensors, tensors_other = load_file(one.path), load_file(other.path)
+        assert all(torch.equal(tensors[name], tensors_other[name]) for name in tensors), one
+
+
+def test_a_run_that_starts_over_for_want_of_a_checkpoint_drops_all_snapshots(tmp_path):
+    data = prepare_images("digits", max_samples=20)
+    AverageSnapshots(nn.Linear(2, 2), (0.05,), tmp_path).write(4)
+    run = trainer(data, tmp_path, resume_from_checkpoint="latest", max_train_steps=2, ema_snapshot_steps=2)
+    run.train()
+    assert {(snapshot.step, snapshot.std) for snapshot in list_snapshots(tmp_path)} == {(2, 0.05), (2, 0.1)}
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"ema_stds": (0.05,)}, "give ema_snapshot_steps too"),
+        ({"ema_stds": (0.05, 0.05), "ema_snapshot_steps": 5}, "ema_stds must be different widths, got 0.05 0.05"),
+        ({"ema_stds": (0.05, 0.5), "ema_snapshot_steps": 5}, r"ema_std must be in \(0, 0.28\], got 0.5"),
+        ({"ema_snapshot_steps": 0}, "ema_snapshot_steps must be at least 1, got 0"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TrainerConfig(**settings)
