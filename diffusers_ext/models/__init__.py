@@ -2,6 +2,7 @@
 
 from diffusers_ext.models.dit import DiTModel
 from diffusers_ext.models.unet import UNetModel
+from diffusers_ext.models.vae import VAEModel
 
 
-__all__ = ["DiTModel", "UNetModel"]
+__all__ = ["DiTModel", "UNetModel", "VAEModel"]
