@@ -5,6 +5,7 @@ import os
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import psutil
 import torch
 
 from diffusers_ext.trainer.ema import power_function_exponent
@@ -253,7 +254,11 @@ def is_fast_at_bf16(device: str) -> bool:
     """Whether bf16 is computed by the hardware: AMX or AVX-512 BF16 on a CPU, Ampere and later on CUDA."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities() if device == "cpu" else {}
+    if device != "cpu":
+        return False
+    if not hasattr(torch.cpu, "get_capabilities"):  # torch 2.6 has no public way to ask
+        return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
@@ -272,7 +277,7 @@ def set_threads(num_threads: int | None, num_local_processes: int):
     """
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_WORLD_SIZE" in os.environ
     if num_threads is None and launched and os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        physical = torch.cpu.get_capabilities().get("num_physical_cores") or len(available_cores())
+        physical = psutil.cpu_count(logical=False) or len(available_cores())
         num_threads = max(1, min(physical, len(available_cores())) // num_local_processes)
     if num_threads is not None:
         torch.set_num_threads(num_threads)

@@ -44,6 +44,9 @@ def test_a_loop_on_the_meta_device_reads_no_value(case):
     assert scheduler.get_velocity(sample, sample, foreign[1]).is_meta
 
 
+@pytest.mark.skipif(
+    torch.backends.cuda.is_built() and not torch.cuda.is_available(), reason="torch's CUDA build looks for a driver"
+)
 @pytest.mark.parametrize("case", CASES)
 def test_a_loop_on_a_fake_accelerator_reads_no_value(case):
     scheduler, _, real, kwargs = make(case)
@@ -69,6 +72,7 @@ def test_the_last_step_is_recognised_on_any_device():
     assert [torch.equal(a, b) for a, b in zip(states, states[1:], strict=False)] == [False] * 4 + [True]
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.6"), reason="torch 2.6 cannot trace all of it as one graph")
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("form", ["tensor", "each", "int"])
 def test_step_compiles_to_one_graph(case, form):
