@@ -131,6 +131,9 @@ class TrainerConfig:
 
     logging_steps: int = option(20, "optimizer steps between the lines of metrics.jsonl", "watching")
     save_images_steps: int | None = option(None, "optimizer steps between sample grids while training")
+    profile: bool = option(
+        False, "print what each part of the steps takes, and write a trace of three of them to OUTPUT_DIR/profile"
+    )
     report_to: str | None = option(None, "trackers of accelerate: tensorboard, wandb, trackio, or all", alias="logger")
     tracker_project_name: str = option("diffusers_ext", "project that trackers file the run under")
 

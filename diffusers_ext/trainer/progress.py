@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from tqdm.auto import tqdm
 
@@ -58,11 +58,27 @@ class ProgressBar:
         self._bar.close()
 
 
+_NOTHING = nullcontext()
+
+
 class TimeShares:
-    """Seconds spent on named activities, as the host sees them."""
+    """Seconds spent on named activities beside the model, as the host sees them.
+
+    The methods `watching`, `step` and `part` mark a run, its steps and their parts for `StepProfile`; here they do
+    nothing.
+    """
 
     def __init__(self):
         self.seconds: dict[str, float] = {}
+
+    def watching(self) -> AbstractContextManager:
+        return _NOTHING
+
+    def step(self) -> AbstractContextManager:
+        return _NOTHING
+
+    def part(self, name: str) -> AbstractContextManager:
+        return _NOTHING
 
     @contextmanager
     def of(self, name: str) -> Iterator[None]:
