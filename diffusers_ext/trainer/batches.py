@@ -66,6 +66,7 @@ class BatchOptions:
         timestep_sampling: "uniform" draws each image's time by itself. "stratified" spreads the times of an optimizer
             step evenly over [0, 1) from one random start (Kingma et al. 2021), which keeps each time uniform and
             makes the loss less noisy.
+        latent_shape: Shape of the latents of an image that need noise of their own, or None.
     """
 
     seed: int
@@ -76,6 +77,7 @@ class BatchOptions:
     random_flip: bool = False
     label_dropout: float = 0.0
     timestep_sampling: str = "stratified"
+    latent_shape: tuple[int, ...] | None = None
 
     @property
     def images_per_step(self) -> int:
@@ -87,7 +89,7 @@ class BatchMaker:
 
     A batch is a dict: `pixels`, uint8 or uint16, and `noise`, float32, both of shape `(batch, channels, height, width)` in
     channels_last; `time`, float64 in [0, 1), and `labels`, int64, both of shape `(batch,)`. Without labels there is no
-    `labels`.
+    `labels`. With a `latent_shape` there is `latent_noise`, float32, shape `(batch, *latent_shape)`.
 
     Args:
         shape: (height, width, channels) of an image.
@@ -124,10 +126,12 @@ class BatchMaker:
         options = self.options
         uniform = np.empty((len(positions), _NUM_UNIFORM))
         noise = np.empty((len(positions), *self.shape), np.float32)
-        for position, uniform_out, noise_out in zip(positions, uniform, noise, strict=True):
+        latent_noise = np.empty((len(positions), *(options.latent_shape or (0,))), np.float32)
+        for position, uniform_out, *noise_out in zip(positions, uniform, noise, latent_noise, strict=True):
             generator = self.at(_IMAGE, position)
             generator.random(out=uniform_out)
-            generator.standard_normal(dtype=np.float32, out=noise_out)
+            for out in noise_out:
+                generator.standard_normal(dtype=np.float32, out=out)
 
         pixels = images(uniform[:, _CROP])
         if options.random_flip:
@@ -139,6 +143,8 @@ class BatchMaker:
             "noise": _channels_first(noise),
             "time": torch.from_numpy(time.copy()),
         }
+        if options.latent_shape:
+            items["latent_noise"] = torch.from_numpy(latent_noise)
         if labels is not None:
             dropped = uniform[:, _DROP] < options.label_dropout
             items["labels"] = torch.from_numpy(np.where(dropped, self.num_classes, labels))

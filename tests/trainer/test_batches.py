@@ -111,6 +111,19 @@ def test_noise_is_standard_normal_and_no_two_images_share_it(digits):
     assert correlation.abs().max() < 6 / 64**0.5
 
 
+def test_noise_of_latents_is_normal_and_changes_nothing_else(digits):
+    with_latents = dataclasses.replace(OPTIONS, latent_shape=(4, 2, 3))
+    plain, batch = joined(digits, OPTIONS, 250), joined(digits, with_latents, 250)
+    noise = batch.pop("latent_noise")
+    assert noise.shape == (2000, 4, 2, 3)
+    assert_same(batch, plain)
+    assert noise.mean().abs() < 5 / noise.numel() ** 0.5 and (noise.var() - 1).abs() < 5 * (2 / noise.numel()) ** 0.5
+    together = torch.cat([noise.flatten(1), plain["noise"].flatten(1)], dim=1)
+    assert (torch.corrcoef(together.T) - torch.eye(together.shape[1])).abs().max() < 6 / 2000**0.5
+    parts = dataclasses.replace(with_latents, batch_size=2, num_processes=2, accumulation=2)
+    assert torch.equal(joined(digits, parts, 250)["latent_noise"], noise)
+
+
 def test_labels_are_dropped_and_images_flipped_at_their_rates(digits):
     plain = joined(digits, dataclasses.replace(OPTIONS, random_flip=False, label_dropout=0.0), 250)
     mixed = joined(digits, OPTIONS, 250)
