@@ -130,6 +130,11 @@ class TrainerConfig:
     )
 
     logging_steps: int = option(20, "optimizer steps between the lines of metrics.jsonl", "watching")
+    validation_split: str | None = option(None, "split of held-out images to take the loss on")
+    validation_steps: int | None = option(
+        None, "optimizer steps between such losses; by default 500, and always at the end"
+    )
+    max_validation_samples: int | None = option(None, "use only the first so many held-out images")
     save_images_steps: int | None = option(None, "optimizer steps between sample grids while training")
     profile: bool = option(
         False, "print what each part of the steps takes, and write a trace of three of them to OUTPUT_DIR/profile"
@@ -163,10 +168,15 @@ class TrainerConfig:
             "num_classes",
             "shuffle_buffer",
             "num_threads",
+            "validation_steps",
+            "max_validation_samples",
             "ema_snapshot_steps",
         ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("validation_steps", "max_validation_samples"):
+            if getattr(self, name) is not None and self.validation_split is None:
+                raise ValueError(f"{name} has no meaning without validation_split")
         if self.resolution is not None and (len(self.resolution) > 2 or min(self.resolution) < 1):
             raise ValueError(
                 f"resolution must be one side or height and width, got {' '.join(map(str, self.resolution))}"
@@ -248,6 +258,8 @@ def resolve_for_machine(config: TrainerConfig) -> TrainerConfig:
         changes["ema_stds"] = (0.05, 0.1)
     if config.max_train_steps is None and config.max_train_time is None:
         changes["max_train_steps"] = config.DEFAULT_MAX_TRAIN_STEPS
+    if config.validation_split is not None and config.validation_steps is None:
+        changes["validation_steps"] = 500
     if config.output_dir is None:
         changes["output_dir"] = f"runs/{os.path.basename(os.path.abspath(config.dataset_name))}"
     return dataclasses.replace(config, **changes)

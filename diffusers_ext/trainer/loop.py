@@ -1,18 +1,15 @@
 """The training loop: optimizer steps until the budget is used up, watched, saved and resumable at each of them."""
 
-import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import fmean as mean
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffusers_ext.trainer.adversary import Adversary, frozen
@@ -23,37 +20,25 @@ from diffusers_ext.trainer.data import ImageData
 from diffusers_ext.trainer.ema import WeightAverage
 from diffusers_ext.trainer.options import to_yaml
 from diffusers_ext.trainer.posthoc_ema import AverageSnapshots
+from diffusers_ext.trainer.profiling import StepProfile
 from diffusers_ext.trainer.progress import ProgressBar, TimeShares
 from diffusers_ext.trainer.run_folder import CONFIG_FILE, METRICS_FILE, MetricsLog, check_same_run
+from diffusers_ext.trainer.run_state import RunState, load_run, save_run
 from diffusers_ext.trainer.schedule import LearningRate
 from diffusers_ext.trainer.signals import StopRequest, catch_signals
-from diffusers_ext.trainer.stream import StreamData, load_stream_state, make_batches, save_stream_state
+from diffusers_ext.trainer.stream import StreamData, make_batches
+from diffusers_ext.trainer.validation import ValidationBatches
 
 
-STATE_FILE, AVERAGE_FILE, OBJECTIVE_FILE = "run_state.json", "average.safetensors", "objective.safetensors"
-
-
-@dataclass
-class RunState:
-    """Where a run stands.
-
-    Attributes:
-        step: Optimizer steps done.
-        position: Images looked at, by all processes together; the next batch starts there.
-        num_images: Of the data set, on which the meaning of a position depends; None for a stream.
-        seconds: Time of the run, from the first step on, over all its parts.
-        warmup_seconds: `seconds` when the warm-up of the learning rate ended.
-        losses, norms, adversary_losses: Of each step since the last line of the log.
-    """
-
-    step: int = 0
-    position: int = 0
-    num_images: int | None = 0
-    seconds: float = 0.0
-    warmup_seconds: float = 0.0
-    losses: list[float] = field(default_factory=list)
-    norms: list[float] = field(default_factory=list)
-    adversary_losses: list[float] = field(default_factory=list)
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """The module in evaluation mode, and back in its own at the end."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
 
 
 class Trainer:
@@ -71,9 +56,10 @@ class Trainer:
             there, it may wait for the device. If it has `draw(folder)`, the main process calls that at the end.
         data: The images.
         batch_options: Keywords of `BatchOptions` beyond those that the config of every script has.
-        on_images: Called with this object every `save_images_steps`, on the main process. It must leave the default
-            generators as they are, or the run depends on how often it is called.
+        on_images: Called with this object every `save_images_steps`, in each process, which may share the work. What it
+            draws from the default generators changes nothing.
         adversary: A second network that learns against the model.
+        validation_data: Images like `data`, on which `evaluate` takes the loss every `validation_steps` and at the end.
 
     Raises:
         ValueError: if `compute_loss` has parameters to train, or if the adversary cannot run here.
@@ -90,11 +76,14 @@ class Trainer:
         batch_options: dict | None = None,
         on_images: Callable[["Trainer"], None] | None = None,
         adversary: Adversary | None = None,
+        validation_data: ImageData | None = None,
     ):
         self.config, self.accelerator, self.data = config, accelerator, data
         self.output_dir = Path(config.output_dir)
         self.compute_loss, self.on_images = compute_loss, on_images
         self.state, self.shares, self.last_checkpoint = RunState(num_images=data.num_images), TimeShares(), None
+        if config.profile:
+            self.shares = StepProfile(accelerator, self.output_dir)
 
         self.module = model.to(accelerator.device)  # what is saved and sampled; `self.model` is what is called
         if config.channels_last:
@@ -139,6 +128,10 @@ class Trainer:
             random_flip=config.random_flip,
             **(batch_options or {}),
         )
+        self.validation = None
+        if validation_data is not None:
+            latent_shape = (batch_options or {}).get("latent_shape")
+            self.validation = ValidationBatches(validation_data, config.train_batch_size, latent_shape)
         self._scale = 2 / torch.iinfo(torch.uint16 if data.dtype == "uint16" else torch.uint8).max
         self._losses, self._norms, self._adversary_losses = [], [], []
         self._stream_state = None  # of the checkpoint that the run goes on from
@@ -182,45 +175,47 @@ class Trainer:
         self._start = time.perf_counter() - state.seconds
         first_seconds = state.seconds
         try:
-            with catch_signals() as request:
+            with catch_signals() as request, self.shares.watching():
                 self._run(request)
         finally:
             self._bar.close()
             if self._log:
                 self._log.close()
             del self._stream  # ends the workers
-        self.accelerator.print(f"time: {self.shares.summary(state.seconds - first_seconds)}")
+        self.accelerator.print(f"time: {self.shares.summary(self._now() - first_seconds)}")
 
     def _run(self, request: StopRequest):
         config, state = self.config, self.state
         self.model.train()
-        while not self._is_over(request):
-            self._step()
+        is_over = self._is_over(request)
+        while not is_over:
+            with self.shares.step():
+                self._step()
             state.step += 1
             state.position += self.batch_options.images_per_step
             self._bar.advance(state.step, self._now())
-            if state.step % config.logging_steps == 0:
-                self._report()
+            is_over = self._is_over(request)
+            is_last = is_over and not request.signal_number
+            if is_last or state.step % config.logging_steps == 0 or self._is_due(config.validation_steps):
+                self._report(is_last)
             # Before the checkpoint, so that one never stands without the snapshots up to its step.
-            if self.snapshots and state.step % config.ema_snapshot_steps == 0:
+            if self.snapshots and (is_last or self._is_due(config.ema_snapshot_steps)):
                 self._save_snapshot()
-            if state.step % config.checkpointing_steps == 0:
+            if is_over or self._is_due(config.checkpointing_steps):
                 self.save_checkpoint()
-            if self.on_images and config.save_images_steps and state.step % config.save_images_steps == 0:
+            if self.on_images and self._is_due(config.save_images_steps):
                 self._fetch()
-                with self.shares.of("making images"):
-                    if self.accelerator.is_main_process:
-                        self.on_images(self)
-                    self.accelerator.wait_for_everyone()
-                self.model.train()
+                with self.shares.of("making images"), self._random_state_kept():
+                    self.on_images(self)
         if request.signal_number:
-            self.save_checkpoint()
+            if self.last_checkpoint is None or self.last_checkpoint.name != f"checkpoint-{state.step}":
+                self.save_checkpoint()
             raise SystemExit(self._stopped(request))
-        self._report()
-        if self.snapshots and state.step % config.ema_snapshot_steps:
-            self._save_snapshot()
-        if self.last_checkpoint is None or self.last_checkpoint.name != f"checkpoint-{state.step}":
-            self.save_checkpoint()
+        if state.losses:  # of a run that a signal ended at its last step
+            self._report(is_last=True)
+
+    def _is_due(self, every: int | None) -> bool:
+        return every is not None and self.state.step % every == 0
 
     def _step(self):
         state, config, accelerator = self.state, self.config, self.accelerator
@@ -241,22 +236,28 @@ class Trainer:
                 batch = self._to_device(next(self._stream))
             with accelerator.accumulate(*models):
                 with frozen(adversary.module) if adversary else nullcontext():
-                    loss = self.compute_loss(self.model, batch)
-                    accelerator.backward(loss)
+                    with self.shares.part("forward and loss"):
+                        loss = self.compute_loss(self.model, batch)
+                    with self.shares.part("backward"):
+                        accelerator.backward(loss)
                 losses.append(loss.detach())
                 if adversary and adversary.active:
-                    adversary_losses.append(adversary.learn(accelerator, self.module, batch, self._max_norm))
+                    with self.shares.part("adversary"):
+                        adversary_losses.append(adversary.learn(accelerator, self.module, batch, self._max_norm))
                 if accelerator.sync_gradients:
-                    self._norms.append(self._clip())
-                self.optimizer.step()
-                self.optimizer.zero_grad()
+                    with self.shares.part("clipping of gradients"):
+                        self._norms.append(self._clip())
+                with self.shares.part("optimizer"):
+                    self.optimizer.step()
+                    self.optimizer.zero_grad()
         self._losses.append(torch.stack(losses).mean())
         if adversary_losses:
             self._adversary_losses.append(torch.stack(adversary_losses).mean())
-        if self.average:
-            self.average.update(self.module)
-        if self.snapshots:
-            self.snapshots.update(self.module)
+        with self.shares.part("averages of the weights"):
+            if self.average:
+                self.average.update(self.module)
+            if self.snapshots:
+                self.snapshots.update(self.module)
 
     @property
     def _max_norm(self) -> float:
@@ -267,7 +268,8 @@ class Trainer:
 
     def _to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         batch = {name: value.to(self.accelerator.device, non_blocking=True) for name, value in batch.items()}
-        batch["images"] = batch.pop("pixels").float().mul_(self._scale).sub_(1)
+        if "pixels" in batch:
+            batch["images"] = batch.pop("pixels").float().mul_(self._scale).sub_(1)
         if not self.config.channels_last:
             batch |= {name: batch[name].contiguous() for name in ("images", "noise")}
         return batch
@@ -319,7 +321,7 @@ class Trainer:
         self.state.adversary_losses += adversary_losses
         self._losses, self._norms, self._adversary_losses = [], [], []
 
-    def _report(self):
+    def _report(self, is_last: bool):
         """Logs the mean of the losses since the last report."""
         self._fetch()
         state = self.state
@@ -329,6 +331,9 @@ class Trainer:
         more = {"adversary_loss": mean(state.adversary_losses)} if state.adversary_losses else {}
         if hasattr(self.objective, "metrics"):
             more |= self.objective.metrics()
+        if self.validation:
+            is_due = self._is_due(self.config.validation_steps) or is_last
+            more |= {"val_loss": self.evaluate()} if is_due else {}
         state.losses, state.norms, state.adversary_losses = [], [], []
         record = {
             "step": state.step,
@@ -358,20 +363,47 @@ class Trainer:
     @contextmanager
     def averaged_model(self) -> Iterator[nn.Module]:
         """The model in evaluation mode, with the averaged weights if there are any; its own come back at the end."""
-        training = self.module.training
-        self.module.eval()
-        try:
-            with self.average.applied_to(self.module) if self.average else nullcontext():
-                yield self.module
-        finally:
-            self.module.train(training)
+        with (
+            evaluating(self.module),
+            self.average.applied_to(self.module) if self.average else nullcontext(),
+        ):
+            yield self.module
+
+    @contextmanager
+    def _random_state_kept(self) -> Iterator[None]:
+        devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            yield
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """The mean loss on the held-out images with the averaged weights, at the same noise and times at each call.
+
+        The processes share the images. An objective that is a module is in evaluation mode meanwhile.
+
+        Raises:
+            ValueError: if there are no held-out images.
+            FloatingPointError: if the loss is not finite.
+        """
+        if self.validation is None:
+            raise ValueError("there are no held-out images: give validation_data")
+        accelerator, (total, count) = self.accelerator, (0.0, 0)
+        modes = nullcontext() if self.objective is None else evaluating(self.objective)
+        with self.shares.of("validating"), self.averaged_model() as model, modes, self._random_state_kept():
+            for batch in self.validation.share(accelerator.process_index, accelerator.num_processes):
+                total += self.compute_loss(model, self._to_device(batch)).item() * len(batch["time"])
+                count += len(batch["time"])
+            total, count = accelerator.reduce(torch.tensor([total, count], device=accelerator.device)).tolist()
+        if not math.isfinite(total):
+            raise FloatingPointError(self._not_finite(self.state.step, total, "loss on the held-out images"))
+        return total / count
 
     def save_checkpoint(self):
         """Writes OUTPUT_DIR/checkpoint-STEP, unless a loss since the last report is not finite."""
         self._fetch()
         self.state.seconds = self._now()
         with self.shares.of("saving"):
-            folder = write_checkpoint(self.accelerator, self.output_dir, self.state.step, self._save)
+            folder = write_checkpoint(self.accelerator, self.output_dir, self.state.step, partial(save_run, self))
             if self.accelerator.is_main_process:
                 config = self.config
                 limits = {"limit": config.checkpoints_total_limit, "keep_every": config.checkpoints_keep_every}
@@ -384,22 +416,6 @@ class Trainer:
             if self.accelerator.is_main_process:
                 self.snapshots.write(self.state.step)
 
-    def _save(self, folder: Path):
-        self.accelerator.save_state(str(folder))
-        save_stream_state(self._stream.state, folder, self.accelerator.process_index)
-        if not self.accelerator.is_main_process:
-            return
-        (folder / STATE_FILE).write_text(json.dumps(dataclasses.asdict(self.state), indent=2) + "\n")
-        (folder / CONFIG_FILE).write_text(to_yaml(self.config))
-        if self.average:
-            save_file(self.average.state_dict(), folder / AVERAGE_FILE)
-        if self.snapshots:
-            self.snapshots.save(folder)
-        if self.objective:
-            state = self.objective.state_dict()
-            # safetensors refuses tensors that share memory or lie in another order.
-            save_file({name: value.contiguous().clone() for name, value in state.items()}, folder / OBJECTIVE_FILE)
-
     def _resume(self, request: str):
         folder, passed_over = find_checkpoint(self.output_dir, request)
         for line in passed_over:
@@ -409,31 +425,6 @@ class Trainer:
             return
         for line in check_same_run(self.config, folder):
             self.accelerator.print(line)
-        saved = json.loads((folder / STATE_FILE).read_text())
-        if saved["num_images"] != self.data.num_images:
-            raise ValueError(
-                f"{folder} is of a run on {saved['num_images']} images, the data set {self.data.name} has "
-                f"{self.data.num_images}: give the same data, or start a new run in another --output_dir"
-            )
-        if self.data.num_images is None:
-            self._stream_state = load_stream_state(folder, self.accelerator.process_index)
-        self.accelerator.load_state(str(folder))
-        for name, value in saved.items():
-            setattr(self.state, name, value)
-        if self.average:
-            self.average.load_state_dict(load_file(folder / AVERAGE_FILE))
-        if self.snapshots:
-            self.snapshots.load(folder)
-        self._load_objective(folder)
+        self._stream_state = load_run(self, folder)
         self.last_checkpoint = folder
         self.accelerator.print(f"going on from {folder} (step {self.state.step}, {self.state.position} images seen)")
-
-    def _load_objective(self, folder: Path):
-        if self.objective is None:
-            return
-        path = folder / OBJECTIVE_FILE
-        if not path.exists():
-            raise ValueError(
-                f"{folder} has no {OBJECTIVE_FILE}, so it is of a run without one: give the same objective"
-            )
-        self.objective.load_state_dict(load_file(path))

@@ -9,6 +9,7 @@ from torch import nn
 
 from diffusers_ext.trainer.prepare import prepare_images
 from diffusers_ext.trainer.run_folder import read_metrics
+from diffusers_ext.trainer.run_state import load_run
 from runs import (
     CountedError,
     assert_same_run,
@@ -59,9 +60,8 @@ def test_an_objective_with_a_state_is_saved_resumed_and_reported(data, tmp_path)
     for record in records[1:]:  # the weights of a window's losses lie between those of its ends
         assert 1 + 0.1 * (record["seen"] - 6) < record["unweighted"] / record["loss"] < 1 + 0.1 * record["seen"]
     (tmp_path / "whole" / "checkpoint-12" / "objective.safetensors").unlink()
-    run = trainer(data, tmp_path / "whole", CountedError())
     with pytest.raises(ValueError, match="checkpoint-12 has no objective.safetensors.*: give the same objective"):
-        run._load_objective(tmp_path / "whole" / "checkpoint-12")
+        load_run(trainer(data, tmp_path / "whole", CountedError()), tmp_path / "whole" / "checkpoint-12")
 
 
 def test_an_objective_with_parameters_to_train_is_refused(data, tmp_path):
