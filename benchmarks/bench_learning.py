@@ -10,7 +10,7 @@ difference of a few percent is a difference of the networks.
 import argparse
 
 import torch
-from diffusers import UNet2DModel
+from stock import stock_unet
 from tqdm.auto import trange
 
 from diffusers_ext import ExtDDPMScheduler, UNetModel
@@ -20,14 +20,8 @@ from diffusers_ext.trainer.prepare import prepare_images
 
 def networks(size: tuple[int, int], channels: int) -> dict[str, torch.nn.Module]:
     torch.manual_seed(0)
-    common = {"sample_size": size, "in_channels": channels, "out_channels": channels, "layers_per_block": 2}
-    stock = UNet2DModel(
-        block_out_channels=(64, 128, 128),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        **common,
-    )
-    return {"diffusers": stock, "diffusers_ext": UNetModel(block_out_channels=(64, 128, 128), **common)}
+    ours = {"in_channels": channels, "out_channels": channels, "block_out_channels": (64, 128, 128)}
+    return {"diffusers": stock_unet(size, channels), "diffusers_ext": UNetModel(sample_size=size, **ours)}
 
 
 def losses(model: torch.nn.Module, images: torch.Tensor, steps: int, batch_size: int, learning_rate: float):
