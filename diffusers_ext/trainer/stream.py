@@ -114,7 +114,7 @@ class Division:
         self.by_shards = data.max_samples is None and source.num_shards >= num_readers
         self.num_groups = min(source.num_shards, max(MAX_GROUPS, num_readers)) if data.max_samples is None else 1
         self._source = source if data.max_samples is None else source.take(data.max_samples)
-        self._num_readers = num_readers
+        self._num_readers, self._limited = num_readers, data.max_samples is not None
 
     def groups(self, order: np.ndarray, epoch: int, reader: int) -> np.ndarray:
         """The groups that a reader goes through in an epoch, of all of them in their order."""
@@ -129,14 +129,18 @@ class Division:
         # Neighbouring shards are often alike, so that a group has some from all over.
         return self._source.shard(self.num_groups, int(group), contiguous=False)
 
+    def _why(self) -> str:
+        if self._limited:
+            return "max_train_samples counts the first images"
+        return f"it has {self.num_groups} shards; more files, or fewer --dataloader_num_workers, save the reading"
+
     def note(self) -> str | None:
         """What a user may want to know of it."""
         if self.by_shards or self._num_readers == 1:
             return None
         return (
-            f"{self._num_readers} readers (processes x workers) each read all of the {self.num_groups} shards of the "
-            f"stream and decode every {self._num_readers}th image: with at least {self._num_readers} files, or fewer "
-            "--dataloader_num_workers, none would be read twice"
+            f"{self._num_readers} readers (processes x workers) each read all of the stream, which they cannot divide by "
+            f"shards, and decode one image in {self._num_readers}: {self._why()}"
         )
 
 
