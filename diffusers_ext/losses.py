@@ -2,16 +2,28 @@
 
     L = E_t[ w(t) |x_0 - x0_hat|^2 ]
 
-The weights differ between papers only in w; `x0_error_scale` carries each to the model's own output.
+The weights differ between papers only in w; `x0_error_scale` carries each to the model's own output. The variational
+bound is such a loss too if the variances are fixed; with learned ones it is `bound_loss`.
+
+References:
+    Ho, Jain, Abbeel 2020, Denoising Diffusion Probabilistic Models, arXiv 2006.11239 (L_simple).
+    Nichol, Dhariwal 2021, Improved Denoising Diffusion Probabilistic Models, arXiv 2102.09672 (L_vlb, L_hybrid).
+    Hang et al. 2023, Efficient Diffusion Training via Min-SNR Weighting Strategy, arXiv 2303.09556.
+    Salimans, Ho 2022, Progressive Distillation for Fast Sampling of Diffusion Models, arXiv 2202.00512.
+    Choi et al. 2022, Perception Prioritized Training of Diffusion Models, arXiv 2204.00227 (P2).
 """
 
 import torch
 from torch import Tensor
 
+from diffusers_ext.likelihood import ReverseChain, transition_nats
 from diffusers_ext.noising import NoiseLevel, training_target, x0_error_scale
 
 
 LOSS_WEIGHTINGS = ("uniform", "simple", "min_snr", "truncated_snr", "snr_plus_one", "p2", "sample")
+
+# What is minimised: a weighted squared error; the bound; the first for the mean and the second for the variance.
+OBJECTIVES = ("simple", "vlb", "hybrid")
 
 
 def loss_weight(
@@ -78,3 +90,35 @@ def denoising_loss(
         return error
     weight = loss_weight(level, weighting, prediction_type, snr_gamma=snr_gamma, p2_gamma=p2_gamma)
     return weight.flatten() * error
+
+
+def bound_loss(
+    output: Tensor,
+    x0: Tensor,
+    x_t: Tensor,
+    chain: ReverseChain,
+    timesteps: Tensor,
+    prediction_type: str,
+    variance: str = "learned_range",
+    *,
+    num_bins: int | None = 256,
+    detach_mean: bool = False,
+) -> Tensor:
+    """L_vlb from one timestep of each sample, in nats per dimension, shape `(batch,)` (Nichol & Dhariwal 2021).
+
+    That is the term of the bound at that timestep times their number, so that its mean over all timesteps is the bound
+    without the prior term L_T, on which no model has an influence.
+
+    Args:
+        output: What the model gave at `x_t`, with twice the channels if the variance is learned.
+        chain: Over all timesteps of the noising path.
+        timesteps: int64, shape `(batch,)`.
+        variance: One of `diffusers_ext.likelihood.REVERSE_VARIANCES`.
+        num_bins: Number of values that the data can have, or None if they are continuous.
+        detach_mean: Whether gradients reach the variance alone, as in L_hybrid.
+    """
+    wide = output.to(torch.promote_types(x0.dtype, torch.float32))
+    nats = transition_nats(
+        wide, x0, x_t, chain, timesteps, prediction_type, variance, num_bins=num_bins, detach_mean=detach_mean
+    )
+    return len(chain) * nats.flatten(1).mean(1)

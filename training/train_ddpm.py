@@ -14,22 +14,25 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 
 from diffusers_ext import DiffusionPipeline, ExtDDIMScheduler, ExtDDPMScheduler, GuidedDiffusionPipeline, UNetModel
 from diffusers_ext.betas import BETA_SCHEDULES
-from diffusers_ext.losses import LOSS_WEIGHTINGS, denoising_loss
-from diffusers_ext.noising import PREDICTION_TYPES, add_noise
+from diffusers_ext.losses import LOSS_WEIGHTINGS, OBJECTIVES
+from diffusers_ext.noising import PREDICTION_TYPES
 from diffusers_ext.trainer.batches import TIMESTEP_SAMPLINGS
 from diffusers_ext.trainer.config import TrainerConfig, resolve_for_machine
 from diffusers_ext.trainer.data import ImageData
 from diffusers_ext.trainer.loop import Trainer
+from diffusers_ext.trainer.objective import DenoisingObjective
 from diffusers_ext.trainer.options import option, run_script, to_command
 from diffusers_ext.trainer.prepare import prepare_data
 from diffusers_ext.trainer.run import describe_data, finish_run, make_accelerator, open_run, save_whole
-from diffusers_ext.trainer.sampling import draw_denoising, draw_samples
+from diffusers_ext.trainer.sampling import draw_denoising, draw_samples, log_image
 from diffusers_ext.trainer.stream import StreamData
+from diffusers_ext.trainer.validation import prepare_validation
 
 
 SCHEDULERS = {"ddpm": ExtDDPMScheduler, "ddim": ExtDDIMScheduler}
@@ -55,13 +58,20 @@ class TrainConfig(TrainerConfig):
     beta_end: float = option(0.02, "last beta of linear, scaled_linear and sigmoid")
     rescale_betas_zero_snr: bool = option(False, "let the last level be pure noise; not with epsilon")
     prediction_type: Literal[PREDICTION_TYPES] = option("v_prediction", "what the model outputs")
+    objective: Literal[OBJECTIVES] = option(
+        "simple",
+        "the squared error; the variational bound, with learned variance; or the first for the mean and the second for "
+        "the variance",
+    )
+    vlb_weight: float = option(1e-3, "weight of the bound, in nats per dimension, in hybrid")
     loss_weighting: Literal[LOSS_WEIGHTINGS] = option(
-        "uniform", "weight of the noise levels; see diffusers_ext.losses"
+        "uniform", "weight of the noise levels in the squared error; see diffusers_ext.losses"
     )
     snr_gamma: float = option(5.0, "where min_snr cuts off")
     p2_gamma: float = option(1.0, "exponent of p2")
-    timestep_sampling: Literal[TIMESTEP_SAMPLINGS] = option(
-        "stratified", "each image's level by itself, or evenly spread"
+    timestep_sampling: Literal[(*TIMESTEP_SAMPLINGS, "importance")] = option(
+        "stratified",
+        "each image's level by itself; evenly spread; or more often where the loss is large, with smaller weights",
     )
     label_dropout: float = option(0.1, "probability of training an image without its label, for guidance")
 
@@ -76,17 +86,21 @@ class TrainConfig(TrainerConfig):
 
     FIXED_ON_RESUME: ClassVar[frozenset[str]] = TrainerConfig.FIXED_ON_RESUME.union(
         "block_out_channels layers_per_block attention_resolutions attention_head_dim num_train_timesteps beta_schedule "
-        "beta_start beta_end rescale_betas_zero_snr prediction_type loss_weighting snr_gamma p2_gamma timestep_sampling "
-        "label_dropout dropout".split()
+        "beta_start beta_end rescale_betas_zero_snr prediction_type objective vlb_weight loss_weighting snr_gamma p2_gamma "
+        "timestep_sampling label_dropout dropout".split()
     )
 
     def __post_init__(self):
         super().__post_init__()
         if not 0 <= self.label_dropout < 1:
             raise ValueError(f"label_dropout must be in [0, 1), got {self.label_dropout:g}")
-        for name in ("num_inference_steps", "sample_columns", "eval_batch_size", "snr_gamma"):
+        for name in ("num_inference_steps", "sample_columns", "eval_batch_size", "snr_gamma", "vlb_weight"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.objective == "vlb" and self.loss_weighting != "uniform":
+            raise ValueError(
+                f"loss_weighting is of the squared error, which objective vlb has none of, got {self.loss_weighting}"
+            )
         if self.num_inference_steps > self.num_train_timesteps:
             raise ValueError(
                 f"num_inference_steps must be at most num_train_timesteps ({self.num_train_timesteps}), got "
@@ -100,6 +114,15 @@ class TrainConfig(TrainerConfig):
                     f"resolution must be a multiple of {self.size_multiple}, since block_out_channels has "
                     f"{len(self.block_out_channels)} widths and each but the last halves the images, got {side}: take {near}"
                 )
+
+    @property
+    def learns_variance(self) -> bool:
+        return self.objective != "simple"
+
+    @property
+    def time_sampling(self) -> str:
+        """How the times of a batch are drawn, from which the objective takes the timesteps."""
+        return "stratified" if self.timestep_sampling == "importance" else self.timestep_sampling
 
     @property
     def size_multiple(self) -> int:
@@ -120,17 +143,20 @@ def main(config: TrainConfig) -> Path:
             config,
             accelerator,
             model,
-            partial(training_loss, config, scheduler),
+            build_objective(config, scheduler, accelerator, num_bins=count_values(data.dtype)),
             data,
-            batch_options={"label_dropout": config.label_dropout, "timestep_sampling": config.timestep_sampling},
+            batch_options={"label_dropout": config.label_dropout, "timestep_sampling": config.time_sampling},
             on_images=partial(draw_while_training, config, scheduler),
+            validation_data=load_validation(config, accelerator, data),
         )
         trainer.train()
         if accelerator.is_main_process:
             with averaged_pipeline(trainer, scheduler) as pipe:
                 save_whole(pipe, trainer.output_dir)
-            print("drawing samples and the denoising of one of them ...", flush=True)
-            draw_figures(config, accelerator, data)
+        accelerator.print("drawing samples and the denoising of one of them ...", flush=True)
+        accelerator.wait_for_everyone()
+        draw_figures(trainer)
+        if accelerator.is_main_process:
             finish_run(trainer, command, "\n\n".join([describe_data(config, data), *data.notes]))
     return trainer.output_dir
 
@@ -144,13 +170,27 @@ def load_data(config: TrainConfig, accelerator: Accelerator) -> ImageData | Stre
     return data
 
 
+def load_validation(config: TrainConfig, accelerator: Accelerator, data: ImageData | StreamData) -> ImageData | None:
+    """The held-out images, if the options name any, read like those of the training."""
+    with accelerator.local_main_process_first():
+        held_out = prepare_validation(config, data)
+    if held_out is not None:
+        accelerator.print(f"the loss is taken on {len(held_out)} images of the split {config.validation_split} too")
+    return held_out
+
+
+def count_values(dtype: np.dtype) -> int | None:
+    """The number of values of a pixel, or None if they are continuous."""
+    return int(np.iinfo(dtype).max) + 1 if dtype.kind == "u" else None
+
+
 def build_model(config: TrainConfig, data: ImageData) -> UNetModel:
     """A new model with weights that follow from the seed."""
     torch.manual_seed(config.seed)
     return UNetModel(
         sample_size=data.size,
         in_channels=data.channels,
-        out_channels=data.channels,
+        out_channels=data.channels * (2 if config.learns_variance else 1),
         block_out_channels=config.block_out_channels,
         layers_per_block=config.layers_per_block,
         attention_resolutions=config.attention_resolutions,
@@ -162,7 +202,7 @@ def build_model(config: TrainConfig, data: ImageData) -> UNetModel:
 
 def build_scheduler(config: TrainConfig) -> ExtDDPMScheduler | ExtDDIMScheduler:
     """The scheduler that is saved with the pipeline; its noise schedule is the training's."""
-    return SCHEDULERS[config.scheduler](
+    scheduler = SCHEDULERS[config.scheduler](
         num_train_timesteps=config.num_train_timesteps,
         beta_schedule=config.beta_schedule,
         beta_start=config.beta_start,
@@ -171,26 +211,33 @@ def build_scheduler(config: TrainConfig) -> ExtDDPMScheduler | ExtDDIMScheduler:
         prediction_type=config.prediction_type,
         timestep_spacing=config.timestep_spacing,
     )
+    if config.learns_variance:
+        # Of DDIM too, which has no use for it, so that whoever makes another scheduler from the config knows.
+        scheduler = type(scheduler).from_config(scheduler.config, variance_type="learned_range")
+        scheduler.register_to_config(variance_type="learned_range")
+    return scheduler
 
 
-def training_loss(
-    config: TrainConfig, scheduler: ExtDDPMScheduler, model, batch: dict[str, torch.Tensor]
-) -> torch.Tensor:
-    """The weighted error of the model's output at one timestep for each image (DDPM, Algorithm 1)."""
-    x0, eps = batch["images"], batch["noise"]
-    timesteps = (batch["time"] * config.num_train_timesteps).long()
-    level = scheduler.schedule.level(timesteps, x0)
-    output = model(add_noise(x0, eps, level), timesteps, class_labels=batch.get("labels")).sample
-    return denoising_loss(
-        output,
-        x0,
-        eps,
-        level,
+def build_objective(
+    config: TrainConfig,
+    scheduler: ExtDDPMScheduler | ExtDDIMScheduler,
+    accelerator: Accelerator | None = None,
+    *,
+    num_bins: int | None = 256,
+) -> DenoisingObjective:
+    """The loss of a batch; `num_bins` is the number of values that the data can have, None if they are continuous."""
+    return DenoisingObjective(
+        scheduler.schedule,
         config.prediction_type,
+        objective=config.objective,
         weighting=config.loss_weighting,
         snr_gamma=config.snr_gamma,
         p2_gamma=config.p2_gamma,
-    ).mean()
+        vlb_weight=config.vlb_weight,
+        importance_sampling=config.timestep_sampling == "importance",
+        num_bins=num_bins,
+        accelerator=accelerator,
+    )
 
 
 @contextmanager
@@ -205,30 +252,31 @@ def averaged_pipeline(trainer: Trainer, scheduler: ExtDDPMScheduler):
 
 
 def draw_while_training(config: TrainConfig, scheduler: ExtDDPMScheduler, trainer: Trainer) -> None:
-    """Samples of the averaged weights, at `samples/step-STEP.png`."""
+    """Samples of the averaged weights, at `samples/step-STEP.png` and in the trackers; the processes share them."""
     with averaged_pipeline(trainer, scheduler) as pipe:
-        draw_samples(
-            pipe,
-            trainer.output_dir / "samples" / f"step-{trainer.state.step:07}.png",
-            **sample_settings(config, trainer.data),
-        )
+        path = trainer.output_dir / "samples" / f"step-{trainer.state.step:07}.png"
+        grid = draw_samples(pipe, path, accelerator=trainer.accelerator, **sample_settings(config, trainer.data))
+    log_image(trainer.accelerator, "samples", grid, trainer.state.step)
 
 
-def draw_figures(config: TrainConfig, accelerator: Accelerator, data: ImageData) -> None:
-    """The sample grid and the denoising strip, from the pipeline as saved."""
-    output_dir = Path(config.output_dir)
+def draw_figures(trainer: Trainer) -> None:
+    """The sample grid, which the processes share, and the denoising strip, from the pipeline as saved."""
+    config, accelerator, data, output_dir = trainer.config, trainer.accelerator, trainer.data, trainer.output_dir
     pipe = DiffusionPipeline.from_pretrained(output_dir).to(accelerator.device)
     pipe.set_progress_bar_config(disable=True)
     with accelerator.autocast():
-        draw_samples(pipe, output_dir / "samples.png", **sample_settings(config, data))
-        draw_denoising(
-            pipe,
-            output_dir / "denoising.png",
-            label=None if data.id2label is None else 0,
-            num_inference_steps=config.num_inference_steps,
-            guidance_scale=config.guidance_scale,
-            seed=config.seed,
-        )
+        settings = sample_settings(config, data)
+        grid = draw_samples(pipe, output_dir / "samples.png", accelerator=accelerator, **settings)
+        log_image(accelerator, "samples", grid, trainer.state.step)
+        if accelerator.is_main_process:
+            draw_denoising(
+                pipe,
+                output_dir / "denoising.png",
+                label=None if data.id2label is None else 0,
+                num_inference_steps=config.num_inference_steps,
+                guidance_scale=config.guidance_scale,
+                seed=config.seed,
+            )
 
 
 def sample_settings(config: TrainConfig, data: ImageData) -> dict:

@@ -56,7 +56,7 @@ def _to_pil(picture: Tensor) -> Image.Image:
 
 
 def draw_loss(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """The loss over optimizer steps, as logged and smoothed, with the learning rate below it."""
+    """The loss over optimizer steps, as logged and smoothed, and on held-out images; the learning rate below it."""
     from matplotlib.figure import Figure  # not pyplot: no global state, no display
 
     steps = np.array([record["step"] for record in records])
@@ -65,13 +65,44 @@ def draw_loss(records: Sequence[dict[str, Any]], path: Path) -> None:
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     above.plot(steps, losses, color="C0", alpha=0.35, label="mean between two lines of the log")
     above.plot(steps, _smoothed(losses), color="C0", label="smoothed")
-    if (losses > 0).all():
+    held_out = [(record["step"], record["val_loss"]) for record in records if "val_loss" in record]
+    if held_out:
+        above.plot(*zip(*held_out, strict=True), color="C2", marker=".", label="on held-out images")
+    if (losses > 0).all() and all(loss > 0 for _, loss in held_out):
         above.set_yscale("log")
     above.set_ylabel("loss")
     above.legend(frameon=False)
     below.plot(steps, [record["learning_rate"] for record in records], color="C1")
     below.set_ylabel("learning rate")
     below.set_xlabel("optimizer step")
+    figure.savefig(path, dpi=120)
+
+
+def draw_loss_by_snr(rows: Sequence[dict[str, float]], path: Path) -> None:
+    """The loss over the noise level, the noise on the left; without weights too, if that differs.
+
+    Args:
+        rows: With `log_snr`, `loss` and `error`, see `DenoisingObjective.curve`; and `vlb_bits_per_dim` if there is any.
+    """
+    from matplotlib.figure import Figure
+
+    log_snr = [row["log_snr"] for row in rows]
+    bound = "vlb_bits_per_dim" in rows[0]
+    figure = Figure(figsize=(7, 6 if bound else 4), layout="constrained")
+    above, *below = figure.subplots(2 if bound else 1, 1, sharex=True, squeeze=False).flatten()
+    loss, error = ([row[name] for row in rows] for name in ("loss", "error"))
+    above.plot(log_snr, loss, color="C0", marker=".", label="loss")
+    if loss != error:
+        above.plot(log_snr, error, color="C1", marker=".", label="squared error of the output, without weights")
+    above.legend(frameon=False)
+    above.set_ylabel("mean loss")
+    for axes in below:
+        axes.plot(log_snr, [row["vlb_bits_per_dim"] for row in rows], color="C2", marker=".")
+        axes.set_ylabel("timesteps times the\nbound's term, bits/dim")
+    for axes in (above, *below):
+        if all(value > 0 for line in axes.lines for value in line.get_ydata()):
+            axes.set_yscale("log")
+    (below[-1] if below else above).set_xlabel("log SNR of the timesteps (natural log)")
     figure.savefig(path, dpi=120)
 
 

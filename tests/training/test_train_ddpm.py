@@ -23,7 +23,7 @@ import diffusers_ext
 from diffusers_ext.trainer.data import load_digits
 from diffusers_ext.trainer.options import parse_config
 from diffusers_ext.trainer.run_folder import read_metrics
-from training.train_ddpm import TrainConfig, build_scheduler, main, training_loss
+from training.train_ddpm import TrainConfig, build_objective, build_scheduler, main
 
 
 ROOT = Path(__file__).parents[2]
@@ -311,8 +311,9 @@ def test_loss_of_a_perfect_model_is_zero_and_of_a_blank_one_is_its_target(predic
 
         return call
 
-    assert training_loss(config, scheduler, model(target), batch) < 1e-6
-    blank = training_loss(config, scheduler, model(torch.zeros_like(x0)), batch)
+    objective = build_objective(config, scheduler)
+    assert objective(model(target), batch) < 1e-6
+    blank = objective(model(torch.zeros_like(x0)), batch)
     torch.testing.assert_close(blank, target.square().mean(), rtol=1e-3, atol=0)
 
 

@@ -1,0 +1,266 @@
+"""The loss of a training batch: which timesteps, which objective, and a record of the loss at each noise level."""
+
+import csv
+import math
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from diffusers_ext.likelihood import ReverseChain, bits_per_dim, split_output
+from diffusers_ext.losses import LOSS_WEIGHTINGS, OBJECTIVES, bound_loss, denoising_loss
+from diffusers_ext.noising import PREDICTION_TYPES, NoiseSchedule, add_noise
+from diffusers_ext.trainer.figures import draw_loss_by_snr
+
+
+# Nichol & Dhariwal 2021, Section 3.3: the second moment of the loss at a timestep is that of its last so many values,
+# and until there are as many at each, timesteps are uniform.
+HISTORY_LENGTH = 10
+# Share of the timesteps that stay uniform, so that none whose losses happened to be small is never seen again.
+UNIFORM_SHARE = 0.001
+
+# The timesteps are put together to so many intervals, and at each report the losses from before it count so much less.
+NUM_INTERVALS, DECAY = 40, 0.9
+
+
+class DenoisingObjective(nn.Module):
+    """The mean loss of a batch, to be called with the model and the batch (see `diffusers_ext.trainer.batches`).
+
+    It trains nothing of its own. Its state is in buffers, the same in all processes after each step: what timesteps are
+    drawn by, and the losses since the last report. In evaluation mode timesteps are uniform and nothing is recorded.
+
+    Args:
+        schedule: The noising path.
+        prediction_type: What the model outputs, one of `diffusers_ext.noising.PREDICTION_TYPES`.
+        objective: "simple": the weighted squared error of the output (DDPM's L_simple and its variants). "vlb": the
+            variational bound, in nats per dimension, of a model that learns the variance too. "hybrid": "simple" for
+            the mean, and `vlb_weight` times "vlb" for the variance alone (Nichol & Dhariwal 2021). The model has twice
+            the channels for the last two, for the variance "learned_range".
+        weighting: Of the squared error, one of `diffusers_ext.losses.LOSS_WEIGHTINGS`; not for "vlb".
+        snr_gamma, p2_gamma: Of the weightings "min_snr" and "p2".
+        vlb_weight: Weight of the bound in "hybrid".
+        importance_sampling: Draw timestep t with a probability p_t in proportion to the root of the second moment of
+            its loss, and divide by T p_t, which leaves the expected loss as it is and makes it less noisy
+            (Nichol & Dhariwal 2021, Section 3.3).
+        num_bins: Number of values that the data can have, 256 for 8 bits; None for continuous data (latents).
+        accelerator: Collects the losses of all processes; without one there is one process.
+
+    Raises:
+        ValueError: If an option is not known or they contradict one another.
+    """
+
+    def __init__(
+        self,
+        schedule: NoiseSchedule,
+        prediction_type: str,
+        *,
+        objective: str = "simple",
+        weighting: str = "uniform",
+        snr_gamma: float = 5.0,
+        p2_gamma: float = 1.0,
+        vlb_weight: float = 1e-3,
+        importance_sampling: bool = False,
+        num_bins: int | None = 256,
+        accelerator: Accelerator | None = None,
+    ):
+        super().__init__()
+        for name, value, known in (
+            ("prediction_type", prediction_type, PREDICTION_TYPES),
+            ("objective", objective, OBJECTIVES),
+            ("loss_weighting", weighting, LOSS_WEIGHTINGS),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        if objective == "vlb" and weighting != "uniform":
+            raise ValueError(f"objective vlb is the bound itself, which no loss_weighting changes, got {weighting!r}")
+        if not (math.isfinite(vlb_weight) and vlb_weight > 0):
+            raise ValueError(f"vlb_weight must be positive, got {vlb_weight}")
+        self.schedule, self.prediction_type, self.objective = schedule, prediction_type, objective
+        self.weights = {"weighting": weighting, "snr_gamma": snr_gamma, "p2_gamma": p2_gamma}
+        self.vlb_weight, self.importance_sampling, self.num_bins = vlb_weight, importance_sampling, num_bins
+        self.accelerator = accelerator
+        self.chain = ReverseChain(schedule) if self.learns_variance else None
+        length = len(schedule)
+        intervals = min(NUM_INTERVALS, length)
+        # Sums of: importance weight, and times it the squared error, the loss, and the bound.
+        self.register_buffer("recent_sums", torch.zeros(intervals, 4))
+        self.register_buffer("faded_sums", torch.zeros(intervals, 4))
+        if importance_sampling:
+            self.register_buffer("loss_history", torch.zeros(length, HISTORY_LENGTH))
+            self.register_buffer("loss_count", torch.zeros(length, dtype=torch.int64))
+
+    @property
+    def learns_variance(self) -> bool:
+        """Whether the model has a second half of channels for the variance."""
+        return self.objective != "simple"
+
+    def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        x0, eps = batch["images"], batch["noise"]
+        timesteps, weight = self.sample_timesteps(batch["time"])
+        x_t = add_noise(x0, eps, self.schedule.level(timesteps, x0))
+        output = model(x_t, timesteps, class_labels=batch.get("labels")).sample
+        error, loss, bound = self.losses(output, x0, eps, x_t, timesteps)
+        if self.training:
+            self._record(timesteps, weight, error, loss, bound)
+        return (loss * weight).mean()
+
+    def losses(
+        self, output: Tensor, x0: Tensor, eps: Tensor, x_t: Tensor, timesteps: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each sample: the squared error of the prediction, the loss, and the bound in nats per dimension or 0.
+
+        Args:
+            output: The model's output at `x_t`, which has `eps` in it.
+            timesteps: int64, shape `(batch,)`.
+        """
+        level = self.schedule.level(timesteps, x0)
+        prediction, _ = split_output(output, "learned_range" if self.learns_variance else "fixed_large")
+        if prediction.shape != x0.shape:
+            times = "twice the" if self.learns_variance else "the"
+            raise ValueError(
+                f"objective {self.objective} needs a model whose output has {times} channels of its input, "
+                f"{tuple(x0.shape)}, got {tuple(output.shape)}"
+            )
+        if self.objective != "vlb":
+            loss = denoising_loss(prediction, x0, eps, level, self.prediction_type, **self.weights)
+        if self.objective == "vlb" or self.weights["weighting"] != "uniform":
+            error = denoising_loss(prediction.detach(), x0, eps, level, self.prediction_type)
+        else:
+            error = loss.detach()
+        if not self.learns_variance:
+            return error, loss, torch.zeros_like(error)
+        bound = bound_loss(
+            *(output, x0, x_t, self.chain, timesteps, self.prediction_type),
+            num_bins=self.num_bins,
+            detach_mean=self.objective == "hybrid",
+        )
+        return error, bound if self.objective == "vlb" else loss + self.vlb_weight * bound, bound
+
+    # Timesteps.
+
+    def sample_timesteps(self, time: Tensor) -> tuple[Tensor, Tensor]:
+        """Timesteps and the weights of their losses, from the uniform numbers of a batch.
+
+        Args:
+            time: In [0, 1), shape `(batch,)`.
+
+        Returns: int64 and float32, shape `(batch,)`; the weights are 1 / (T p_t), and 1 for uniform timesteps.
+        """
+        length = len(self.schedule)
+        uniform = (time * length).long()
+        if not (self.importance_sampling and self.training):
+            return uniform, torch.ones_like(time, dtype=torch.float32)
+        probability = self.timestep_probabilities()
+        sums = probability.to(time.dtype).cumsum(0)
+        drawn = torch.searchsorted(sums / sums[-1], time, right=True).clamp(max=length - 1)
+        timesteps = torch.where(self._is_warm(), drawn, uniform)
+        return timesteps, 1 / (length * probability[timesteps])
+
+    def timestep_probabilities(self) -> Tensor:
+        """p_t, which the next batch's timesteps are drawn by in training, float32, shape `(T,)`."""
+        length = len(self.schedule)
+        if not self.importance_sampling:
+            return self.recent_sums.new_full((length,), 1 / length)
+        root = self.loss_history.square().mean(1).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+        probability = (1 - UNIFORM_SHARE) * root / root.sum() + UNIFORM_SHARE / length
+        return torch.where(self._is_warm(), probability, torch.full_like(probability, 1 / length))
+
+    def _is_warm(self) -> Tensor:
+        return (self.loss_count >= HISTORY_LENGTH).all()
+
+    # The record. Nothing here waits for the device.
+
+    @torch.no_grad()
+    def _record(self, timesteps: Tensor, weight: Tensor, error: Tensor, loss: Tensor, bound: Tensor):
+        columns = [timesteps, weight, error, loss, bound]
+        rows = torch.stack([column.detach().float() for column in columns], dim=1)
+        if self.accelerator is not None:
+            rows = self.accelerator.gather(rows)
+        timesteps, weight = rows[:, 0].long(), rows[:, 1:2]
+        place = timesteps * len(self.recent_sums) // len(self.schedule)
+        self.recent_sums.index_add_(0, place, torch.cat([weight, weight * rows[:, 2:]], dim=1))
+        if self.importance_sampling:
+            self._remember(timesteps, rows[:, 3])
+
+    def _remember(self, timesteps: Tensor, loss: Tensor):
+        """Puts the losses, in their order, in place of the oldest at their timesteps."""
+        order = timesteps.argsort(stable=True)
+        timesteps, loss = timesteps[order], loss[order]
+        new = torch.zeros_like(self.loss_count).index_add_(0, timesteps, torch.ones_like(timesteps))
+        rank = torch.arange(len(timesteps), device=timesteps.device) - torch.searchsorted(timesteps, timesteps)
+        column = (self.loss_count[timesteps] + rank) % HISTORY_LENGTH
+        # Of more than fit, the last are kept; the others go to a row that is cut off, so that no place is written twice.
+        row = torch.where(rank >= new[timesteps] - HISTORY_LENGTH, timesteps, len(new))
+        extended = torch.cat([self.loss_history, self.loss_history[:1]])
+        extended[row, column] = loss
+        self.loss_history.copy_(extended[:-1])
+        self.loss_count.add_(new)
+
+    def metrics(self) -> dict[str, float]:
+        """Means since the last call, which starts the next: waits for the device.
+
+        `loss_q1` to `loss_q4` are the loss by quarter of the timesteps, the cleanest first; `error_q1` to `error_q4` the
+        squared error without weights, if the two differ; `vlb_bits_per_dim` the bound without its prior term, estimated,
+        if the variance is learned. What was not drawn is left out.
+        """
+        sums = self.recent_sums.double().cpu()
+        self.faded_sums.mul_(DECAY).add_(self.recent_sums)
+        self.recent_sums.zero_()
+        quarter = torch.arange(len(sums)) * 4 // len(sums)
+        sums = torch.zeros(4, 4, dtype=torch.float64).index_add_(0, quarter, sums)
+        result = {}
+        for name, column in (("loss", 2), ("error", 1)):
+            if name == "error" and not self._error_differs:
+                continue
+            for number, row in enumerate(sums, start=1):
+                if row[0] > 0:
+                    result[f"{name}_q{number}"] = (row[column] / row[0]).item()
+        total = sums.sum(0)
+        if self.learns_variance and total[0] > 0:
+            result["vlb_bits_per_dim"] = bits_per_dim((total[3] / total[0]).item(), 1)
+        return result
+
+    @property
+    def _error_differs(self) -> bool:
+        return self.learns_variance or self.weights["weighting"] != "uniform"
+
+    def curve(self) -> list[dict[str, float]]:
+        """The loss at each interval of timesteps that was drawn from, over the last reports, the later the more.
+
+        Each has `first_timestep`, `last_timestep`, `log_snr` (natural, the mean over the interval), `error` and `loss`,
+        and with a learned variance `vlb_bits_per_dim`.
+        """
+        sums = (DECAY * self.faded_sums + self.recent_sums).double().cpu()
+        length = len(self.schedule)
+        log_snr = 2 * (self.schedule.alpha[:-1] / self.schedule.sigma[:-1]).log()
+        place = torch.arange(length) * len(sums) // length
+        rows = []
+        for number, (weight, error, loss, bound) in enumerate(sums.tolist()):
+            timesteps = (place == number).nonzero().flatten()
+            levels = log_snr[timesteps]
+            levels = levels[levels.isfinite()]  # none at zero terminal SNR
+            if weight == 0 or not len(levels):
+                continue
+            row = {
+                "first_timestep": int(timesteps[0]),
+                "last_timestep": int(timesteps[-1]),
+                "log_snr": levels.mean().item(),
+                "error": error / weight,
+                "loss": loss / weight,
+            }
+            if self.learns_variance:
+                row["vlb_bits_per_dim"] = bits_per_dim(bound / weight, 1)
+            rows.append(row)
+        return rows
+
+    def draw(self, folder: str | Path) -> None:
+        """`loss_by_snr.png`, and its numbers in `loss_by_snr.csv`; nothing if there was no training."""
+        rows = self.curve()
+        if not rows:
+            return
+        with Path(folder, "loss_by_snr.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        draw_loss_by_snr(rows, Path(folder, "loss_by_snr.png"))
