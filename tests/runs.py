@@ -64,7 +64,17 @@ def forget_accelerate():
         state._reset_state()
 
 
-def trainer(data, output_dir, loss=squared_error, *, dropout=0.2, on_images=None, adversary=None, **settings):
+def trainer(
+    data,
+    output_dir,
+    loss=squared_error,
+    *,
+    dropout=0.2,
+    on_images=None,
+    adversary=None,
+    validation_data=None,
+    **settings,
+):
     defaults = {
         "train_batch_size": 4,
         "max_train_steps": 12,
@@ -84,7 +94,8 @@ def trainer(data, output_dir, loss=squared_error, *, dropout=0.2, on_images=None
     model = Denoiser()
     model.dropout.p = dropout
     output_dir.mkdir(exist_ok=True)
-    return Trainer(config, accelerator, model, loss, data, on_images=on_images, adversary=adversary)
+    more = {"on_images": on_images, "adversary": adversary, "validation_data": validation_data}
+    return Trainer(config, accelerator, model, loss, data, **more)
 
 
 def saved(output_dir, step):

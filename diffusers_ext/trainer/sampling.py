@@ -3,8 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from accelerate import Accelerator
 from diffusers import DiffusionPipeline
+from PIL import Image
 
 from diffusers_ext.trainer.figures import labelled_grid
 
@@ -16,33 +19,65 @@ def draw_samples(
     pipe: DiffusionPipeline,
     path: Path,
     *,
+    accelerator: Accelerator | None = None,
     labels: Sequence[int] | None,
     names: Sequence[str] | None = None,
     columns: int = 8,
     seed: int = 0,
     batch_size: int = 64,
     **settings,
-) -> None:
+) -> Image.Image | None:
     """A grid of samples with one row for each label, or of as many rows as columns without labels.
 
     Args:
+        accelerator: If given, all processes call this and share the samples; the main one draws them.
         labels, names: Of the rows; more than 16 rows are not drawn.
         seed: Picture i is made from seed `seed + i`.
         settings: For the pipeline's call, such as `num_inference_steps` and `guidance_scale`.
+
+    Returns:
+        The grid, as saved; None in the other processes.
     """
     labels = None if labels is None else list(labels)[:MAX_ROWS]
     rows = columns if labels is None else len(labels)
+    number, index, processes = rows * columns, 0, 1
+    if accelerator is not None:
+        index, processes = accelerator.process_index, accelerator.num_processes
+    share = -(-number // processes)
+    # Of one length in each process, as gathering takes it: those beyond the last are the first again.
+    mine = [place % number for place in range(index * share, (index + 1) * share)]
     images = []
-    for start in range(0, rows * columns, batch_size):
-        numbers = range(start, min(start + batch_size, rows * columns))
-        generators = [torch.Generator(pipe.device).manual_seed(seed + number) for number in numbers]
-        asked = {"batch_size": len(numbers)}
+    for start in range(0, share, batch_size):
+        places = mine[start : start + batch_size]
+        generators = [torch.Generator(pipe.device).manual_seed(seed + place) for place in places]
+        asked = {"batch_size": len(places)}
         if labels is not None:
-            asked = {"class_labels": [labels[number // columns] for number in numbers]}
-        images.append(pipe(**asked, generator=generators, output_type="pt", **settings).images.float().cpu())
-    grid = labelled_grid(torch.cat(images).unflatten(0, (rows, columns)), names if labels is None else names[:rows])
+            asked = {"class_labels": [labels[place // columns] for place in places]}
+        images.append(pipe(**asked, generator=generators, output_type="pt", **settings).images.float())
+    images = torch.cat(images)
+    if accelerator is not None:
+        images = accelerator.gather(images.contiguous())
+        if not accelerator.is_main_process:
+            return None
+    images = images[:number].cpu().unflatten(0, (rows, columns))
+    grid = labelled_grid(images, names if labels is None else names[:rows])
     path.parent.mkdir(parents=True, exist_ok=True)
     grid.save(path)
+    return grid
+
+
+def log_image(accelerator: Accelerator, name: str, image: Image.Image | None, step: int) -> None:
+    """Gives a picture to the trackers that take pictures. None, as in processes that have none, is no picture."""
+    for tracker in accelerator.trackers if image is not None else ():
+        match tracker.name:
+            case "tensorboard":
+                tracker.log_images({name: np.asarray(image)[None]}, step=step, dataformats="NHWC")
+            case "wandb" | "swanlab":
+                tracker.log_images({name: [image]}, step=step)
+            case "aim":
+                tracker.log_images({name: image}, step=step)
+            case "clearml":
+                tracker.log_images({name: np.asarray(image)}, step=step)
 
 
 def draw_denoising(

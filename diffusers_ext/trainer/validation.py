@@ -1,5 +1,6 @@
 """Images that training does not see, with the noise and the time at which the loss on them is taken each time."""
 
+import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
@@ -7,11 +8,60 @@ import torch
 from torch import Tensor
 
 from diffusers_ext.trainer.batches import EPOCH, BatchMaker, BatchOptions
+from diffusers_ext.trainer.config import TrainerConfig
 from diffusers_ext.trainer.data import ImageData
+from diffusers_ext.trainer.prepare import prepare_data
+from diffusers_ext.trainer.stream import StreamData
 
 
 # Of its own and the same in every run, so that the curves of two runs can be compared.
 SEED = 7_640_891_576_956_012_809
+
+
+def prepare_validation(config: TrainerConfig, data: ImageData | StreamData) -> ImageData | None:
+    """The held-out images that the options ask for, brought to the shape and the labels of the training's; or None.
+
+    Args:
+        config: With the `resolution` of `data`.
+
+    Raises:
+        ValueError: if they are other images: of another number of channels, or with labels that `data` does not have.
+    """
+    if config.validation_split is None:
+        return None
+    held_out = prepare_data(
+        dataclasses.replace(
+            config,
+            dataset_split=config.validation_split,
+            max_train_samples=config.max_validation_samples,
+            validation_split=None,
+            validation_steps=None,
+            max_validation_samples=None,
+            resize_mode="crop" if data.resize_mode == "random_crop" else data.resize_mode,
+            streaming=False,
+            shuffle_buffer=None,
+        )
+    )
+    what = f"the images of the split {config.validation_split!r}"
+    mine, theirs = (held_out.channels, held_out.dtype), (data.channels, data.dtype)
+    if mine != theirs:
+        raise ValueError(
+            f"{what} must be of {theirs[0]} channels in {theirs[1]}, as those trained on, got {mine[0]} in {mine[1]}; "
+            "--image_mode makes them the same"
+        )
+    if (held_out.id2label is None) != (data.id2label is None):
+        with_labels, without = ("training", "validation") if held_out.id2label is None else ("validation", "training")
+        raise ValueError(
+            f"the {with_labels} images have labels and the {without} images have none; see --unconditional"
+        )
+    if held_out.id2label in (None, data.id2label):
+        return held_out
+    # Where labels are names, each split numbers those that it has.
+    label2id = {name: label for label, name in data.id2label.items()}
+    if unknown := sorted(set(held_out.id2label.values()) - label2id.keys()):
+        raise ValueError(f"{what} have labels that are not trained on: {', '.join(unknown[:5])}")
+    numbers = np.array([label2id[held_out.id2label[label]] for label in sorted(held_out.id2label)])
+    return dataclasses.replace(held_out, labels=numbers[held_out.labels], id2label=data.id2label)
 
 
 class ValidationBatches:
