@@ -210,6 +210,10 @@ class TrainerConfig:
             raise ValueError(
                 "streaming decodes nothing beforehand: give dataloader_num_workers, not preprocessing_num_workers"
             )
+        if self.streaming and self.validation_split and not self.max_validation_samples:
+            raise ValueError(
+                "validation_split with streaming needs max_validation_samples: so many images are read ahead"
+            )
         if self.shuffle_buffer and not self.streaming:
             raise ValueError("shuffle_buffer belongs to streaming; without it all images are shuffled")
 

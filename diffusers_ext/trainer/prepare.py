@@ -28,8 +28,12 @@ PAD_FROM = 0.75
 DEFAULT_SHUFFLE_BUFFER = 1000
 
 
-def prepare_data(config: TrainerConfig, multiple_of: int = 1) -> ImageData | StreamData:
-    """The images that the options of a training script ask for; see `prepare_images` and `prepare_stream`."""
+def prepare_data(config: TrainerConfig, multiple_of: int = 1, *, read_ahead: bool = False) -> ImageData | StreamData:
+    """The images that the options of a training script ask for; see `prepare_images` and `prepare_stream`.
+
+    Args:
+        read_ahead: Read a stream's first `max_train_samples` images now, for those that are looked at again and again.
+    """
     options = {
         "config_name": config.dataset_config_name,
         "split": config.dataset_split,
@@ -46,6 +50,8 @@ def prepare_data(config: TrainerConfig, multiple_of: int = 1) -> ImageData | Str
         "max_bad_share": config.max_bad_share,
         "cache_dir": config.cache_dir,
     }
+    if config.streaming and read_ahead:
+        return prepare_images(config.dataset_name, streaming=True, **options)
     if config.streaming:
         shuffle_buffer = config.shuffle_buffer or DEFAULT_SHUFFLE_BUFFER
         return prepare_stream(config.dataset_name, shuffle_buffer=shuffle_buffer, **options)
@@ -70,6 +76,7 @@ def prepare_images(
     max_bad_share: float = 0.01,
     num_proc: int | None = None,
     cache_dir: str | None = None,
+    streaming: bool = False,
 ) -> ImageData:
     """Loads, decodes and fits the images of a data set, and reads their labels.
 
@@ -84,15 +91,19 @@ def prepare_images(
         pad_value: Value of the border and behind transparent pixels, in the images' own range.
         mode: PIL mode to read images in, L, LA, RGB or RGBA; None for the narrowest that loses nothing.
         max_bad_share: Share of the images that may fail to decode.
+        streaming: Fetch no more than the first `max_samples` rows, and keep them in memory.
 
     Raises:
         ValueError: if the data set has no images, if its labels are neither integers nor names, or if it must be said
             which column or size is meant.
     """
-    source = load_source(name, config_name, split, cache_dir=cache_dir)
-    if max_samples is not None:
-        source = source.select(range(min(max_samples, len(source))))
+    source = load_source(name, config_name, split, cache_dir=cache_dir, streaming=streaming)
     column = find_image_column(source, image_column)
+    if streaming:
+        rows = undecoded(source, column)
+        source = datasets.Dataset.from_list(list(itertools.islice(rows, max_samples)), features=rows.features)
+    elif max_samples is not None:
+        source = source.select(range(min(max_samples, len(source))))
     labels = read_labels(source, label_column, label_names) if with_labels else None
     first_rows = undecoded(source.select_columns([column]).select(range(min(len(source), PROBED_ROWS))), column)
     how, notes = _decide(source, column, first_rows, resolution, multiple_of, resize_mode, pad_value, mode)

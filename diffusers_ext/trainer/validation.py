@@ -38,9 +38,8 @@ def prepare_validation(config: TrainerConfig, data: ImageData | StreamData) -> I
             validation_steps=None,
             max_validation_samples=None,
             resize_mode="crop" if data.resize_mode == "random_crop" else data.resize_mode,
-            streaming=False,
-            shuffle_buffer=None,
-        )
+        ),
+        read_ahead=True,
     )
     what = f"the images of the split {config.validation_split!r}"
     mine, theirs = (held_out.channels, held_out.dtype), (data.channels, data.dtype)
