@@ -22,10 +22,10 @@ def latent_scale(vae: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
     """
     config = vae.config
     scale, shift = config.get("scaling_factor"), config.get("shift_factor")
-    if scale is None:
+    if scale is None or not getattr(vae, "is_measured", True):
         raise ValueError(
-            f"{type(vae).__name__}.config.scaling_factor must be a number, got None: the scale of its latents was never "
-            "measured. Set it by vae.register_to_config(shift_factor=MEAN, scaling_factor=1 / STD), with mean and std "
+            f"the scale of this {type(vae).__name__}'s latents was never measured: its config has scaling_factor {scale} and "
+            f"shift_factor {shift}. Set them by vae.register_to_config(shift_factor=MEAN, scaling_factor=1 / STD), with mean and std "
             "of the latents of the training images; training/train_vae.py does so at its end"
         )
     scale, shift = _broadcasting(scale, like), _broadcasting(0.0 if shift is None else shift, like)
@@ -84,12 +84,6 @@ def decode_latents(vae: nn.Module, latents: Tensor) -> Tensor:
     """
     shift, scale = latent_scale(vae, latents)
     return vae.decode((latents.float() / scale + shift).to(vae.dtype), return_dict=False)[0].float()
-
-
-def latent_channels(vae: nn.Module) -> int:
-    """Channels of the latents; of a fully connected VAE, their dimension."""
-    channels = vae.config.get("latent_channels")
-    return vae.config.latent_dim if channels is None else channels
 
 
 def _broadcasting(value: float | list[float], like: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from diffusers_ext.guidance import asks_for_unconditional, classifier_free_guidance
 from diffusers_ext.guiders import ClassifierGuidance
 from diffusers_ext.labels import num_classes_of
-from diffusers_ext.latents import latent_channels, latent_scale
+from diffusers_ext.latents import latent_scale
+from diffusers_ext.models.vae import VAEModel
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -23,24 +24,12 @@ def check_components(
         ValueError: with what differs.
     """
     in_channels, num_classes = denoiser.config.in_channels, num_classes_of(denoiser)
-    if vae is not None and latent_channels(vae) != in_channels:
-        raise ValueError(
-            f"vae must have latents of the denoiser's {in_channels} channels, got {latent_channels(vae)} latent channels"
-        )
-    if vae is not None and getattr(vae, "latent_size", None) is not None:
-        expected, got = _size(denoiser.config.sample_size), _size(vae.latent_size)
-        if len(set(expected)) == 1 and len(expected) != len(got):
-            expected = expected[:1] * len(got)
-        if expected != got:
-            raise ValueError(
-                f"vae must have latents of the denoiser's size, {_text(expected)}, got {_text(got)} for images of "
-                f"{_text(_size(vae.config.sample_size))}; if it is to decode images of another size than it was trained "
-                "on, say so by vae.register_to_config(sample_size=...)"
-            )
+    if vae is not None:
+        _check_vae(vae, denoiser)
     if weak_denoiser is not None:
         for key in ("in_channels", "sample_size"):
             theirs, ours = weak_denoiser.config[key], denoiser.config[key]
-            if _size(theirs) != _size(ours):
+            if _size(theirs, 2) != _size(ours, 2):
                 raise ValueError(f"weak_denoiser must have the denoiser's {key}, {ours}, got {theirs}")
         if num_classes_of(weak_denoiser) not in (None, num_classes):
             raise ValueError(
@@ -55,6 +44,25 @@ def check_components(
             raise ValueError(
                 f"classifier must have the denoiser's {num_classes} labels, got {num_classes_of(classifier)}"
             )
+
+
+def _check_vae(vae: nn.Module, denoiser: nn.Module) -> None:
+    channels, config = denoiser.config.in_channels, vae.config
+    if config.get("architecture") == "mlp":
+        raise ValueError("vae must have latents with room for a denoiser, got a fully connected one, whose are flat")
+    if config.latent_channels != channels:
+        raise ValueError(
+            f"vae must have latents of the denoiser's {channels} channels, got latent_channels={config.latent_channels}"
+        )
+    if not isinstance(vae, VAEModel):
+        return  # those of diffusers have a sample_size that says nothing of what they are used for
+    got, expected = vae.latent_shape[1:], _size(denoiser.config.sample_size, denoiser.config.get("dims", 2))
+    if got != expected:
+        raise ValueError(
+            f"vae must have latents of the denoiser's size, {_text(expected)}, got {_text(got)} for its images of "
+            f"{_text(_size(config.sample_size, config.dims))}; if it is to decode images of another size than it was "
+            "trained on, say so by vae.register_to_config(sample_size=...)"
+        )
 
 
 def check_outputs(pipe, output_type: str, callback_inputs: Sequence[str]) -> None:
@@ -139,8 +147,8 @@ def count_images(batch_size: int, class_labels: list[int] | None = None, **tenso
     return size
 
 
-def _size(value: int | Sequence[int]) -> tuple[int, ...]:
-    return (value,) if isinstance(value, int) else tuple(value)
+def _size(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
+    return (value,) * dims if isinstance(value, int) else tuple(value)
 
 
 def _text(size: tuple[int, ...]) -> str:

@@ -68,6 +68,8 @@ def mask_to_tensor(mask: ImageInput, dims: int = 2, name: str = "mask_image") ->
     Args:
         mask: As `images_to_tensor` takes them, with one channel or none; from 0.5 on the pixel is to be made anew.
     """
+    if isinstance(mask, list | tuple) and mask:
+        return torch.cat([mask_to_tensor(part, dims, name) for part in mask])
     if isinstance(mask, np.ndarray) and mask.ndim in (dims, dims + 1) and mask.shape[-1] != 1:
         mask = mask[..., None]
     elif isinstance(mask, Tensor) and mask.ndim == dims:

@@ -157,7 +157,8 @@ class GuidedDiffusionPipeline(LabelledMixin, InversionMixin, DiffusionPipeline):
                 `(batch, channels, height, width)` in [0, 1]; or "latent", as the sampler left them.
             return_dict: `False` returns a tuple of images and, if asked for, trajectory.
             callback_on_step_end: Called as `callback(pipeline, step, timestep, tensors)` after each step; may return
-                tensors to go on with.
+                tensors to go on with, and set `pipeline._guidance_scale` for the steps that follow. It is one of
+                `pipeline.num_timesteps`.
             callback_on_step_end_tensor_inputs: Names of those tensors; "latents" is the only one.
             trajectory_steps: Indices of the steps whose `x_t` and predicted clean sample are returned.
 
@@ -165,7 +166,8 @@ class GuidedDiffusionPipeline(LabelledMixin, InversionMixin, DiffusionPipeline):
             ValueError: if an argument does not fit the model, the scheduler or another argument.
         """
         check_outputs(self, output_type, callback_on_step_end_tensor_inputs)
-        guider = choose_guider(self, guider, guidance_scale, guidance_rescale, classifier_scale)
+        given_guider = guider
+        guider = choose_guider(self, given_guider, guidance_scale, guidance_rescale, classifier_scale)
         strength = self._strength(strength, image, mask_image, latents)
         check_resampling(num_resample_steps, mask_image is not None, self.scheduler)
         device = self._execution_device
@@ -188,6 +190,7 @@ class GuidedDiffusionPipeline(LabelledMixin, InversionMixin, DiffusionPipeline):
             spatial_mask = self._fitting_mask(mask, x0, pixels)
             known = KnownPixels(x0.expand_as(x), spatial_mask, self.scheduler, generator)
 
+        self._guidance_scale, self._num_timesteps = guidance_scale, len(visited)
         trajectory = []
         with self.progress_bar(total=len(visited) * num_resample_steps) as bar:
             for i, t in enumerate(visited):
@@ -205,6 +208,11 @@ class GuidedDiffusionPipeline(LabelledMixin, InversionMixin, DiffusionPipeline):
                 if callback_on_step_end is not None:
                     returned = callback_on_step_end(self, i, t, {"latents": x})
                     x = (returned or {}).get("latents", x)
+                    if self._guidance_scale != guidance_scale:
+                        guidance_scale = self._guidance_scale
+                        guider = choose_guider(self, given_guider, guidance_scale, guidance_rescale, classifier_scale)
+                        check_guider(self, guider, labels, visited)
+                        denoise = self._denoiser(self.scheduler, guider, labels, batch_size, device, low_memory)
 
         images = self._decode(x, output_type, pixels, mask)
         self.maybe_free_model_hooks()
@@ -213,6 +221,18 @@ class GuidedDiffusionPipeline(LabelledMixin, InversionMixin, DiffusionPipeline):
         return GuidedDiffusionPipelineOutput(
             images=images, trajectory=None if trajectory_steps is None else trajectory
         )
+
+    # What a callback may look at while the pipeline is called, under diffusers' names.
+
+    @property
+    def guidance_scale(self) -> float:
+        """Weight of classifier-free guidance in the current step, or in the last one that was made."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of steps, and so of calls of a callback, in this call or the last."""
+        return self._num_timesteps
 
     # What the call is made of, in its order.
 
@@ -318,7 +338,9 @@ class GuidedDiffusionPipeline(LabelledMixin, InversionMixin, DiffusionPipeline):
 
     def _as_expected(self, output: Tensor, channels: int) -> Tensor:
         """Leaves a learned variance away for a scheduler that has no use for it."""
-        learned = str(self.scheduler.config.get("variance_type", "")).startswith("learned")
+        # A config keeps the keys of the scheduler that it came from, whether or not the class knows them.
+        known = "variance_type" in inspect.signature(type(self.scheduler).__init__).parameters
+        learned = known and str(self.scheduler.config.variance_type).startswith("learned")
         return output if learned else output[:, :channels]
 
     def _fitting_mask(self, mask: Tensor, x0: Tensor, pixels: Tensor) -> Tensor:
