@@ -1,6 +1,7 @@
 """Real runs of the script, with a network as small as it gets."""
 
 import dataclasses
+import io
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import DDPMPipeline, DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import diffusers_ext
 from diffusers_ext.trainer.data import load_digits
@@ -87,7 +89,8 @@ def save_images(folder, pixels, **columns):
 def run(tmp_path_factory):
     """The folder of a run on digits, and what it printed."""
     folder = tmp_path_factory.mktemp("runs") / "digits"
-    process = launch(config_of(folder, save_images_steps=2, report_to="tensorboard", num_threads=1))
+    validation = {"validation_split": "test", "validation_steps": 2, "max_validation_samples": 8}
+    process = launch(config_of(folder, save_images_steps=2, report_to="tensorboard", num_threads=1, **validation))
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 0, output
     return folder, output
@@ -107,6 +110,23 @@ def test_run_leaves_all_that_it_names(run):
     assert [(record["step"], record["images"]) for record in records] == [(2, 8), (4, 16)]
     # Ten rows of two pictures of 48 pixels, each with a margin, and the labels on their left.
     assert Image.open(folder / "samples.png").size[1] == 10 * 50 + 2
+
+
+def test_trackers_get_the_numbers_of_the_log_and_the_grids(run):
+    folder, _ = run
+    file = max(
+        (folder / "logs").rglob("events.out.tfevents*"), key=lambda path: path.stat().st_size
+    )  # the others: options
+    events = EventAccumulator(str(file.parent), size_guidance={"images": 0}).Reload()
+    for name in ("loss", "val_loss", "learning_rate"):
+        records = read_metrics(folder / "metrics.jsonl")
+        logged = {event.step: event.value for event in events.Scalars(name)}
+        assert logged == pytest.approx({record["step"]: record[name] for record in records}, rel=1e-6)
+    grids = events.Images("samples")
+    assert [grid.step for grid in grids] == [2, 4, 4]  # while training, and at the end from the pipeline as saved
+    for grid, path in ((grids[0], folder / "samples" / "step-0000002.png"), (grids[2], folder / "samples.png")):
+        drawn = np.asarray(Image.open(io.BytesIO(grid.encoded_image_string)))
+        np.testing.assert_array_equal(drawn, np.asarray(Image.open(path)))
 
 
 def test_the_lines_that_it_prints_load_the_pipeline(run):
