@@ -109,14 +109,11 @@ class FeatureClassifierModel(ModelMixin, ConfigMixin):
         height, width = (size, size) if isinstance(size, int) else size
         return self.config.in_channels, height, width
 
-    def extract_features(self, sample: Tensor) -> Tensor:
-        """The activations before the last layer, averaged over the image.
+    def feature_maps(self, sample: Tensor) -> list[Tensor]:
+        """The activations after the first convolution and after each block, the finest first.
 
         Args:
             sample: Images in [-1, 1], shape `(batch, channels, height, width)`.
-
-        Returns:
-            Shape `(batch, feature_dim)`.
 
         Raises:
             ValueError: if the images have another shape than those that the model was trained on.
@@ -126,9 +123,14 @@ class FeatureClassifierModel(ModelMixin, ConfigMixin):
                 f"this feature classifier takes images of (channels, height, width) {self.image_shape},"
                 f" got {tuple(sample.shape[1:])}: train one on such images with training/train_features.py"
             )
-        x = F.relu(self.norm_in(self.conv_in(sample)))  # (B, C0, H, W)
-        x = self.blocks(x)  # (B, feature_dim, H', W')
-        return x.mean((2, 3))
+        maps = [F.relu(self.norm_in(self.conv_in(sample)))]
+        for block in self.blocks:
+            maps.append(block(maps[-1]))
+        return maps
+
+    def extract_features(self, sample: Tensor) -> Tensor:
+        """The activations before the last layer, averaged over the image, shape `(batch, feature_dim)`; see `feature_maps`."""
+        return self.feature_maps(sample)[-1].mean((2, 3))
 
     def forward(self, sample: Tensor) -> Tensor:
         """The logits of the labels, shape `(batch, num_classes)`, of images in [-1, 1]."""

@@ -4,17 +4,17 @@ import math
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 
 from diffusers_ext import cards, hub
-from diffusers_ext.saved_folder import loading_lines
+from diffusers_ext.saved_folder import SavedFolder, loading_lines
 from diffusers_ext.trainer.config import TrainerConfig, resolve_for_machine, set_threads
 from diffusers_ext.trainer.data import ImageData, is_local
 from diffusers_ext.trainer.figures import draw_loss
@@ -88,25 +88,33 @@ def describe_data(config: TrainerConfig, data: ImageData | StreamData) -> str:
     return f"{data.name}, split {config.dataset_split}: {count} images, {height}x{width} {channels}, {labels}"
 
 
-def save_whole(pipe: DiffusionPipeline, output_dir: Path) -> None:
-    """Saves a pipeline so that a folder that has its `model_index.json` has all of it."""
-    with tempfile.TemporaryDirectory(dir=output_dir, prefix=".pipeline-") as partial:
-        pipe.save_pretrained(partial)
+def save_whole(saved: DiffusionPipeline | ModelMixin, output_dir: Path) -> None:
+    """Saves a pipeline or a model so that a folder that has its `model_index.json` or `config.json` has all of it."""
+    index = "config.json" if isinstance(saved, ModelMixin) else "model_index.json"
+    with tempfile.TemporaryDirectory(dir=output_dir, prefix=".saving-") as partial:
+        saved.save_pretrained(partial)
         # The index goes first and comes last: without it the folder is no pipeline.
-        (output_dir / "model_index.json").unlink(missing_ok=True)
-        for path in sorted(Path(partial).iterdir(), key=lambda path: path.name == "model_index.json"):
+        (output_dir / index).unlink(missing_ok=True)
+        for path in sorted(Path(partial).iterdir(), key=lambda path: path.name == index):
             target = output_dir / path.name
             if target.is_dir():
                 shutil.rmtree(target)
             path.replace(target)
 
 
-def finish_run(trainer: Trainer, command: str, data: str) -> None:
+DENOISING_PICTURES = {
+    "samples.png": "samples, a row for each label if there are labels",
+    "denoising.png": "x_t and the predicted x_0 on the way",
+}
+
+
+def finish_run(trainer: Trainer, command: str, data: str, pictures: Mapping[str, str] = DENOISING_PICTURES) -> None:
     """Draws the loss, writes the card, pushes if asked to, and says where everything is.
 
     Args:
         command: The command line of the run.
         data: What it was trained on, in Markdown.
+        pictures: Those in the folder, with what they show; the first goes into the card.
     """
     config, output_dir, state = trainer.config, trainer.output_dir, trainer.state
     draw_loss(read_metrics(output_dir / METRICS_FILE), output_dir / "loss.png")
@@ -125,22 +133,23 @@ def finish_run(trainer: Trainer, command: str, data: str) -> None:
             hardware=cards.describe_machine(),
             options_file=CONFIG_FILE,
         ),
-        sample_grid=output_dir / "samples.png",
+        sample_grid=output_dir / next(iter(pictures)),
         repo_id=repo_id,
         dataset_id=None if is_local(config.dataset_name) else config.dataset_name,
     )
     lines = [
         "",
         f"trained for {state.step} steps, {state.position} images, {_duration(state.seconds)}; in {output_dir}:",
-        "  samples.png      samples" + ("" if trainer.data.id2label is None else ", a row for each label"),
-        "  denoising.png    x_t and the predicted x_0 on the way",
-        "  loss.png         the loss curve; its numbers are in metrics.jsonl",
-        "  README.md        the model card; the options are in train_config.yaml",
+        *(f"  {name:<20} {shown}" for name, shown in pictures.items()),
+        "  loss.png             the loss curve; its numbers are in metrics.jsonl",
+        "  README.md            the model card; the options are in train_config.yaml",
     ]
     if config.push_to_hub:
         url = hub.push_folder(output_dir, repo_id, token=config.hub_token, private=config.hub_private_repo or None)
-        lines.append(f"  pushed to        {url}")
-    print("\n".join([*lines, "", loading_lines(output_dir)]), file=sys.stdout, flush=True)
+        lines.append(f"  pushed to            {url}")
+    saved = SavedFolder.read(output_dir)
+    how = loading_lines(output_dir, saved.class_name if saved.is_model else None)
+    print("\n".join([*lines, "", how]), file=sys.stdout, flush=True)
 
 
 def _duration(seconds: float) -> str:

@@ -15,6 +15,8 @@ from diffusers_ext.trainer.posthoc_ema import SNAPSHOT_FOLDER
 
 CONFIG_FILE, METRICS_FILE = "train_config.yaml", "metrics.jsonl"
 _OF_A_RUN = (CONFIG_FILE, METRICS_FILE, "model_index.json")
+# Those of diffusion models, and of autoencoders.
+PICTURES = ("samples", "denoising", "loss", "reconstructions", "interpolations", "manifold", "traversals")
 
 
 def check_output_dir(config: TrainerConfig) -> None:
@@ -44,10 +46,12 @@ def clear_output_dir(path: Path) -> None:
             shutil.rmtree(path / name, ignore_errors=True)
     for checkpoint in [*path.glob("checkpoint-*"), *path.glob(".checkpoint-*")]:
         shutil.rmtree(checkpoint, ignore_errors=True)
-    for name in ("samples", "logs", "profile", SNAPSHOT_FOLDER):
+    for name in ("samples", "before", "logs", "profile", SNAPSHOT_FOLDER):
         shutil.rmtree(path / name, ignore_errors=True)
-    for name in (*_OF_A_RUN, "samples.png", "denoising.png", "loss.png", "README.md", "evaluation.json"):
+    for name in (*_OF_A_RUN, "config.json", "README.md", "evaluation.json", *(f"{name}.png" for name in PICTURES)):
         (path / name).unlink(missing_ok=True)
+    for weights in path.glob("diffusion_pytorch_model*"):
+        weights.unlink()
 
 
 def check_same_run(config: TrainerConfig, checkpoint: Path) -> list[str]:
