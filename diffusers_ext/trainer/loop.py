@@ -233,7 +233,7 @@ class Trainer:
         models = [self.model, adversary.model] if adversary else [self.model]
         for _ in range(config.gradient_accumulation_steps):
             with self.shares.of("waiting for data"):
-                batch = self._to_device(next(self._stream))
+                batch = self.to_device(next(self._stream))
             with accelerator.accumulate(*models):
                 with frozen(adversary.module) if adversary else nullcontext():
                     with self.shares.part("forward and loss"):
@@ -266,7 +266,8 @@ class Trainer:
     def _clip(self) -> Tensor:
         return torch.as_tensor(self.accelerator.clip_grad_norm_(self.model.parameters(), self._max_norm))
 
-    def _to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A batch as `compute_loss` takes it."""
         batch = {name: value.to(self.accelerator.device, non_blocking=True) for name, value in batch.items()}
         if "pixels" in batch:
             batch["images"] = batch.pop("pixels").float().mul_(self._scale).sub_(1)
@@ -391,7 +392,7 @@ class Trainer:
         modes = nullcontext() if self.objective is None else evaluating(self.objective)
         with self.shares.of("validating"), self.averaged_model() as model, modes, self._random_state_kept():
             for batch in self.validation.share(accelerator.process_index, accelerator.num_processes):
-                total += self.compute_loss(model, self._to_device(batch)).item() * len(batch["time"])
+                total += self.compute_loss(model, self.to_device(batch)).item() * len(batch["time"])
                 count += len(batch["time"])
             total, count = accelerator.reduce(torch.tensor([total, count], device=accelerator.device)).tolist()
         if not math.isfinite(total):
