@@ -50,13 +50,13 @@ def test_both_networks_learn_as_in_the_loop_written_out(data, tmp_path, accumula
     contest = Contest()
     settings = {"gradient_accumulation_steps": accumulation, "dropout": 0.0, "use_ema": False, "max_grad_norm": 0.5}
     run = contest.trainer(data, tmp_path / "run", **settings)
-    batches, to_device = [], run._to_device
+    batches, to_device = [], run.to_device
 
     def note(batch):
         batches.append({name: value.clone() for name, value in to_device(dict(batch)).items()})
         return to_device(batch)
 
-    run._to_device = note
+    run.to_device = note
     run.train()
 
     main = trainer(data, tmp_path / "other", dropout=0.0).module

@@ -196,5 +196,5 @@ def test_16_bits_are_scaled_to_the_range_of_the_model(data, tmp_path):
     for dtype, top in ((torch.uint8, 255), (torch.uint16, 65535)):
         run._scale = 2 / top
         pixels = torch.tensor([0, top], dtype=torch.int32).to(dtype).view(2, 1, 1, 1)
-        images = run._to_device({"pixels": pixels, "noise": torch.zeros(2, 1, 1, 1)})["images"]
+        images = run.to_device({"pixels": pixels, "noise": torch.zeros(2, 1, 1, 1)})["images"]
         torch.testing.assert_close(images.flatten(), torch.tensor([-1.0, 1.0]))
