@@ -158,6 +158,11 @@ class VAEModel(ModelMixin, ConfigMixin):
         return (config.latent_channels, *(side // self.downsampling for side in size))
 
     @property
+    def last_layer(self) -> nn.Parameter:
+        """The weight of the decoder's last layer."""
+        return self.decoder.layers[-1].weight if self.config.architecture == "mlp" else self.decoder.conv_out.weight
+
+    @property
     def is_measured(self) -> bool:
         """Whether `scaling_factor` and `shift_factor` were measured or given, and are not just the defaults."""
         return self.config.shift_factor is not None or self.config.scaling_factor not in (None, 1.0)

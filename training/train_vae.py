@@ -1,0 +1,303 @@
+"""Train a variational autoencoder on images.
+
+    accelerate launch training/train_vae.py
+    accelerate launch training/train_vae.py --architecture mlp --latent_dim 2 --likelihood bernoulli --binarize stochastic
+
+Without options it trains a convolutional one on scikit-learn's handwritten digits. `--help` lists the options, `--config
+FILE.yaml` reads them from a file. `training/evaluate_vae.py OUTPUT_DIR` measures the result on held-out images.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from diffusers_ext import VAEModel
+from diffusers_ext.models.vae import ARCHITECTURES
+from diffusers_ext.models.vae_discriminator import PatchDiscriminator
+from diffusers_ext.models.vae_likelihood import LIKELIHOODS
+from diffusers_ext.trainer.adversary import Adversary
+from diffusers_ext.trainer.batches import BatchOptions
+from diffusers_ext.trainer.config import TrainerConfig, resolve_for_machine
+from diffusers_ext.trainer.data import ImageData
+from diffusers_ext.trainer.loop import Trainer
+from diffusers_ext.trainer.options import option, run_script, to_command
+from diffusers_ext.trainer.prepare import prepare_data
+from diffusers_ext.trainer.run import describe_data, finish_run, make_accelerator, open_run, save_whole
+from diffusers_ext.trainer.stream import StreamData, make_batches
+from diffusers_ext.trainer.vae_figures import draw_pictures, pictures_of
+from diffusers_ext.trainer.vae_latents import LatentMoments, measure_latents, store_scale
+from diffusers_ext.trainer.vae_objective import (
+    ACTIVE_VARIANCE,
+    BINARIZATIONS,
+    VAEObjective,
+    binarize,
+    collapse_warning,
+    discriminator_loss,
+)
+from diffusers_ext.trainer.vae_perceptual import load_perceptual
+from diffusers_ext.trainer.validation import ValidationBatches, prepare_validation
+
+
+# Images of a stream whose latents are measured, unless the options say how many.
+MEASURED_OF_STREAM = 10_000
+
+
+@dataclass(frozen=True)
+class TrainVAEConfig(TrainerConfig):
+    """Train a variational autoencoder on images, for pictures of its own or as the first stage of a diffusion model."""
+
+    architecture: Literal[ARCHITECTURES] = option(
+        "conv", "convolutional, or fully connected with flat latents", "model"
+    )
+    block_out_channels: tuple[int, ...] = option(
+        (32, 64), "conv: channels at each resolution, the full one first; each further one halves the side"
+    )
+    latent_channels: int = option(4, "conv: channels of the latents")
+    layers_per_block: int = option(1, "conv: residual blocks at each resolution; one more in the decoder")
+    mid_block_add_attention: bool = option(True, "conv: attention at the lowest resolution")
+    latent_dim: int = option(16, "mlp: number of latents")
+    hidden_dims: tuple[int, ...] = option((512,), "mlp: widths of the encoder's hidden layers")
+
+    likelihood: Literal[LIKELIHOODS] = option("gaussian", "p(x | z); laplace is L1", "loss")
+    likelihood_scale: float = option(0.1, "standard deviation of gaussian, b of laplace, for data in [-1, 1]")
+    learn_scale: bool | None = option(None, "learn that, from there on; by default yes but for bernoulli")
+    binarize: Literal[BINARIZATIONS] = option(
+        "none", "black and white images: white above a half, or with the brightness as probability, drawn each time"
+    )
+    kl_weight: float = option(1.0, "weight of the KL divergence; 1 for the variational bound")
+    kl_warmup_steps: int = option(0, "optimizer steps in which kl_weight rises from 0")
+    free_bits: float = option(0.0, "nats of each latent that are not pushed down, against collapse")
+    perceptual_network: str | None = option(
+        None, "add a perceptual loss: lpips, or the folder of a classifier of training/train_features.py"
+    )
+    perceptual_weight: float = option(0.1, "weight of the perceptual loss")
+    adversarial_weight: float = option(0.0, "weight of a patch discriminator's judgement; 0 for none")
+    adversarial_adaptive: bool = option(True, "scale it to the gradient of the rest at the last layer")
+    adversarial_start_step: int = option(500, "optimizer steps before the discriminator begins to learn and to count")
+    adversarial_learning_rate: float = option(2e-4, "the discriminator's peak learning rate")
+    discriminator_channels: int = option(32, "channels of its first convolution")
+    discriminator_layers: int = option(2, "its convolutions that halve the side; a patch has 16, 34 or 70 pixels")
+
+    sample_columns: int = option(8, "pictures in a row", "pictures")
+    max_measured_samples: int | None = option(
+        None, f"images that the latents' scale is measured on; by default all, of a stream {MEASURED_OF_STREAM}"
+    )
+
+    DEFAULT_MAX_TRAIN_STEPS: ClassVar[int] = 3000
+    FIXED_ON_RESUME: ClassVar[frozenset[str]] = TrainerConfig.FIXED_ON_RESUME.union(
+        "architecture block_out_channels latent_channels layers_per_block mid_block_add_attention latent_dim hidden_dims "
+        "likelihood likelihood_scale learn_scale binarize kl_weight kl_warmup_steps free_bits perceptual_network "
+        "perceptual_weight adversarial_weight adversarial_adaptive adversarial_start_step adversarial_learning_rate "
+        "discriminator_channels discriminator_layers".split()
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("kl_weight", "free_bits", "kl_warmup_steps", "adversarial_start_step", "adversarial_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name):g}")
+        for name in ("likelihood_scale", "perceptual_weight", "adversarial_learning_rate", "sample_columns"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name):g}")
+        if self.max_measured_samples is not None and self.max_measured_samples < 1:
+            raise ValueError(f"max_measured_samples must be at least 1, got {self.max_measured_samples}")
+        if self.learn_scale and self.likelihood == "bernoulli":
+            raise ValueError("learn_scale has no meaning for likelihood bernoulli, which has no scale")
+        if self.binarize != "none" and self.likelihood != "bernoulli":
+            raise ValueError(
+                f"binarize {self.binarize} needs --likelihood bernoulli, got {self.likelihood}: a density of two values has "
+                "no bound"
+            )
+        smallest = PatchDiscriminator.smallest_side(self.discriminator_layers)
+        for side in self.resolution or ():
+            if side % self.size_multiple:
+                raise ValueError(
+                    f"resolution must be a multiple of {self.size_multiple}, since block_out_channels has "
+                    f"{len(self.block_out_channels)} widths and each but the last halves the images, got {side}"
+                )
+            if self.adversarial_weight and side < smallest:
+                raise ValueError(
+                    f"a discriminator of {self.discriminator_layers} layers needs images of at least {smallest} pixels, got "
+                    f"{side}: give fewer --discriminator_layers"
+                )
+
+    @property
+    def size_multiple(self) -> int:
+        return 1 if self.architecture == "mlp" else 2 ** (len(self.block_out_channels) - 1)
+
+    @property
+    def learns_scale(self) -> bool:
+        return self.likelihood != "bernoulli" if self.learn_scale is None else self.learn_scale
+
+
+def main(config: TrainVAEConfig) -> Path:
+    """Trains an autoencoder and returns its folder."""
+    accelerator = make_accelerator(config)
+    command = to_command(config, "training/train_vae.py")
+    config = resolve_for_machine(config)
+    with open_run(config, accelerator) as open_folder:
+        data, held_out = load_data(config, accelerator)
+        config = dataclasses.replace(config, resolution=data.size, resize_mode=data.resize_mode)
+        vae, adversary = build_model(config, data), build_adversary(config, data)
+        objective = build_objective(config, accelerator, vae, data, adversary)
+        open_folder(config)
+        trainer = Trainer(
+            config,
+            accelerator,
+            vae,
+            objective,
+            data,
+            batch_options={"latent_shape": vae.latent_shape},
+            on_images=partial(draw_while_training, config),
+            adversary=adversary,
+            validation_data=held_out,
+        )
+        if accelerator.is_main_process and not config.resume_from_checkpoint:
+            draw_while_training(config, trainer, "before")
+        trainer.train()
+        with trainer.averaged_model() as model:
+            moments = measure_latents(model, images_to_measure(trainer), accelerator)
+            store_scale(model, moments)
+            if accelerator.is_main_process:
+                save_whole(model, trainer.output_dir)
+        if accelerator.is_main_process:
+            notes = [describe_data(config, data), *data.notes, describe_latents(model, moments)]
+            print(f"{notes[-1]}\ndrawing pictures ...", flush=True)
+            vae = VAEModel.from_pretrained(trainer.output_dir).to(accelerator.device)
+            draw_pictures(
+                vae, some_images(trainer), trainer.output_dir, columns=config.sample_columns, seed=config.seed
+            )
+            finish_run(trainer, command, "\n\n".join(notes), pictures_of(vae))
+    return trainer.output_dir
+
+
+def load_data(config: TrainVAEConfig, accelerator: Accelerator) -> tuple[ImageData | StreamData, ImageData | None]:
+    """The images, decoded by the first process of each machine and read by the others; and the held-out ones, if any."""
+    with accelerator.local_main_process_first():
+        data = prepare_data(config, multiple_of=config.size_multiple)
+        held_out = prepare_validation(config, data)
+    for note in (describe_data(config, data), *data.notes):
+        accelerator.print(note)
+    return data, held_out
+
+
+def build_model(config: TrainVAEConfig, data: ImageData | StreamData) -> VAEModel:
+    """A new model with weights that follow from the seed."""
+    torch.manual_seed(config.seed)
+    return VAEModel(
+        sample_size=data.size,
+        in_channels=data.channels,
+        out_channels=data.channels,
+        block_out_channels=config.block_out_channels,
+        latent_channels=config.latent_channels,
+        layers_per_block=config.layers_per_block,
+        mid_block_add_attention=config.mid_block_add_attention,
+        architecture=config.architecture,
+        latent_dim=config.latent_dim,
+        hidden_dims=config.hidden_dims,
+        likelihood=config.likelihood,
+        likelihood_scale=config.likelihood_scale,
+        learn_scale=config.learns_scale,
+    )
+
+
+def build_adversary(config: TrainVAEConfig, data: ImageData | StreamData) -> Adversary | None:
+    """The discriminator, if the options ask for one."""
+    if not config.adversarial_weight:
+        return None
+    torch.manual_seed(config.seed + 1)
+    discriminator = PatchDiscriminator(data.channels, config.discriminator_channels, config.discriminator_layers)
+    return Adversary(
+        discriminator,
+        discriminator_loss,
+        learning_rate=config.adversarial_learning_rate,
+        start_step=config.adversarial_start_step,
+    )
+
+
+def build_objective(
+    config: TrainVAEConfig, accelerator: Accelerator, vae: VAEModel, data, adversary: Adversary | None
+) -> VAEObjective:
+    """The loss, with the perceptual network loaded if one is named."""
+    perceptual = None
+    if config.perceptual_network is not None:
+        perceptual = load_perceptual(config.perceptual_network, (data.channels, *data.size))
+    return VAEObjective(
+        accelerator,
+        config.likelihood,
+        vae.latent_shape,
+        last_layer=vae.last_layer,
+        kl_weight=config.kl_weight,
+        kl_warmup_steps=config.kl_warmup_steps,
+        free_bits=config.free_bits,
+        binarization=config.binarize,
+        perceptual=perceptual,
+        perceptual_weight=config.perceptual_weight,
+        adversary=adversary,
+        adversarial_weight=config.adversarial_weight,
+        adaptive=config.adversarial_adaptive,
+    )
+
+
+def images_to_measure(trainer: Trainer) -> Iterator[Tensor]:
+    """Batches of this process's part of the training images, as the model is trained on them, but not flipped."""
+    config, data, accelerator = trainer.config, trainer.data, trainer.accelerator
+    limit = config.max_measured_samples
+    if data.num_images is None:
+        options = BatchOptions(
+            config.seed, config.train_batch_size, accelerator.num_processes, accelerator.process_index
+        )
+        count = -(-(limit or MEASURED_OF_STREAM) // options.images_per_step)
+        batches = itertools.islice(make_batches(data, options), count)
+    else:
+        whole = ValidationBatches(data, config.train_batch_size)
+        share = whole.share(accelerator.process_index, accelerator.num_processes)
+        per_process = -(-(limit or len(data)) // (config.train_batch_size * accelerator.num_processes))
+        batches = itertools.islice(share, per_process)
+    for batch in batches:
+        batch = trainer.to_device(batch)
+        yield binarize(batch["images"], config.binarize, batch["noise"])
+
+
+def some_images(trainer: Trainer, count: int = 256) -> Tensor:
+    """The first training images, in [-1, 1]."""
+    found = 0
+    parts = []
+    for images in images_to_measure(trainer):
+        parts.append(images)
+        found += len(images)
+        if found >= max(count, trainer.config.sample_columns):
+            break
+    return torch.cat(parts)
+
+
+def draw_while_training(config: TrainVAEConfig, trainer: Trainer, name: str | None = None) -> None:
+    """The pictures of the averaged weights, in `samples/step-STEP/` or the folder `name`."""
+    folder = trainer.output_dir / (name or f"samples/step-{trainer.state.step:07}")
+    with trainer.averaged_model() as vae:
+        draw_pictures(vae, some_images(trainer), folder, columns=config.sample_columns, seed=config.seed)
+
+
+def describe_latents(vae: VAEModel, moments: LatentMoments) -> str:
+    """What was measured of the latents, for the card, and a warning if they have collapsed."""
+    active = int((moments.mean_var > ACTIVE_VARIANCE).sum())
+    lines = [
+        f"Latents of shape {' x '.join(map(str, vae.latent_shape))}, measured on {moments.num_images} training images: mean "
+        f"{moments.mean:.4g} (kept in latent_offset, so that shift_factor is 0) and std {moments.std:.4g} (scaling_factor "
+        f"{1 / moments.std:.4g}); {active} of {moments.mean_var.numel()} are active; the KL divergence from the prior is "
+        f"{moments.rate:.4g} nats an image."
+    ]
+    warning = collapse_warning(active, moments.mean_var.numel(), moments.rate)
+    return "\n\n".join([*lines, f"Warning: {warning}."] if warning else lines)
+
+
+if __name__ == "__main__":
+    run_script(TrainVAEConfig, main)
