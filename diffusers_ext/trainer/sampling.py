@@ -60,7 +60,7 @@ def draw_samples(
         if not accelerator.is_main_process:
             return None
     images = images[:number].cpu().unflatten(0, (rows, columns))
-    grid = labelled_grid(images, names if labels is None else names[:rows])
+    grid = labelled_grid(images, names and names[:rows])
     path.parent.mkdir(parents=True, exist_ok=True)
     grid.save(path)
     return grid

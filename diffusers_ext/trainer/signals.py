@@ -1,9 +1,15 @@
 """SIGTERM and SIGINT as a request to save and end, instead of an end in the middle of a step."""
 
+import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+
+# A signal to a group of processes reaches each of them, and then once more those that a launcher hands it on to.
+SAME_REQUEST_SECONDS = 5.0
 
 
 class StopRequest:
@@ -18,15 +24,20 @@ class StopRequest:
 
 @contextmanager
 def catch_signals() -> Iterator[StopRequest]:
-    """Notes the first SIGTERM or SIGINT; a second one does what it always does."""
+    """Notes the first SIGTERM or SIGINT; a second one, unless it comes with the first, does what it always does."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield request
         return
 
+    noted = {}
+
     def note(signal_number, frame):
         request.signal_number = signal_number
-        signal.signal(signal_number, before[signal_number])
+        first = noted.setdefault(signal_number, time.monotonic())
+        if time.monotonic() - first > SAME_REQUEST_SECONDS:
+            signal.signal(signal_number, before[signal_number])
+            os.kill(os.getpid(), signal_number)
 
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     for number in before:

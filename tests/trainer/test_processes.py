@@ -1,0 +1,111 @@
+"""Two processes, joined by gloo, against one: one launch for all of it."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffusers_ext.trainer.checkpoints import find_checkpoint
+from runs import assert_same_run, forget_accelerate, metrics, saved
+
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def one_and_two(tmp_path_factory):
+    """The folders of what two_processes.py does in one process, which is this one, and in two."""
+    folder = tmp_path_factory.mktemp("processes")
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.accelerate_cli",
+        "launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+    ]
+    command += ["--num_machines", "1", "--main_process_port", "0", str(HERE / "two_processes.py"), str(folder / "two")]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+    environment |= {"PYTHONPATH": f"{HERE.parents[1]}:{HERE.parent}", "OMP_NUM_THREADS": "1"}
+    two = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert two.returncode == 0, two.stdout + two.stderr
+    forget_accelerate()
+    sys.path.insert(0, str(HERE))
+    import two_processes
+
+    two_processes.main(folder / "one", resume=False)
+    forget_accelerate()
+    return folder / "one", folder / "two"
+
+
+def test_two_processes_with_half_the_batch_each_make_the_run_of_one(one_and_two):
+    """Weights, averages, optimizers, objective and adversary; float32 sums in another order, hence the tolerance."""
+    one, two = (saved(folder / "whole", 12) for folder in one_and_two)
+    assert one[0].keys() == two[0].keys()
+    for name in one[0]:
+        torch.testing.assert_close(
+            one[0][name], two[0][name], rtol=1e-3, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    assert one[1]["position"] == two[1]["position"] == 12 * 8
+    logs = [metrics(folder / "whole") for folder in one_and_two]
+    for mine, theirs in zip(*logs, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4)
+
+
+def test_the_loss_on_held_out_images_is_that_of_one_process(one_and_two):
+    """11 images in batches of 4, or of 2 in two processes, of which the one has one batch more."""
+    one, two = (
+        {record["step"]: record["val_loss"] for record in metrics(folder / "whole") if "val_loss" in record}
+        for folder in one_and_two
+    )
+    assert sorted(one) == [4, 8, 12] and one == pytest.approx(two, rel=1e-5)
+
+
+def test_a_run_of_two_processes_resumes_bit_for_bit(one_and_two):
+    """In the middle of an epoch, with dropout, accumulation, workers before and none after, objective and adversary."""
+    _, two = one_and_two
+    assert_same_run(two / "undisturbed", two / "parts", 12)
+    for index in (0, 1):
+        states = [
+            torch.load(two / run / "checkpoint-12" / f"random_states_{index}.pkl", weights_only=False)
+            for run in ("undisturbed", "parts")
+        ]
+        assert torch.equal(*(state["torch_manual_seed"] for state in states))
+    assert not torch.equal(
+        *(
+            torch.load(two / "parts" / "checkpoint-12" / f"random_states_{index}.pkl", weights_only=False)[
+                "torch_manual_seed"
+            ]
+            for index in (0, 1)
+        )
+    )
+
+
+def test_the_learning_rate_of_two_processes_ends_where_it_should(one_and_two):
+    rates = [record["learning_rate"] for record in metrics(one_and_two[1] / "whole")]
+    cosine = [0.005 * (1 + math.cos(math.pi * (step - 2) / 10)) for step in range(2, 12)]
+    assert rates == pytest.approx([0.005, 0.01, *cosine])
+
+
+@pytest.mark.parametrize("with_labels", [False, True])
+def test_sample_grids_are_shared_and_are_those_of_one_process(one_and_two, with_labels):
+    one, two = (np.asarray(Image.open(folder / f"samples-{with_labels}.png")).astype(int) for folder in one_and_two)
+    assert one.shape == two.shape and abs(one - two).max() <= 1
+    assert len(np.unique(one)) > 20
+
+
+def test_a_process_that_cannot_write_ends_all_of_them(one_and_two):
+    folder = one_and_two[1] / "failed"
+    for index in (0, 1):
+        end = (folder / f"end-{index}.txt").read_text()
+        assert "checkpoint-6 could not be written" in end and "process 1: OSError: [Errno 28] No space left" in end
+        assert "kept: checkpoint-3." in end
+    assert find_checkpoint(folder, "latest") == (folder / "checkpoint-3", [])
+    assert not list(folder.glob(".checkpoint-*"))

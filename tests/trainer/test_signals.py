@@ -1,0 +1,33 @@
+import os
+import signal
+
+import pytest
+
+from diffusers_ext.trainer import signals
+from diffusers_ext.trainer.signals import catch_signals
+
+
+def send(number):
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_that_come_together_are_one_request(number):
+    before = signal.getsignal(number)
+    with catch_signals() as request:
+        assert request.signal_number is None and request.name == ""
+        send(number)
+        send(number)
+        assert request.signal_number == number and request.name == signal.Signals(number).name
+    assert signal.getsignal(number) is before
+
+
+def test_a_later_signal_does_what_it_always_does(monkeypatch):
+    monkeypatch.setattr(signals, "SAME_REQUEST_SECONDS", 0.0)
+    with pytest.raises(KeyboardInterrupt), catch_signals() as request:
+        send(signal.SIGINT)
+        assert request.name == "SIGINT"
+        send(signal.SIGINT)
+        for _ in range(1000):  # the interpreter handles a signal between two instructions
+            pass
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

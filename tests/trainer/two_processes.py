@@ -1,0 +1,117 @@
+"""Runs that `accelerate launch` starts in two processes, for test_processes.py; with one process, what to compare with.
+
+accelerate launch --multi_gpu --num_processes 2 tests/trainer/two_processes.py FOLDER
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from diffusers_ext import ExtDDIMScheduler, GuidedDiffusionPipeline
+from diffusers_ext.trainer.adversary import Adversary
+from diffusers_ext.trainer.checkpoints import CheckpointError
+from diffusers_ext.trainer.prepare import prepare_images
+from diffusers_ext.trainer.sampling import draw_samples
+from runs import forget_accelerate, stop_before_step, trainer
+from tiny import tiny_unet
+
+
+class Contest(nn.Module):
+    """An objective with a state that all processes share, and with an adversary."""
+
+    def __init__(self, accelerator):
+        super().__init__()
+        self.accelerator = accelerator
+        self.register_buffer("losses", torch.zeros(2))
+        torch.manual_seed(1)
+        critic = nn.Sequential(nn.Conv2d(1, 4, 3, stride=2), nn.LeakyReLU(0.2), nn.Conv2d(4, 1, 3))
+        self.adversary = Adversary(critic, self.judge, learning_rate=0.02, start_step=3)
+
+    def forward(self, model, batch):
+        batch["guess"] = model(batch["images"] + batch["noise"])
+        loss = (batch["guess"] - batch["noise"]).square().mean()
+        if self.training:
+            self.losses += torch.stack([self.accelerator.reduce(loss.detach(), "mean"), torch.ones(())])
+        return loss / (1 + self.losses[1] / 10) - 0.1 * self.adversary.module(batch["guess"]).mean()
+
+    def judge(self, module, batch):
+        real, guess = module(torch.cat([batch["images"], batch["guess"]])).chunk(2)
+        return ((1 - real).relu() + (1 + guess).relu()).mean()
+
+    def metrics(self):
+        total, count = self.losses.tolist()
+        return {"mean_so_far": total / count}
+
+
+SETTINGS = {
+    "gradient_accumulation_steps": 2,
+    "checkpointing_steps": 7,
+    "logging_steps": 1,
+    "validation_split": "test",
+    "validation_steps": 4,
+    "random_flip": True,
+    "max_grad_norm": 0.5,
+}
+
+
+def contest(data, folder, dropout=0.0, **settings):
+    forget_accelerate()
+    objective = Contest(Accelerator(cpu=True, gradient_accumulation_steps=2))
+    held_out = prepare_images("digits", split="test", max_samples=11)
+    more = {"adversary": objective.adversary, "validation_data": held_out, "dropout": dropout}
+    return trainer(data, folder, objective, **more, **SETTINGS | settings)
+
+
+def main(folder, resume=True):
+    folder.mkdir(exist_ok=True)
+    data = prepare_images("digits", max_samples=20)
+    batch_size = 4 // Accelerator(cpu=True).num_processes
+    contest(data, folder / "whole", train_batch_size=batch_size).train()
+
+    # The same with dropout, which draws from the random states of each process: undisturbed, and broken off.
+    if resume:
+        dropout = {"dropout": 0.2, "train_batch_size": batch_size}
+        contest(data, folder / "undisturbed", **dropout).train()
+        stop_before_step(contest(data, folder / "parts", dataloader_num_workers=2, **dropout), 10)
+        contest(data, folder / "parts", resume_from_checkpoint="latest", **dropout).train()
+
+    forget_accelerate()
+    accelerator = Accelerator(cpu=True)
+    for labels in (None, [0, 1, 2]):
+        pipe = GuidedDiffusionPipeline(
+            denoiser=tiny_unet(num_classes=3), scheduler=ExtDDIMScheduler(timestep_spacing="trailing")
+        )
+        pipe.set_progress_bar_config(disable=True)
+        path = folder / f"samples-{labels is not None}.png"
+        draw_samples(
+            pipe, path, accelerator=accelerator, labels=labels, columns=3, batch_size=2, num_inference_steps=3
+        )
+    return data
+
+
+def fail_in_one_process(data, folder):
+    """Process 1 cannot write at step 6; each process notes how that ends."""
+    forget_accelerate()
+    run = trainer(data, folder, checkpointing_steps=3, train_batch_size=2)
+    index, save_state = run.accelerator.process_index, run.accelerator.save_state
+
+    def save(path):
+        save_state(path)
+        if index == 1 and run.state.step == 6:
+            Path("/dev/full").write_bytes(bytes(10))
+
+    run.accelerator.save_state = save
+    try:
+        run.train()
+        end = "the run was completed"
+    except CheckpointError as error:
+        end = str(error)
+    (folder / f"end-{index}.txt").write_text(end)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    fail_in_one_process(main(Path(sys.argv[1])), Path(sys.argv[1]) / "failed")
