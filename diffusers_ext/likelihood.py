@@ -298,12 +298,13 @@ def evaluate_transition(
     step = chain.at(index, x0)
     x_t = add_noise(x0, eps, step.t)
     output = denoise(x_t, chain.timesteps[index].to(x0.device)).to(x0.dtype)
-    prediction, variance_output = split_output(output, variance)
-    if prediction.shape != x0.shape:
+    channels = x0.shape[1] * (2 if variance in LEARNED_VARIANCES else 1)
+    if output.shape != (len(x0), channels, *x0.shape[2:]):
         raise ValueError(
             f"the model's output must have shape {tuple(x0.shape)}, with twice the channels for a learned variance, got "
             f"{tuple(output.shape)} for the variance {variance!r}"
         )
+    prediction, variance_output = split_output(output, variance)
     x0_hat = predict_x0(prediction, x_t, step.t, prediction_type)
     x0_hat = x0_hat if clip is None else clip(x0_hat)
     return x_t, step, reverse_transition(x0_hat, x_t, step, reverse_log_std(step, variance, variance_output))

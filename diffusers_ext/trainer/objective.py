@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from diffusers_ext.likelihood import ReverseChain, bits_per_dim, split_output
+from diffusers_ext.likelihood import ReverseChain, bits_per_dim
 from diffusers_ext.losses import LOSS_WEIGHTINGS, OBJECTIVES, bound_loss, denoising_loss
 from diffusers_ext.noising import PREDICTION_TYPES, NoiseSchedule, add_noise
 from diffusers_ext.trainer.figures import draw_loss_by_snr
@@ -115,13 +115,14 @@ class DenoisingObjective(nn.Module):
             timesteps: int64, shape `(batch,)`.
         """
         level = self.schedule.level(timesteps, x0)
-        prediction, _ = split_output(output, "learned_range" if self.learns_variance else "fixed_large")
-        if prediction.shape != x0.shape:
+        channels = x0.shape[1] * (2 if self.learns_variance else 1)
+        if output.shape != (len(x0), channels, *x0.shape[2:]):
             times = "twice the" if self.learns_variance else "the"
             raise ValueError(
                 f"objective {self.objective} needs a model whose output has {times} channels of its input, "
                 f"{tuple(x0.shape)}, got {tuple(output.shape)}"
             )
+        prediction = output[:, : x0.shape[1]]
         if self.objective != "vlb":
             loss = denoising_loss(prediction, x0, eps, level, self.prediction_type, **self.weights)
         if self.objective == "vlb" or self.weights["weighting"] != "uniform":
