@@ -9,6 +9,13 @@ import math
 
 import torch
 import torch.nn.functional as F
+from diffusers.hooks._helpers import (
+    AttentionProcessorMetadata,
+    AttentionProcessorRegistry,
+    TransformerBlockMetadata,
+    TransformerBlockRegistry,
+)
+from diffusers.models.attention import AttentionModuleMixin
 from torch import Tensor, nn
 
 
@@ -128,6 +135,50 @@ class AffineGroupNorm(nn.Module):
         return group_norm(x, self.weight[None], self.bias[None], self.groups, self.eps)
 
 
+class _Attention(torch.autograd.Function):
+    """The CPU's fused attention, with a backward pass of matrix products.
+
+    In bfloat16 the products run in tile registers, and that of the fused kernel takes 1.5 to 9 times as long. They are
+    made for a few samples at once, so that the weights of all pairs of tokens stay in the cache.
+    """
+
+    pairs_at_once = 2**20
+
+    @staticmethod
+    def forward(ctx, query, key, value, mask):
+        ctx.save_for_backward(query, key, value, mask)
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, attn_mask=mask)[0]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        query, key, value, mask = ctx.saved_tensors
+        grads = [_token_major(tensor) for tensor in (query, key, value)]
+        unit, scale = query.new_empty(()), query.shape[-1] ** -0.5
+        num_samples = max(1, _Attention.pairs_at_once // (query.shape[1] * query.shape[2] * key.shape[2]))
+        for start in range(0, len(query), num_samples):
+            rows = slice(start, start + num_samples)
+            q, k, v, g = (tensor[rows].flatten(0, 1) for tensor in (query, key, value, grad))
+            logits = torch.baddbmm(unit, q, k.mT, beta=0, alpha=scale)
+            if mask is not None:
+                logits = (logits.unflatten(0, (-1, query.shape[1])) + mask[rows]).flatten(0, 1)
+            weights = logits.softmax(-1).to(q.dtype)
+            of_logits = torch.ops.aten._softmax_backward_data(torch.bmm(g, v.mT), weights, -1, q.dtype)
+            parts = (
+                torch.baddbmm(unit, of_logits, k, beta=0, alpha=scale),
+                torch.baddbmm(unit, of_logits.mT, q, beta=0, alpha=scale),
+                torch.bmm(weights.mT, g),
+            )
+            for whole, part in zip(grads, parts, strict=True):
+                whole[rows] = part.view(whole[rows].shape)
+        return *grads, None
+
+
+def _token_major(x: Tensor) -> Tensor:
+    """An empty tensor like `(batch, heads, tokens, head_dim)`, whose heads lie side by side as linear layers have them."""
+    return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
+
+
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
     """Scaled dot-product attention, by whichever kernel is fastest where it runs.
 
@@ -136,13 +187,12 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = N
         key, value: Shape `(batch, heads, other_tokens, head_dim)`.
         mask: Added to the logits, broadcasting against `(batch, heads, tokens, other_tokens)`.
     """
-    # The backward pass of the CPU's fused kernel takes 2 to 6 times as long as two matrix products in bfloat16, where
-    # the products run in tile registers; they need memory for all pairs of tokens, hence the bound.
-    low_precision = query.dtype == torch.bfloat16 or (query.device.type == "cpu" and torch.is_autocast_enabled("cpu"))
-    num_pairs = query.shape[-2] * key.shape[-2]
-    if query.device.type == "cpu" and low_precision and query.requires_grad and num_pairs <= 1024**2:
-        logits = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(-1, -2))
-        return torch.matmul((logits if mask is None else logits + mask).softmax(-1), value)
+    inputs = (query, key, value)
+    eager_bf16 = query.device.type == "cpu" and query.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
+    if eager_bf16 and torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        if all(x.stride(-1) == 1 for x in inputs):  # which the fused kernel relies on
+            mask = None if mask is None else mask.expand(*query.shape[:-1], key.shape[-2])
+            return _Attention.apply(query, key, value, mask)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
@@ -154,7 +204,22 @@ def attention_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return bias.masked_fill(~mask.bool(), torch.finfo(dtype).min)[:, None, None]
 
 
-class Attention(nn.Module):
+class AttentionProcessor:
+    """How `Attention` goes from feature map to feature map; diffusers' hooks tell the kind of a layer by it."""
+
+    def __call__(
+        self, attn: "Attention", hidden_states: Tensor, context: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        shape = hidden_states.shape
+        tokens = attn.norm(hidden_states).flatten(2).transpose(1, 2)  # (batch, height * width, channels)
+        context = tokens if context is None else context
+        query = attn.to_q(tokens).unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
+        key, value = attn.to_kv(context).unflatten(-1, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        out = attention(query, key, value, mask).transpose(1, 2).flatten(2)
+        return hidden_states + attn.to_out(out).transpose(1, 2).unflatten(2, shape[2:])
+
+
+class Attention(nn.Module, AttentionModuleMixin):
     """Residual attention over the positions of a feature map, or from them to a context (Vaswani et al. 2017).
 
     Args:
@@ -163,23 +228,41 @@ class Attention(nn.Module):
         context_dim: Width of the context's tokens; `None` for self-attention.
     """
 
+    _supports_qkv_fusion = False
+
     def __init__(self, channels: int, head_dim: int = 64, context_dim: int | None = None):
         super().__init__()
         self.num_heads = next(n for n in range(max(channels // head_dim, 1), 0, -1) if channels % n == 0)
+        self.is_cross_attention = context_dim is not None
         self.norm = AffineGroupNorm(channels)
         self.to_q = nn.Linear(channels, channels)
         self.to_kv = nn.Linear(channels if context_dim is None else context_dim, 2 * channels)
         self.to_out = nn.Linear(channels, channels)
+        self.set_processor(AttentionProcessor())
 
-    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(self, hidden_states: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Feature map `(batch, channels, height, width)` and context `(batch, tokens, context_dim)` to a feature map."""
-        shape = x.shape
-        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (batch, height * width, channels)
-        context = tokens if context is None else context
-        query = self.to_q(tokens).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        key, value = self.to_kv(context).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        out = attention(query, key, value, mask).transpose(1, 2).flatten(2)
-        return x + self.to_out(out).transpose(1, 2).unflatten(2, shape[2:])
+        return self.processor(self, hidden_states, context, mask)
+
+
+# What diffusers' guiders that skip layers or perturb attention look up. Written without `register`, which imports every
+# transformer of diffusers.
+def register_skippable(block_class: type[nn.Module]) -> None:
+    """Says that a block may be left out: called `block(hidden_states, ...)`, it returns their like."""
+    TransformerBlockRegistry._registry[block_class] = TransformerBlockMetadata(
+        return_hidden_states_index=0, _cls=block_class
+    )
+
+
+def register_attention(processor_class: type) -> None:
+    """Says what comes out where attention is left out: what went in."""
+    AttentionProcessorRegistry._registry[processor_class] = AttentionProcessorMetadata(
+        skip_processor_output_fn=lambda attn, hidden_states, *args, **kwargs: hidden_states
+    )
+
+
+register_attention(AttentionProcessor)
+register_skippable(Attention)
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0, endpoint: bool = False) -> Tensor:

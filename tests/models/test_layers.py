@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from diffusers_ext.models import layers
 from diffusers_ext.models.layers import attention, concatenate, group_norm, num_groups, timestep_embedding
 
 
@@ -56,15 +57,31 @@ def test_groups_hold_sixteen_channels_where_they_can(channels, groups):
     assert num_groups(channels) == groups
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_attention_by_products_equals_the_fused_kernel(masked):
-    """The path for bfloat16 on CPUs, entered by autocast, against the fused kernel in float32."""
-    query, key, value = (draw(2, 3, n, 16, dtype=torch.float32) for n in (10, 7, 7))
-    mask = torch.zeros(2, 1, 1, 7).masked_fill(torch.arange(7) > 4, float("-inf")) if masked else None
-    expected = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-    with torch.autocast("cpu", torch.bfloat16):
-        ours = attention(query.requires_grad_(), key, value, mask)
-    torch.testing.assert_close(ours.float(), expected, rtol=0.05, atol=0.03)
+@pytest.mark.parametrize("shape", [None, (1, 1, 1, 7), (5, 1, 1, 7), (5, 3, 10, 7)], ids=str)
+@pytest.mark.parametrize("pairs_at_once", [1, 2 * 3 * 10 * 7, 2**20], ids=["one sample", "two samples", "all samples"])
+def test_attention_in_bfloat16_and_its_gradients_are_as_close_as_their_rounding(monkeypatch, pairs_at_once, shape):
+    """The backward pass for bfloat16 on CPUs is ours: against autograd's of the formula in double precision."""
+    monkeypatch.setattr(layers._Attention, "pairs_at_once", pairs_at_once)
+    leaves = [draw(5, n, 3, 16).bfloat16().transpose(1, 2).requires_grad_() for n in (10, 7, 7)]
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    mask = None if shape is None else torch.where(draw(*shape) > 1, float("-inf"), draw(*shape)).bfloat16()
+    out_grad = draw(5, 3, 10, 16).bfloat16()
+
+    query, key, value = exact
+    logits = query @ key.mT / 4
+    expected = (logits if mask is None else logits + mask.double()).softmax(-1) @ value
+    ours = attention(*leaves, mask)
+    assert type(ours.grad_fn).__name__ == "_AttentionBackward"
+    assert (ours - expected).norm() < 0.01 * expected.norm()
+    wanted = torch.autograd.grad(expected, exact, out_grad.double())
+    for got, value in zip(torch.autograd.grad(ours, leaves, out_grad), wanted, strict=True):
+        assert (got - value).norm() < 0.01 * value.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_without_gradients_is_the_fused_kernel_s(dtype):
+    query, key, value = (draw(2, 3, n, 16, dtype=dtype) for n in (10, 7, 7))
+    assert torch.equal(attention(query, key, value), F.scaled_dot_product_attention(query, key, value))
 
 
 def test_concatenate_passes_compact_gradients():
