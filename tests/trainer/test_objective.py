@@ -1,16 +1,13 @@
 """The loss of a batch, the timesteps it is drawn at, and the record it keeps."""
 
 import csv
-import os
-import subprocess
-import sys
 from collections import defaultdict, deque
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator, debug_launcher
 from safetensors.torch import load_file, save_file
 
 from diffusers_ext.betas import make_betas, rescale_zero_terminal_snr
@@ -18,9 +15,6 @@ from diffusers_ext.likelihood import ReverseChain
 from diffusers_ext.losses import bound_loss, denoising_loss
 from diffusers_ext.noising import NoiseSchedule, add_noise
 from diffusers_ext.trainer.objective import DenoisingObjective
-
-
-ROOT = Path(__file__).parents[2]
 
 
 def make_objective(num_timesteps=8, prediction_type="v_prediction", **settings):
@@ -247,39 +241,20 @@ def test_a_curve_of_nothing_is_not_drawn_and_zero_snr_has_no_place_on_it(tmp_pat
     assert len(list(tmp_path.iterdir())) == 2
 
 
-TWO_PROCESSES = """
-import sys
-sys.path.insert(0, {tests!r})
-import torch
-from accelerate import Accelerator
-from safetensors.torch import save_file
-from test_objective import learned_model, make_batch, make_objective
-
-accelerator = Accelerator(cpu=True)
-rank, number = accelerator.process_index, accelerator.num_processes
-objective = make_objective(objective="hybrid", importance_sampling=True, accelerator=accelerator)
-for seed in range(30):
-    batch = {{name: value[rank * 16 // number : (rank + 1) * 16 // number] for name, value in make_batch(seed).items()}}
-    objective(learned_model, batch)
-save_file(objective.state_dict(), f"{folder}/{{rank}}.safetensors")
-"""
+def train_on_a_part_of_each_batch(folder):
+    """What each of several processes does; leaves its state in the folder."""
+    accelerator = Accelerator(cpu=True)
+    rank, number = accelerator.process_index, accelerator.num_processes
+    objective = make_objective(objective="hybrid", importance_sampling=True, accelerator=accelerator)
+    for seed in range(30):
+        part = slice(rank * 16 // number, (rank + 1) * 16 // number)
+        objective(learned_model, {name: value[part] for name, value in make_batch(seed).items()})
+    save_file(objective.state_dict(), folder / f"{rank}-of-{number}.safetensors")
 
 
 def test_two_processes_keep_the_state_of_one(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(TWO_PROCESSES.format(tests=str(Path(__file__).parent), folder=tmp_path))
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu"]
-    command += ["--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
-    done = subprocess.run(
-        [*command, str(script)],
-        env=environment | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
+    debug_launcher(train_on_a_part_of_each_batch, args=(tmp_path,), num_processes=2)
+    first, second = (load_file(tmp_path / f"{rank}-of-2.safetensors") for rank in range(2))
     alone = make_objective(objective="hybrid", importance_sampling=True)
     for seed in range(30):
         alone(learned_model, make_batch(seed))
