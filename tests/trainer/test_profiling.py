@@ -70,7 +70,9 @@ def test_trace_has_the_parts_of_three_steps(data, tmp_path, capsys):
 )
 def test_a_run_that_ends_before_the_trace_does_says_so(data, tmp_path, capsys, steps, said):
     trainer(data, tmp_path / "run", profile=True, max_train_steps=steps).train()
-    assert said in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert said in output
+    assert ("traced steps" in table(output)) == ("tracing" in table(output)) == (steps > 5)
     assert (tmp_path / "run" / "profile" / "profile_0.json").exists() == (steps > 5)
 
 
