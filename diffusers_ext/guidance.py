@@ -111,7 +111,9 @@ class GuidedDenoiser:
             batches = prepare_inputs(guider, self.conditions)
             for batch, output in zip(batches, self._outputs(batches, x, timestep), strict=True):
                 batch.noise_pred, batch.rest = output[:, : self.channels], output[:, self.channels :]
-            guided = guider(batches).pred
+                if type(guider).__name__ == "MagnitudeAwareGuidance":  # that of diffusers 0.42 fails with images
+                    batch.noise_pred = batch.noise_pred.flatten(2)
+            guided = guider(batches).pred.view_as(x)
         rest = batches[0].rest
         return torch.cat([guided, rest], dim=1) if rest.shape[1] else guided
 
@@ -196,10 +198,10 @@ def prepare_inputs(guider: BaseGuidance, conditions: dict[str, tuple[Tensor, Ten
     return batches
 
 
-def asks_for_unconditional(guider: BaseGuidance, num_steps: int, timesteps: Tensor) -> bool:
+def asks_for_unconditional(guider: BaseGuidance, timesteps: Tensor) -> bool:
     """Whether in any of the steps a guider asks for a prediction without the condition."""
     for step, timestep in enumerate(timesteps):
-        guider.set_state(step=step, num_inference_steps=num_steps, timestep=timestep)
+        guider.set_state(step=step, num_inference_steps=len(timesteps), timestep=timestep)
         if any(getattr(batch, guider._identifier_key) == "pred_uncond" for batch in prepare_inputs(guider, {})):
             return True
     return False

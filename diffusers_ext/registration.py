@@ -13,6 +13,7 @@ So `diffusers_ext` becomes such a library, and its classes become attributes of 
 from collections.abc import Mapping
 
 import diffusers
+import diffusers.guiders
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.guiders import BaseGuidance
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
@@ -35,6 +36,10 @@ def register_with_diffusers(namespace: Mapping[str, object]) -> None:
     warning: replacing it would change what every other repository loads.
     """
     LOADABLE_CLASSES[LIBRARY] = {base.__name__: ["save_pretrained", "from_pretrained"] for base in BASE_CLASSES}
+    for name, value in vars(diffusers.guiders).items():
+        # Some versions of diffusers have guiders that they can save but do not find again.
+        if isinstance(value, type) and issubclass(value, BaseGuidance) and not hasattr(diffusers, name):
+            setattr(diffusers, name, value)
     for name, value in namespace.items():
         if not (isinstance(value, type) and issubclass(value, BASE_CLASSES) and _is_ours(value)):
             continue

@@ -17,6 +17,7 @@ from diffusers_ext.models.layers import (
     concatenate,
     group_norm,
     num_groups,
+    register_skippable,
 )
 
 
@@ -67,17 +68,24 @@ class UNetBlock(nn.Module):
         self.cross_attention = None if context_dim is None else Attention(out_channels, head_dim, context_dim)
 
     def forward(
-        self, x: Tensor, embedding: Tensor, context: Tensor | None = None, context_mask: Tensor | None = None
+        self,
+        hidden_states: Tensor,
+        embedding: Tensor,
+        context: Tensor | None = None,
+        context_mask: Tensor | None = None,
     ) -> Tensor:
         scale, shift = self.scale_shift(embedding).chunk(2, dim=-1)
-        h = self.conv_1(F.silu(self.norm_1(x)))
+        h = self.conv_1(F.silu(self.norm_1(hidden_states)))
         h = F.silu(group_norm(h, 1 + scale, shift, self.norm_2_groups))
-        h = self.skip(x) + self.conv_2(self.dropout(h))
+        h = self.skip(hidden_states) + self.conv_2(self.dropout(h))
         if self.attention is not None:
             h = self.attention(h)
         if self.cross_attention is not None:
             h = self.cross_attention(h, context, context_mask)
         return h
+
+
+register_skippable(UNetBlock)
 
 
 class Downsample(nn.Module):
@@ -221,6 +229,12 @@ class UNetModel(ModelMixin, ConfigMixin):
                 nn.init.zeros_(module.to_out.bias)
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)
+
+    @property
+    def skippable_blocks(self) -> list[Attention]:
+        """The self-attention layers from first to last, which guiders may skip or perturb by their number."""
+        modules = [*self.encoder.values(), *self.middle, *self.decoder.values()]
+        return [module.attention for module in modules if getattr(module, "attention", None) is not None]
 
     def forward(
         self,

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from diffusers.guiders import BaseGuidance
+import torch
+from diffusers.guiders import AutoGuidance, BaseGuidance
 from torch import Tensor, nn
 
 from diffusers_ext.guidance import asks_for_unconditional, classifier_free_guidance
@@ -83,8 +84,7 @@ def check_outputs(pipe, output_type: str, callback_inputs: Sequence[str]) -> Non
             f"callback_on_step_end_tensor_inputs must be among {pipe._callback_tensor_inputs}, got {unknown}"
         )
     if pipe.vae is not None:
-        parameter = next(pipe.vae.parameters())
-        latent_scale(pipe.vae, parameter.new_empty(1, config.in_channels, *[1] * dims))
+        latent_scale(pipe.vae, torch.empty(1, config.in_channels, *[1] * dims))
 
 
 def choose_guider(
@@ -118,14 +118,15 @@ def check_guider(pipe, guider: BaseGuidance | None, labels: list[int] | None, ti
         return
     if hasattr(guider, "check_pipeline"):
         guider.check_pipeline(pipe, labels)
-    has_null = pipe.null_label is not None
+    has_labels, has_null = pipe.denoiser_num_classes is not None, pipe.null_label is not None
     if has_null and labels is not None:
         return
-    if not asks_for_unconditional(guider, len(timesteps), timesteps):
+    if not has_labels and isinstance(guider, AutoGuidance):
+        return  # it weakens the network itself
+    if not asks_for_unconditional(guider, timesteps):
         return
     if not has_null:
-        trained = pipe.denoiser_num_classes is not None
-        reason = "has no null label" if trained else "was trained without labels"
+        reason = "has no null label" if has_labels else "was trained without labels"
         raise ValueError(f"guidance needs a model with labels and a null label; this one {reason}")
     raise ValueError("guidance needs class_labels to guide to, got None")
 

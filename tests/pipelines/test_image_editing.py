@@ -173,7 +173,7 @@ def test_inpainted_pixels_follow_the_conditional_law():
     mean, std = 0.6 * CORRELATION, STD * (1 - CORRELATION**2) ** 0.5
     once, often = inpaint_pairs(1), inpaint_pairs(5)
     assert often.mean().item() == pytest.approx(mean, abs=0.06)
-    assert often.std().item() == pytest.approx(std, rel=0.08)
+    assert often.std().item() == pytest.approx(std, rel=0.12)
     assert abs(once.mean().item() - mean) > 3 * abs(often.mean().item() - mean)
 
 
