@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, DiTTransformer2DModel
 from PIL import Image
 
 from diffusers_ext import ExtDDPMScheduler, GuidedDiffusionPipeline, UNetModel
@@ -45,3 +45,13 @@ def save_run(folder: Path) -> Path:
     (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
     Image.new("L", (8, 8)).save(folder / "samples.png")
     return folder
+
+
+def random_stock_dit(**config) -> DiTTransformer2DModel:
+    """diffusers' DiT with random numbers in all parameters, in eval mode: while training, it drops labels by itself."""
+    torch.manual_seed(0)
+    tiny = {"sample_size": 8, "in_channels": 4, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16}
+    model = DiTTransformer2DModel(**tiny | config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model
