@@ -156,6 +156,8 @@ def main(config: TrainConfig) -> Path:
         accelerator.print("drawing samples and the denoising of one of them ...", flush=True)
         accelerator.wait_for_everyone()
         draw_figures(trainer)
+        # Ends the last gathering everywhere: a process that leaves during it can hang in gloo's destructor.
+        accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             finish_run(trainer, command, "\n\n".join([describe_data(config, data), *data.notes]))
     return trainer.output_dir
