@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler, KDPM2DiscreteScheduler, PNDMScheduler, UniPCMultistepScheduler
+from accelerate import cpu_offload
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
 from diffusers.guiders import ClassifierFreeGuidance
 from torch import nn
 
@@ -72,3 +79,22 @@ def test_a_callback_cannot_scale_a_guider_that_was_given():
 
     with pytest.raises(ValueError, match="guidance_scale must not be given together with a guider"):
         sample(tiny_pipeline(), guider=ClassifierFreeGuidance(guidance_scale=2.0), callback_on_step_end=set_scale)
+
+
+def test_a_pipeline_is_called_while_its_weights_are_elsewhere():
+    """With sequential offload they stand on the meta device between the layers' turns."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL(1, 1, latent_channels=1, norm_num_groups=4, block_out_channels=(4,))
+    unet = tiny_pipeline().denoiser
+
+    def one_step(pipeline):
+        pipeline.set_progress_bar_config(disable=True)
+        return sample(pipeline, num_inference_steps=1, output_type="pt")
+
+    expected = one_step(GuidedDiffusionPipeline(unet, ExtDDIMScheduler(timestep_spacing="trailing"), vae))
+    pipeline = GuidedDiffusionPipeline(unet, ExtDDIMScheduler(timestep_spacing="trailing"), vae)
+    for model in (unet, vae):
+        cpu_offload(model, "cpu")
+    assert {parameter.device.type for parameter in vae.parameters()} == {"meta"}
+    torch.testing.assert_close(one_step(pipeline), expected)
+    assert {parameter.device.type for parameter in unet.parameters()} == {"meta"}
