@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,6 +39,9 @@ SMALL = {
     "sample_columns": 2,
     "logging_steps": 2,
 }
+
+
+TWO_PROCESSES = ("--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0")
 
 
 @pytest.fixture(autouse=True)
@@ -188,12 +192,11 @@ def test_a_second_run_in_the_same_folder_is_refused_continued_or_overwritten(run
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
 
 
-@pytest.mark.parametrize("processes", [2])
-def test_processes_with_a_part_of_the_batch_give_the_weights_of_one_with_all_of_it(tmp_path, processes):
+def test_two_processes_with_half_of_the_batch_give_the_weights_of_one_with_all_of_it(tmp_path):
     settings = {"mixed_precision": "no", "label_dropout": 0.5, "random_flip": True, "max_grad_norm": 0.1}
     both = launch(
-        config_of(tmp_path / "two", train_batch_size=4 // processes, **settings),
-        *("--multi_gpu", "--num_processes", str(processes), "--num_machines", "1", "--main_process_port", "0"),
+        config_of(tmp_path / "two", train_batch_size=2, **settings),
+        *TWO_PROCESSES,
     )
     output = both.communicate(timeout=120)[0]
     assert both.returncode == 0, output
@@ -210,19 +213,20 @@ def test_processes_with_a_part_of_the_batch_give_the_weights_of_one_with_all_of_
     assert output.count("trained for 4 steps, 16 images") == 1
 
 
-def test_a_terminated_run_ends_clearly_and_goes_on(tmp_path):
-    config = config_of(tmp_path / "run", max_train_steps=None, max_train_time="1h")
-    process = launch(config)
+def test_terminated_processes_end_clearly_and_the_run_goes_on(tmp_path):
+    """A signal to the whole group, as job schedulers send it: the launcher hands it on a second time."""
+    config = config_of(tmp_path / "run", max_train_steps=None, max_train_time="1h", train_batch_size=2)
+    process = launch(config, *TWO_PROCESSES, start_new_session=True)
     metrics, end = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 100
     while len(read_metrics(metrics)) < 2:
         assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
         time.sleep(0.05)
-    for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
-        os.kill(int(child), signal.SIGTERM)  # the script itself: the launcher does not pass it on
+    os.killpg(process.pid, signal.SIGTERM)
     output = process.communicate(timeout=60)[0]
-    assert "SIGTERM at step" in output and "--resume_from_checkpoint latest goes on from there" in output
+    assert output.count("SIGTERM at step") == 1 and "--resume_from_checkpoint latest goes on from there" in output
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     step = int(checkpoint.name.split("-")[1])
+    # On one process, with the whole batch.
     main(config_of(tmp_path / "run", resume_from_checkpoint="latest", max_train_steps=step + 2))
     assert read_metrics(metrics)[-1]["step"] == step + 2
 
@@ -271,6 +275,8 @@ def test_images_get_a_border_rather_than_being_enlarged(tmp_path, capsys):
         ({"resolution": (2, 8)}, "got 2: take 4"),
         ({"label_dropout": 1.0}, r"label_dropout must be in \[0, 1\), got 1"),
         ({"num_inference_steps": 0}, "num_inference_steps must be positive, got 0"),
+        ({"vlb_weight": 0.0}, "vlb_weight must be positive, got 0"),
+        ({"objective": "vlb", "loss_weighting": "p2"}, "which objective vlb has none of, got p2"),
         ({"num_train_timesteps": 20}, r"num_inference_steps must be at most num_train_timesteps \(20\), got 50"),
     ],
 )
@@ -345,3 +351,32 @@ def test_digits_by_name_and_as_a_folder_are_the_same_data(tmp_path):
     main(config_of(tmp_path / "folder", max_train_steps=2, dataset_name=str(folder)))
     named, other = (read_metrics(tmp_path / run / "metrics.jsonl")[-1]["loss"] for run in ("named", "folder"))
     assert named == other
+
+
+def test_a_hybrid_run_with_importance_sampling_resumes_bit_by_bit_and_is_sampled_with_its_variances(tmp_path):
+    settings = {"objective": "hybrid", "timestep_sampling": "importance", "num_train_timesteps": 4}
+    settings |= {"train_batch_size": 16, "max_train_steps": 8, "checkpointing_steps": 5, "scheduler": "ddpm"}
+    whole = main(config_of(tmp_path / "whole", **settings))
+    part = tmp_path / "part"
+    shutil.copytree(whole / "checkpoint-5", part / "checkpoint-5")
+    shutil.copy(whole / "train_config.yaml", part)
+    shutil.copy(whole / "metrics.jsonl", part)
+    main(config_of(part, resume_from_checkpoint="latest", **settings))
+    for name in ("model", "average", "objective"):
+        one, two = (load_file(folder / "checkpoint-8" / f"{name}.safetensors") for folder in (whole, part))
+        assert all(torch.equal(one[key], two[key]) for key in one), name
+    assert one["loss_count"].sum() == 8 * 16 and (one["loss_count"] >= 10).all()
+    logs = [read_metrics(folder / "metrics.jsonl") for folder in (whole, part)]
+    for one, two in zip(*logs, strict=True):
+        same = [name for name in one if "second" not in name]
+        assert {name: one[name] for name in same} == {name: two[name] for name in same}
+        assert {"loss_q1", "error_q4", "vlb_bits_per_dim"} <= one.keys()
+    assert (part / "loss_by_snr.csv").read_text() == (whole / "loss_by_snr.csv").read_text()
+    assert (part / "loss_by_snr.png").stat().st_size > 0
+
+    pipe = DiffusionPipeline.from_pretrained(whole)
+    assert pipe.denoiser.config.out_channels == 2 and pipe.scheduler.variance_type == "learned_range"
+    settings = {"class_labels": [1, 2], "num_inference_steps": 3, "guidance_scale": 2.0, "output_type": "np"}
+    for scheduler in (pipe.scheduler, diffusers_ext.ExtDDIMScheduler.from_config(pipe.scheduler.config)):
+        pipe.scheduler = scheduler
+        assert pipe(**settings).images.shape == (2, 8, 8, 1)
