@@ -1,5 +1,6 @@
 """A U-Net that predicts noise, clean samples or velocities (Ho et al. 2020; Dhariwal & Nichol 2021)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -111,6 +112,81 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=self.factor, mode="nearest"))
 
 
+def block_maker(
+    size: tuple[int, ...],
+    block_out_channels: tuple[int, ...],
+    attention_resolutions: tuple[int, ...] | None,
+    cross_attention_dim: int | None = None,
+    **options,
+) -> Callable[..., UNetBlock]:
+    """Makes the blocks of a network by level: `block(in_channels, out_channels, level, attend=None)`.
+
+    Args:
+        size: Of the samples.
+        attention_resolutions: Sides of the maps with attention, as in `UNetModel`; `attend` overrules them.
+        cross_attention_dim: Of the blocks with self-attention.
+        options: For each `UNetBlock`.
+    """
+    sides = [max(size) >> level for level in range(len(block_out_channels))]
+    attention_sides = [side for side in sides if side <= 16][:1]
+    if attention_resolutions is not None:
+        attention_sides = attention_resolutions
+
+    def block(in_channels: int, out_channels: int, level: int, attend: bool | None = None) -> UNetBlock:
+        if attend is None:
+            attend = sides[level] in attention_sides
+        context_dim = cross_attention_dim if attend else None
+        return UNetBlock(in_channels, out_channels, self_attention=attend, context_dim=context_dim, **options)
+
+    return block
+
+
+def make_encoder(
+    block: Callable[..., UNetBlock],
+    block_out_channels: tuple[int, ...],
+    layers_per_block: int,
+    kernel: tuple[int, int],
+    factor: tuple[int, int],
+) -> tuple[nn.ModuleDict, list[int]]:
+    """The way down: modules named by level and place, and the channels of their input and of each of their outputs."""
+    encoder, channels = nn.ModuleDict(), block_out_channels[0]
+    all_channels = [channels]
+    for level, width in enumerate(block_out_channels):
+        if level > 0:
+            encoder[f"level{level}_down"] = Downsample(channels, kernel, factor)
+            all_channels.append(channels)
+        for i in range(layers_per_block):
+            encoder[f"level{level}_block{i}"] = block(channels, width, level)
+            channels = width
+            all_channels.append(channels)
+    return encoder, all_channels
+
+
+def zero_residual_branches(network: nn.Module) -> None:
+    """Makes each residual branch start at zero, so that a deep network starts as easy to train as a shallow one."""
+    for module in network.modules():
+        if isinstance(module, UNetBlock | Attention):
+            last = module.conv_2 if isinstance(module, UNetBlock) else module.to_out
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+
+
+def stem(conv_in: nn.Module, sample: Tensor) -> Tensor:
+    """The first feature map of a sample of any dimension, in channels_last on CPUs, and so is every later one."""
+    x = conv_in(sample.unsqueeze(2) if sample.ndim == 3 else sample)
+    return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
+
+
+def run_module(
+    network: ModelMixin, module: nn.Module, x: Tensor, embedding: Tensor, context: Tensor | None, mask: Tensor | None
+) -> Tensor:
+    """A module of the network, whose activations are computed again in the backward pass if they are not to be kept."""
+    args = (x, embedding, context, mask) if isinstance(module, UNetBlock) else (x,)
+    if network.gradient_checkpointing and torch.is_grad_enabled():
+        return network._gradient_checkpointing_func(module, *args)
+    return module(*args)
+
+
 class UNetModel(ModelMixin, ConfigMixin):
     """A U-Net with residual blocks, attention at its lower resolutions, and optional labels and context.
 
@@ -167,40 +243,23 @@ class UNetModel(ModelMixin, ConfigMixin):
         kernel, factor = ((3, 3), (2, 2)) if dims == 2 else ((1, 3), (1, 2))
         padding = (kernel[0] // 2, kernel[1] // 2)
 
-        sides = [max(size) >> level for level in range(len(block_out_channels))]
-        attention_sides = [side for side in sides if side <= 16][:1]
-        if attention_resolutions is not None:
-            attention_sides = attention_resolutions
-
-        def block(in_channels: int, out_channels: int, level: int, attend: bool | None = None) -> UNetBlock:
-            if attend is None:
-                attend = sides[level] in attention_sides
-            return UNetBlock(
-                in_channels,
-                out_channels,
-                embedding_dim,
-                kernel=kernel,
-                head_dim=attention_head_dim,
-                self_attention=attend,
-                context_dim=cross_attention_dim if attend else None,
-                dropout=dropout,
-            )
-
+        block = block_maker(
+            size,
+            block_out_channels,
+            attention_resolutions,
+            cross_attention_dim,
+            embedding_dim=embedding_dim,
+            kernel=kernel,
+            head_dim=attention_head_dim,
+            dropout=dropout,
+        )
         self.time_embedding = TimestepEmbedding(embedding_dim, block_out_channels[0], num_classes)
         self.conv_in = nn.Conv2d(in_channels, block_out_channels[0], kernel, padding=padding)
 
         # Each module of the encoder leaves its output for one block of the decoder; names give level and place.
-        self.encoder, self.decoder = nn.ModuleDict(), nn.ModuleDict()
-        channels = block_out_channels[0]
-        skip_channels = [channels]
-        for level, width in enumerate(block_out_channels):
-            if level > 0:
-                self.encoder[f"level{level}_down"] = Downsample(channels, kernel, factor)
-                skip_channels.append(channels)
-            for i in range(layers_per_block):
-                self.encoder[f"level{level}_block{i}"] = block(channels, width, level)
-                channels = width
-                skip_channels.append(channels)
+        self.encoder, skip_channels = make_encoder(block, block_out_channels, layers_per_block, kernel, factor)
+        self.decoder = nn.ModuleDict()
+        channels = skip_channels[-1]
 
         last = len(block_out_channels) - 1
         self.middle = nn.ModuleList([block(channels, channels, last, True), block(channels, channels, last, False)])
@@ -220,13 +279,7 @@ class UNetModel(ModelMixin, ConfigMixin):
 
     def initialize_weights(self):
         """Makes each residual branch and the output start at zero, so that the network starts as the identity's skips."""
-        for module in self.modules():
-            if isinstance(module, UNetBlock):
-                nn.init.zeros_(module.conv_2.weight)
-                nn.init.zeros_(module.conv_2.bias)
-            elif isinstance(module, Attention):
-                nn.init.zeros_(module.to_out.weight)
-                nn.init.zeros_(module.to_out.bias)
+        zero_residual_branches(self)
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)
 
@@ -269,32 +322,21 @@ class UNetModel(ModelMixin, ConfigMixin):
         embedding = F.silu(self.time_embedding(timesteps, class_labels, sample.dtype))
         mask = attention_bias(encoder_attention_mask, sample.dtype)
 
-        x = sample.unsqueeze(2) if self.config.dims == 1 else sample
-        x = self.conv_in(x)
-        if x.device.type == "cpu":
-            x = x.contiguous(memory_format=torch.channels_last)  # and so is every feature map from here on
+        x = stem(self.conv_in, sample)
         skips = [x]
         for module in self.encoder.values():
-            x = self._run(module, x, embedding, encoder_hidden_states, mask)
+            x = run_module(self, module, x, embedding, encoder_hidden_states, mask)
             skips.append(x)
         for module in self.middle:
-            x = self._run(module, x, embedding, encoder_hidden_states, mask)
+            x = run_module(self, module, x, embedding, encoder_hidden_states, mask)
         for module in self.decoder.values():
             if isinstance(module, UNetBlock):
                 x = concatenate(x, skips.pop())
-            x = self._run(module, x, embedding, encoder_hidden_states, mask)
+            x = run_module(self, module, x, embedding, encoder_hidden_states, mask)
         x = self.conv_out(F.silu(self.norm_out(x)))
         x = x.squeeze(2) if self.config.dims == 1 else x
 
         return UNetOutput(sample=x) if return_dict else (x,)
-
-    def _run(
-        self, module: nn.Module, x: Tensor, embedding: Tensor, context: Tensor | None, mask: Tensor | None
-    ) -> Tensor:
-        args = (x, embedding, context, mask) if isinstance(module, UNetBlock) else (x,)
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return self._gradient_checkpointing_func(module, *args)
-        return module(*args)
 
     def _check_inputs(self, sample: Tensor, class_labels: Tensor | None, context: Tensor | None):
         config = self.config
