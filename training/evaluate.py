@@ -18,21 +18,19 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import yaml
 from accelerate import PartialState
 from torch import Tensor
 
 from diffusers_ext.cards import Figure, add_figures
 from diffusers_ext.metrics.evaluation import Evaluator, fit_svc, format_table
 from diffusers_ext.metrics.generate import image_size_of
+from diffusers_ext.metrics.likelihood import FIXED_VARIANCES, measure_bits_per_dim
 from diffusers_ext.metrics.real import (
     DataOptions,
     RealImages,
-    cached_features_folder,
-    hash_weights,
-    load_features,
+    features_for,
     load_real_images,
-    train_and_save_features,
+    take_options_of_run,
 )
 from diffusers_ext.metrics.subject import generate_for, is_image_folder, load_pipeline, read_image_folder
 from diffusers_ext.trainer.config import is_fast_at_bf16, set_threads
@@ -86,7 +84,31 @@ class EvaluateConfig(DataOptions):
         "train scikit-learn's SVC on the real pixels and count the labels asked for; by default for images of up to "
         "16x16 values",
     )
-    output_file: str | None = option(None, "by default evaluation.json in PIPELINE, or here for a name on the Hub")
+    bits_per_dim: bool = option(
+        False,
+        "measure what a lossless code by the model would take for held-out images in 8 bits: the variational bound",
+        "likelihood",
+    )
+    num_likelihood_images: int | None = option(
+        None, "held-out images to measure it on; 1000 if left open, at most all"
+    )
+    num_likelihood_steps: int | None = option(
+        None, "timesteps of the sampler whose bound it is; by default all that the model was trained on"
+    )
+    num_likelihood_terms: int | None = option(
+        None,
+        "timesteps of these to look at for each image, drawn evenly spread; 100 if left open, more make the standard "
+        "error smaller",
+    )
+    likelihood_variance: Literal[FIXED_VARIANCES] | None = option(
+        None,
+        "variance of the sampler's steps; by default learned if the model learned it, else the scheduler's, else "
+        "fixed_large; optimal is measured on a batch of training images",
+    )
+
+    output_file: str | None = option(
+        None, "by default evaluation.json in PIPELINE, or here for a name on the Hub", "result"
+    )
 
     def __post_init__(self):
         if self.pipeline is None:
@@ -94,8 +116,13 @@ class EvaluateConfig(DataOptions):
         for name in ("num_images", "eval_batch_size", "num_neighbours"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.num_inference_steps is not None and self.num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps must be at least 1, got {self.num_inference_steps}")
+        likelihood = ["num_likelihood_images", "num_likelihood_steps", "num_likelihood_terms"]
+        for name in ("num_inference_steps", *likelihood):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in (*likelihood, "likelihood_variance"):
+            if getattr(self, name) is not None and not self.bits_per_dim:
+                raise ValueError(f"{name} is of the likelihood, which is measured with --bits_per_dim")
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, got {self.seed}")
 
@@ -108,7 +135,7 @@ def main(config: EvaluateConfig) -> dict | None:
     pipeline = None
     if not is_image_folder(config.pipeline):
         pipeline = load_pipeline(config.pipeline, config.scheduler).to(state.device)
-    config = with_options_of_run(config)
+    config = take_options_of_run(config, config.pipeline, OPTIONS_OF_SAMPLING)
     if config.resolution is None and pipeline is not None:
         config = dataclasses.replace(config, resolution=image_size_of(pipeline))
     with state.main_process_first():
@@ -116,7 +143,9 @@ def main(config: EvaluateConfig) -> dict | None:
     for note in real.notes:
         say(state, note)
     # Before the images are generated, so that what is wrong here is told early.
-    features, about_features = get_features(config, real, state)
+    features, about_features = features_for(real, config.features, state)
+    bf16 = is_fast_at_bf16(state.device.type) if config.mixed_precision is None else config.mixed_precision == "bf16"
+    likelihood = get_bits_per_dim(config, real, pipeline, bf16) if config.bits_per_dim else None
 
     if pipeline is None:
         images, labels = read_image_folder(config.pipeline, real, config.pad_value or 0)
@@ -129,9 +158,7 @@ def main(config: EvaluateConfig) -> dict | None:
             num_inference_steps=config.num_inference_steps,
             guidance_scale=config.guidance_scale,
             batch_size=config.eval_batch_size,
-            bf16=is_fast_at_bf16(state.device.type)
-            if config.mixed_precision is None
-            else config.mixed_precision == "bf16",
+            bf16=bf16,
             seed=config.seed,
         )
     if not state.is_main_process:
@@ -145,53 +172,33 @@ def main(config: EvaluateConfig) -> dict | None:
         "sampling": sampling,
         "features": about_features,
         **measure(config, real, features, images, labels),
+        **({} if likelihood is None else {"likelihood": likelihood}),
         "seconds": round(time.perf_counter() - start, 1),
     }
     report(config, result)
     return result
 
 
-def with_options_of_run(config: EvaluateConfig) -> EvaluateConfig:
-    """The config with what was left open taken from the train_config.yaml of the training run, if there is one.
-
-    Raises:
-        ValueError: if neither names a data set.
-    """
-    path = Path(config.pipeline, "train_config.yaml")
-    saved = (yaml.safe_load(path.read_text()) or {}) if path.is_file() else {}
-    names = [*OPTIONS_OF_SAMPLING, *(field.name for field in dataclasses.fields(DataOptions))]
-    if config.dataset_name not in (None, saved.get("dataset_name")):
-        names = OPTIONS_OF_SAMPLING  # another data set, prepared by options of its own
-    left_open = [name for name in names if getattr(config, name) is None and saved.get(name) is not None]
-    taken = {name: tuple(saved[name]) if isinstance(saved[name], list) else saved[name] for name in left_open}
-    config = dataclasses.replace(config, **taken)
-    if config.dataset_name is None:
-        raise ValueError(f"{config.pipeline} has no train_config.yaml that names its data set: give --dataset_name")
-    return config
-
-
-def get_features(config: EvaluateConfig, real: RealImages, state: PartialState) -> tuple:
-    """The feature classifier and what is known of it; it is trained if none is named and none is kept."""
-    if config.features is None and not real.has_labels:
-        say(
-            state,
-            f"{real.name} has no labels to train a feature classifier on, so only pixels are measured;"
-            " --features takes a classifier trained on other images of this size",
-        )
-        return None, None
-    folder = Path(config.features) if config.features else cached_features_folder(real)
-    if config.features is None and not (folder / "features.json").is_file():
-        say(state, f"training a feature classifier on {real.name}, kept in {folder}")
-        train_and_save_features(real, folder)
-        state.wait_for_everyone()
-    model, about = load_features(folder)
-    if model.image_shape != real.image_shape:
+def get_bits_per_dim(config: EvaluateConfig, real: RealImages, pipeline, bf16: bool) -> dict:
+    """The variational bound of held-out images, see `measure_bits_per_dim`."""
+    if pipeline is None:
+        raise ValueError(f"--bits_per_dim is of a model, and {config.pipeline} is a folder of images")
+    if real.held_out is None:
         raise ValueError(
-            f"the feature classifier {folder} takes images of (channels, height, width) {model.image_shape}, but those"
-            f" of {real.name} are {real.image_shape}: train one on them with training/train_features.py"
+            f"--bits_per_dim is of images not trained on: name a split of {real.name} by --held_out_split"
         )
-    known = {"folder": str(folder), "dim": model.feature_dim, "sha256": hash_weights(model)}
-    return model.to(state.device), known | about
+    return measure_bits_per_dim(
+        pipeline,
+        real.held_out,
+        train=real.train,
+        num_images=config.num_likelihood_images or 1000,
+        num_steps=config.num_likelihood_steps,
+        num_terms=config.num_likelihood_terms or 100,
+        variance=config.likelihood_variance,
+        batch_size=config.eval_batch_size,
+        bf16=bf16,
+        seed=config.seed,
+    )
 
 
 def measure(config: EvaluateConfig, real: RealImages, features, images: Tensor, labels: Tensor | None) -> dict:
@@ -232,6 +239,8 @@ def report(config: EvaluateConfig, result: dict):
     if "held_out" in result:
         columns["held-out real"] = result["held_out"]
     print(format_table(columns))
+    if "likelihood" in result:
+        print(describe_likelihood(result["likelihood"]))
     if result["features"]:
         about = result["features"]
         print(
@@ -244,24 +253,43 @@ def report(config: EvaluateConfig, result: dict):
         print(f"and into {add_figures(folder, figures_of(config, result))}")
 
 
+def describe_likelihood(bound: dict) -> str:
+    """The bound in a line."""
+    error = "" if bound["standard_error"] is None else f" +- {bound['standard_error']:.3f}"
+    return (
+        f"bits/dim: at most {bound['bits_per_dim']:.3f}{error} on {bound['num_images']} held-out images in 8 bits, rate "
+        f"{bound['rate']:.3f} and distortion {bound['distortion']:.3f} ({bound['num_steps']} timesteps, of which "
+        f"{bound['num_terms']} for each image; variance {bound['variance']})"
+    )
+
+
 def figures_of(config: EvaluateConfig, result: dict) -> list[Figure]:
     """The measures of the generated images as a model card shows them."""
     sampling, measures = result["sampling"], result["generated"]
     sampler = sampling["scheduler_class"]
     if sampling["guidance_scale"] not in (None, 1.0):
         sampler += f", guidance {sampling['guidance_scale']:g}"
-    return [
+    command = to_command(config, "training/evaluate.py")
+    figures = [
         Figure(
             METRICS[name].format(dataset=Path(result["dataset_name"]).name, k=result["num_neighbours"]),
             value,
             measures["num_images"],
             sampler,
             sampling["num_inference_steps"],
-            to_command(config, "training/evaluate.py"),
+            command,
         )
         for name, value in measures.items()
         if name in METRICS
     ]
+    if bound := result.get("likelihood"):
+        dataset, labels = Path(result["dataset_name"]).name, ", given their labels" if bound["by_label"] else ""
+        metric = f"bits/dim of held-out images of {dataset} in 8 bits{labels}, an upper bound"
+        sampler = f"ancestral, variance {bound['variance']}"
+        figures.append(
+            Figure(metric, bound["bits_per_dim"], bound["num_images"], sampler, bound["num_steps"], command)
+        )
+    return figures
 
 
 def say(state: PartialState, line: str):

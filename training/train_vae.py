@@ -1,9 +1,10 @@
 """Train a variational autoencoder on images.
 
     accelerate launch training/train_vae.py
-    accelerate launch training/train_vae.py --architecture mlp --latent_dim 2 --likelihood bernoulli --binarize stochastic
+    accelerate launch training/train_vae.py --dataset_name ../fashion_mnist --architecture conv --max_train_time 5m
 
-Without options it trains a convolutional one on scikit-learn's handwritten digits. `--help` lists the options, `--config
+Without options it trains a fully connected one on scikit-learn's handwritten digits; convolutional ones make the latents
+that a diffusion model is trained on. `--help` lists the options, `--config
 FILE.yaml` reads them from a file. `training/evaluate_vae.py OUTPUT_DIR` measures the result on held-out images.
 """
 

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,6 +12,8 @@ from typing import Literal
 import datasets
 import numpy as np
 import torch
+import yaml
+from accelerate import PartialState
 from huggingface_hub.constants import HF_HOME
 
 from diffusers_ext.metrics.features import FeatureClassifierModel
@@ -238,3 +241,67 @@ def cached_features_folder(real: RealImages) -> Path:
 
 def _names(data: LabelledImages) -> str:
     return ", ".join(data.label_names[:10]) or "none"
+
+
+def features_for(
+    real: RealImages, folder: str | Path | None, state: PartialState
+) -> tuple[FeatureClassifierModel, dict] | tuple[None, None]:
+    """The feature classifier to measure images of a data set in, and what is known of it.
+
+    Args:
+        folder: Of `training/train_features.py`; None for the one that is kept for this data set. It is trained if there
+            is none yet.
+
+    Returns:
+        On the device of `state`; None twice for a data set without labels, where no folder is given.
+
+    Raises:
+        ValueError: if the classifier takes images of another shape.
+    """
+
+    def say(line: str):
+        if state.is_main_process:
+            print(line, flush=True)
+
+    if folder is None and not real.has_labels:
+        say(
+            f"{real.name} has no labels to train a feature classifier on, so only pixels are measured;"
+            " --features takes a classifier trained on other images of this size"
+        )
+        return None, None
+    given, folder = folder, Path(folder) if folder else cached_features_folder(real)
+    if given is None and not (folder / FEATURES_FILE).is_file():
+        say(f"training a feature classifier on {real.name}, kept in {folder}")
+        train_and_save_features(real, folder)
+        state.wait_for_everyone()
+    model, about = load_features(folder)
+    if model.image_shape != real.image_shape:
+        raise ValueError(
+            f"the feature classifier {folder} takes images of (channels, height, width) {model.image_shape}, but those"
+            f" of {real.name} are {real.image_shape}: train one on them with training/train_features.py"
+        )
+    known = {"folder": str(folder), "dim": model.feature_dim, "sha256": hash_weights(model)}
+    return model.to(state.device), known | about
+
+
+def take_options_of_run(options: DataOptions, folder: str | Path, others: Sequence[str] = ()) -> DataOptions:
+    """The options with what was left open taken from the train_config.yaml of a training run, if there is one.
+
+    Args:
+        folder: Of the run.
+        others: Names of options beside those of the data. They are taken for another data set too.
+
+    Raises:
+        ValueError: if neither names a data set.
+    """
+    path = Path(folder, "train_config.yaml")
+    saved = (yaml.safe_load(path.read_text()) or {}) if path.is_file() else {}
+    names = [*others, *(field.name for field in dataclasses.fields(DataOptions))]
+    if options.dataset_name not in (None, saved.get("dataset_name")):
+        names = others  # another data set, prepared by options of its own
+    left_open = [name for name in names if getattr(options, name) is None and saved.get(name) is not None]
+    taken = {name: tuple(saved[name]) if isinstance(saved[name], list) else saved[name] for name in left_open}
+    options = dataclasses.replace(options, **taken)
+    if options.dataset_name is None:
+        raise ValueError(f"{folder} has no train_config.yaml that names its data set: give --dataset_name")
+    return options

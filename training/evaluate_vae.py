@@ -1,0 +1,237 @@
+"""Measure an autoencoder on images that it was not trained on.
+
+    python training/evaluate_vae.py runs/digits-vae
+    python training/evaluate_vae.py runs/fashion-vae --num_images 1000 --num_samples 64
+
+MODEL is the folder of a run of training/train_vae.py, or any folder of a `VAEModel` with --dataset_name. The bound on
+-log p(x) with its two terms and the importance-weighted bound are in nats an image, and in bits a value of a pixel where
+that means something; how close the decoded images are, in PSNR, SSIM and the Fréchet distance in the features of a
+classifier. What a training run says in train_config.yaml need not be said again.
+"""
+
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+
+from diffusers_ext import VAEModel
+from diffusers_ext.cards import Figure, add_figures
+from diffusers_ext.metrics.evaluation import format_table
+from diffusers_ext.metrics.frechet import FeatureStatistics, frechet_distance
+from diffusers_ext.metrics.real import DataOptions, RealImages, features_for, load_real_images, take_options_of_run
+from diffusers_ext.metrics.reconstruction import psnr, ssim
+from diffusers_ext.models.vae_likelihood import bits_per_dim, vae_likelihood
+from diffusers_ext.trainer.config import set_threads
+from diffusers_ext.trainer.options import option, parse_config, to_command
+from diffusers_ext.trainer.vae_latents import LatentStatistics
+from diffusers_ext.trainer.vae_objective import ACTIVE_VARIANCE, BINARIZATIONS, binarize
+
+
+LEVELS = 256  # of the pixels of `LabelledImages`
+# Rows of latents that are decoded at once.
+ROWS_AT_ONCE = 512
+
+# How a model card names the measures.
+METRICS = {
+    "elbo_bits_per_dim": "negative ELBO, bits/dim",
+    "iwae_bits_per_dim": "negative importance-weighted bound of {k} draws, bits/dim",
+    "elbo_nats": "negative ELBO, nats an image",
+    "distortion_nats": "of these the distortion, -log p(x given z)",
+    "rate_nats": "and the rate, KL divergence from the prior",
+    "iwae_nats": "negative importance-weighted bound of {k} draws, nats an image",
+    "psnr": "PSNR of reconstructions, dB",
+    "ssim": "SSIM of reconstructions",
+    "frechet_distance": "Fréchet distance of reconstructions from their images, features of a classifier of {dataset}",
+    "active_latents": "active latents of {latents}",
+}
+
+
+@dataclass(frozen=True)
+class EvaluateVAEConfig(DataOptions):
+    """Measure an autoencoder on held-out images: likelihood, closeness of what it decodes, and its latents."""
+
+    model: str | None = option(None, "MODEL may also stand first, without --model", "what is measured")
+    num_images: int | None = option(None, "held-out images to measure on, drawn by the seed; by default all")
+    num_samples: int = option(64, "draws of the importance-weighted bound")
+    binarize: Literal[BINARIZATIONS] | None = option(
+        None, "how images become black and white; by default as in training"
+    )
+    features: str | None = option(
+        None,
+        "folder of a classifier of training/train_features.py; by default one is trained on the data set and kept",
+    )
+    eval_batch_size: int = option(64, "images at a time")
+    seed: int = option(0, "of all draws")
+    num_threads: int | None = option(None, "CPU threads; by default the cores are shared out")
+    output_file: str | None = option(None, "by default evaluation.json in MODEL")
+
+    def __post_init__(self):
+        if self.model is None:
+            raise ValueError("say what to evaluate: evaluate_vae.py MODEL, a folder")
+        for name in ("num_samples", "eval_batch_size", "num_images"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+def main(config: EvaluateVAEConfig) -> dict | None:
+    """Measures, prints and writes. Returns what it wrote, on the main process, and None on the others."""
+    start = time.perf_counter()
+    state = PartialState()
+    set_threads(config.num_threads, state.num_processes)
+    config = take_options_of_run(config, config.model, ["binarize"])
+    if not Path(config.model, "config.json").is_file():
+        raise ValueError(f"{config.model} is no folder of a VAEModel: it has no config.json")
+    vae = VAEModel.from_pretrained(config.model).to(state.device).eval()
+    with state.main_process_first():
+        real = load_real_images(config)
+    images = held_out_images(config, real, vae)
+    how = config.binarize or "none"
+    features, about_features = (None, None) if how != "none" else features_for(real, config.features, state)
+    if not state.is_main_process:
+        return None
+    result = {
+        "model": config.model,
+        "dataset_name": config.dataset_name,
+        "binarize": how,
+        "likelihood": vae.config.likelihood,
+        "num_images": len(images),
+        "num_samples": config.num_samples,
+        "latent_shape": list(vae.latent_shape),
+        "features": about_features,
+        **measure(vae, images, config, features),
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    report(config, result)
+    return result
+
+
+def held_out_images(config: EvaluateVAEConfig, real: RealImages, vae: VAEModel) -> Tensor:
+    """uint8, shape `(number, channels, height, width)`.
+
+    Raises:
+        ValueError: if there are none, or the autoencoder takes images of another shape.
+    """
+    if real.held_out is None:
+        raise ValueError(f"{real.name} has no split of images that were not trained on: name one by --held_out_split")
+    size = vae.config.sample_size
+    shape = (vae.config.in_channels, *((size, size) if isinstance(size, int) else size))
+    if real.image_shape != shape:
+        raise ValueError(
+            f"the autoencoder takes images of (channels, height, width) {shape}, those of {real.name} are "
+            f"{real.image_shape}: give --resolution, as in training"
+        )
+    order = torch.randperm(len(real.held_out), generator=torch.Generator().manual_seed(config.seed))
+    return real.held_out.images[order[: config.num_images]]
+
+
+@torch.no_grad()
+def measure(vae: VAEModel, images: Tensor, config: EvaluateVAEConfig, features=None) -> dict[str, float | int | None]:
+    """Every measure of these images, uint8.
+
+    Returns:
+        `elbo_nats` with its terms `distortion_nats` and `rate_nats`, and `iwae_nats`, all of them upper bounds on
+        -log p(x), averaged over images; the same two bounds in `..._bits_per_dim`, None for grey images under
+        "bernoulli"; `psnr` (dB) and `ssim`, averaged over images; `frechet_distance`, None without features;
+        `active_latents`.
+    """
+    how, num_dims = config.binarize or "none", images[0].numel()
+    generator = torch.Generator(vae.device).manual_seed(config.seed)
+    latents = LatentStatistics(vae.latent_shape)
+    sums, count = torch.zeros(5, dtype=torch.float64), len(images)
+    decoded = torch.empty_like(images)
+    for start in range(0, count, config.eval_batch_size):
+        rows = slice(start, start + config.eval_batch_size)
+        x = images[rows].to(vae.device).float() / 127.5 - 1
+        x = binarize(x, how, torch.randn(x.shape, generator=generator, device=x.device))
+        posterior = vae.encode(x).latent_dist
+        latents.update(posterior)
+        estimate = vae_likelihood(
+            vae,
+            x,
+            levels=LEVELS,
+            num_samples=config.num_samples,
+            chunk_size=max(1, ROWS_AT_ONCE // len(x)),
+            generator=generator,
+        )
+        shown = (vae.decode(posterior.mode()).sample.float() / 2 + 0.5).clamp(0, 1).mul(255).round()
+        decoded[rows] = shown.to("cpu", torch.uint8)
+        pair = x.float() / 2 + 0.5, shown / 255
+        parts = (*estimate.bound, estimate.importance_weighted, psnr(*pair), ssim(*pair))
+        sums += torch.stack([part.double().sum().cpu() for part in parts])
+    distortion, rate, iwae, mean_psnr, mean_ssim = (sums / count).tolist()
+    is_probability = vae.config.likelihood != "bernoulli" or how != "none"
+    moments = latents.moments()
+    return {
+        "elbo_nats": distortion + rate,
+        "distortion_nats": distortion,
+        "rate_nats": rate,
+        "iwae_nats": iwae,
+        "elbo_bits_per_dim": bits_per_dim(distortion + rate, num_dims) if is_probability else None,
+        "iwae_bits_per_dim": bits_per_dim(iwae, num_dims) if is_probability else None,
+        "psnr": mean_psnr,
+        "ssim": mean_ssim,
+        "frechet_distance": None if features is None else _distance(features, images, decoded),
+        "active_latents": int((moments.mean_var > ACTIVE_VARIANCE).sum()),
+        "num_latents": moments.mean_var.numel(),
+    }
+
+
+def _distance(features, images: Tensor, decoded: Tensor) -> float:
+    both = (FeatureStatistics(features.feature_dim).update(features.measure(part)[0]) for part in (images, decoded))
+    return frechet_distance(*both)
+
+
+def report(config: EvaluateVAEConfig, result: dict):
+    """Prints the measures and writes them, whole or not at all; the model card of a training run gets them too."""
+    folder = Path(config.model)
+    path = Path(config.output_file) if config.output_file else folder / "evaluation.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(json.dumps(result, indent=2) + "\n")
+    os.replace(unfinished, path)
+    print(format_table({"held-out": {name: result[name] for name in METRICS}}))
+    if result["elbo_bits_per_dim"] is None:
+        print("bits/dim mean nothing here: bernoulli gives grey values a cross-entropy and no probability")
+    if result["features"]:
+        about = result["features"]
+        print(
+            f"features: {about['dim']} of the classifier in {about['folder']}; the distance is between the "
+            f"{result['num_images']} images and what is decoded of them, and comparable only in the same features"
+        )
+    print(f"written to {path}")
+    if (folder / "README.md").is_file() and (folder / "train_config.yaml").is_file():
+        print(f"and into {add_figures(folder, figures_of(config, result))}")
+
+
+def figures_of(config: EvaluateVAEConfig, result: dict) -> list[Figure]:
+    """The measures as a model card shows them."""
+    names = {"k": result["num_samples"], "dataset": Path(config.dataset_name).name, "latents": result["num_latents"]}
+    command = to_command(config, "training/evaluate_vae.py")
+    return [
+        Figure(METRICS[name].format(**names), float(result[name]), result["num_images"], None, None, command)
+        for name in METRICS
+        if result[name] is not None
+    ]
+
+
+def parse(arguments: list[str]) -> EvaluateVAEConfig | None:
+    """The config from a command line on which MODEL may stand first without its name."""
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--model", *arguments]
+    return parse_config(EvaluateVAEConfig, arguments)
+
+
+if __name__ == "__main__":
+    config = parse(sys.argv[1:])
+    if config is not None:
+        try:
+            main(config)
+        except ValueError as error:
+            sys.exit(f"error: {error}")
