@@ -68,8 +68,15 @@ def open_run(config: TrainerConfig, accelerator: Accelerator) -> Iterator[Callab
     try:
         yield open_folder
     except SystemExit:  # after a signal all processes end together, so that none waits for another
-        accelerator.end_training()
+        _end(accelerator)
         raise
+    _end(accelerator)
+
+
+def _end(accelerator: Accelerator) -> None:
+    # A process that left right after a gather could hang: gloo's thread still holds the tensors, for which it needs the
+    # interpreter, while this one waits for the thread. A barrier holds none.
+    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
