@@ -12,6 +12,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 from PIL import ExifTags, Image, ImageOps
 
 from diffusers_ext.trainer.images import common_mode, cover, crop_at, fit, image_mode, to_array
@@ -88,31 +89,28 @@ class PixelTable:
         return len(self._rows)
 
     def __getitem__(self, indices: np.ndarray | list[int]) -> np.ndarray:
-        pixels = np.empty((len(indices), *self.shape), self.dtype)
-        for out, picture in zip(pixels, self._pictures(indices), strict=True):
-            out[...] = picture
-        return pixels
-
-    def _pictures(self, indices: np.ndarray | list[int]) -> Iterator[np.ndarray]:
         if self._chunks is None:
             self._map()
+        pixels = np.empty((len(indices), *self.shape), self.dtype)
         rows = self._rows[np.asarray(indices)]
         chunks = np.searchsorted(self._ends, rows, side="right")
-        for row, chunk in zip(rows, chunks, strict=True):
-            yield self._picture(self._chunks[chunk], row - self._starts[chunk], row)
-
-    def _picture(self, chunk: tuple[np.ndarray, np.ndarray], place: int, row: int) -> np.ndarray:
-        offsets, values = chunk
-        return values[offsets[place] : offsets[place + 1]].reshape(self.shape)
+        for out, row, chunk in zip(pixels, rows, chunks, strict=True):
+            out[...] = self._chunks[chunk][row - self._starts[chunk]]
+        return pixels
 
     def _map(self):
-        self._chunks = []
-        for chunk in self._table.data.column("pixels").chunks:
-            _, offsets, values = chunk.buffers()
-            offsets = np.frombuffer(offsets, np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
-            self._chunks.append((offsets // self.dtype.itemsize, np.frombuffer(values, self.dtype)))
-        self._ends = np.cumsum([len(offsets) - 1 for offsets, _ in self._chunks])
-        self._starts = self._ends - [len(offsets) - 1 for offsets, _ in self._chunks]
+        chunks = self._table.data.column("pixels").chunks
+        self._chunks = [self._view(chunk) for chunk in chunks]
+        self._ends = np.cumsum([len(chunk) for chunk in chunks])
+        self._starts = self._ends - [len(chunk) for chunk in chunks]
+
+    def _view(self, chunk: pa.BinaryArray) -> np.ndarray:
+        """The rows of a chunk, where they are."""
+        _, offsets, values = chunk.buffers()
+        count = int(np.prod(self.shape))
+        start = np.frombuffer(offsets, np.int32)[chunk.offset] // self.dtype.itemsize
+        view = np.frombuffer(values, self.dtype, count=start + len(chunk) * count)[start:]
+        return view.reshape(len(chunk), *self.shape)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_chunks": None}  # a spawned worker maps the file itself
@@ -123,26 +121,29 @@ class UncroppedTable(PixelTable):
 
     def __getitem__(self, indices: np.ndarray | list[int]) -> np.ndarray:
         """The rows, cut in the middle."""
-        pixels = np.empty((len(indices), *self.shape), self.dtype)
-        for out, picture in zip(pixels, self._pictures(indices), strict=True):
-            out[...] = fit(picture, self.shape[:2], "crop")
-        return pixels
+        size = self.shape[:2]
+        return np.stack([fit(picture, size, "crop") for picture in self._pictures(indices)])
 
     def crop(self, indices: np.ndarray | list[int], places: np.ndarray) -> np.ndarray:
         """The rows, cut at places in [0, 1) of shape `(rows, 2)`; see `crop_at`."""
-        pixels = np.empty((len(indices), *self.shape), self.dtype)
-        for out, picture, place in zip(pixels, self._pictures(indices), places, strict=True):
-            out[...] = crop_at(picture, self.shape[:2], place)
-        return pixels
+        pictures, size = self._pictures(indices), self.shape[:2]
+        return np.stack([crop_at(picture, size, place) for picture, place in zip(pictures, places, strict=True)])
 
-    def _picture(self, chunk: tuple[np.ndarray, np.ndarray], place: int, row: int) -> np.ndarray:
-        offsets, values = chunk
-        return values[offsets[place] : offsets[place + 1]].reshape(*self._sizes[row], self.shape[2])
+    def _pictures(self, indices: np.ndarray | list[int]) -> Iterator[np.ndarray]:
+        if self._chunks is None:
+            self._map()
+            sizes = [self._table.data.column(name).to_numpy() for name in ("height", "width")]
+            self._sizes = np.stack(sizes, axis=1)
+        for row in self._rows[np.asarray(indices)]:
+            chunk = np.searchsorted(self._ends, row, side="right")
+            (offsets, values), place = self._chunks[chunk], row - self._starts[chunk]
+            start, end = offsets[place : place + 2] // self.dtype.itemsize
+            yield values[start:end].reshape(*self._sizes[row], self.shape[2])
 
-    def _map(self):
-        super()._map()
-        columns = [self._table.data.column(name).to_numpy() for name in ("height", "width")]
-        self._sizes = np.stack(columns, axis=1)
+    def _view(self, chunk: pa.BinaryArray) -> tuple[np.ndarray, np.ndarray]:
+        """Where the rows of a chunk start, in bytes, and all of their values."""
+        _, offsets, values = chunk.buffers()
+        return np.frombuffer(offsets, np.int32)[chunk.offset :], np.frombuffer(values, self.dtype)
 
 
 def is_local(name: str) -> bool:

@@ -343,6 +343,7 @@ class Batches(Iterator[dict[str, Tensor]]):
         batch = next(self._batches)
         if self._state is not None:
             if "error" in batch:
+                self._batches = iter(())  # ends the workers now and not when the error is forgotten
                 raise ValueError(batch["error"])
             self._state["readers"][self._state["next_reader"]] = batch.pop("reader")
             self._state["next_reader"] = (self._state["next_reader"] + 1) % len(self._state["readers"])

@@ -1,9 +1,10 @@
 import io
+import pickle
 
 import datasets
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from diffusers_ext.trainer.data import load_digits
 from diffusers_ext.trainer.labels import read_labels
@@ -235,4 +236,56 @@ def test_decoded_images_are_kept_between_runs_and_mapped_not_copied(parquet):
     again = prepare_images(folder)
     assert again.pixels._table.cache_files == data.pixels._table.cache_files != []
     np.testing.assert_array_equal(data.pixels[[0, 999, 1000, 2499]], again.pixels[[0, 999, 1000, 2499]])
-    assert len(data.pixels._chunks) == 3 and not any(values.flags.owndata for _, values in data.pixels._chunks)
+    assert len(data.pixels._chunks) == 3 and not any(chunk.flags.owndata for chunk in data.pixels._chunks)
+
+
+@pytest.mark.parametrize("shape, dtype", [((9, 14, 1), "uint8"), ((7, 7, 5), "uint16"), ((11, 5, 3), "uint16")])
+def test_uncropped_rows_are_cut_in_the_middle_or_where_it_is_said(parquet, shape, dtype):
+    """Pictures that cover 7x5 as they are (a side fits), so that each cut is a part of the very pixels."""
+    pixels = RNG.integers(0, 60000 if dtype == "uint16" else 256, (3, *shape), dtype=dtype)
+    size = (min(shape[0], 9), 5) if shape[0] != 7 else (7, 5)
+    folder = parquet({"bands": pixels.tolist()}, {"bands": datasets.Array3D(shape, dtype)})
+    data = prepare_images(folder, resolution=size, resize_mode="random_crop")
+    assert (data.resize_mode, data.size, data.dtype) == ("random_crop", size, dtype)
+    places = np.array([[0.0, 0.0], [0.999, 0.999], [0.5, 0.5]])
+    cut = pickle.loads(pickle.dumps(data)).pixels.crop([2, 0, 1], places)
+    rest = shape[0] - size[0], shape[1] - size[1]
+    np.testing.assert_array_equal(cut[0], pixels[2, : size[0], : size[1]])
+    np.testing.assert_array_equal(cut[1], pixels[0, rest[0] :, rest[1] :])
+    top, left = ((side + 1) // 2 for side in rest)
+    np.testing.assert_array_equal(cut[2], pixels[1, top : top + size[0], left : left + size[1]])
+    top, left = (side // 2 for side in rest)
+    np.testing.assert_array_equal(data.pixels[[1]][0], pixels[1, top : top + size[0], left : left + size[1]])
+
+
+def test_uncropped_pictures_of_several_sizes_keep_their_aspect(parquet):
+    cells = [encode(np.full((height, width, 1), 7 * height, np.uint8)) for height, width in ((8, 24), (20, 8), (4, 4))]
+    folder = parquet({"image": cells}, {"image": datasets.Image()})
+    data = prepare_images(folder, resolution=(8,), resize_mode="random_crop")
+    assert [picture.shape for picture in data.pixels._pictures([0, 1, 2])] == [(8, 24, 1), (20, 8, 1), (8, 8, 1)]
+    assert data.pixels[[0, 1, 2]].mean((1, 2, 3)).tolist() == [56, 140, 28]
+
+
+def test_photographs_are_turned_as_their_camera_was(parquet):
+    """Orientation 6: the first row of the file is the right side of the picture."""
+    upright = pictures(1, 6, 4)[0]
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.fromarray(np.rot90(upright)[..., 0]).save(file, "PNG", exif=exif)
+    folder = parquet({"image": [{"bytes": file.getvalue(), "path": None}]}, {"image": datasets.Image()})
+    np.testing.assert_array_equal(images_of(prepare_images(folder))[0], upright)
+
+
+def test_names_of_labels_can_be_given():
+    names = ["cow", "cat", "dog"]
+    labels, id2label = read_labels(labelled(["dog", "cat", "dog"], datasets.Value("string")), label_names=names)
+    assert labels.tolist() == [2, 1, 2] and id2label == {0: "cow", 1: "cat", 2: "dog"}
+    labels, id2label = read_labels(labelled([0, 1], datasets.Value("int64")), label_names=names)
+    assert labels.tolist() == [0, 1] and len(id2label) == 3
+    with pytest.raises(ValueError, match="label_column 'label' holds 'cat', which is not in label_names"):
+        read_labels(labelled(["dog", "cat"], datasets.Value("string")), label_names=["dog"])
+    with pytest.raises(ValueError, match="label_column 'label' holds 5, but label_names are 3"):
+        read_labels(labelled([0, 5], datasets.Value("int64")), label_names=names)
+    unlabelled = datasets.Dataset.from_dict({"text": ["a"]})
+    with pytest.raises(ValueError, match="there are names for labels, but the data set has no labels"):
+        read_labels(unlabelled, label_names=names)

@@ -6,6 +6,7 @@ import json
 import tarfile
 from collections import Counter
 from itertools import islice
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -111,6 +112,48 @@ def test_more_shards_than_are_opened_singly_are_put_together(tmp_path, monkeypat
     assert Division(data, 2).num_groups == 4 and Division(data, 6).num_groups == 6
     for epoch in epochs_of(data, 2, 2):
         assert sorted(sum(epoch, [])) == list(range(60))
+    # The first and the last of the groups have files from all over.
+    ends = (np.linspace(0, 60**0.5, 12) ** 2).astype(int)
+    for group, files in ((0, (0, 4, 8)), (3, (3, 7))):
+        rows = Division(data, 1).open(group).cast_column("image", datasets.Image())
+        numbers = [numbers_of(np.asarray(row["image"])[None, ..., None])[0] for row in rows]
+        assert numbers == [number for file in files for number in range(ends[file], ends[file + 1])]
+
+
+def test_shards_come_in_another_order_each_epoch(tmp_path):
+    """Without a buffer the images of a file stay in order, and the files are those of the tar's names."""
+    folder = write_tars(tmp_path / "data", [{"png": png(picture)} for picture in numbered(30)], 5)
+    data = prepare_stream(folder, shuffle_buffer=1)
+    orders = [sum(epoch, []) for epoch in epochs_of(data, 1, 4)]
+    files = [[order[k] // 5 for k in range(0, 30, 5)] for order in orders]
+    for order, files_of_order in zip(orders, files, strict=True):
+        assert order == [5 * file + k for file in files_of_order for k in range(5)]
+        assert sorted(files_of_order) == list(range(6))
+    assert len({tuple(order) for order in files}) == 4
+
+
+@pytest.mark.parametrize("kind", ["parquet", "tars"])
+def test_memory_does_not_grow_with_the_stream(tmp_path, kind):
+    """100 MB of files, of which a window and what is read at a time are 5 MB; what has been read must go."""
+    pictures = [png(picture) + bytes(50_000) for picture in numbered(2000)]
+    if kind == "tars":
+        folder = write_tars(tmp_path / "data", [{"png": content} for content in pictures], 500)
+    else:
+        (tmp_path / "data").mkdir()
+        for file in range(4):
+            rows = {"image": [{"bytes": content, "path": None} for content in pictures[file * 500 : file * 500 + 500]]}
+            rows = datasets.Dataset.from_dict(rows, features=datasets.Features({"image": datasets.Image()}))
+            rows.to_parquet(tmp_path / "data" / f"train-{file}.parquet", batch_size=50)
+        folder = str(tmp_path / "data")
+    del pictures
+    examples = iter(StreamReader(prepare_stream(folder, shuffle_buffer=50), 0, 0, 1))
+    memory = []
+    for _ in range(20):
+        for _ in islice(examples, 100):
+            pass
+        status = Path("/proc/self/status").read_text()
+        memory.append(int(status.split("VmRSS:")[1].split()[0]) * 1024)
+    assert max(memory[4:]) - memory[3] < 25e6
 
 
 def test_a_picture_is_equally_likely_at_each_place_of_a_window(tmp_path):
