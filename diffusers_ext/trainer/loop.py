@@ -182,6 +182,7 @@ class Trainer:
             if self._log:
                 self._log.close()
             del self._stream  # ends the workers
+        self.optimizer.state.clear()  # what follows needs the weights alone, and may need the memory
         self.accelerator.print(f"time: {self.shares.summary(self._now() - first_seconds)}")
 
     def _run(self, request: StopRequest):
