@@ -8,6 +8,7 @@ from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.guiders import BaseGuidance
 
 from diffusers_ext.guiders import ClassifierGuidance, WeakModelGuidance
+from diffusers_ext.models.classifier import NoisyClassifierModel
 from diffusers_ext.models.dit import DiTModel
 from diffusers_ext.models.unet import UNetModel
 from diffusers_ext.models.vae import VAEModel
@@ -30,6 +31,7 @@ __all__ = [
     "ExtDDIMScheduler",
     "ExtDDPMScheduler",
     "GuidedDiffusionPipeline",
+    "NoisyClassifierModel",
     "UNetModel",
     "VAEModel",
     "VPredictionScheduler",

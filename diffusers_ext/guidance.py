@@ -98,7 +98,7 @@ class GuidedDenoiser:
             guide: Whether the guider acts in this step; if not, it costs the one call that no guider costs.
 
         Returns:
-            float32, shape of one output of the network.
+            float32 or wider, shape of one output of the network.
         """
         x = self.scheduler.scale_model_input(x, timestep)
         if self.guider is None:
@@ -138,7 +138,8 @@ class GuidedDenoiser:
         x = x.repeat(size // len(x), *[1] * (x.ndim - 1)).to(network.dtype)
         if network is self.weak_denoiser and num_classes_of(network) is None:
             conditions = {name: value for name, value in conditions.items() if name != "class_labels"}
-        return network(x, timestep.expand(size), **conditions, return_dict=False)[0].float()
+        output = network(x, timestep.expand(size), **conditions, return_dict=False)[0]
+        return output.to(torch.promote_types(output.dtype, torch.float32))
 
     @contextmanager
     def _prepared(self, network: nn.Module, batch) -> Iterator[None]:

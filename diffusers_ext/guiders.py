@@ -6,15 +6,18 @@ calls `check_pipeline` once, before it samples.
 """
 
 import math
+import warnings
 
 import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.guiders import BaseGuidance
 from diffusers.guiders.guider_utils import GuiderOutput, rescale_noise_cfg
-from torch import Tensor
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import Tensor, nn
 
 from diffusers_ext.guidance import StepContext
 from diffusers_ext.noising import add_to_score
+from diffusers_ext.schedulers.levels import PATH_TOLERANCE, describe_path, path_difference
 
 
 class _ContextGuidance(BaseGuidance):
@@ -101,7 +104,7 @@ class ClassifierGuidance(_ContextGuidance):
             raise ValueError("ClassifierGuidance needs a classifier: give the pipeline one as classifier=")
         if labels is None or any(label == pipe.null_label for label in labels):
             raise ValueError("ClassifierGuidance needs class_labels to guide to, none of them the null label")
-        pipe.classifier.check_schedule(pipe.scheduler)
+        _check_path(pipe.classifier, pipe.scheduler)
 
     def prepare_inputs(self, data: dict[str, tuple[Tensor, Tensor]]) -> list:
         return [self._prepare_batch(data, int(name == "pred_uncond"), name) for name in self._names()]
@@ -176,10 +179,35 @@ class WeakModelGuidance(_ContextGuidance):
 
 
 def classifier_gradient(context: StepContext) -> Tensor:
-    """The gradient of log p(label | x_t) in x_t by the classifier, float32, shape of x_t."""
+    """The gradient of log p(label | x_t) in x_t by the classifier, shape and dtype of x_t."""
     classifier = context.classifier
     with torch.enable_grad():
         x_t = context.x_t.detach().requires_grad_()
         logits = classifier(x_t.to(classifier.dtype), context.timestep.expand(len(x_t)), return_dict=False)[0]
-        of_labels = logits.float().log_softmax(-1).gather(1, context.class_labels[:, None])
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        of_labels = logits.log_softmax(-1, dtype=wide).gather(1, context.class_labels[:, None])
         return torch.autograd.grad(of_labels.sum(), x_t)[0]
+
+
+def _check_path(classifier: nn.Module, scheduler: SchedulerMixin) -> None:
+    """Refuses a classifier that knows other noise levels than those that it will see."""
+    path = classifier.config.get("noise_schedule")
+    if path is None:
+        warnings.warn(
+            "the classifier's config has no noise_schedule, so that nobody knows whether it was trained on the noise "
+            "levels of this scheduler; set it by describe_path(scheduler)",
+            stacklevel=5,
+        )
+        return
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise ValueError(f"ClassifierGuidance needs a variance-preserving scheduler, got {type(scheduler).__name__}")
+    difference = path_difference(path, scheduler)
+    if difference > PATH_TOLERANCE:
+        trained, sampled = (
+            f"{config['beta_schedule']!r} of {config['num_train_timesteps']} timesteps"
+            for config in (path, describe_path(scheduler))
+        )
+        raise ValueError(
+            f"the classifier must be trained on the scheduler's noise levels: it was trained on {trained}, and the "
+            f"scheduler has {sampled}, with alpha_bar up to {difference:.2g} apart"
+        )

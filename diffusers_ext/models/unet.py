@@ -234,11 +234,11 @@ class UNetModel(ModelMixin, ConfigMixin):
         time_embedding_dim: int | None = None,
     ):
         super().__init__()
-        _check_options(
+        check_options(
             in_channels, out_channels, block_out_channels, layers_per_block, attention_head_dim, num_classes, dims
         )
-        size = _as_size(sample_size, dims)
-        _check_size(size, block_out_channels)
+        size = as_size(sample_size, dims)
+        check_size(size, block_out_channels)
         embedding_dim = time_embedding_dim or 4 * block_out_channels[0]
         kernel, factor = ((3, 3), (2, 2)) if dims == 2 else ((1, 3), (1, 2))
         padding = (kernel[0] // 2, kernel[1] // 2)
@@ -345,7 +345,7 @@ class UNetModel(ModelMixin, ConfigMixin):
             raise ValueError(
                 f"sample must have shape (batch, {config.in_channels}, {spatial}), got {tuple(sample.shape)}"
             )
-        _check_size(sample.shape[2:], config.block_out_channels)
+        check_size(sample.shape[2:], config.block_out_channels)
         if class_labels is not None and config.num_classes is None:
             raise ValueError("class_labels were given to a model without labels: it was built with num_classes=None")
         if (context is None) != (config.cross_attention_dim is None):
@@ -355,14 +355,14 @@ class UNetModel(ModelMixin, ConfigMixin):
             )
 
 
-def _as_size(sample_size, dims: int) -> tuple[int, ...]:
+def as_size(sample_size, dims: int) -> tuple[int, ...]:
     size = (sample_size,) * dims if isinstance(sample_size, int) else tuple(sample_size)
     if len(size) != dims:
         raise ValueError(f"sample_size must be one number or {dims}, for dims={dims}, got {sample_size}")
     return size
 
 
-def _check_size(size, block_out_channels):
+def check_size(size, block_out_channels):
     factor = 2 ** (len(block_out_channels) - 1)
     if any(side < factor or side % factor for side in size):
         raise ValueError(
@@ -371,7 +371,7 @@ def _check_size(size, block_out_channels):
         )
 
 
-def _check_options(in_channels, out_channels, block_out_channels, layers_per_block, head_dim, num_classes, dims):
+def check_options(in_channels, out_channels, block_out_channels, layers_per_block, head_dim, num_classes, dims):
     if dims not in (1, 2):
         raise ValueError(f"dims must be 1 or 2, got {dims}")
     if not block_out_channels or min(in_channels, out_channels, *block_out_channels, layers_per_block, head_dim) < 1:

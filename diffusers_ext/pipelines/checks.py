@@ -41,6 +41,10 @@ def check_components(
             raise ValueError(
                 f"classifier must take the denoiser's {in_channels} channels, got {classifier.config.in_channels}"
             )
+        dims = denoiser.config.get("dims", 2)
+        theirs, ours = (_size(network.config.sample_size, dims) for network in (classifier, denoiser))
+        if theirs != ours:
+            raise ValueError(f"classifier must take the denoiser's size, {_text(ours)}, got {_text(theirs)}")
         if num_classes is not None and num_classes_of(classifier) != num_classes:
             raise ValueError(
                 f"classifier must have the denoiser's {num_classes} labels, got {num_classes_of(classifier)}"
@@ -123,6 +127,8 @@ def check_guider(pipe, guider: BaseGuidance | None, labels: list[int] | None, ti
         return
     if not has_labels and isinstance(guider, AutoGuidance):
         return  # it weakens the network itself
+    if not has_labels and isinstance(guider, ClassifierGuidance) and guider.guidance_scale == 0:
+        return  # all predictions are unconditional
     if not asks_for_unconditional(guider, timesteps):
         return
     if not has_null:

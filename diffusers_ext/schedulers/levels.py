@@ -1,4 +1,8 @@
-"""The noise level that a sampler is at, for the schedulers of this package and for those of diffusers."""
+"""The noising path behind a scheduler, of this package or of diffusers: its levels, and whether two are the same."""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -6,6 +10,12 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from diffusers_ext.noising import NoiseLevel, NoiseSchedule
+from diffusers_ext.schedulers.gaussian import PATH_KEYS
+from diffusers_ext.schedulers.scheduling_ddpm import ExtDDPMScheduler
+
+
+# Of alpha_bar; what float32 tables and clamps at zero signal leave of equal paths.
+PATH_TOLERANCE = 1e-3
 
 
 def noise_level(scheduler: SchedulerMixin, timestep: Tensor | float, like: Tensor) -> NoiseLevel:
@@ -34,3 +44,27 @@ def noise_level(scheduler: SchedulerMixin, timestep: Tensor | float, like: Tenso
     dtype = torch.promote_types(like.dtype, torch.float32)
     alpha = torch.tensor((1 + ratio**2) ** -0.5, dtype=dtype, device=like.device).view(-1, *[1] * (like.ndim - 1))
     return NoiseLevel(alpha, ratio * alpha)
+
+
+def describe_path(scheduler: SchedulerMixin) -> dict[str, Any]:
+    """The noising path of a scheduler, as config keys from which it can be made again."""
+    keys = (*PATH_KEYS, "rescale_betas_zero_snr", "beta_reference_timesteps", "trained_betas")
+    path = {key: scheduler.config[key] for key in keys if scheduler.config.get(key) is not None}
+    named = {key: value for key, value in path.items() if key != "trained_betas"}
+    try:
+        same = path_difference(named, scheduler) < PATH_TOLERANCE
+    except ValueError:  # a schedule of diffusers that has no name here
+        same = False
+    return named if same else path
+
+
+def path_difference(path: Mapping[str, Any], scheduler: SchedulerMixin) -> float:
+    """The largest difference of alpha_bar between a path of `describe_path` and that of a scheduler.
+
+    Infinite if they have different numbers of timesteps.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about sampling from it
+        mine = ExtDDPMScheduler(**path, prediction_type="sample").alphas_cumprod
+    theirs = scheduler.alphas_cumprod.to(mine)
+    return (mine - theirs).abs().max().item() if mine.shape == theirs.shape else float("inf")

@@ -1,0 +1,160 @@
+"""A classifier of noisy samples, for guidance by its gradient (Dhariwal & Nichol 2021, arXiv 2105.05233, Section 4)."""
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from torch import Tensor, nn
+
+from diffusers_ext.models.layers import AffineGroupNorm, TimestepEmbedding, attention
+from diffusers_ext.models.unet import (
+    as_size,
+    block_maker,
+    check_options,
+    check_size,
+    make_encoder,
+    run_module,
+    stem,
+    zero_residual_branches,
+)
+
+
+@dataclass
+class NoisyClassifierOutput(BaseOutput):
+    """`logits` of the labels, shape `(batch, num_classes)`."""
+
+    logits: Tensor
+
+
+class AttentionPool(nn.Module):
+    """A feature map to a vector: its mean attends to all positions (Radford et al. 2021, arXiv 2103.00020, Section 2.4).
+
+    Args:
+        channels: Of the map and of the vector.
+        num_positions: Of the map; each has a learned embedding, and so has the mean.
+        head_dim: Channels of an attention head; rounded up to the next size that divides `channels`.
+    """
+
+    def __init__(self, channels: int, num_positions: int, head_dim: int = 64):
+        super().__init__()
+        self.num_heads = next(n for n in range(max(channels // head_dim, 1), 0, -1) if channels % n == 0)
+        self.norm = AffineGroupNorm(channels)
+        self.positions = nn.Parameter(torch.randn(num_positions + 1, channels) * channels**-0.5)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_kv = nn.Linear(channels, 2 * channels)
+        self.to_out = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape `(batch, channels, height, width)` to `(batch, channels)`."""
+        tokens = F.silu(self.norm(x)).flatten(2).transpose(1, 2)  # (batch, positions, channels)
+        tokens = torch.cat([tokens.mean(1, keepdim=True), tokens], dim=1) + self.positions.to(tokens.dtype)
+        query = self.to_q(tokens[:, :1]).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        key, value = self.to_kv(tokens).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.to_out(attention(query, key, value).flatten(1))
+
+
+class NoisyClassifierModel(ModelMixin, ConfigMixin):
+    """Labels of noisy samples at any noise level: the way down of `UNetModel`, and pooling by attention.
+
+    `training/train_classifier.py` trains it; `diffusers_ext.ClassifierGuidance` guides by it.
+
+    Args:
+        sample_size: Side of the square images, or `(height, width)`; for 1-D data the length. Each must be a multiple
+            of `2 ** (len(block_out_channels) - 1)`. Samples have this size, no other.
+        in_channels: Channels of the noisy sample.
+        num_classes: Number of labels.
+        block_out_channels, layers_per_block, attention_resolutions, attention_head_dim: As in `UNetModel`.
+        dropout: Share of the features dropped in each residual block while training.
+        dims: 2 for images, 1 for series.
+        time_embedding_dim: As in `UNetModel`.
+        noise_schedule: What `diffusers_ext.schedulers.levels.describe_path` says of the noising path that it was
+            trained on, which a pipeline compares with its scheduler's.
+
+    Raises:
+        ValueError: if the sizes or options do not fit one another.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["UNetBlock"]
+    _repeated_blocks = ["UNetBlock"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | tuple[int, int] = 32,
+        in_channels: int = 3,
+        num_classes: int = 10,
+        block_out_channels: tuple[int, ...] = (64, 128, 128),
+        layers_per_block: int = 1,
+        attention_resolutions: tuple[int, ...] | None = None,
+        attention_head_dim: int = 64,
+        dropout: float = 0.0,
+        dims: int = 2,
+        time_embedding_dim: int | None = None,
+        noise_schedule: dict[str, Any] | None = None,
+    ):
+        super().__init__()
+        check_options(
+            in_channels, num_classes, block_out_channels, layers_per_block, attention_head_dim, num_classes, dims
+        )
+        size = as_size(sample_size, dims)
+        check_size(size, block_out_channels)
+        embedding_dim = time_embedding_dim or 4 * block_out_channels[0]
+        kernel, factor = ((3, 3), (2, 2)) if dims == 2 else ((1, 3), (1, 2))
+        block = block_maker(
+            size,
+            block_out_channels,
+            attention_resolutions,
+            embedding_dim=embedding_dim,
+            kernel=kernel,
+            head_dim=attention_head_dim,
+            dropout=dropout,
+        )
+        self.time_embedding = TimestepEmbedding(embedding_dim, block_out_channels[0])
+        padding = (kernel[0] // 2, kernel[1] // 2)
+        self.conv_in = nn.Conv2d(in_channels, block_out_channels[0], kernel, padding=padding)
+        self.encoder, channels = make_encoder(block, block_out_channels, layers_per_block, kernel, factor)
+        num_positions = prod(side >> (len(block_out_channels) - 1) for side in size)
+        self.middle = block(channels[-1], channels[-1], len(block_out_channels) - 1, True)
+        self.pool = AttentionPool(channels[-1], num_positions, attention_head_dim)
+        self.out = nn.Linear(channels[-1], num_classes)
+        self.gradient_checkpointing = False
+        self.initialize_weights()
+
+    def initialize_weights(self):
+        """Makes each residual branch and the logits start at zero: at first all labels are as likely."""
+        zero_residual_branches(self)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor | float | int, return_dict: bool = True
+    ) -> NoisyClassifierOutput | tuple[Tensor]:
+        """The labels that noisy samples are likely to have.
+
+        Args:
+            sample: x_t, shape `(batch, in_channels, *sample_size)`.
+            timestep: One number for all samples, or one for each, shape `(batch,)`.
+            return_dict: `False` returns a tuple.
+
+        Returns:
+            Logits, shape `(batch, num_classes)`.
+        """
+        expected = (self.config.in_channels, *as_size(self.config.sample_size, self.config.dims))
+        if sample.shape[1:] != expected:
+            raise ValueError(
+                f"sample must have shape (batch, {', '.join(map(str, expected))}), got {tuple(sample.shape)}"
+            )
+        timesteps = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
+        embedding = F.silu(self.time_embedding(timesteps, None, sample.dtype))
+        x = stem(self.conv_in, sample)  # (batch, channels, height, width)
+        for module in (*self.encoder.values(), self.middle):
+            x = run_module(self, module, x, embedding, None, None)
+        logits = self.out(self.pool(x))
+
+        return NoisyClassifierOutput(logits=logits) if return_dict else (logits,)
