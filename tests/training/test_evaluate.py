@@ -93,6 +93,26 @@ def test_a_run_folder_is_measured_without_options(tmp_path, features_folder, cap
     assert str(features_folder) in printed
 
 
+def test_bits_per_dim_go_into_the_json_the_card_and_a_line(tmp_path, features_folder, capsys):
+    folder = save_pipeline(tmp_path / "run")
+    (folder / "train_config.yaml").write_text("dataset_name: digits\nresolution: [8, 8]\nnum_inference_steps: 2\n")
+    write_card(folder, data="Digits.")
+    result = run(
+        *(folder, "--num_images", 20, "--features", features_folder, "--bits_per_dim", "--num_likelihood_images", 9),
+        *("--num_likelihood_steps", 12, "--likelihood_variance", "fixed_small"),
+    )
+    bound = result["likelihood"]
+    assert bound == json.loads((folder / "evaluation.json").read_text())["likelihood"]
+    assert bound["bits_per_dim"] == pytest.approx(bound["rate"] + bound["distortion"], rel=1e-9)
+    parts = sum(part["bits_per_dim"] for part in bound["rate_by_timesteps"])
+    assert bound["rate"] == pytest.approx(bound["prior"] + parts, rel=1e-9)
+    known = {"num_images": 9, "num_dims": 64, "num_steps": 12, "num_terms": 11, "variance": "fixed_small"}
+    assert known.items() <= bound.items() and bound["by_label"]
+    card = (folder / "README.md").read_text()
+    assert f"in 8 bits, given their labels, an upper bound | {bound['bits_per_dim']:.4g} | 9 |" in card
+    assert f"at most {bound['bits_per_dim']:.3f} +- {bound['standard_error']:.3f} on 9 held" in capsys.readouterr().out
+
+
 def test_the_training_images_as_a_folder_are_perfect(tmp_path, features_folder):
     """They come through files, labels and the same preparation, so their distance from themselves is 0."""
     folder = save_digits(tmp_path / "images", "train")
@@ -191,6 +211,7 @@ def test_two_processes_give_the_measures_of_one(tmp_path, features_folder):
     arguments = (
         *(folder, "--dataset_name", "digits", "--features", features_folder, "--num_images", 131),
         *("--num_inference_steps", 2, "--mixed_precision", "no"),
+        *("--bits_per_dim", "--num_likelihood_images", 21, "--num_likelihood_terms", 4),
     )
     one = run(*arguments)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
@@ -206,6 +227,9 @@ def test_two_processes_give_the_measures_of_one(tmp_path, features_folder):
     assert done.returncode == 0, done.stderr
     two = json.loads((folder / "evaluation.json").read_text())
     assert two["generated"] == pytest.approx(one["generated"], rel=1e-3)
+    for name in ("bits_per_dim", "standard_error", "rate", "distortion"):
+        assert two["likelihood"][name] == pytest.approx(one["likelihood"][name], rel=1e-5)
+    assert two["likelihood"]["num_images"] == 21
     assert done.stdout.count("written to") == 1
 
 
@@ -223,6 +247,7 @@ def test_what_cannot_be_evaluated_is_refused(tmp_path, features_folder):
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "a.png").write_bytes(b"no picture")
+    save_digits(tmp_path / "pictures", "test")
     for arguments, message in [
         ((tmp_path / "absent", *digits), "is no folder here, and no name of a pipeline on the Hub"),
         ((empty, *digits), r"holds neither a pipeline \(model_index.json\) nor images"),
@@ -240,6 +265,7 @@ def test_what_cannot_be_evaluated_is_refused(tmp_path, features_folder):
         ),
         ((ten, *digits, "--num_images", 5), "k=5 neighbours need at least 6"),
         ((broken, *digits), "a.png cannot be decoded"),
+        ((broken.parent / "pictures", *digits, "--bits_per_dim"), "--bits_per_dim is of a model, and .* of images"),
     ]:
         with pytest.raises(ValueError, match=message):
             run(*arguments)
@@ -250,6 +276,10 @@ def test_what_cannot_be_evaluated_is_refused(tmp_path, features_folder):
     [
         ([], "say what to evaluate: evaluate.py PIPELINE"),
         (["runs/x", "--num_images", "0"], "num_images must be at least 1, got 0"),
+        (
+            ["runs/x", "--num_likelihood_steps", "5"],
+            "num_likelihood_steps is of the likelihood, which is measured with",
+        ),
         (["runs/x", "--seed", "-1"], "seed must not be negative, got -1"),
         (["runs/x", "--num_image", "5"], "unknown option --num_image; did you mean --num_images"),
     ],
