@@ -56,7 +56,7 @@ class TrainVAEConfig(TrainerConfig):
     """Train a variational autoencoder on images, for pictures of its own or as the first stage of a diffusion model."""
 
     architecture: Literal[ARCHITECTURES] = option(
-        "conv", "convolutional, or fully connected with flat latents", "model"
+        "mlp", "fully connected with flat latents; or convolutional, as the first stage of a diffusion model", "model"
     )
     block_out_channels: tuple[int, ...] = option(
         (32, 64), "conv: channels at each resolution, the full one first; each further one halves the side"
