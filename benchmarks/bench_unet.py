@@ -7,23 +7,10 @@ images of 1x32x32. What a step is and how it is timed stands in `training_step.p
 """
 
 import torch
-from diffusers import UNet2DModel
+from stock import stock_unet
 from training_step import OurStep, StockStep, compare, parser
 
 from diffusers_ext import UNetModel
-
-
-def stock(attention_head_dim: int = 8) -> UNet2DModel:
-    return UNet2DModel(
-        sample_size=32,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=2,
-        block_out_channels=(64, 128, 128),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=attention_head_dim,
-    )
 
 
 def ours() -> UNetModel:
@@ -31,9 +18,9 @@ def ours() -> UNetModel:
 
 
 SETTINGS = {
-    "diffusers, fp32": lambda: StockStep(stock(), False),
-    "diffusers, bf16 autocast": lambda: StockStep(stock(), True),
-    "diffusers, bf16 autocast, head dim 64": lambda: StockStep(stock(attention_head_dim=64), True),
+    "diffusers, fp32": lambda: StockStep(stock_unet(32, 1), False),
+    "diffusers, bf16 autocast": lambda: StockStep(stock_unet(32, 1), True),
+    "diffusers, bf16 autocast, head dim 64": lambda: StockStep(stock_unet(32, 1, attention_head_dim=64), True),
     "diffusers_ext, fp32": lambda: OurStep(ours(), False),
     "diffusers_ext, bf16 autocast": lambda: OurStep(ours(), True),
 }
