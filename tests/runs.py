@@ -69,6 +69,7 @@ def trainer(
     output_dir,
     loss=squared_error,
     *,
+    model=None,
     dropout=0.2,
     on_images=None,
     adversary=None,
@@ -90,9 +91,10 @@ def trainer(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
     )
-    torch.manual_seed(0)
-    model = Denoiser()
-    model.dropout.p = dropout
+    if model is None:
+        torch.manual_seed(0)
+        model = Denoiser()
+        model.dropout.p = dropout
     output_dir.mkdir(exist_ok=True)
     more = {"on_images": on_images, "adversary": adversary, "validation_data": validation_data}
     return Trainer(config, accelerator, model, loss, data, **more)
@@ -120,14 +122,25 @@ def metrics(output_dir):
     return [{name: value for name, value in record.items() if name not in timed} for record in records]
 
 
+def random_states(output_dir, step):
+    """Of Python, NumPy and torch, of each process."""
+    states = {}
+    for path in sorted((output_dir / f"checkpoint-{step}").glob("random_states_*.pkl")):
+        state = torch.load(path, weights_only=False)
+        numpy = [str(part.tolist() if hasattr(part, "tolist") else part) for part in state["numpy_random_seed"]]
+        states[path.name] = (state["random_state"], numpy, state["torch_manual_seed"].tolist(), state["step"])
+    return states
+
+
 def assert_same_run(one, other, step):
-    """Bit for bit."""
+    """Bit for bit: weights, averages, optimizers with their learning rates, random states, position, log."""
     tensors, state, groups = saved(one, step)
     tensors_other, state_other, groups_other = saved(other, step)
     assert tensors.keys() == tensors_other.keys() and len(tensors) > 10
     for name in tensors:
         assert torch.equal(tensors[name], tensors_other[name]), name
     assert state == state_other and groups == groups_other
+    assert len(random_states(one, step)) > 0 and random_states(one, step) == random_states(other, step)
     assert metrics(one) == metrics(other)
 
 

@@ -94,7 +94,8 @@ def _failure(output_dir: Path, step: int, reason: str) -> str:
     free = shutil.disk_usage(output_dir).free if output_dir.is_dir() else 0
     return (
         f"checkpoint-{step} could not be written to {output_dir} ({reason}; {free / 1e6:.1f} MB are free there). The "
-        f"checkpoints before it are kept: {kept}. Make room, then go on with --resume_from_checkpoint latest"
+        f"checkpoints before it are kept: {kept}. Where there is room, --resume_from_checkpoint latest "
+        "goes on from there"
     )
 
 

@@ -252,6 +252,8 @@ def resolve_for_machine(config: TrainerConfig) -> TrainerConfig:
         launched_with = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         default = "bf16" if is_fast_at_bf16(device) else "no"
         changes["mixed_precision"] = launched_with if launched_with in ("fp16", "bf16") else default
+    if device == "cpu" and "fp16" in (config.mixed_precision, changes.get("mixed_precision")):
+        raise ValueError("mixed_precision fp16 needs a GPU, and this machine has none: take bf16 or no")
     if config.channels_last is None:
         changes["channels_last"] = device in ("cpu", "cuda")
     if config.dataloader_num_workers is None:

@@ -10,6 +10,7 @@ from statistics import fmean as mean
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from diffusers_ext.trainer.adversary import Adversary, frozen
@@ -227,8 +228,8 @@ class Trainer:
             group["lr"] = rate
         if adversary := self.adversary:
             adversary.begin_step(state.step, rate / config.learning_rate)
-        # Dropout draws from the default generators: they too follow from the position alone.
-        torch.manual_seed(derived_seed(config.seed, state.position, accelerator.process_index))
+        # Dropout draws from the default generators: they too, Python's and NumPy's included, follow from the position.
+        set_seed(derived_seed(config.seed, state.position, accelerator.process_index))
 
         losses, adversary_losses = [], []
         models = [self.model, adversary.model] if adversary else [self.model]

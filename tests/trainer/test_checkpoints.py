@@ -92,7 +92,7 @@ def test_a_save_on_a_full_disk_leaves_nothing_and_harms_nothing(accelerator, tmp
     with pytest.raises(CheckpointError) as error:
         write_checkpoint(accelerator, tmp_path, 20, save)
     assert re.search(r"checkpoint-20 could not be written .* MB are free there\)", str(error.value))
-    assert "The checkpoints before it are kept: checkpoint-10, checkpoint-15. Make room" in str(error.value)
+    assert "The checkpoints before it are kept: checkpoint-10, checkpoint-15. Where there is room" in str(error.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-15"]
     assert find_checkpoint(tmp_path, "latest")[0] == tmp_path / "checkpoint-15"
 

@@ -82,22 +82,33 @@ def go_on(data, folder, on_save=None, **settings):
 
         run.save_checkpoint = save_checkpoint
     run.train()
-    return run
+
+
+def calls_of_a_save(data, folder):
+    run, number = trainer(data, folder, CountedError(), **SETTINGS | {"max_train_steps": 1}), itertools.count()
+    save = run.save_checkpoint
+
+    def save_checkpoint():
+        on_each_call(lambda: next(number))
+        save()
+        sys.setprofile(None)
+
+    run.save_checkpoint = save_checkpoint
+    run.train()
+    return next(number)
 
 
 def test_a_run_that_is_killed_at_20_random_moments_is_the_undisturbed_one(data, tmp_path):
     """Half of the kills fall on random moments of the whole, half on random moments of a save."""
     start = time.perf_counter()
-    undisturbed = go_on(data, tmp_path / "whole")
+    go_on(data, tmp_path / "whole")
     seconds = time.perf_counter() - start
-    calls = []
-    on_each_call(lambda: calls.append(1))
-    undisturbed.save_checkpoint()
-    sys.setprofile(None)
+    forget_accelerate()
+    calls = calls_of_a_save(data, tmp_path / "measured")
     forget_accelerate()
 
     def die_while_saving(generator):
-        saves, left = generator.randrange(3), generator.randrange(1, len(calls))
+        saves, left = generator.randrange(3), generator.randrange(1, calls)
 
         def on_save(number):
             if number == saves:
@@ -147,7 +158,7 @@ def test_a_full_disk_ends_the_run_and_keeps_its_checkpoints(data, tmp_path):
         there = list_checkpoints(disk / "run")
         assert len(there) >= 2 and not any(map(find_fault, there))
         names = ", ".join(path.name for path in there)
-        assert f"The checkpoints before it are kept: {names}. Make room" in str(error.value)
+        assert f"The checkpoints before it are kept: {names}. Where there is room" in str(error.value)
         assert "0.0 MB are free there" in str(error.value)
         forget_accelerate()
         shutil.copytree(disk / "run", tmp_path / "larger")
@@ -166,9 +177,9 @@ def test_files_that_cannot_grow_end_the_run_and_keep_its_checkpoints(data, tmp_p
 
     def work():
         with pytest.raises(
-            CheckpointError, match=r"checkpoint-9 could not be .* kept: checkpoint-3, checkpoint-6\. Make"
+            CheckpointError, match=r"checkpoint-9 could not be .* kept: checkpoint-3, checkpoint-6\. Where"
         ):
-            go_on(data, tmp_path / "run", on_save)
+            go_on(data, tmp_path / "run", on_save, max_train_steps=30)
 
     assert os.waitpid(fork(work), 0)[1] == 0
     assert not list((tmp_path / "run").glob(".checkpoint-*"))

@@ -1,5 +1,6 @@
 """The loop with a small network, where every claim can be checked to the last bit."""
 
+import math
 import os
 import signal
 
@@ -34,16 +35,37 @@ def fresh_accelerate():
     forget_accelerate()
 
 
-@pytest.mark.parametrize("accumulation, num_workers", [(1, 0), (3, 0), (1, 2)])
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(data, tmp_path, accumulation, num_workers):
-    """Stopped at step 7, in the middle of an epoch of 5 batches and of the steps between two lines of the log."""
-    settings = {"gradient_accumulation_steps": accumulation, "checkpointing_steps": 7}
-    trainer(data, tmp_path / "whole", **settings).train()
+    """Stopped at step 7, in the middle of an epoch and of the steps between two lines of the log."""
+    seen = []
 
-    stop_before_step(trainer(data, tmp_path / "parts", dataloader_num_workers=num_workers, **settings), 10)
+    def loss(model, batch):
+        seen.append((batch["images"], batch["noise"], batch["time"], batch["labels"]))
+        return squared_error(model, batch)
+
+    settings = {"gradient_accumulation_steps": accumulation, "checkpointing_steps": 7, "random_flip": True}
+    trainer(data, tmp_path / "whole", loss, **settings).train()
+    whole = seen[7 * accumulation :]
+    settings["dataloader_num_workers"] = num_workers
+    stop_before_step(trainer(data, tmp_path / "parts", loss, **settings), 10)
     torch.manual_seed(123)  # what ran before does not matter
-    trainer(data, tmp_path / "parts", resume_from_checkpoint="latest", **settings).train()
+    seen.clear()
+    trainer(data, tmp_path / "parts", loss, resume_from_checkpoint="latest", **settings).train()
     assert_same_run(tmp_path / "whole", tmp_path / "parts", 12)
+    assert len(seen) == len(whole) == 5 * accumulation
+    for before, after in zip(whole, seen, strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4, 8])
+def test_the_learning_rate_follows_the_optimizer_steps_to_its_end(data, tmp_path, accumulation):
+    settings = {"gradient_accumulation_steps": accumulation, "train_batch_size": 1, "logging_steps": 1}
+    trainer(data, tmp_path / "run", **settings).train()
+    rates = [record["learning_rate"] for record in metrics(tmp_path / "run")]
+    cosine = [0.005 * (1 + math.cos(math.pi * (step - 2) / 10)) for step in range(2, 12)]
+    assert rates == pytest.approx([0.005, 0.01, *cosine])
 
 
 def test_an_objective_with_a_state_is_saved_resumed_and_reported(data, tmp_path):
