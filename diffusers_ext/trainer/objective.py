@@ -255,13 +255,17 @@ class DenoisingObjective(nn.Module):
             rows.append(row)
         return rows
 
-    def draw(self, folder: str | Path) -> None:
-        """`loss_by_snr.png`, and its numbers in `loss_by_snr.csv`; nothing if there was no training."""
+    def draw(self, folder: str | Path) -> dict[str, str]:
+        """Draws `loss_by_snr.png` and writes its numbers to `loss_by_snr.csv`; nothing if there was no training.
+
+        Returns: What the picture shows, by its name.
+        """
         rows = self.curve()
         if not rows:
-            return
+            return {}
         with Path(folder, "loss_by_snr.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
         draw_loss_by_snr(rows, Path(folder, "loss_by_snr.png"))
+        return {"loss_by_snr.png": "the loss at each noise level; its numbers are in loss_by_snr.csv"}

@@ -126,7 +126,7 @@ def finish_run(trainer: Trainer, command: str, data: str, pictures: Mapping[str,
     config, output_dir, state = trainer.config, trainer.output_dir, trainer.state
     draw_loss(read_metrics(output_dir / METRICS_FILE), output_dir / "loss.png")
     if hasattr(trainer.objective, "draw"):
-        trainer.objective.draw(output_dir)
+        pictures = {**pictures, **(trainer.objective.draw(output_dir) or {})}
     repo_id = prepare_repo(config) if config.push_to_hub else None
     cards.write_card(
         output_dir,

@@ -16,7 +16,16 @@ from diffusers_ext.trainer.posthoc_ema import SNAPSHOT_FOLDER
 CONFIG_FILE, METRICS_FILE = "train_config.yaml", "metrics.jsonl"
 _OF_A_RUN = (CONFIG_FILE, METRICS_FILE, "model_index.json")
 # Those of diffusion models, and of autoencoders.
-PICTURES = ("samples", "denoising", "loss", "reconstructions", "interpolations", "manifold", "traversals")
+PICTURES = (
+    "samples",
+    "denoising",
+    "loss",
+    "loss_by_snr",
+    "reconstructions",
+    "interpolations",
+    "manifold",
+    "traversals",
+)
 
 
 def check_output_dir(config: TrainerConfig) -> None:
@@ -48,7 +57,14 @@ def clear_output_dir(path: Path) -> None:
         shutil.rmtree(checkpoint, ignore_errors=True)
     for name in ("samples", "before", "logs", "profile", SNAPSHOT_FOLDER):
         shutil.rmtree(path / name, ignore_errors=True)
-    for name in (*_OF_A_RUN, "config.json", "README.md", "evaluation.json", *(f"{name}.png" for name in PICTURES)):
+    for name in (
+        *_OF_A_RUN,
+        "config.json",
+        "README.md",
+        "evaluation.json",
+        "loss_by_snr.csv",
+        *(f"{name}.png" for name in PICTURES),
+    ):
         (path / name).unlink(missing_ok=True)
     for weights in path.glob("diffusion_pytorch_model*"):
         weights.unlink()

@@ -196,7 +196,7 @@ def test_curve_has_the_loss_of_each_interval_over_its_log_snr(tmp_path):
     objective = make_objective(100)
     batch = make_batch(0, 2000)
     objective(model, batch)
-    objective.draw(tmp_path)
+    assert list(objective.draw(tmp_path)) == ["loss_by_snr.png"]
     with (tmp_path / "loss_by_snr.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["first_timestep", "last_timestep", "log_snr", "error", "loss"]
@@ -230,8 +230,7 @@ def test_curve_forgets_what_came_before_the_last_reports(tmp_path):
 
 def test_a_curve_of_nothing_is_not_drawn_and_zero_snr_has_no_place_on_it(tmp_path):
     objective = make_objective()
-    objective.draw(tmp_path)
-    assert not list(tmp_path.iterdir()) and objective.metrics() == {}
+    assert objective.draw(tmp_path) == {} and not list(tmp_path.iterdir()) and objective.metrics() == {}
     schedule = NoiseSchedule(rescale_zero_terminal_snr(make_betas("linear", 8)))
     objective = DenoisingObjective(schedule, "v_prediction", objective="vlb")
     loss = objective(learned_model, make_batch(0, 100))

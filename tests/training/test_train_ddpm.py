@@ -103,7 +103,16 @@ def run(tmp_path_factory):
 def test_run_leaves_all_that_it_names(run):
     folder, output = run
     assert f"in {folder}:" in output
-    for name in ("samples.png", "denoising.png", "loss.png", "metrics.jsonl", "README.md", "train_config.yaml"):
+    for name in (
+        "samples.png",
+        "denoising.png",
+        "loss.png",
+        "loss_by_snr.png",
+        "loss_by_snr.csv",
+        "metrics.jsonl",
+        "README.md",
+        "train_config.yaml",
+    ):
         assert name in output and (folder / name).stat().st_size > 0
     assert (folder / "samples" / "step-0000002.png").exists()
     assert list((folder / "logs").rglob("events.out.tfevents*"))
