@@ -102,6 +102,8 @@ class DiTFeedForward(FeedForward):
 class DiTAttentionProcessor:
     """How `DiTAttention` goes from tokens to tokens."""
 
+    _attention_backend = None  # set by diffusers' `set_attention_backend`
+
     def __call__(
         self, attn: "DiTAttention", hidden_states: Tensor, context: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
@@ -110,7 +112,8 @@ class DiTAttentionProcessor:
         key, value = key_value.unflatten(-1, (2, attn.heads, -1)).permute(2, 0, 3, 1, 4)
         if attn.norm_q is not None:
             query, key = attn.norm_q(query).to(value.dtype), attn.norm_k(key).to(value.dtype)
-        return attn.to_out(attention(query, key, value, mask).transpose(1, 2).flatten(2))
+        out = attention(query, key, value, mask, self._attention_backend)
+        return attn.to_out(out.transpose(1, 2).flatten(2))
 
 
 class DiTAttention(nn.Module, AttentionModuleMixin):

@@ -16,6 +16,11 @@ from diffusers.hooks._helpers import (
     TransformerBlockRegistry,
 )
 from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    dispatch_attention_fn,
+)
 from torch import Tensor, nn
 
 
@@ -179,14 +184,26 @@ def _token_major(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    backend: AttentionBackendName | None = None,
+) -> Tensor:
     """Scaled dot-product attention, by whichever kernel is fastest where it runs.
 
     Args:
         query: Shape `(batch, heads, tokens, head_dim)`.
         key, value: Shape `(batch, heads, other_tokens, head_dim)`.
         mask: Added to the logits, broadcasting against `(batch, heads, tokens, other_tokens)`.
+        backend: Of diffusers, set by `model.set_attention_backend`; `None` for the one that is active there. "native",
+            diffusers' default, leaves the choice to this function.
     """
+    backend = _AttentionBackendRegistry.get_active_backend()[0] if backend is None else backend
+    if backend != AttentionBackendName.NATIVE:
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        return dispatch_attention_fn(query, key, value, attn_mask=mask, backend=backend).transpose(1, 2)
     inputs = (query, key, value)
     eager_bf16 = query.device.type == "cpu" and query.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
     if eager_bf16 and torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
@@ -207,6 +224,8 @@ def attention_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 class AttentionProcessor:
     """How `Attention` goes from feature map to feature map; diffusers' hooks tell the kind of a layer by it."""
 
+    _attention_backend = None  # set by diffusers' `set_attention_backend`
+
     def __call__(
         self, attn: "Attention", hidden_states: Tensor, context: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
@@ -215,7 +234,7 @@ class AttentionProcessor:
         context = tokens if context is None else context
         query = attn.to_q(tokens).unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
         key, value = attn.to_kv(context).unflatten(-1, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        out = attention(query, key, value, mask).transpose(1, 2).flatten(2)
+        out = attention(query, key, value, mask, self._attention_backend).transpose(1, 2).flatten(2)
         return hidden_states + attn.to_out(out).transpose(1, 2).unflatten(2, shape[2:])
 
 
