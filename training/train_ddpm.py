@@ -15,17 +15,24 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 
-from diffusers_ext import DiffusionPipeline, ExtDDIMScheduler, ExtDDPMScheduler, GuidedDiffusionPipeline, UNetModel
+from diffusers_ext import (
+    DiffusionPipeline,
+    DiTModel,
+    ExtDDIMScheduler,
+    ExtDDPMScheduler,
+    GuidedDiffusionPipeline,
+    UNetModel,
+)
 from diffusers_ext.betas import BETA_SCHEDULES
 from diffusers_ext.losses import LOSS_WEIGHTINGS, OBJECTIVES
 from diffusers_ext.noising import PREDICTION_TYPES
 from diffusers_ext.trainer.batches import TIMESTEP_SAMPLINGS
-from diffusers_ext.trainer.config import TrainerConfig, resolve_for_machine
+from diffusers_ext.trainer.config import resolve_for_machine
 from diffusers_ext.trainer.data import ImageData
 from diffusers_ext.trainer.loop import Trainer
+from diffusers_ext.trainer.networks import NetworkConfig, build_network
 from diffusers_ext.trainer.objective import DenoisingObjective
 from diffusers_ext.trainer.options import option, run_script, to_command
 from diffusers_ext.trainer.prepare import prepare_data
@@ -39,18 +46,8 @@ SCHEDULERS = {"ddpm": ExtDDPMScheduler, "ddim": ExtDDIMScheduler}
 
 
 @dataclass(frozen=True)
-class TrainConfig(TrainerConfig):
+class TrainConfig(NetworkConfig):
     """Train a Gaussian diffusion model on images, by label if there are labels."""
-
-    block_out_channels: tuple[int, ...] = option(
-        (64, 128, 128), "channels at each resolution, the full one first", "model"
-    )
-    layers_per_block: int = option(2, "residual blocks at each resolution")
-    attention_resolutions: tuple[int, ...] | None = option(
-        None, "sides of the maps with attention; by default the largest of at most 16"
-    )
-    attention_head_dim: int = option(64, "channels of an attention head")
-    dropout: float = option(0.0, "share of the features dropped in each residual block")
 
     num_train_timesteps: int = option(1000, "noise levels", "diffusion", alias="ddpm_num_steps")
     beta_schedule: Literal[BETA_SCHEDULES] = option("cosine", "noise schedule", alias="ddpm_beta_schedule")
@@ -84,10 +81,9 @@ class TrainConfig(TrainerConfig):
     sample_columns: int = option(8, "pictures in a row of the sample grids")
     eval_batch_size: int = option(64, "pictures sampled at once")
 
-    FIXED_ON_RESUME: ClassVar[frozenset[str]] = TrainerConfig.FIXED_ON_RESUME.union(
-        "block_out_channels layers_per_block attention_resolutions attention_head_dim num_train_timesteps beta_schedule "
-        "beta_start beta_end rescale_betas_zero_snr prediction_type objective vlb_weight loss_weighting snr_gamma p2_gamma "
-        "timestep_sampling label_dropout dropout".split()
+    FIXED_ON_RESUME: ClassVar[frozenset[str]] = NetworkConfig.FIXED_ON_RESUME.union(
+        "num_train_timesteps beta_schedule beta_start beta_end rescale_betas_zero_snr prediction_type "
+        "objective vlb_weight loss_weighting snr_gamma p2_gamma timestep_sampling label_dropout".split()
     )
 
     def __post_init__(self):
@@ -106,14 +102,6 @@ class TrainConfig(TrainerConfig):
                 f"num_inference_steps must be at most num_train_timesteps ({self.num_train_timesteps}), got "
                 f"{self.num_inference_steps}"
             )
-        for side in self.resolution or ():
-            if side % self.size_multiple:
-                near = side // self.size_multiple * self.size_multiple
-                near = " or ".join(str(other) for other in (near, near + self.size_multiple) if other)
-                raise ValueError(
-                    f"resolution must be a multiple of {self.size_multiple}, since block_out_channels has "
-                    f"{len(self.block_out_channels)} widths and each but the last halves the images, got {side}: take {near}"
-                )
 
     @property
     def learns_variance(self) -> bool:
@@ -123,10 +111,6 @@ class TrainConfig(TrainerConfig):
     def time_sampling(self) -> str:
         """How the times of a batch are drawn, from which the objective takes the timesteps."""
         return "stratified" if self.timestep_sampling == "importance" else self.timestep_sampling
-
-    @property
-    def size_multiple(self) -> int:
-        return 2 ** (len(self.block_out_channels) - 1)
 
 
 def main(config: TrainConfig) -> Path:
@@ -186,18 +170,13 @@ def count_values(dtype: np.dtype) -> int | None:
     return int(np.iinfo(dtype).max) + 1 if dtype.kind == "u" else None
 
 
-def build_model(config: TrainConfig, data: ImageData) -> UNetModel:
+def build_model(config: TrainConfig, data: ImageData | StreamData) -> UNetModel | DiTModel:
     """A new model with weights that follow from the seed."""
-    torch.manual_seed(config.seed)
-    return UNetModel(
+    return build_network(
+        config,
         sample_size=data.size,
         in_channels=data.channels,
         out_channels=data.channels * (2 if config.learns_variance else 1),
-        block_out_channels=config.block_out_channels,
-        layers_per_block=config.layers_per_block,
-        attention_resolutions=config.attention_resolutions,
-        attention_head_dim=config.attention_head_dim,
-        dropout=config.dropout,
         num_classes=data.num_classes,
     )
 

@@ -294,6 +294,25 @@ def test_options_that_make_no_sense_are_refused(settings, message):
         TrainConfig(**settings)
 
 
+def test_a_transformer_is_trained_saved_and_goes_on(tmp_path):
+    dit = {"model": "dit", "patch_size": 2, "hidden_size": 16, "num_layers": 1}
+    unet = ("block_out_channels", "layers_per_block")
+    config = TrainConfig(
+        **{name: value for name, value in SMALL.items() if name not in unet},
+        **dit,
+        output_dir=str(tmp_path / "run"),
+        max_train_steps=2,
+    )
+    folder = main(config)
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    assert isinstance(pipe.denoiser, diffusers_ext.DiTModel) and pipe.denoiser.config.patch_size == 2
+    assert parse_config(TrainConfig, ["--config", str(folder / "train_config.yaml")]).dit_options() == config.dit_options()
+    with pytest.raises(ValueError, match="num_layers"):
+        main(dataclasses.replace(config, num_layers=2, max_train_steps=3, resume_from_checkpoint="latest"))
+    main(dataclasses.replace(config, max_train_steps=3, resume_from_checkpoint="latest"))
+    assert read_metrics(folder / "metrics.jsonl")[-1]["step"] == 3
+
+
 def test_nothing_is_written_when_the_data_are_refused(tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()

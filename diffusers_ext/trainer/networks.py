@@ -1,0 +1,130 @@
+"""The options of a denoiser, and the network that they make."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from diffusers_ext.models.dit import DiTModel, dit_config
+from diffusers_ext.models.unet import UNetModel
+from diffusers_ext.trainer.config import TrainerConfig
+from diffusers_ext.trainer.options import option
+
+
+NETWORKS = ("unet", "dit")
+
+# The DiT that is made without options: for images of 32x32 pixels, or latents of that many, on a CPU.
+DEFAULT_DIT = {"patch_size": 4, "hidden_size": 256, "num_layers": 6}
+HEAD_DIM = 64  # of the attention heads, where their number is left open
+
+
+@dataclass(frozen=True)
+class NetworkConfig(TrainerConfig):
+    """Options of a training run with a denoiser.
+
+    Raises:
+        ValueError: if options contradict one another, are out of range, or are those of another network.
+    """
+
+    model: Literal[NETWORKS] = option("unet", "kind of network: convolutions, or a transformer over patches", "model")
+    dropout: float = option(0.0, "share of the features dropped in each block")
+    block_out_channels: tuple[int, ...] = option(
+        (64, 128, 128), "channels at each resolution, the full one first", "unet"
+    )
+    layers_per_block: int = option(2, "residual blocks at each resolution")
+    attention_resolutions: tuple[int, ...] | None = option(
+        None, "sides of the maps with attention; by default the largest of at most 16"
+    )
+    attention_head_dim: int = option(64, "channels of an attention head")
+    dit_size: str | None = option(None, "a size of the paper, such as DiT-S/2, that the options below change", "dit")
+    patch_size: int | None = option(None, f"side of the patches; by default {DEFAULT_DIT['patch_size']}")
+    hidden_size: int | None = option(None, f"width of the tokens; by default {DEFAULT_DIT['hidden_size']}")
+    num_layers: int | None = option(None, f"number of blocks; by default {DEFAULT_DIT['num_layers']}")
+    num_attention_heads: int | None = option(None, f"attention heads; by default one for each {HEAD_DIM} of the width")
+    mlp_ratio: float = option(4.0, "width of the feed-forward layers, as a multiple of hidden_size")
+    qk_norm: bool = option(False, "normalise queries and keys, for long runs")
+    num_registers: int = option(0, "learned tokens beside those of the patches")
+
+    OPTIONS_OF_NETWORKS: ClassVar[dict[str, tuple[str, ...]]] = {
+        "unet": ("block_out_channels", "layers_per_block", "attention_resolutions", "attention_head_dim"),
+        "dit": (
+            *("dit_size", "patch_size", "hidden_size", "num_layers", "num_attention_heads"),
+            *("mlp_ratio", "qk_norm", "num_registers"),
+        ),
+    }
+    FIXED_ON_RESUME: ClassVar[frozenset[str]] = TrainerConfig.FIXED_ON_RESUME.union(
+        ("model", "dropout"), *OPTIONS_OF_NETWORKS.values()
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout:g}")
+        for network, names in self.OPTIONS_OF_NETWORKS.items():
+            for name in names:
+                if network != self.model and getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                    raise ValueError(f"{name} is an option of model {network}: leave it out for model {self.model}")
+        if self.model == "dit":
+            with torch.device("meta"):
+                DiTModel(sample_size=self.size_multiple, **self.dit_options())  # which checks them
+        for side in self.resolution or ():
+            if side % self.size_multiple:
+                near = side // self.size_multiple * self.size_multiple
+                near = " or ".join(str(other) for other in (near, near + self.size_multiple) if other)
+                raise ValueError(
+                    f"resolution must be a multiple of {self.size_multiple}, since {self._why_multiple()}, got {side}: "
+                    f"take {near}"
+                )
+
+    def dit_options(self) -> dict:
+        """Options of `DiTModel`, with those that were left open settled."""
+        options = DEFAULT_DIT if self.dit_size is None else dit_config(self.dit_size)
+        given = {
+            name: getattr(self, name) for name in ("patch_size", "hidden_size", "num_layers", "num_attention_heads")
+        }
+        if self.hidden_size is not None:  # what follows from the width
+            options = {name: value for name, value in options.items() if name != "num_attention_heads"}
+        options = options | {name: value for name, value in given.items() if value is not None}
+        if "num_attention_heads" not in options:
+            width = options["hidden_size"]
+            options["num_attention_heads"] = next(n for n in range(max(width // HEAD_DIM, 1), 0, -1) if width % n == 0)
+        rest = ("mlp_ratio", "qk_norm", "num_registers", "dropout")
+        return options | {name: getattr(self, name) for name in rest}
+
+    @property
+    def size_multiple(self) -> int:
+        """What the sides of the samples must be multiples of."""
+        return self.dit_options()["patch_size"] if self.model == "dit" else 2 ** (len(self.block_out_channels) - 1)
+
+    def _why_multiple(self) -> str:
+        if self.model == "dit":
+            return f"patch_size is {self.size_multiple}"
+        return f"block_out_channels has {len(self.block_out_channels)} widths and each but the last halves the images"
+
+
+def build_network(
+    config: NetworkConfig,
+    *,
+    sample_size: int | tuple[int, int],
+    in_channels: int,
+    out_channels: int,
+    num_classes: int | None,
+) -> UNetModel | DiTModel:
+    """A new network with weights that follow from the seed."""
+    torch.manual_seed(config.seed)
+    common = {
+        "sample_size": sample_size,
+        "in_channels": in_channels,
+        "out_channels": out_channels,
+        "num_classes": num_classes,
+    }
+    if config.model == "dit":
+        return DiTModel(**common, **config.dit_options())
+    return UNetModel(
+        **common,
+        block_out_channels=config.block_out_channels,
+        layers_per_block=config.layers_per_block,
+        attention_resolutions=config.attention_resolutions,
+        attention_head_dim=config.attention_head_dim,
+        dropout=config.dropout,
+    )
