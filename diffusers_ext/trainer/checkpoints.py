@@ -50,23 +50,23 @@ def write_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, save
 
     is_main = accelerator.is_main_process
     try:
-        _all_or_none(accelerator, prepare if is_main else None)
-        _all_or_none(accelerator, lambda: save(_seen(hidden)))
-        _all_or_none(accelerator, complete if is_main else None)
+        all_or_none(accelerator, prepare if is_main else None)
+        all_or_none(accelerator, lambda: save(_seen(hidden)))
+        all_or_none(accelerator, complete if is_main else None)
     except BaseException as error:
         if is_main:
             shutil.rmtree(hidden, ignore_errors=True)
-        if not isinstance(error, _WriteError):
+        if not isinstance(error, WriteError):
             raise
         raise CheckpointError(_failure(output_dir, step, str(error))) from error.__cause__
     return folder
 
 
-class _WriteError(Exception):
-    pass
+class WriteError(OSError):
+    """One of the processes could not write; raised in all of them."""
 
 
-def _all_or_none(accelerator: Accelerator, write: Callable[[], None] | None) -> None:
+def all_or_none(accelerator: Accelerator, write: Callable[[], None] | None) -> None:
     """Calls `write` and waits for the other processes; raises in all of them if it fails in one."""
     fault = None
     try:
@@ -78,7 +78,7 @@ def _all_or_none(accelerator: Accelerator, write: Callable[[], None] | None) -> 
     reasons = gather_object([None if fault is None else f"{type(fault).__name__}: {fault}"])
     failed = [f"process {index}: {reason}" for index, reason in enumerate(reasons) if reason]
     if failed:
-        raise _WriteError("; ".join(failed) if accelerator.num_processes > 1 else reasons[0]) from fault
+        raise WriteError("; ".join(failed) if accelerator.num_processes > 1 else reasons[0]) from fault
 
 
 def _seen(hidden: Path) -> Path:

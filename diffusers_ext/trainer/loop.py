@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from diffusers_ext.trainer.adversary import Adversary, frozen
 from diffusers_ext.trainer.batches import BatchOptions, derived_seed
-from diffusers_ext.trainer.checkpoints import find_checkpoint, remove_old, write_checkpoint
+from diffusers_ext.trainer.checkpoints import all_or_none, find_checkpoint, remove_old, write_checkpoint
 from diffusers_ext.trainer.config import TrainerConfig
 from diffusers_ext.trainer.data import ImageData
 from diffusers_ext.trainer.ema import WeightAverage
@@ -26,6 +26,7 @@ from diffusers_ext.trainer.progress import ProgressBar, TimeShares
 from diffusers_ext.trainer.run_folder import CONFIG_FILE, METRICS_FILE, MetricsLog, check_same_run
 from diffusers_ext.trainer.run_state import RunState, load_run, save_run
 from diffusers_ext.trainer.schedule import LearningRate
+from diffusers_ext.trainer.sharding import WholeModel, full, is_sharded
 from diffusers_ext.trainer.signals import StopRequest, catch_signals
 from diffusers_ext.trainer.stream import StreamData, make_batches
 from diffusers_ext.trainer.validation import ValidationBatches
@@ -87,17 +88,13 @@ class Trainer:
             self.shares = StepProfile(accelerator, self.output_dir)
 
         self.module = model.to(accelerator.device)  # what is saved and sampled; `self.model` is what is called
-        if config.channels_last:
+        self._whole = WholeModel(self.module) if is_sharded(accelerator) else None
+        if config.channels_last and not self._whole:  # FSDP2 takes contiguous parameters
             self.module.to(memory_format=torch.channels_last)
         if config.gradient_checkpointing:
             self.module.enable_gradient_checkpointing()
         if config.compile:
             self.module.compile()
-        average = {"std": config.ema_std, "decay": config.ema_decay, "warmup": config.ema_warmup}
-        self.average = WeightAverage(self.module, **average) if config.use_ema else None
-        self.snapshots = None
-        if config.ema_snapshot_steps:
-            self.snapshots = AverageSnapshots(self.module, config.ema_stds, self.output_dir, self.average)
         optimizer = torch.optim.AdamW(
             self.module.parameters(),
             lr=config.learning_rate,
@@ -107,6 +104,14 @@ class Trainer:
             fused=accelerator.device.type in ("cpu", "cuda"),
         )
         self.model, self.optimizer = accelerator.prepare(self.module, optimizer)
+        # Afterwards, when each process has its part of the parameters.
+        average = {"std": config.ema_std, "decay": config.ema_decay, "warmup": config.ema_warmup}
+        self.average = WeightAverage(self.module, **average) if config.use_ema else None
+        self.snapshots = None
+        if config.ema_snapshot_steps:
+            if self._whole:
+                raise ValueError("ema_snapshot_steps takes a copy of the model in each process, which FSDP spreads over them")
+            self.snapshots = AverageSnapshots(self.module, config.ema_stds, self.output_dir, self.average)
         self.adversary = adversary
         if adversary:
             adversary.prepare(accelerator, channels_last=config.channels_last)
@@ -266,7 +271,7 @@ class Trainer:
         return self.config.max_grad_norm or math.inf
 
     def _clip(self) -> Tensor:
-        return torch.as_tensor(self.accelerator.clip_grad_norm_(self.model.parameters(), self._max_norm))
+        return full(torch.as_tensor(self.accelerator.clip_grad_norm_(self.model.parameters(), self._max_norm)))
 
     def to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """A batch as `compute_loss` takes it."""
@@ -365,7 +370,14 @@ class Trainer:
 
     @contextmanager
     def averaged_model(self) -> Iterator[nn.Module]:
-        """The model in evaluation mode, with the averaged weights if there are any; its own come back at the end."""
+        """The model in evaluation mode, with the averaged weights if there are any; its own come back at the end.
+
+        Every process calls it: of a model whose parameters are spread over the processes each gets a copy of the whole.
+        """
+        if self._whole:
+            state = self.average.state_dict() if self.average else dict(self.module.named_parameters())
+            yield self._whole.of(state, self.module)
+            return
         with (
             evaluating(self.module),
             self.average.applied_to(self.module) if self.average else nullcontext(),
@@ -416,8 +428,8 @@ class Trainer:
     def _save_snapshot(self):
         self._fetch()
         with self.shares.of("saving"):
-            if self.accelerator.is_main_process:
-                self.snapshots.write(self.state.step)
+            write = partial(self.snapshots.write, self.state.step)
+            all_or_none(self.accelerator, write if self.accelerator.is_main_process else None)
 
     def _resume(self, request: str):
         folder, passed_over = find_checkpoint(self.output_dir, request)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -72,17 +72,18 @@ class AverageSnapshots:
         Raises:
             OSError: if a file cannot be written. The snapshots before it are untouched.
         """
-        self.folder.mkdir(exist_ok=True)
         for std, average in self._averages.items():
             path = self.folder / f"step-{step:07}-std-{_text(std)}.safetensors"
             partial = path.with_name(f".{path.name}.partial")
             try:
+                self.folder.mkdir(exist_ok=True)
                 save_file(average.averages(), partial)
                 with partial.open("rb") as file:
                     os.fsync(file.fileno())
                 os.replace(partial, path)
-            except (OSError, SafetensorError) as error:
-                partial.unlink(missing_ok=True)
+            except Exception as error:  # safetensors reports a full disk as an error of its own
+                if self.folder.is_dir():
+                    partial.unlink(missing_ok=True)
                 raise OSError(f"the snapshot {path} could not be written ({error})") from error
 
     def save(self, folder: Path):

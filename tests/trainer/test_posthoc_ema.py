@@ -260,3 +260,11 @@ def test_a_run_that_starts_over_for_want_of_a_checkpoint_drops_all_snapshots(tmp
 def test_options_that_make_no_sense_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         TrainerConfig(**settings)
+
+
+def test_a_run_whose_snapshot_cannot_be_written_ends_with_the_reason(tmp_path):
+    """A file lies where the folder of the snapshots should be."""
+    run = trainer(prepare_images("digits", max_samples=20), tmp_path, ema_snapshot_steps=2)
+    (tmp_path / "ema_snapshots").write_text("")
+    with pytest.raises(OSError, match="the snapshot .*step-0000002-std-0.05.safetensors could not be written"):
+        run.train()
