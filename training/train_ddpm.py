@@ -134,8 +134,8 @@ def main(config: TrainConfig) -> Path:
             validation_data=load_validation(config, accelerator, data),
         )
         trainer.train()
-        if accelerator.is_main_process:
-            with averaged_pipeline(trainer, scheduler) as pipe:
+        with averaged_pipeline(trainer, scheduler) as pipe:
+            if accelerator.is_main_process:
                 save_whole(pipe, trainer.output_dir)
         accelerator.print("drawing samples and the denoising of one of them ...", flush=True)
         accelerator.wait_for_everyone()

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.utils import gather_object
 
 
@@ -74,6 +74,9 @@ def all_or_none(accelerator: Accelerator, write: Callable[[], None] | None) -> N
             write()
     except Exception as error:  # libraries report a full disk as what they like, RuntimeError among others
         fault = error
+    if fault and accelerator.distributed_type == DistributedType.FSDP:
+        # The others may be waiting for its part of the parameters: its end ends them.
+        raise WriteError(f"{type(fault).__name__}: {fault}") from fault
     # A process that fails says so, since the others would wait for it without end.
     reasons = gather_object([None if fault is None else f"{type(fault).__name__}: {fault}"])
     failed = [f"process {index}: {reason}" for index, reason in enumerate(reasons) if reason]

@@ -110,7 +110,9 @@ class Trainer:
         self.snapshots = None
         if config.ema_snapshot_steps:
             if self._whole:
-                raise ValueError("ema_snapshot_steps takes a copy of the model in each process, which FSDP spreads over them")
+                raise ValueError(
+                    "ema_snapshot_steps takes a copy of the model in each process, which FSDP spreads over them"
+                )
             self.snapshots = AverageSnapshots(self.module, config.ema_stds, self.output_dir, self.average)
         self.adversary = adversary
         if adversary:

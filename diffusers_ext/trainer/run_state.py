@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from diffusers_ext.trainer.options import to_yaml
 from diffusers_ext.trainer.run_folder import CONFIG_FILE
+from diffusers_ext.trainer.sharding import gathered, scattered
 from diffusers_ext.trainer.stream import load_stream_state, save_stream_state
 
 
@@ -48,12 +49,13 @@ def save_run(trainer: "Trainer", folder: Path) -> None:
     accelerator = trainer.accelerator
     accelerator.save_state(str(folder))
     save_stream_state(trainer._stream.state, folder, accelerator.process_index)
+    average = gathered(trainer.average.state_dict()) if trainer.average else None
     if not accelerator.is_main_process:
         return
     (folder / STATE_FILE).write_text(json.dumps(dataclasses.asdict(trainer.state), indent=2) + "\n")
     (folder / CONFIG_FILE).write_text(to_yaml(trainer.config))
-    if trainer.average:
-        save_file(trainer.average.state_dict(), folder / AVERAGE_FILE)
+    if average:
+        save_file(average, folder / AVERAGE_FILE)
     if trainer.snapshots:
         trainer.snapshots.save(folder)
     if trainer.objective:
@@ -80,7 +82,8 @@ def load_run(trainer: "Trainer", folder: Path) -> dict[str, Any] | None:
     for name, value in saved.items():
         setattr(trainer.state, name, value)
     if trainer.average:
-        trainer.average.load_state_dict(load_file(folder / AVERAGE_FILE))
+        average = scattered(load_file(folder / AVERAGE_FILE), like=trainer.average.state_dict())
+        trainer.average.load_state_dict(average)
     if trainer.snapshots:
         trainer.snapshots.load(folder)
     if trainer.objective:

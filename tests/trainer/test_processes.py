@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from diffusers_ext.trainer.checkpoints import find_checkpoint
 from runs import assert_same_run, forget_accelerate, metrics, saved
@@ -92,6 +93,43 @@ def test_the_learning_rate_of_two_processes_ends_where_it_should(one_and_two):
     rates = [record["learning_rate"] for record in metrics(one_and_two[1] / "whole")]
     cosine = [0.005 * (1 + math.cos(math.pi * (step - 2) / 10)) for step in range(2, 12)]
     assert rates == pytest.approx([0.005, 0.01, *cosine])
+
+
+def spread(folder, name="spread"):
+    """The weights of a run, of which FSDP2 keeps a file of its own, and their averages."""
+    checkpoint = folder / name / "checkpoint-12"
+    if (checkpoint / "model.safetensors").exists():
+        model = load_file(checkpoint / "model.safetensors")
+    else:
+        model = torch.load(checkpoint / "pytorch_model_fsdp.bin", weights_only=True)
+    return model | {f"average {name}": value for name, value in load_file(checkpoint / "average.safetensors").items()}
+
+
+def test_parameters_spread_over_two_processes_learn_what_those_of_one_do(one_and_two):
+    one, two = map(spread, one_and_two)
+    assert one.keys() == two.keys() and len(one) == 9
+    assert not (one_and_two[1] / "spread" / "checkpoint-12" / "model.safetensors").exists()
+    for name in one:
+        torch.testing.assert_close(
+            one[name], two[name], rtol=1e-3, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    for mine, theirs in zip(*(metrics(folder / "spread") for folder in one_and_two), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4)
+
+
+def test_a_run_with_spread_parameters_resumes_bit_for_bit(one_and_two):
+    _, two = one_and_two
+    whole, parts = spread(two), spread(two, "spread-parts")
+    for name in whole:
+        assert torch.equal(whole[name], parts[name]), name
+    assert metrics(two / "spread") == metrics(two / "spread-parts")
+    optimizers = [
+        torch.load(two / name / "checkpoint-12" / "optimizer.bin", weights_only=True)["state"]
+        for name in ("spread", "spread-parts")
+    ]
+    assert optimizers[0].keys() == optimizers[1].keys() and len(optimizers[0]) == 4
+    for name, state in optimizers[0].items():
+        assert all(torch.equal(value, optimizers[1][name][key]) for key, value in state.items())
 
 
 @pytest.mark.parametrize("with_labels", [False, True])

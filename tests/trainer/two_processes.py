@@ -3,11 +3,13 @@
 accelerate launch --multi_gpu --num_processes 2 tests/trainer/two_processes.py FOLDER
 """
 
+import os
 import sys
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
+from accelerate.state import PartialState
 from torch import nn
 
 from diffusers_ext import ExtDDIMScheduler, GuidedDiffusionPipeline
@@ -78,6 +80,8 @@ def main(folder, resume=True):
         stop_before_step(contest(data, folder / "parts", dataloader_num_workers=2, **dropout), 10)
         contest(data, folder / "parts", resume_from_checkpoint="latest", **dropout).train()
 
+    spread(data, folder, batch_size, resume)
+
     forget_accelerate()
     accelerator = Accelerator(cpu=True)
     for labels in (None, [0, 1, 2]):
@@ -90,6 +94,31 @@ def main(folder, resume=True):
             pipe, path, accelerator=accelerator, labels=labels, columns=3, batch_size=2, num_inference_steps=3
         )
     return data
+
+
+def spread(data, folder, batch_size, resume):
+    """A run whose parameters FSDP2 spreads over the processes, if there are two: with the options of `accelerate launch`.
+
+    accelerate offers it for GPUs only, where torch has it for CPUs too: so these are said to be some.
+    """
+    options = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}
+    options |= {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
+    held_out = prepare_images("digits", split="test", max_samples=11)
+    settings = SETTINGS | {"dropout": 0.0, "validation_data": held_out, "train_batch_size": batch_size}
+
+    def run(name, **more):
+        forget_accelerate()
+        if PartialState(cpu=True).num_processes > 1:
+            os.environ |= options
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        return trainer(data, folder / name, **settings | more)
+
+    run("spread").train()
+    if resume:
+        stop_before_step(run("spread-parts"), 10)
+        run("spread-parts", resume_from_checkpoint="latest").train()
+    for name in options:
+        os.environ.pop(name, None)
 
 
 def fail_in_one_process(data, folder):
