@@ -69,10 +69,10 @@ def position_embedding(size: tuple[int, int], base_size: tuple[int, int], dim: i
     Returns:
         float32, shape `(rows * columns, dim)`.
     """
-    frequencies = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64, device=device) / (dim // 4))
+    like = {"dtype": torch.float32 if str(device).startswith("mps") else torch.float64, "device": device}
+    frequencies = 10000.0 ** -(torch.arange(dim // 4, **like) / (dim // 4))
     row, column = (
-        (torch.arange(n, dtype=torch.float64, device=device) * (base / n))[:, None] * frequencies
-        for n, base in zip(size, base_size, strict=True)
+        (torch.arange(n, **like) * (base / n))[:, None] * frequencies for n, base in zip(size, base_size, strict=True)
     )
     row = torch.cat([row.sin(), row.cos()], dim=-1)[:, None].expand(-1, size[1], -1)
     column = torch.cat([column.sin(), column.cos()], dim=-1)[None].expand(size[0], -1, -1)
@@ -380,6 +380,13 @@ class DiTModel(ModelMixin, ConfigMixin):
             raise ValueError(
                 "encoder_hidden_states must be given exactly if the model has cross-attention, got "
                 f"{'none' if context is None else tuple(context.shape)} for cross_attention_dim={config.cross_attention_dim}"
+            )
+        if context is not None and (
+            context.ndim != 3 or context.shape[::2] != (len(sample), config.cross_attention_dim)
+        ):
+            raise ValueError(
+                f"encoder_hidden_states must have shape ({len(sample)}, tokens, {config.cross_attention_dim}), got "
+                f"{tuple(context.shape)}"
             )
         if class_labels is None:
             return None

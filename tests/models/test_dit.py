@@ -173,6 +173,12 @@ def test_an_input_that_does_not_fit_is_refused(kwargs, message):
         tiny(num_classes=3)(**({"sample": draw(2, 4, 8, 8), "timestep": 3} | kwargs))
 
 
+def test_a_context_that_does_not_fit_is_refused():
+    for context in (draw(2, 3, 9), draw(3, 3, 8), draw(2, 8)):
+        with pytest.raises(ValueError, match=r"encoder_hidden_states must have shape \(2, tokens, 8\), got"):
+            tiny(cross_attention_dim=8)(draw(2, 4, 8, 8), 3, None, context)
+
+
 def test_labels_of_a_model_without_labels_are_refused():
     with pytest.raises(ValueError, match="num_classes=None"):
         tiny()(draw(2, 4, 8, 8), 3, torch.tensor([0, 1]))
@@ -206,14 +212,23 @@ def test_each_sample_is_on_its_own():
         assert (changed.sample - together)[[0, 2]].flatten(1).abs().amax(1).min() > 1e-3
 
 
-def test_masked_context_is_not_seen():
-    model, x = awake(tiny(cross_attention_dim=8)), draw(2, 4, 8, 8)
-    context = draw(2, 4, 8)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_masked_context_is_not_seen(autocast):
+    """With gradients, so that in bfloat16 attention takes the way that training does."""
+    model, x = awake(tiny(cross_attention_dim=8, qk_norm=True)), draw(2, 4, 8, 8)
+    context, grads, outputs = draw(2, 4, 8), [], []
     mask = torch.tensor([[1, 1, 0, 0]] * 2)
     other = torch.cat([context[:, :2], draw(2, 2, 8, seed=7)], dim=1)
-    masked = model(x, 5, None, context, mask).sample
-    torch.testing.assert_close(masked, model(x, 5, None, other, mask).sample)
-    torch.testing.assert_close(masked, model(x, 5, None, context[:, :2]).sample, rtol=1e-4, atol=1e-5)
+    for tokens, seen in ((context, mask), (other, mask), (context[:, :2], None)):
+        tokens = tokens.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            outputs.append(model(x, 5, None, tokens, seen).sample.float())
+        grads.append(torch.autograd.grad(outputs[-1].square().mean(), tokens)[0])
+    tolerance = {"rtol": 0.05, "atol": 0.05} if autocast else {"rtol": 1e-4, "atol": 1e-5}
+    for output, grad in zip(outputs[1:], grads[1:], strict=True):
+        torch.testing.assert_close(output, outputs[0], **tolerance)
+        torch.testing.assert_close(grad[:, :2], grads[0][:, :2], **tolerance)
+    assert grads[0][:, :2].abs().min() > 0 and not grads[0][:, 2:].any()
 
 
 def test_queries_and_keys_are_normalised():
@@ -302,6 +317,17 @@ def test_save_and_load_keep_weights_and_dtype(tmp_path, dtype):
     x = draw(2, 4, 8, 8).to(dtype)
     assert loaded(x, 5).sample.dtype == dtype
     assert torch.equal(loaded(x, 5).sample, model.eval()(x, 5).sample)
+
+
+def test_weights_can_be_kept_in_eight_bits():
+    """diffusers' layerwise casting, which leaves norms, embeddings and the first layer as they are."""
+    model, x = awake(tiny(), std=0.1).bfloat16(), draw(2, 4, 8, 8).bfloat16()
+    with torch.no_grad():
+        before = model(x, 5).sample
+        model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+        assert model.transformer_blocks[0].attn.to_q.weight.dtype == torch.float8_e4m3fn
+        assert model.patch_in.weight.dtype == torch.bfloat16
+        assert 0 < (model(x, 5).sample - before).norm() < 0.1 * before.norm()
 
 
 def test_skipping_a_block_is_the_model_without_it():
