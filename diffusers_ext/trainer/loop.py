@@ -281,7 +281,9 @@ class Trainer:
         if "pixels" in batch:
             batch["images"] = batch.pop("pixels").float().mul_(self._scale).sub_(1)
         if not self.config.channels_last:
-            batch |= {name: batch[name].contiguous() for name in ("images", "noise")}
+            # Not contiguous(): it leaves one channel with the strides of channels_last, and the network follows them.
+            order = torch.contiguous_format
+            batch |= {name: batch[name].clone(memory_format=order) for name in ("images", "noise")}
         return batch
 
     def _now(self) -> float:

@@ -220,3 +220,17 @@ def test_16_bits_are_scaled_to_the_range_of_the_model(data, tmp_path):
         pixels = torch.tensor([0, top], dtype=torch.int32).to(dtype).view(2, 1, 1, 1)
         images = run.to_device({"pixels": pixels, "noise": torch.zeros(2, 1, 1, 1)})["images"]
         torch.testing.assert_close(images.flatten(), torch.tensor([-1.0, 1.0]))
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_images_have_the_strides_of_the_memory_layout_asked_for(data, tmp_path, channels_last):
+    """Of one channel too, which counts as contiguous in either order, while a convolution goes by the strides."""
+    expected = torch.empty(4, 1, 8, 8).stride()
+    if channels_last:
+        expected = torch.empty(4, 8, 8, 1).permute(0, 3, 1, 2).stride()
+
+    def loss(model, batch):
+        assert batch["images"].stride() == batch["noise"].stride() == expected
+        return squared_error(model, batch)
+
+    trainer(data, tmp_path / "run", loss=loss, channels_last=channels_last, max_train_steps=1).train()
