@@ -9,7 +9,7 @@ of ours is all that `Trainer` does from one batch to the next; diffusers' is `St
 batch, see `stock.py`.
 
 The peak is the highest rate of a 3x3 convolution in channels_last at one of the network's widths and resolutions. A step's
-floating point operations are counted by torch's FlopCounterMode, forward and backward.
+floating point operations are counted by torch's FlopCounterMode, forward and backward; it leaves out fused attention on CPUs.
 
 Memory is the peak of the resident set of `train_ddpm.py` beside `train_stock.py`, each whole script in a process of its
 own, at the same batch size, precision and images.
@@ -81,24 +81,30 @@ def time_loops(config: TrainConfig, data, make_model) -> dict[str, float]:
     return {"diffusers": median(turns.stock_seconds[2:]), "ours": median(turns.seconds[2:])}
 
 
-def count_flops(model: nn.Module, batch_size: int, channels: int, size: tuple[int, int]) -> int:
-    """Floating point operations of a forward and a backward pass, a multiplication and an addition as two."""
-    x, timesteps = torch.randn(batch_size, channels, *size), torch.randint(0, 1000, (batch_size,))
+def count_flops(model: nn.Module, channels: int, size: tuple[int, int]) -> int:
+    """Floating point operations of a forward and a backward pass of an image, a multiplication and an addition as two."""
+    x, timesteps = torch.randn(1, channels, *size), torch.randint(0, 1000, (1,))
     with FlopCounterMode(display=False) as counter:
         model(x, timesteps).sample.square().mean().backward()
     return counter.get_total_flops()
 
 
-def convolution_peak(model: nn.Module, batch_size: int, size: tuple[int, int], dtype: torch.dtype) -> float:
-    """The highest rate, in operations a second, of a 3x3 convolution at the network's widths and resolutions."""
+def convolution_peak(
+    model: nn.Module, batch_size: int, size: tuple[int, int], dtype: torch.dtype, seconds: float = 2.0
+) -> float:
+    """The highest rate, in operations a second, of a 3x3 convolution at the network's widths and resolutions.
+
+    Args:
+        seconds: For how long each of them is repeated.
+    """
     best = 0.0
     for level, width in enumerate(model.config.block_out_channels):
         height, breadth = (side >> level for side in size)
         x = torch.randn(batch_size, width, height, breadth, dtype=dtype).to(memory_format=torch.channels_last)
         kernel = torch.randn(width, width, 3, 3, dtype=dtype).to(memory_format=torch.channels_last)
         operations = 2 * 9 * width * width * batch_size * height * breadth
-        for _ in range(20):
-            start = time.perf_counter()
+        end = time.perf_counter() + seconds
+        while (start := time.perf_counter()) < end:
             nn.functional.conv2d(x, kernel, padding=1)
             best = max(best, operations / (time.perf_counter() - start))
     return best
@@ -154,7 +160,7 @@ def compare_speed(arguments: argparse.Namespace, folder: Path, data):
     print(f"{'network':14}{'loop':12}{'images/s':>10}{'of diffusers':>14}{'share of peak':>15}")
     for name, (make_model, channels_last) in networks.items():
         torch.manual_seed(0)
-        flops = count_flops(make_model(), arguments.batch_size, data.channels, data.size)
+        flops = arguments.batch_size * count_flops(make_model(), data.channels, data.size)
         own = {"output_dir": str(folder / name), "channels_last": channels_last}
         seconds = time_loops(dataclasses.replace(config, **own), data, make_model)
         for loop, value in seconds.items():
