@@ -16,6 +16,7 @@ from diffusers_ext.likelihood import (
     decoder_nats,
     optimal_variances,
     prior_nats,
+    reverse_log_std,
     transition_nats,
     variational_bound,
 )
@@ -23,6 +24,7 @@ from diffusers_ext.noising import PREDICTION_TYPES, NoiseLevel, NoiseSchedule, N
 from diffusers_ext.probability_flow import ContinuousPath, flow_bound, flow_log_density
 from diffusers_ext.timesteps import make_timesteps
 from gaussian_oracle import VARIANCE, denoise, model_output, optimal_variance
+from tiny import tiny_unet
 
 
 ENTROPY = 0.5 * math.log2(2 * math.pi * math.e * VARIANCE)  # 1.047096 bits/dim
@@ -208,6 +210,62 @@ def test_learned_range_ends_at_the_fixed_variances(schedule, images, size, outpu
     )
     torch.testing.assert_close(one.total, two.total)
     torch.testing.assert_close(one.kl, two.kl)
+
+
+def test_variances_of_the_chain_are_those_of_ddpm(schedule):
+    """beta tilde of the second step stands for that of the first too, and a learned log variance is taken as one."""
+    chain = ReverseChain(schedule)
+    step = chain.at(torch.arange(3), torch.zeros(1, dtype=torch.float64))
+    small, large = (2 * step.log_std_small).exp(), (2 * step.log_std_large).exp()
+    assert small[0] == small[1] and small[1].item() == pytest.approx(5.453188e-5, rel=1e-6)
+    torch.testing.assert_close(large, make_betas("linear", 1000)[:3], rtol=1e-9, atol=0)
+    (alone,) = ReverseChain(schedule, [500]).at(torch.tensor([0]), torch.zeros(1, dtype=torch.float64)).log_std_small
+    assert (2 * alone).exp() == pytest.approx(1 - schedule.alpha_bar[500].item())
+    log_variance = torch.full((1, 1), -3.0, dtype=torch.float64)
+    assert reverse_log_std(step, "learned", log_variance).exp().square().item() == pytest.approx(math.exp(-3))
+
+
+def test_flow_of_a_network_has_its_exact_divergence(schedule):
+    """That by gradients and that by differences agree along a solution, at fractional timesteps, with learned variance.
+
+    The second is the log of the determinant of the whole map, from its differences.
+    """
+    model = tiny_unet().double()
+    seen = []
+
+    def denoise(x_t, timesteps):
+        seen.extend(timesteps.tolist())
+        output = model(x_t, timesteps).sample
+        return torch.cat([output, output], 1)
+
+    path = ContinuousPath(schedule)
+    x = torch.randn(1, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    settings = {"num_steps": 4, "divergence": "exact", "learned_variance": True}
+    given = flow_log_density(denoise, x, path, (0, 999), "v_prediction", **settings)
+    assert any(timestep % 1 for timestep in seen) and min(seen) == 0 and max(seen) <= 999
+
+    def end(x):
+        """Where the flow ends: by the same steps, written with the angle itself."""
+        log_angle = torch.atan2(schedule.sigma[:1000], schedule.alpha[:1000]).log()
+        angles = torch.linspace(log_angle[0].item(), log_angle[-1].item(), 5, dtype=torch.float64).exp()
+
+        def slope(x, angle):
+            timestep = np.interp(math.log(angle), log_angle.numpy(), np.arange(1000.0))
+            return model(x, torch.full((len(x),), timestep, dtype=torch.float64)).sample
+
+        for start, stop in zip(angles[:-1].tolist(), angles[1:].tolist(), strict=True):
+            h = stop - start
+            a = slope(x, start)
+            b = slope(x + h / 2 * a, start + h / 2)
+            c = slope(x + h / 2 * b, start + h / 2)
+            x = x + h / 6 * (a + 2 * b + 2 * c + slope(x + h * c, stop))
+        return x
+
+    with torch.no_grad():
+        unit = 1e-5 * torch.eye(16, dtype=torch.float64).view(16, 1, 4, 4)
+        jacobian = (end(x + unit) - end(x - unit)).flatten(1) / 2e-5
+        expected = -0.5 * (end(x).square() + math.log(2 * math.pi)).sum() + torch.linalg.slogdet(jacobian)[1]
+    assert abs(given.item() - expected.item()) < 0.02 * abs(torch.linalg.slogdet(jacobian)[1].item())
 
 
 def test_rate_and_distortion_add_up_and_no_image_depends_on_the_others(schedule, images):
