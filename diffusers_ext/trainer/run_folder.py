@@ -15,7 +15,7 @@ from diffusers_ext.trainer.posthoc_ema import SNAPSHOT_FOLDER
 
 CONFIG_FILE, METRICS_FILE = "train_config.yaml", "metrics.jsonl"
 _OF_A_RUN = (CONFIG_FILE, METRICS_FILE, "model_index.json")
-# Those of diffusion models, and of autoencoders.
+# Those of diffusion models, of autoencoders, and of classifiers.
 PICTURES = (
     "samples",
     "denoising",
@@ -25,6 +25,7 @@ PICTURES = (
     "interpolations",
     "manifold",
     "traversals",
+    "accuracy",
 )
 
 
@@ -63,6 +64,7 @@ def clear_output_dir(path: Path) -> None:
         "README.md",
         "evaluation.json",
         "loss_by_snr.csv",
+        "accuracy.csv",
         *(f"{name}.png" for name in PICTURES),
     ):
         (path / name).unlink(missing_ok=True)

@@ -1,0 +1,161 @@
+"""Real runs of the script, with a network as small as it gets."""
+
+import csv
+import math
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from safetensors.torch import load_file
+from sklearn.datasets import load_digits
+
+from diffusers_ext import ExtDDIMScheduler, ExtDDPMScheduler, GuidedDiffusionPipeline, NoisyClassifierModel
+from diffusers_ext.betas import make_betas
+from diffusers_ext.noising import NoiseSchedule
+from diffusers_ext.schedulers.levels import describe_path
+from diffusers_ext.trainer.classifier_objective import ClassifierObjective, accuracy_by_level
+from diffusers_ext.trainer.options import parse_config
+from diffusers_ext.trainer.run_folder import read_metrics
+from mixture_oracle import MEANS, STDS, WEIGHTS, MixtureClassifier
+from tiny import tiny_unet
+from training.train_classifier import TrainClassifierConfig, main
+
+
+SMALL = {
+    "block_out_channels": (8, 16),
+    "train_batch_size": 32,
+    "logging_steps": 5,
+    "lr_warmup_steps": 5,
+    "max_measured_samples": 200,
+    "mixed_precision": "no",
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """accelerate keeps precision and accumulation for the life of a process."""
+    yield
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+def config_of(output_dir, **settings):
+    return TrainClassifierConfig(**SMALL | {"output_dir": str(output_dir), "max_train_steps": 4} | settings)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run on digits of a few seconds."""
+    folder = tmp_path_factory.mktemp("run")
+    main(
+        config_of(
+            folder,
+            max_train_steps=150,
+            learning_rate=3e-3,
+            validation_split="test",
+            block_out_channels=(16, 32),
+        )
+    )
+    return folder
+
+
+def test_a_run_learns_the_labels_where_the_noise_leaves_them(trained):
+    with (trained / "accuracy.csv").open() as file:
+        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    assert [row["timestep"] for row in (rows[0], rows[-1])] == [0, 999]
+    assert rows[0]["accuracy"] > 0.4  # ten labels
+    assert rows[-1]["accuracy"] < 0.3  # pure noise: guessing
+    assert rows[-1]["cross_entropy"] == pytest.approx(math.log(10), abs=0.2)
+    records = read_metrics(trained / "metrics.jsonl")
+    assert records[-1]["accuracy_q1"] > records[-1]["accuracy_q4"]
+    assert records[-1]["accuracy_q1"] > records[0]["accuracy_q1"]
+    assert records[-1]["val_loss"] < math.log(10)
+    assert (trained / "accuracy.png").stat().st_size > 1000
+    assert "NoisyClassifierModel" in (trained / "README.md").read_text()
+
+
+def test_what_it_saves_guides_a_pipeline_with_the_same_noise_levels(trained):
+    model = NoisyClassifierModel.from_pretrained(trained)
+    assert model.config.noise_schedule["beta_schedule"] == "cosine"
+    pipe = GuidedDiffusionPipeline(tiny_unet(10), ExtDDIMScheduler(beta_schedule="cosine"), classifier=model)
+    pipe.set_progress_bar_config(disable=True)
+    pipe(class_labels=[3], num_inference_steps=2, classifier_scale=2.0)
+    pipe.register_modules(scheduler=ExtDDIMScheduler())
+    with pytest.raises(ValueError, match="trained on 'cosine'"):
+        pipe(class_labels=[3], num_inference_steps=2, classifier_scale=2.0)
+
+
+def test_its_gradient_leads_samples_to_the_label(trained):
+    """Between digits as they are, in noise: a step up log p(label | x_t) raises that of other noise draws too."""
+    model, schedule = NoisyClassifierModel.from_pretrained(trained).eval(), NoiseSchedule(make_betas("cosine", 1000))
+    images = torch.tensor(load_digits().images[:64], dtype=torch.float32)[:, None] / 8 - 1
+    target = torch.full((64,), 3)
+    level = schedule.level(300, images)
+    x_t = (level.alpha * images + level.sigma * torch.randn_like(images)).requires_grad_()
+    log_p = model(x_t, 300).logits.log_softmax(1).gather(1, target[:, None])
+    (gradient,) = torch.autograd.grad(log_p.sum(), x_t)
+    with torch.no_grad():
+        moved = model(x_t + 0.1 * gradient, 300).logits.log_softmax(1).gather(1, target[:, None])
+    assert ((moved > log_p).float().mean()) > 0.95
+
+
+def test_a_run_that_goes_on_is_the_run_that_was_not_stopped(tmp_path):
+    main(config_of(tmp_path / "whole", max_train_steps=6))
+    main(config_of(tmp_path / "parts", max_train_steps=6, checkpointing_steps=3))
+    main(config_of(tmp_path / "parts", max_train_steps=6, resume_from_checkpoint="checkpoint-3"))
+    one, other = (load_file(tmp_path / name / "diffusion_pytorch_model.safetensors") for name in ("whole", "parts"))
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+def test_noise_levels_are_taken_from_a_pipeline(tmp_path):
+    scheduler = ExtDDPMScheduler(num_train_timesteps=500, beta_schedule="linear", beta_end=0.04)
+    GuidedDiffusionPipeline(tiny_unet(10), scheduler).save_pretrained(tmp_path / "pipeline")
+    folder = main(config_of(tmp_path / "run", pipeline=str(tmp_path / "pipeline"), max_train_steps=1))
+    path = NoisyClassifierModel.from_pretrained(folder).config.noise_schedule
+    assert path == describe_path(scheduler)
+    assert path["num_train_timesteps"] == 500
+
+
+def test_the_exact_classifier_has_the_accuracy_of_the_mixture():
+    """By Monte Carlo over labels that are drawn, against the share of the likelier label at pure noise."""
+    scheduler, generator = ExtDDPMScheduler(), torch.Generator().manual_seed(0)
+    labels = (torch.rand(8000, generator=generator) < WEIGHTS[1]).long()
+    draws = torch.randn(2, 8000, 2, generator=generator)
+    x0 = torch.tensor(MEANS)[labels] + torch.tensor(STDS)[labels, None] * draws[0]
+
+    class Exact(MixtureClassifier):
+        def forward(self, sample, timestep):
+            return type("Output", (), {"logits": super().forward(sample[..., None], timestep)[0]})()
+
+    batch = {"images": x0, "noise": draws[1], "labels": labels}
+    model = Exact(scheduler, torch.float32)
+    rows = accuracy_by_level(model, [batch], scheduler.schedule, num_levels=5)
+    assert [row["timestep"] for row in rows] == [0, 250, 500, 749, 999]
+    assert rows[-1]["accuracy"] == pytest.approx(WEIGHTS[1], abs=0.02)
+    entropy = -sum(weight * math.log(weight) for weight in WEIGHTS)
+    assert rows[-1]["cross_entropy"] == pytest.approx(entropy, abs=0.02)
+    accuracies = [row["accuracy"] for row in rows]
+    assert accuracies[0] > 0.95 > accuracies[1] > accuracies[-1]
+
+    objective = ClassifierObjective(scheduler.schedule)
+    times = torch.rand(8000, dtype=torch.float64, generator=generator)
+    loss = objective(model, batch | {"time": times})
+    assert objective.metrics()["accuracy_q4"] == pytest.approx(WEIGHTS[1], abs=0.06)
+    assert objective.metrics() == {}
+    assert rows[0]["cross_entropy"] < loss.item() < rows[-1]["cross_entropy"]
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--pipeline", "runs/a", "--beta_schedule", "linear"], "pipeline and beta_schedule both say"),
+        (["--unconditional"], "a classifier learns them"),
+        (["--resolution", "9"], "resolution must be a multiple of 4"),
+        (["--max_measured_samples", "0"], "max_measured_samples must be at least 1, got 0"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(words, message, capsys):
+    with pytest.raises(SystemExit):
+        parse_config(TrainClassifierConfig, words)
+    assert message in capsys.readouterr().err
