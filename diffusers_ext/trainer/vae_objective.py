@@ -193,8 +193,7 @@ class VAEObjective(nn.Module):
         num_active = (square - mean.square() > ACTIVE_VARIANCE).sum()
         packed = torch.cat([torch.stack([count, num_active.to(count), self.log_scale.exp().to(count)]), terms, kl])
         num_images, num_active, scale, *values = packed.tolist()
-        for sums in (self.terms, self.count, self.kl_sum, self.mean_sum, self.square_sum):
-            sums.zero_()
+        self._forget()
         terms, kl = dict(zip(TERMS, values[: len(TERMS)], strict=True)), values[len(TERMS) :]
         num_latents = self.mean_sum.numel()
         if num_images >= 100 and self.step >= self.kl_warmup_steps + STEPS_TO_WAKE and not self._warned:
@@ -211,6 +210,10 @@ class VAEObjective(nn.Module):
             **_by_latent(kl),
         }
 
+    def _forget(self):
+        for sums in (self.terms, self.count, self.kl_sum, self.mean_sum, self.square_sum):
+            sums.zero_()
+
     def _has(self, term: str) -> bool:
         if term == "perceptual":
             return self._outside["perceptual"] is not None
@@ -226,6 +229,8 @@ class VAEObjective(nn.Module):
 
     def set_extra_state(self, state: Tensor):
         self._num_batches = int(state)
+        if not self.accelerator.is_main_process:  # whose sums were saved: they are counted once
+            self._forget()
 
 
 def _by_latent(kl: list[float]) -> dict[str, float]:

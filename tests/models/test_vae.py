@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from diffusers import (
@@ -183,6 +185,25 @@ def test_tiles_of_a_function_of_each_position_are_the_whole(sides, overlap):
     torch.testing.assert_close(apply_tiled(down, pixels, in_scale=2, **tiling), x, rtol=1e-12, atol=1e-12)
 
 
+def test_tiles_are_blended_in_proportion_to_the_distance_from_their_edges():
+    """Tiles that are 0, 1, 2, ... throughout, in the order in which they are made."""
+
+    def tiles(side, tile, overlap):
+        made = itertools.count()
+        out = apply_tiled(
+            lambda x: torch.full_like(x, next(made)), torch.zeros(1, 1, side), tile=tile, overlap=overlap
+        )
+        return out.flatten().tolist(), next(made)
+
+    ramp = [0.125, 0.375, 0.625, 0.875]
+    assert tiles(12, (8,), (4,)) == (pytest.approx([0] * 4 + ramp + [1] * 4), 2)
+    values, count = tiles(16, (8,), (4,))
+    assert count == 3 and values == pytest.approx([0] * 4 + ramp + [1 + part for part in ramp] + [2] * 4)
+    assert tiles(16, (8,), (0,)) == ([0] * 8 + [1] * 8, 2)
+    assert tiles(17, (8,), (0,))[1] == 3  # the last one ends where the sample does
+    assert tiles(8, (8,), (4,)) == ([0] * 8, 1)
+
+
 def test_tiles_reach_no_further_than_a_network_looks():
     """Without statistics over the sample, a decoder's tiles equal the whole wherever a tile's edge is out of sight."""
     model = awake(tiny(mid_block_add_attention=False, block_out_channels=(8, 8)))
@@ -195,12 +216,11 @@ def test_tiles_reach_no_further_than_a_network_looks():
         whole = model.decode(z).sample
         model.enable_tiling(tile_size=128, overlap=0.5)
         tiled = model.decode(z).sample
-        # Tiles of 64 latents that begin at 0 and 32: they share the latents from 32 to 64, the pixels from 64 to 128.
-        seen = 20  # latents: 9 for the blocks at the lower resolution, and half of 7 for those at the higher
-        torch.testing.assert_close(tiled[..., : 2 * (32 - 1)], whole[..., : 2 * (32 - 1)], rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(tiled[..., 2 * 65 :], whole[..., 2 * 65 :], rtol=1e-9, atol=1e-9)
-        middle = slice(2 * (32 + seen) - 12, 2 * (64 - seen) + 12)
-        torch.testing.assert_close(tiled[..., middle], whole[..., middle], rtol=1e-9, atol=1e-9)
+        # Tiles of 64 latents that begin at 0 and 32 share the latents from 32 to 64. A pixel is made of 12 latents to
+        # either side: 9 convolutions at their resolution and 6 at the double one.
+        seen = 12
+        for alone in (slice(0, 2 * 32), slice(2 * 64, None), slice(2 * (32 + seen), 2 * (64 - seen))):
+            torch.testing.assert_close(tiled[..., alone], whole[..., alone], rtol=1e-9, atol=1e-9)
         encoded = model.encode(whole).latent_dist.mean
         model.disable_tiling()
         torch.testing.assert_close(encoded[..., :30], model.encode(whole).latent_dist.mean[..., :30])
