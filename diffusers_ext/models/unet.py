@@ -20,6 +20,7 @@ from diffusers_ext.models.layers import (
     num_groups,
     register_skippable,
 )
+from diffusers_ext.models.regional import RegionalCompilation
 
 
 @dataclass
@@ -187,7 +188,7 @@ def run_module(
     return module(*args)
 
 
-class UNetModel(ModelMixin, ConfigMixin):
+class UNetModel(RegionalCompilation, ModelMixin, ConfigMixin):
     """A U-Net with residual blocks, attention at its lower resolutions, and optional labels and context.
 
     Built for speed where it runs: feature maps stay in channels_last on CPUs, attention heads are wide, and no

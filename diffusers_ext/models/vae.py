@@ -13,6 +13,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from diffusers_ext.models.layers import Attention
+from diffusers_ext.models.regional import RegionalCompilation
 from diffusers_ext.models.vae_coders import ConvCoder, DenseCoder, VAEBlock
 from diffusers_ext.models.vae_likelihood import LIKELIHOODS, mean_of
 from diffusers_ext.models.vae_posterior import DiagonalGaussian
@@ -56,7 +57,7 @@ class VAEOutput(BaseOutput):
     latents: Tensor | None = None
 
 
-class VAEModel(ModelMixin, ConfigMixin):
+class VAEModel(RegionalCompilation, ModelMixin, ConfigMixin):
     """A variational autoencoder: images to latents and back, with a likelihood.
 
     Latents are normalised for a denoiser as `(z - shift_factor) * scaling_factor`. `training/train_vae.py` measures
