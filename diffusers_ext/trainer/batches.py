@@ -9,6 +9,7 @@ nothing random needs to be saved.
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -67,6 +68,8 @@ class BatchOptions:
             step evenly over [0, 1) from one random start (Kingma et al. 2021), which keeps each time uniform and
             makes the loss less noisy.
         latent_shape: Shape of the latents of an image that need noise of their own, or None.
+        noise_shape: (height, width, channels) of the noise that a denoiser is trained on, where it is not that of the
+            images.
     """
 
     seed: int
@@ -78,6 +81,7 @@ class BatchOptions:
     label_dropout: float = 0.0
     timestep_sampling: str = "stratified"
     latent_shape: tuple[int, ...] | None = None
+    noise_shape: tuple[int, int, int] | None = None
 
     @property
     def images_per_step(self) -> int:
@@ -89,10 +93,11 @@ class BatchMaker:
 
     A batch is a dict: `pixels`, uint8 or uint16, and `noise`, float32, both of shape `(batch, channels, height, width)` in
     channels_last; `time`, float64 in [0, 1), and `labels`, int64, both of shape `(batch,)`. Without labels there is no
-    `labels`. With a `latent_shape` there is `latent_noise`, float32, shape `(batch, *latent_shape)`.
+    `labels`. With a `latent_shape` there is `latent_noise`, float32, shape `(batch, *latent_shape)`. In place of pixels
+    there can be what a VAE made of them (see `diffusers_ext.trainer.latents`).
 
     Args:
-        shape: (height, width, channels) of an image.
+        shape: (height, width, channels) of an image, and of the noise unless the options say otherwise.
         num_classes: The null label, or None without labels.
         first_position: Of batch 0; it starts an optimizer step.
     """
@@ -113,19 +118,19 @@ class BatchMaker:
     def make(
         self,
         positions: range,
-        images: Callable[[np.ndarray], np.ndarray],
+        images: Callable[[np.ndarray, np.ndarray], np.ndarray],
         labels: np.ndarray | None,
     ) -> dict[str, Tensor]:
         """The batch at these positions.
 
         Args:
-            images: Takes a place to crop at for each image, shape `(batch, 2)` in [0, 1); gives the pixels, shape
-                `(batch, *shape)`, which are flipped in place.
+            images: Takes a place to crop at for each image, shape `(batch, 2)` in [0, 1), and whether to flip it, shape
+                `(batch,)`; gives the pixels, shape `(batch, *shape)`.
             labels: int64, shape `(batch,)`, or None.
         """
         options = self.options
         uniform = np.empty((len(positions), _NUM_UNIFORM))
-        noise = np.empty((len(positions), *self.shape), np.float32)
+        noise = np.empty((len(positions), *(options.noise_shape or self.shape)), np.float32)
         latent_noise = np.empty((len(positions), *(options.latent_shape or (0,))), np.float32)
         for position, uniform_out, *noise_out in zip(positions, uniform, noise, latent_noise, strict=True):
             generator = self.at(_IMAGE, position)
@@ -133,10 +138,7 @@ class BatchMaker:
             for out in noise_out:
                 generator.standard_normal(dtype=np.float32, out=out)
 
-        pixels = images(uniform[:, _CROP])
-        if options.random_flip:
-            flipped = uniform[:, _FLIP] < 0.5
-            pixels[flipped] = pixels[flipped, :, ::-1]
+        pixels = images(uniform[:, _CROP], uniform[:, _FLIP] < (0.5 if options.random_flip else 0.0))
         time = self._stratified(positions) if options.timestep_sampling == "stratified" else uniform[:, _TIME]
         items = {
             "pixels": _channels_first(pixels),
@@ -180,9 +182,7 @@ class TrainingBatches(Dataset):
         data, positions = self.data, self._maker.positions(number)
         rows = self._rows(positions)
 
-        def images(places):
-            return data.pixels.crop(rows, places) if data.resize_mode == "random_crop" else data.pixels[rows]
-
+        images = partial(data.read, rows)
         return self._maker.make(positions, images, None if data.labels is None else data.labels[rows])
 
     def _rows(self, positions: range) -> np.ndarray:

@@ -49,6 +49,15 @@ class ImageData:
     def __len__(self) -> int:
         return len(self.pixels)
 
+    def read(self, rows: np.ndarray, places: np.ndarray, flipped: np.ndarray) -> np.ndarray:
+        """The pixels of some rows, cut at places in [0, 1) where they are cropped at random, and mirrored or not.
+
+        Args:
+            rows, places, flipped: int64 of shape `(rows,)`, float of shape `(rows, 2)` and bool of shape `(rows,)`.
+        """
+        pixels = self.pixels.crop(rows, places) if self.resize_mode == "random_crop" else self.pixels[rows]
+        return mirror(pixels, flipped)
+
     @property
     def size(self) -> tuple[int, int]:
         """(height, width)"""
@@ -69,6 +78,12 @@ class ImageData:
     @property
     def num_classes(self) -> int | None:
         return None if self.id2label is None else len(self.id2label)
+
+
+def mirror(pixels: np.ndarray, flipped: np.ndarray) -> np.ndarray:
+    """Mirrors some of the rows left to right, in place."""
+    pixels[flipped] = pixels[flipped, :, ::-1]
+    return pixels
 
 
 class PixelTable:

@@ -62,6 +62,8 @@ class Trainer:
             draws from the default generators changes nothing.
         adversary: A second network that learns against the model.
         validation_data: Images like `data`, on which `evaluate` takes the loss every `validation_steps` and at the end.
+        prepare_batch: What is done to a batch on its device before `compute_loss` gets it, such as encoding its images;
+            without gradients, in the run's precision.
 
     Raises:
         ValueError: if `compute_loss` has parameters to train, or if the adversary cannot run here.
@@ -79,6 +81,7 @@ class Trainer:
         on_images: Callable[["Trainer"], None] | None = None,
         adversary: Adversary | None = None,
         validation_data: ImageData | None = None,
+        prepare_batch: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
     ):
         self.config, self.accelerator, self.data = config, accelerator, data
         self.output_dir = Path(config.output_dir)
@@ -138,8 +141,9 @@ class Trainer:
         )
         self.validation = None
         if validation_data is not None:
-            latent_shape = (batch_options or {}).get("latent_shape")
-            self.validation = ValidationBatches(validation_data, config.train_batch_size, latent_shape)
+            shapes = {name: getattr(self.batch_options, name) for name in ("latent_shape", "noise_shape")}
+            self.validation = ValidationBatches(validation_data, config.train_batch_size, **shapes)
+        self.prepare_batch = prepare_batch
         self._scale = 2 / torch.iinfo(torch.uint16 if data.dtype == "uint16" else torch.uint8).max
         self._losses, self._norms, self._adversary_losses = [], [], []
         self._stream_state = None  # of the checkpoint that the run goes on from
@@ -279,7 +283,11 @@ class Trainer:
         """A batch as `compute_loss` takes it."""
         batch = {name: value.to(self.accelerator.device, non_blocking=True) for name, value in batch.items()}
         if "pixels" in batch:
-            batch["images"] = batch.pop("pixels").float().mul_(self._scale).sub_(1)
+            images = batch.pop("pixels")
+            batch["images"] = images if images.is_floating_point() else images.float().mul_(self._scale).sub_(1)
+        if self.prepare_batch:
+            with torch.no_grad(), self.accelerator.autocast():
+                batch = self.prepare_batch(batch)
         if not self.config.channels_last:
             # Not contiguous(): it leaves one channel with the strides of channels_last, and the network follows them.
             order = torch.contiguous_format

@@ -29,7 +29,7 @@ from diffusers_ext.trainer.batches import (
     TrainingBatches,
     batch_stream,
 )
-from diffusers_ext.trainer.data import Fit, ImageData, decode_one, describe_fault
+from diffusers_ext.trainer.data import Fit, ImageData, decode_one, describe_fault, mirror
 from diffusers_ext.trainer.images import crop_at
 from diffusers_ext.trainer.labels import StreamLabels
 
@@ -318,12 +318,14 @@ class StreamBatches(IterableDataset):
             # Raised where the user sees it: what a worker raises comes with all of its traceback in the message.
             yield {"error": str(error)}
 
-    def _stacking(self, pictures: tuple[np.ndarray, ...]) -> Callable[[np.ndarray], np.ndarray]:
-        def images(places: np.ndarray) -> np.ndarray:
-            if self.data.resize_mode != "random_crop":
-                return np.stack(pictures)
-            size = self.data.size
-            return np.stack([crop_at(picture, size, place) for picture, place in zip(pictures, places, strict=True)])
+    def _stacking(self, pictures: tuple[np.ndarray, ...]) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+        def images(places: np.ndarray, flipped: np.ndarray) -> np.ndarray:
+            cropped = pictures
+            if self.data.resize_mode == "random_crop":
+                cropped = [
+                    crop_at(picture, self.data.size, place) for picture, place in zip(pictures, places, strict=True)
+                ]
+            return mirror(np.stack(cropped), flipped)
 
         return images
 

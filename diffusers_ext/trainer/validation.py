@@ -70,14 +70,19 @@ class ValidationBatches:
 
     Args:
         batch_size: Images at a time. The batches are the same for any number of processes, which share them out.
-        latent_shape: As for `BatchOptions`.
+        latent_shape, noise_shape: As for `BatchOptions`.
     """
 
-    def __init__(self, data: ImageData, batch_size: int, latent_shape: tuple[int, ...] | None = None):
+    def __init__(
+        self,
+        data: ImageData,
+        batch_size: int,
+        latent_shape: tuple[int, ...] | None = None,
+        noise_shape: tuple[int, int, int] | None = None,
+    ):
         self.data, self.batch_size = data, batch_size
-        options = BatchOptions(
-            seed=SEED, batch_size=batch_size, timestep_sampling="uniform", latent_shape=latent_shape
-        )
+        shapes = {"latent_shape": latent_shape, "noise_shape": noise_shape}
+        options = BatchOptions(seed=SEED, batch_size=batch_size, timestep_sampling="uniform", **shapes)
         self._maker = BatchMaker(options, data.pixels.shape, data.num_classes)
 
     def __len__(self) -> int:
@@ -93,8 +98,7 @@ class ValidationBatches:
     def _batch(self, positions: range) -> dict[str, Tensor]:
         data, rows = self.data, np.asarray(positions)
 
-        def images(places):
-            centres = np.full_like(places, 0.5)
-            return data.pixels.crop(rows, centres) if data.resize_mode == "random_crop" else data.pixels[rows]
+        def images(places, flipped):
+            return data.read(rows, np.full_like(places, 0.5), flipped)
 
         return self._maker.make(positions, images, None if data.labels is None else data.labels[rows])
