@@ -151,6 +151,8 @@ def finish_run(trainer: Trainer, command: str, data: str, pictures: Mapping[str,
         "  loss.png             the loss curve; its numbers are in metrics.jsonl",
         "  README.md            the model card; the options are in train_config.yaml",
     ]
+    if trainer.snapshots:
+        lines.append("  ema_snapshots/       training/reconstruct_ema.py makes averages of other widths of them")
     if config.push_to_hub:
         url = hub.push_folder(output_dir, repo_id, token=config.hub_token, private=config.hub_private_repo or None)
         lines.append(f"  pushed to            {url}")

@@ -1,5 +1,7 @@
+import io
 import json
 import shutil
+from contextlib import redirect_stdout
 
 import pytest
 import torch
@@ -8,6 +10,9 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
+from diffusers_ext import UNetModel
+from diffusers_ext.trainer.posthoc_ema import AverageSnapshots
+from tiny import tiny_unet
 from training import reconstruct_ema
 from training.reconstruct_ema import ReconstructConfig
 from training.train_ddpm import TrainConfig, main
@@ -39,7 +44,9 @@ def run(tmp_path_factory):
         ema_std=0.07,
         ema_snapshot_steps=8,
     )
-    main(config)
+    with redirect_stdout(io.StringIO()) as buffer:
+        main(config)
+    assert "training/reconstruct_ema.py makes averages of other widths" in buffer.getvalue()
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
     return folder
@@ -110,6 +117,22 @@ def test_what_cannot_be_made_is_refused_and_nothing_is_written(run, tmp_path):
     with pytest.raises(ValueError, match="the snapshots are of another model than .*bare holds"):
         reconstruct(bare, tmp_path / "made", std=0.1)
     assert not (tmp_path / "made").exists()
+
+
+def test_a_model_that_was_saved_by_itself(tmp_path, capsys):
+    model = tiny_unet()
+    model.save_pretrained(tmp_path / "run")
+    snapshots = AverageSnapshots(model, (0.05, 0.1), tmp_path / "run")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    snapshots.update(model)
+    snapshots.write(1)
+    folder = reconstruct(tmp_path / "run", tmp_path / "made", std=0.1)
+    made = UNetModel.from_pretrained(folder)
+    for name, value in model.named_parameters():
+        torch.testing.assert_close(made.get_parameter(name), value, rtol=1e-6, atol=1e-6)
+    assert 'UNetModel.from_pretrained("' in capsys.readouterr().out
 
 
 def test_the_run_may_stand_first_on_the_command_line(capsys):
