@@ -105,6 +105,9 @@ class EvaluateConfig(DataOptions):
         "variance of the sampler's steps; by default learned if the model learned it, else the scheduler's, else "
         "fixed_large; optimal is measured on a batch of training images",
     )
+    num_flow_steps: int | None = option(
+        None, "measure the bound by the probability flow too, in so many steps; each asks the model four times"
+    )
 
     output_file: str | None = option(
         None, "by default evaluation.json in PIPELINE, or here for a name on the Hub", "result"
@@ -116,7 +119,7 @@ class EvaluateConfig(DataOptions):
         for name in ("num_images", "eval_batch_size", "num_neighbours"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        likelihood = ["num_likelihood_images", "num_likelihood_steps", "num_likelihood_terms"]
+        likelihood = ["num_likelihood_images", "num_likelihood_steps", "num_likelihood_terms", "num_flow_steps"]
         for name in ("num_inference_steps", *likelihood):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -195,6 +198,7 @@ def get_bits_per_dim(config: EvaluateConfig, real: RealImages, pipeline, bf16: b
         num_steps=config.num_likelihood_steps,
         num_terms=config.num_likelihood_terms or 100,
         variance=config.likelihood_variance,
+        num_flow_steps=config.num_flow_steps,
         batch_size=config.eval_batch_size,
         bf16=bf16,
         seed=config.seed,
@@ -256,10 +260,11 @@ def report(config: EvaluateConfig, result: dict):
 def describe_likelihood(bound: dict) -> str:
     """The bound in a line."""
     error = "" if bound["standard_error"] is None else f" +- {bound['standard_error']:.3f}"
+    flow = f"; by the probability flow {bound['flow_bits_per_dim']:.3f}" if "flow_bits_per_dim" in bound else ""
     return (
         f"bits/dim: at most {bound['bits_per_dim']:.3f}{error} on {bound['num_images']} held-out images in 8 bits, rate "
         f"{bound['rate']:.3f} and distortion {bound['distortion']:.3f} ({bound['num_steps']} timesteps, of which "
-        f"{bound['num_terms']} for each image; variance {bound['variance']})"
+        f"{bound['num_terms']} for each image; variance {bound['variance']}){flow}"
     )
 
 

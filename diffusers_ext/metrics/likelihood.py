@@ -22,6 +22,7 @@ from diffusers_ext.likelihood import (
 from diffusers_ext.metrics.fit import LabelledImages
 from diffusers_ext.metrics.generate import SEED_STRIDE, convert_channels, image_size_of, num_classes_of
 from diffusers_ext.noising import dynamic_threshold
+from diffusers_ext.probability_flow import flow_bound
 from diffusers_ext.schedulers import ExtDDPMScheduler
 
 
@@ -131,6 +132,7 @@ def measure_bits_per_dim(
     num_steps: int | None = None,
     num_terms: int | None = 100,
     variance: str | None = None,
+    num_flow_steps: int | None = None,
     batch_size: int = 64,
     bf16: bool = False,
     seed: int = 0,
@@ -150,13 +152,16 @@ def measure_bits_per_dim(
         num_steps: Timesteps of the sampler whose bound it is; all of the training's by default.
         num_terms: How many of them are looked at for each image, drawn evenly spread, without bias; None for all.
         variance: "fixed_small", "fixed_large" or "optimal"; by default the model's own.
+        num_flow_steps: Measure the bound by the probability flow too, in so many steps of four evaluations and gradients
+            of the network each; without clipping of the predicted x_0.
         batch_size: Images at a time.
-        bf16: Run the network under bf16 autocast.
+        bf16: Run the network under bf16 autocast, but for the flow.
         seed: Of the draw of images, the noise and the draw of terms.
 
     Returns:
         In bits/dim: `bits_per_dim`, its `standard_error` over images, `rate`, `distortion`, `prior` (L_T, a part of the
-        rate), and the rest of the rate by parts of the timesteps; and how it was measured.
+        rate), and the rest of the rate by parts of the timesteps; `flow_bits_per_dim` and `flow_standard_error` if asked
+        for; and how it was measured.
 
     Raises:
         ValueError: If the pipeline has no such likelihood, or the images or their labels are not for it.
@@ -222,7 +227,16 @@ def measure_bits_per_dim(
             share = terms.num_transitions / max(1, terms.kl.shape[1])
             part = torch.zeros(len(rows), NUM_PARTS, dtype=wide, device=x0.device)
             part.scatter_add_(1, _part_of(terms.index, chain), share * terms.kl)
-            columns = torch.stack([terms.total, terms.rate, terms.distortion, terms.prior], 1)
+            flow = torch.full_like(terms.total, math.nan)
+            if num_flow_steps is not None:
+                with torch.autocast(state.device.type, enabled=False):
+                    flow = flow_bound(
+                        model.denoiser(labels, kind),
+                        *(x0, chain, model.scheduler.config.prediction_type, kind),
+                        num_steps=num_flow_steps,
+                        generator=[Generator().manual_seed(seed * SEED_STRIDE + row) for row in rows],
+                    ).total
+            columns = torch.stack([terms.total, flow, terms.rate, terms.distortion, terms.prior], 1)
             measured.append(bits_per_dim(torch.cat([columns, part], 1), terms.num_dims).cpu())
             progress.update(len(rows))
         progress.close()
@@ -231,15 +245,22 @@ def measure_bits_per_dim(
         measured = gather_object(measured)
     # In one order whatever the number of processes, so that the sums are the same to the last digit.
     measured = torch.tensor(sorted(measured), dtype=torch.float64)
-    total, rate, distortion, prior, *parts = measured.mean(0).tolist()
+    total, flow, rate, distortion, prior, *parts = measured.mean(0).tolist()
+    errors = (measured.std(0) / math.sqrt(len(measured))).tolist() if len(measured) > 1 else [None, None]
     transitions = torch.arange(1, len(chain))
     place = _part_of(transitions, chain)
+    by_flow = {
+        "flow_bits_per_dim": flow,
+        "flow_standard_error": errors[1],
+        "num_flow_steps": num_flow_steps,
+    }
     return {
         "bits_per_dim": total,
-        "standard_error": (measured[:, 0].std() / math.sqrt(len(measured))).item() if len(measured) > 1 else None,
+        "standard_error": errors[0],
         "rate": rate,
         "distortion": distortion,
         "prior": prior,
+        **({} if num_flow_steps is None else by_flow),
         "rate_by_timesteps": [
             {
                 "first_timestep": int(chain.timesteps[transitions[place == part][0]]),

@@ -9,6 +9,7 @@ from diffusers_ext import ExtDDIMScheduler, ExtDDPMScheduler, GuidedDiffusionPip
 from diffusers_ext.likelihood import ReverseChain, bits_per_dim, variational_bound
 from diffusers_ext.metrics.fit import LabelledImages
 from diffusers_ext.metrics.likelihood import measure_bits_per_dim
+from diffusers_ext.probability_flow import flow_bound
 
 
 SCHEDULE = {"num_train_timesteps": 12, "beta_schedule": "squaredcos_cap_v2", "timestep_spacing": "trailing"}
@@ -61,6 +62,31 @@ def test_it_is_the_bound_of_each_image_with_its_label_and_its_own_noise(with_lab
     assert result["bits_per_dim"] == pytest.approx(totals.mean().item(), rel=1e-5)
     assert result["standard_error"] == pytest.approx((totals.std() / 7**0.5).item(), rel=1e-4)
     assert result["num_steps"] == 12 and result["num_terms"] == 11 and result["num_dims"] == 64
+
+
+@pytest.mark.parametrize("out_channels", [1, 2])
+def test_the_flow_measures_the_same_model(out_channels):
+    """Each image's own bound by the flow, besides the other one."""
+    pipeline, images = make_pipeline(out_channels=out_channels), make_images(5)
+    pipeline.scheduler = ExtDDIMScheduler(**SCHEDULE, clip_sample=False)
+    result = measure(pipeline, images, num_flow_steps=3, batch_size=2)
+    plain = measure(pipeline, images)
+    assert result["bits_per_dim"] == pytest.approx(plain["bits_per_dim"], rel=1e-6) and result["num_flow_steps"] == 3
+    assert "flow_bits_per_dim" not in plain
+    chain, totals = ReverseChain(pipeline.scheduler.schedule), []
+    for row in range(5):
+        totals.append(
+            flow_bound(
+                lambda x_t, t, row=row: pipeline.denoiser(x_t.float(), t, class_labels=torch.tensor([row % 3])).sample,
+                images.images[row : row + 1].double() / 127.5 - 1,
+                *(chain, "epsilon", result["variance"]),
+                num_steps=3,
+                generator=[torch.Generator().manual_seed(row)],
+            ).total
+        )
+    expected = bits_per_dim(torch.cat(totals), 64)
+    assert result["flow_bits_per_dim"] == pytest.approx(expected.mean().item(), rel=1e-4)
+    assert result["flow_standard_error"] == pytest.approx((expected.std() / 5**0.5).item(), rel=1e-3)
 
 
 def save_result(folder):

@@ -99,7 +99,7 @@ def test_bits_per_dim_go_into_the_json_the_card_and_a_line(tmp_path, features_fo
     write_card(folder, data="Digits.")
     result = run(
         *(folder, "--num_images", 20, "--features", features_folder, "--bits_per_dim", "--num_likelihood_images", 9),
-        *("--num_likelihood_steps", 12, "--likelihood_variance", "fixed_small"),
+        *("--num_likelihood_steps", 12, "--likelihood_variance", "fixed_small", "--num_flow_steps", 2),
     )
     bound = result["likelihood"]
     assert bound == json.loads((folder / "evaluation.json").read_text())["likelihood"]
@@ -110,7 +110,9 @@ def test_bits_per_dim_go_into_the_json_the_card_and_a_line(tmp_path, features_fo
     assert known.items() <= bound.items() and bound["by_label"]
     card = (folder / "README.md").read_text()
     assert f"in 8 bits, given their labels, an upper bound | {bound['bits_per_dim']:.4g} | 9 |" in card
-    assert f"at most {bound['bits_per_dim']:.3f} +- {bound['standard_error']:.3f} on 9 held" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"at most {bound['bits_per_dim']:.3f} +- {bound['standard_error']:.3f} on 9 held" in printed
+    assert f"by the probability flow {bound['flow_bits_per_dim']:.3f}" in printed
 
 
 def test_the_training_images_as_a_folder_are_perfect(tmp_path, features_folder):
