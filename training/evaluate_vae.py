@@ -59,6 +59,7 @@ class EvaluateVAEConfig(DataOptions):
 
     model: str | None = option(None, "MODEL may also stand first, without --model", "what is measured")
     num_images: int | None = option(None, "held-out images to measure on, drawn by the seed; by default all")
+    num_likelihood_images: int = option(1000, "of these, images to take the bounds on, which needs many passes")
     num_samples: int = option(64, "draws of the importance-weighted bound")
     binarize: Literal[BINARIZATIONS] | None = option(
         None, "how images become black and white; by default as in training"
@@ -75,7 +76,7 @@ class EvaluateVAEConfig(DataOptions):
     def __post_init__(self):
         if self.model is None:
             raise ValueError("say what to evaluate: evaluate_vae.py MODEL, a folder")
-        for name in ("num_samples", "eval_batch_size", "num_images"):
+        for name in ("num_samples", "eval_batch_size", "num_images", "num_likelihood_images"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
@@ -102,6 +103,7 @@ def main(config: EvaluateVAEConfig) -> dict | None:
         "binarize": how,
         "likelihood": vae.config.likelihood,
         "num_images": len(images),
+        "num_likelihood_images": min(len(images), config.num_likelihood_images),
         "num_samples": config.num_samples,
         "latent_shape": list(vae.latent_shape),
         "features": about_features,
@@ -143,29 +145,24 @@ def measure(vae: VAEModel, images: Tensor, config: EvaluateVAEConfig, features=N
     """
     how, num_dims = config.binarize or "none", images[0].numel()
     generator = torch.Generator(vae.device).manual_seed(config.seed)
-    latents = LatentStatistics(vae.latent_shape)
-    sums, count = torch.zeros(5, dtype=torch.float64), len(images)
-    decoded = torch.empty_like(images)
-    for start in range(0, count, config.eval_batch_size):
+    latents, decoded = LatentStatistics(vae.latent_shape), torch.empty_like(images)
+    bounds, closeness = [], []
+    for start in range(0, len(images), config.eval_batch_size):
         rows = slice(start, start + config.eval_batch_size)
         x = images[rows].to(vae.device).float() / 127.5 - 1
         x = binarize(x, how, torch.randn(x.shape, generator=generator, device=x.device))
         posterior = vae.encode(x).latent_dist
         latents.update(posterior)
-        estimate = vae_likelihood(
-            vae,
-            x,
-            levels=LEVELS,
-            num_samples=config.num_samples,
-            chunk_size=max(1, ROWS_AT_ONCE // len(x)),
-            generator=generator,
-        )
         shown = (vae.decode(posterior.mode()).sample.float() / 2 + 0.5).clamp(0, 1).mul(255).round()
         decoded[rows] = shown.to("cpu", torch.uint8)
-        pair = x.float() / 2 + 0.5, shown / 255
-        parts = (*estimate.bound, estimate.importance_weighted, psnr(*pair), ssim(*pair))
-        sums += torch.stack([part.double().sum().cpu() for part in parts])
-    distortion, rate, iwae, mean_psnr, mean_ssim = (sums / count).tolist()
+        closeness.append(torch.stack([how_close(x / 2 + 0.5, shown / 255) for how_close in (psnr, ssim)]).cpu())
+        if (left := config.num_likelihood_images - start) > 0:
+            chunk_size = max(1, ROWS_AT_ONCE // len(x))
+            settings = {"num_samples": config.num_samples, "chunk_size": chunk_size, "generator": generator}
+            estimate = vae_likelihood(vae, x[:left], levels=LEVELS, **settings)
+            bounds.append(torch.stack([*estimate.bound, estimate.importance_weighted]).cpu())
+    distortion, rate, iwae = torch.cat(bounds, dim=1).mean(1).tolist()
+    mean_psnr, mean_ssim = torch.cat(closeness, dim=1).mean(1).tolist()
     is_probability = vae.config.likelihood != "bernoulli" or how != "none"
     moments = latents.moments()
     return {
@@ -215,7 +212,14 @@ def figures_of(config: EvaluateVAEConfig, result: dict) -> list[Figure]:
     names = {"k": result["num_samples"], "dataset": Path(config.dataset_name).name, "latents": result["num_latents"]}
     command = to_command(config, "training/evaluate_vae.py")
     return [
-        Figure(METRICS[name].format(**names), float(result[name]), result["num_images"], None, None, command)
+        Figure(
+            METRICS[name].format(**names),
+            float(result[name]),
+            result["num_likelihood_images" if name.endswith(("_nats", "_per_dim")) else "num_images"],
+            None,
+            None,
+            command,
+        )
         for name in METRICS
         if result[name] is not None
     ]
