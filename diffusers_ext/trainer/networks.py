@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from diffusers_ext.models.dit import DiTModel, dit_config
+from diffusers_ext.models.dit import PATCH_SIZES, DiTModel, dit_config
 from diffusers_ext.models.unet import UNetModel
 from diffusers_ext.trainer.config import TrainerConfig
 from diffusers_ext.trainer.options import option
@@ -13,8 +13,9 @@ from diffusers_ext.trainer.options import option
 
 NETWORKS = ("unet", "dit")
 
-# The DiT that is made without options: for images of 32x32 pixels, or latents of that many, on a CPU.
-DEFAULT_DIT = {"patch_size": 4, "hidden_size": 256, "num_layers": 6}
+# The DiT that is made without options: small images, or latents, on a CPU.
+DEFAULT_DIT = {"hidden_size": 256, "num_layers": 6}
+MAX_PATCHES = 64  # that the patch size leaves, where it is left open
 HEAD_DIM = 64  # of the attention heads, where their number is left open
 
 
@@ -37,7 +38,9 @@ class NetworkConfig(TrainerConfig):
     )
     attention_head_dim: int = option(64, "channels of an attention head")
     dit_size: str | None = option(None, "a size of the paper, such as DiT-S/2, that the options below change", "dit")
-    patch_size: int | None = option(None, f"side of the patches; by default {DEFAULT_DIT['patch_size']}")
+    patch_size: int | None = option(
+        None, f"side of the patches; by default the smallest that leaves at most {MAX_PATCHES} of them"
+    )
     hidden_size: int | None = option(None, f"width of the tokens; by default {DEFAULT_DIT['hidden_size']}")
     num_layers: int | None = option(None, f"number of blocks; by default {DEFAULT_DIT['num_layers']}")
     num_attention_heads: int | None = option(None, f"attention heads; by default one for each {HEAD_DIM} of the width")
@@ -66,7 +69,7 @@ class NetworkConfig(TrainerConfig):
                     raise ValueError(f"{name} is an option of model {network}: leave it out for model {self.model}")
         if self.model == "dit":
             with torch.device("meta"):
-                DiTModel(sample_size=self.size_multiple, **self.dit_options())  # which checks them
+                DiTModel(sample_size=self.size_multiple, **self.dit_options(self.size_multiple))  # which checks them
         for side in self.resolution or ():
             if side % self.size_multiple:
                 near = side // self.size_multiple * self.size_multiple
@@ -76,8 +79,8 @@ class NetworkConfig(TrainerConfig):
                     f"take {near}"
                 )
 
-    def dit_options(self) -> dict:
-        """Options of `DiTModel`, with those that were left open settled."""
+    def dit_options(self, sample_size: int | tuple[int, int]) -> dict:
+        """Options of `DiTModel`, with those that were left open settled, for samples of that size."""
         options = DEFAULT_DIT if self.dit_size is None else dit_config(self.dit_size)
         given = {
             name: getattr(self, name) for name in ("patch_size", "hidden_size", "num_layers", "num_attention_heads")
@@ -85,6 +88,7 @@ class NetworkConfig(TrainerConfig):
         if self.hidden_size is not None:  # what follows from the width
             options = {name: value for name, value in options.items() if name != "num_attention_heads"}
         options = options | {name: value for name, value in given.items() if value is not None}
+        options.setdefault("patch_size", _default_patch_size(sample_size))
         if "num_attention_heads" not in options:
             width = options["hidden_size"]
             options["num_attention_heads"] = next(n for n in range(max(width // HEAD_DIM, 1), 0, -1) if width % n == 0)
@@ -94,12 +98,21 @@ class NetworkConfig(TrainerConfig):
     @property
     def size_multiple(self) -> int:
         """What the sides of the samples must be multiples of."""
-        return self.dit_options()["patch_size"] if self.model == "dit" else 2 ** (len(self.block_out_channels) - 1)
+        if self.model == "unet":
+            return 2 ** (len(self.block_out_channels) - 1)
+        return self.patch_size or (1 if self.dit_size is None else dit_config(self.dit_size)["patch_size"])
 
     def _why_multiple(self) -> str:
         if self.model == "dit":
             return f"patch_size is {self.size_multiple}"
         return f"block_out_channels has {len(self.block_out_channels)} widths and each but the last halves the images"
+
+
+def _default_patch_size(sample_size: int | tuple[int, int]) -> int:
+    height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+    fitting = [patch for patch in PATCH_SIZES if height % patch == width % patch == 0]
+    few = [patch for patch in fitting if height * width <= MAX_PATCHES * patch**2]
+    return few[0] if few else fitting[-1]
 
 
 def build_network(
@@ -119,7 +132,7 @@ def build_network(
         "num_classes": num_classes,
     }
     if config.model == "dit":
-        return DiTModel(**common, **config.dit_options())
+        return DiTModel(**common, **config.dit_options(sample_size))
     return UNetModel(
         **common,
         block_out_channels=config.block_out_channels,

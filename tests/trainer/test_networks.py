@@ -32,8 +32,38 @@ def test_the_network_that_was_asked_for_fits_the_data(model, kind):
 def test_a_dit_has_its_default_or_the_size_by_name_as_changed(settings, expected):
     config = NetworkConfig(model="dit", **settings)
     names = ("patch_size", "hidden_size", "num_layers", "num_attention_heads")
-    assert tuple(config.dit_options()[name] for name in names) == expected
-    assert config.size_multiple == expected[0]
+    assert tuple(config.dit_options(32)[name] for name in names) == expected
+
+
+@pytest.mark.parametrize(
+    "sample_size, patch_size",
+    [
+        (8, 1),
+        (16, 2),
+        (28, 4),
+        (32, 4),
+        ((32, 16), 4),
+        ((16, 16), 2),
+        (64, 8),
+        (128, 8),
+        (30, 5),
+        (31, 1),
+        ((9, 6), 1),
+    ],
+)
+def test_patches_left_open_are_the_smallest_that_leave_few(sample_size, patch_size):
+    config = NetworkConfig(model="dit", num_layers=1)
+    assert config.size_multiple == 1
+    network = build_network(config, sample_size=sample_size, in_channels=1, out_channels=1, num_classes=None)
+    assert network.config.patch_size == patch_size
+
+
+@pytest.mark.parametrize(
+    "settings, multiple",
+    [({"patch_size": 3}, 3), ({"dit_size": "DiT-S/8"}, 8), ({"dit_size": "DiT-S/8", "patch_size": 2}, 2)],
+)
+def test_samples_are_multiples_of_the_patches_that_were_asked_for(settings, multiple):
+    assert NetworkConfig(model="dit", **settings).size_multiple == multiple
 
 
 def test_every_option_of_a_dit_arrives():
@@ -66,7 +96,10 @@ def test_the_weights_follow_from_the_seed():
         ({"model": "dit", "dit_size": "DiT-S"}, "the name must be one of DiT-S, .* got 'DiT-S'"),
         ({"model": "dit", "patch_size": 16}, r"patch_size must be in \[1, 8\], got 16"),
         ({"model": "dit", "num_attention_heads": 3}, r"hidden_size must be a multiple of num_attention_heads \(3\)"),
-        ({"model": "dit", "resolution": (30,)}, "multiple of 4, since patch_size is 4, got 30: take 28 or 32"),
+        (
+            {"model": "dit", "patch_size": 4, "resolution": (30,)},
+            "multiple of 4, since patch_size is 4, got 30: take 28 or 32",
+        ),
         ({"resolution": (2, 8)}, "multiple of 4, since block_out_channels has 3 widths .* got 2: take 4"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1"),
     ],
