@@ -29,7 +29,7 @@ class _ContextGuidance(BaseGuidance):
         """What the predictions of the next `forward` belong to."""
         self._context = context
 
-    def check_pipeline(self, pipe, labels: list[int] | None) -> None:
+    def check_pipeline(self, pipe, labels: Tensor | None) -> None:
         """Refuses a pipeline without what the guider needs.
 
         Raises:
@@ -99,11 +99,13 @@ class ClassifierGuidance(_ContextGuidance):
         self.classifier_scale, self.guidance_scale = classifier_scale, guidance_scale
         self.guidance_rescale = guidance_rescale
 
-    def check_pipeline(self, pipe, labels: list[int] | None) -> None:
+    def check_pipeline(self, pipe, labels: Tensor | None) -> None:
         if pipe.classifier is None:
             raise ValueError("ClassifierGuidance needs a classifier: give the pipeline one as classifier=")
-        if labels is None or any(label == pipe.null_label for label in labels):
-            raise ValueError("ClassifierGuidance needs class_labels to guide to, none of them the null label")
+        if labels is None or labels.ndim > 1 or pipe.null_label in labels.tolist():
+            raise ValueError(
+                "ClassifierGuidance needs class_labels to guide to, one for each image, none of them the null label"
+            )
         _check_path(pipe.classifier, pipe.scheduler)
 
     def prepare_inputs(self, data: dict[str, tuple[Tensor, Tensor]]) -> list:
@@ -158,7 +160,7 @@ class WeakModelGuidance(_ContextGuidance):
         super().__init__(start, stop, enabled)
         self.guidance_scale, self.guidance_rescale = guidance_scale, guidance_rescale
 
-    def check_pipeline(self, pipe, labels: list[int] | None) -> None:
+    def check_pipeline(self, pipe, labels: Tensor | None) -> None:
         if pipe.weak_denoiser is None:
             raise ValueError("WeakModelGuidance needs a weaker network: give the pipeline one as weak_denoiser=")
 
@@ -176,6 +178,59 @@ class WeakModelGuidance(_ContextGuidance):
 
     def _names(self) -> list[str]:
         return self._input_predictions if self._is_on() and self.guidance_scale != 1 else ["pred_cond"]
+
+
+class ComposedGuidance(_ContextGuidance):
+    """The weighted sum of the labels' directions (Liu et al. 2022, arXiv 2206.01714, Section 4).
+
+        null + sum over labels of weight * (label's prediction - null)
+
+    What a pipeline does with `class_labels` that have weights. A step costs as many predictions as the image with the
+    most labels has, and one.
+
+    Args:
+        guidance_rescale: In [0, 1], how far the result gets the standard deviation of the first label's prediction
+            back.
+    """
+
+    _input_predictions = ["pred_uncond"]
+
+    @register_to_config
+    def __init__(self, guidance_rescale: float = 0.0):
+        super().__init__()
+        self.guidance_rescale = guidance_rescale
+        self._weights = []
+
+    def check_pipeline(self, pipe, labels: Tensor | None) -> None:
+        if pipe.null_label is None:
+            raise ValueError("weights of labels need a model with labels and a null label")
+
+    def prepare_inputs(self, data: dict[str, tuple[Tensor, Tensor]]) -> list:
+        weights, null = data["class_labels"]  # (batch, num_classes), (batch,)
+        most = max(int((weights != 0).sum(1).max()), 1)
+        # Those of each image in places 0, 1, ..., in the order of their ids; the rest of the places count nothing.
+        order = (weights == 0).int().argsort(dim=1, stable=True)[:, :most]
+        ordered = weights.gather(1, order)
+        self._weights = list(ordered.unsqueeze(-1).unbind(1))
+        labels = torch.where(ordered != 0, order, null[:, None])
+        names = [f"pred_label_{place}" for place in range(most)]
+        batches = [self._prepare_batch(data, 1, name) for name in (*names, "pred_uncond")]
+        for batch, ids in zip(batches, labels.unbind(1), strict=False):
+            batch.class_labels = ids
+        return batches
+
+    def forward(self, pred_uncond: Tensor, **pred_labels: Tensor) -> GuiderOutput:
+        pred = pred_uncond
+        for weight, label in zip(self._weights, pred_labels.values(), strict=True):
+            pred = pred + weight.view(-1, *[1] * (label.ndim - 1)) * (label - pred_uncond)
+        first = pred_labels["pred_label_0"]
+        if self.guidance_rescale > 0:
+            pred = rescale_noise_cfg(pred, first, self.guidance_rescale)
+        return GuiderOutput(pred=pred, pred_cond=first, pred_uncond=pred_uncond)
+
+    @property
+    def num_conditions(self) -> int:
+        return len(self._weights) + 1
 
 
 def classifier_gradient(context: StepContext) -> Tensor:

@@ -1,16 +1,19 @@
 """The labels of a pipeline's denoiser: how many, by which names, and which of them stands for none."""
 
 import difflib
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 
 # Where a network's config says how many labels it has: ours; diffusers' DiT; its UNet.
 NUM_CLASSES_KEYS = ("num_classes", "num_embeds_ada_norm", "num_class_embeds")
 
-Labels = int | str | Sequence[int | str] | Tensor
+Label = int | str
+Labels = Label | Sequence[Label | Collection[Label] | Mapping[Label, float]] | Mapping[Label, float] | Tensor
 
 
 def num_classes_of(network: nn.Module) -> int | None:
@@ -57,6 +60,43 @@ class LabelledMixin:
         if self.num_classes is None:
             raise ValueError("class_labels were given, but the model was trained without labels")
         return [self._label_id(label) for label in class_labels]
+
+    def label_tensor(self, class_labels: Labels) -> Tensor:
+        """Labels as a network or a guider takes them, of which the dtype says what they are.
+
+        Args:
+            class_labels: One for all images, or a sequence with one for each. Each is a label; or a list or set of
+                labels that the image has all at once; or a dict from labels to the weights of their directions.
+
+        Returns:
+            int64, shape `(images,)`, labels; bool, shape `(images, num_classes)`, sets; or float32 of the same shape,
+            weights.
+
+        Raises:
+            ValueError: for a label that the model does not have, or if the images have different kinds.
+        """
+        if isinstance(class_labels, Mapping):
+            class_labels = [class_labels]
+        is_sequence = isinstance(class_labels, list | tuple)
+        if not (is_sequence and any(isinstance(each, Mapping | list | tuple | set) for each in class_labels)):
+            return torch.tensor(self.get_label_ids(class_labels), dtype=torch.int64)
+        weighted = isinstance(class_labels[0], Mapping)
+        if any(isinstance(each, Mapping) != weighted for each in class_labels):
+            raise ValueError("class_labels must have weights for all images or for none")
+        if self.num_classes is None:
+            raise ValueError("class_labels were given, but the model was trained without labels")
+        rows = torch.zeros(len(class_labels), self.num_classes)
+        for row, labels in zip(rows, class_labels, strict=True):
+            if not isinstance(labels, Mapping):
+                members = labels if isinstance(labels, list | tuple | set) else [labels]
+                labels = dict.fromkeys(members, 1.0)
+            for label, weight in labels.items():
+                number = self._label_id(label)
+                if not math.isfinite(weight):
+                    raise ValueError(f"the weight of a label must be finite, got {weight} for {label!r}")
+                if number != self.null_label:
+                    row[number] = weight
+        return rows if weighted else rows.bool()
 
     def _label_id(self, label: int | str) -> int:
         if isinstance(label, str):

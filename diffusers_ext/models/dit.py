@@ -328,7 +328,8 @@ class DiTModel(ModelMixin, ConfigMixin):
             sample: x_t, shape `(batch, in_channels, height, width)`.
             timestep: One number for all samples, or one for each, shape `(batch,)`.
             class_labels: Integers in `[0, num_classes]`, shape `(batch,)`; `None` stands for the null label, and so does
-                1000 in a model of fewer labels, since diffusers' `DiTPipeline` says it so.
+                1000 in a model of fewer labels, since diffusers' `DiTPipeline` says it so. Or sets of labels, multi-hot,
+                shape `(batch, num_classes)`.
             encoder_hidden_states: Context, shape `(batch, tokens, cross_attention_dim)`.
             encoder_attention_mask: 1 or True at the tokens of the context to attend to, shape `(batch, tokens)`.
             return_dict: `False` returns a tuple.
@@ -392,6 +393,8 @@ class DiTModel(ModelMixin, ConfigMixin):
             return None
         if config.num_classes is None:
             raise ValueError("class_labels were given to a model without labels: it was built with num_classes=None")
+        if class_labels.shape == (len(sample), config.num_classes):
+            return class_labels  # sets of labels
         if class_labels.shape != sample.shape[:1]:
             raise ValueError(
                 f"class_labels must be one for each of the {len(sample)} samples, got {tuple(class_labels.shape)}"

@@ -326,5 +326,22 @@ class TimestepEmbedding(nn.Module):
                 class_labels = timesteps.new_full(
                     timesteps.shape, self.class_embedding.num_embeddings - 1, dtype=torch.long
                 )
-            embedding = embedding + self.class_embedding(class_labels).to(embedding.dtype)
+            embedding = embedding + self.embed_labels(class_labels).to(embedding.dtype)
         return embedding
+
+    def embed_labels(self, class_labels: Tensor) -> Tensor:
+        """Embeddings `(batch, dim)` of labels `(batch,)`, or of sets of them, multi-hot `(batch, num_classes)`.
+
+        That of a set is the sum of its labels', and that of the empty set is the null label's.
+        """
+        if class_labels.ndim == 1:
+            return self.class_embedding(class_labels)
+        weight = self.class_embedding.weight
+        if class_labels.shape[1] != len(weight) - 1:
+            raise ValueError(
+                f"class_labels must have shape (batch,), or (batch, {len(weight) - 1}) for sets of labels, got "
+                f"{tuple(class_labels.shape)}"
+            )
+        members = class_labels.to(weight.dtype)
+        none = 1 - members.amax(1, keepdim=True)
+        return torch.cat([members, none], dim=1) @ weight

@@ -307,7 +307,8 @@ class UNetModel(RegionalCompilation, ModelMixin, ConfigMixin):
         Args:
             sample: x_t, shape `(batch, in_channels, *spatial)`.
             timestep: One number for all samples, or one for each, shape `(batch,)`.
-            class_labels: Integers in `[0, num_classes]`, shape `(batch,)`; `None` stands for the null label.
+            class_labels: Integers in `[0, num_classes]`, shape `(batch,)`; `None` stands for the null label. Or sets of
+                labels, multi-hot, shape `(batch, num_classes)`.
             encoder_hidden_states: Context, shape `(batch, tokens, cross_attention_dim)`.
             encoder_attention_mask: 1 or True at the tokens of the context to attend to, shape `(batch, tokens)`.
             timestep_cond, cross_attention_kwargs, added_cond_kwargs: Passed by diffusers' pipelines; must be empty.

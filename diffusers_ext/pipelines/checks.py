@@ -6,8 +6,8 @@ import torch
 from diffusers.guiders import AutoGuidance, BaseGuidance
 from torch import Tensor, nn
 
-from diffusers_ext.guidance import asks_for_unconditional, classifier_free_guidance
-from diffusers_ext.guiders import ClassifierGuidance
+from diffusers_ext.guidance import Interval, asks_for_unconditional, classifier_free_guidance
+from diffusers_ext.guiders import ClassifierGuidance, ComposedGuidance
 from diffusers_ext.labels import num_classes_of
 from diffusers_ext.latents import latent_scale
 from diffusers_ext.models.vae import VAEModel
@@ -92,9 +92,21 @@ def check_outputs(pipe, output_type: str, callback_inputs: Sequence[str]) -> Non
 
 
 def choose_guider(
-    pipe, guider: BaseGuidance | None, guidance_scale: float, guidance_rescale: float, classifier_scale: float
+    pipe,
+    guider: BaseGuidance | None,
+    guidance_scale: float,
+    guidance_rescale: float,
+    classifier_scale: float,
+    labels: Tensor | None,
 ) -> BaseGuidance | None:
     """The guider of a call: the one given, or the pipeline's, or what the short forms mean."""
+    if labels is not None and labels.is_floating_point():
+        if guider is not None or pipe.guider is not None or guidance_scale != 1 or classifier_scale != 0:
+            raise ValueError(
+                "class_labels with weights are a guidance of their own, which goes with no guider, guidance_scale or "
+                "classifier_scale"
+            )
+        return ComposedGuidance(guidance_rescale=guidance_rescale)
     short = {
         "guidance_scale": (guidance_scale, 1.0),
         "guidance_rescale": (guidance_rescale, 0.0),
@@ -116,8 +128,14 @@ def choose_guider(
     return classifier_free_guidance(guidance_scale, guidance_rescale)
 
 
-def check_guider(pipe, guider: BaseGuidance | None, labels: list[int] | None, timesteps: Tensor) -> None:
+def check_guider(
+    pipe, guider: BaseGuidance | None, labels: Tensor | None, timesteps: Tensor, interval: Interval | None
+) -> None:
     """Refuses a guider that the components or the labels do not suffice for."""
+    if labels is not None and labels.dtype == torch.bool and "num_classes" not in pipe.denoiser.config:
+        raise ValueError(f"class_labels must be one label for each image for {type(pipe.denoiser).__name__}, got sets")
+    if isinstance(guider, ComposedGuidance) and interval is not None:
+        raise ValueError("guidance_interval must not be given with weights of labels: without them there is no label")
     if guider is None:
         return
     if hasattr(guider, "check_pipeline"):
@@ -137,7 +155,7 @@ def check_guider(pipe, guider: BaseGuidance | None, labels: list[int] | None, ti
     raise ValueError("guidance needs class_labels to guide to, got None")
 
 
-def count_images(batch_size: int, class_labels: list[int] | None = None, **tensors: Tensor | None) -> int:
+def count_images(batch_size: int, class_labels: Tensor | None = None, **tensors: Tensor | None) -> int:
     """The number of images that the arguments of a call agree on; one of an argument stands for any number."""
     given = {"batch_size": batch_size} if batch_size != 1 else {}
     sized = {**tensors, "class_labels": class_labels}

@@ -46,8 +46,10 @@ class InversionMixin:
         device = self._execution_device
         inverse.set_timesteps(num_inference_steps, device=device)
         x0, _ = self._encode(image, device)
-        labels = None if class_labels is None else self.get_label_ids(class_labels)
+        labels = None if class_labels is None else self.label_tensor(class_labels)
         batch_size = count_images(1, class_labels=labels, image=x0)
+        if labels is not None and labels.is_floating_point():
+            raise ValueError("class_labels must be labels to invert, not weights of them")
         predict = self._denoiser(inverse, None, labels, batch_size, device)
         latents = inverse.invert(
             lambda x, t: predict(x, t)[:, : x.shape[1]], x0.expand(batch_size, *x0.shape[1:]), num_refinements
@@ -86,7 +88,7 @@ class InversionMixin:
         """
         if num_images < 2:
             raise ValueError(f"num_images must be at least 2, the two ends, got {num_images}")
-        if class_labels is not None and len(self.get_label_ids(class_labels)) != 1:
+        if class_labels is not None and len(self.label_tensor(class_labels)) != 1:
             raise ValueError("class_labels must be one label for all images of an interpolation")
         ends = [
             self.invert(image, class_labels, num_inference_steps=num_inference_steps, num_refinements=num_refinements)
@@ -98,7 +100,7 @@ class InversionMixin:
         x = slerp(*ends, torch.linspace(0, 1, num_images, device=device))
         sampler = ExtDDIMScheduler.from_config(self._path_config())
         sampler.set_timesteps(num_inference_steps, device=device)
-        labels = None if class_labels is None else self.get_label_ids(class_labels)
+        labels = None if class_labels is None else self.label_tensor(class_labels)
         predict = self._denoiser(sampler, None, labels, num_images, device)
         for t in sampler.timesteps:
             x = sampler.step(predict(x, t), t, x).prev_sample

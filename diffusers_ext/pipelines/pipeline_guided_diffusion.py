@@ -129,7 +129,9 @@ class GuidedDiffusionPipeline(LabelledMixin, InversionMixin, DiffusionPipeline):
         """Generates a batch of images.
 
         Args:
-            class_labels: One label for all images, or one for each, as ids or as names; `None` for no label.
+            class_labels: One label for all images, or one for each, as ids or as names; `None` for no label. In place of
+                a label there may be a list of labels that an image has all at once, for models trained so; or a dict
+                from labels to weights, whose directions are then added up (`ComposedGuidance`).
             batch_size: Number of images, where `class_labels`, `latents` and `image` do not say it.
             num_inference_steps: Number of steps, each of one call of the network (two with guidance).
             guidance_scale: Weight of classifier-free guidance; 1 is none. Not to be given together with a guider.
@@ -167,18 +169,18 @@ class GuidedDiffusionPipeline(LabelledMixin, InversionMixin, DiffusionPipeline):
         """
         check_outputs(self, output_type, callback_on_step_end_tensor_inputs)
         given_guider = guider
-        guider = choose_guider(self, given_guider, guidance_scale, guidance_rescale, classifier_scale)
         strength = self._strength(strength, image, mask_image, latents)
         check_resampling(num_resample_steps, mask_image is not None, self.scheduler)
         device = self._execution_device
-        labels = None if class_labels is None else self.get_label_ids(class_labels)
+        labels = None if class_labels is None else self.label_tensor(class_labels)
+        guider = choose_guider(self, given_guider, guidance_scale, guidance_rescale, classifier_scale, labels)
         x0, pixels = (None, None) if image is None else self._encode(image, device)
         mask = None if mask_image is None else mask_to_tensor(mask_image, self._dims).to(device)
         batch_size = count_images(
             batch_size=batch_size, latents=latents, class_labels=labels, image=x0, mask_image=mask
         )
         visited = self._set_timesteps(num_inference_steps, timesteps, strength, device)
-        check_guider(self, guider, labels, visited)
+        check_guider(self, guider, labels, visited, guidance_interval)
         guide = guided_steps(guidance_interval, self.scheduler, visited)
         denoise = self._denoiser(self.scheduler, guider, labels, batch_size, device, low_memory)
         step_kwargs = self._step_kwargs(generator, eta)
@@ -210,8 +212,10 @@ class GuidedDiffusionPipeline(LabelledMixin, InversionMixin, DiffusionPipeline):
                     x = (returned or {}).get("latents", x)
                     if self._guidance_scale != guidance_scale:
                         guidance_scale = self._guidance_scale
-                        guider = choose_guider(self, given_guider, guidance_scale, guidance_rescale, classifier_scale)
-                        check_guider(self, guider, labels, visited)
+                        guider = choose_guider(
+                            self, given_guider, guidance_scale, guidance_rescale, classifier_scale, labels
+                        )
+                        check_guider(self, guider, labels, visited, guidance_interval)
                         denoise = self._denoiser(self.scheduler, guider, labels, batch_size, device, low_memory)
 
         images = self._decode(x, output_type, pixels, mask)
@@ -258,8 +262,8 @@ class GuidedDiffusionPipeline(LabelledMixin, InversionMixin, DiffusionPipeline):
         """The images as the denoiser knows them, and in pixels."""
         return encode_image(image, self.vae, self._latent_shape(1)[1:], device)
 
-    def _conditions(self, labels, batch_size: int, device) -> dict[str, tuple[Tensor, Tensor]]:
-        """Pairs of labels and null labels, each of shape `(batch,)`."""
+    def _conditions(self, labels: Tensor | None, batch_size: int, device) -> dict[str, tuple[Tensor, Tensor]]:
+        """Pairs of labels and null labels, each of shape `(batch,)`, or multi-hot or weights `(batch, num_classes)`."""
         if self.denoiser_num_classes is None:
             return {}
         if labels is None and self.null_label is None:
@@ -267,10 +271,11 @@ class GuidedDiffusionPipeline(LabelledMixin, InversionMixin, DiffusionPipeline):
         null = torch.full((batch_size,), self.null_label or 0, device=device)
         if labels is None:
             return {"class_labels": (null, null)}
-        return {"class_labels": (torch.tensor(labels, device=device).expand(batch_size), null)}
+        labels = labels.to(device).expand(batch_size, *labels.shape[1:])
+        return {"class_labels": (labels, torch.zeros_like(labels) if labels.dtype == torch.bool else null)}
 
     def _denoiser(
-        self, scheduler, guider, labels: list[int] | None, batch_size: int, device, low_memory: bool = False
+        self, scheduler, guider, labels: Tensor | None, batch_size: int, device, low_memory: bool = False
     ) -> GuidedDenoiser:
         return GuidedDenoiser(
             self.denoiser,
@@ -278,7 +283,7 @@ class GuidedDiffusionPipeline(LabelledMixin, InversionMixin, DiffusionPipeline):
             guider,
             self._conditions(labels, batch_size, device),
             self.denoiser.config.in_channels,
-            class_labels=None if labels is None else torch.tensor(labels, device=device).expand(batch_size),
+            class_labels=None if labels is None else labels.to(device).expand(batch_size, *labels.shape[1:]),
             classifier=self.classifier,
             weak_denoiser=self.weak_denoiser,
             low_memory=low_memory,

@@ -3,6 +3,7 @@ import torch
 from diffusers import AutoModel
 
 from diffusers_ext import ExtDDPMScheduler, NoisyClassifierModel
+from diffusers_ext.models.classifier import AttentionPool
 from diffusers_ext.schedulers.levels import describe_path
 
 
@@ -39,6 +40,15 @@ def test_it_sees_the_place_and_the_noise_level():
     model, x = classifier().eval(), sample(1, 1, 8, 8)
     assert not torch.allclose(model(x, 10).logits, model(x, 900).logits, rtol=1e-2)
     assert not torch.allclose(model(x, 10).logits, model(x.flip(-1), 10).logits, rtol=1e-2)
+
+
+def test_pooling_knows_where_features_are():
+    torch.manual_seed(0)
+    pool, x = AttentionPool(8, num_positions=6), sample(2, 8, 2, 3)
+    assert pool(x).shape == (2, 8)
+    assert not torch.allclose(pool(x), pool(x.flip(-1)), rtol=1e-2, atol=1e-3)
+    torch.nn.init.zeros_(pool.positions)
+    torch.testing.assert_close(pool(x), pool(x.flip(-1)))
 
 
 def test_a_new_one_finds_all_labels_equally_likely():

@@ -183,7 +183,9 @@ def test_what_is_missing_is_said():
     with pytest.raises(ValueError, match="needs a classifier: give the pipeline one"):
         sample(pipeline(classifier=None), classifier_scale=1.0)
     for labels in (None, [1, 3]):
-        with pytest.raises(ValueError, match="needs class_labels to guide to, none of them the null label"):
+        with pytest.raises(
+            ValueError, match="needs class_labels to guide to, one for each image, none of them the null"
+        ):
             sample(pipeline(), labels, classifier_scale=1.0)
     with pytest.raises(ValueError, match="classifier_scale must be finite and at least 0, got -1"):
         sample(pipeline(), classifier_scale=-1.0)

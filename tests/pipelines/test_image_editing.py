@@ -150,6 +150,25 @@ def test_inpainting_in_latents_keeps_known_pixels_exactly():
         torch.testing.assert_close(latents[:, :, known], encode_latents(vae, image * 2 - 1)[:, :, known])
 
 
+@pytest.mark.parametrize("scheduler", [ExtDDPMScheduler, ExtDDIMScheduler])
+@pytest.mark.parametrize("num_resample_steps", [1, 3])
+def test_known_pixels_have_the_noise_of_their_level(scheduler, num_resample_steps):
+    """q(x_s | x_0) after each step, drawn anew, whatever the network says."""
+    pipe, seen = pipeline(oracle(size=16), scheduler()), []
+    pipe(
+        image=torch.full((16, 1, 16, 16), 0.8),
+        mask_image=half_mask(16),
+        num_inference_steps=4,
+        num_resample_steps=num_resample_steps,
+        generator=torch.Generator().manual_seed(0),
+        callback_on_step_end=lambda pipe, step, t, tensors: seen.append(tensors["latents"][..., :8]),
+    )
+    for x, timestep in zip(seen, [500, 250, 0, -1], strict=True):
+        level = pipe.scheduler.schedule.level(timestep, torch.zeros(1))
+        assert x.mean().item() == pytest.approx(0.6 * level.alpha.item(), abs=0.08 * level.sigma.item() + 1e-6)
+        assert x.std().item() == pytest.approx(level.sigma.item(), rel=0.06, abs=1e-6)
+
+
 def inpaint_pairs(num_resample_steps, num_inference_steps=300):
     """The new pixel of each pair whose other one is 0.6, in [-1, 1]."""
     scheduler = ExtDDPMScheduler(clip_sample=False, timestep_spacing="trailing")
