@@ -114,6 +114,8 @@ class GuidedDenoiser:
                 if type(guider).__name__ == "MagnitudeAwareGuidance":  # that of diffusers 0.42 fails with images
                     batch.noise_pred = batch.noise_pred.flatten(2)
             guided = guider(batches).pred.view_as(x)
+            if hasattr(guider, "see"):
+                guider.see(None)  # holds no tensors beyond the step
         rest = batches[0].rest
         return torch.cat([guided, rest], dim=1) if rest.shape[1] else guided
 

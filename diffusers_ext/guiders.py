@@ -25,8 +25,8 @@ class _ContextGuidance(BaseGuidance):
 
     _context: StepContext | None = None
 
-    def see(self, context: StepContext) -> None:
-        """What the predictions of the next `forward` belong to."""
+    def see(self, context: StepContext | None) -> None:
+        """What the predictions of the next `forward` belong to; `None` after it."""
         self._context = context
 
     def check_pipeline(self, pipe, labels: Tensor | None) -> None:
@@ -202,6 +202,8 @@ class ComposedGuidance(_ContextGuidance):
         self._weights = []
 
     def check_pipeline(self, pipe, labels: Tensor | None) -> None:
+        if labels is None or not labels.is_floating_point():
+            raise ValueError("ComposedGuidance needs class_labels with weights, such as [{3: 2.0, 5: 1.0}]")
         if pipe.null_label is None:
             raise ValueError("weights of labels need a model with labels and a null label")
 

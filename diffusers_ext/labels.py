@@ -66,7 +66,8 @@ class LabelledMixin:
 
         Args:
             class_labels: One for all images, or a sequence with one for each. Each is a label; or a list or set of
-                labels that the image has all at once; or a dict from labels to the weights of their directions.
+                labels that the image has all at once; or a dict from labels to the weights of their directions. An
+                array or tensor `(images, num_classes)` of zeros and ones means sets too.
 
         Returns:
             int64, shape `(images,)`, labels; bool, shape `(images, num_classes)`, sets; or float32 of the same shape,
@@ -77,6 +78,8 @@ class LabelledMixin:
         """
         if isinstance(class_labels, Mapping):
             class_labels = [class_labels]
+        if isinstance(class_labels, Tensor | np.ndarray) and class_labels.ndim == 2:
+            return self._multi_hot(torch.as_tensor(class_labels))
         is_sequence = isinstance(class_labels, list | tuple)
         if not (is_sequence and any(isinstance(each, Mapping | list | tuple | set) for each in class_labels)):
             return torch.tensor(self.get_label_ids(class_labels), dtype=torch.int64)
@@ -97,6 +100,15 @@ class LabelledMixin:
                 if number != self.null_label:
                     row[number] = weight
         return rows if weighted else rows.bool()
+
+    def _multi_hot(self, class_labels: Tensor) -> Tensor:
+        zeros_and_ones = ((class_labels == 0) | (class_labels == 1)).all()
+        if class_labels.shape[1] != self.num_classes or not zeros_and_ones:
+            raise ValueError(
+                f"class_labels must be ids, or zeros and ones of shape (images, {self.num_classes}), got shape "
+                f"{tuple(class_labels.shape)}" + ("" if zeros_and_ones else " of other numbers")
+            )
+        return class_labels.bool()
 
     def _label_id(self, label: int | str) -> int:
         if isinstance(label, str):

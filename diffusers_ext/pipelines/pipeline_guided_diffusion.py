@@ -301,7 +301,8 @@ class GuidedDiffusionPipeline(LabelledMixin, InversionMixin, DiffusionPipeline):
         if strength == 1:
             return scheduler.timesteps
         num_steps = num_inference_steps if timesteps is None else len(timesteps)
-        first = (num_steps - int(num_steps * strength)) * scheduler.order
+        # The small number is for shares such as 0.29, of which 100 are 28.999... in floating point.
+        first = (num_steps - int(num_steps * strength + 1e-6)) * scheduler.order
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(first)
         return scheduler.timesteps[first:]

@@ -90,6 +90,13 @@ def test_strength_0_is_the_image_and_strength_1_does_not_look_at_it(scheduler):
     assert not torch.allclose(between, image, atol=0.01)
 
 
+@pytest.mark.parametrize("strength, steps", [(0.29, 29), (0.3, 30), (0.295, 29), (0.001, 0), (1.0, 100)])
+def test_strength_is_the_share_of_the_steps(strength, steps):
+    pipe = pipeline(oracle(), ExtDDIMScheduler())
+    pipe(image=pictures(1, 1, 8, 8), strength=strength, num_inference_steps=100)
+    assert pipe.num_timesteps == steps
+
+
 @pytest.mark.parametrize("scheduler", [ExtDDIMScheduler, EulerDiscreteScheduler])
 def test_an_image_keeps_what_the_noise_level_leaves_of_it(scheduler):
     """With the exact denoiser the way down is linear: x_0 = gain (alpha image + sigma noise), gain as without an image."""

@@ -6,6 +6,7 @@ from diffusers import UNet2DModel
 from diffusers.guiders import ClassifierFreeGuidance
 
 from diffusers_ext import DiTModel, ExtDDIMScheduler, ExtDDPMScheduler, GuidedDiffusionPipeline
+from diffusers_ext.guiders import ComposedGuidance
 from diffusers_ext.models.layers import TimestepEmbedding
 from tiny import tiny_unet
 
@@ -58,6 +59,9 @@ def test_sets_of_labels_reach_the_network(kind, scale):
     both = sample(pipe, [["bag", 2]], **kwargs)
     assert not torch.allclose(both, one, rtol=1e-2, atol=1e-2)
     assert torch.equal(both, sample(pipe, [{2, 1}], **kwargs))
+    multi_hot = torch.tensor([[0, 1, 1]])
+    assert torch.equal(both, sample(pipe, multi_hot, **kwargs))
+    assert torch.equal(both, sample(pipe, multi_hot.bool().numpy(), **kwargs))
     together = sample(pipe, [["bag", 2], 1, []], 3, **kwargs)
     torch.testing.assert_close(together[0], both[0], rtol=1e-3, atol=1e-3)
 
@@ -100,6 +104,9 @@ def test_image_i_of_weights_is_the_same_alone_and_in_a_batch():
         ([["bag", "boots"]], {}, "no label named 'boots'; near ones are 'ankle boot'"),
         ([{5: 1.0}], {}, r"must be in \[0, 2\], or 3 for no label, got 5"),
         ([{1: float("nan")}], {}, "the weight of a label must be finite, got nan for 1"),
+        (torch.tensor([[0, 1]]), {}, r"zeros and ones of shape \(images, 3\), got shape \(1, 2\)"),
+        (torch.tensor([[0, 0.5, 1]]), {}, "got shape .* of other numbers"),
+        ([1], {"guider": ComposedGuidance()}, "ComposedGuidance needs class_labels with weights"),
         ([{1: 2.0}, 1], {}, "weights for all images or for none"),
         ([1, {1: 2.0}], {}, "weights for all images or for none"),
         ([{1: 2.0}], {"guidance_scale": 2.0}, "a guidance of their own"),
