@@ -254,8 +254,8 @@ class BoundTerms:
         kl: KL of transition `index`, shape `(batch, terms)`.
         decoder: -log p(x_0 | x_t1), shape `(batch,)`.
         index: Which transitions, int64, shape `(batch, terms)`; never 0.
-        num_transitions: Of the chain, that to the data not counted. If there are fewer terms, `rate` is an unbiased
-            estimate from them.
+        weight: How often each counts, shape `(batch, terms)`: 1 if there are all of them, or else what makes `rate` an
+            unbiased estimate.
         num_dims: Values of an image.
     """
 
@@ -263,13 +263,12 @@ class BoundTerms:
     kl: Tensor
     decoder: Tensor
     index: Tensor
-    num_transitions: int
+    weight: Tensor
     num_dims: int
 
     @property
     def rate(self) -> Tensor:
-        share = self.num_transitions / max(1, self.kl.shape[1])
-        return self.prior + share * self.kl.sum(1)
+        return self.prior + (self.weight * self.kl).sum(1)
 
     @property
     def distortion(self) -> Tensor:
@@ -332,8 +331,9 @@ def variational_bound(
             digits float64.
         variance: One of `REVERSE_VARIANCES`.
         num_bins: See `decoder_nats`; None for continuous data.
-        num_terms: Number of transitions looked at for each image, spread over the chain at random, in [1, n - 1] for a
-            chain of n. By default all. The last transition and the prior are always counted.
+        num_terms: Number of transitions looked at for each image, in [1, n - 1] for a chain of n, spread over the chain
+            at random and more where the log SNR changes more. By default all. The last transition and the prior are
+            always counted.
         clip: What the sampler does to the predicted x_0, such as clamping it to [-1, 1].
         generator: Source of the noise. With a list, the terms of image i follow from generator i alone.
         noise: The unit noise of transition i itself, of the shape of `x0`, instead of a generator.
@@ -348,8 +348,9 @@ def variational_bound(
     if num_terms is not None and not 1 <= num_terms <= last:
         raise ValueError(f"num_terms must be in [1, {last}], one less than the chain's timesteps, got {num_terms}")
     index = torch.arange(1, len(chain)).expand(len(x0), -1)
+    weight = torch.ones(index.shape, dtype=torch.float64)
     if num_terms is not None and num_terms < last:
-        index = _spread(len(x0), num_terms, last, generator)
+        index, weight = _spread(len(x0), num_terms, chain, generator)
     draw = noise or (lambda i: randn_tensor(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype))
 
     def cost(column: int | None) -> Tensor:
@@ -365,7 +366,7 @@ def variational_bound(
         kl=torch.stack(kl, dim=1) if kl else x0.new_zeros(len(x0), 0),
         decoder=decoder,
         index=index.to(x0.device),
-        num_transitions=last,
+        weight=weight.to(x0),
         num_dims=x0[0].numel(),
     )
 
@@ -417,13 +418,27 @@ def check_variance(chain: ReverseChain, variance: str) -> None:
         raise ValueError("the variance 'optimal' needs a chain with variances: measure them with optimal_variances")
 
 
-def _spread(num_images: int, num_terms: int, last: int, generator: Generator | list[Generator] | None) -> Tensor:
-    """For each image, one of 1..last from each of `num_terms` even parts of that range, shape `(images, terms)`."""
+def _spread(
+    num_images: int, num_terms: int, chain: ReverseChain, generator: Generator | list[Generator] | None
+) -> tuple[Tensor, Tensor]:
+    """Transitions but for 0, one from each of `num_terms` even parts of a distribution over them, and their weights.
+
+    Half of it is even. The other half is in proportion to the change of log SNR, and so to the KL of a model whose error
+    in x_0 is some share of 1 / SNR: without it the few transitions with the most would make the estimate noisy.
+
+    Returns: int64 and float64, of shape `(images, terms)`.
+    """
     if isinstance(generator, list):
         uniform = [torch.rand(num_terms, generator=one, device=one.device, dtype=torch.float64) for one in generator]
         uniform = torch.stack(uniform).cpu()
     else:
         device = None if generator is None else generator.device
         uniform = torch.rand(num_images, num_terms, generator=generator, device=device, dtype=torch.float64).cpu()
+    level = chain.schedule.level(chain.timesteps, torch.zeros(1, dtype=torch.float64))
+    change = -level.snr.log().diff()
+    change = change.nan_to_num(posinf=0.0)  # to zero terminal SNR, which the even half has
+    probability = 0.5 / len(change) + 0.5 * change / change.sum().clamp(min=1e-300)
+    sums = (probability / probability.sum()).cumsum(0)
     place = (torch.arange(num_terms) + uniform) / num_terms  # evenly distributed over [0, 1) taken together
-    return 1 + (place * last).long().clamp(max=last - 1)
+    drawn = torch.searchsorted(sums, place, right=True).clamp(max=len(change) - 1)
+    return 1 + drawn, probability.sum() / (num_terms * probability[drawn])

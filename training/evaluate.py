@@ -98,7 +98,7 @@ class EvaluateConfig(DataOptions):
     )
     num_likelihood_terms: int | None = option(
         None,
-        "timesteps of these to look at for each image, drawn evenly spread; 100 if left open, more make the standard "
+        "timesteps of these to look at for each image, drawn without bias; 100 if left open, more make the standard "
         "error smaller",
     )
     likelihood_variance: Literal[FIXED_VARIANCES] | None = option(

@@ -150,7 +150,7 @@ def measure_bits_per_dim(
         train: Images that it was trained on, for the variance "optimal", which is measured on `batch_size` of them.
         num_images: How many of them, drawn by the seed; at most all.
         num_steps: Timesteps of the sampler whose bound it is; all of the training's by default.
-        num_terms: How many of them are looked at for each image, drawn evenly spread, without bias; None for all.
+        num_terms: How many of them are looked at for each image, see `variational_bound`; None for all.
         variance: "fixed_small", "fixed_large" or "optimal"; by default the model's own.
         num_flow_steps: Measure the bound by the probability flow too, in so many steps of four evaluations and gradients
             of the network each; without clipping of the predicted x_0.
@@ -224,9 +224,8 @@ def measure_bits_per_dim(
                 # On the CPU, so that the noise is the same on every device.
                 generator=[Generator().manual_seed(seed * SEED_STRIDE + row) for row in rows],
             )
-            share = terms.num_transitions / max(1, terms.kl.shape[1])
             part = torch.zeros(len(rows), NUM_PARTS, dtype=wide, device=x0.device)
-            part.scatter_add_(1, _part_of(terms.index, chain), share * terms.kl)
+            part.scatter_add_(1, _part_of(terms.index, chain), terms.weight * terms.kl)
             flow = torch.full_like(terms.total, math.nan)
             if num_flow_steps is not None:
                 with torch.autocast(state.device.type, enabled=False):
