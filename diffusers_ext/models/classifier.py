@@ -12,6 +12,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from diffusers_ext.models.layers import AffineGroupNorm, TimestepEmbedding, attention
+from diffusers_ext.models.regional import RegionalCompilation
 from diffusers_ext.models.unet import (
     as_size,
     block_maker,
@@ -58,7 +59,7 @@ class AttentionPool(nn.Module):
         return self.to_out(attention(query, key, value).flatten(1))
 
 
-class NoisyClassifierModel(ModelMixin, ConfigMixin):
+class NoisyClassifierModel(RegionalCompilation, ModelMixin, ConfigMixin):
     """Labels of noisy samples at any noise level: the way down of `UNetModel`, and pooling by attention.
 
     `training/train_classifier.py` trains it; `diffusers_ext.ClassifierGuidance` guides by it.
