@@ -86,7 +86,7 @@ def main(config: EvaluateVAEConfig) -> dict | None:
     start = time.perf_counter()
     state = PartialState()
     set_threads(config.num_threads, state.num_processes)
-    config = take_options_of_run(config, config.model, ["binarize"])
+    given, config = config, take_options_of_run(config, config.model, ["binarize"])
     if not Path(config.model, "config.json").is_file():
         raise ValueError(f"{config.model} is no folder of a VAEModel: it has no config.json")
     vae = VAEModel.from_pretrained(config.model).to(state.device).eval()
@@ -110,7 +110,7 @@ def main(config: EvaluateVAEConfig) -> dict | None:
         **measure(vae, images, config, features),
         "seconds": round(time.perf_counter() - start, 1),
     }
-    report(config, result)
+    report(given, result)
     return result
 
 
@@ -208,8 +208,12 @@ def report(config: EvaluateVAEConfig, result: dict):
 
 
 def figures_of(config: EvaluateVAEConfig, result: dict) -> list[Figure]:
-    """The measures as a model card shows them."""
-    names = {"k": result["num_samples"], "dataset": Path(config.dataset_name).name, "latents": result["num_latents"]}
+    """The measures as a model card shows them, with the command as it was given."""
+    names = {
+        "k": result["num_samples"],
+        "dataset": Path(result["dataset_name"]).name,
+        "latents": result["num_latents"],
+    }
     command = to_command(config, "training/evaluate_vae.py")
     return [
         Figure(

@@ -65,7 +65,7 @@ class TrainVAEConfig(TrainerConfig):
     layers_per_block: int = option(1, "conv: residual blocks at each resolution; one more in the decoder")
     mid_block_add_attention: bool = option(True, "conv: attention at the lowest resolution")
     latent_dim: int = option(16, "mlp: number of latents")
-    hidden_dims: tuple[int, ...] = option((512,), "mlp: widths of the encoder's hidden layers")
+    hidden_dims: tuple[int, ...] = option((256, 256), "mlp: widths of the encoder's hidden layers")
 
     likelihood: Literal[LIKELIHOODS] = option("gaussian", "p(x | z); laplace is L1", "loss")
     likelihood_scale: float = option(0.1, "standard deviation of gaussian, b of laplace, for data in [-1, 1]")
