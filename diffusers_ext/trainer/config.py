@@ -15,8 +15,8 @@ from diffusers_ext.trainer.schedule import LR_SCHEDULERS, Budget, parse_duration
 
 
 @dataclass(frozen=True)
-class TrainerConfig:
-    """Options of a training run.
+class DataConfig:
+    """Which images, and how they are read.
 
     Raises:
         ValueError: if options contradict one another or are out of range.
@@ -55,6 +55,49 @@ class TrainerConfig:
     random_flip: bool = option(False, "mirror every other image left to right, at random")
     max_train_samples: int | None = option(None, "use only the first so many images")
     max_bad_share: float = option(0.01, "share of the images that may fail to decode and be left out")
+    preprocessing_num_workers: int = option(1, "processes that decode the images, once")
+    cache_dir: str | None = option(None, "where `datasets` keeps what it reads and decodes")
+
+    # What the prepared images depend on.
+    DATA_OPTIONS: ClassVar[tuple[str, ...]] = tuple(
+        "dataset_config_name dataset_split image_column label_column num_classes label_names unconditional resolution "
+        "resize_mode pad_value image_mode random_flip max_train_samples".split()
+    )
+
+    def __post_init__(self):
+        for name in ("max_train_samples", "num_classes", "preprocessing_num_workers"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.resolution is not None and (len(self.resolution) > 2 or min(self.resolution) < 1):
+            raise ValueError(
+                f"resolution must be one side or height and width, got {' '.join(map(str, self.resolution))}"
+            )
+        if not 0 <= self.max_bad_share < 1:
+            raise ValueError(f"max_bad_share must be in [0, 1), got {self.max_bad_share:g}")
+        names = self.label_names
+        if names is not None and (not names or len(set(names)) < len(names)):
+            raise ValueError(f"label_names must be different names, got {' '.join(names)}")
+        if self.num_classes and names and len(names) != self.num_classes:
+            raise ValueError(f"num_classes must be the number of label_names, got {self.num_classes} and {len(names)}")
+        if self.unconditional and (self.num_classes or names):
+            raise ValueError(
+                "num_classes and label_names have no meaning with unconditional, which leaves the labels out"
+            )
+
+    @property
+    def names_of_labels(self) -> tuple[str, ...] | None:
+        """Of 0, 1, 2, ..., if `label_names` or `num_classes` says so."""
+        return self.label_names or (tuple(map(str, range(self.num_classes))) if self.num_classes else None)
+
+
+@dataclass(frozen=True)
+class TrainerConfig(DataConfig):
+    """Options of a training run.
+
+    Raises:
+        ValueError: if options contradict one another or are out of range.
+    """
+
     streaming: bool = option(
         False,
         "read the images while training, for data sets too large to decode beforehand; labels must have known names",
@@ -62,11 +105,9 @@ class TrainerConfig:
     shuffle_buffer: int | None = option(
         None, "images that each reader of a stream holds, undecoded, to shuffle them; by default 1000"
     )
-    preprocessing_num_workers: int = option(1, "processes that decode the images, once")
     dataloader_num_workers: int | None = option(
         None, "processes that make batches; by default 0 on a CPU, else up to 4"
     )
-    cache_dir: str | None = option(None, "where `datasets` keeps what it reads and decodes")
 
     output_dir: str | None = option(None, "folder of the run; by default runs/NAME_OF_THE_DATA_SET", "run")
     overwrite_output_dir: bool = option(False, "remove the run that output_dir holds and start over")
@@ -149,14 +190,12 @@ class TrainerConfig:
 
     DEFAULT_MAX_TRAIN_STEPS: ClassVar[int] = 1200
     # What a run that goes on must share with the run that it goes on with.
-    FIXED_ON_RESUME: ClassVar[frozenset[str]] = frozenset(
-        "dataset_config_name dataset_split image_column label_column num_classes label_names unconditional resolution "
-        "resize_mode streaming shuffle_buffer "
-        "pad_value image_mode random_flip max_train_samples seed use_ema ema_std ema_decay ema_warmup "
-        "ema_snapshot_steps ema_stds".split()
+    FIXED_ON_RESUME: ClassVar[frozenset[str]] = frozenset(DataConfig.DATA_OPTIONS).union(
+        "streaming shuffle_buffer seed use_ema ema_std ema_decay ema_warmup ema_snapshot_steps ema_stds".split()
     )
 
     def __post_init__(self):
+        super().__post_init__()
         for name in ("train_batch_size", "gradient_accumulation_steps", "checkpointing_steps", "logging_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -164,8 +203,6 @@ class TrainerConfig:
             "checkpoints_total_limit",
             "checkpoints_keep_every",
             "save_images_steps",
-            "max_train_samples",
-            "num_classes",
             "shuffle_buffer",
             "num_threads",
             "validation_steps",
@@ -177,13 +214,7 @@ class TrainerConfig:
         for name in ("validation_steps", "max_validation_samples"):
             if getattr(self, name) is not None and self.validation_split is None:
                 raise ValueError(f"{name} has no meaning without validation_split")
-        if self.resolution is not None and (len(self.resolution) > 2 or min(self.resolution) < 1):
-            raise ValueError(
-                f"resolution must be one side or height and width, got {' '.join(map(str, self.resolution))}"
-            )
-        self._check_data()
-        if not 0 <= self.max_bad_share < 1:
-            raise ValueError(f"max_bad_share must be in [0, 1), got {self.max_bad_share:g}")
+        self._check_stream()
         if self.learning_rate <= 0 or self.max_grad_norm < 0 or self.lr_warmup_steps < 0:
             raise ValueError(
                 "learning_rate must be positive, max_grad_norm and lr_warmup_steps not negative, got "
@@ -196,16 +227,7 @@ class TrainerConfig:
         self._check_ema()
         self.budget()
 
-    def _check_data(self):
-        names = self.label_names
-        if names is not None and (not names or len(set(names)) < len(names)):
-            raise ValueError(f"label_names must be different names, got {' '.join(names)}")
-        if self.num_classes and names and len(names) != self.num_classes:
-            raise ValueError(f"num_classes must be the number of label_names, got {self.num_classes} and {len(names)}")
-        if self.unconditional and (self.num_classes or names):
-            raise ValueError(
-                "num_classes and label_names have no meaning with unconditional, which leaves the labels out"
-            )
+    def _check_stream(self):
         if self.streaming and self.preprocessing_num_workers != 1:
             raise ValueError(
                 "streaming decodes nothing beforehand: give dataloader_num_workers, not preprocessing_num_workers"
@@ -216,11 +238,6 @@ class TrainerConfig:
             )
         if self.shuffle_buffer and not self.streaming:
             raise ValueError("shuffle_buffer belongs to streaming; without it all images are shuffled")
-
-    @property
-    def names_of_labels(self) -> tuple[str, ...] | None:
-        """Of 0, 1, 2, ..., if `label_names` or `num_classes` says so."""
-        return self.label_names or (tuple(map(str, range(self.num_classes))) if self.num_classes else None)
 
     def _check_ema(self):
         if self.ema_std is not None and self.ema_decay is not None:

@@ -3,11 +3,12 @@
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import datasets
 import numpy as np
 
-from diffusers_ext.trainer.config import TrainerConfig
+from diffusers_ext.trainer.config import DataConfig, TrainerConfig
 from diffusers_ext.trainer.data import (
     PROBED_ROWS,
     Fit,
@@ -34,7 +35,18 @@ def prepare_data(config: TrainerConfig, multiple_of: int = 1, *, read_ahead: boo
     Args:
         read_ahead: Read a stream's first `max_train_samples` images now, for those that are looked at again and again.
     """
-    options = {
+    options = data_options(config, multiple_of)
+    if config.streaming and read_ahead:
+        return prepare_images(config.dataset_name, streaming=True, **options)
+    if config.streaming:
+        shuffle_buffer = config.shuffle_buffer or DEFAULT_SHUFFLE_BUFFER
+        return prepare_stream(config.dataset_name, shuffle_buffer=shuffle_buffer, **options)
+    return prepare_images(config.dataset_name, num_proc=config.preprocessing_num_workers, **options)
+
+
+def data_options(config: DataConfig, multiple_of: int = 1) -> dict[str, Any]:
+    """Keywords of `prepare_images` and `prepare_stream` that the options of a script stand for."""
+    return {
         "config_name": config.dataset_config_name,
         "split": config.dataset_split,
         "image_column": config.image_column,
@@ -50,12 +62,6 @@ def prepare_data(config: TrainerConfig, multiple_of: int = 1, *, read_ahead: boo
         "max_bad_share": config.max_bad_share,
         "cache_dir": config.cache_dir,
     }
-    if config.streaming and read_ahead:
-        return prepare_images(config.dataset_name, streaming=True, **options)
-    if config.streaming:
-        shuffle_buffer = config.shuffle_buffer or DEFAULT_SHUFFLE_BUFFER
-        return prepare_stream(config.dataset_name, shuffle_buffer=shuffle_buffer, **options)
-    return prepare_images(config.dataset_name, num_proc=config.preprocessing_num_workers, **options)
 
 
 def prepare_images(
@@ -151,8 +157,10 @@ def prepare_stream(
     column = find_image_column(source, image_column)
     labels = find_stream_labels(source, label_column, label_names) if with_labels else None
     columns = [column] if labels is None else [column, labels.column]
-    rows = undecoded(source.select_columns(columns), column)
-    first_rows = itertools.islice(rows, PROBED_ROWS)
+    rows = undecoded(source, column).select_columns(columns)
+    # From another opening of it, so that the workers get one that nothing has been read from.
+    again = load_source(name, config_name, split, cache_dir=cache_dir, streaming=True)
+    first_rows = itertools.islice(undecoded(again, column).select_columns(columns), PROBED_ROWS)
     how, notes = _decide(source, column, first_rows, resolution, multiple_of, resize_mode, pad_value, mode)
     if rows.num_shards == 1:
         notes.append(
