@@ -314,6 +314,8 @@ def undecoded(
     rows: datasets.Dataset | datasets.IterableDataset, column: str
 ) -> datasets.Dataset | datasets.IterableDataset:
     """The rows with the bytes or the paths of the images in place of the images."""
+    if isinstance(rows, datasets.IterableDataset):
+        return rows.decode(False)  # also what fetches and decodes in threads, as folders on the Hub do
     if isinstance(rows.features[column], datasets.Image):
         return rows.cast_column(column, datasets.Image(decode=False))
     return rows

@@ -45,7 +45,8 @@ class StreamData:
     """A data set that is read as it is used. It has no length; its other attributes are those of `ImageData`.
 
     Attributes:
-        source: The examples, with undecoded images.
+        source: The examples, with undecoded images. Nothing has been read from it: what `datasets` starts for reading,
+            such as threads, does not come along into the workers.
         image_column: Of the source.
         how: How a picture is brought to its size.
         labels: How labels are read, or None.

@@ -12,6 +12,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import HfApi
 from PIL import Image
 
 from diffusers_ext.trainer.batches import BatchOptions
@@ -198,9 +199,11 @@ def sources(tmp_path_factory):
     }
 
 
+LABEL_NAMES = {"tars": [str(label) for label in range(10)]}
+
+
 def stream_of(sources, kind, **settings):
-    names = {"tars": [str(label) for label in range(10)]}.get(kind)
-    return prepare_stream(sources[kind], **{"label_names": names, "shuffle_buffer": 6} | settings)
+    return prepare_stream(sources[kind], **{"label_names": LABEL_NAMES.get(kind), "shuffle_buffer": 6} | settings)
 
 
 @pytest.mark.parametrize("kind", ["parquet", "tars", "images"])
@@ -249,6 +252,26 @@ def test_stream_and_table_make_the_same_pixels(sources):
         )
         streamed = Counter((pixels.tobytes(), label) for pixels, label in islice(StreamReader(stream, 0, 0, 1), 40))
         assert rows == streamed
+
+
+@pytest.mark.parametrize("kind", ["parquet", "tars", "images"])
+def test_data_on_the_hub_are_read_alike_at_once_and_as_a_stream(hub, sources, tmp_path, kind):
+    """The stream in two workers, which open connections of their own."""
+    api = HfApi(token="hf_token_of_alice")
+    api.create_repo("alice/pictures", repo_type="dataset")
+    api.upload_folder(repo_id="alice/pictures", repo_type="dataset", folder_path=sources[kind])
+    settings = {"cache_dir": str(tmp_path), "label_names": LABEL_NAMES.get(kind)}
+    table = prepare_images("alice/pictures", **settings)
+    asked = len(hub.requests)
+    stream = prepare_stream("alice/pictures", **settings)
+    batches = make_batches(stream, BatchOptions(seed=0, batch_size=5), num_workers=2)
+    seen = set()
+    for batch in islice(batches, 16):  # of two shares the smaller is at most 20 images, so that each image is seen
+        pixels = batch["pixels"].permute(0, 2, 3, 1).numpy()
+        seen.update((p.tobytes(), label) for p, label in zip(pixels, batch["labels"].tolist(), strict=True))
+    rows = zip(table.pixels[range(40)], table.labels.tolist(), strict=True)
+    assert seen == {(pixels.tobytes(), label) for pixels, label in rows}
+    assert len(hub.requests) > asked  # not from what is kept of the other
 
 
 @pytest.mark.parametrize("kind", ["array", "16 bit"])
@@ -434,7 +457,7 @@ def test_random_crops_are_of_every_place_and_follow_from_the_position(tmp_path):
     folder = tmp_path / "data"
     write_tars(folder, [{"png": png(np.ascontiguousarray(picture))}] * 3, 3)
     settings = {"resolution": (4,), "resize_mode": "random_crop"}
-    options = BatchOptions(seed=1, batch_size=100)
+    options = BatchOptions(seed=1, batch_size=100, random_flip=True)
     crops = []
     for data in (prepare_stream(str(folder), **settings), prepare_images(str(folder), **settings)):
         assert (
@@ -444,8 +467,10 @@ def test_random_crops_are_of_every_place_and_follow_from_the_position(tmp_path):
         batches = make_batches(data, options)
         crops.append(torch.cat([next(batches)["pixels"] for _ in range(4)]))
     assert torch.equal(*crops)  # the picture is always the same, so is its crop at the same position
-    starts = crops[0][:, 0, 0, 0].long()
-    assert torch.equal(crops[0][:, 0], (starts[:, None, None] + torch.arange(4)).expand(400, 4, 4).byte())
-    counts = torch.bincount(starts)
-    assert len(counts) == 4 and (counts - 100).abs().max() < 5 * (400 * 3 / 16) ** 0.5
+    flipped = crops[0][:, 0, 0, 0] > crops[0][:, 0, 0, 3]
+    upright = torch.where(flipped[:, None, None], crops[0][:, 0].flip(-1), crops[0][:, 0])
+    starts = upright[:, 0, 0].long()
+    assert torch.equal(upright, (starts[:, None, None] + torch.arange(4)).expand(400, 4, 4).byte())
+    counts = torch.bincount(starts + 4 * flipped, minlength=8)  # each place as likely as the others, flipped or not
+    assert len(counts) == 8 and (counts - 50).abs().max() < 5 * (400 * 7 / 64) ** 0.5
     np.testing.assert_array_equal(data.pixels[[0]][0, 0, :, 0], [1, 2, 3, 4])  # without a place, the middle
