@@ -91,10 +91,22 @@ def save_images(folder, pixels, **columns):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The folder of a run on digits, and what it printed."""
+    """The folder of a run on digits in two processes, and what it printed."""
     folder = tmp_path_factory.mktemp("runs") / "digits"
-    validation = {"validation_split": "test", "validation_steps": 2, "max_validation_samples": 8}
-    process = launch(config_of(folder, save_images_steps=2, report_to="tensorboard", num_threads=1, **validation))
+    settings = {
+        "train_batch_size": 2,
+        "mixed_precision": "no",
+        "label_dropout": 0.5,
+        "random_flip": True,
+        "max_grad_norm": 0.1,
+        "validation_split": "test",
+        "validation_steps": 2,
+        "max_validation_samples": 8,
+        "save_images_steps": 2,
+        "report_to": "tensorboard",
+        "num_threads": 1,
+    }
+    process = launch(config_of(folder, **settings), *TWO_PROCESSES)
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 0, output
     return folder, output
@@ -102,7 +114,7 @@ def run(tmp_path_factory):
 
 def test_run_leaves_all_that_it_names(run):
     folder, output = run
-    assert f"in {folder}:" in output
+    assert f"in {folder}:" in output and output.count("trained for 4 steps, 16 images") == 1
     for name in (
         "samples.png",
         "denoising.png",
@@ -175,19 +187,43 @@ def test_saved_pipeline_holds_the_averaged_weights_and_the_trainings_schedule(ru
     assert {int(label): name for label, name in pipe.config.id2label.items()} == {n: str(n) for n in range(10)}
 
 
-def test_resolved_options_make_the_same_run_again(run, tmp_path):
+def test_resolved_options_and_the_whole_batch_make_the_same_run_in_one_process(run, tmp_path):
     """Here in this process, from the options that the launched run has written."""
     folder, _ = run
     config = parse_config(
-        TrainConfig, ["--config", str(folder / "train_config.yaml"), "--output_dir", str(tmp_path / "again")]
+        TrainConfig,
+        [
+            "--config",
+            str(folder / "train_config.yaml"),
+            "--output_dir",
+            str(tmp_path / "again"),
+            "--train_batch_size",
+            "4",
+        ],
     )
     assert config.resolution == (8, 8) and config.resize_mode == "pad" and config.ema_std is not None
     main(config)
-    first, again = (
-        load_file(path / "denoiser" / "diffusion_pytorch_model.safetensors") for path in (folder, tmp_path / "again")
+    two, one = (
+        load_file(path / "checkpoint-4" / "model.safetensors")
+        | {
+            f"average {name}": value
+            for name, value in load_file(path / "checkpoint-4" / "average.safetensors").items()
+        }
+        for path in (folder, tmp_path / "again")
     )
-    for name in first:
-        assert torch.equal(first[name], again[name]), name
+    for name in one:
+        torch.testing.assert_close(
+            one[name], two[name], rtol=1e-4, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    logs = [read_metrics(path / "metrics.jsonl") for path in (tmp_path / "again", folder)]
+    for mine, theirs in zip(*logs, strict=True):
+        assert theirs["images"] == mine["images"] and theirs["learning_rate"] == mine["learning_rate"]
+        assert [theirs[name] for name in ("loss", "val_loss")] == pytest.approx(
+            [mine[name] for name in ("loss", "val_loss")], rel=1e-4
+        )
+    for grid in ("samples.png", "samples/step-0000002.png"):
+        pixels = [np.asarray(Image.open(path / grid)).astype(int) for path in (tmp_path / "again", folder)]
+        assert abs(pixels[0] - pixels[1]).max() <= 2
 
 
 def test_a_second_run_in_the_same_folder_is_refused_continued_or_overwritten(run, tmp_path):
@@ -199,27 +235,6 @@ def test_a_second_run_in_the_same_folder_is_refused_continued_or_overwritten(run
     assert [record["step"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [2, 3]
     main(dataclasses.replace(config, overwrite_output_dir=True))
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
-
-
-def test_two_processes_with_half_of_the_batch_give_the_weights_of_one_with_all_of_it(tmp_path):
-    settings = {"mixed_precision": "no", "label_dropout": 0.5, "random_flip": True, "max_grad_norm": 0.1}
-    both = launch(
-        config_of(tmp_path / "two", train_batch_size=2, **settings),
-        *TWO_PROCESSES,
-    )
-    output = both.communicate(timeout=120)[0]
-    assert both.returncode == 0, output
-    main(config_of(tmp_path / "one", **settings))
-    one, two = (load_file(tmp_path / run / "checkpoint-4" / "model.safetensors") for run in ("one", "two"))
-    for name in one:
-        torch.testing.assert_close(
-            one[name], two[name], rtol=1e-4, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}"
-        )
-    logs = [read_metrics(tmp_path / run / "metrics.jsonl") for run in ("one", "two")]
-    for mine, theirs in zip(*logs, strict=True):
-        assert theirs["images"] == mine["images"] and theirs["learning_rate"] == mine["learning_rate"]
-        assert theirs["loss"] == pytest.approx(mine["loss"], rel=1e-4)
-    assert output.count("trained for 4 steps, 16 images") == 1
 
 
 def test_terminated_processes_end_clearly_and_the_run_goes_on(tmp_path):
