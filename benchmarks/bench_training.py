@@ -177,6 +177,8 @@ def compare_memory(arguments: argparse.Namespace, folder: Path, data):
     ours = [f"{ROOT}/training/train_ddpm.py", "--dataset_name", arguments.dataset_name, *common]
     ours += ["--output_dir", str(folder / "ours"), "--unconditional", "--mixed_precision", arguments.mixed_precision]
     ours += ["--num_inference_steps", "2", "--num_threads", str(arguments.threads)]
+    # `train_stock.py` makes no samples; ours must not be of more images at once than a step has.
+    ours += ["--eval_batch_size", str(arguments.batch_size)]
     commands = {"train_stock.py": stock + ["--bf16"] * bf16, "train_ddpm.py": ours}
     peaks = {name: peak_memory(command, arguments.threads) for name, command in commands.items()}
     print(f"\n{'script':26}{'peak RSS':>10}{'of diffusers':>14}")
