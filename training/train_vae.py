@@ -64,7 +64,7 @@ class TrainVAEConfig(TrainerConfig):
     latent_channels: int = option(4, "conv: channels of the latents")
     layers_per_block: int = option(1, "conv: residual blocks at each resolution; one more in the decoder")
     mid_block_add_attention: bool = option(True, "conv: attention at the lowest resolution")
-    latent_dim: int = option(16, "mlp: number of latents")
+    latent_dim: int = option(10, "mlp: number of latents")
     hidden_dims: tuple[int, ...] = option((256, 256), "mlp: widths of the encoder's hidden layers")
 
     likelihood: Literal[LIKELIHOODS] = option("gaussian", "p(x | z); laplace is L1", "loss")
