@@ -345,8 +345,17 @@ class GuidedDiffusionPipeline(LabelledMixin, InversionMixin, DiffusionPipeline):
     def _as_expected(self, output: Tensor, channels: int) -> Tensor:
         """Leaves a learned variance away for a scheduler that has no use for it."""
         # A config keeps the keys of the scheduler that it came from, whether or not the class knows them.
-        known = "variance_type" in inspect.signature(type(self.scheduler).__init__).parameters
-        learned = known and str(self.scheduler.config.variance_type).startswith("learned")
+        known = inspect.signature(type(self.scheduler).__init__).parameters
+        learned = "variance_type" in known and str(self.scheduler.config.variance_type).startswith("learned")
+        # Solvers of diffusers use no variance, and keep 3 channels of what they get, whatever the data.
+        if learned and "algorithm_type" in known:
+            if channels > 3:
+                name = type(self.scheduler).__name__
+                raise ValueError(
+                    f"{name} takes no learned variance for {channels} channels, got variance_type="
+                    f"{self.scheduler.config.variance_type!r}; make it by {name}.from_config(config, variance_type=None)"
+                )
+            learned = False
         return output if learned else output[:, :channels]
 
     def _fitting_mask(self, mask: Tensor, x0: Tensor, pixels: Tensor) -> Tensor:

@@ -5,9 +5,12 @@ import torch
 from accelerate import cpu_offload
 from diffusers import (
     AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
     EulerDiscreteScheduler,
     KDPM2DiscreteScheduler,
     PNDMScheduler,
+    SASolverScheduler,
     UniPCMultistepScheduler,
 )
 from diffusers.guiders import ClassifierFreeGuidance
@@ -33,9 +36,18 @@ def sample(pipeline: GuidedDiffusionPipeline, **kwargs) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "cls", [EulerDiscreteScheduler, KDPM2DiscreteScheduler, PNDMScheduler, UniPCMultistepScheduler]
+    "cls",
+    [
+        DPMSolverMultistepScheduler,
+        DPMSolverSinglestepScheduler,
+        EulerDiscreteScheduler,
+        KDPM2DiscreteScheduler,
+        PNDMScheduler,
+        SASolverScheduler,
+        UniPCMultistepScheduler,
+    ],
 )
-def test_a_learned_variance_is_left_away_by_schedulers_that_know_of_none(cls):
+def test_a_learned_variance_is_left_away_by_schedulers_that_draw_none(cls):
     """Made from the config of one that does, as users switch samplers; that config keeps the foreign key."""
     learned = tiny_pipeline(ExtDDPMScheduler(variance_type="learned_range"), out_channels=2)
     learned.scheduler = cls.from_config(learned.scheduler.config)
@@ -46,6 +58,18 @@ def test_a_learned_variance_is_left_away_by_schedulers_that_know_of_none(cls):
     first = {name: value[:1] if name.startswith("conv_out") else value for name, value in weights.items()}
     plain.denoiser.load_state_dict(first)
     torch.testing.assert_close(sample(learned), sample(plain))
+
+
+@torch.no_grad()
+def test_a_solver_that_keeps_three_channels_is_refused_for_four():
+    """Solvers of diffusers cut what they are given to the channels of an RGB image if the variance is learned."""
+    scheduler = DPMSolverMultistepScheduler.from_config(ExtDDPMScheduler(variance_type="learned_range").config)
+    unet = UNetModel(8, 4, 8, block_out_channels=(8, 16), layers_per_block=1)
+    pipeline = GuidedDiffusionPipeline(unet, scheduler)
+    with pytest.raises(ValueError, match=r"from_config\(config, variance_type=None\)"):
+        pipeline(num_inference_steps=2, output_type="latent")
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(scheduler.config, variance_type=None)
+    assert pipeline(num_inference_steps=2, output_type="latent").images.shape == (1, 4, 8, 8)
 
 
 def test_a_callback_knows_which_step_is_the_last():
