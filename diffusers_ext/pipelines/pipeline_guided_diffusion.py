@@ -119,6 +119,7 @@ class GuidedDiffusionPipeline(LabelledMixin, InversionMixin, DiffusionPipeline):
         classifier_scale: float = 0.0,
         timesteps: list[int] | None = None,
         eta: float = 0.0,
+        use_clipped_model_output: bool | None = None,
         low_memory: bool = False,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -154,6 +155,9 @@ class GuidedDiffusionPipeline(LabelledMixin, InversionMixin, DiffusionPipeline):
             classifier_scale: Weight of the pipeline's classifier (`ClassifierGuidance`), on top of `guidance_scale`.
             timesteps: Timesteps to visit, descending, in place of `num_inference_steps`.
             eta: Share of the noise that DDIM puts back in each step, in [0, 1]; other schedulers take none.
+            use_clipped_model_output: Whether DDIM takes the noise in x_t to be what the clipped x_0 leaves. By default it
+                does under guidance, whose predictions leave the range of the data: the noise that they say would stay
+                in the image. Other schedulers have no such choice.
             low_memory: Call the network once for each prediction of a guider, instead of once for all.
             output_type: "pil"; "np", `(batch, height, width, channels)` in [0, 1]; "pt",
                 `(batch, channels, height, width)` in [0, 1]; or "latent", as the sampler left them.
@@ -183,7 +187,7 @@ class GuidedDiffusionPipeline(LabelledMixin, InversionMixin, DiffusionPipeline):
         check_guider(self, guider, labels, visited, guidance_interval)
         guide = guided_steps(guidance_interval, self.scheduler, visited)
         denoise = self._denoiser(self.scheduler, guider, labels, batch_size, device, low_memory)
-        step_kwargs = self._step_kwargs(generator, eta)
+        step_kwargs = self._step_kwargs(generator, eta, use_clipped_model_output, guider, guide)
         wanted = self._trajectory_indices(trajectory_steps, len(visited))
 
         x = self._start(batch_size, generator, latents, x0, strength, visited)
@@ -216,6 +220,7 @@ class GuidedDiffusionPipeline(LabelledMixin, InversionMixin, DiffusionPipeline):
                             self, given_guider, guidance_scale, guidance_rescale, classifier_scale, labels
                         )
                         check_guider(self, guider, labels, visited, guidance_interval)
+                        step_kwargs = self._step_kwargs(generator, eta, use_clipped_model_output, guider, guide)
                         denoise = self._denoiser(self.scheduler, guider, labels, batch_size, device, low_memory)
 
         images = self._decode(x, output_type, pixels, mask)
@@ -322,11 +327,20 @@ class GuidedDiffusionPipeline(LabelledMixin, InversionMixin, DiffusionPipeline):
         x0 = x0.expand(shape)
         return self.scheduler.add_noise(x0, noise, visited[:1]) if len(visited) else x0
 
-    def _step_kwargs(self, generator, eta: float) -> dict[str, Any]:
+    def _step_kwargs(
+        self, generator, eta: float, reuse_clipped: bool | None, guider: BaseGuidance | None, guide: list[bool]
+    ) -> dict[str, Any]:
         accepted = inspect.signature(self.scheduler.step).parameters
-        if eta and "eta" not in accepted:
-            raise ValueError(f"eta must be 0 for {type(self.scheduler).__name__}, which has none, got {eta}")
-        given = {"generator": generator, "eta": eta}
+        guided = guider is not None and guider._enabled and any(guide)
+        given = {
+            "generator": generator,
+            "eta": eta,
+            "use_clipped_model_output": guided if reuse_clipped is None else reuse_clipped,
+        }
+        for name, asked, neutral in (("eta", eta, 0), ("use_clipped_model_output", reuse_clipped, None)):
+            if asked and name not in accepted:
+                scheduler = type(self.scheduler).__name__
+                raise ValueError(f"{name} must be {neutral} for {scheduler}, which has none, got {asked}")
         return {name: value for name, value in given.items() if name in accepted}
 
     @staticmethod

@@ -24,6 +24,7 @@ from diffusers.utils import is_kornia_available
 
 import diffusers_ext
 from diffusers_ext import DiTModel, ExtDDIMScheduler, ExtDDPMScheduler, GuidedDiffusionPipeline, WeakModelGuidance
+from diffusers_ext.noising import output_eps, predict_x0
 from tiny import tiny_unet
 
 
@@ -307,6 +308,42 @@ def test_rescaling_gives_the_standard_deviation_of_the_conditional_prediction_ba
         expected = (noise - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt()
         images = pipe([1, 2], guidance_rescale=rescale, **kwargs).images
         torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize(
+    "scale, reuse, expected", [(4.0, None, True), (1.0, None, False), (4.0, False, False), (1.0, True, True)]
+)
+def test_a_guided_x0_that_is_clipped_leaves_no_noise_behind(prediction_type, scale, reuse, expected):
+    """One DDIM step by hand: with guidance the noise is what the clipped x_0 leaves of x_t, without the network's."""
+    pipe, noise = pipeline(scheduler=ExtDDIMScheduler(prediction_type=prediction_type)), torch.randn(2, 1, 8, 8)
+    seen = (
+        pipe(
+            [1, 2],
+            latents=noise,
+            timesteps=[600, 300],
+            guidance_scale=scale,
+            use_clipped_model_output=reuse,
+            output_type="latent",
+            trajectory_steps=[1],
+        )
+        .trajectory[0]
+        .x_t
+    )
+    with torch.no_grad():
+        cond, null = (pipe.denoiser(noise, 600, torch.tensor(labels)).sample for labels in ([1, 2], [3, 3]))
+    t, s = (pipe.scheduler.schedule.level(timestep, noise) for timestep in (600, 300))
+    output = null + scale * (cond - null)
+    x0 = predict_x0(output, noise, t, prediction_type).clamp(-1, 1)
+    eps = (noise - t.alpha * x0) / t.sigma if expected else output_eps(output, noise, t, prediction_type)
+    torch.testing.assert_close(seen, s.alpha * x0 + s.sigma * eps, rtol=1e-3, atol=1e-3)
+
+
+def test_schedulers_without_the_choice_do_not_get_it():
+    pipe = pipeline(scheduler=ExtDDPMScheduler())
+    assert sample(pipe, guidance_scale=4.0).isfinite().all()
+    with pytest.raises(ValueError, match="use_clipped_model_output must be None for ExtDDPMScheduler"):
+        sample(pipe, use_clipped_model_output=True)
 
 
 @pytest.mark.parametrize(
