@@ -117,6 +117,7 @@ class TrainVAEConfig(TrainerConfig):
                 f"binarize {self.binarize} needs --likelihood bernoulli, got {self.likelihood}: a density of two values has "
                 "no bound"
             )
+        self._check_ignored()
         smallest = PatchDiscriminator.smallest_side(self.discriminator_layers)
         for side in self.resolution or ():
             if side % self.size_multiple:
@@ -129,6 +130,25 @@ class TrainVAEConfig(TrainerConfig):
                     f"a discriminator of {self.discriminator_layers} layers needs images of at least {smallest} pixels, got "
                     f"{side}: give fewer --discriminator_layers"
                 )
+
+    def _check_ignored(self):
+        """Refuses options that would do nothing."""
+        conv = ("block_out_channels", "latent_channels", "layers_per_block", "mid_block_add_attention")
+        adversarial = ("adversarial_adaptive", "adversarial_start_step", "adversarial_learning_rate")
+        needs = {
+            "--architecture conv": (self.architecture == "conv", conv),
+            "--architecture mlp": (self.architecture == "mlp", ("latent_dim", "hidden_dims")),
+            "--perceptual_network": (self.perceptual_network is not None, ("perceptual_weight",)),
+            "--adversarial_weight": (
+                self.adversarial_weight > 0,
+                (*adversarial, "discriminator_channels", "discriminator_layers"),
+            ),
+            "--likelihood gaussian or laplace": (self.likelihood != "bernoulli", ("likelihood_scale",)),
+        }
+        for needed, (given, names) in needs.items():
+            for name in names:
+                if not given and getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                    raise ValueError(f"{name} has no meaning without {needed}: give both or neither")
 
     @property
     def size_multiple(self) -> int:

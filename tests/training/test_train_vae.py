@@ -203,6 +203,11 @@ def test_latents_are_measured_on_each_training_image_once(tmp_path):
         ({"binarize": "threshold"}, "binarize threshold needs --likelihood bernoulli, got gaussian"),
         ({**CONV, "resolution": (9,)}, "resolution must be a multiple of 2, .* got 9"),
         ({"adversarial_weight": 1.0, "resolution": (8,)}, "needs images of at least 12 pixels, got 8"),
+        ({"latent_channels": 8}, "latent_channels has no meaning without --architecture conv"),
+        ({"architecture": "conv", "latent_dim": 2}, "latent_dim has no meaning without --architecture mlp"),
+        ({"perceptual_weight": 2.0}, "perceptual_weight has no meaning without --perceptual_network"),
+        ({"discriminator_layers": 3}, "discriminator_layers has no meaning without --adversarial_weight"),
+        ({"likelihood": "bernoulli", "likelihood_scale": 0.2}, "likelihood_scale has no meaning without --likelihood"),
         ({"max_measured_samples": 0}, "max_measured_samples must be at least 1"),
     ],
 )
@@ -232,6 +237,6 @@ def test_a_run_is_overwritten_only_when_asked_to(run, tmp_path):
     other = config_of(tmp_path / "run", **MLP, max_train_samples=20)
     main(other)
     forget_accelerate()
-    main(dataclasses.replace(other, architecture="conv", overwrite_output_dir=True))
+    main(config_of(tmp_path / "run", **CONV, max_train_samples=20, overwrite_output_dir=True))
     assert VAEModel.from_pretrained(tmp_path / "run").config.architecture == "conv"
     assert not (tmp_path / "run" / "manifold.png").exists()
