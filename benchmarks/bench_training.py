@@ -33,6 +33,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusers_ext.trainer.config import is_fast_at_bf16, resolve_for_machine
+from diffusers_ext.trainer.latents import SampleSpace
 from diffusers_ext.trainer.loop import Trainer
 from diffusers_ext.trainer.prepare import prepare_images
 from diffusers_ext.trainer.run import make_accelerator
@@ -152,9 +153,11 @@ def compare_speed(arguments: argparse.Namespace, folder: Path, data):
     # Each network is in its own memory layout in both loops: the normalisation of diffusers' is slow in the other.
     networks = {
         "UNet2DModel": (lambda: stock_unet(data.size, data.channels), False),
-        "UNetModel": (lambda: build_model(config, data), True),
+        "UNetModel": (lambda: build_model(config, SampleSpace.of(data, None), data.num_classes), True),
     }
-    peak = convolution_peak(build_model(config, data), arguments.batch_size, data.size, dtype)
+    peak = convolution_peak(
+        build_model(config, SampleSpace.of(data, None), data.num_classes), arguments.batch_size, data.size, dtype
+    )
     print(f"{precision}, batches of {arguments.batch_size} images, medians of {arguments.rounds} steps by turns")
     print(f"convolution peak: {peak / 1e9:.0f} GFLOP/s\n")
     print(f"{'network':14}{'loop':12}{'images/s':>10}{'of diffusers':>14}{'share of peak':>15}")

@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
-import numpy as np
 from accelerate import Accelerator
+from diffusers import ModelMixin
 
 from diffusers_ext import (
     DiffusionPipeline,
@@ -31,11 +31,11 @@ from diffusers_ext.noising import PREDICTION_TYPES
 from diffusers_ext.trainer.batches import TIMESTEP_SAMPLINGS
 from diffusers_ext.trainer.config import resolve_for_machine
 from diffusers_ext.trainer.data import ImageData
+from diffusers_ext.trainer.latents import SampleSpace, load_vae, prepare_samples
 from diffusers_ext.trainer.loop import Trainer
 from diffusers_ext.trainer.networks import NetworkConfig, build_network
 from diffusers_ext.trainer.objective import DenoisingObjective
 from diffusers_ext.trainer.options import option, run_script, to_command
-from diffusers_ext.trainer.prepare import prepare_data
 from diffusers_ext.trainer.run import describe_data, finish_run, make_accelerator, open_run, save_whole
 from diffusers_ext.trainer.sampling import draw_denoising, draw_samples, log_image
 from diffusers_ext.trainer.stream import StreamData
@@ -48,6 +48,13 @@ SCHEDULERS = {"ddpm": ExtDDPMScheduler, "ddim": ExtDDIMScheduler}
 @dataclass(frozen=True)
 class TrainConfig(NetworkConfig):
     """Train a Gaussian diffusion model on images, by label if there are labels."""
+
+    vae: str | None = option(
+        None,
+        "autoencoder whose latents are trained on: a folder, a pipeline that has one, or a name on the Hub; images are "
+        "encoded at each batch unless dataset_name is a folder of training/cache_latents.py",
+        "latents",
+    )
 
     num_train_timesteps: int = option(1000, "noise levels", "diffusion", alias="ddpm_num_steps")
     beta_schedule: Literal[BETA_SCHEDULES] = option("cosine", "noise schedule", alias="ddpm_beta_schedule")
@@ -82,7 +89,7 @@ class TrainConfig(NetworkConfig):
     eval_batch_size: int = option(64, "pictures sampled at once")
 
     FIXED_ON_RESUME: ClassVar[frozenset[str]] = NetworkConfig.FIXED_ON_RESUME.union(
-        "num_train_timesteps beta_schedule beta_start beta_end rescale_betas_zero_snr prediction_type "
+        "vae num_train_timesteps beta_schedule beta_start beta_end rescale_betas_zero_snr prediction_type "
         "objective vlb_weight loss_weighting snr_gamma p2_gamma timestep_sampling label_dropout".split()
     )
 
@@ -119,22 +126,27 @@ def main(config: TrainConfig) -> Path:
     command = to_command(config, "training/train_ddpm.py")
     config = resolve_for_machine(config)
     with open_run(config, accelerator) as open_folder:
-        data = load_data(config, accelerator)
-        config = dataclasses.replace(config, resolution=data.size, resize_mode=data.resize_mode)
+        vae = None if config.vae is None else load_vae(config.vae)
+        data = load_data(config, accelerator, vae)
+        space = SampleSpace.of(data, vae)
+        config = dataclasses.replace(config, resolution=space.resolution, resize_mode=data.resize_mode)
+        config.check_sample(space.shape[1:], space.resolution)
         open_folder(config)
-        model, scheduler = build_model(config, data), build_scheduler(config)
+        model, scheduler = build_model(config, space, data.num_classes), build_scheduler(config)
         trainer = Trainer(
             config,
             accelerator,
             model,
-            build_objective(config, scheduler, accelerator, num_bins=count_values(data.dtype)),
+            build_objective(config, scheduler, accelerator, num_bins=space.num_values),
             data,
-            batch_options={"label_dropout": config.label_dropout, "timestep_sampling": config.time_sampling},
-            on_images=partial(draw_while_training, config, scheduler),
-            validation_data=load_validation(config, accelerator, data),
+            batch_options={"label_dropout": config.label_dropout, "timestep_sampling": config.time_sampling}
+            | space.batch_options,
+            on_images=partial(draw_while_training, config, scheduler, vae),
+            validation_data=load_validation(config, accelerator, data, vae),
+            prepare_batch=space.encoder(accelerator.device),
         )
         trainer.train()
-        with averaged_pipeline(trainer, scheduler) as pipe:
+        with averaged_pipeline(trainer, scheduler, vae) as pipe:
             if accelerator.is_main_process:
                 save_whole(pipe, trainer.output_dir)
         accelerator.print("drawing samples and the denoising of one of them ...", flush=True)
@@ -147,37 +159,35 @@ def main(config: TrainConfig) -> Path:
     return trainer.output_dir
 
 
-def load_data(config: TrainConfig, accelerator: Accelerator) -> ImageData | StreamData:
-    """The images, decoded by the first process of each machine and read by the others, or a stream of them."""
+def load_data(config: TrainConfig, accelerator: Accelerator, vae: ModelMixin | None) -> ImageData | StreamData:
+    """The images, decoded by the first process of each machine and read by the others, or a stream, or latents."""
     with accelerator.local_main_process_first():
-        data = prepare_data(config, multiple_of=config.size_multiple)
+        data = prepare_samples(config, vae, multiple_of=config.size_multiple)
     for note in (describe_data(config, data), *data.notes):
         accelerator.print(note)
     return data
 
 
-def load_validation(config: TrainConfig, accelerator: Accelerator, data: ImageData | StreamData) -> ImageData | None:
+def load_validation(
+    config: TrainConfig, accelerator: Accelerator, data: ImageData | StreamData, vae: ModelMixin | None
+) -> ImageData | None:
     """The held-out images, if the options name any, read like those of the training."""
     with accelerator.local_main_process_first():
-        held_out = prepare_validation(config, data)
+        held_out = prepare_validation(config, data, partial(prepare_samples, vae=vae))
     if held_out is not None:
         accelerator.print(f"the loss is taken on {len(held_out)} images of the split {config.validation_split} too")
     return held_out
 
 
-def count_values(dtype: np.dtype) -> int | None:
-    """The number of values of a pixel, or None if they are continuous."""
-    return int(np.iinfo(dtype).max) + 1 if dtype.kind == "u" else None
-
-
-def build_model(config: TrainConfig, data: ImageData | StreamData) -> UNetModel | DiTModel:
+def build_model(config: TrainConfig, space: SampleSpace, num_classes: int | None) -> UNetModel | DiTModel:
     """A new model with weights that follow from the seed."""
+    channels, *size = space.shape
     return build_network(
         config,
-        sample_size=data.size,
-        in_channels=data.channels,
-        out_channels=data.channels * (2 if config.learns_variance else 1),
-        num_classes=data.num_classes,
+        sample_size=tuple(size),
+        in_channels=channels,
+        out_channels=channels * (2 if config.learns_variance else 1),
+        num_classes=num_classes,
     )
 
 
@@ -222,19 +232,21 @@ def build_objective(
 
 
 @contextmanager
-def averaged_pipeline(trainer: Trainer, scheduler: ExtDDPMScheduler):
+def averaged_pipeline(trainer: Trainer, scheduler: ExtDDPMScheduler, vae: ModelMixin | None):
     """The pipeline as it stands, with the averaged weights if there are any; the model's own come back at the end."""
     with trainer.averaged_model() as model:
         # A copy: sampling sets the timesteps of its scheduler.
         scheduler = type(scheduler).from_config(scheduler.config)
-        pipe = GuidedDiffusionPipeline(denoiser=model, scheduler=scheduler, id2label=trainer.data.id2label)
+        pipe = GuidedDiffusionPipeline(denoiser=model, scheduler=scheduler, vae=vae, id2label=trainer.data.id2label)
         pipe.set_progress_bar_config(disable=True)
         yield pipe
 
 
-def draw_while_training(config: TrainConfig, scheduler: ExtDDPMScheduler, trainer: Trainer) -> None:
+def draw_while_training(
+    config: TrainConfig, scheduler: ExtDDPMScheduler, vae: ModelMixin | None, trainer: Trainer
+) -> None:
     """Samples of the averaged weights, at `samples/step-STEP.png` and in the trackers; the processes share them."""
-    with averaged_pipeline(trainer, scheduler) as pipe:
+    with averaged_pipeline(trainer, scheduler, vae) as pipe:
         path = trainer.output_dir / "samples" / f"step-{trainer.state.step:07}.png"
         grid = draw_samples(pipe, path, accelerator=trainer.accelerator, **sample_settings(config, trainer.data))
     log_image(trainer.accelerator, "samples", grid, trainer.state.step)

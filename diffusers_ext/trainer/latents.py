@@ -19,8 +19,10 @@ from diffusers import AutoModel, ModelMixin
 from torch import Tensor
 
 from diffusers_ext.latents import latent_scale, normalize_latents
-from diffusers_ext.trainer.config import DataConfig
+from diffusers_ext.trainer.config import DataConfig, TrainerConfig
 from diffusers_ext.trainer.data import ImageData, PixelTable
+from diffusers_ext.trainer.prepare import prepare_data
+from diffusers_ext.trainer.stream import StreamData
 
 
 LATENTS_FILE = "latents.yaml"
@@ -250,3 +252,73 @@ class LatentEncoder:
             mean, std = posterior.mean.float(), posterior.std.float()
         latents = normalize_latents(self.vae, mean + std * batch["latent_noise"])
         return {name: value for name, value in batch.items() if name != "latent_noise"} | {"images": latents}
+
+
+@dataclass(frozen=True)
+class SampleSpace:
+    """What a denoiser is trained on: images, or their latents.
+
+    Attributes:
+        shape: Of a sample, (channels, height, width).
+        resolution: (height, width) of the images.
+        num_values: Of a channel of a pixel; None if they are continuous.
+        vae: Between images and latents; None for images.
+        cached: Whether the latents are on disk.
+    """
+
+    shape: tuple[int, int, int]
+    resolution: tuple[int, int]
+    num_values: int | None
+    vae: ModelMixin | None = None
+    cached: bool = False
+
+    @classmethod
+    def of(cls, data: ImageData | StreamData, vae: ModelMixin | None) -> "SampleSpace":
+        """That of a data set, with a VAE or none.
+
+        The VAE's `sample_size` becomes that of the images, which it is to decode.
+
+        Raises:
+            ValueError: if the VAE does not take these images.
+        """
+        if vae is None:
+            return cls((data.channels, *data.size), data.size, int(np.iinfo(data.dtype).max) + 1)
+        cached = isinstance(data, LatentData)
+        if not cached and data.channels != vae.config.in_channels:
+            raise ValueError(
+                f"--vae takes images of {vae.config.in_channels} channels, those of {data.name} have {data.channels}; see "
+                "--image_mode"
+            )
+        resolution = data.info.resolution if cached else data.size
+        shape = data.info.latent_shape if cached else latent_shape(vae, data.size)
+        vae.register_to_config(sample_size=resolution[0] if resolution[0] == resolution[1] else resolution)
+        return cls(shape, resolution, None, vae, cached)
+
+    @property
+    def batch_options(self) -> dict:
+        """Keywords of `BatchOptions`."""
+        if self.vae is None:
+            return {}
+        return {"latent_shape": self.shape, "noise_shape": (*self.shape[1:], self.shape[0])}
+
+    def encoder(self, device: torch.device) -> LatentEncoder | None:
+        """What a batch has to go through on its device; None for images."""
+        return None if self.vae is None else LatentEncoder(self.vae, device, self.cached)
+
+
+def prepare_samples(
+    config: TrainerConfig, vae: ModelMixin | None, multiple_of: int = 1, *, read_ahead: bool = False
+) -> ImageData | StreamData:
+    """The latents in a folder of them, or the images that the options ask for.
+
+    Args:
+        vae: The one that is trained with, or None for images.
+        multiple_of: Of what the sides of the samples are to be multiples.
+        read_ahead: See `prepare_data`.
+    """
+    if not read_info(config.dataset_name):
+        halvings = 0 if vae is None else len(vae.config.get("block_out_channels", (0,))) - 1
+        return prepare_data(config, multiple_of * 2**halvings, read_ahead=read_ahead)
+    if config.streaming:
+        raise ValueError(f"{config.dataset_name} holds latents, which are read where they are: leave streaming out")
+    return prepare_latents(config, vae)

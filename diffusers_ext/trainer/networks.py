@@ -102,6 +102,25 @@ class NetworkConfig(TrainerConfig):
             return 2 ** (len(self.block_out_channels) - 1)
         return self.patch_size or (1 if self.dit_size is None else dit_config(self.dit_size)["patch_size"])
 
+    def check_sample(self, size: tuple[int, int], resolution: tuple[int, int]) -> None:
+        """Refuses samples that the network cannot halve or cut into patches.
+
+        Args:
+            size: (height, width) of the samples: of the images, or of their latents.
+            resolution: (height, width) of the images.
+
+        Raises:
+            ValueError: if a side is no multiple of `size_multiple`.
+        """
+        multiple = self.size_multiple
+        if any(side % multiple for side in size):
+            sizes = [f"{sides[0]}x{sides[1]}" for sides in (size, resolution)]
+            factor = max(1, round(resolution[0] / size[0]))
+            raise ValueError(
+                f"the sides of the latents must be multiples of {multiple}, since {self._why_multiple()}, got {sizes[0]} from "
+                f"images of {sizes[1]}: take a resolution that is a multiple of {multiple * factor}"
+            )
+
     def _why_multiple(self) -> str:
         if self.model == "dit":
             return f"patch_size is {self.size_multiple}"

@@ -1,7 +1,7 @@
 """Images that training does not see, with the noise and the time at which the loss on them is taken each time."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -18,18 +18,21 @@ from diffusers_ext.trainer.stream import StreamData
 SEED = 7_640_891_576_956_012_809
 
 
-def prepare_validation(config: TrainerConfig, data: ImageData | StreamData) -> ImageData | None:
+def prepare_validation(
+    config: TrainerConfig, data: ImageData | StreamData, prepare: Callable[..., ImageData] = prepare_data
+) -> ImageData | None:
     """The held-out images that the options ask for, brought to the shape and the labels of the training's; or None.
 
     Args:
         config: With the `resolution` of `data`.
+        prepare: As `data` were made: `prepare_data`, or what takes the same arguments.
 
     Raises:
         ValueError: if they are other images: of another number of channels, or with labels that `data` does not have.
     """
     if config.validation_split is None:
         return None
-    held_out = prepare_data(
+    held_out = prepare(
         dataclasses.replace(
             config,
             dataset_split=config.validation_split,

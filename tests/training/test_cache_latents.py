@@ -1,0 +1,249 @@
+"""Latents from disk beside the same images encoded at each batch."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
+from torch.testing import assert_close
+
+from diffusers_ext import VAEModel
+from diffusers_ext.trainer.batches import BatchOptions
+from diffusers_ext.trainer.latents import SampleSpace, fingerprint, load_vae, prepare_samples, read_info
+from diffusers_ext.trainer.run_folder import read_metrics
+from diffusers_ext.trainer.stream import make_batches
+from runs import forget_accelerate
+from training.cache_latents import CacheConfig, main
+from training.train_ddpm import TrainConfig
+from training.train_ddpm import main as train
+
+
+ROOT = Path(__file__).parents[2]
+CACHE = {"max_train_samples": 40, "shard_size": 16, "batch_size": 8, "mixed_precision": "no", "num_threads": 1}
+RUN = {
+    "max_train_samples": 40,
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "train_batch_size": 8,
+    "max_train_steps": 2,
+    "num_inference_steps": 2,
+    "sample_columns": 2,
+    "logging_steps": 1,
+    "mixed_precision": "no",
+    "num_threads": 1,
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    forget_accelerate()
+    yield
+    forget_accelerate()
+
+
+def save_vae(folder, seed=0, **config):
+    """One for digits, with posteriors wide enough that a draw is not its mean."""
+    torch.manual_seed(seed)
+    settings = {"in_channels": 1, "out_channels": 1, "block_out_channels": (8, 8), "latent_channels": 2}
+    vae = VAEModel(sample_size=8, **settings)
+    for parameter in vae.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    vae.register_to_config(**{"scaling_factor": 1.7, "shift_factor": 0.3} | config)
+    vae.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def vae_path(tmp_path_factory):
+    return save_vae(tmp_path_factory.mktemp("vae"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, vae_path):
+    """The latents of 40 digits and their mirror images, in three shards."""
+    forget_accelerate()
+    folder = tmp_path_factory.mktemp("latents") / "digits"
+    return main(CacheConfig(vae=vae_path, output_dir=str(folder), random_flip=True, **CACHE))
+
+
+def batch_of(config, number=0):
+    """The first batch of a run, as its loss gets it."""
+    vae = load_vae(config.vae)
+    data = prepare_samples(config, vae)
+    space = SampleSpace.of(data, vae)
+    options = BatchOptions(
+        seed=3, batch_size=8, random_flip=config.random_flip, label_dropout=0.3, **space.batch_options
+    )
+    batch = next(iter(make_batches(data, options)))
+    pixels = batch.pop("pixels")
+    images = pixels if pixels.is_floating_point() else pixels.float() / 127.5 - 1
+    with torch.no_grad():
+        return space.encoder(torch.device("cpu"))(batch | {"images": images}), data
+
+
+@pytest.mark.parametrize("random_flip", [False, True])
+def test_cached_latents_are_those_encoded_at_each_batch(folder, vae_path, random_flip):
+    """Drawn by the same numbers, from moments that are rounded to float16, which has 11 bits."""
+    settings = {"vae": vae_path, "random_flip": random_flip, "max_train_samples": 40}
+    cached, data = batch_of(TrainConfig(dataset_name=str(folder), **settings))
+    fresh, images = batch_of(TrainConfig(dataset_name="digits", **settings))
+    assert cached.keys() == fresh.keys() == {"images", "noise", "time", "labels"}
+    for name in ("noise", "time", "labels"):
+        assert torch.equal(cached[name], fresh[name])
+    assert cached["images"].shape == (8, 2, 4, 4) == cached["noise"].shape
+    assert_close(cached["images"], fresh["images"], rtol=2e-3, atol=2e-3 * fresh["images"].abs().max().item())
+    assert (data.id2label, len(data), data.num_classes) == (images.id2label, 40, 10)
+
+
+def test_latents_are_drawn_and_scaled(folder, vae_path):
+    """Of many draws of one image, the mean and the spread are those of its posterior, scaled."""
+    config = TrainConfig(dataset_name=str(folder), vae=vae_path, max_train_samples=1)
+    vae = load_vae(vae_path)
+    data = prepare_samples(config, vae)
+    space = SampleSpace.of(data, vae)
+    batch = next(iter(make_batches(data, BatchOptions(seed=0, batch_size=4000, **space.batch_options))))
+    draws = space.encoder(torch.device("cpu"))(batch | {"images": batch["pixels"]})["images"]
+    image = prepare_samples(TrainConfig(max_train_samples=1), None).pixels[[0]]
+    posterior = vae.encode(torch.from_numpy(image).permute(0, 3, 1, 2).float() / 127.5 - 1).latent_dist
+    std = 1.7 * posterior.std[0]
+    assert_close(draws.mean(0), 1.7 * (posterior.mean[0] - 0.3), rtol=0, atol=4.5 * std.max().item() / 4000**0.5)
+    assert_close(draws.std(0), std, rtol=4.5 / 8000**0.5, atol=0)
+
+
+def test_shards_can_be_read_by_anyone(folder, vae_path):
+    rows = datasets.load_dataset(str(folder), split="train")
+    assert rows.features["label"].names == [str(digit) for digit in range(10)] and len(rows) == 80
+    assert [path.name for path in sorted(folder.glob("*"))] == [
+        "latents.yaml",
+        *(f"train-{number:05}-of-00003.parquet" for number in range(3)),
+    ]
+    info = read_info(folder)["train"]
+    assert info.vae_fingerprint == fingerprint(load_vae(vae_path))
+    assert (info.latent_shape, info.resolution, info.num_images, info.dataset_name) == (
+        (2, 4, 4),
+        (8, 8),
+        40,
+        "digits",
+    )
+
+
+def test_two_processes_and_a_second_go_make_the_same_shards(folder, vae_path, tmp_path):
+    """One shard is there already, as after a run that was stopped."""
+    there = tmp_path / "latents"
+    options = ["--vae", vae_path, "--output_dir", str(there), "--random_flip"]
+    options += [word for name, value in CACHE.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu"]
+    command += ["--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command += [str(ROOT / "training" / "cache_latents.py"), *options]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert "40 images of train in 3 shards, 0 of them there already" in result.stdout
+
+    names = [f"train-{number:05}-of-00003.parquet" for number in range(3)]
+    for name in names:
+        assert pixels_of(there / name) == pixels_of(folder / name)
+    kept = (there / names[0]).stat().st_mtime_ns
+    (there / names[1]).unlink()
+    main(CacheConfig(vae=vae_path, output_dir=str(there), random_flip=True, **CACHE))
+    assert (there / names[0]).stat().st_mtime_ns == kept
+    assert pixels_of(there / names[1]) == pixels_of(folder / names[1])
+
+
+def pixels_of(path):
+    return datasets.Dataset.from_parquet(str(path), cache_dir=path.parent / ".cache")["pixels"][:]
+
+
+def test_other_latents_in_the_folder_are_refused_or_replaced(vae_path, tmp_path):
+    other = save_vae(tmp_path / "other", seed=1)
+    config = CacheConfig(vae=vae_path, output_dir=str(tmp_path / "latents"), **CACHE)
+    main(config)
+    forget_accelerate()
+    changed = dataclasses.replace(config, vae=other)
+    with pytest.raises(ValueError, match="holds latents of train that were made by another VAE or with other options"):
+        main(changed)
+    forget_accelerate()
+    main(dataclasses.replace(changed, overwrite_output_dir=True))
+    assert read_info(tmp_path / "latents")["train"].vae_fingerprint == fingerprint(load_vae(other))
+    forget_accelerate()
+    main(dataclasses.replace(changed, dataset_split="test"))  # beside the other split
+    assert set(read_info(tmp_path / "latents")) == {"train", "test"}
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_training_on_latents_makes_a_pipeline_of_images(folder, vae_path, tmp_path, cached):
+    config = TrainConfig(
+        dataset_name=str(folder) if cached else "digits", vae=vae_path, output_dir=str(tmp_path / "run"), **RUN
+    )
+    pipe = DiffusionPipeline.from_pretrained(train(config))
+    pipe.set_progress_bar_config(disable=True)
+    assert fingerprint(pipe.vae) == fingerprint(load_vae(vae_path))
+    assert pipe.denoiser.config.in_channels == 2 and pipe.denoiser.config.sample_size in ([4, 4], (4, 4), 4)
+    images = pipe(class_labels=[3, 5], num_inference_steps=2, output_type="pt").images
+    assert images.shape == (2, 1, 8, 8)
+
+
+def test_the_loss_of_cached_latents_is_that_of_encoding_at_each_batch(folder, vae_path, tmp_path):
+    """Same images, draws and noise: the first loss is equal but for the float16 of the cache."""
+    losses = []
+    for number, name in enumerate((str(folder), "digits")):
+        output_dir = tmp_path / str(number)
+        train(TrainConfig(dataset_name=name, vae=vae_path, output_dir=str(output_dir), model="dit", **DIT))
+        losses.append([record["loss"] for record in read_metrics(output_dir / "metrics.jsonl")])
+        forget_accelerate()
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+
+
+DIT = {name: value for name, value in RUN.items() if name not in ("block_out_channels", "layers_per_block")}
+DIT |= {"patch_size": 2, "hidden_size": 16, "num_layers": 1, "num_attention_heads": 2}
+
+
+def test_an_autoencoder_of_diffusers_will_do(tmp_path):
+    widths = {"block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1}
+    types = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    vae = AutoencoderKL(in_channels=1, out_channels=1, latent_channels=2, sample_size=8, **widths, **types)
+    vae.save_pretrained(tmp_path / "vae")
+    folder = main(CacheConfig(vae=str(tmp_path / "vae"), output_dir=str(tmp_path / "latents"), **CACHE))
+    cached, _ = batch_of(TrainConfig(dataset_name=str(folder), vae=str(tmp_path / "vae"), max_train_samples=40))
+    fresh, _ = batch_of(TrainConfig(vae=str(tmp_path / "vae"), max_train_samples=40))
+    assert_close(cached["images"], fresh["images"], rtol=2e-3, atol=1e-3)
+
+
+def test_what_does_not_fit_is_refused(folder, vae_path, tmp_path):
+    def refused(match, **settings):
+        forget_accelerate()
+        with pytest.raises(ValueError, match=match):
+            train(
+                TrainConfig(
+                    **{"dataset_name": str(folder), "vae": vae_path, "output_dir": str(tmp_path / "run")}
+                    | RUN
+                    | settings
+                )
+            )
+        assert not (tmp_path / "run").exists()
+
+    refused("holds latents: give the VAE that they are of, --vae", vae=None)
+    refused("holds latents of another VAE than --vae: they were made by", vae=save_vae(tmp_path / "other", seed=1))
+    refused("was never measured", vae=save_vae(tmp_path / "new", scaling_factor=1.0, shift_factor=None))
+    refused("holds latents of the splits train, got test: encode it by", dataset_split="test")
+    refused("holds latents made with resolution .*, got .16, 16.: leave it out", resolution=(16,))
+    refused("latents must be multiples of 8, .* got 4x4 from images of 8x8: .* multiple of 16", **WIDE)
+    refused("leave streaming out", streaming=True)
+    refused("cannot be loaded as an autoencoder", vae=str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="vae must name the autoencoder to encode by"):
+        CacheConfig()
+
+
+WIDE = {"block_out_channels": (8, 8, 8, 8)}
+
+
+def test_mirror_images_are_needed_for_flips(vae_path, tmp_path):
+    folder = main(CacheConfig(vae=vae_path, output_dir=str(tmp_path / "latents"), **CACHE))
+    config = TrainConfig(dataset_name=str(folder), vae=vae_path, random_flip=True)
+    with pytest.raises(ValueError, match="random_flip needs mirrored latents, .*: encode with --random_flip"):
+        prepare_samples(config, load_vae(vae_path))
