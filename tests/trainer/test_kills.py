@@ -62,7 +62,7 @@ def on_each_call(note):
 
 
 SETTINGS = {
-    "max_train_steps": 90,
+    "max_train_steps": 60,
     "checkpointing_steps": 3,
     "checkpoints_keep_every": 15,
     "logging_steps": 2,
@@ -108,7 +108,7 @@ def test_a_run_that_is_killed_at_20_random_moments_is_the_undisturbed_one(data, 
     forget_accelerate()
 
     def die_while_saving(generator):
-        saves, left = generator.randrange(3), generator.randrange(1, calls)
+        saves, left = generator.randrange(2), generator.randrange(1, calls)
 
         def on_save(number):
             if number == saves:
@@ -124,18 +124,18 @@ def test_a_run_that_is_killed_at_20_random_moments_is_the_undisturbed_one(data, 
             child = fork(lambda generator=generator: die_while_saving(generator))
         else:
             child = fork(lambda: go_on(data, tmp_path / "parts"))
-            time.sleep(generator.uniform(0, seconds / 6))
+            time.sleep(generator.uniform(0, seconds / 15))  # so that 20 kills do not reach the end
             os.kill(child, signal.SIGKILL)
         status = os.waitpid(child, 0)[1]
         assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
         torn += any((tmp_path / "parts").glob(".checkpoint-*"))
         newest.append(max(map(step_from_name, list_checkpoints(tmp_path / "parts")), default=0))
-    assert newest == sorted(newest) and 0 < newest[-1] < 90
+    assert newest == sorted(newest) and 0 < newest[-1] < 60
     assert torn >= 5, "too few kills fell into a save"
     assert os.waitpid(fork(lambda: go_on(data, tmp_path / "parts")), 0)[1] == 0
-    assert_same_run(tmp_path / "whole", tmp_path / "parts", 90)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", 60)
     for folder in ("whole", "parts"):
-        assert [step_from_name(path) for path in list_checkpoints(tmp_path / folder)] == [15, 30, 45, 60, 75, 87, 90]
+        assert [step_from_name(path) for path in list_checkpoints(tmp_path / folder)] == [15, 30, 45, 57, 60]
 
 
 @contextmanager
