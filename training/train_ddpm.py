@@ -86,7 +86,7 @@ class TrainConfig(NetworkConfig):
     num_inference_steps: int = option(50, "steps of the sample grids", alias="ddpm_num_inference_steps")
     guidance_scale: float = option(1.0, "classifier-free guidance of the sample grids; 1 is none")
     sample_columns: int = option(8, "pictures in a row of the sample grids")
-    eval_batch_size: int = option(64, "pictures sampled at once")
+    eval_batch_size: int | None = option(None, "pictures sampled at once; by default train_batch_size")
 
     FIXED_ON_RESUME: ClassVar[frozenset[str]] = NetworkConfig.FIXED_ON_RESUME.union(
         "vae num_train_timesteps beta_schedule beta_start beta_end rescale_betas_zero_snr prediction_type "
@@ -98,7 +98,7 @@ class TrainConfig(NetworkConfig):
         if not 0 <= self.label_dropout < 1:
             raise ValueError(f"label_dropout must be in [0, 1), got {self.label_dropout:g}")
         for name in ("num_inference_steps", "sample_columns", "eval_batch_size", "snr_gamma", "vlb_weight"):
-            if getattr(self, name) <= 0:
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.objective == "vlb" and self.loss_weighting != "uniform":
             raise ValueError(
@@ -278,7 +278,7 @@ def sample_settings(config: TrainConfig, data: ImageData) -> dict:
         "names": None if data.id2label is None else list(data.id2label.values()),
         "columns": config.sample_columns,
         "seed": config.seed,
-        "batch_size": config.eval_batch_size,
+        "batch_size": config.eval_batch_size or config.train_batch_size,
         "num_inference_steps": config.num_inference_steps,
         "guidance_scale": config.guidance_scale,
     }

@@ -246,10 +246,11 @@ class Trainer:
         models = [self.model, adversary.model] if adversary else [self.model]
         for _ in range(config.gradient_accumulation_steps):
             with self.shares.of("waiting for data"):
-                batch = self.to_device(next(self._stream))
+                batch = self._move(next(self._stream))
             with accelerator.accumulate(*models):
                 with frozen(adversary.module) if adversary else nullcontext():
                     with self.shares.part("forward and loss"):
+                        batch = self._prepared(batch)
                         loss = self.compute_loss(self.model, batch)
                     with self.shares.part("backward"):
                         accelerator.backward(loss)
@@ -281,10 +282,16 @@ class Trainer:
 
     def to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """A batch as `compute_loss` takes it."""
+        return self._prepared(self._move(batch))
+
+    def _move(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         batch = {name: value.to(self.accelerator.device, non_blocking=True) for name, value in batch.items()}
         if "pixels" in batch:
             images = batch.pop("pixels")
             batch["images"] = images if images.is_floating_point() else images.float().mul_(self._scale).sub_(1)
+        return batch
+
+    def _prepared(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         if self.prepare_batch:
             with torch.no_grad(), self.accelerator.autocast():
                 batch = self.prepare_batch(batch)
