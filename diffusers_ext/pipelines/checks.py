@@ -1,5 +1,6 @@
 """What a pipeline refuses, before the first call of a network."""
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -89,6 +90,13 @@ def check_outputs(pipe, output_type: str, callback_inputs: Sequence[str]) -> Non
         )
     if pipe.vae is not None:
         latent_scale(pipe.vae, torch.empty(1, config.in_channels, *[1] * dims))
+        bound = pipe.scheduler.config.get("clip_sample_range", 1.0)
+        if pipe.scheduler.config.get("clip_sample") and bound <= 1:
+            warnings.warn(
+                f"the scheduler clips what it predicts to [-{bound:g}, {bound:g}], which is the range of images and not of "
+                "latents: make it with clip_sample=False",
+                stacklevel=4,
+            )
 
 
 def choose_guider(

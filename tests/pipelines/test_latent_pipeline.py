@@ -50,7 +50,7 @@ VAES = {
 
 
 def pipeline(vae, **config):
-    pipe = GuidedDiffusionPipeline(unet(**config), ExtDDIMScheduler(), vae=vae)
+    pipe = GuidedDiffusionPipeline(unet(**config), ExtDDIMScheduler(clip_sample=False), vae=vae)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -121,3 +121,14 @@ def test_an_image_whose_latents_do_not_fit_is_refused(size, latents):
         ValueError, match=f"latents are the denoiser's 8x8, got {size[0]}x{size[1]}, whose latents are {latents}"
     ):
         pipe(image=torch.rand(1, 1, *size))
+
+
+def test_latents_that_are_clipped_like_images_are_warned_of(recwarn):
+    pipe = pipeline(our_vae())
+    pipe.register_modules(scheduler=ExtDDIMScheduler(timestep_spacing="trailing"))
+    with pytest.warns(UserWarning, match=r"clips what it predicts to \[-1, 1\]"):
+        pipe(num_inference_steps=1)
+    recwarn.clear()
+    pipe.register_modules(scheduler=ExtDDIMScheduler(timestep_spacing="trailing", clip_sample=False))
+    pipe(num_inference_steps=1)
+    assert not recwarn.list
