@@ -19,6 +19,7 @@ from huggingface_hub.constants import HF_HOME
 from diffusers_ext.metrics.features import FeatureClassifierModel
 from diffusers_ext.metrics.fit import LabelledImages, accuracy, fit_feature_classifier
 from diffusers_ext.trainer.data import ImageData
+from diffusers_ext.trainer.latents import read_info
 from diffusers_ext.trainer.options import option
 from diffusers_ext.trainer.prepare import prepare_images
 
@@ -44,6 +45,8 @@ class DataOptions:
     )
     image_column: str | None = option(None, "column of the images; by default the only one that holds images")
     label_column: str | None = option(None, "column of the labels; by default the class labels, if there are any")
+    num_classes: int | None = option(None, "how many labels there are, if they are integers")
+    label_names: tuple[str, ...] | None = option(None, "names of the labels 0, 1, 2, ...")
     resolution: tuple[int, ...] | None = option(None, "side of the images in pixels, or height and width")
     resize_mode: Literal["auto", "crop", "pad", "stretch"] | None = option(
         None, "how images get there, as in training; auto if left open"
@@ -129,6 +132,7 @@ def prepare_split(options: DataOptions, split: str, max_samples: int | None = No
         split=split,
         image_column=options.image_column,
         label_column=options.label_column,
+        label_names=options.label_names or (options.num_classes and tuple(map(str, range(options.num_classes)))),
         resolution=options.resolution,
         resize_mode=options.resize_mode or "auto",
         pad_value=options.pad_value or 0,
@@ -296,6 +300,8 @@ def take_options_of_run(options: DataOptions, folder: str | Path, others: Sequen
     """
     path = Path(folder, "train_config.yaml")
     saved = (yaml.safe_load(path.read_text()) or {}) if path.is_file() else {}
+    if info := read_info(saved.get("dataset_name") or "").get(saved.get("dataset_split")):
+        saved |= dataclasses.asdict(info)  # of a run on latents: what is measured are the images that they are of
     names = [*others, *(field.name for field in dataclasses.fields(DataOptions))]
     if options.dataset_name not in (None, saved.get("dataset_name")):
         names = others  # another data set, prepared by options of its own

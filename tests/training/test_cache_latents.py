@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from torch.testing import assert_close
 
 from diffusers_ext import VAEModel
+from diffusers_ext.metrics.real import DataOptions, take_options_of_run
 from diffusers_ext.trainer.batches import BatchOptions
 from diffusers_ext.trainer.latents import SampleSpace, fingerprint, load_vae, prepare_samples, read_info
 from diffusers_ext.trainer.run_folder import read_metrics
@@ -186,6 +187,12 @@ def test_training_on_latents_makes_a_pipeline_of_images(folder, vae_path, tmp_pa
     assert pipe.denoiser.config.in_channels == 2 and pipe.denoiser.config.sample_size in ([4, 4], (4, 4), 4)
     images = pipe(class_labels=[3, 5], num_inference_steps=2, output_type="pt").images
     assert images.shape == (2, 1, 8, 8)
+
+
+def test_a_run_on_latents_is_measured_by_their_images(folder, tmp_path):
+    (tmp_path / "train_config.yaml").write_text(f"dataset_name: {folder}\ndataset_split: train\nresolution: [8, 8]\n")
+    options = take_options_of_run(DataOptions(), tmp_path)
+    assert (options.dataset_name, options.resolution, options.max_train_samples) == ("digits", (8, 8), 40)
 
 
 def test_the_loss_of_cached_latents_is_that_of_encoding_at_each_batch(folder, vae_path, tmp_path):
