@@ -201,6 +201,7 @@ def build_scheduler(config: TrainConfig) -> ExtDDPMScheduler | ExtDDIMScheduler:
         rescale_betas_zero_snr=config.rescale_betas_zero_snr,
         prediction_type=config.prediction_type,
         timestep_spacing=config.timestep_spacing,
+        clip_sample=config.vae is None,  # images end at -1 and 1, latents do not
     )
     if config.learns_variance:
         # Of DDIM too, which has no use for it, so that whoever makes another scheduler from the config knows.

@@ -184,6 +184,7 @@ def test_training_on_latents_makes_a_pipeline_of_images(folder, vae_path, tmp_pa
     pipe = DiffusionPipeline.from_pretrained(train(config))
     pipe.set_progress_bar_config(disable=True)
     assert fingerprint(pipe.vae) == fingerprint(load_vae(vae_path))
+    assert not pipe.scheduler.config.clip_sample
     assert pipe.denoiser.config.in_channels == 2 and pipe.denoiser.config.sample_size in ([4, 4], (4, 4), 4)
     images = pipe(class_labels=[3, 5], num_inference_steps=2, output_type="pt").images
     assert images.shape == (2, 1, 8, 8)
