@@ -10,7 +10,7 @@ FILE.yaml` reads them from a file. `training/evaluate_vae.py OUTPUT_DIR` measure
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -47,8 +47,7 @@ from diffusers_ext.trainer.vae_perceptual import load_perceptual
 from diffusers_ext.trainer.validation import ValidationBatches, prepare_validation
 
 
-# Images of a stream whose latents are measured, unless the options say how many.
-MEASURED_OF_STREAM = 10_000
+PICTURED = 128  # images whose latents tell which of them to draw
 
 
 @dataclass(frozen=True)
@@ -88,8 +87,8 @@ class TrainVAEConfig(TrainerConfig):
     discriminator_layers: int = option(2, "its convolutions that halve the side; a patch has 16, 34 or 70 pixels")
 
     sample_columns: int = option(8, "pictures in a row", "pictures")
-    max_measured_samples: int | None = option(
-        None, f"images that the latents' scale is measured on; by default all, of a stream {MEASURED_OF_STREAM}"
+    max_measured_samples: int = option(
+        20_000, "training images that the latents' scale is measured on; drawn at random if there are more"
     )
 
     DEFAULT_MAX_TRAIN_STEPS: ClassVar[int] = 3000
@@ -108,7 +107,7 @@ class TrainVAEConfig(TrainerConfig):
         for name in ("likelihood_scale", "perceptual_weight", "adversarial_learning_rate", "sample_columns"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name):g}")
-        if self.max_measured_samples is not None and self.max_measured_samples < 1:
+        if self.max_measured_samples < 1:
             raise ValueError(f"max_measured_samples must be at least 1, got {self.max_measured_samples}")
         if self.learn_scale and self.likelihood == "bernoulli":
             raise ValueError("learn_scale has no meaning for likelihood bernoulli, which has no scale")
@@ -271,33 +270,28 @@ def build_objective(
 def images_to_measure(trainer: Trainer) -> Iterator[Tensor]:
     """Batches of this process's part of the training images, as the model is trained on them, but not flipped."""
     config, data, accelerator = trainer.config, trainer.data, trainer.accelerator
-    limit = config.max_measured_samples
-    if data.num_images is None:
-        options = BatchOptions(
-            config.seed, config.train_batch_size, accelerator.num_processes, accelerator.process_index
-        )
-        count = -(-(limit or MEASURED_OF_STREAM) // options.images_per_step)
-        batches = itertools.islice(make_batches(data, options), count)
-    else:
-        whole = ValidationBatches(data, config.train_batch_size)
-        share = whole.share(accelerator.process_index, accelerator.num_processes)
-        per_process = -(-(limit or len(data)) // (config.train_batch_size * accelerator.num_processes))
-        batches = itertools.islice(share, per_process)
-    for batch in batches:
-        batch = trainer.to_device(batch)
-        yield binarize(batch["images"], config.binarize, batch["noise"])
+    limit, mine = config.max_measured_samples, (accelerator.process_index, accelerator.num_processes)
+    if data.num_images is None or data.num_images > limit:
+        return _drawn_images(trainer, limit, *mine)
+    return _as_trained_on(trainer, ValidationBatches(data, config.train_batch_size).share(*mine))
 
 
-def some_images(trainer: Trainer, count: int = 256) -> Tensor:
-    """The first training images, in [-1, 1]."""
-    found = 0
-    parts = []
-    for images in images_to_measure(trainer):
-        parts.append(images)
-        found += len(images)
-        if found >= max(count, trainer.config.sample_columns):
-            break
-    return torch.cat(parts)
+def some_images(trainer: Trainer) -> Tensor:
+    """Training images for the pictures, in [-1, 1], the same ones each time."""
+    return torch.cat(list(_drawn_images(trainer, max(PICTURED, trainer.config.sample_columns), 0, 1)))
+
+
+def _drawn_images(trainer: Trainer, count: int, process_index: int, num_processes: int) -> Iterator[Tensor]:
+    size = min(trainer.config.train_batch_size, count)
+    options = BatchOptions(trainer.config.seed, size, num_processes, process_index)
+    return _as_trained_on(
+        trainer, itertools.islice(make_batches(trainer.data, options), -(-count // (size * num_processes)))
+    )
+
+
+def _as_trained_on(trainer: Trainer, batches: Iterable[dict[str, Tensor]]) -> Iterator[Tensor]:
+    for batch in map(trainer.to_device, batches):
+        yield binarize(batch["images"], trainer.config.binarize, batch["noise"])
 
 
 def draw_while_training(config: TrainVAEConfig, trainer: Trainer, name: str | None = None) -> None:

@@ -189,9 +189,13 @@ def test_latents_are_measured_on_each_training_image_once(tmp_path):
     with torch.no_grad():
         posterior = vae.encode(images).latent_dist
     mean = posterior.mean.double()
-    std = (mean.square() + posterior.var.double()).mean().sqrt() - 0  # the mean is 0 now
+    std = (mean.square() + posterior.var.double()).mean().sqrt()  # the mean is 0 now
     assert mean.mean().abs() < 1e-5
     assert 1 / vae.config.scaling_factor == pytest.approx(std.item(), rel=1e-5)
+    forget_accelerate()
+    settings = MLP | {"max_train_samples": 21, "max_train_steps": 2, "max_measured_samples": 16}
+    folder = main(config_of(tmp_path / "part", **settings))
+    assert "measured on 16 training images" in (folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
