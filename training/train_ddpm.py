@@ -238,7 +238,9 @@ def averaged_pipeline(trainer: Trainer, scheduler: ExtDDPMScheduler, vae: ModelM
     with trainer.averaged_model() as model:
         # A copy: sampling sets the timesteps of its scheduler.
         scheduler = type(scheduler).from_config(scheduler.config)
-        pipe = GuidedDiffusionPipeline(denoiser=model, scheduler=scheduler, vae=vae, id2label=trainer.data.id2label)
+        pipe = GuidedDiffusionPipeline(
+            denoiser=model, scheduler=scheduler, vae=vae, id2label=trainer.data.id2label, clip_guided_noise=True
+        )
         pipe.set_progress_bar_config(disable=True)
         yield pipe
 

@@ -33,6 +33,10 @@ class GuidedDiffusionPipeline(LabelledMixin, InversionMixin, SamplingMixin, Diff
         classifier: `NoisyClassifierModel`, for `ClassifierGuidance`.
         weak_denoiser: A weaker network of the same data, for `WeakModelGuidance`.
         id2label: Names of the labels by their ids, saved with the pipeline.
+        clip_guided_noise: Whether DDIM, under guidance, takes the noise in x_t to be what the clipped x_0 leaves, as
+            Dhariwal & Nichol 2021's sampler does, rather than what the guided prediction says. That leaves the range of
+            the data, and the noise that it says would stay in the image. `training/train_ddpm.py` saves its pipelines
+            with it; the default is a scheduler's own.
 
     Raises:
         ValueError: if the components do not fit one another.
@@ -58,6 +62,7 @@ class GuidedDiffusionPipeline(LabelledMixin, InversionMixin, SamplingMixin, Diff
         classifier: ModelMixin | None = None,
         weak_denoiser: ModelMixin | None = None,
         id2label: dict | None = None,
+        clip_guided_noise: bool = False,
     ):
         super().__init__()
         check_components(denoiser, vae, classifier, weak_denoiser)
@@ -71,6 +76,7 @@ class GuidedDiffusionPipeline(LabelledMixin, InversionMixin, SamplingMixin, Diff
         )
         # JSON turns the keys into strings, and so does this, so that a saved pipeline equals the loaded one.
         self.register_to_config(id2label=None if id2label is None else {str(k): v for k, v in id2label.items()})
+        self.register_to_config(clip_guided_noise=clip_guided_noise)
         self.image_processor = VaeImageProcessor()
 
     @torch.no_grad()
@@ -129,9 +135,8 @@ class GuidedDiffusionPipeline(LabelledMixin, InversionMixin, SamplingMixin, Diff
             classifier_scale: Weight of the pipeline's classifier (`ClassifierGuidance`), on top of `guidance_scale`.
             timesteps: Timesteps to visit, descending, in place of `num_inference_steps`.
             eta: Share of the noise that DDIM puts back in each step, in [0, 1]; other schedulers take none.
-            use_clipped_model_output: Whether DDIM takes the noise in x_t to be what the clipped x_0 leaves. By default it
-                does under guidance, whose predictions leave the range of the data: the noise that they say would stay
-                in the image. Other schedulers have no such choice.
+            use_clipped_model_output: Whether DDIM takes the noise in x_t to be what the clipped x_0 leaves; by default as
+                `clip_guided_noise` says. Other schedulers have no such choice.
             low_memory: Call the network once for each prediction of a guider, instead of once for all.
             output_type: "pil"; "np", `(batch, height, width, channels)` in [0, 1]; "pt",
                 `(batch, channels, height, width)` in [0, 1]; or "latent", as the sampler left them.

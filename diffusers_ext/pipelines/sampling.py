@@ -244,12 +244,12 @@ class SamplingMixin:
         self, generator, eta: float, reuse_clipped: bool | None, guider: BaseGuidance | None, guide: list[bool]
     ) -> dict[str, Any]:
         accepted = inspect.signature(self.scheduler.step).parameters
-        guided = guider is not None and guider._enabled and any(guide)
-        given = {
-            "generator": generator,
-            "eta": eta,
-            "use_clipped_model_output": guided if reuse_clipped is None else reuse_clipped,
-        }
+        if reuse_clipped is None:
+            guided = guider is not None and guider._enabled and any(guide)
+            reuse = guided and bool(self.config.get("clip_guided_noise"))
+        else:
+            reuse = reuse_clipped
+        given = {"generator": generator, "eta": eta, "use_clipped_model_output": reuse}
         for name, asked, neutral in (("eta", eta, 0), ("use_clipped_model_output", reuse_clipped, None)):
             if asked and name not in accepted:
                 scheduler = type(self.scheduler).__name__

@@ -312,11 +312,22 @@ def test_rescaling_gives_the_standard_deviation_of_the_conditional_prediction_ba
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize(
-    "scale, reuse, expected", [(4.0, None, True), (1.0, None, False), (4.0, False, False), (1.0, True, True)]
+    "scale, saved, reuse, expected",
+    [
+        (4.0, False, None, False),
+        (4.0, True, None, True),
+        (1.0, True, None, False),
+        (4.0, True, False, False),
+        (1.0, False, True, True),
+    ],
 )
-def test_a_guided_x0_that_is_clipped_leaves_no_noise_behind(prediction_type, scale, reuse, expected):
-    """One DDIM step by hand: with guidance the noise is what the clipped x_0 leaves of x_t, without the network's."""
+def test_a_guided_x0_that_is_clipped_leaves_no_noise_behind(tmp_path, prediction_type, scale, saved, reuse, expected):
+    """One DDIM step by hand: with guidance the noise is what the clipped x_0 leaves of x_t, if the pipeline says so."""
     pipe, noise = pipeline(scheduler=ExtDDIMScheduler(prediction_type=prediction_type)), torch.randn(2, 1, 8, 8)
+    if saved:
+        GuidedDiffusionPipeline(**pipe.components, clip_guided_noise=True).save_pretrained(tmp_path)
+        pipe = diffusers_ext.DiffusionPipeline.from_pretrained(tmp_path)
+        pipe.set_progress_bar_config(disable=True)
     seen = (
         pipe(
             [1, 2],
