@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 from accelerate import PartialState
 from torch import Tensor
 
@@ -225,9 +224,7 @@ def measure(config: EvaluateConfig, real: RealImages, features, images: Tensor, 
     )
     result = {"generated": evaluator.measure(images, labels)}
     if real.held_out is not None and len(real.held_out) > config.num_neighbours:
-        order = torch.randperm(len(real.held_out), generator=torch.Generator().manual_seed(config.seed))[: len(images)]
-        held_out_labels = real.held_out.labels[order] if real.has_labels else None
-        result["held_out"] = evaluator.measure(real.held_out.images[order], held_out_labels)
+        result["held_out"] = evaluator.measure_held_out(real.held_out, len(images))
     return result
 
 

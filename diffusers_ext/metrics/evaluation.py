@@ -94,6 +94,11 @@ class Evaluator:
             result["svc_label_accuracy"] = _share_equal(predicted, labels)
         return result
 
+    def measure_held_out(self, held_out: LabelledImages, number: int) -> dict[str, float | int]:
+        """The same of at most `number` real images that no model has seen, drawn by the seed: what is possible."""
+        order = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(self.seed))[:number]
+        return self.measure(held_out.images[order], held_out.labels[order] if held_out.label_names else None)
+
 
 def fit_svc(train: LabelledImages):
     """scikit-learn's support vector classifier with an RBF kernel, on pixels in [0, 1].

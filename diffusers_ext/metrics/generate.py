@@ -1,7 +1,8 @@
 """Images from a pipeline, for measuring: balanced over the labels, and the same whatever the batch size."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,6 +55,7 @@ def generate_images(
     labels: Sequence[int] | None = None,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
+    settings: Mapping[str, Any] | None = None,
     batch_size: int = 50,
     seed: int = 0,
     show_progress: bool = True,
@@ -68,6 +70,7 @@ def generate_images(
         labels: The label of each image of the set, of which `labels[i]` for i in `indices` are asked for.
         num_inference_steps: The pipeline's default if None.
         guidance_scale: The pipeline's default if None.
+        settings: Further keywords of the pipeline's call.
         batch_size: Images at a time.
         seed: Of the set.
 
@@ -80,7 +83,7 @@ def generate_images(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
-    given = {name: value for name, value in given.items() if value is not None}
+    given = {name: value for name, value in given.items() if value is not None} | dict(settings or {})
     needed = {*given, "generator", "output_type", "batch_size" if labels is None else "class_labels"}
     if missing := sorted(needed - _parameters(pipeline).keys()):
         raise ValueError(

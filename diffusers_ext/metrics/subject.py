@@ -1,7 +1,9 @@
 """What is measured: a pipeline, with its sampler, or a folder of images."""
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -78,6 +80,7 @@ def generate_for(
     *,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
+    settings: Mapping[str, Any] | None = None,
     batch_size: int = 64,
     bf16: bool = False,
     seed: int = 0,
@@ -116,6 +119,7 @@ def generate_for(
             labels=labels,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
+            settings=settings,
             batch_size=batch_size,
             seed=seed,
             show_progress=state.is_main_process,
