@@ -28,30 +28,34 @@ class ClassifierObjective(nn.Module):
     def __init__(self, schedule: NoiseSchedule, accelerator: Accelerator | None = None):
         super().__init__()
         self.schedule, self.accelerator = schedule, accelerator
-        # Of this process, by quarter of the timesteps: labels right, and labels. Not part of a checkpoint.
-        self.register_buffer("counts", torch.zeros(4, 2), persistent=False)
+        # By quarter of the timesteps: labels right, and labels. Of all processes; and of this one since `collect`.
+        self.register_buffer("counts", torch.zeros(4, 2))
+        self.register_buffer("own_counts", torch.zeros(4, 2), persistent=False)
 
     def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         timesteps = (batch["time"] * len(self.schedule)).long()
         logits = noisy_logits(model, batch["images"], batch["noise"], timesteps, self.schedule)
         if self.training:
             with torch.no_grad():
-                right = (logits.argmax(1) == batch["labels"]).to(self.counts)
+                right = (logits.argmax(1) == batch["labels"]).to(self.own_counts)
                 quarter = timesteps * 4 // len(self.schedule)
-                self.counts.index_add_(0, quarter, torch.stack([right, torch.ones_like(right)], dim=1))
+                self.own_counts.index_add_(0, quarter, torch.stack([right, torch.ones_like(right)], dim=1))
         return F.cross_entropy(logits, batch["labels"])
 
     def metrics(self) -> dict[str, float]:
         """Accuracy since the last call, `accuracy_q1` to `accuracy_q4` by quarter of the timesteps, the cleanest first."""
-        counts = self.counts.clone()
+        self.collect()
+        counts = self.counts.tolist()
         self.counts.zero_()
-        if self.accelerator is not None:
-            counts = self.accelerator.reduce(counts, "sum")
         return {
-            f"accuracy_q{number}": right / total
-            for number, (right, total) in enumerate(counts.tolist(), start=1)
-            if total > 0
+            f"accuracy_q{number}": right / total for number, (right, total) in enumerate(counts, start=1) if total > 0
         }
+
+    def collect(self):
+        """Puts together what the processes have counted; all of them call it, before the state is saved."""
+        alone = self.accelerator is None or self.accelerator.num_processes == 1
+        self.counts += self.own_counts if alone else self.accelerator.reduce(self.own_counts, "sum")
+        self.own_counts.zero_()
 
 
 def noisy_logits(model: nn.Module, x0: Tensor, eps: Tensor, timesteps: Tensor, schedule: NoiseSchedule) -> Tensor:

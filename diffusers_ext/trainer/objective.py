@@ -20,6 +20,9 @@ HISTORY_LENGTH = 10
 # Share of the timesteps that stay uniform, so that none whose losses happened to be small is never seen again.
 UNIFORM_SHARE = 0.001
 
+# What a batch may have, beside labels, that the model is called with: texts, encoded or in tokens.
+TEXT_CONDITIONS = ("encoder_hidden_states", "encoder_attention_mask", "input_ids", "attention_mask")
+
 # The timesteps are put together to so many intervals, and at each report the losses from before it count so much less.
 NUM_INTERVALS, DECAY = 40, 0.9
 
@@ -27,8 +30,9 @@ NUM_INTERVALS, DECAY = 40, 0.9
 class DenoisingObjective(nn.Module):
     """The mean loss of a batch, to be called with the model and the batch (see `diffusers_ext.trainer.batches`).
 
-    It trains nothing of its own. Its state is in buffers, the same in all processes after each step: what timesteps are
-    drawn by, and the losses since the last report. In evaluation mode timesteps are uniform and nothing is recorded.
+    It trains nothing of its own. Its state is in buffers: what timesteps are drawn by, the same in all processes after
+    each step; and the losses since the last report, the same after `collect`. In evaluation mode timesteps are uniform
+    and nothing is recorded.
 
     Args:
         schedule: The noising path.
@@ -86,6 +90,8 @@ class DenoisingObjective(nn.Module):
         # Sums of: importance weight, and times it the squared error, the loss, and the bound.
         self.register_buffer("recent_sums", torch.zeros(intervals, 4))
         self.register_buffer("faded_sums", torch.zeros(intervals, 4))
+        # What this process has added since they were last collected, if it records alone.
+        self.register_buffer("own_sums", torch.zeros(intervals, 4), persistent=False)
         if importance_sampling:
             self.register_buffer("loss_history", torch.zeros(length, HISTORY_LENGTH))
             self.register_buffer("loss_count", torch.zeros(length, dtype=torch.int64))
@@ -99,7 +105,8 @@ class DenoisingObjective(nn.Module):
         x0, eps = batch["images"], batch["noise"]
         timesteps, weight = self.sample_timesteps(batch["time"])
         x_t = add_noise(x0, eps, self.schedule.level(timesteps, x0))
-        output = model(x_t, timesteps, class_labels=batch.get("labels")).sample
+        texts = {name: batch[name] for name in TEXT_CONDITIONS if name in batch}
+        output = model(x_t, timesteps, class_labels=batch.get("labels"), **texts).sample
         error, loss, bound = self.losses(output, x0, eps, x_t, timesteps)
         if self.training:
             self._record(timesteps, weight, error, loss, bound)
@@ -176,13 +183,25 @@ class DenoisingObjective(nn.Module):
     def _record(self, timesteps: Tensor, weight: Tensor, error: Tensor, loss: Tensor, bound: Tensor):
         columns = [timesteps, weight, error, loss, bound]
         rows = torch.stack([column.detach().float() for column in columns], dim=1)
-        if self.accelerator is not None:
+        if self.importance_sampling and self.accelerator is not None:  # all processes draw by the losses of all
             rows = self.accelerator.gather(rows)
         timesteps, weight = rows[:, 0].long(), rows[:, 1:2]
         place = timesteps * len(self.recent_sums) // len(self.schedule)
-        self.recent_sums.index_add_(0, place, torch.cat([weight, weight * rows[:, 2:]], dim=1))
+        sums = self.own_sums if self._records_alone else self.recent_sums
+        sums.index_add_(0, place, torch.cat([weight, weight * rows[:, 2:]], dim=1))
         if self.importance_sampling:
             self._remember(timesteps, rows[:, 3])
+
+    @property
+    def _records_alone(self) -> bool:
+        several = self.accelerator is not None and self.accelerator.num_processes > 1
+        return several and not self.importance_sampling
+
+    def collect(self):
+        """Puts together what the processes have recorded; all of them call it, before the state is saved."""
+        if self._records_alone:
+            self.recent_sums += self.accelerator.reduce(self.own_sums, "sum")
+            self.own_sums.zero_()
 
     def _remember(self, timesteps: Tensor, loss: Tensor):
         """Puts the losses, in their order, in place of the oldest at their timesteps."""
@@ -199,12 +218,13 @@ class DenoisingObjective(nn.Module):
         self.loss_count.add_(new)
 
     def metrics(self) -> dict[str, float]:
-        """Means since the last call, which starts the next: waits for the device.
+        """Means since the last call, which starts the next: waits for the device. All processes call it.
 
         `loss_q1` to `loss_q4` are the loss by quarter of the timesteps, the cleanest first; `error_q1` to `error_q4` the
         squared error without weights, if the two differ; `vlb_bits_per_dim` the bound without its prior term, estimated,
         if the variance is learned. What was not drawn is left out.
         """
+        self.collect()
         sums = self.recent_sums.double().cpu()
         self.faded_sums.mul_(DECAY).add_(self.recent_sums)
         self.recent_sums.zero_()
@@ -228,6 +248,8 @@ class DenoisingObjective(nn.Module):
 
     def curve(self) -> list[dict[str, float]]:
         """The loss at each interval of timesteps that was drawn from, over the last reports, the later the more.
+
+        Without what several processes have recorded since the last of `collect` and `metrics`.
 
         Each has `first_timestep`, `last_timestep`, `log_snr` (natural, the mean over the interval), `error` and `loss`,
         and with a learned variance `vlb_bits_per_dim`.

@@ -50,6 +50,8 @@ def save_run(trainer: "Trainer", folder: Path) -> None:
     accelerator.save_state(str(folder))
     save_stream_state(trainer._stream.state, folder, accelerator.process_index)
     average = gathered(trainer.average.state_dict()) if trainer.average else None
+    if hasattr(trainer.objective, "collect"):
+        trainer.objective.collect()
     if not accelerator.is_main_process:
         return
     (folder / STATE_FILE).write_text(json.dumps(dataclasses.asdict(trainer.state), indent=2) + "\n")

@@ -117,7 +117,7 @@ class VAEObjective(nn.Module):
         # Kept from `nn.Module`: neither a network's weights nor the model's belong into the objective's state.
         self._outside = {"perceptual": perceptual, "last_layer": last_layer}
         self._num_batches, self._warned = 0, False
-        # Sums since the last report, over the images of this process.
+        # Sums since the last report, over the images of this process; in the main one of all, once they are collected.
         self.register_buffer("terms", torch.zeros(len(TERMS)))
         self.register_buffer("count", torch.zeros(()))
         self.register_buffer("log_scale", torch.zeros(()))
@@ -210,8 +210,20 @@ class VAEObjective(nn.Module):
             **_by_latent(kl),
         }
 
+    def collect(self):
+        """Puts together what the processes have seen, in the main one; all of them call it, before the state is saved."""
+        if self.accelerator.num_processes > 1:
+            for sums in self._sums:
+                sums.copy_(self.accelerator.reduce(sums, "sum"))
+            if not self.accelerator.is_main_process:
+                self._forget()
+
+    @property
+    def _sums(self) -> tuple[Tensor, ...]:
+        return self.terms, self.count, self.kl_sum, self.mean_sum, self.square_sum
+
     def _forget(self):
-        for sums in (self.terms, self.count, self.kl_sum, self.mean_sum, self.square_sum):
+        for sums in self._sums:
             sums.zero_()
 
     def _has(self, term: str) -> bool:

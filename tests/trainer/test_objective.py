@@ -241,26 +241,39 @@ def test_a_curve_of_nothing_is_not_drawn_and_zero_snr_has_no_place_on_it(tmp_pat
 
 
 def train_on_a_part_of_each_batch(folder):
-    """What each of several processes does; leaves its state in the folder."""
+    """What each of several processes does; leaves its states in the folder."""
     accelerator = Accelerator(cpu=True)
     rank, number = accelerator.process_index, accelerator.num_processes
-    objective = make_objective(objective="hybrid", importance_sampling=True, accelerator=accelerator)
-    for seed in range(30):
-        part = slice(rank * 16 // number, (rank + 1) * 16 // number)
-        objective(learned_model, {name: value[part] for name, value in make_batch(seed).items()})
-    save_file(objective.state_dict(), folder / f"{rank}-of-{number}.safetensors")
+    for importance_sampling in (True, False):
+        settings = {"objective": "hybrid", "importance_sampling": importance_sampling}
+        objective = make_objective(**settings, accelerator=accelerator)
+        for seed in range(30):
+            part = slice(rank * 16 // number, (rank + 1) * 16 // number)
+            objective(learned_model, {name: value[part] for name, value in make_batch(seed).items()})
+            if not importance_sampling and seed == 20:  # as at a checkpoint, from which the run goes on
+                objective.collect()
+                state = {name: value.clone() for name, value in objective.state_dict().items()}
+                objective = make_objective(**settings, accelerator=accelerator)
+                objective.load_state_dict(state)
+        if not importance_sampling:
+            objective.collect()
+        save_file(objective.state_dict(), folder / f"{importance_sampling}-{rank}-of-{number}.safetensors")
 
 
 def test_two_processes_keep_the_state_of_one(tmp_path):
+    """With importance sampling after each step; without it whenever they are collected, over a resume too."""
     debug_launcher(train_on_a_part_of_each_batch, args=(tmp_path,), num_processes=2)
-    first, second = (load_file(tmp_path / f"{rank}-of-2.safetensors") for rank in range(2))
-    alone = make_objective(objective="hybrid", importance_sampling=True)
-    for seed in range(30):
-        alone(learned_model, make_batch(seed))
-    assert alone.timestep_probabilities().std() > 0
-    for name, value in alone.state_dict().items():
-        assert torch.equal(first[name], second[name]), name
-        torch.testing.assert_close(first[name], value, rtol=1e-5, atol=1e-5)
+    for importance_sampling in (True, False):
+        paths = [tmp_path / f"{importance_sampling}-{rank}-of-2.safetensors" for rank in range(2)]
+        first, second = map(load_file, paths)
+        alone = make_objective(objective="hybrid", importance_sampling=importance_sampling)
+        for seed in range(30):
+            alone(learned_model, make_batch(seed))
+        assert not importance_sampling or alone.timestep_probabilities().std() > 0
+        assert first.keys() == alone.state_dict().keys() and alone.recent_sums[:, 0].sum() > 0
+        for name, value in alone.state_dict().items():
+            assert torch.equal(first[name], second[name]), name
+            torch.testing.assert_close(first[name], value, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
