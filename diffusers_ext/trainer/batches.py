@@ -183,7 +183,8 @@ class TrainingBatches(Dataset):
         rows = self._rows(positions)
 
         images = partial(data.read, rows)
-        return self._maker.make(positions, images, None if data.labels is None else data.labels[rows])
+        batch = self._maker.make(positions, images, None if data.labels is None else data.labels[rows])
+        return data.with_condition(batch)
 
     def _rows(self, positions: range) -> np.ndarray:
         """The images at these positions: each epoch is a new permutation of all of them."""

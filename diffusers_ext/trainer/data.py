@@ -6,7 +6,7 @@ Training then makes a batch by copying rows, and a run that goes on from a check
 import io
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class ImageData:
         notes: One line for each decision that a user may want to know of.
         resize_mode: How pictures of another size were brought to this one, one of `RESIZE_MODES`. With "random_crop"
             rows of `pixels` are cut in the middle, and `pixels.crop` cuts them elsewhere.
+        texts: Where labels are captions, what puts them into a batch (see `diffusers_ext.trainer.captions`).
     """
 
     pixels: "PixelTable"
@@ -45,6 +46,7 @@ class ImageData:
     name: str
     notes: tuple[str, ...] = ()
     resize_mode: str = "crop"
+    texts: Any = field(default=None, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -70,6 +72,10 @@ class ImageData:
     @property
     def dtype(self) -> np.dtype:
         return self.pixels.dtype
+
+    def with_condition(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch with what its labels are to a network, where that is not their numbers."""
+        return batch if self.texts is None else self.texts.put_into(batch)
 
     @property
     def num_images(self) -> int:

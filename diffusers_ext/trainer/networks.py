@@ -141,6 +141,7 @@ def build_network(
     in_channels: int,
     out_channels: int,
     num_classes: int | None,
+    cross_attention_dim: int | None = None,
 ) -> UNetModel | DiTModel:
     """A new network with weights that follow from the seed."""
     torch.manual_seed(config.seed)
@@ -149,6 +150,7 @@ def build_network(
         "in_channels": in_channels,
         "out_channels": out_channels,
         "num_classes": num_classes,
+        "cross_attention_dim": cross_attention_dim,
     }
     if config.model == "dit":
         return DiTModel(**common, **config.dit_options(sample_size))

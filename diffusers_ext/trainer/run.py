@@ -89,7 +89,8 @@ def prepare_repo(config: TrainerConfig) -> str:
 def describe_data(config: TrainerConfig, data: ImageData | StreamData) -> str:
     """The data in a line."""
     channels = {1: "grey", 3: "RGB"}.get(data.channels, f"{data.channels}-channel")
-    labels = "no labels" if data.id2label is None else f"{data.num_classes} labels"
+    kind = "labels" if getattr(data, "texts", None) is None else "different captions"
+    labels = "no labels" if data.id2label is None else f"{data.num_classes} {kind}"
     height, width = data.size
     count = "a stream of" if data.num_images is None else len(data)
     return f"{data.name}, split {config.dataset_split}: {count} images, {height}x{width} {channels}, {labels}"
@@ -115,13 +116,20 @@ DENOISING_PICTURES = {
 }
 
 
-def finish_run(trainer: Trainer, command: str, data: str, pictures: Mapping[str, str] = DENOISING_PICTURES) -> None:
+def finish_run(
+    trainer: Trainer,
+    command: str,
+    data: str,
+    pictures: Mapping[str, str] = DENOISING_PICTURES,
+    pipeline_tag: str = "unconditional-image-generation",
+) -> None:
     """Draws the loss, writes the card, pushes if asked to, and says where everything is.
 
     Args:
         command: The command line of the run.
         data: What it was trained on, in Markdown.
         pictures: Those in the folder, with what they show; the first goes into the card.
+        pipeline_tag: The Hub's name of the task.
     """
     config, output_dir, state = trainer.config, trainer.output_dir, trainer.state
     draw_loss(read_metrics(output_dir / METRICS_FILE), output_dir / "loss.png")
@@ -143,6 +151,7 @@ def finish_run(trainer: Trainer, command: str, data: str, pictures: Mapping[str,
         sample_grid=output_dir / next(iter(pictures)),
         repo_id=repo_id,
         dataset_id=None if is_local(config.dataset_name) else config.dataset_name,
+        pipeline_tag=pipeline_tag,
     )
     lines = [
         "",

@@ -20,26 +20,28 @@ def draw_samples(
     path: Path,
     *,
     accelerator: Accelerator | None = None,
-    labels: Sequence[int] | None,
+    labels: Sequence[int] | None = None,
+    prompts: Sequence[str] | None = None,
     names: Sequence[str] | None = None,
     columns: int = 8,
     seed: int = 0,
     batch_size: int = 64,
     **settings,
 ) -> Image.Image | None:
-    """A grid of samples with one row for each label, or of as many rows as columns without labels.
+    """A grid of samples with one row for each label or text, or of as many rows as columns without either.
 
     Args:
         accelerator: If given, all processes call this and share the samples; the main one draws them.
-        labels, names: Of the rows; more than 16 rows are not drawn.
+        labels, prompts, names: Of the rows; more than 16 rows are not drawn.
         seed: Picture i is made from seed `seed + i`.
         settings: For the pipeline's call, such as `num_inference_steps` and `guidance_scale`.
 
     Returns:
         The grid, as saved; None in the other processes.
     """
-    labels = None if labels is None else list(labels)[:MAX_ROWS]
-    rows = columns if labels is None else len(labels)
+    word, each = ("class_labels", labels) if prompts is None else ("prompt", prompts)
+    each = None if each is None else list(each)[:MAX_ROWS]
+    rows = columns if each is None else len(each)
     number, index, processes = rows * columns, 0, 1
     if accelerator is not None:
         index, processes = accelerator.process_index, accelerator.num_processes
@@ -51,8 +53,8 @@ def draw_samples(
         places = mine[start : start + batch_size]
         generators = [torch.Generator(pipe.device).manual_seed(seed + place) for place in places]
         asked = {"batch_size": len(places)}
-        if labels is not None:
-            asked = {"class_labels": [labels[place // columns] for place in places]}
+        if each is not None:
+            asked = {word: [each[place // columns] for place in places]}
         images.append(pipe(**asked, generator=generators, output_type="pt", **settings).images.float())
     images = torch.cat(images)
     if accelerator is not None:
@@ -84,7 +86,8 @@ def draw_denoising(
     pipe: DiffusionPipeline,
     path: Path,
     *,
-    label: int | None,
+    label: int | None = None,
+    prompt: str | None = None,
     num_inference_steps: int,
     columns: int = 8,
     seed: int = 0,
@@ -94,6 +97,7 @@ def draw_denoising(
     last = num_inference_steps - 1
     steps = sorted({round(place * last / max(columns - 1, 1)) for place in range(columns)})
     asked = {"batch_size": 1} if label is None else {"class_labels": [label]}
+    asked = asked if prompt is None else {"prompt": [prompt]}
     generator = [torch.Generator(pipe.device).manual_seed(seed)]
     trajectory = pipe(
         **asked,

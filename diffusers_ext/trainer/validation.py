@@ -56,7 +56,7 @@ def prepare_validation(
         raise ValueError(
             f"the {with_labels} images have labels and the {without} images have none; see --unconditional"
         )
-    if held_out.id2label in (None, data.id2label):
+    if held_out.id2label in (None, data.id2label) or data.texts is not None:  # captions need not be known ones
         return held_out
     # Where labels are names, each split numbers those that it has.
     label2id = {name: label for label, name in data.id2label.items()}
@@ -104,4 +104,5 @@ class ValidationBatches:
         def images(places, flipped):
             return data.read(rows, np.full_like(places, 0.5), flipped)
 
-        return self._maker.make(positions, images, None if data.labels is None else data.labels[rows])
+        batch = self._maker.make(positions, images, None if data.labels is None else data.labels[rows])
+        return data.with_condition(batch)
