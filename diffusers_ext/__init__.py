@@ -13,6 +13,7 @@ from diffusers_ext.models.dit import DiTModel
 from diffusers_ext.models.unet import UNetModel
 from diffusers_ext.models.vae import VAEModel
 from diffusers_ext.pipelines.pipeline_guided_diffusion import GuidedDiffusionPipeline
+from diffusers_ext.pipelines.pipeline_text_guided_diffusion import TextGuidedDiffusionPipeline
 from diffusers_ext.registration import register_with_diffusers
 from diffusers_ext.schedulers import (
     ExtDDIMInverseScheduler,
@@ -32,6 +33,7 @@ __all__ = [
     "ExtDDPMScheduler",
     "GuidedDiffusionPipeline",
     "NoisyClassifierModel",
+    "TextGuidedDiffusionPipeline",
     "UNetModel",
     "VAEModel",
     "VPredictionScheduler",

@@ -1,0 +1,259 @@
+"""Images from texts, in pixels or in latents, with any scheduler and guider of diffusers."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from diffusers.guiders import BaseGuidance
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import Generator, Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from diffusers_ext.guidance import GuidedDenoiser, Interval, asks_for_unconditional
+from diffusers_ext.guiders import ClassifierGuidance, ComposedGuidance
+from diffusers_ext.pipelines.checks import check_components, choose_guider, count_images
+from diffusers_ext.pipelines.image_inputs import ImageInput
+from diffusers_ext.pipelines.sampling import GuidedDiffusionPipelineOutput, SamplingMixin
+from diffusers_ext.pipelines.text_inputs import TextCondition, check_text_components, context_width
+from diffusers_ext.text import TextEmbeds, encode_tokens, longest_text, masks_padding_by_default, tokenize
+
+
+# Of classifier-free guidance where neither the call nor the pipeline says otherwise.
+DEFAULT_GUIDANCE_SCALE = 4.0
+
+
+class TextGuidedDiffusionPipeline(SamplingMixin, DiffusionPipeline):
+    """Generates images from texts.
+
+    Args:
+        denoiser: `UNetModel` or `DiTModel` with a `cross_attention_dim`, or a model of diffusers that is called
+            `model(x_t, timestep, encoder_hidden_states=)`.
+        scheduler: Any scheduler of this package or of diffusers.
+        tokenizer: Of transformers, for `text_encoder`. Without the two, the call takes `prompt_embeds`.
+        text_encoder: Of transformers: CLIP's text model, T5's encoder, or any model whose output has a
+            `last_hidden_state` of the denoiser's `cross_attention_dim`.
+        vae: `VAEModel` or an autoencoder of diffusers, for models trained on latents; `None` for models of pixels.
+        guider: How conditional and unconditional predictions are combined, if not by `guidance_scale`.
+        weak_denoiser: A weaker network of the same data and texts, for `WeakModelGuidance`.
+        max_text_length: Tokens at which a text is cut, saved with the pipeline; `None` for all that the encoder takes.
+        mask_padding: Whether encoder and denoiser look away from the padding of a text, saved with the pipeline; `None`
+            for no with CLIP and yes with any other encoder.
+        clip_guided_noise: As for `GuidedDiffusionPipeline`.
+
+    Raises:
+        ValueError: if the components do not fit one another.
+
+    Example:
+
+        >>> import diffusers_ext
+        >>> pipe = diffusers_ext.DiffusionPipeline.from_pretrained("runs/twemoji64")
+        >>> heart, apple = pipe(["red heart", "green apple"], num_inference_steps=50, guidance_scale=4.0).images
+    """
+
+    model_cpu_offload_seq = "text_encoder->denoiser->vae"
+    _exclude_from_cpu_offload = ["weak_denoiser"]  # used in turns with the denoiser, in each step
+    _optional_components = ["tokenizer", "text_encoder", "vae", "guider", "weak_denoiser"]
+
+    def __init__(
+        self,
+        denoiser: ModelMixin,
+        scheduler: SchedulerMixin,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        text_encoder: PreTrainedModel | None = None,
+        vae: ModelMixin | None = None,
+        guider: BaseGuidance | None = None,
+        weak_denoiser: ModelMixin | None = None,
+        max_text_length: int | None = None,
+        mask_padding: bool | None = None,
+        clip_guided_noise: bool = False,
+    ):
+        super().__init__()
+        check_text_components(denoiser, tokenizer, text_encoder, weak_denoiser, max_text_length)
+        check_components(denoiser, vae, None, weak_denoiser)
+        self.register_modules(
+            denoiser=denoiser,
+            scheduler=scheduler,
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            vae=vae,
+            guider=guider,
+            weak_denoiser=weak_denoiser,
+        )
+        self.register_to_config(max_text_length=max_text_length, mask_padding=mask_padding)
+        self.register_to_config(clip_guided_noise=clip_guided_noise)
+        self.image_processor = VaeImageProcessor()
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float | None = None,
+        *,
+        num_images_per_prompt: int = 1,
+        prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
+        generator: Generator | list[Generator] | None = None,
+        latents: Tensor | None = None,
+        image: ImageInput | None = None,
+        strength: float | None = None,
+        mask_image: ImageInput | None = None,
+        num_resample_steps: int = 1,
+        guider: BaseGuidance | None = None,
+        guidance_rescale: float = 0.0,
+        guidance_interval: Interval | None = None,
+        timesteps: list[int] | None = None,
+        eta: float = 0.0,
+        use_clipped_model_output: bool | None = None,
+        low_memory: bool = False,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, Tensor, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        trajectory_steps: Sequence[int] | None = None,
+    ) -> GuidedDiffusionPipelineOutput | tuple:
+        """Generates images from texts.
+
+        What is not listed is as for the call of `GuidedDiffusionPipeline`.
+
+        Args:
+            prompt: One text, or several. A text that is too long is cut at its end, with a warning.
+            negative_prompt: What to lead away from, in place of the empty text: one for all prompts, or one for each.
+                Needs guidance.
+            num_inference_steps: Number of steps, each of one call of the network (two with guidance).
+            guidance_scale: Weight of classifier-free guidance; 1 is none. `None` for the guider of the pipeline, or 4
+                without one. Not to be given together with a guider.
+            num_images_per_prompt: Images of each prompt; they come one after the other, prompt by prompt.
+            prompt_embeds: In place of `prompt`, hidden states `(prompts, tokens, cross_attention_dim)`.
+            prompt_attention_mask: 1 or true at the tokens to attend to, shape `(prompts, tokens)`; by default all.
+            negative_prompt_embeds, negative_prompt_attention_mask: The same in place of `negative_prompt`, for one
+                prompt or for each.
+            generator: Source of the noise. With a list, one generator for each image, image i depends on generator i
+                alone.
+            latents: Start noise of unit variance, one for each image, shape `(images, in_channels, *sample_size)`.
+
+        Raises:
+            ValueError: if an argument does not fit the model, the scheduler or another argument.
+        """
+        condition = TextCondition.of(
+            prompt=self._given("prompt", prompt, prompt_embeds, prompt_attention_mask),
+            negative=self._given(
+                "negative_prompt", negative_prompt, negative_prompt_embeds, negative_prompt_attention_mask
+            ),
+            encode=self.encode_prompt,
+            num_images_per_prompt=num_images_per_prompt,
+            width=context_width(self.denoiser),
+        )
+        if guidance_scale is None:
+            has_guider = guider is not None or self.guider is not None
+            guidance_scale = 1.0 if has_guider or not condition.can_guide(self) else DEFAULT_GUIDANCE_SCALE
+        if isinstance(generator, list | tuple):
+            condition.check_count("generator", len(generator))
+        return self._sample(
+            condition,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            generator=generator,
+            latents=latents,
+            image=image,
+            strength=strength,
+            mask_image=mask_image,
+            num_resample_steps=num_resample_steps,
+            guider=guider,
+            guidance_rescale=guidance_rescale,
+            guidance_interval=guidance_interval,
+            timesteps=timesteps,
+            eta=eta,
+            use_clipped_model_output=use_clipped_model_output,
+            low_memory=low_memory,
+            output_type=output_type,
+            return_dict=return_dict,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            trajectory_steps=trajectory_steps,
+        )
+
+    @property
+    def max_text_length(self) -> int:
+        """Tokens at which a text is cut, the special ones included."""
+        return longest_text(self.tokenizer, self.text_encoder, self.config.max_text_length)
+
+    @property
+    def mask_padding(self) -> bool:
+        """Whether encoder and denoiser look away from the padding of a text."""
+        asked = self.config.mask_padding
+        return masks_padding_by_default(self.text_encoder) if asked is None else asked
+
+    @torch.no_grad()
+    def encode_prompt(self, prompt: str | Sequence[str]) -> TextEmbeds:
+        """Hidden states and mask of one or several texts, to be given to the call as `prompt_embeds` and its mask.
+
+        Raises:
+            ValueError: if the pipeline has no tokenizer and text encoder.
+        """
+        if self.tokenizer is None or self.text_encoder is None:
+            raise ValueError(
+                "a text needs a pipeline with a tokenizer and a text_encoder: give those, or prompt_embeds"
+            )
+        prompt = [prompt] if isinstance(prompt, str) else prompt
+        ids, mask = tokenize(self.tokenizer, prompt, self.max_text_length, full_length=not self.mask_padding)
+        device = self._execution_device
+        return encode_tokens(self.text_encoder, ids.to(device), mask.to(device), self.mask_padding)
+
+    # What the texts are to the call.
+
+    @staticmethod
+    def _given(name: str, text, embeds: Tensor | None, mask: Tensor | None) -> str | list[str] | TextEmbeds | None:
+        if text is not None and embeds is not None:
+            raise ValueError(f"{name} and {name}_embeds must not both be given")
+        if embeds is None and mask is not None:
+            raise ValueError(f"{name}_attention_mask belongs to {name}_embeds, which are not given")
+        if embeds is not None:
+            return TextEmbeds(embeds, mask)
+        texts = [text] if isinstance(text, str) else text
+        if texts is not None and not (len(texts) and all(isinstance(each, str) for each in texts)):
+            raise ValueError(f"{name} must be a text or a list of texts, got {text!r}")
+        return texts
+
+    def _choose_guider(self, condition, guider, guidance_scale, guidance_rescale, classifier_scale):
+        return choose_guider(self, guider, guidance_scale, guidance_rescale, classifier_scale, None)
+
+    def _count_images(self, condition, batch_size, **tensors):
+        return count_images(batch_size, prompt=condition.prompt.states, **tensors)
+
+    def _check_guider(self, condition, guider, timesteps, interval):
+        if isinstance(guider, ClassifierGuidance | ComposedGuidance):
+            raise ValueError(f"{type(guider).__name__} is for labels, and this pipeline has texts")
+        if hasattr(guider, "check_pipeline"):
+            guider.check_pipeline(self, None)
+        needed = guider is not None and asks_for_unconditional(guider, timesteps)
+        if condition.has_negative and not needed:
+            raise ValueError(
+                "negative_prompt needs guidance, which this call has none of: give a guidance_scale other than 1, or a "
+                "guider that looks at the unconditional prediction"
+            )
+        if needed and not condition.can_guide(self):
+            raise ValueError(
+                "guidance needs something to lead away from: give negative_prompt_embeds together with prompt_embeds, or "
+                "a pipeline with a tokenizer and a text_encoder, which encodes the empty text"
+            )
+        condition.needs_negative = needed
+
+    def _denoiser(
+        self, scheduler, guider, condition: TextCondition, batch_size: int, device, low_memory: bool = False
+    ) -> GuidedDenoiser:
+        return GuidedDenoiser(
+            self.denoiser,
+            scheduler,
+            guider,
+            condition.pairs(batch_size, device, self.denoiser.dtype),
+            self.denoiser.config.in_channels,
+            weak_denoiser=self.weak_denoiser,
+            low_memory=low_memory,
+        )

@@ -1,0 +1,127 @@
+"""Between texts and what a denoiser attends to: tokens, and the hidden states that an encoder of transformers makes.
+
+A text is cut into tokens and padded to a common length. Whether the padding is hidden is a matter of how the encoder
+and the denoiser were trained, and both must be used the same way again:
+
+    CLIP      sees the padding, and so does the denoiser: all texts have the full length, as in Stable Diffusion
+    others    the padding is masked in the encoder and in the denoiser, and has no influence
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from diffusers.utils import logging
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+logger = logging.get_logger(__name__)
+
+# Encoders that see their padding unless told otherwise.
+SEE_PADDING = ("clip_text_model", "clip")
+
+# A tokenizer without a limit of its own has this as its limit or more, and its texts are cut at `DEFAULT_LENGTH`.
+_NO_LIMIT = 100_000
+DEFAULT_LENGTH = 256
+
+
+class TextEmbeds(NamedTuple):
+    """What a denoiser attends to.
+
+    `states`: shape `(texts, tokens, width)`; `mask`: true where to attend to, shape `(texts, tokens)`, or `None` for
+    everywhere.
+    """
+
+    states: Tensor
+    mask: Tensor | None
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "TextEmbeds":
+        return TextEmbeds(self.states.to(device, dtype), None if self.mask is None else self.mask.to(device))
+
+    def repeat_interleave(self, count: int) -> "TextEmbeds":
+        """Each text `count` times, one after the other."""
+        return TextEmbeds(*(None if part is None else part.repeat_interleave(count, dim=0) for part in self))
+
+    def expand(self, count: int) -> "TextEmbeds":
+        """One text as so many, or as many as there are already."""
+        return TextEmbeds(*(None if part is None else part.expand(count, *part.shape[1:]) for part in self))
+
+    def padded(self, length: int, with_mask: bool) -> "TextEmbeds":
+        """At least so many tokens, of which those that are added are masked; with a mask if asked for or needed."""
+        states, mask = self
+        missing = length - states.shape[1]
+        if mask is None and (with_mask or missing > 0):
+            mask = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
+        if missing > 0:
+            states = nn.functional.pad(states, (0, 0, 0, missing))
+            mask = nn.functional.pad(mask, (0, missing))
+        return TextEmbeds(states, mask)
+
+
+def width_of(text_encoder: PreTrainedModel) -> int:
+    """Width of the hidden states of an encoder."""
+    config = text_encoder.config
+    for name in ("d_model", "hidden_size"):
+        if getattr(config, name, None):
+            return getattr(config, name)
+    return config.get_text_config().hidden_size
+
+
+def masks_padding_by_default(text_encoder: PreTrainedModel) -> bool:
+    """Whether the padding of this kind of encoder is hidden; see the top of the module."""
+    return text_encoder.config.model_type not in SEE_PADDING
+
+
+def longest_text(tokenizer: PreTrainedTokenizerBase, text_encoder: PreTrainedModel, asked: int | None = None) -> int:
+    """Tokens at which a text is cut: as asked for, or all that tokenizer and encoder can take.
+
+    Raises:
+        ValueError: if they cannot take as many as asked for.
+    """
+    known = [tokenizer.model_max_length, getattr(text_encoder.config, "max_position_embeddings", None)]
+    known = [limit for limit in known if limit is not None and 0 < limit < _NO_LIMIT]
+    if asked is None:
+        return min(known, default=DEFAULT_LENGTH)
+    if not 1 <= asked <= min(known, default=asked):
+        limit = f" and at most {min(known)}, which is what the text encoder takes" if known else ""
+        raise ValueError(f"max_text_length must be at least 1{limit}, got {asked}")
+    return asked
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int, *, full_length: bool
+) -> tuple[Tensor, Tensor]:
+    """Numbers of the tokens and mask, true where there is text, both int64 of shape `(texts, tokens)`.
+
+    A text that is too long is cut at its end, with a warning that names what is lost.
+
+    Args:
+        full_length: Pad to `max_length`, and not only to the longest of the texts.
+    """
+    texts = list(texts)
+    whole = tokenizer(texts, padding=False, truncation=False, verbose=False).input_ids
+    cut = tokenizer(
+        texts,
+        padding="max_length" if full_length else "longest",
+        truncation=True,
+        max_length=max_length,
+        return_tensors="pt",
+    )
+    for text, ids in zip(texts, whole, strict=True):
+        if len(ids) > max_length:
+            lost = tokenizer.decode(ids[max_length - 1 : -1], skip_special_tokens=True)
+            logger.warning(
+                f"a text of {len(ids)} tokens is cut to the {max_length} that the text encoder takes, so that its end has "
+                f"no influence: {lost.strip()[:100]!r} of {text[:60]!r}"
+            )
+    return cut.input_ids, cut.attention_mask
+
+
+def encode_tokens(
+    text_encoder: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, mask_padding: bool
+) -> TextEmbeds:
+    """The last hidden states of the tokens, with a mask if the padding is hidden."""
+    mask = attention_mask if mask_padding else None
+    states = text_encoder(input_ids=input_ids, attention_mask=mask).last_hidden_state
+    return TextEmbeds(states, None if mask is None else mask.bool())

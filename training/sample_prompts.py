@@ -1,0 +1,103 @@
+"""Draw texts at several guidance scales, as one picture.
+
+    python training/sample_prompts.py runs/twemoji64 --prompts "red heart" "green apple" "flag: Sweden"
+
+RUN is the folder, or the name on the Hub, of a pipeline that makes images from texts. Each text has a row and each scale a
+column; all pictures of a row start from the same noise.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from diffusers_ext import DiffusionPipeline, TextGuidedDiffusionPipeline
+from diffusers_ext.trainer.figures import labelled_grid
+from diffusers_ext.trainer.options import option, run_script
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Draw texts at several guidance scales, as one picture."""
+
+    run: str | None = option(None, "RUN may also stand first, without --run: folder or name of the pipeline")
+    prompts: tuple[str, ...] | None = option(None, "the texts, one for each row")
+    negative_prompt: str | None = option(None, "what to lead away from, in place of the empty text")
+    guidance_scales: tuple[float, ...] = option((1.0, 2.0, 4.0, 8.0), "one for each column; 1 is no guidance")
+    num_images_per_prompt: int = option(1, "pictures of a text at a scale, side by side")
+    num_inference_steps: int = option(50, "steps of the sampler")
+    seed: int = option(0, "picture k of each text is made from seed + k")
+    output: str | None = option(None, "where to save the picture; by default RUN/guidance_scales.png")
+
+    def __post_init__(self):
+        if self.run is None:
+            raise ValueError("say which pipeline: sample_prompts.py RUN --prompts TEXT ...")
+        if not self.prompts:
+            raise ValueError("prompts must be given: --prompts TEXT ...")
+        if self.num_images_per_prompt < 1 or self.num_inference_steps < 1 or self.seed < 0:
+            raise ValueError("num_images_per_prompt and num_inference_steps must be at least 1, seed not negative")
+        if self.output is None and not Path(self.run).is_dir():
+            raise ValueError("output must be given for a pipeline that is not in a folder")
+        if self.negative_prompt is not None and 1.0 in self.guidance_scales:
+            raise ValueError("negative_prompt has no meaning at a guidance scale of 1: leave that scale out")
+
+
+def main(config: SampleConfig) -> Path:
+    """Draws the picture and returns its path."""
+    pipe = DiffusionPipeline.from_pretrained(config.run)
+    if not isinstance(pipe, TextGuidedDiffusionPipeline):
+        raise ValueError(f"{config.run} must be a pipeline that makes images from texts, got a {type(pipe).__name__}")
+    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    path = Path(config.output or Path(config.run) / "guidance_scales.png")
+    draw_guidance_scales(
+        pipe,
+        config.prompts,
+        config.guidance_scales,
+        columns=config.num_images_per_prompt,
+        seed=config.seed,
+        num_inference_steps=config.num_inference_steps,
+        negative_prompt=config.negative_prompt,
+    ).save(path)
+    print(f"{len(config.prompts)} texts at {len(config.guidance_scales)} guidance scales: {path}")
+    return path
+
+
+def draw_guidance_scales(
+    pipe: TextGuidedDiffusionPipeline,
+    prompts: tuple[str, ...],
+    scales: tuple[float, ...],
+    *,
+    columns: int = 1,
+    seed: int = 0,
+    **settings,
+) -> Image.Image:
+    """A row for each text, and `columns` pictures from the same noise for each scale.
+
+    Args:
+        settings: For the pipeline's call.
+    """
+    by_scale = []
+    for scale in scales:
+        generators = [torch.Generator(pipe.device).manual_seed(seed + k) for _ in prompts for k in range(columns)]
+        images = pipe(
+            list(prompts),
+            guidance_scale=scale,
+            num_images_per_prompt=columns,
+            generator=generators,
+            output_type="pt",
+            **settings,
+        ).images
+        by_scale.append(images.float().cpu().unflatten(0, (len(prompts), columns)))
+    heads = [f"w = {scale:g}" if k == 0 else "" for scale in scales for k in range(columns)]
+    return labelled_grid(torch.cat(by_scale, dim=1), list(prompts), heads)
+
+
+def arguments_of(words: list[str]) -> list[str]:
+    """The command line, on which RUN may stand first without its name."""
+    return ["--run", *words] if words and not words[0].startswith("-") else words
+
+
+if __name__ == "__main__":
+    run_script(SampleConfig, main, arguments_of(sys.argv[1:]))

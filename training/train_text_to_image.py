@@ -1,0 +1,176 @@
+"""Train a Gaussian diffusion model on images and their captions.
+
+    accelerate launch training/train_text_to_image.py --dataset_name ../twemoji64 --resolution 32
+    accelerate launch training/train_text_to_image.py --dataset_name ../twemoji64 --pretrained_text_encoder ../clip
+
+Without a text encoder that is there, a small one is made and trained together with the denoiser. Without options it
+trains on scikit-learn's handwritten digits, whose captions are their labels. `--help` lists the options, `--config
+FILE.yaml` reads them from a file. `training/sample_prompts.py OUTPUT_DIR` draws texts at several guidance scales.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from accelerate import Accelerator
+from diffusers import ModelMixin
+
+from diffusers_ext import DiffusionPipeline, ExtDDPMScheduler, TextGuidedDiffusionPipeline
+from diffusers_ext.text import width_of
+from diffusers_ext.trainer.captions import captions_of, find_caption_column, with_texts
+from diffusers_ext.trainer.config import resolve_for_machine
+from diffusers_ext.trainer.data import ImageData
+from diffusers_ext.trainer.denoising import build_model, build_objective, build_scheduler
+from diffusers_ext.trainer.latents import SampleSpace, load_vae, prepare_samples
+from diffusers_ext.trainer.loop import Trainer
+from diffusers_ext.trainer.options import run_script, to_command
+from diffusers_ext.trainer.run import describe_data, finish_run, make_accelerator, open_run, save_whole
+from diffusers_ext.trainer.sampling import draw_denoising, draw_samples, log_image
+from diffusers_ext.trainer.text_encoder import TextDenoiser
+from diffusers_ext.trainer.text_to_image import TextConfig, Texts
+from diffusers_ext.trainer.validation import prepare_validation
+
+
+PICTURES = {
+    "samples.png": "samples, a row for each text",
+    "denoising.png": "x_t and the predicted x_0 on the way",
+}
+
+
+def main(config: TextConfig) -> Path:
+    """Trains a model and returns the folder of its pipeline."""
+    accelerator = make_accelerator(config)
+    command = to_command(config, "training/train_text_to_image.py")
+    config = resolve_for_machine(config)
+    with open_run(config, accelerator) as open_folder:
+        vae = None if config.vae is None else load_vae(config.vae)
+        data, held_out, texts = load_data(config, accelerator, vae)
+        space = SampleSpace.of(data, vae)
+        config = dataclasses.replace(config, resolution=space.resolution, resize_mode=data.resize_mode)
+        config.check_sample(space.shape[1:], space.resolution)
+        open_folder(config)
+        scheduler = build_scheduler(config)
+        model = build_model(config, space, None, cross_attention_dim=width_of(texts.text_encoder))
+        if texts.trained:
+            model = TextDenoiser(model, texts.text_encoder, texts.mask_padding)
+        pipeline = partial(averaged_pipeline, scheduler=scheduler, vae=vae, texts=texts)
+        trainer = Trainer(
+            config,
+            accelerator,
+            model,
+            build_objective(config, scheduler, accelerator, num_bins=space.num_values),
+            data,
+            batch_options={"label_dropout": config.caption_dropout, "timestep_sampling": config.time_sampling}
+            | space.batch_options,
+            on_images=partial(draw_while_training, config, pipeline),
+            validation_data=held_out,
+            prepare_batch=space.encoder(accelerator.device),
+        )
+        trainer.train()
+        with pipeline(trainer) as pipe:
+            if accelerator.is_main_process:
+                save_whole(pipe, trainer.output_dir)
+        accelerator.print("drawing samples and the denoising of one of them ...", flush=True)
+        accelerator.wait_for_everyone()
+        draw_figures(trainer)
+        # Ends the last gathering everywhere: a process that leaves during it can hang in gloo's destructor.
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            told = "\n\n".join([describe_data(config, data), *data.notes])
+            finish_run(trainer, command, told, PICTURES, pipeline_tag="text-to-image")
+    return trainer.output_dir
+
+
+def load_data(
+    config: TextConfig, accelerator: Accelerator, vae: ModelMixin | None
+) -> tuple[ImageData, ImageData | None, Texts]:
+    """The images with their captions, those held out if the options name any, and what the captions are made to."""
+    with accelerator.local_main_process_first():
+        data_config = config.for_data(find_caption_column(config, config.caption_column))
+        data = prepare_samples(data_config, vae, multiple_of=config.size_multiple)
+        captions = captions_of(data)
+        texts = Texts.of(config, captions)
+        data = with_texts(data, texts.table(captions, accelerator.device))
+        held_out = prepare_validation(data_config, data, partial(prepare_samples, vae=vae))
+        if held_out is not None:
+            held_out = with_texts(held_out, texts.table(captions_of(held_out), accelerator.device))
+    encoder = "trained from scratch" if texts.trained else f"from {config.pretrained_text_encoder}"
+    tokens = f"{len(texts.tokenizer)} different tokens, at most {texts.max_length} in a text"
+    notes = [f"captions of the column {data_config.label_column}; text encoder {encoder}; {tokens}", *data.notes]
+    data = dataclasses.replace(data, notes=tuple(notes))
+    for note in (describe_data(config, data), *data.notes):
+        accelerator.print(note)
+    if held_out is not None:
+        accelerator.print(f"the loss is taken on {len(held_out)} images of the split {config.validation_split} too")
+    return data, held_out, texts
+
+
+@contextmanager
+def averaged_pipeline(
+    trainer: Trainer, scheduler: ExtDDPMScheduler, vae: ModelMixin | None, texts: Texts
+) -> Iterator[TextGuidedDiffusionPipeline]:
+    """The pipeline as it stands, with the averaged weights if there are any; the model's own come back at the end."""
+    with trainer.averaged_model() as model:
+        trained = texts.trained
+        encoder = model.text_encoder if trained else texts.text_encoder.to(trainer.accelerator.device)
+        pipe = TextGuidedDiffusionPipeline(
+            denoiser=model.denoiser if trained else model,
+            scheduler=type(scheduler).from_config(scheduler.config),  # a copy: sampling sets its timesteps
+            tokenizer=texts.tokenizer,
+            text_encoder=encoder,
+            vae=vae,
+            max_text_length=texts.max_length,
+            mask_padding=texts.mask_padding,
+            clip_guided_noise=True,
+        )
+        pipe.set_progress_bar_config(disable=True)
+        yield pipe
+        if not trained:
+            encoder.to("cpu")
+
+
+def draw_while_training(config: TextConfig, pipeline: partial, trainer: Trainer) -> None:
+    """Samples of the averaged weights, at `samples/step-STEP.png` and in the trackers; the processes share them."""
+    with pipeline(trainer) as pipe:
+        path = trainer.output_dir / "samples" / f"step-{trainer.state.step:07}.png"
+        grid = draw_samples(pipe, path, accelerator=trainer.accelerator, **sample_settings(config, trainer.data))
+    log_image(trainer.accelerator, "samples", grid, trainer.state.step)
+
+
+def draw_figures(trainer: Trainer) -> None:
+    """The sample grid, which the processes share, and the denoising strip, from the pipeline as saved."""
+    config, accelerator, output_dir = trainer.config, trainer.accelerator, trainer.output_dir
+    pipe = DiffusionPipeline.from_pretrained(output_dir).to(accelerator.device)
+    pipe.set_progress_bar_config(disable=True)
+    with accelerator.autocast():
+        settings = sample_settings(config, trainer.data)
+        grid = draw_samples(pipe, output_dir / "samples.png", accelerator=accelerator, **settings)
+        log_image(accelerator, "samples", grid, trainer.state.step)
+        if accelerator.is_main_process:
+            draw_denoising(
+                pipe,
+                output_dir / "denoising.png",
+                prompt=settings["prompts"][0],
+                num_inference_steps=config.num_inference_steps,
+                guidance_scale=config.guidance_scale,
+                seed=config.seed,
+            )
+
+
+def sample_settings(config: TextConfig, data: ImageData) -> dict:
+    prompts = config.prompts_of(captions_of(data))
+    return {
+        "prompts": prompts,
+        "names": prompts,
+        "columns": config.sample_columns,
+        "seed": config.seed,
+        "batch_size": config.eval_batch_size or config.train_batch_size,
+        "num_inference_steps": config.num_inference_steps,
+        "guidance_scale": config.guidance_scale,
+    }
+
+
+if __name__ == "__main__":
+    run_script(TextConfig, main)
