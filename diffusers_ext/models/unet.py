@@ -209,6 +209,7 @@ class UNetModel(RegionalCompilation, ModelMixin, ConfigMixin):
         dropout: Share of the features dropped in each residual block while training.
         dims: 2 for images, shape `(batch, channels, height, width)`; 1 for series, `(batch, channels, length)`.
         time_embedding_dim: Width of the embedding of timestep and label; `None` for four times the first width.
+        time_cond_proj_dim: `None`; diffusers' pipelines look here whether a network takes the guidance scale as an input.
 
     Raises:
         ValueError: if the sizes or options do not fit one another.
@@ -233,8 +234,11 @@ class UNetModel(RegionalCompilation, ModelMixin, ConfigMixin):
         dropout: float = 0.0,
         dims: int = 2,
         time_embedding_dim: int | None = None,
+        time_cond_proj_dim: None = None,
     ):
         super().__init__()
+        if time_cond_proj_dim is not None:
+            raise ValueError(f"time_cond_proj_dim must be None, got {time_cond_proj_dim}: guidance is not embedded")
         check_options(
             in_channels, out_channels, block_out_channels, layers_per_block, attention_head_dim, num_classes, dims
         )

@@ -217,7 +217,8 @@ class TextGuidedDiffusionPipeline(SamplingMixin, DiffusionPipeline):
         if embeds is not None:
             return TextEmbeds(embeds, mask)
         texts = [text] if isinstance(text, str) else text
-        if texts is not None and not (len(texts) and all(isinstance(each, str) for each in texts)):
+        are_texts = isinstance(texts, list | tuple) and len(texts) and all(isinstance(each, str) for each in texts)
+        if texts is not None and not are_texts:
             raise ValueError(f"{name} must be a text or a list of texts, got {text!r}")
         return texts
 
