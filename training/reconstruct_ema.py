@@ -61,6 +61,11 @@ def main(config: ReconstructConfig) -> Path:
     whole = getattr(diffusers_ext, saved.class_name if saved.is_model else "DiffusionPipeline").from_pretrained(run)
     parts = [whole] if saved.is_model else whole.components.values()
     models = [part for part in parts if isinstance(part, nn.Module) and is_of(part, averages)]
+    if not models and not saved.is_model:  # parts that were trained together, such as a denoiser and its text encoder
+        prefixes = {name.partition(".")[0] for name in averages}
+        together = {name: part for name, part in whole.components.items() if name in prefixes}
+        joint = nn.ModuleDict({name: part for name, part in together.items() if isinstance(part, nn.Module)})
+        models = [joint] if is_of(joint, averages) else []
     if len(models) != 1:
         raise ValueError(
             f"the snapshots are of another model than {run} holds: they must have the names and shapes of the parameters "

@@ -26,6 +26,7 @@ PICTURES = (
     "manifold",
     "traversals",
     "accuracy",
+    "guidance_scales",
 )
 
 
