@@ -63,7 +63,7 @@ class BatchOptions:
         num_processes, process_index: Of how many processes this is which.
         accumulation: Forward passes of an optimizer step.
         random_flip: Whether each image is mirrored left to right with probability 1/2.
-        label_dropout: Probability that an image gets the null label `num_classes`.
+        label_dropout: Probability that an image gets the null label `num_classes`, or loses all of its labels.
         timestep_sampling: "uniform" draws each image's time by itself. "stratified" spreads the times of an optimizer
             step evenly over [0, 1) from one random start (Kingma et al. 2021), which keeps each time uniform and
             makes the loss less noisy.
@@ -92,7 +92,8 @@ class BatchMaker:
     """Makes batches of images that are at hand: adds noise and times, flips, drops labels, says where to crop.
 
     A batch is a dict: `pixels`, uint8 or uint16, and `noise`, float32, both of shape `(batch, channels, height, width)` in
-    channels_last; `time`, float64 in [0, 1), and `labels`, int64, both of shape `(batch,)`. Without labels there is no
+    channels_last; `time`, float64 in [0, 1), and `labels`, int64, both of shape `(batch,)`. With several labels an image
+    `labels` are bool, shape `(batch, num_classes)`, and none of them is the null label. Without labels there is no
     `labels`. With a `latent_shape` there is `latent_noise`, float32, shape `(batch, *latent_shape)`. In place of pixels
     there can be what a VAE made of them (see `diffusers_ext.trainer.latents`).
 
@@ -126,7 +127,7 @@ class BatchMaker:
         Args:
             images: Takes a place to crop at for each image, shape `(batch, 2)` in [0, 1), and whether to flip it, shape
                 `(batch,)`; gives the pixels, shape `(batch, *shape)`.
-            labels: int64, shape `(batch,)`, or None.
+            labels: int64, shape `(batch,)`; or bool, shape `(batch, num_classes)`; or None.
         """
         options = self.options
         uniform = np.empty((len(positions), _NUM_UNIFORM))
@@ -149,7 +150,11 @@ class BatchMaker:
             items["latent_noise"] = torch.from_numpy(latent_noise)
         if labels is not None:
             dropped = uniform[:, _DROP] < options.label_dropout
-            items["labels"] = torch.from_numpy(np.where(dropped, self.num_classes, labels))
+            if labels.ndim == 1:
+                labels = np.where(dropped, self.num_classes, labels)
+            else:
+                labels = labels & ~dropped[:, None]
+            items["labels"] = torch.from_numpy(labels)
         return items
 
     def _stratified(self, positions: range) -> np.ndarray:

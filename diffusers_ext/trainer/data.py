@@ -31,7 +31,7 @@ class ImageData:
 
     Attributes:
         pixels: Takes row numbers, gives `(rows, height, width, channels)`, uint8 or uint16.
-        labels: int64, shape `(rows,)`, or None.
+        labels: int64, shape `(rows,)`; or bool, shape `(rows, labels)`, with several labels an image; or None.
         id2label: Name of each label, or None.
         name: What the user called the data set.
         notes: One line for each decision that a user may want to know of.
@@ -84,6 +84,11 @@ class ImageData:
     @property
     def num_classes(self) -> int | None:
         return None if self.id2label is None else len(self.id2label)
+
+    @property
+    def has_label_sets(self) -> bool:
+        """Whether an image can have several labels."""
+        return self.labels is not None and self.labels.ndim == 2
 
 
 def mirror(pixels: np.ndarray, flipped: np.ndarray) -> np.ndarray:

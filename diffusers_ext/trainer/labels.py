@@ -1,8 +1,8 @@
-"""Labels of a data set: their column, the integer of each row, and the names of the integers."""
+"""Labels of a data set: their column, the integer of each row or the set of them, and the names of the integers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import numpy as np
@@ -14,32 +14,51 @@ _NO_LABELS = "there are names for labels, but the data set has no labels: name t
 def find_label_column(source: datasets.Dataset | datasets.IterableDataset, name: str | None = None) -> str | None:
     """The column that holds the labels, or None if the data set has none.
 
-    Without a name that is the only column of class labels, or else a column called `label`, or the `cls` of WebDataset.
+    Without a name that is the only column of class labels, or else a column called `label`, or the `cls` of WebDataset, or
+    else the only column of lists of class labels.
 
     Raises:
-        ValueError: if the named column is not there or holds neither integers nor names; or if several columns could be
-            meant.
+        ValueError: if the named column is not there or holds neither integers nor names nor lists of them; or if several
+            columns could be meant.
     """
     features = source.features
     if name is None:
-        found = [column for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-        if len(found) > 1:
-            raise ValueError(f"several columns hold labels ({', '.join(found)}): name one with --label_column")
+        found = _columns_of_class_labels(features)
         usual = [column for column in ("label", "cls") if column in features]
-        if not found + usual:
+        sets = [] if found + usual else _columns_of_class_labels(_members(features))
+        if len(found + sets) > 1:
+            raise ValueError(f"several columns hold labels ({', '.join(found + sets)}): name one with --label_column")
+        if not found + usual + sets:
             return None
-        name = (found + usual)[0]
+        name = (found + usual + sets)[0]
     if name not in features:
         raise ValueError(f"label_column {name!r} is not in the data set; its columns are {', '.join(features)}")
-    if not isinstance(features[name], datasets.ClassLabel | datasets.Value):
-        raise ValueError(f"label_column {name!r} must hold integers or names, got {describe_feature(features[name])}")
+    if not isinstance(_member(features[name]) or features[name], datasets.ClassLabel | datasets.Value):
+        raise ValueError(
+            f"label_column {name!r} must hold integers or names, or lists of them, got {describe_feature(features[name])}"
+        )
     return name
+
+
+def _member(feature: Any) -> Any:
+    """What the lists of a column hold; None for a column of something else."""
+    return feature.feature if isinstance(feature, datasets.List | datasets.LargeList) else None
+
+
+def _members(features: datasets.Features) -> dict[str, Any]:
+    return {column: _member(feature) for column, feature in features.items()}
+
+
+def _columns_of_class_labels(features: Mapping[str, Any]) -> list[str]:
+    return [column for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
 
 
 def read_labels(
     source: datasets.Dataset, name: str | None = None, label_names: Sequence[str] | None = None
 ) -> tuple[np.ndarray, dict[int, str]] | None:
     """The labels, int64 in 0..n-1, and the name of each; None if the data set has no labels.
+
+    With several labels an image they are bool, shape `(rows, n)`: see `LabelSets`.
 
     Args:
         name: Of the column; see `find_label_column`.
@@ -59,6 +78,9 @@ def read_labels(
     values = values[:] if not hasattr(values, "to_pylist") else values
     if values.null_count:
         raise ValueError(f"label_column {name!r} must hold a label in every row, got {values.null_count} empty ones")
+    if _member(feature) is not None:
+        sets = find_label_sets(feature, name, label_names, values.to_pylist())
+        return np.stack([sets.read(value) for value in values.to_pylist()]), sets.id2label
     values = np.asarray(values.to_pylist())
     if values.dtype.kind in "US":
         names, labels = np.unique(values, return_inverse=True)
@@ -89,6 +111,108 @@ def describe_feature(feature: Any) -> str:
 
 
 @dataclass(frozen=True)
+class LabelSets:
+    """Several labels an image: how a cell tells them, and the names of all that there are.
+
+    Args:
+        column: Where they are.
+        names: Of 0, 1, 2, ...
+        form: What a cell is a list of: the labels' integers; their names; or a zero or a one for each of all labels.
+    """
+
+    column: str
+    names: tuple[str, ...]
+    form: Literal["integers", "names", "zeros and ones"]
+
+    dtype = np.dtype(bool)
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        return dict(enumerate(self.names))
+
+    def read(self, value: Any) -> np.ndarray:
+        """Which labels a cell has, bool, shape `(labels,)`; an empty list has none, which is the null label.
+
+        Raises:
+            ValueError: if it is no list of the labels that there are, or has one of them twice.
+        """
+        number, row = len(self.names), np.zeros(len(self.names), bool)
+        if value is None:
+            raise ValueError(f"label_column {self.column!r} must hold a list in every row, got none; [] is no label")
+        if self.form == "zeros and ones":
+            if len(value) != number or any(each not in (0, 1) for each in value):
+                raise ValueError(
+                    f"label_column {self.column!r} must hold {number} zeros and ones in every row, got {value!r}"
+                )
+            row[:] = value
+            return row
+        by_name = self.form == "names"
+        ids = [self.names.index(each) if each in self.names else -1 for each in value] if by_name else value
+        if any(each is None or not 0 <= each < number for each in ids):
+            accepted = "the label_names" if by_name else f"integers in [0, {number - 1}]"
+            raise ValueError(f"label_column {self.column!r} must hold lists of {accepted}, got {value!r}")
+        if len(set(ids)) < len(ids):
+            raise ValueError(
+                f"label_column {self.column!r} must hold each label once, got {value!r}; zeros and ones that stand for all "
+                "labels are told from integers by a type of bool or float"
+            )
+        row[ids] = True
+        return row
+
+
+def find_label_sets(
+    feature: Any, column: str, label_names: Sequence[str] | None = None, values: Iterable[list] | None = None
+) -> LabelSets:
+    """How to read a column of lists of labels.
+
+    Lists of bool or float are zeros and ones; so are those of integers if all are of one length of at least 3 and hold
+    nothing else, since one of them has a number twice. Other integers are the labels'.
+
+    Args:
+        label_names: Of 0, 1, 2, ...; None for the data set's own.
+        values: All of the column, in which labels without known names are looked for; None for a stream.
+
+    Raises:
+        ValueError: if it cannot be known how many labels there are.
+    """
+    member, length = _member(feature), getattr(feature, "length", -1)
+    known, values = values is not None, list(values or ())
+    if isinstance(member, datasets.ClassLabel):
+        return LabelSets(column, tuple(label_names or member.names), "integers")
+    kind = member.dtype
+    integers = kind.startswith(("int", "uint"))
+    lengths = {length} if length > 0 else {len(value) for value in values if value is not None}
+    one_length = next(iter(lengths)) if len(lengths) == 1 else 0
+    if "string" in kind:
+        form = "names"
+    elif kind == "bool" or kind.startswith("float"):
+        form = "zeros and ones"
+    elif integers and one_length > 2 and all(set(value) <= {0, 1} for value in values if value is not None) and known:
+        form = "zeros and ones"
+    elif integers:
+        form = "integers"
+    else:
+        raise ValueError(f"label_column {column!r} must hold lists of integers or names, got lists of {kind}")
+    if label_names is not None:
+        return LabelSets(column, tuple(label_names), form)
+    if form == "zeros and ones" and one_length:
+        return LabelSets(column, tuple(map(str, range(one_length))), form)
+    if not known:
+        give = "--label_names, all of them in order," if form == "names" else "--num_classes, the number of labels,"
+        raise ValueError(
+            f"label_column {column!r} holds lists of {form}, and a stream is not read ahead to find all labels: give {give} "
+            "or --unconditional"
+        )
+    if form == "zeros and ones":
+        raise ValueError(f"label_column {column!r} must hold lists of one length, got {sorted(lengths)[:5]}")
+    found = {each for value in values if value is not None for each in value if each is not None}
+    if not found:
+        raise ValueError(f"label_column {column!r} holds no label in any row; see --unconditional")
+    names = sorted(found) if form == "names" else map(str, range(max(found) + 1))
+    return LabelSets(column, tuple(names), form)
+
+
+@dataclass(frozen=True)
 class StreamLabels:
     """Labels that are read row by row, of which the names must be known beforehand.
 
@@ -101,6 +225,8 @@ class StreamLabels:
     column: str
     names: tuple[str, ...]
     by_name: bool
+
+    dtype = np.dtype(np.int64)
 
     @property
     def id2label(self) -> dict[int, str]:
@@ -122,7 +248,7 @@ class StreamLabels:
 
 def find_stream_labels(
     source: datasets.IterableDataset, name: str | None = None, label_names: Sequence[str] | None = None
-) -> StreamLabels | None:
+) -> StreamLabels | LabelSets | None:
     """How to read the labels of a stream; None if it has none.
 
     Args:
@@ -137,6 +263,8 @@ def find_stream_labels(
             raise ValueError(_NO_LABELS)
         return None
     feature = source.features[name]
+    if _member(feature) is not None:
+        return find_label_sets(feature, name, label_names)
     if isinstance(feature, datasets.ClassLabel):
         names = tuple(feature.names) if label_names is None else tuple(label_names)
         if len(names) != len(feature.names):

@@ -91,6 +91,7 @@ def describe_data(config: TrainerConfig, data: ImageData | StreamData) -> str:
     channels = {1: "grey", 3: "RGB"}.get(data.channels, f"{data.channels}-channel")
     kind = "labels" if getattr(data, "texts", None) is None else "different captions"
     labels = "no labels" if data.id2label is None else f"{data.num_classes} {kind}"
+    labels += ", of which an image can have several" if data.has_label_sets else ""
     height, width = data.size
     count = "a stream of" if data.num_images is None else len(data)
     return f"{data.name}, split {config.dataset_split}: {count} images, {height}x{width} {channels}, {labels}"

@@ -31,7 +31,7 @@ from diffusers_ext.trainer.batches import (
 )
 from diffusers_ext.trainer.data import Fit, ImageData, decode_one, describe_fault, mirror
 from diffusers_ext.trainer.images import crop_at
-from diffusers_ext.trainer.labels import StreamLabels
+from diffusers_ext.trainer.labels import LabelSets, StreamLabels
 
 
 # Shards beyond this number are put together: taking one out costs time in proportion to their number.
@@ -60,7 +60,7 @@ class StreamData:
     source: datasets.IterableDataset
     image_column: str
     how: Fit
-    labels: StreamLabels | None
+    labels: StreamLabels | LabelSets | None
     name: str
     shuffle_buffer: int = 1000
     max_bad_share: float = 0.01
@@ -95,6 +95,11 @@ class StreamData:
     @property
     def num_classes(self) -> int | None:
         return None if self.labels is None else len(self.labels.names)
+
+    @property
+    def has_label_sets(self) -> bool:
+        """Whether an image can have several labels."""
+        return isinstance(self.labels, LabelSets)
 
 
 class Division:
@@ -168,8 +173,8 @@ class StreamReader:
         self._chunks = self._groups = None
         self.state = dict(state) if state else self._start_of(0)
 
-    def __iter__(self) -> Iterator[tuple[np.ndarray, int | None]]:
-        """Pictures, shape `(height, width, channels)`, with their labels.
+    def __iter__(self) -> Iterator[tuple[np.ndarray, int | np.ndarray | None]]:
+        """Pictures, shape `(height, width, channels)`, with their labels or sets of them.
 
         Raises:
             ValueError: if more images than `max_bad_share` cannot be decoded, or if a label is none.
@@ -312,7 +317,7 @@ class StreamBatches(IterableDataset):
                 batch = self._maker.make(
                     self._maker.positions(number),
                     self._stacking(pictures),
-                    None if self.data.labels is None else np.array(labels, np.int64),
+                    None if self.data.labels is None else np.array(labels, self.data.labels.dtype),
                 )
                 yield batch | {"reader": json.dumps(reader.state)}
         except ValueError as error:

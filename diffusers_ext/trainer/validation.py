@@ -56,6 +56,9 @@ def prepare_validation(
         raise ValueError(
             f"the {with_labels} images have labels and the {without} images have none; see --unconditional"
         )
+    if held_out.has_label_sets != data.has_label_sets:
+        with_sets = "validation" if held_out.has_label_sets else "training"
+        raise ValueError(f"the {with_sets} images alone have several labels each; see --label_column")
     if held_out.id2label in (None, data.id2label) or data.texts is not None:  # captions need not be known ones
         return held_out
     # Where labels are names, each split numbers those that it has.
@@ -63,7 +66,12 @@ def prepare_validation(
     if unknown := sorted(set(held_out.id2label.values()) - label2id.keys()):
         raise ValueError(f"{what} have labels that are not trained on: {', '.join(unknown[:5])}")
     numbers = np.array([label2id[held_out.id2label[label]] for label in sorted(held_out.id2label)])
-    return dataclasses.replace(held_out, labels=numbers[held_out.labels], id2label=data.id2label)
+    if held_out.labels.ndim == 1:
+        labels = numbers[held_out.labels]
+    else:
+        labels = np.zeros((len(held_out), len(data.id2label)), bool)
+        labels[:, numbers] = held_out.labels
+    return dataclasses.replace(held_out, labels=labels, id2label=data.id2label)
 
 
 class ValidationBatches:
