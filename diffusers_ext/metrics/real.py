@@ -18,16 +18,18 @@ from huggingface_hub.constants import HF_HOME
 
 from diffusers_ext.metrics.features import FeatureClassifierModel
 from diffusers_ext.metrics.fit import LabelledImages, accuracy, fit_feature_classifier
+from diffusers_ext.trainer.config import DataConfig
 from diffusers_ext.trainer.data import ImageData
+from diffusers_ext.trainer.images import IMAGE_MODES
 from diffusers_ext.trainer.latents import read_info
 from diffusers_ext.trainer.options import option
-from diffusers_ext.trainer.prepare import prepare_images
+from diffusers_ext.trainer.prepare import data_options, prepare_images
 
 
 HELD_OUT_SPLITS = ("validation", "test", "valid", "val")
 
 # PIL's mode of images of 1, 2, 3 and 4 channels.
-CHANNEL_MODES = ("L", "LA", "RGB", "RGBA")
+CHANNEL_MODES = tuple(IMAGE_MODES)
 
 # What a folder of a trained feature classifier tells about its training.
 FEATURES_FILE = "features.json"
@@ -35,7 +37,7 @@ FEATURES_FILE = "features.json"
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Options that name a data set and prepare its images, called as in training. None leaves one open."""
+    """Those of `DataConfig` that say how images are prepared, and the held-out split. None leaves one open."""
 
     dataset_name: str | None = option(None, "digits, a data set on the Hub, or a local folder", "data")
     dataset_config_name: str | None = option(None, "configuration of a data set that has several")
@@ -125,23 +127,11 @@ def _with_labels_of(train: LabelledImages, held_out: LabelledImages, split: str)
 
 
 def prepare_split(options: DataOptions, split: str, max_samples: int | None = None) -> ImageData:
-    """The images of one split, by the trainer's own preparation."""
-    return prepare_images(
-        options.dataset_name,
-        config_name=options.dataset_config_name,
-        split=split,
-        image_column=options.image_column,
-        label_column=options.label_column,
-        label_names=options.label_names or (options.num_classes and tuple(map(str, range(options.num_classes)))),
-        resolution=options.resolution,
-        resize_mode=options.resize_mode or "auto",
-        pad_value=options.pad_value or 0,
-        mode=options.image_mode,
-        max_samples=max_samples,
-        max_bad_share=0.01 if options.max_bad_share is None else options.max_bad_share,
-        num_proc=options.preprocessing_num_workers,
-        cache_dir=options.cache_dir,
-    )
+    """The images of one split, by the trainer's own preparation, which settles what is left open."""
+    names = [field.name for field in dataclasses.fields(DataConfig)]
+    given = {name: value for name in names if (value := getattr(options, name, None)) is not None}
+    config = DataConfig(**given | {"dataset_split": split, "max_train_samples": max_samples})
+    return prepare_images(config.dataset_name, num_proc=config.preprocessing_num_workers, **data_options(config))
 
 
 def find_held_out_split(options: DataOptions) -> str | None:
@@ -162,6 +152,11 @@ def to_labelled_images(data: ImageData) -> LabelledImages:
     if data.labels is None:
         return LabelledImages(images, torch.full([len(images)], -1), [])
     names = [data.id2label[label] for label in range(len(data.id2label))]
+    if data.has_label_sets:
+        raise ValueError(
+            f"{data.name} has several labels an image, and what is measured by label takes one: name a column of single "
+            "labels with --label_column"
+        )
     return LabelledImages(images, torch.from_numpy(data.labels), names)
 
 
