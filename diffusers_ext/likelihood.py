@@ -180,13 +180,30 @@ def decoder_nats(x0: Tensor, p: Normal, num_bins: int | None = 256) -> Tensor:
     """
     if num_bins is None:
         return 0.5 * ((x0 - p.mean) / p.std).square() + p.std.log() + 0.5 * math.log(2 * math.pi)
+    return -binned_log_prob(x0, p.mean, p.std, num_bins)
+
+
+def binned_log_prob(
+    x0: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    num_bins: int,
+    log_cdf: Callable[[Tensor], Tensor] = torch.special.log_ndtr,
+) -> Tensor:
+    """Log of the mass that a density has in the bin around each coordinate, in nats.
+
+    Args:
+        x0: In [-1, 1], at the centres of the bins.
+        mean, scale: Of the density.
+        log_cdf: Log of the distribution function at mean 0 and scale 1, of a density that is even.
+    """
     half = 1 / (num_bins - 1)
-    z, half_width = (x0 - p.mean) / p.std, half / p.std
+    z, half_width = (x0 - mean) / scale, half / scale
     # Differences of the distribution function in its left tail, where they keep their digits.
-    left, right = torch.special.log_ndtr(-z.abs() - half_width), torch.special.log_ndtr(-z.abs() + half_width)
+    left, right = log_cdf(-z.abs() - half_width), log_cdf(-z.abs() + half_width)
     inner = right + (-(left - right).expm1()).log()
-    lowest, highest = torch.special.log_ndtr(z + half_width), torch.special.log_ndtr(half_width - z)
-    return -torch.where(x0 < -1 + half, lowest, torch.where(x0 > 1 - half, highest, inner))
+    lowest, highest = log_cdf(z + half_width), log_cdf(half_width - z)
+    return torch.where(x0 < -1 + half, lowest, torch.where(x0 > 1 - half, highest, inner))
 
 
 def transition_nats(
@@ -400,7 +417,7 @@ def optimal_variances(
             at = torch.full((len(x0),), i)
             x_t, step, p = evaluate_transition(denoise, x0, eps, chain, at, prediction_type, "fixed_small", clip)
             q = posterior(x0, x_t, step.t, step.s)
-            error[i] += (q.mean - p.mean).square().sum().double().cpu()
+            error[i] += (q.mean - p.mean).square().sum().cpu().double()
     if not count:
         raise ValueError("batches must hold at least one image, got none")
     schedule, every = chain.schedule, chain.timesteps

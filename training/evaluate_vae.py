@@ -23,11 +23,12 @@ from torch import Tensor
 
 from diffusers_ext import VAEModel
 from diffusers_ext.cards import Figure, add_figures
+from diffusers_ext.likelihood import bits_per_dim
 from diffusers_ext.metrics.evaluation import format_table
 from diffusers_ext.metrics.frechet import FeatureStatistics, frechet_distance
 from diffusers_ext.metrics.real import DataOptions, RealImages, features_for, load_real_images, take_options_of_run
 from diffusers_ext.metrics.reconstruction import psnr, ssim
-from diffusers_ext.models.vae_likelihood import bits_per_dim, vae_likelihood
+from diffusers_ext.models.vae_likelihood import vae_likelihood
 from diffusers_ext.trainer.config import set_threads
 from diffusers_ext.trainer.options import option, parse_config, to_command
 from diffusers_ext.trainer.vae_latents import LatentStatistics

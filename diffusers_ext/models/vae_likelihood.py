@@ -3,10 +3,10 @@
     -log p(x)  <=  E_q[-log p(x | z)]  +  KL(q(z | x) || p(z))          the negative ELBO (Kingma & Welling 2013)
     nats           distortion             rate
 
-All in nats for a whole image, bits per dimension only by `bits_per_dim`. Densities of pixels say nothing in bits per
-dimension: a pixel of 8 bits has a probability, and the discretised likelihoods (`levels=256`) give it. Those of
-"gaussian" and "laplace" are the masses between the pixel's neighbours; "bernoulli" is a probability where images are
-black or white, and for grey ones a mere cross-entropy.
+All in nats for a whole image, bits per dimension only by `diffusers_ext.likelihood.bits_per_dim`. Densities of pixels
+say nothing in bits per dimension: a pixel of 8 bits has a probability, and the discretised likelihoods (`levels=256`)
+give it. Those of "gaussian" and "laplace" are the masses between the pixel's neighbours; "bernoulli" is a probability
+where images are black or white, and for grey ones a mere cross-entropy.
 """
 
 import math
@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusers_ext.models.vae_posterior import DiagonalGaussian
+from diffusers_ext.likelihood import binned_log_prob
+from diffusers_ext.models.vae_posterior import DiagonalGaussian, widened
 
 
 LIKELIHOODS = ("bernoulli", "gaussian", "laplace")
@@ -46,12 +47,12 @@ def log_likelihood(
         levels: Number of values of a pixel, evenly spread over [-1, 1]; `None` takes densities. Not for "bernoulli",
             which needs none.
     """
-    x, parameters = _exact(x), _exact(parameters)
+    x, parameters = widened(x), widened(parameters)
     if likelihood == "bernoulli":
         return -F.binary_cross_entropy_with_logits(parameters, (x + 1) / 2, reduction="none").flatten(1).sum(1)
     if likelihood not in LIKELIHOODS:
         raise ValueError(f"likelihood must be one of {', '.join(LIKELIHOODS)}, got {likelihood!r}")
-    log_scale = _exact(log_scale)
+    log_scale = widened(log_scale)
     if levels is not None:
         return discretized_log_prob(likelihood, x, parameters, log_scale, levels).flatten(1).sum(1)
     scaled = (x - parameters) * torch.exp(-log_scale)
@@ -72,19 +73,7 @@ def discretized_log_prob(likelihood: str, x: Tensor, mean: Tensor, log_scale: Te
         x: Values -1 + 2 k / (levels - 1) for k = 0, 1, ..., levels - 1.
     """
     log_cdf = torch.special.log_ndtr if likelihood == "gaussian" else _log_laplace_cdf
-    half = 1 / (levels - 1)
-    deviation, scale = (x.double() - mean.double()), log_scale.double().exp()
-    # The bin's mirror image about the mean has the same mass: in the lower tail no 1 - tiny is formed.
-    sign = -torch.sign(deviation)
-    sign = torch.where(sign == 0, 1.0, sign)
-    low, high = (sign * deviation - half) / scale, (sign * deviation + half) / scale
-    edge = 1 - half  # beyond it lies the first or last level alone
-    at_first, at_last = x < -edge, x > edge
-    mirrored = sign < 0
-    low = torch.where(at_first & ~mirrored | at_last & mirrored, -math.inf, low)
-    high = torch.where(at_last & ~mirrored | at_first & mirrored, math.inf, high)
-    log_high, log_low = log_cdf(high), log_cdf(low)
-    return log_high + torch.log1p(-torch.exp((log_low - log_high).clamp(max=-torch.finfo(torch.float64).eps)))
+    return binned_log_prob(x.double(), mean.double(), log_scale.double().exp(), levels, log_cdf)
 
 
 def _log_laplace_cdf(x: Tensor) -> Tensor:
@@ -184,15 +173,5 @@ def vae_likelihood(
     )
 
 
-def bits_per_dim(nats: Tensor | float, num_dims: int) -> Tensor | float:
-    """Bits for each of the `num_dims` values of an image, from nats for all of it."""
-    return nats / (num_dims * math.log(2))
-
-
 def _repeat(x: Tensor, copies: int) -> Tensor:
     return x.repeat(copies, *[1] * (x.ndim - 1))
-
-
-def _exact(x: Tensor) -> Tensor:
-    """At least float32: sums over thousands of pixels need more digits than bfloat16 has."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -45,10 +45,10 @@ class DiagonalGaussian:
 
         KL(N(m, v) || N(M, V)) = ((m - M)^2 / V + v / V - 1 - log(v / V)) / 2
         """
-        mean, logvar = _exact(self.mean), _exact(self.logvar)
+        mean, logvar = widened(self.mean), widened(self.logvar)
         if other is None:
             return 0.5 * ((mean - self.prior_mean).square() + torch.expm1(logvar) - logvar)
-        other_logvar = _exact(other.logvar)
+        other_logvar = widened(other.logvar)
         log_ratio = logvar - other_logvar
         return 0.5 * ((mean - other.mean).square() * torch.exp(-other_logvar) + torch.expm1(log_ratio) - log_ratio)
 
@@ -58,16 +58,16 @@ class DiagonalGaussian:
 
     def nll(self, sample: Tensor, dims: Sequence[int] | None = None) -> Tensor:
         """-log q(sample) in nats, summed over all axes but the first, or over `dims`."""
-        logvar = _exact(self.logvar)
+        logvar = widened(self.logvar)
         terms = 0.5 * (math.log(2 * math.pi) + logvar + (sample - self.mean).square() * torch.exp(-logvar))
         return terms.flatten(1).sum(1) if dims is None else terms.sum(list(dims))
 
     def prior_log_prob(self, sample: Tensor) -> Tensor:
         """log p(sample) under the prior in nats, shape `(batch,)`."""
-        terms = math.log(2 * math.pi) + (_exact(sample) - self.prior_mean).square()
+        terms = math.log(2 * math.pi) + (widened(sample) - self.prior_mean).square()
         return -0.5 * terms.flatten(1).sum(1)
 
 
-def _exact(x: Tensor) -> Tensor:
-    """At least float32: sums over thousands of latents need more digits than bfloat16 has."""
+def widened(x: Tensor) -> Tensor:
+    """At least float32: sums over thousands of values need more digits than bfloat16 has."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.distributions import Bernoulli, Laplace, MultivariateNormal, Normal, kl_divergence
 
+from diffusers_ext.likelihood import bits_per_dim
 from diffusers_ext.models.vae import VAEModel
 from diffusers_ext.models.vae_likelihood import (
-    bits_per_dim,
     discretized_log_prob,
     estimate_likelihood,
     log_likelihood,
