@@ -22,6 +22,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
 from diffusers_ext import GuidedDiffusionPipeline, NoisyClassifierModel
+from diffusers_ext.guidance import guided_steps
 from diffusers_ext.metrics.evaluation import Evaluator
 from diffusers_ext.metrics.generate import default_of, image_size_of
 from diffusers_ext.metrics.guidance_comparison import (
@@ -212,6 +213,7 @@ def available_methods(config: CompareConfig, pipe: GuidedDiffusionPipeline, stat
             0.0,
         )
         # Now, and not hours later when it is its turn.
+        guided_steps(settings.get("guidance_interval"), pipe.scheduler, pipe.scheduler.timesteps)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # said once more when it is
             pipe._check_guider(labels, guider, pipe.scheduler.timesteps, settings.get("guidance_interval"))

@@ -2,20 +2,24 @@
 
     accelerate launch training/train_classifier.py --pipeline runs/digits
     accelerate launch training/train_classifier.py --dataset_name ../fashion_mnist --resolution 32 --max_train_time 5m
+    accelerate launch training/train_classifier.py --dataset_name latents/fashion --vae runs/vae
 
 Without options it trains on scikit-learn's handwritten digits, on the noise levels that are `train_ddpm.py`'s by
-default. `--help` lists the options, `--config FILE.yaml` reads them from a file.
+default. For a pipeline of latents it learns the latents of the same VAE. `--help` lists the options, `--config FILE.yaml`
+reads them from a file.
 """
 
 import dataclasses
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from accelerate import Accelerator
+from diffusers import ModelMixin
 from torch import Tensor
 
 from diffusers_ext import DiffusionPipeline, ExtDDPMScheduler, NoisyClassifierModel
@@ -25,9 +29,9 @@ from diffusers_ext.trainer.batches import TIMESTEP_SAMPLINGS
 from diffusers_ext.trainer.classifier_objective import ClassifierObjective, accuracy_by_level, save_accuracy
 from diffusers_ext.trainer.config import TrainerConfig, resolve_for_machine
 from diffusers_ext.trainer.data import ImageData
+from diffusers_ext.trainer.latents import SampleSpace, fingerprint, load_vae, prepare_samples
 from diffusers_ext.trainer.loop import Trainer
 from diffusers_ext.trainer.options import option, run_script, to_command
-from diffusers_ext.trainer.prepare import prepare_data
 from diffusers_ext.trainer.run import describe_data, finish_run, make_accelerator, open_run, save_whole
 from diffusers_ext.trainer.stream import StreamData, make_batches
 from diffusers_ext.trainer.validation import ValidationBatches, prepare_validation
@@ -51,7 +55,14 @@ class TrainClassifierConfig(TrainerConfig):
     dropout: float = option(0.1, "share of the features dropped in each residual block")
 
     pipeline: str | None = option(
-        None, "take the noise levels of this pipeline, a folder or a name on the Hub, not those below", "diffusion"
+        None,
+        "take the noise levels of this pipeline, a folder or a name on the Hub, not those below; and its VAE, if it has one",
+        "diffusion",
+    )
+    vae: str | None = option(
+        None,
+        "autoencoder whose latents are classified: a folder, a pipeline that has one, or a name on the Hub; images are "
+        "encoded at each batch unless dataset_name is a folder of training/cache_latents.py",
     )
     num_train_timesteps: int = option(1000, "noise levels", alias="ddpm_num_steps")
     beta_schedule: Literal[BETA_SCHEDULES] = option("cosine", "noise schedule", alias="ddpm_beta_schedule")
@@ -72,7 +83,7 @@ class TrainClassifierConfig(TrainerConfig):
         "rescale_betas_zero_snr",
     )
     FIXED_ON_RESUME: ClassVar[frozenset[str]] = TrainerConfig.FIXED_ON_RESUME.union(
-        "block_out_channels layers_per_block attention_resolutions attention_head_dim dropout pipeline "
+        "block_out_channels layers_per_block attention_resolutions attention_head_dim dropout pipeline vae "
         "timestep_sampling".split(),
         SCHEDULE_OPTIONS,
     )
@@ -87,13 +98,17 @@ class TrainClassifierConfig(TrainerConfig):
             raise ValueError(f"max_measured_samples must be at least 1, got {self.max_measured_samples}")
         if self.unconditional:
             raise ValueError("unconditional leaves the labels out, and a classifier learns them")
-        factor = 2 ** (len(self.block_out_channels) - 1)
         for side in self.resolution or ():
-            if side % factor:
+            if side % self.size_multiple:
                 raise ValueError(
-                    f"resolution must be a multiple of {factor}, since each of block_out_channels but the last halves "
-                    f"the images, got {side}"
+                    f"resolution must be a multiple of {self.size_multiple}, since each of block_out_channels but the last "
+                    f"halves the images, got {side}"
                 )
+
+    @property
+    def size_multiple(self) -> int:
+        """What the sides of the samples must be multiples of."""
+        return 2 ** (len(self.block_out_channels) - 1)
 
 
 def main(config: TrainClassifierConfig) -> Path:
@@ -102,26 +117,31 @@ def main(config: TrainClassifierConfig) -> Path:
     command = to_command(config, "training/train_classifier.py")
     config = resolve_for_machine(config)
     with open_run(config, accelerator) as open_folder:
-        path = load_path(config)
-        data, held_out = load_data(config, accelerator)
-        config = dataclasses.replace(config, resolution=data.size, resize_mode=data.resize_mode)
+        path, vae = load_path(config)
+        data, held_out = load_data(config, accelerator, vae)
+        space = SampleSpace.of(data, vae)
+        config = dataclasses.replace(config, resolution=space.resolution, resize_mode=data.resize_mode)
+        check_latents(config, space)
         open_folder(config)
         objective = ClassifierObjective(make_scheduler(path).schedule, accelerator)
         trainer = Trainer(
             config,
             accelerator,
-            build_model(config, data, path),
+            build_model(config, space, data.num_classes, path),
             objective,
             data,
-            batch_options={"timestep_sampling": config.timestep_sampling},
+            batch_options={"timestep_sampling": config.timestep_sampling} | space.batch_options,
             validation_data=held_out,
+            prepare_batch=space.encoder(accelerator.device),
         )
         trainer.train()
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            with trainer.averaged_model() as model:
+        with trainer.averaged_model() as model:
+            if accelerator.is_main_process:
                 save_whole(model, trainer.output_dir)
                 rows = accuracy_by_level(model, images_to_measure(trainer, held_out), objective.schedule)
+        # Ends the last gathering everywhere: a process that leaves during it can hang in gloo's destructor.
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
             images = "training images" if held_out is None else f"held-out images, {config.validation_split}"
             save_accuracy(rows, trainer.output_dir, num_classes=data.num_classes, images=images)
             notes = [describe_data(config, data), *data.notes, describe_accuracy(rows, images)]
@@ -130,14 +150,25 @@ def main(config: TrainClassifierConfig) -> Path:
     return trainer.output_dir
 
 
-def load_path(config: TrainClassifierConfig) -> dict[str, Any]:
-    """The noising path to train on, as `describe_path` has it."""
-    if config.pipeline is not None:
-        scheduler = DiffusionPipeline.from_pretrained(config.pipeline).scheduler
-        if not hasattr(scheduler, "alphas_cumprod"):
-            raise ValueError(f"pipeline must have a variance-preserving scheduler, got {type(scheduler).__name__}")
-        return describe_path(scheduler)
-    return describe_path(make_scheduler({name: getattr(config, name) for name in config.SCHEDULE_OPTIONS}))
+def load_path(config: TrainClassifierConfig) -> tuple[dict[str, Any], ModelMixin | None]:
+    """The noising path to train on, as `describe_path` has it, and the VAE whose latents go along it, if any.
+
+    Raises:
+        ValueError: if the pipeline has no such path, or is of pixels or of another VAE than the one that is given.
+    """
+    vae = None if config.vae is None else load_vae(config.vae)
+    if config.pipeline is None:
+        return describe_path(make_scheduler({name: getattr(config, name) for name in config.SCHEDULE_OPTIONS})), vae
+    pipe = DiffusionPipeline.from_pretrained(config.pipeline)
+    if not hasattr(pipe.scheduler, "alphas_cumprod"):
+        raise ValueError(f"pipeline must have a variance-preserving scheduler, got {type(pipe.scheduler).__name__}")
+    own = getattr(pipe, "vae", None)
+    if vae is not None and (own is None or fingerprint(own) != fingerprint(vae)):
+        raise ValueError(
+            f"vae must be that of the pipeline {config.pipeline}, which has {'none' if own is None else 'another one'}: "
+            "leave --vae out"
+        )
+    return describe_path(pipe.scheduler), None if own is None else own.eval().requires_grad_(False)
 
 
 def make_scheduler(path: dict[str, Any]) -> ExtDDPMScheduler:
@@ -146,28 +177,43 @@ def make_scheduler(path: dict[str, Any]) -> ExtDDPMScheduler:
 
 
 def load_data(
-    config: TrainClassifierConfig, accelerator: Accelerator
+    config: TrainClassifierConfig, accelerator: Accelerator, vae: ModelMixin | None
 ) -> tuple[ImageData | StreamData, ImageData | None]:
-    """The images, decoded by the first process of each machine and read by the others; and the held-out ones, if any."""
+    """The images or latents, made by the first process of each machine and read by the others; and held-out ones, if any."""
     with accelerator.local_main_process_first():
-        data = prepare_data(config, multiple_of=2 ** (len(config.block_out_channels) - 1))
+        data = prepare_samples(config, vae, multiple_of=config.size_multiple)
         if data.id2label is None:
             raise ValueError(f"{config.dataset_name} has no labels for a classifier to learn; see --label_column")
-        held_out = prepare_validation(config, data)
+        if data.has_label_sets:
+            raise ValueError(
+                f"{config.dataset_name} has several labels an image, and the classifier learns one of them"
+            )
+        held_out = prepare_validation(config, data, partial(prepare_samples, vae=vae))
     for note in (describe_data(config, data), *data.notes):
         accelerator.print(note)
     return data, held_out
 
 
+def check_latents(config: TrainClassifierConfig, space: SampleSpace) -> None:
+    """Raises: ValueError: if the classifier cannot halve the samples as often as it has to."""
+    height, width = space.shape[1:]
+    if height % config.size_multiple or width % config.size_multiple:
+        raise ValueError(
+            f"the sides of the latents must be multiples of {config.size_multiple}, since each of block_out_channels but "
+            f"the last halves them, got {height}x{width}: give fewer block_out_channels or another resolution"
+        )
+
+
 def build_model(
-    config: TrainClassifierConfig, data: ImageData | StreamData, path: dict[str, Any]
+    config: TrainClassifierConfig, space: SampleSpace, num_classes: int, path: dict[str, Any]
 ) -> NoisyClassifierModel:
     """A new model with weights that follow from the seed."""
     torch.manual_seed(config.seed)
+    channels, *size = space.shape
     return NoisyClassifierModel(
-        sample_size=data.size,
-        in_channels=data.channels,
-        num_classes=data.num_classes,
+        sample_size=tuple(size),
+        in_channels=channels,
+        num_classes=num_classes,
         block_out_channels=config.block_out_channels,
         layers_per_block=config.layers_per_block,
         attention_resolutions=config.attention_resolutions,
@@ -185,7 +231,8 @@ def images_to_measure(trainer: Trainer, held_out: ImageData | None) -> Iterator[
     if data.num_images is None:
         batches = make_batches(data, dataclasses.replace(trainer.batch_options, num_processes=1, process_index=0))
     else:
-        batches = ValidationBatches(data, config.train_batch_size).share()
+        shapes = {name: getattr(trainer.batch_options, name) for name in ("latent_shape", "noise_shape")}
+        batches = ValidationBatches(data, config.train_batch_size, **shapes).share()
     for batch in itertools.islice(batches, count):
         yield trainer.to_device(batch)
 

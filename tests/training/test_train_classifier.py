@@ -9,7 +9,14 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
-from diffusers_ext import ExtDDIMScheduler, ExtDDPMScheduler, GuidedDiffusionPipeline, NoisyClassifierModel
+from diffusers_ext import (
+    ExtDDIMScheduler,
+    ExtDDPMScheduler,
+    GuidedDiffusionPipeline,
+    NoisyClassifierModel,
+    UNetModel,
+    VAEModel,
+)
 from diffusers_ext.betas import make_betas
 from diffusers_ext.noising import NoiseSchedule
 from diffusers_ext.schedulers.levels import describe_path
@@ -17,7 +24,10 @@ from diffusers_ext.trainer.classifier_objective import ClassifierObjective, accu
 from diffusers_ext.trainer.options import parse_config
 from diffusers_ext.trainer.run_folder import read_metrics
 from mixture_oracle import MEANS, STDS, WEIGHTS, MixtureClassifier
+from runs import metrics
 from tiny import tiny_unet
+from training.cache_latents import CacheConfig
+from training.cache_latents import main as cache_latents
 from training.train_classifier import TrainClassifierConfig, main
 
 
@@ -106,6 +116,73 @@ def test_a_run_that_goes_on_is_the_run_that_was_not_stopped(tmp_path):
     one, other = (load_file(tmp_path / name / "diffusion_pytorch_model.safetensors") for name in ("whole", "parts"))
     for name, value in one.items():
         assert torch.equal(value, other[name]), name
+    # A line of the log is of the steps before and after the checkpoint.
+    (line, end), others = metrics(tmp_path / "whole"), metrics(tmp_path / "parts")
+    assert [line, end] == others
+    assert line["step"] == 5 and {"accuracy_q1", "accuracy_q4"} <= line.keys()
+
+
+def save_vae(folder, seed=0):
+    torch.manual_seed(seed)
+    vae = VAEModel(sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 8), latent_channels=2)
+    for parameter in vae.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    vae.register_to_config(scaling_factor=1.7, shift_factor=0.3)
+    vae.save_pretrained(folder)
+    return vae
+
+
+def latent_pipeline(vae):
+    denoiser = UNetModel(4, 2, 2, num_classes=10, block_out_channels=(8, 8), layers_per_block=1)
+    return GuidedDiffusionPipeline(denoiser, ExtDDIMScheduler(beta_schedule="cosine", clip_sample=False), vae=vae)
+
+
+def test_a_classifier_learns_the_latents_that_a_pipeline_makes(tmp_path):
+    """Encoded at each batch by the pipeline's own VAE, or read from disk: the same, but for float16 on disk."""
+    vae = save_vae(tmp_path / "vae")
+    latent_pipeline(vae).save_pretrained(tmp_path / "pipeline")
+    small = {"max_train_samples": 64, "max_measured_samples": 32, "logging_steps": 1, "max_train_steps": 2}
+    folder = main(config_of(tmp_path / "run", pipeline=str(tmp_path / "pipeline"), **small))
+    cache = CacheConfig(
+        vae=str(tmp_path / "vae"), output_dir=str(tmp_path / "latents"), max_train_samples=64, mixed_precision="no"
+    )
+    cached = {"dataset_name": str(cache_latents(cache)), "vae": str(tmp_path / "vae")}
+    other = main(config_of(tmp_path / "cached", **small | cached))
+    losses, others = ([record["loss"] for record in read_metrics(path / "metrics.jsonl")] for path in (folder, other))
+    assert losses == pytest.approx(others, rel=1e-3) and losses[0] != losses[1]
+    assert (folder / "accuracy.csv").read_text().count("\n") == 21
+
+    model = NoisyClassifierModel.from_pretrained(folder)
+    assert model.config.in_channels == 2 and tuple(model.config.sample_size) == (4, 4)
+    pipe = GuidedDiffusionPipeline.from_pretrained(tmp_path / "pipeline", classifier=model)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe(class_labels=[3], num_inference_steps=2, classifier_scale=2.0, output_type="np").images.shape == (
+        1,
+        8,
+        8,
+        1,
+    )
+
+
+def test_latents_that_do_not_fit_are_refused(tmp_path):
+    vae = save_vae(tmp_path / "vae")
+    save_vae(tmp_path / "other", seed=1)
+    latent_pipeline(vae).save_pretrained(tmp_path / "latents")
+    GuidedDiffusionPipeline(tiny_unet(10), ExtDDIMScheduler(beta_schedule="cosine")).save_pretrained(
+        tmp_path / "pixels"
+    )
+    few = {"max_train_samples": 40}
+    for settings, message in [
+        ({"pipeline": "latents", "vae": "other"}, "vae must be that of the pipeline .*, which has another one"),
+        ({"pipeline": "pixels", "vae": "vae"}, "vae must be that of the pipeline .*, which has none"),
+        (
+            {"vae": "vae", "resolution": (24,), "block_out_channels": (8, 8, 8, 8)},
+            "sides of the latents must be multiples of 8, .*, got 12x12",
+        ),
+    ]:
+        paths = {name: str(tmp_path / settings[name]) for name in ("pipeline", "vae") if name in settings}
+        with pytest.raises(ValueError, match=message):
+            main(config_of(tmp_path / "run", **few | settings | paths))
 
 
 def test_noise_levels_are_taken_from_a_pipeline(tmp_path):
