@@ -43,6 +43,11 @@ def evaluating(module: nn.Module) -> Iterator[None]:
         module.train(training)
 
 
+def in_float32(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A batch for devices without float64, such as MPS. Times stay below 1, which rounding would reach."""
+    return batch | {"time": batch["time"].float().clamp(max=1 - 2**-24)}
+
+
 class Trainer:
     """Trains one model.
 
@@ -53,9 +58,10 @@ class Trainer:
         compute_loss: Takes the prepared model and a batch (see `TrainingBatches`) on its device, with `images` in
             [-1, 1] in place of `pixels`; gives the mean loss of the batch. Random numbers come from the batch. If it
             is a module without parameters to train, its buffers belong to the run: they go to the device and into the
-            checkpoints, and must be the same in all processes after each step. If it has `metrics() -> dict[str,
-            float]`, all processes call that at each line of the log, and the numbers are added to it; there, and only
-            there, it may wait for the device. If it has `draw(folder)`, the main process calls that at the end.
+            checkpoints, and must be the same in all processes after each step; or, if it has `collect()`, after that,
+            which all processes call before a checkpoint. If it has `metrics() -> dict[str, float]`, all processes call
+            that at each line of the log, and the numbers are added to it; there, and only there, it may wait for the
+            device. If it has `draw(folder)`, the main process calls that at the end.
         data: The images.
         batch_options: Keywords of `BatchOptions` beyond those that the config of every script has.
         on_images: Called with this object every `save_images_steps`, in each process, which may share the work. What it
@@ -200,15 +206,15 @@ class Trainer:
     def _run(self, request: StopRequest):
         config, state = self.config, self.state
         self.model.train()
-        is_over = self._is_over(request)
+        is_over, _ = self._is_over(request)
         while not is_over:
             with self.shares.step():
                 self._step()
             state.step += 1
             state.position += self.batch_options.images_per_step
             self._bar.advance(state.step, self._now())
-            is_over = self._is_over(request)
-            is_last = is_over and not request.signal_number
+            is_over, signal_number = self._is_over(request)
+            is_last = is_over and not signal_number
             if is_last or state.step % config.logging_steps == 0 or self._is_due(config.validation_steps):
                 self._report(is_last)
             # Before the checkpoint, so that one never stands without the snapshots up to its step.
@@ -220,6 +226,8 @@ class Trainer:
                 self._fetch()
                 with self.shares.of("making images"), self._random_state_kept():
                     self.on_images(self)
+        # Asked once more: what has come since then may have come to one process alone.
+        request.signal_number = int(*self._greatest(request.signal_number or 0)) or None
         if request.signal_number:
             if self.last_checkpoint is None or self.last_checkpoint.name != f"checkpoint-{state.step}":
                 self.save_checkpoint()
@@ -285,7 +293,9 @@ class Trainer:
         return self._prepared(self._move(batch))
 
     def _move(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        batch = {name: value.to(self.accelerator.device, non_blocking=True) for name, value in batch.items()}
+        device = self.accelerator.device
+        batch = in_float32(batch) if device.type == "mps" else batch
+        batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
         if "pixels" in batch:
             images = batch.pop("pixels")
             batch["images"] = images if images.is_floating_point() else images.float().mul_(self._scale).sub_(1)
@@ -304,21 +314,22 @@ class Trainer:
     def _now(self) -> float:
         return time.perf_counter() - self._start
 
-    def _is_over(self, request: StopRequest) -> bool:
-        """Whether the run ends here; all processes agree on it, and on the time."""
+    def _is_over(self, request: StopRequest) -> tuple[bool, int]:
+        """Whether the run ends here, and the signal that ends it or 0; all processes agree on both, and on the time."""
         accelerator, state = self.accelerator, self.state
+        by_steps = self.budget.is_over(state.step, 0.0)
         # Asking the others costs a wait for the device, so that only CPUs do it at each step.
-        if accelerator.num_processes == 1:
-            state.seconds = self._now()
-        elif accelerator.device.type == "cpu" or state.step % 10 == 0:
-            mine = torch.tensor(
-                [self._now(), request.signal_number or 0], device=accelerator.device, dtype=torch.float64
-            )
-            both = accelerator.gather(mine[None]).amax(0).tolist()
-            state.seconds, request.signal_number = both[0], int(both[1]) or None
-        else:
-            return self.budget.is_over(state.step, 0.0)
-        return bool(request.signal_number) or self.budget.is_over(state.step, state.seconds)
+        if accelerator.num_processes > 1 and accelerator.device.type != "cpu" and state.step % 10 and not by_steps:
+            return False, 0
+        state.seconds, number = self._greatest(self._now(), request.signal_number or 0)
+        return bool(number) or self.budget.is_over(state.step, state.seconds), int(number)
+
+    def _greatest(self, *values: float) -> list[float]:
+        """The greatest of each value over the processes, the same in all of them; waits for the device."""
+        if self.accelerator.num_processes == 1:
+            return list(values)
+        mine = torch.tensor([values], dtype=torch.float64, device=self.accelerator.device)
+        return self.accelerator.gather(mine).amax(0).tolist()
 
     def _stopped(self, request: StopRequest) -> int:
         self.accelerator.print(
@@ -421,13 +432,15 @@ class Trainer:
         """
         if self.validation is None:
             raise ValueError("there are no held-out images: give validation_data")
-        accelerator, (total, count) = self.accelerator, (0.0, 0)
+        accelerator, losses, counts = self.accelerator, [], []
         modes = nullcontext() if self.objective is None else evaluating(self.objective)
         with self.shares.of("validating"), self.averaged_model() as model, modes, self._random_state_kept():
             for batch in self.validation.share(accelerator.process_index, accelerator.num_processes):
-                total += self.compute_loss(model, self.to_device(batch)).item() * len(batch["time"])
-                count += len(batch["time"])
-            total, count = accelerator.reduce(torch.tensor([total, count], device=accelerator.device)).tolist()
+                losses.append(self.compute_loss(model, self.to_device(batch)))
+                counts.append(len(batch["time"]))
+            means = torch.stack(losses).tolist() if losses else []
+            sums = [sum(mean * count for mean, count in zip(means, counts, strict=True)), sum(counts)]
+            total, count = accelerator.reduce(torch.tensor(sums, device=accelerator.device)).tolist()
         if not math.isfinite(total):
             raise FloatingPointError(self._not_finite(self.state.step, total, "loss on the held-out images"))
         return total / count
@@ -435,7 +448,8 @@ class Trainer:
     def save_checkpoint(self):
         """Writes OUTPUT_DIR/checkpoint-STEP, unless a loss since the last report is not finite."""
         self._fetch()
-        self.state.seconds = self._now()
+        # Agreed on, since the learning rate of a run by time follows from it.
+        (self.state.seconds,) = self._greatest(self._now())
         with self.shares.of("saving"):
             folder = write_checkpoint(self.accelerator, self.output_dir, self.state.step, partial(save_run, self))
             if self.accelerator.is_main_process:

@@ -225,7 +225,7 @@ class DenoisingObjective(nn.Module):
         if the variance is learned. What was not drawn is left out.
         """
         self.collect()
-        sums = self.recent_sums.double().cpu()
+        sums = self.recent_sums.cpu().double()
         self.faded_sums.mul_(DECAY).add_(self.recent_sums)
         self.recent_sums.zero_()
         quarter = torch.arange(len(sums)) * 4 // len(sums)
@@ -254,7 +254,7 @@ class DenoisingObjective(nn.Module):
         Each has `first_timestep`, `last_timestep`, `log_snr` (natural, the mean over the interval), `error` and `loss`,
         and with a learned variance `vlb_bits_per_dim`.
         """
-        sums = (DECAY * self.faded_sums + self.recent_sums).double().cpu()
+        sums = (DECAY * self.faded_sums + self.recent_sums).cpu().double()
         length = len(self.schedule)
         log_snr = 2 * (self.schedule.alpha[:-1] / self.schedule.sigma[:-1]).log()
         place = torch.arange(length) * len(sums) // length

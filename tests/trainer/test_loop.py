@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from diffusers_ext.trainer.loop import in_float32
 from diffusers_ext.trainer.prepare import prepare_images
 from diffusers_ext.trainer.run_folder import read_metrics
 from diffusers_ext.trainer.run_state import load_run
@@ -211,6 +212,15 @@ def test_without_average_the_models_own_weights_are_used(data, tmp_path):
     assert not (tmp_path / "run" / "checkpoint-2" / "average.safetensors").exists()
     with run.averaged_model() as model:
         assert model is run.module
+
+
+def test_times_stay_below_1_where_there_is_no_float64():
+    """A time of 1 would be a timestep beyond the last."""
+    batch = {"time": torch.tensor([0.0, 0.5, 1 - 2.0**-40], dtype=torch.float64), "labels": torch.arange(3)}
+    moved = in_float32(batch)
+    assert moved["time"].dtype == torch.float32 and moved["time"][:2].tolist() == [0.0, 0.5]
+    assert (1000 * moved["time"]).long().tolist() == [0, 500, 999]
+    assert moved["labels"] is batch["labels"]
 
 
 def test_16_bits_are_scaled_to_the_range_of_the_model(data, tmp_path):

@@ -15,6 +15,7 @@ from diffusers_ext.likelihood import ReverseChain
 from diffusers_ext.losses import bound_loss, denoising_loss
 from diffusers_ext.noising import NoiseSchedule, add_noise
 from diffusers_ext.trainer.objective import DenoisingObjective
+from runs import forget_accelerate
 
 
 def make_objective(num_timesteps=8, prediction_type="v_prediction", **settings):
@@ -242,6 +243,7 @@ def test_a_curve_of_nothing_is_not_drawn_and_zero_snr_has_no_place_on_it(tmp_pat
 
 def train_on_a_part_of_each_batch(folder):
     """What each of several processes does; leaves its states in the folder."""
+    forget_accelerate()  # of the process that this one was forked from
     accelerator = Accelerator(cpu=True)
     rank, number = accelerator.process_index, accelerator.num_processes
     for importance_sampling in (True, False):

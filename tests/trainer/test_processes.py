@@ -95,6 +95,13 @@ def test_the_learning_rate_of_two_processes_ends_where_it_should(one_and_two):
     assert rates == pytest.approx([0.005, 0.01, *cosine])
 
 
+def test_processes_whose_clocks_differ_keep_the_same_weights_in_a_run_by_time(one_and_two):
+    """Also right after a checkpoint, where each of them looks at its clock."""
+    first, second = (load_file(one_and_two[1] / f"by-time-{index}.safetensors") for index in (0, 1))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
 def spread(folder, name="spread"):
     """The weights of a run, of which FSDP2 keeps a file of its own, and their averages."""
     checkpoint = folder / name / "checkpoint-12"
