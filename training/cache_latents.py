@@ -197,7 +197,10 @@ def encoded(
         if not np.isfinite(stacked).all() or np.abs(stacked).max() > np.finfo(DTYPE).max:
             raise ValueError(f"the VAE's latents of images {numbers[0]} to {numbers[-1]} do not fit float16")
         for number, of_image in zip(numbers, stacked.astype(DTYPE), strict=True):
-            label = {} if data.labels is None else {"label": int(data.labels[number])}
+            label = {}
+            if data.labels is not None:
+                given = data.labels[number]
+                label["label"] = np.flatnonzero(given).tolist() if data.has_label_sets else int(given)
             yield from ({"pixels": one.tobytes()} | label for one in of_image)
         bar.update(len(numbers))
 
@@ -206,7 +209,8 @@ def write_shard(path: Path, rows: Iterator[dict], data: ImageData) -> None:
     """Writes a shard, whole or not at all."""
     features = {"pixels": datasets.Value("binary")}
     if data.id2label is not None:
-        features["label"] = datasets.ClassLabel(names=[data.id2label[label] for label in range(data.num_classes)])
+        label = datasets.ClassLabel(names=[data.id2label[label] for label in range(data.num_classes)])
+        features["label"] = datasets.List(label) if data.has_label_sets else label
     partial = path.with_name(f".{path.name}.partial")
     datasets.Dataset.from_list(list(rows), features=datasets.Features(features)).to_parquet(partial)
     with partial.open("rb") as file:

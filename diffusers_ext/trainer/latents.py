@@ -21,6 +21,7 @@ from torch import Tensor
 from diffusers_ext.latents import latent_scale, normalize_latents
 from diffusers_ext.trainer.config import DataConfig, TrainerConfig
 from diffusers_ext.trainer.data import ImageData, PixelTable
+from diffusers_ext.trainer.labels import read_labels
 from diffusers_ext.trainer.prepare import prepare_data
 from diffusers_ext.trainer.stream import StreamData
 
@@ -202,10 +203,10 @@ def prepare_latents(config: DataConfig, vae: ModelMixin | None) -> LatentData:
     channels, height, width = info.latent_shape
     shape = (height, width, 2 * channels)
     labelled = info.id2label is not None and not config.unconditional
-    labels = np.asarray(table.with_format("numpy")["label"][: kept * info.rows_per_image]) if labelled else None
+    rows = table.select(range(0, kept * info.rows_per_image, info.rows_per_image)) if labelled else None
     return LatentData(
         PixelTable(table.select_columns(["pixels"]), shape, DTYPE, np.arange(kept * info.rows_per_image)),
-        labels[:: info.rows_per_image].astype(np.int64) if labelled else None,
+        read_labels(rows, "label")[0] if labelled else None,
         info.id2label if labelled else None,
         config.dataset_name,
         (f"latents of {info.dataset_name} at {'x'.join(map(str, info.resolution))}, encoded by {info.vae}",),

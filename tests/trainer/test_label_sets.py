@@ -9,12 +9,15 @@ import torch
 from datasets import ClassLabel, List, Value
 from PIL import Image
 
-from diffusers_ext import GuidedDiffusionPipeline, UNetModel
+from diffusers_ext import GuidedDiffusionPipeline, UNetModel, VAEModel
 from diffusers_ext.trainer.batches import BatchOptions, TrainingBatches
+from diffusers_ext.trainer.latents import prepare_samples
 from diffusers_ext.trainer.prepare import prepare_images, prepare_stream
 from diffusers_ext.trainer.stream import make_batches
 from diffusers_ext.trainer.validation import prepare_validation
 from runs import forget_accelerate
+from training.cache_latents import CacheConfig
+from training.cache_latents import main as cache_latents
 from training.train_classifier import TrainClassifierConfig
 from training.train_classifier import main as train_classifier
 from training.train_ddpm import TrainConfig, build_objective, build_scheduler, main
@@ -244,3 +247,18 @@ def test_a_classifier_refuses_several_labels_an_image(tmp_path):
     with pytest.raises(ValueError, match="has several labels an image"):
         train_classifier(config)
     forget_accelerate()
+
+
+def test_sets_are_kept_beside_latents(tmp_path):
+    folder = save(tmp_path / "data", *COLUMNS["class labels"][:2])
+    vae = VAEModel(sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 8), latent_channels=2)
+    vae.register_to_config(scaling_factor=1.7, shift_factor=0.3)
+    vae.save_pretrained(tmp_path / "vae")
+    options = {"vae": str(tmp_path / "vae"), "output_dir": str(tmp_path / "latents"), "mixed_precision": "no"}
+    forget_accelerate()
+    cache_latents(CacheConfig(dataset_name=folder, random_flip=True, **options))
+    forget_accelerate()
+    config = TrainConfig(dataset_name=options["output_dir"], vae=options["vae"])
+    data = prepare_samples(config, vae.eval())
+    assert data.has_label_sets and np.array_equal(data.labels, EXPECTED)
+    assert data.id2label == dict(enumerate(NAMES))
