@@ -28,6 +28,7 @@ def latent_scale(vae: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
             f"shift_factor {shift}. Set them by vae.register_to_config(shift_factor=MEAN, scaling_factor=1 / STD), with mean and std "
             "of the latents of the training images; training/train_vae.py does so at its end"
         )
+    # On the host until it is checked, so that an accelerator is not waited for.
     scale, shift = _broadcasting(scale, like), _broadcasting(0.0 if shift is None else shift, like)
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is not None and std is not None:
@@ -37,7 +38,7 @@ def latent_scale(vae: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
             f"{type(vae).__name__}.config must have a positive finite scaling_factor and a finite shift_factor, got "
             f"{config.get('scaling_factor')} and {config.get('shift_factor')}"
         )
-    return shift, scale
+    return shift.to(like.device, non_blocking=True), scale.to(like.device, non_blocking=True)
 
 
 def normalize_latents(vae: nn.Module, latents: Tensor) -> Tensor:
@@ -87,7 +88,7 @@ def decode_latents(vae: nn.Module, latents: Tensor) -> Tensor:
 
 
 def _broadcasting(value: float | list[float], like: Tensor) -> Tensor:
-    values = torch.as_tensor(value, dtype=torch.float32, device=like.device).flatten()
+    values = torch.as_tensor(value, dtype=torch.float32, device="cpu").flatten()
     if len(values) not in (1, like.shape[1]):
         raise ValueError(f"the latents' scale must be one or one for each of {like.shape[1]} channels, got {value}")
     return values.view(-1, *[1] * (like.ndim - 2))

@@ -1,7 +1,7 @@
 """A variational autoencoder (Kingma & Welling 2013), convolutional or fully connected."""
 
+import math
 from dataclasses import dataclass
-from math import prod
 from typing import Literal
 
 import torch
@@ -119,8 +119,8 @@ class VAEModel(RegionalCompilation, ModelMixin, ConfigMixin):
         _check_options(self.config)
         size = _as_size(sample_size, dims)
         if architecture == "mlp":
-            self.encoder = DenseCoder((in_channels * prod(size), *hidden_dims, 2 * latent_dim))
-            self.decoder = DenseCoder((latent_dim, *reversed(hidden_dims), out_channels * prod(size)))
+            self.encoder = DenseCoder((in_channels * math.prod(size), *hidden_dims, 2 * latent_dim))
+            self.decoder = DenseCoder((latent_dim, *reversed(hidden_dims), out_channels * math.prod(size)))
         else:
             _check_size(size, block_out_channels)
             options = {"dims": dims, "mid_attention": mid_block_add_attention}
@@ -173,7 +173,8 @@ class VAEModel(RegionalCompilation, ModelMixin, ConfigMixin):
         """Log of the likelihood's scale, shape `()`."""
         if self.log_scale is not None:
             return self.log_scale
-        return torch.tensor(self.config.likelihood_scale, device=self.device).log()
+        # Filled in on the device: a copy from the host would wait for it.
+        return torch.full((), math.log(self.config.likelihood_scale), device=self.device)
 
     @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True) -> EncoderOutput | tuple[DiagonalGaussian]:
