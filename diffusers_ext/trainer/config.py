@@ -32,7 +32,9 @@ class DataConfig:
     dataset_split: str = option("train", "split to train on, such as train or train[:90%]")
     image_column: str | None = option(None, "column of the images; by default the only one that holds images")
     label_column: str | None = option(
-        None, "column of the labels; by default the class labels, or else one called label or cls"
+        None,
+        "column of the labels; by default the class labels, or else one called label or cls; a column of lists, of labels or of "
+        "a 0 or 1 for each label, means several labels an image",
     )
     num_classes: int | None = option(
         None, "how many labels there are, if they are integers; by default as many as occur"
