@@ -7,7 +7,6 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import DiffusionPipeline
 from PIL import Image
 from transformers import AutoTokenizer
@@ -16,8 +15,10 @@ from diffusers_ext import TextGuidedDiffusionPipeline, VAEModel
 from diffusers_ext.trainer.options import parse_config
 from diffusers_ext.trainer.text_encoder import train_tokenizer
 from diffusers_ext.trainer.text_to_image import TextConfig
-from runs import assert_same_run
+from runs import assert_same_run, forget_accelerate
 from tiny_text import CAPTIONS, COLOURS, SHAPES, WIDTH, tiny_clip, tiny_t5, tiny_tokenizer
+from training.cache_latents import CacheConfig
+from training.cache_latents import main as cache
 from training.reconstruct_ema import ReconstructConfig
 from training.reconstruct_ema import main as reconstruct
 from training.sample_prompts import SampleConfig
@@ -48,8 +49,7 @@ FROZEN = {name: value for name, value in SMALL.items() if name not in TextConfig
 def fresh_accelerate():
     """accelerate keeps precision and accumulation for the life of a process."""
     yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+    forget_accelerate()
 
 
 def picture(caption):
@@ -206,14 +206,24 @@ def test_averages_of_both_networks_are_made_afterwards(folder, tmp_path):
         assert all(torch.allclose(trained[key], again[key], atol=1e-4) for key in trained), name
 
 
-def test_latents_of_a_vae_can_be_trained_on(folder, tmp_path):
+@pytest.mark.parametrize("cached", [False, True])
+def test_latents_of_a_vae_can_be_trained_on(folder, tmp_path, cached):
+    """Encoded at each batch, or once, with the captions kept beside the latents."""
     torch.manual_seed(0)
     vae = VAEModel(sample_size=8, in_channels=3, out_channels=3, block_out_channels=(8, 16), latent_channels=4)
     vae.register_to_config(scaling_factor=1.3, shift_factor=0.1)
     vae.save_pretrained(tmp_path / "vae")
-    pipe = DiffusionPipeline.from_pretrained(main(config_of(folder, tmp_path / "run", vae=str(tmp_path / "vae"))))
+    name = folder
+    if cached:
+        name = str(tmp_path / "latents")
+        options = {"dataset_name": folder, "output_dir": name, "label_column": "text", "num_threads": 1}
+        cache(CacheConfig(**options, vae=str(tmp_path / "vae")))
+        forget_accelerate()
+    output_dir = main(config_of(name, tmp_path / "run", vae=str(tmp_path / "vae")))
+    pipe = DiffusionPipeline.from_pretrained(output_dir)
     pipe.set_progress_bar_config(disable=True)
     assert pipe("red dot", num_inference_steps=2, output_type="pt").images.shape == (1, 3, 8, 8)
+    assert f"{len(CAPTIONS)} different captions" in (output_dir / "README.md").read_text()
 
 
 def test_captions_are_the_names_of_labels_where_there_are_no_texts(tmp_path):
