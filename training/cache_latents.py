@@ -10,7 +10,7 @@ those that are missing when the same command is given again. Other splits go int
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -28,6 +28,7 @@ from diffusers_ext.trainer.data import ImageData, mirror
 from diffusers_ext.trainer.latents import (
     DTYPE,
     LatentsInfo,
+    downsampling,
     fingerprint,
     latent_shape,
     load_vae,
@@ -83,16 +84,16 @@ def main(config: CacheConfig) -> Path:
     vae = load_vae(config.vae).to(accelerator.device)
     with accelerator.local_main_process_first():
         data = prepare_images(
-            config.dataset_name, num_proc=config.preprocessing_num_workers, **data_options(config, _multiple_of(vae))
+            config.dataset_name, num_proc=config.preprocessing_num_workers, **data_options(config, downsampling(vae))
         )
     info = describe(config, data, vae)
-    if accelerator.is_main_process:
-        begin(folder, split, info, precision, config.shard_size, config.overwrite_output_dir)
-    accelerator.wait_for_everyone()
-
     count = -(-len(data) // config.shard_size)
     paths = [shard_path(folder, split, number, count) for number in range(count)]
+    if accelerator.is_main_process:
+        begin(folder, split, info, precision, config.shard_size, paths, config.overwrite_output_dir)
+    accelerator.wait_for_everyone()
     missing = [number for number, path in enumerate(paths) if not path.exists()]
+    accelerator.wait_for_everyone()  # before any is written: they share out the same ones
     accelerator.print(f"{len(data)} images of {split} in {count} shards, {count - len(missing)} of them there already")
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     with tqdm(total=len(mine) * config.shard_size, disable=not accelerator.is_main_process, unit=" images") as bar:
@@ -115,10 +116,6 @@ def main(config: CacheConfig) -> Path:
 
 def _device() -> str:
     return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
-
-
-def _multiple_of(vae: ModelMixin) -> int:
-    return 2 ** (len(vae.config.block_out_channels) - 1) if "block_out_channels" in vae.config else 1
 
 
 def describe(config: CacheConfig, data: ImageData, vae: ModelMixin) -> LatentsInfo:
@@ -151,8 +148,19 @@ def describe(config: CacheConfig, data: ImageData, vae: ModelMixin) -> LatentsIn
     )
 
 
-def begin(folder: Path, split: str, info: LatentsInfo, precision: str, shard_size: int, overwrite: bool) -> None:
+def begin(
+    folder: Path,
+    split: str,
+    info: LatentsInfo,
+    precision: str,
+    shard_size: int,
+    paths: Sequence[Path],
+    overwrite: bool,
+) -> None:
     """Claims the folder for the split: for shards that are there, only if they were made with the same.
+
+    Args:
+        paths: Of the shards there are to be.
 
     Raises:
         ValueError: if they were not.
@@ -160,12 +168,17 @@ def begin(folder: Path, split: str, info: LatentsInfo, precision: str, shard_siz
     plan_file, done = folder / PLAN_FILE.format(split=split), read_info(folder)
     made_with = dataclasses.asdict(info) | {"mixed_precision": precision, "shard_size": shard_size}
     told = json.dumps(made_with, indent=2)
+    there = list(folder.glob(f"{split}-*-of-*.parquet"))
     if overwrite:
-        for path in [*folder.glob(f"{split}-*-of-*.parquet"), plan_file]:
+        for path in [*there, plan_file]:
             path.unlink(missing_ok=True)
         if split in done:
             write_info(folder, {name: other for name, other in done.items() if name != split})
-    elif split in done and done[split] != info or plan_file.exists() and plan_file.read_text() != told:
+    elif (
+        (split in done and done[split] != info)
+        or (plan_file.exists() and plan_file.read_text() != told)
+        or not set(there) <= set(paths)  # of another shard_size
+    ):
         raise ValueError(
             f"{folder} holds latents of {split} that were made by another VAE or with other options: choose another "
             "--output_dir, or give --overwrite_output_dir"

@@ -135,8 +135,8 @@ def load_vae(name: str) -> ModelMixin:
         vae = AutoModel.from_pretrained(name, subfolder=subfolder)
     except (OSError, ValueError) as error:
         raise ValueError(f"--vae {name} cannot be loaded as an autoencoder: {error}") from error
-    if not hasattr(vae, "encode"):
-        raise ValueError(f"--vae {name} must be an autoencoder, got a {type(vae).__name__}")
+    if not hasattr(vae, "encode") or vae.config.get("latent_channels") is None:
+        raise ValueError(f"--vae {name} must be an autoencoder with latent_channels, got a {type(vae).__name__}")
     if vae.config.get("architecture") == "mlp" or vae.config.get("dims", 2) != 2:
         raise ValueError(f"--vae {name} must have latents with height and width, which a denoiser has room for")
     latent_scale(vae, torch.empty(1, vae.config.latent_channels, 1, 1))  # refuses one that was never measured
@@ -151,6 +151,11 @@ def fingerprint(vae: ModelMixin) -> str:
         digest.update(name.encode())
         digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def downsampling(vae: ModelMixin) -> int:
+    """How many times smaller a side of the latents is than that of the image."""
+    return 2 ** (len(vae.config.get("block_out_channels", (0,))) - 1)
 
 
 @torch.no_grad()
@@ -318,8 +323,8 @@ def prepare_samples(
         read_ahead: See `prepare_data`.
     """
     if not read_info(config.dataset_name):
-        halvings = 0 if vae is None else len(vae.config.get("block_out_channels", (0,))) - 1
-        return prepare_data(config, multiple_of * 2**halvings, read_ahead=read_ahead)
+        factor = 1 if vae is None else downsampling(vae)
+        return prepare_data(config, multiple_of * factor, read_ahead=read_ahead)
     if config.streaming:
         raise ValueError(f"{config.dataset_name} holds latents, which are read where they are: leave streaming out")
     return prepare_latents(config, vae)

@@ -169,6 +169,11 @@ def test_other_latents_in_the_folder_are_refused_or_replaced(vae_path, tmp_path)
     with pytest.raises(ValueError, match="holds latents of train that were made by another VAE or with other options"):
         main(changed)
     forget_accelerate()
+    # Their shards would stand beside those that are there.
+    with pytest.raises(ValueError, match="or with other options"):
+        main(dataclasses.replace(config, shard_size=CACHE["shard_size"] // 2))
+    assert not list((tmp_path / "latents").glob(".train.plan.json"))
+    forget_accelerate()
     main(dataclasses.replace(changed, overwrite_output_dir=True))
     assert read_info(tmp_path / "latents")["train"].vae_fingerprint == fingerprint(load_vae(other))
     forget_accelerate()
