@@ -29,7 +29,7 @@ from diffusers_ext.trainer.batches import BatchOptions
 from diffusers_ext.trainer.config import TrainerConfig, resolve_for_machine
 from diffusers_ext.trainer.data import ImageData
 from diffusers_ext.trainer.loop import Trainer
-from diffusers_ext.trainer.options import option, run_script, to_command
+from diffusers_ext.trainer.options import option, refuse_unused, run_script, to_command
 from diffusers_ext.trainer.prepare import prepare_data
 from diffusers_ext.trainer.run import describe_data, finish_run, make_accelerator, open_run, save_whole
 from diffusers_ext.trainer.stream import StreamData, make_batches
@@ -145,9 +145,8 @@ class TrainVAEConfig(TrainerConfig):
             "--likelihood gaussian or laplace": (self.likelihood != "bernoulli", ("likelihood_scale",)),
         }
         for needed, (given, names) in needs.items():
-            for name in names:
-                if not given and getattr(self, name) != type(self).__dataclass_fields__[name].default:
-                    raise ValueError(f"{name} has no meaning without {needed}: give both or neither")
+            if not given:
+                refuse_unused(self, names, needed)
 
     @property
     def size_multiple(self) -> int:
@@ -180,7 +179,7 @@ def main(config: TrainVAEConfig) -> Path:
             adversary=adversary,
             validation_data=held_out,
         )
-        if accelerator.is_main_process and not config.resume_from_checkpoint:
+        if not config.resume_from_checkpoint:
             draw_while_training(config, trainer, "before")
         trainer.train()
         with trainer.averaged_model() as model:
@@ -295,10 +294,11 @@ def _as_trained_on(trainer: Trainer, batches: Iterable[dict[str, Tensor]]) -> It
 
 
 def draw_while_training(config: TrainVAEConfig, trainer: Trainer, name: str | None = None) -> None:
-    """The pictures of the averaged weights, in `samples/step-STEP/` or the folder `name`."""
+    """The pictures of the averaged weights, in `samples/step-STEP/` or the folder `name`; the main process draws them."""
     folder = trainer.output_dir / (name or f"samples/step-{trainer.state.step:07}")
     with trainer.averaged_model() as vae:
-        draw_pictures(vae, some_images(trainer), folder, columns=config.sample_columns, seed=config.seed)
+        if trainer.accelerator.is_main_process:
+            draw_pictures(vae, some_images(trainer), folder, columns=config.sample_columns, seed=config.seed)
 
 
 def describe_latents(vae: VAEModel, moments: LatentMoments) -> str:

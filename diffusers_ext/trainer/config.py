@@ -10,7 +10,7 @@ import torch
 
 from diffusers_ext.trainer.ema import power_function_exponent
 from diffusers_ext.trainer.images import IMAGE_MODES, RESIZE_MODES
-from diffusers_ext.trainer.options import option
+from diffusers_ext.trainer.options import option, refuse_unused
 from diffusers_ext.trainer.schedule import LR_SCHEDULERS, Budget, parse_duration
 
 
@@ -226,6 +226,9 @@ class TrainerConfig(DataConfig):
             raise ValueError(f"seed must not be negative, got {self.seed}")
         if self.overwrite_output_dir and self.resume_from_checkpoint:
             raise ValueError("overwrite_output_dir and resume_from_checkpoint contradict each other")
+        for scheduler, name in (("cosine_with_restarts", "lr_num_cycles"), ("polynomial", "lr_power")):
+            if self.lr_scheduler != scheduler:
+                refuse_unused(self, [name], f"lr_scheduler {scheduler}")
         self._check_ema()
         self.budget()
 
@@ -309,8 +312,8 @@ def available_cores() -> list[int]:
     return list(range(os.cpu_count() or 1))
 
 
-def set_threads(num_threads: int | None, num_local_processes: int):
-    """Shares the cores out among the processes, unless a number is given.
+def set_threads(num_threads: int | None, num_processes: int):
+    """Shares the cores out among the processes of this machine, unless a number is given.
 
     `accelerate launch` sets OMP_NUM_THREADS=1 where the user has set nothing, which would leave all cores but one idle.
     A number above 1 is the user's own and stays.
@@ -318,6 +321,7 @@ def set_threads(num_threads: int | None, num_local_processes: int):
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_WORLD_SIZE" in os.environ
     if num_threads is None and launched and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         physical = psutil.cpu_count(logical=False) or len(available_cores())
-        num_threads = max(1, min(physical, len(available_cores())) // num_local_processes)
+        num_here = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
+        num_threads = max(1, min(physical, len(available_cores())) // num_here)
     if num_threads is not None:
         torch.set_num_threads(num_threads)

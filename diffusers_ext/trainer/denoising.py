@@ -18,7 +18,7 @@ from diffusers_ext.trainer.data import ImageData
 from diffusers_ext.trainer.latents import SampleSpace, prepare_samples
 from diffusers_ext.trainer.networks import NetworkConfig, build_network
 from diffusers_ext.trainer.objective import DenoisingObjective
-from diffusers_ext.trainer.options import option
+from diffusers_ext.trainer.options import option, refuse_unused
 from diffusers_ext.trainer.run import describe_data
 from diffusers_ext.trainer.stream import StreamData
 from diffusers_ext.trainer.validation import prepare_validation
@@ -92,6 +92,15 @@ class DenoisingConfig(NetworkConfig):
                 f"num_inference_steps must be at most num_train_timesteps ({self.num_train_timesteps}), got "
                 f"{self.num_inference_steps}"
             )
+        for name, value, names in (
+            ("loss_weighting", "min_snr", ["snr_gamma"]),
+            ("loss_weighting", "p2", ["p2_gamma"]),
+            ("objective", "hybrid", ["vlb_weight"]),
+        ):
+            if getattr(self, name) != value:
+                refuse_unused(self, names, f"{name} {value}")
+        if self.beta_schedule not in ("linear", "scaled_linear", "sigmoid"):
+            refuse_unused(self, ["beta_start", "beta_end"], "beta_schedule linear, scaled_linear or sigmoid")
 
     @property
     def learns_variance(self) -> bool:

@@ -12,7 +12,7 @@ import sys
 import traceback
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -89,6 +89,21 @@ def run_script(cls: type[Config], main: Callable[[Config], Any], arguments: list
             raise
         print(f"{Path(script).name}: error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def refuse_unused(config: Any, names: Iterable[str], needed: str) -> None:
+    """Refuses options that do nothing here.
+
+    Args:
+        needed: What they have no meaning without.
+
+    Raises:
+        ValueError: if one of them is not what it is by default.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for name in names:
+        if getattr(config, name) != defaults[name]:
+            raise ValueError(f"{name} has no meaning without {needed}: give both or neither")
 
 
 def read_yaml(cls: type, path: str | Path) -> dict[str, Any]:

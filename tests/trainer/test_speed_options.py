@@ -1,11 +1,12 @@
 """Options that make steps faster or smaller and leave what is learnt as it is."""
 
+import psutil
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
 from diffusers_ext.models.unet import UNetBlock
-from diffusers_ext.trainer.config import TrainerConfig, resolve_for_machine
+from diffusers_ext.trainer.config import TrainerConfig, available_cores, resolve_for_machine, set_threads
 from diffusers_ext.trainer.prepare import prepare_images
 from runs import forget_accelerate, metrics, saved, trainer
 from tiny import tiny_unet
@@ -67,6 +68,21 @@ def test_fp16_is_refused_without_a_gpu():
         pytest.skip("there is a GPU")
     with pytest.raises(ValueError, match="mixed_precision fp16 needs a GPU, .* take bf16 or no"):
         resolve_for_machine(TrainerConfig(mixed_precision="fp16"))
+
+
+def test_cores_are_shared_by_the_processes_of_one_machine(monkeypatch):
+    """Of 64 processes on 64 machines each has all cores; on one machine they have one each."""
+    physical = psutil.cpu_count(logical=False) or len(available_cores())
+    cores, before = min(physical, len(available_cores())), torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    try:
+        for local, expected in ((1, cores), (64, max(1, cores // 64))):
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+            torch.set_num_threads(3)
+            set_threads(None, 64)
+            assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_compiled_model_learns_the_same(data, tmp_path):
