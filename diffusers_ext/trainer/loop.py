@@ -440,7 +440,9 @@ class Trainer:
                 counts.append(len(batch["time"]))
             means = torch.stack(losses).tolist() if losses else []
             sums = [sum(mean * count for mean, count in zip(means, counts, strict=True)), sum(counts)]
-            total, count = accelerator.reduce(torch.tensor(sums, device=accelerator.device)).tolist()
+            # Of one type in each process: one without a batch would have integers.
+            sums = torch.tensor(sums, dtype=torch.float32, device=accelerator.device)
+            total, count = accelerator.reduce(sums).tolist()
         if not math.isfinite(total):
             raise FloatingPointError(self._not_finite(self.state.step, total, "loss on the held-out images"))
         return total / count
