@@ -187,7 +187,11 @@ def test_integers_are_labels_as_they_are():
     "values, feature, message",
     [
         ([0.5, 1.0], datasets.Value("float32"), "'label' must hold integers or names, got float32"),
-        ([[1], [2]], datasets.List(datasets.Value("int64")), "'label' must hold integers or names, got List"),
+        (
+            [[[1]], [[2]]],
+            datasets.List(datasets.List(datasets.Value("int64"))),
+            "'label' must hold integers or names, or lists of them, got List",
+        ),
         ([True, False], datasets.Value("bool"), "'label' must hold integers or names, got bool"),
         ([0, -1], datasets.Value("int64"), "'label' must hold integers from 0 on, got -1"),
         ([0, None], datasets.Value("int64"), "'label' must hold a label in every row, got 1 empty"),
