@@ -34,6 +34,17 @@ def hub() -> LocalHub:
     return _hub
 
 
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """accelerate keeps precision, accumulation and processes for the life of a process."""
+    yield
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState, GradientState, PartialState
+
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+
+
 def pytest_unconfigure():
     _hub.__exit__()
     _hf_home.cleanup()

@@ -35,12 +35,6 @@ def data():
     return data
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    yield
-    forget_accelerate()
-
-
 def fork(work):
     """Runs `work` in a fork of this process, which ends without running what this one has to do at its end."""
     child = os.fork()

@@ -15,7 +15,6 @@ from diffusers_ext.trainer.run_state import load_run
 from runs import (
     CountedError,
     assert_same_run,
-    forget_accelerate,
     metrics,
     saved,
     squared_error,
@@ -27,13 +26,6 @@ from runs import (
 @pytest.fixture(scope="module")
 def data():
     return prepare_images("digits", max_samples=20)
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """accelerate keeps precision and accumulation for the life of a process."""
-    yield
-    forget_accelerate()
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -18,16 +18,10 @@ from diffusers_ext.trainer.posthoc_ema import (
     weighting_product,
 )
 from diffusers_ext.trainer.prepare import prepare_images
-from runs import assert_same_run, forget_accelerate, saved, stop_before_step, trainer
+from runs import assert_same_run, saved, stop_before_step, trainer
 
 
 NUM_STEPS, SPACING = 600, 25
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    yield
-    forget_accelerate()
 
 
 def weighting(tau, step, gamma):

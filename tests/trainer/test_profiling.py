@@ -14,12 +14,6 @@ def data():
     return prepare_images("digits", max_samples=20)
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    yield
-    forget_accelerate()
-
-
 def table(output):
     """Seconds, milliseconds a step (or None) and share of each row."""
     rows = {}

@@ -17,12 +17,6 @@ def data():
     return prepare_images("digits", max_samples=20)
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    yield
-    forget_accelerate()
-
-
 def unet_error(model, batch):
     time = batch["time"].float()
     x_t = batch["images"] + time.view(-1, 1, 1, 1) * batch["noise"]

@@ -17,13 +17,6 @@ from diffusers_ext.trainer.vae_objective import (
     free_bits_kl,
 )
 from diffusers_ext.trainer.vae_perceptual import FeatureDistance, load_perceptual
-from runs import forget_accelerate
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    yield
-    forget_accelerate()
 
 
 def draw(*shape, seed=0):

@@ -10,7 +10,7 @@ from diffusers_ext.trainer.config import TrainerConfig
 from diffusers_ext.trainer.figures import draw_loss
 from diffusers_ext.trainer.prepare import prepare_images
 from diffusers_ext.trainer.validation import ValidationBatches, prepare_validation
-from runs import assert_same_run, forget_accelerate, metrics, squared_error, trainer
+from runs import assert_same_run, metrics, squared_error, trainer
 
 
 @pytest.fixture(scope="module")
@@ -21,12 +21,6 @@ def data():
 @pytest.fixture(scope="module")
 def held_out():
     return prepare_images("digits", split="test", max_samples=18)
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    yield
-    forget_accelerate()
 
 
 SETTINGS = {"validation_split": "test", "validation_steps": 5}

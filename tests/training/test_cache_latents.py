@@ -40,13 +40,6 @@ RUN = {
 }
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    forget_accelerate()
-    yield
-    forget_accelerate()
-
-
 def save_vae(folder, seed=0, **config):
     """One for digits, with posteriors wide enough that a draw is not its mean."""
     torch.manual_seed(seed)

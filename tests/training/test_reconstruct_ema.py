@@ -18,14 +18,6 @@ from training.reconstruct_ema import ReconstructConfig
 from training.train_ddpm import TrainConfig, main
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """accelerate keeps precision and accumulation for the life of a process."""
-    yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run that saved an average of std 0.07, and snapshots of others."""

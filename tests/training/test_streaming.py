@@ -18,17 +18,11 @@ from diffusers_ext.trainer.config import TrainerConfig
 from diffusers_ext.trainer.options import to_yaml
 from diffusers_ext.trainer.prepare import prepare_data, prepare_stream
 from diffusers_ext.trainer.run_folder import read_metrics
-from runs import assert_same_run, forget_accelerate, metrics, stop_before_step, trainer
+from runs import assert_same_run, metrics, stop_before_step, trainer
 from training.train_ddpm import TrainConfig, main
 
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    yield
-    forget_accelerate()
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
@@ -39,14 +38,6 @@ SMALL = {
     "max_measured_samples": 200,
     "mixed_precision": "no",
 }
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """accelerate keeps precision and accumulation for the life of a process."""
-    yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
 
 
 def config_of(output_dir, **settings):

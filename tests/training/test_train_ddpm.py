@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import DDPMPipeline, DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
@@ -42,14 +41,6 @@ SMALL = {
 
 
 TWO_PROCESSES = ("--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0")
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """accelerate keeps precision and accumulation for the life of a process."""
-    yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
 
 
 def config_of(output_dir, **settings):

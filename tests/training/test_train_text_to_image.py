@@ -45,13 +45,6 @@ SMALL = {
 FROZEN = {name: value for name, value in SMALL.items() if name not in TextConfig.OF_NEW_ENCODER}
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """accelerate keeps precision and accumulation for the life of a process."""
-    yield
-    forget_accelerate()
-
-
 def picture(caption):
     """8x8 pixels: a colour on grey, at a place that the second word says."""
     colour, shape = caption.split()

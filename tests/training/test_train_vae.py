@@ -29,12 +29,6 @@ CONV = {"architecture": "conv", "block_out_channels": (8, 8), "latent_channels":
 MLP = {"latent_dim": 2, "hidden_dims": (32,)}
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    yield
-    forget_accelerate()
-
-
 def config_of(output_dir, **settings):
     return TrainVAEConfig(**SMALL | {"output_dir": str(output_dir), "max_train_steps": 4} | settings)
 
