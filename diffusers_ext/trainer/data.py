@@ -238,7 +238,10 @@ def find_image_column(source: datasets.Dataset | datasets.IterableDataset, name:
 
 @dataclass(frozen=True)
 class Fit:
-    """How every picture is brought to one shape: (height, width), PIL mode or number of bands, and the way there."""
+    """How every picture is brought to one shape: (height, width), PIL mode or number of bands, and the way there.
+
+    If the mode was found on the first pictures, and not asked for, one that holds more than it is a fault.
+    """
 
     size: tuple[int, int]
     mode: str | None
@@ -246,6 +249,7 @@ class Fit:
     dtype: str
     resize_mode: str
     pad_value: int
+    mode_was_found: bool = False
 
 
 def decode(
@@ -340,6 +344,11 @@ def decode_one(value: Any, how: Fit) -> np.ndarray:
     """
     picture = _read(value, how.dtype)
     if isinstance(picture, Image.Image):
+        if how.mode_was_found and common_mode({how.mode, image_mode(picture)}) != how.mode:
+            raise ValueError(
+                f"a picture of mode {image_mode(picture)}, where the first ones are all {how.mode}: give --image_mode to "
+                "read all of them alike"
+            )
         picture = to_array(picture, how.mode, how.pad_value)
     if picture.shape[2] != how.channels:
         raise ValueError(f"{picture.shape[2]} channels where the first row has {how.channels}")

@@ -181,7 +181,7 @@ def _decide(
 ) -> tuple[Fit, list[str]]:
     """How the images get to their shape, with a note for each decision that the user has not made."""
     sizes, modes, first = probe(first_rows, source.features[column], column)
-    notes = []
+    notes, mode_was_found = [], mode is None
     if mode is not None and not modes:
         raise ValueError(f"image_mode {mode} needs pictures, column {column!r} holds arrays")
     if modes:
@@ -193,7 +193,7 @@ def _decide(
     size, resize_mode, note = _decide_fit(sizes, resolution, multiple_of, resize_mode, pad_value)
     notes += [note] if note else []
     dtype = "uint8" if mode != "I;16" and first.dtype == np.uint8 else "uint16"
-    return Fit(size, mode, channels, dtype, resize_mode, pad_value), notes
+    return Fit(size, mode, channels, dtype, resize_mode, pad_value, mode_was_found), notes
 
 
 def _decide_fit(

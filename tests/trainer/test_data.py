@@ -293,3 +293,17 @@ def test_names_of_labels_can_be_given():
     unlabelled = datasets.Dataset.from_dict({"text": ["a"]})
     with pytest.raises(ValueError, match="there are names for labels, but the data set has no labels"):
         read_labels(unlabelled, label_names=names)
+
+
+def test_colour_after_many_grey_pictures_is_not_lost_silently(parquet):
+    """The mode is found on the first 64; a later picture that holds more is a fault, unless the mode is asked for."""
+    grey, colour = pictures(70), pictures(2, channels=3)
+    cells = [encode(picture) for picture in grey] + [encode(picture) for picture in colour]
+    folder = parquet({"image": cells}, {"image": datasets.Image()})
+    with pytest.raises(
+        ValueError, match="the first in row 70 .*mode RGB, where the first ones are all L: give --image"
+    ):
+        prepare_images(folder)
+    data = prepare_images(folder, mode="RGB")
+    assert (data.pixels[[70, 71]] == colour).all() and (data.pixels[[3]] == grey[3]).all()
+    assert len(prepare_images(folder, max_bad_share=0.1)) == 70
