@@ -1,6 +1,5 @@
 """SIGTERM and SIGINT as a request to save and end, instead of an end in the middle of a step."""
 
-import os
 import signal
 import threading
 import time
@@ -37,7 +36,7 @@ def catch_signals() -> Iterator[StopRequest]:
         first = noted.setdefault(signal_number, time.monotonic())
         if time.monotonic() - first > SAME_REQUEST_SECONDS:
             signal.signal(signal_number, before[signal_number])
-            os.kill(os.getpid(), signal_number)
+            signal.raise_signal(signal_number)
 
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     for number in before:

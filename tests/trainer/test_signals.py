@@ -1,4 +1,3 @@
-import os
 import signal
 
 import pytest
@@ -8,7 +7,7 @@ from diffusers_ext.trainer.signals import catch_signals
 
 
 def send(number):
-    os.kill(os.getpid(), number)
+    signal.raise_signal(number)  # to this thread, so that it is there when the call returns
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
