@@ -11,10 +11,10 @@ not made again, so that a command that was stopped goes on when it is given agai
 
 import dataclasses
 import json
-import sys
 import time
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,7 +49,7 @@ from diffusers_ext.metrics.real import (
 )
 from diffusers_ext.metrics.subject import generate_for, load_pipeline
 from diffusers_ext.trainer.config import is_fast_at_bf16, set_threads
-from diffusers_ext.trainer.options import option, parse_config, to_command
+from diffusers_ext.trainer.options import option, parse_config, run_script, to_command
 
 
 NUM_NEIGHBOURS = 5  # of precision and recall
@@ -382,17 +382,8 @@ def say(state: PartialState, line: str):
         print(line, flush=True)
 
 
-def parse(arguments: list[str]) -> CompareConfig | None:
-    """The config from a command line on which PIPELINE may stand first without its name."""
-    if arguments and not arguments[0].startswith("-"):
-        arguments = ["--pipeline", *arguments]
-    return parse_config(CompareConfig, arguments)
+parse = partial(parse_config, CompareConfig, first="pipeline")
 
 
 if __name__ == "__main__":
-    config = parse(sys.argv[1:])
-    if config is not None:
-        try:
-            main(config)
-        except ValueError as error:
-            sys.exit(f"error: {error}")
+    run_script(CompareConfig, main, first="pipeline")

@@ -12,9 +12,9 @@ run says in train_config.yaml, about its data set above all, need not be said ag
 import dataclasses
 import json
 import os
-import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -34,7 +34,7 @@ from diffusers_ext.metrics.real import (
 )
 from diffusers_ext.metrics.subject import generate_for, is_image_folder, load_pipeline, read_image_folder
 from diffusers_ext.trainer.config import is_fast_at_bf16, set_threads
-from diffusers_ext.trainer.options import option, parse_config, to_command
+from diffusers_ext.trainer.options import option, parse_config, run_script, to_command
 
 
 # Above these numbers of values an image, measures in pixels tell little and take long, so they must be asked for.
@@ -300,17 +300,8 @@ def say(state: PartialState, line: str):
         print(line, flush=True)
 
 
-def parse(arguments: list[str]) -> EvaluateConfig | None:
-    """The config from a command line on which PIPELINE may stand first without its name."""
-    if arguments and not arguments[0].startswith("-"):
-        arguments = ["--pipeline", *arguments]
-    return parse_config(EvaluateConfig, arguments)
+parse = partial(parse_config, EvaluateConfig, first="pipeline")
 
 
 if __name__ == "__main__":
-    config = parse(sys.argv[1:])
-    if config is not None:
-        try:
-            main(config)
-        except ValueError as error:
-            sys.exit(f"error: {error}")
+    run_script(EvaluateConfig, main, first="pipeline")

@@ -11,9 +11,9 @@ classifier. What a training run says in train_config.yaml need not be said again
 
 import json
 import os
-import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -30,7 +30,7 @@ from diffusers_ext.metrics.real import DataOptions, RealImages, features_for, lo
 from diffusers_ext.metrics.reconstruction import psnr, ssim
 from diffusers_ext.models.vae_likelihood import vae_likelihood
 from diffusers_ext.trainer.config import set_threads
-from diffusers_ext.trainer.options import option, parse_config, to_command
+from diffusers_ext.trainer.options import option, parse_config, run_script, to_command
 from diffusers_ext.trainer.vae_latents import LatentStatistics
 from diffusers_ext.trainer.vae_objective import ACTIVE_VARIANCE, BINARIZATIONS, binarize
 
@@ -230,17 +230,8 @@ def figures_of(config: EvaluateVAEConfig, result: dict) -> list[Figure]:
     ]
 
 
-def parse(arguments: list[str]) -> EvaluateVAEConfig | None:
-    """The config from a command line on which MODEL may stand first without its name."""
-    if arguments and not arguments[0].startswith("-"):
-        arguments = ["--model", *arguments]
-    return parse_config(EvaluateVAEConfig, arguments)
+parse = partial(parse_config, EvaluateVAEConfig, first="model")
 
 
 if __name__ == "__main__":
-    config = parse(sys.argv[1:])
-    if config is not None:
-        try:
-            main(config)
-        except ValueError as error:
-            sys.exit(f"error: {error}")
+    run_script(EvaluateVAEConfig, main, first="model")

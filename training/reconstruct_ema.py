@@ -9,7 +9,6 @@ section 3.2). Nothing is trained, and the run stays as it is.
 """
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,10 +108,5 @@ def write_config(source: Path, output_dir: Path, std: float) -> None:
     (output_dir / CONFIG_FILE).write_text(text)
 
 
-def arguments_of(words: list[str]) -> list[str]:
-    """The command line, on which RUN may stand first without its name."""
-    return ["--run", *words] if words and not words[0].startswith("-") else words
-
-
 if __name__ == "__main__":
-    run_script(ReconstructConfig, main, arguments_of(sys.argv[1:]))
+    run_script(ReconstructConfig, main, first="run")

@@ -6,7 +6,6 @@ RUN is the folder, or the name on the Hub, of a pipeline that makes images from 
 column; all pictures of a row start from the same noise.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,10 +93,5 @@ def draw_guidance_scales(
     return labelled_grid(torch.cat(by_scale, dim=1), list(prompts), heads)
 
 
-def arguments_of(words: list[str]) -> list[str]:
-    """The command line, on which RUN may stand first without its name."""
-    return ["--run", *words] if words and not words[0].startswith("-") else words
-
-
 if __name__ == "__main__":
-    run_script(SampleConfig, main, arguments_of(sys.argv[1:]))
+    run_script(SampleConfig, main, first="run")

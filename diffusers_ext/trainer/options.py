@@ -35,12 +35,13 @@ def option(default: Any, help: str, group: str | None = None, alias: str | None 
     return dataclasses.field(default=default, metadata={"help": help, "group": group, "alias": alias})
 
 
-def parse_config(cls: type[Config], arguments: list[str] | None = None) -> Config | None:
+def parse_config(cls: type[Config], arguments: list[str] | None = None, first: str | None = None) -> Config | None:
     """Reads the command line, and the YAML file that `--config` names, into the dataclass `cls`.
 
     Args:
         cls: A dataclass whose fields are made by `option`.
         arguments: The command line, `sys.argv[1:]` if None.
+        first: The option that may stand first on it without its name.
 
     Returns:
         The config; or None after `--dry_run`, which prints it as YAML instead.
@@ -50,6 +51,9 @@ def parse_config(cls: type[Config], arguments: list[str] | None = None) -> Confi
             is answered with the near ones.
     """
     parser = _parser(cls)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if first is not None and arguments and not arguments[0].startswith("-"):
+        arguments = [f"--{first}", *arguments]
     given, unknown = parser.parse_known_args(arguments)
     given = vars(given)
     if unknown:
@@ -67,8 +71,10 @@ def parse_config(cls: type[Config], arguments: list[str] | None = None) -> Confi
     return config
 
 
-def run_script(cls: type[Config], main: Callable[[Config], Any], arguments: list[str] | None = None) -> None:
-    """Reads the options and calls `main` with them.
+def run_script(
+    cls: type[Config], main: Callable[[Config], Any], arguments: list[str] | None = None, first: str | None = None
+) -> None:
+    """Reads the options, as `parse_config` does, and calls `main` with them.
 
     An error that this package or the script itself raises is meant for the user: it ends the script with its message as
     a line on stderr. Any other error keeps its traceback.
@@ -76,7 +82,7 @@ def run_script(cls: type[Config], main: Callable[[Config], Any], arguments: list
     Raises:
         SystemExit: with code 1 after such an error.
     """
-    config = parse_config(cls, arguments)
+    config = parse_config(cls, arguments, first)
     if config is None:
         return
     try:

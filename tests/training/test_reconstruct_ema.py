@@ -130,8 +130,7 @@ def test_a_model_that_was_saved_by_itself(tmp_path, capsys):
 def test_the_run_may_stand_first_on_the_command_line(capsys):
     from diffusers_ext.trainer.options import parse_config
 
-    words = reconstruct_ema.arguments_of(["runs/digits", "--ema_std", "0.07"])
-    config = parse_config(ReconstructConfig, words)
+    config = parse_config(ReconstructConfig, ["runs/digits", "--ema_std", "0.07"], first="run")
     assert (config.run, config.ema_std) == ("runs/digits", 0.07)
     assert reconstruct_ema.check_output_dir(config).name == "digits-0.07"
     for words, message in (
@@ -139,5 +138,5 @@ def test_the_run_may_stand_first_on_the_command_line(capsys):
         (["runs/digits"], "ema_std must be given"),
     ):
         with pytest.raises(SystemExit):
-            parse_config(ReconstructConfig, reconstruct_ema.arguments_of(words))
+            parse_config(ReconstructConfig, words, first="run")
         assert message in capsys.readouterr().err
