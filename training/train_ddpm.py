@@ -16,7 +16,7 @@ from typing import ClassVar
 
 from diffusers import ModelMixin
 
-from diffusers_ext import DiffusionPipeline, ExtDDPMScheduler, GuidedDiffusionPipeline
+from diffusers_ext import ExtDDPMScheduler, GuidedDiffusionPipeline
 from diffusers_ext.trainer.config import resolve_for_machine
 from diffusers_ext.trainer.data import ImageData
 from diffusers_ext.trainer.denoising import (
@@ -31,7 +31,8 @@ from diffusers_ext.trainer.latents import SampleSpace, load_vae
 from diffusers_ext.trainer.loop import Trainer
 from diffusers_ext.trainer.options import option, run_script, to_command
 from diffusers_ext.trainer.run import describe_data, finish_run, make_accelerator, open_run, save_whole
-from diffusers_ext.trainer.sampling import draw_denoising, draw_samples, log_image
+from diffusers_ext.trainer.sampling import draw_figures, draw_while_training
+from diffusers_ext.trainer.stream import StreamData
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,9 @@ def main(config: TrainConfig) -> Path:
             data,
             batch_options={"label_dropout": config.label_dropout, "timestep_sampling": config.time_sampling}
             | space.batch_options,
-            on_images=partial(draw_while_training, config, scheduler, vae),
+            on_images=partial(
+                draw_while_training, partial(averaged_pipeline, scheduler=scheduler, vae=vae), rows_of(data)
+            ),
             validation_data=load_validation(config, accelerator, data, vae),
             prepare_batch=space.encoder(accelerator.device),
         )
@@ -79,7 +82,7 @@ def main(config: TrainConfig) -> Path:
                 save_whole(pipe, trainer.output_dir)
         accelerator.print("drawing samples and the denoising of one of them ...", flush=True)
         accelerator.wait_for_everyone()
-        draw_figures(trainer)
+        draw_figures(trainer, rows_of(data), label=None if data.id2label is None else 0)
         # Ends the last gathering everywhere: a process that leaves during it can hang in gloo's destructor.
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
@@ -100,46 +103,11 @@ def averaged_pipeline(trainer: Trainer, scheduler: ExtDDPMScheduler, vae: ModelM
         yield pipe
 
 
-def draw_while_training(
-    config: TrainConfig, scheduler: ExtDDPMScheduler, vae: ModelMixin | None, trainer: Trainer
-) -> None:
-    """Samples of the averaged weights, at `samples/step-STEP.png` and in the trackers; the processes share them."""
-    with averaged_pipeline(trainer, scheduler, vae) as pipe:
-        path = trainer.output_dir / "samples" / f"step-{trainer.state.step:07}.png"
-        grid = draw_samples(pipe, path, accelerator=trainer.accelerator, **sample_settings(config, trainer.data))
-    log_image(trainer.accelerator, "samples", grid, trainer.state.step)
-
-
-def draw_figures(trainer: Trainer) -> None:
-    """The sample grid, which the processes share, and the denoising strip, from the pipeline as saved."""
-    config, accelerator, data, output_dir = trainer.config, trainer.accelerator, trainer.data, trainer.output_dir
-    pipe = DiffusionPipeline.from_pretrained(output_dir).to(accelerator.device)
-    pipe.set_progress_bar_config(disable=True)
-    with accelerator.autocast():
-        settings = sample_settings(config, data)
-        grid = draw_samples(pipe, output_dir / "samples.png", accelerator=accelerator, **settings)
-        log_image(accelerator, "samples", grid, trainer.state.step)
-        if accelerator.is_main_process:
-            draw_denoising(
-                pipe,
-                output_dir / "denoising.png",
-                label=None if data.id2label is None else 0,
-                num_inference_steps=config.num_inference_steps,
-                guidance_scale=config.guidance_scale,
-                seed=config.seed,
-            )
-
-
-def sample_settings(config: TrainConfig, data: ImageData) -> dict:
-    return {
-        "labels": None if data.id2label is None else list(data.id2label),
-        "names": None if data.id2label is None else list(data.id2label.values()),
-        "columns": config.sample_columns,
-        "seed": config.seed,
-        "batch_size": config.eval_batch_size or config.train_batch_size,
-        "num_inference_steps": config.num_inference_steps,
-        "guidance_scale": config.guidance_scale,
-    }
+def rows_of(data: ImageData | StreamData) -> dict[str, list | None]:
+    """The rows of a sample grid: one for each label."""
+    if data.id2label is None:
+        return {"labels": None, "names": None}
+    return {"labels": list(data.id2label), "names": list(data.id2label.values())}
 
 
 if __name__ == "__main__":

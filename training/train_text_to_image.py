@@ -17,7 +17,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from diffusers import ModelMixin
 
-from diffusers_ext import DiffusionPipeline, ExtDDPMScheduler, TextGuidedDiffusionPipeline
+from diffusers_ext import ExtDDPMScheduler, TextGuidedDiffusionPipeline
 from diffusers_ext.text import width_of
 from diffusers_ext.trainer.captions import captions_of, find_caption_column, with_texts
 from diffusers_ext.trainer.config import resolve_for_machine
@@ -27,7 +27,7 @@ from diffusers_ext.trainer.latents import SampleSpace, load_vae, prepare_samples
 from diffusers_ext.trainer.loop import Trainer
 from diffusers_ext.trainer.options import run_script, to_command
 from diffusers_ext.trainer.run import describe_data, finish_run, make_accelerator, open_run, save_whole
-from diffusers_ext.trainer.sampling import draw_denoising, draw_samples, log_image
+from diffusers_ext.trainer.sampling import draw_figures, draw_while_training
 from diffusers_ext.trainer.text_encoder import TextDenoiser
 from diffusers_ext.trainer.text_to_image import TextConfig, Texts
 from diffusers_ext.trainer.validation import prepare_validation
@@ -47,6 +47,7 @@ def main(config: TextConfig) -> Path:
     with open_run(config, accelerator) as open_folder:
         vae = None if config.vae is None else load_vae(config.vae)
         data, held_out, texts = load_data(config, accelerator, vae)
+        rows = rows_of(config, data)
         space = SampleSpace.of(data, vae)
         config = dataclasses.replace(config, resolution=space.resolution, resize_mode=data.resize_mode)
         config.check_sample(space.shape[1:], space.resolution)
@@ -64,7 +65,7 @@ def main(config: TextConfig) -> Path:
             data,
             batch_options={"label_dropout": config.caption_dropout, "timestep_sampling": config.time_sampling}
             | space.batch_options,
-            on_images=partial(draw_while_training, config, pipeline),
+            on_images=partial(draw_while_training, pipeline, rows),
             validation_data=held_out,
             prepare_batch=space.encoder(accelerator.device),
         )
@@ -74,7 +75,7 @@ def main(config: TextConfig) -> Path:
                 save_whole(pipe, trainer.output_dir)
         accelerator.print("drawing samples and the denoising of one of them ...", flush=True)
         accelerator.wait_for_everyone()
-        draw_figures(trainer)
+        draw_figures(trainer, rows, prompt=rows["prompts"][0])
         # Ends the last gathering everywhere: a process that leaves during it can hang in gloo's destructor.
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
@@ -131,45 +132,10 @@ def averaged_pipeline(
             encoder.to("cpu")
 
 
-def draw_while_training(config: TextConfig, pipeline: partial, trainer: Trainer) -> None:
-    """Samples of the averaged weights, at `samples/step-STEP.png` and in the trackers; the processes share them."""
-    with pipeline(trainer) as pipe:
-        path = trainer.output_dir / "samples" / f"step-{trainer.state.step:07}.png"
-        grid = draw_samples(pipe, path, accelerator=trainer.accelerator, **sample_settings(config, trainer.data))
-    log_image(trainer.accelerator, "samples", grid, trainer.state.step)
-
-
-def draw_figures(trainer: Trainer) -> None:
-    """The sample grid, which the processes share, and the denoising strip, from the pipeline as saved."""
-    config, accelerator, output_dir = trainer.config, trainer.accelerator, trainer.output_dir
-    pipe = DiffusionPipeline.from_pretrained(output_dir).to(accelerator.device)
-    pipe.set_progress_bar_config(disable=True)
-    with accelerator.autocast():
-        settings = sample_settings(config, trainer.data)
-        grid = draw_samples(pipe, output_dir / "samples.png", accelerator=accelerator, **settings)
-        log_image(accelerator, "samples", grid, trainer.state.step)
-        if accelerator.is_main_process:
-            draw_denoising(
-                pipe,
-                output_dir / "denoising.png",
-                prompt=settings["prompts"][0],
-                num_inference_steps=config.num_inference_steps,
-                guidance_scale=config.guidance_scale,
-                seed=config.seed,
-            )
-
-
-def sample_settings(config: TextConfig, data: ImageData) -> dict:
+def rows_of(config: TextConfig, data: ImageData) -> dict[str, list[str]]:
+    """The rows of a sample grid: one for each text."""
     prompts = config.prompts_of(captions_of(data))
-    return {
-        "prompts": prompts,
-        "names": prompts,
-        "columns": config.sample_columns,
-        "seed": config.seed,
-        "batch_size": config.eval_batch_size or config.train_batch_size,
-        "num_inference_steps": config.num_inference_steps,
-        "guidance_scale": config.guidance_scale,
-    }
+    return {"prompts": prompts, "names": prompts}
 
 
 if __name__ == "__main__":

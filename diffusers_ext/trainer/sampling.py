@@ -1,7 +1,9 @@
 """Pictures that a pipeline makes of itself. They draw from their own generators, so that training is none the wiser."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,7 +11,9 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from diffusers_ext.trainer.denoising import DenoisingConfig
 from diffusers_ext.trainer.figures import labelled_grid
+from diffusers_ext.trainer.loop import Trainer
 
 
 MAX_ROWS = 16
@@ -111,3 +115,53 @@ def draw_denoising(
     x0_hat = torch.cat([clean[:1] for _, _, clean in trajectory])
     heads = [f"t = {int(timestep)}" for timestep, _, _ in trajectory]
     labelled_grid([(x_t + 1) / 2, (x0_hat + 1) / 2], ["x_t", "predicted x_0"], heads).save(path)
+
+
+def draw_while_training(
+    pipeline: Callable[[Trainer], AbstractContextManager[DiffusionPipeline]], rows: dict[str, Any], trainer: Trainer
+) -> None:
+    """Samples of the averaged weights, at `samples/step-STEP.png` and in the trackers; the processes share them.
+
+    Args:
+        pipeline: Gives the pipeline as it stands, with the averaged weights.
+        rows: `labels` or `prompts`, and `names`, of `draw_samples`.
+    """
+    path = trainer.output_dir / "samples" / f"step-{trainer.state.step:07}.png"
+    with pipeline(trainer) as pipe:
+        grid = draw_samples(pipe, path, accelerator=trainer.accelerator, **rows, **grid_settings(trainer.config))
+    log_image(trainer.accelerator, "samples", grid, trainer.state.step)
+
+
+def draw_figures(trainer: Trainer, rows: dict[str, Any], **condition) -> None:
+    """The sample grid, which the processes share, and the denoising strip, from the pipeline as saved.
+
+    Args:
+        rows: `labels` or `prompts`, and `names`, of `draw_samples`.
+        condition: `label` or `prompt` of `draw_denoising`.
+    """
+    config, accelerator, output_dir = trainer.config, trainer.accelerator, trainer.output_dir
+    pipe = DiffusionPipeline.from_pretrained(output_dir).to(accelerator.device)
+    pipe.set_progress_bar_config(disable=True)
+    with accelerator.autocast():
+        grid = draw_samples(pipe, output_dir / "samples.png", accelerator=accelerator, **rows, **grid_settings(config))
+        log_image(accelerator, "samples", grid, trainer.state.step)
+        if accelerator.is_main_process:
+            draw_denoising(
+                pipe,
+                output_dir / "denoising.png",
+                **condition,
+                num_inference_steps=config.num_inference_steps,
+                guidance_scale=config.guidance_scale,
+                seed=config.seed,
+            )
+
+
+def grid_settings(config: DenoisingConfig) -> dict[str, Any]:
+    """What the options say of sample grids, for `draw_samples`."""
+    return {
+        "columns": config.sample_columns,
+        "seed": config.seed,
+        "batch_size": config.eval_batch_size or config.train_batch_size,
+        "num_inference_steps": config.num_inference_steps,
+        "guidance_scale": config.guidance_scale,
+    }
