@@ -53,7 +53,9 @@ def main(config: TextConfig) -> Path:
         config.check_sample(space.shape[1:], space.resolution)
         open_folder(config)
         scheduler = build_scheduler(config)
-        model = build_model(config, space, None, cross_attention_dim=width_of(texts.text_encoder))
+        model = build_model(
+            config, space, cross_attention_dim=width_of(texts.text_encoder), pool_context=config.pool_context
+        )
         if texts.trained:
             model = TextDenoiser(model, texts.text_encoder, texts.mask_padding)
         pipeline = partial(averaged_pipeline, scheduler=scheduler, vae=vae, texts=texts)

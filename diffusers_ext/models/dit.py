@@ -15,6 +15,7 @@ from diffusers_ext.models.layers import (
     TimestepEmbedding,
     attention,
     attention_bias,
+    pooled_dim,
     register_attention,
     register_skippable,
 )
@@ -212,6 +213,8 @@ class DiTModel(ModelMixin, ConfigMixin):
         num_registers: Learned tokens that the others can attend to and that are dropped at the end (Darcet et al. 2023).
         mlp_norm_eps: What the normalisation before feed-forward layers adds to the variance. diffusers' has 1e-5.
         embedding_per_block: Give each block an embedding of timestep and label of its own, as diffusers' has it.
+        pool_context: Add the mean of the context's tokens, through a linear layer, to the embedding of the timestep, so
+            that each block knows the text as a whole (as in Imagen, Saharia et al. 2022), and learns it sooner.
 
     Raises:
         ValueError: if the sizes or options do not fit one another.
@@ -240,6 +243,7 @@ class DiTModel(ModelMixin, ConfigMixin):
         num_registers: int = 0,
         mlp_norm_eps: float = 1e-6,
         embedding_per_block: bool = False,
+        pool_context: bool = False,
     ):
         super().__init__()
         out_channels = in_channels if out_channels is None else out_channels
@@ -254,7 +258,13 @@ class DiTModel(ModelMixin, ConfigMixin):
         self.registers = nn.Parameter(torch.empty(num_registers, hidden_size)) if num_registers else None
 
         def embedding() -> TimestepEmbedding:
-            return TimestepEmbedding(hidden_size, FREQUENCIES, num_classes, endpoint=True)
+            return TimestepEmbedding(
+                hidden_size,
+                FREQUENCIES,
+                num_classes,
+                endpoint=True,
+                pooled_dim=pooled_dim(pool_context, cross_attention_dim),
+            )
 
         self.time_embedding = embedding()
         # The first block, and the output, have the one above.
@@ -342,7 +352,7 @@ class DiTModel(ModelMixin, ConfigMixin):
         grid = (sample.shape[2] // patch, sample.shape[3] // patch)
         timesteps = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
         embeddings = [
-            F.silu(embed(timesteps, class_labels, sample.dtype))
+            F.silu(embed(timesteps, class_labels, sample.dtype, encoder_hidden_states, encoder_attention_mask))
             for embed in (self.time_embedding, *self.block_embeddings)
         ]
         mask = attention_bias(encoder_attention_mask, sample.dtype)

@@ -42,7 +42,13 @@ NEEDED_OF_DIFFUSERS = {
     "activation_fn": "gelu-approximate",
     "norm_elementwise_affine": False,
 }
-NEEDED_OF_OURS = {"mlp_ratio": 4.0, "cross_attention_dim": None, "qk_norm": False, "num_registers": 0}
+NEEDED_OF_OURS = {
+    "mlp_ratio": 4.0,
+    "cross_attention_dim": None,
+    "qk_norm": False,
+    "num_registers": 0,
+    "pool_context": False,
+}
 
 
 def from_diffusers(model: DiTTransformer2DModel) -> DiTModel:

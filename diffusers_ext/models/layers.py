@@ -302,23 +302,40 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0,
 
 
 class TimestepEmbedding(nn.Module):
-    """Embeds timesteps and, added to them, class labels; timesteps `(batch,)` to `(batch, dim)`.
+    """Embeds timesteps and, added to them, class labels and texts; timesteps `(batch,)` to `(batch, dim)`.
 
     Args:
         dim: Width of the result.
         frequency_dim: Width of the sinusoidal embedding.
         num_classes: Labels are in `[0, num_classes]`, the last one the null label, which stands for "no label".
         endpoint: Of `timestep_embedding`.
+        pooled_dim: Width of a context whose mean over the tokens is embedded too; `None` for none.
     """
 
-    def __init__(self, dim: int, frequency_dim: int, num_classes: int | None = None, endpoint: bool = False):
+    def __init__(
+        self,
+        dim: int,
+        frequency_dim: int,
+        num_classes: int | None = None,
+        endpoint: bool = False,
+        pooled_dim: int | None = None,
+    ):
         super().__init__()
         self.frequency_dim, self.endpoint = frequency_dim, endpoint
         self.linear_1 = nn.Linear(frequency_dim, dim)
         self.linear_2 = nn.Linear(dim, dim)
         self.class_embedding = None if num_classes is None else nn.Embedding(num_classes + 1, dim)
+        self.context_embedding = None if pooled_dim is None else nn.Linear(pooled_dim, dim)
 
-    def forward(self, timesteps: Tensor, class_labels: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def forward(
+        self,
+        timesteps: Tensor,
+        class_labels: Tensor | None,
+        dtype: torch.dtype,
+        context: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Context `(batch, tokens, pooled_dim)` and mask `(batch, tokens)`, not 0 where there is a token, are pooled."""
         embedding = timestep_embedding(timesteps, self.frequency_dim, endpoint=self.endpoint).to(dtype)
         embedding = self.linear_2(F.silu(self.linear_1(embedding)))
         if self.class_embedding is not None:
@@ -327,6 +344,8 @@ class TimestepEmbedding(nn.Module):
                     timesteps.shape, self.class_embedding.num_embeddings - 1, dtype=torch.long
                 )
             embedding = embedding + self.embed_labels(class_labels).to(embedding.dtype)
+        if self.context_embedding is not None:
+            embedding = embedding + self.context_embedding(mean_of_tokens(context, mask))
         return embedding
 
     def embed_labels(self, class_labels: Tensor) -> Tensor:
@@ -345,3 +364,22 @@ class TimestepEmbedding(nn.Module):
         members = class_labels.to(weight.dtype)
         none = 1 - members.amax(1, keepdim=True)
         return torch.cat([members, none], dim=1) @ weight
+
+
+def mean_of_tokens(context: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean `(batch, dim)` of tokens `(batch, tokens, dim)`, of those whose mask `(batch, tokens)` is not 0."""
+    if mask is None:
+        return context.mean(1)
+    weight = mask.to(context.dtype)
+    return torch.einsum("btd,bt->bd", context, weight) / weight.sum(1, keepdim=True).clamp(min=1)
+
+
+def pooled_dim(pool_context: bool, cross_attention_dim: int | None) -> int | None:
+    """Width of the context that `TimestepEmbedding` pools, for the options of a model.
+
+    Raises:
+        ValueError: if there is no context to pool.
+    """
+    if pool_context and cross_attention_dim is None:
+        raise ValueError("pool_context needs a context: give cross_attention_dim, or leave pool_context out")
+    return cross_attention_dim if pool_context else None

@@ -18,6 +18,7 @@ from diffusers_ext.models.layers import (
     concatenate,
     group_norm,
     num_groups,
+    pooled_dim,
     register_skippable,
 )
 from diffusers_ext.models.regional import RegionalCompilation
@@ -210,6 +211,8 @@ class UNetModel(RegionalCompilation, ModelMixin, ConfigMixin):
         dims: 2 for images, shape `(batch, channels, height, width)`; 1 for series, `(batch, channels, length)`.
         time_embedding_dim: Width of the embedding of timestep and label; `None` for four times the first width.
         time_cond_proj_dim: `None`; diffusers' pipelines look here whether a network takes the guidance scale as an input.
+        pool_context: Add the mean of the context's tokens, through a linear layer, to the embedding of the timestep, so
+            that each block knows the text as a whole (as in Imagen, Saharia et al. 2022), and learns it sooner.
 
     Raises:
         ValueError: if the sizes or options do not fit one another.
@@ -235,6 +238,7 @@ class UNetModel(RegionalCompilation, ModelMixin, ConfigMixin):
         dims: int = 2,
         time_embedding_dim: int | None = None,
         time_cond_proj_dim: None = None,
+        pool_context: bool = False,
     ):
         super().__init__()
         if time_cond_proj_dim is not None:
@@ -258,7 +262,12 @@ class UNetModel(RegionalCompilation, ModelMixin, ConfigMixin):
             head_dim=attention_head_dim,
             dropout=dropout,
         )
-        self.time_embedding = TimestepEmbedding(embedding_dim, block_out_channels[0], num_classes)
+        self.time_embedding = TimestepEmbedding(
+            embedding_dim,
+            block_out_channels[0],
+            num_classes,
+            pooled_dim=pooled_dim(pool_context, cross_attention_dim),
+        )
         self.conv_in = nn.Conv2d(in_channels, block_out_channels[0], kernel, padding=padding)
 
         # Each module of the encoder leaves its output for one block of the decoder; names give level and place.
@@ -325,7 +334,9 @@ class UNetModel(RegionalCompilation, ModelMixin, ConfigMixin):
         if timestep_cond is not None or cross_attention_kwargs or added_cond_kwargs:
             raise ValueError("UNetModel takes no timestep_cond, cross_attention_kwargs or added_cond_kwargs")
         timesteps = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
-        embedding = F.silu(self.time_embedding(timesteps, class_labels, sample.dtype))
+        embedding = F.silu(
+            self.time_embedding(timesteps, class_labels, sample.dtype, encoder_hidden_states, encoder_attention_mask)
+        )
         mask = attention_bias(encoder_attention_mask, sample.dtype)
 
         x = stem(self.conv_in, sample)

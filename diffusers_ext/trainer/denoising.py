@@ -133,9 +133,9 @@ def load_validation(
 
 
 def build_model(
-    config: DenoisingConfig, space: SampleSpace, num_classes: int | None, cross_attention_dim: int | None = None
+    config: DenoisingConfig, space: SampleSpace, num_classes: int | None = None, **context
 ) -> UNetModel | DiTModel:
-    """A new model with weights that follow from the seed."""
+    """A new model with weights that follow from the seed; `context` are `build_network`'s options for a text."""
     channels, *size = space.shape
     return build_network(
         config,
@@ -143,7 +143,7 @@ def build_model(
         in_channels=channels,
         out_channels=channels * (2 if config.learns_variance else 1),
         num_classes=num_classes,
-        cross_attention_dim=cross_attention_dim,
+        **context,
     )
 
 

@@ -142,6 +142,7 @@ def build_network(
     out_channels: int,
     num_classes: int | None,
     cross_attention_dim: int | None = None,
+    pool_context: bool = False,
 ) -> UNetModel | DiTModel:
     """A new network with weights that follow from the seed."""
     torch.manual_seed(config.seed)
@@ -151,6 +152,7 @@ def build_network(
         "out_channels": out_channels,
         "num_classes": num_classes,
         "cross_attention_dim": cross_attention_dim,
+        "pool_context": pool_context,
     }
     if config.model == "dit":
         return DiTModel(**common, **config.dit_options(sample_size))

@@ -44,6 +44,9 @@ class TextConfig(DenoisingConfig):
     mask_padding: bool | None = option(
         None, "hide the padding of a text from encoder and denoiser; by default no with CLIP and yes with others"
     )
+    pool_context: bool = option(
+        True, "tell each block the mean of a text's hidden states too, and not only what attention finds in them"
+    )
     pretrained_text_encoder: str | None = option(
         None,
         "encoder that stays as it is: a folder or name of transformers, or a pipeline that has one; each caption is "
@@ -68,7 +71,8 @@ class TextConfig(DenoisingConfig):
         *("vocab_size", "text_hidden_size", "text_num_layers", "text_num_attention_heads"),
     )
     FIXED_ON_RESUME: ClassVar[frozenset[str]] = DenoisingConfig.FIXED_ON_RESUME.union(
-        "caption_column caption_dropout max_text_length mask_padding pretrained_text_encoder text_cache_dtype".split(),
+        "caption_column caption_dropout max_text_length mask_padding pool_context pretrained_text_encoder".split(),
+        ["text_cache_dtype"],
         OF_NEW_ENCODER,
     )
 

@@ -197,7 +197,9 @@ def test_no_label_is_the_null_label_and_so_is_that_of_diffusers():
 
 def test_each_sample_is_on_its_own():
     """A sample's output depends on its own timestep, label and context, not on the rest of the batch."""
-    model = awake(tiny(num_classes=3, cross_attention_dim=8, num_registers=2, qk_norm=True)).double()
+    model = awake(
+        tiny(num_classes=3, cross_attention_dim=8, num_registers=2, qk_norm=True, pool_context=True)
+    ).double()
     x, timesteps, labels = draw(3, 4, 8, 8).double(), torch.tensor([1, 50, 900]), torch.tensor([0, 2, 3])
     context = draw(3, 4, 8).double()
     together = model(x, timesteps, labels, context).sample

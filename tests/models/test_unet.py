@@ -91,7 +91,7 @@ def test_no_label_is_the_null_label():
 
 def test_each_sample_is_on_its_own():
     """A sample's output depends on its own timestep, label and context, not on the rest of the batch."""
-    model = awake(tiny(num_classes=3, cross_attention_dim=8)).double()
+    model = awake(tiny(num_classes=3, cross_attention_dim=8, pool_context=True)).double()
     x, timesteps, labels = draw(3, 1, 16, 16).double(), torch.tensor([1, 50, 900]), torch.tensor([0, 2, 3])
     context = draw(3, 4, 8).double()
     together = model(x, timesteps, labels, context).sample
@@ -102,7 +102,7 @@ def test_each_sample_is_on_its_own():
 
 
 def test_masked_context_is_not_seen():
-    model, x = awake(tiny(cross_attention_dim=8)), draw(2, 1, 16, 16)
+    model, x = awake(tiny(cross_attention_dim=8, pool_context=True)), draw(2, 1, 16, 16)
     context = draw(2, 4, 8)
     mask = torch.tensor([[1, 1, 0, 0]] * 2)
     other = torch.cat([context[:, :2], draw(2, 2, 8, seed=7)], dim=1)
@@ -112,7 +112,7 @@ def test_masked_context_is_not_seen():
 
 
 def test_every_parameter_gets_a_gradient():
-    model = awake(tiny(num_classes=3, cross_attention_dim=8))
+    model = awake(tiny(num_classes=3, cross_attention_dim=8, pool_context=True))
     labels, context = torch.tensor([0, 1, 2, 3]), draw(4, 4, 8)
     model(draw(4, 1, 16, 16), torch.tensor([1, 10, 100, 900]), labels, context).sample.square().sum().backward()
     without = [name for name, parameter in model.named_parameters() if not parameter.grad.any()]
@@ -160,7 +160,7 @@ def test_checkpointing_changes_memory_and_not_gradients():
 
 
 def test_it_compiles_without_graph_breaks():
-    model, x = awake(tiny(num_classes=3, cross_attention_dim=8)), draw(2, 1, 16, 16)
+    model, x = awake(tiny(num_classes=3, cross_attention_dim=8, pool_context=True)), draw(2, 1, 16, 16)
     args = (x, torch.tensor([5, 600]), torch.tensor([0, 3]), draw(2, 4, 8))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*args).sample, model(*args).sample, rtol=1e-4, atol=1e-5)
