@@ -1,5 +1,6 @@
 """The folder of a run: what it may hold, who may write to it, and its log of metrics."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -76,22 +77,26 @@ def clear_output_dir(path: Path) -> None:
 def check_same_run(config: TrainerConfig, checkpoint: Path) -> list[str]:
     """Compares the options with those of the run that a checkpoint is from.
 
+    An option that is not among those of the run, which is older than it, was what is its default now.
+
     Returns: a line for each option that has changed and may change.
 
     Raises:
         ValueError: if an option differs that would make it another run.
     """
-    before = yaml.safe_load((checkpoint / CONFIG_FILE).read_text())
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    defaults = {name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()}
+    before = defaults | yaml.safe_load((checkpoint / CONFIG_FILE).read_text())
     now = yaml.safe_load(to_yaml(config))
     free = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint"}
-    changed = [name for name in now if name not in free and before.get(name) != now[name]]
+    changed = [name for name in now if name not in free and before[name] != now[name]]
     for name in changed:
         if name in config.FIXED_ON_RESUME:
             raise ValueError(
-                f"{checkpoint} is of a run with {name} {before.get(name)}, got {now[name]}: give the same {name}, or "
+                f"{checkpoint} is of a run with {name} {before[name]}, got {now[name]}: give the same {name}, or "
                 "start a new run in another --output_dir"
             )
-    return [f"{name} is now {now[name]}, was {before.get(name)}" for name in changed]
+    return [f"{name} is now {now[name]}, was {before[name]}" for name in changed]
 
 
 class MetricsLog:

@@ -1,8 +1,11 @@
+import dataclasses
 import json
 
 import pytest
+import yaml
 
 from diffusers_ext.trainer.config import TrainerConfig
+from diffusers_ext.trainer.networks import NetworkConfig
 from diffusers_ext.trainer.options import to_yaml
 from diffusers_ext.trainer.run_folder import (
     MetricsLog,
@@ -48,6 +51,21 @@ def test_options_that_make_another_run_are_refused_and_others_are_said(tmp_path)
     assert check_same_run(TrainerConfig(seed=1, max_train_steps=20), tmp_path) == ["max_train_steps is now 20, was 10"]
     with pytest.raises(ValueError, match="is of a run with seed 1, got 2: give the same seed, or start a new run"):
         check_same_run(TrainerConfig(seed=2), tmp_path)
+
+
+@pytest.mark.parametrize("model, size", [("unet", {}), ("dit", {"num_registers": 2})])
+def test_a_run_from_before_an_option_existed_had_its_default(tmp_path, model, size):
+    config = NetworkConfig(model=model, **size)
+    newer = ("mlp_ratio", "qk_norm", "block_out_channels", "ema_snapshot_steps", "logging_steps", "dropout")
+    written = {name: value for name, value in yaml.safe_load(to_yaml(config)).items() if name not in newer}
+    (tmp_path / "train_config.yaml").write_text(yaml.safe_dump(written))
+    assert check_same_run(config, tmp_path) == []
+    later = dataclasses.replace(config, logging_steps=7)
+    assert check_same_run(later, tmp_path) == ["logging_steps is now 7, was 20"]
+    with pytest.raises(ValueError, match=r"is of a run with dropout 0\.0, got 0\.1: give the same dropout"):
+        check_same_run(dataclasses.replace(config, dropout=0.1), tmp_path)
+    with pytest.raises(ValueError, match="is of a run with ema_snapshot_steps None, got 5: give the same"):
+        check_same_run(dataclasses.replace(config, ema_snapshot_steps=5), tmp_path)
 
 
 def test_metrics_after_the_step_that_a_run_goes_on_from_are_dropped(tmp_path):
