@@ -38,6 +38,7 @@ from diffusers_ext.trainer.latents import (
 )
 from diffusers_ext.trainer.options import option, run_script
 from diffusers_ext.trainer.prepare import data_options, prepare_images
+from diffusers_ext.whole_files import written_whole
 
 
 # What the shards that are there were made with, until all are.
@@ -184,7 +185,8 @@ def begin(
             "--output_dir, or give --overwrite_output_dir"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    plan_file.write_text(told)
+    with written_whole(plan_file) as partial:
+        partial.write_text(told)
 
 
 @torch.no_grad()
@@ -224,11 +226,8 @@ def write_shard(path: Path, rows: Iterator[dict], data: ImageData) -> None:
     if data.id2label is not None:
         label = datasets.ClassLabel(names=[data.id2label[label] for label in range(data.num_classes)])
         features["label"] = datasets.List(label) if data.has_label_sets else label
-    partial = path.with_name(f".{path.name}.partial")
-    datasets.Dataset.from_list(list(rows), features=datasets.Features(features)).to_parquet(partial)
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
+    with written_whole(path, sync=True) as partial:
+        datasets.Dataset.from_list(list(rows), features=datasets.Features(features)).to_parquet(partial)
 
 
 def check_shards(paths: list[Path], info: LatentsInfo) -> None:

@@ -10,7 +10,6 @@ classifier. What a training run says in train_config.yaml need not be said again
 """
 
 import json
-import os
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +32,7 @@ from diffusers_ext.trainer.config import set_threads
 from diffusers_ext.trainer.options import option, parse_config, run_script, to_command
 from diffusers_ext.trainer.vae_latents import LatentStatistics
 from diffusers_ext.trainer.vae_objective import ACTIVE_VARIANCE, BINARIZATIONS, binarize
+from diffusers_ext.whole_files import written_whole
 
 
 LEVELS = 256  # of the pixels of `LabelledImages`
@@ -191,9 +191,8 @@ def report(config: EvaluateVAEConfig, result: dict):
     folder = Path(config.model)
     path = Path(config.output_file) if config.output_file else folder / "evaluation.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(json.dumps(result, indent=2) + "\n")
-    os.replace(unfinished, path)
+    with written_whole(path) as partial:
+        partial.write_text(json.dumps(result, indent=2) + "\n")
     print(format_table({"held-out": {name: result[name] for name in METRICS}}))
     if result["elbo_bits_per_dim"] is None:
         print("bits/dim mean nothing here: bernoulli gives grey values a cross-entropy and no probability")

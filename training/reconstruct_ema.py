@@ -21,6 +21,7 @@ from diffusers_ext.trainer.options import option, run_script
 from diffusers_ext.trainer.posthoc_ema import is_of, list_snapshots, load_averages, reconstruct
 from diffusers_ext.trainer.run import save_whole
 from diffusers_ext.trainer.run_folder import CONFIG_FILE
+from diffusers_ext.whole_files import written_whole
 
 
 REPORT_FILE = "reconstruction.json"
@@ -73,7 +74,8 @@ def main(config: ReconstructConfig) -> Path:
     load_averages(models[0], averages)
     output_dir.mkdir(parents=True, exist_ok=True)
     report = {"run": str(run), "step": step, "ema_std": config.ema_std, "misfit_of_weighting": misfit}
-    (output_dir / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
+    with written_whole(output_dir / REPORT_FILE) as partial:
+        partial.write_text(json.dumps(report, indent=2) + "\n")
     if (run / CONFIG_FILE).is_file():  # so that evaluate.py knows the data
         write_config(run / CONFIG_FILE, output_dir, config.ema_std)
     save_whole(whole, output_dir)
@@ -104,8 +106,8 @@ def write_config(source: Path, output_dir: Path, std: float) -> None:
     options = yaml.safe_load(source.read_text())
     options |= {"use_ema": True, "ema_std": std, "ema_decay": None, "ema_warmup": False}
     options["output_dir"] = str(output_dir)
-    text = yaml.safe_dump(options, sort_keys=False, default_flow_style=None, width=1000)
-    (output_dir / CONFIG_FILE).write_text(text)
+    with written_whole(output_dir / CONFIG_FILE) as partial:
+        partial.write_text(yaml.safe_dump(options, sort_keys=False, default_flow_style=None, width=1000))
 
 
 if __name__ == "__main__":

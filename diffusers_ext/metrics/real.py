@@ -18,12 +18,15 @@ from huggingface_hub.constants import HF_HOME
 
 from diffusers_ext.metrics.features import FeatureClassifierModel
 from diffusers_ext.metrics.fit import LabelledImages, accuracy, fit_feature_classifier
+from diffusers_ext.trainer.captions import count_missing
 from diffusers_ext.trainer.config import DataConfig
-from diffusers_ext.trainer.data import ImageData
+from diffusers_ext.trainer.data import ImageData, load_source
 from diffusers_ext.trainer.images import IMAGE_MODES
+from diffusers_ext.trainer.labels import find_label_column
 from diffusers_ext.trainer.latents import read_info
 from diffusers_ext.trainer.options import option
 from diffusers_ext.trainer.prepare import data_options, prepare_images
+from diffusers_ext.whole_files import written_whole
 
 
 HELD_OUT_SPLITS = ("validation", "test", "valid", "val")
@@ -71,6 +74,7 @@ class RealImages:
         name: What the user called the data set.
         resize_mode: How images get to their size, of the modes of `fit`.
         notes: What the user may want to know about the preparation.
+        captions: Of the held-out images, or of the training images where those have none; None if not asked for.
     """
 
     train: LabelledImages
@@ -78,6 +82,7 @@ class RealImages:
     name: str
     resize_mode: str
     notes: tuple[str, ...]
+    captions: "Captions | None" = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -89,26 +94,101 @@ class RealImages:
         return len(self.train.label_names) > 0
 
 
-def load_real_images(options: DataOptions) -> RealImages:
+@dataclass(frozen=True)
+class Captions:
+    """What the images of a split show, in words.
+
+    Attributes:
+        texts: One for each image.
+        labels: Of the same images, int64, shape `(images,)`; None where there are no labels.
+        column, split: Where the texts are from.
+    """
+
+    texts: tuple[str, ...]
+    labels: torch.Tensor | None
+    column: str
+    split: str
+
+    def draw(self, count: int, seed: int) -> tuple[list[str], torch.Tensor | None]:
+        """So many texts and their labels: each text once in an order that the seed draws, then again in this order.
+
+        It is the order in which `Evaluator.measure_held_out` takes the images.
+        """
+        order = torch.randperm(len(self.texts), generator=torch.Generator().manual_seed(seed))
+        rows = order.repeat(-(-count // len(order)))[:count]
+        return [self.texts[row] for row in rows.tolist()], None if self.labels is None else self.labels[rows]
+
+
+def load_real_images(options: DataOptions, caption_column: str | None = None) -> RealImages:
     """Both splits of a data set, in memory.
+
+    Args:
+        caption_column: Read the captions of this column too. Free texts are then no labels, and neither are several labels
+            an image.
 
     Raises:
         ValueError: see `prepare_images`; and if the held-out images have labels that the training images have not.
     """
-    train_split = options.dataset_split or "train"
-    train = prepare_split(options, train_split, options.max_train_samples)
+    train_split, more = options.dataset_split or "train", {}
+    if caption_column is not None:
+        more["unconditional"] = not _has_labels_beside(options, train_split, caption_column)
+    train = prepare_split(options, train_split, options.max_train_samples, **more)
     name = options.held_out_split or find_held_out_split(options)
-    if name is None:
-        return RealImages(to_labelled_images(train), None, options.dataset_name, train.resize_mode, train.notes)
-
-    # Prepared like the training images, whatever its own pictures would suggest.
-    prepared = dataclasses.replace(options, resolution=train.size, resize_mode=train.resize_mode)
-    held_out = prepare_split(prepared, name)
-    if held_out.channels != train.channels and train.channels <= len(CHANNEL_MODES):
-        held_out = prepare_split(dataclasses.replace(prepared, image_mode=CHANNEL_MODES[train.channels - 1]), name)
     train_images = to_labelled_images(train)
-    held_out_images = _with_labels_of(train_images, to_labelled_images(held_out), name)
-    return RealImages(train_images, held_out_images, options.dataset_name, train.resize_mode, train.notes)
+    real = RealImages(train_images, None, options.dataset_name, train.resize_mode, train.notes)
+    if name is not None:
+        # Prepared like the training images, whatever its own pictures would suggest.
+        prepared = dataclasses.replace(options, resolution=train.size, resize_mode=train.resize_mode)
+        held_out = prepare_split(prepared, name, **more)
+        if held_out.channels != train.channels and train.channels <= len(CHANNEL_MODES):
+            prepared = dataclasses.replace(prepared, image_mode=CHANNEL_MODES[train.channels - 1])
+            held_out = prepare_split(prepared, name, **more)
+        held_out_images = _with_labels_of(train_images, to_labelled_images(held_out), name)
+        real = dataclasses.replace(real, held_out=held_out_images)
+    if caption_column is None:
+        return real
+
+    captions = None
+    if name is not None:
+        captions = read_captions(prepared, name, caption_column, real.held_out)
+    if captions is None:
+        captions = read_captions(options, train_split, caption_column, train_images, options.max_train_samples)
+    if captions is None:
+        raise ValueError(
+            f"the split {train_split} of {options.dataset_name} has no text in the column {caption_column}"
+        )
+    note = f"images are asked for by the captions of the split {captions.split}, column {caption_column}"
+    return dataclasses.replace(real, captions=captions, notes=(*real.notes, note))
+
+
+def _has_labels_beside(options: DataOptions, split: str, caption_column: str) -> bool:
+    if any(given is not None for given in (options.label_column, options.num_classes, options.label_names)):
+        return True
+    source = load_source(options.dataset_name, options.dataset_config_name, split, cache_dir=options.cache_dir)
+    column = find_label_column(source)
+    if column is None:
+        return False
+    feature = source.features[column]
+    return isinstance(feature, datasets.ClassLabel) or isinstance(feature, datasets.Value) and column != caption_column
+
+
+def read_captions(
+    options: DataOptions, split: str, column: str, images: LabelledImages, max_samples: int | None = None
+) -> Captions | None:
+    """The captions of a split's images; None if it has none at all.
+
+    Args:
+        options: With which the images were prepared, so that the same ones are left out.
+        images: Those of the split, with their labels.
+    """
+    source = load_source(options.dataset_name, options.dataset_config_name, split, cache_dir=options.cache_dir)
+    if column not in source.features or count_missing(source, column) == len(source):
+        return None
+    data = prepare_split(
+        dataclasses.replace(options, label_column=column, num_classes=None, label_names=None), split, max_samples
+    )
+    texts = tuple(data.id2label[label] for label in data.labels.tolist())
+    return Captions(texts, images.labels if images.label_names else None, column, split)
 
 
 def _with_labels_of(train: LabelledImages, held_out: LabelledImages, split: str) -> LabelledImages:
@@ -126,12 +206,21 @@ def _with_labels_of(train: LabelledImages, held_out: LabelledImages, split: str)
     return LabelledImages(held_out.images, same[held_out.labels], train.label_names)
 
 
-def prepare_split(options: DataOptions, split: str, max_samples: int | None = None) -> ImageData:
+def prepare_split(
+    options: DataOptions, split: str, max_samples: int | None = None, unconditional: bool = False
+) -> ImageData:
     """The images of one split, by the trainer's own preparation, which settles what is left open."""
+    config = dataclasses.replace(to_data_config(options, split), max_train_samples=max_samples)
+    if unconditional:
+        config = dataclasses.replace(config, unconditional=True, num_classes=None, label_names=None)
+    return prepare_images(config.dataset_name, num_proc=config.preprocessing_num_workers, **data_options(config))
+
+
+def to_data_config(options: DataOptions, split: str) -> DataConfig:
+    """The options as the trainer has them."""
     names = [field.name for field in dataclasses.fields(DataConfig)]
     given = {name: value for name in names if (value := getattr(options, name, None)) is not None}
-    config = DataConfig(**given | {"dataset_split": split, "max_train_samples": max_samples})
-    return prepare_images(config.dataset_name, num_proc=config.preprocessing_num_workers, **data_options(config))
+    return DataConfig(**given | {"dataset_split": split})
 
 
 def find_held_out_split(options: DataOptions) -> str | None:
@@ -197,9 +286,11 @@ def train_and_save_features(real: RealImages, folder: Path, **settings) -> dict:
         "held_out_accuracy": accuracy(model, held_out),
     }
     if int(os.environ.get("RANK", 0)) == 0:
+        # It goes first and comes last, so that a folder with this file is whole.
+        Path(folder, FEATURES_FILE).unlink(missing_ok=True)
         model.save_pretrained(folder)
-        # Last, so that a folder with this file is whole.
-        Path(folder, FEATURES_FILE).write_text(json.dumps(about, indent=2) + "\n")
+        with written_whole(Path(folder, FEATURES_FILE)) as partial:
+            partial.write_text(json.dumps(about, indent=2) + "\n")
     return about
 
 
@@ -283,12 +374,15 @@ def features_for(
     return model.to(state.device), known | about
 
 
-def take_options_of_run(options: DataOptions, folder: str | Path, others: Sequence[str] = ()) -> DataOptions:
+def take_options_of_run(
+    options: DataOptions, folder: str | Path, others: Sequence[str] = (), of_data: Sequence[str] = ()
+) -> DataOptions:
     """The options with what was left open taken from the train_config.yaml of a training run, if there is one.
 
     Args:
         folder: Of the run.
         others: Names of options beside those of the data. They are taken for another data set too.
+        of_data: Names of options of the data that are not among `DataOptions`.
 
     Raises:
         ValueError: if neither names a data set.
@@ -296,8 +390,11 @@ def take_options_of_run(options: DataOptions, folder: str | Path, others: Sequen
     path = Path(folder, "train_config.yaml")
     saved = (yaml.safe_load(path.read_text()) or {}) if path.is_file() else {}
     if info := read_info(saved.get("dataset_name") or "").get(saved.get("dataset_split")):
+        captioned = "caption_column" in saved
         saved |= dataclasses.asdict(info)  # of a run on latents: what is measured are the images that they are of
-    names = [*others, *(field.name for field in dataclasses.fields(DataOptions))]
+        if captioned:  # captions are kept as labels
+            saved |= {"caption_column": info.label_column, "label_column": None}
+    names = [*others, *of_data, *(field.name for field in dataclasses.fields(DataOptions))]
     if options.dataset_name not in (None, saved.get("dataset_name")):
         names = others  # another data set, prepared by options of its own
     left_open = [name for name in names if getattr(options, name) is None and saved.get(name) is not None]

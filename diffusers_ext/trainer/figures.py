@@ -2,12 +2,18 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from diffusers_ext.whole_files import written_whole
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 _MARGIN, _TEXT_SIZE, _MIN_SIDE = 2, 14, 48
@@ -50,6 +56,12 @@ def labelled_grid(rows: Sequence[Tensor], names: Sequence[str] | None = None, he
     return grid
 
 
+def save_picture(picture: "Image.Image | Figure", path: Path) -> None:
+    """Writes an image of PIL or a figure of matplotlib, whole or not at all."""
+    with written_whole(path) as partial:
+        picture.save(partial) if isinstance(picture, Image.Image) else picture.savefig(partial, dpi=120)
+
+
 def _to_pil(picture: Tensor) -> Image.Image:
     array = picture.detach().float().clamp(0, 1).mul(255).round().to("cpu", torch.uint8).permute(1, 2, 0).numpy()
     return Image.fromarray(array if array.shape[2] in (3, 4) else np.ascontiguousarray(array[..., 0]))
@@ -75,7 +87,7 @@ def draw_loss(records: Sequence[dict[str, Any]], path: Path) -> None:
     below.plot(steps, [record["learning_rate"] for record in records], color="C1")
     below.set_ylabel("learning rate")
     below.set_xlabel("optimizer step")
-    figure.savefig(path, dpi=120)
+    save_picture(figure, path)
 
 
 def draw_loss_by_snr(rows: Sequence[dict[str, float]], path: Path) -> None:
@@ -103,7 +115,7 @@ def draw_loss_by_snr(rows: Sequence[dict[str, float]], path: Path) -> None:
         if all(value > 0 for line in axes.lines for value in line.get_ydata()):
             axes.set_yscale("log")
     (below[-1] if below else above).set_xlabel("log SNR of the timesteps (natural log)")
-    figure.savefig(path, dpi=120)
+    save_picture(figure, path)
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:

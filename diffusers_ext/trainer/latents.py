@@ -24,6 +24,7 @@ from diffusers_ext.trainer.data import ImageData, PixelTable
 from diffusers_ext.trainer.labels import read_labels
 from diffusers_ext.trainer.prepare import prepare_data
 from diffusers_ext.trainer.stream import StreamData
+from diffusers_ext.whole_files import written_whole
 
 
 LATENTS_FILE = "latents.yaml"
@@ -76,9 +77,8 @@ def write_info(folder: Path, infos: dict[str, LatentsInfo]) -> None:
     splits = {split: json.loads(json.dumps(dataclasses.asdict(info))) for split, info in infos.items()}
     for split, info in infos.items():
         splits[split]["id2label"] = info.id2label
-    partial = folder / f".{LATENTS_FILE}.partial"
-    partial.write_text(yaml.safe_dump({"splits": splits}, sort_keys=False, allow_unicode=True))
-    partial.replace(folder / LATENTS_FILE)
+    with written_whole(folder / LATENTS_FILE) as partial:
+        partial.write_text(yaml.safe_dump({"splits": splits}, sort_keys=False, allow_unicode=True))
 
 
 def read_info(folder: str | Path) -> dict[str, LatentsInfo]:

@@ -30,6 +30,7 @@ from diffusers_ext.trainer.sharding import WholeModel, full, is_sharded
 from diffusers_ext.trainer.signals import StopRequest, catch_signals
 from diffusers_ext.trainer.stream import StreamData, make_batches
 from diffusers_ext.trainer.validation import ValidationBatches
+from diffusers_ext.whole_files import written_whole
 
 
 @contextmanager
@@ -184,7 +185,8 @@ class Trainer:
         )
         is_main = self.accelerator.is_main_process
         if is_main:
-            (self.output_dir / CONFIG_FILE).write_text(to_yaml(config))
+            with written_whole(self.output_dir / CONFIG_FILE) as partial:
+                partial.write_text(to_yaml(config))
             if self.snapshots:
                 self.snapshots.drop_after(state.step)
         self._log = MetricsLog(self.output_dir / METRICS_FILE, state.step) if is_main else None

@@ -12,6 +12,7 @@ from diffusers_ext.likelihood import ReverseChain, bits_per_dim
 from diffusers_ext.losses import LOSS_WEIGHTINGS, OBJECTIVES, bound_loss, denoising_loss
 from diffusers_ext.noising import PREDICTION_TYPES, NoiseSchedule, add_noise
 from diffusers_ext.trainer.figures import draw_loss_by_snr
+from diffusers_ext.whole_files import written_whole
 
 
 # Nichol & Dhariwal 2021, Section 3.3: the second moment of the loss at a timestep is that of its last so many values,
@@ -285,7 +286,7 @@ class DenoisingObjective(nn.Module):
         rows = self.curve()
         if not rows:
             return {}
-        with Path(folder, "loss_by_snr.csv").open("w", newline="") as file:
+        with written_whole(Path(folder, "loss_by_snr.csv")) as partial, partial.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)

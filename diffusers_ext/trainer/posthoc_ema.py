@@ -10,7 +10,6 @@ and what comes nearest to the weighting wanted is found by least squares, withou
 `WeightAverage` is that integral exactly, so that nothing is lost by treating steps as continuous.
 """
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -24,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffusers_ext.trainer.ema import WeightAverage, power_function_exponent
+from diffusers_ext.whole_files import PARTIAL, written_whole
 
 
 SNAPSHOT_FOLDER = "ema_snapshots"
@@ -74,16 +74,11 @@ class AverageSnapshots:
         """
         for std, average in self._averages.items():
             path = self.folder / f"step-{step:07}-std-{_text(std)}.safetensors"
-            partial = path.with_name(f".{path.name}.partial")
             try:
                 self.folder.mkdir(exist_ok=True)
-                save_file(average.averages(), partial)
-                with partial.open("rb") as file:
-                    os.fsync(file.fileno())
-                os.replace(partial, path)
+                with written_whole(path, sync=True) as partial:
+                    save_file(average.averages(), partial)
             except Exception as error:  # safetensors reports a full disk as an error of its own
-                if self.folder.is_dir():
-                    partial.unlink(missing_ok=True)
                 raise OSError(f"the snapshot {path} could not be written ({error})") from error
 
     def save(self, folder: Path):
@@ -101,7 +96,7 @@ class AverageSnapshots:
         for snapshot in list_snapshots(self.folder.parent):
             if snapshot.step > step:
                 snapshot.path.unlink()
-        for path in self.folder.glob(".*.partial"):
+        for path in self.folder.glob(f"{PARTIAL}*"):
             path.unlink()
 
 

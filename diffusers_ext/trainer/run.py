@@ -23,6 +23,7 @@ from diffusers_ext.trainer.options import to_yaml
 from diffusers_ext.trainer.run_folder import (
     CONFIG_FILE,
     METRICS_FILE,
+    SAVING,
     check_output_dir,
     clear_output_dir,
     read_metrics,
@@ -100,7 +101,9 @@ def describe_data(config: TrainerConfig, data: ImageData | StreamData) -> str:
 def save_whole(saved: DiffusionPipeline | ModelMixin, output_dir: Path) -> None:
     """Saves a pipeline or a model so that a folder that has its `model_index.json` or `config.json` has all of it."""
     index = "config.json" if isinstance(saved, ModelMixin) else "model_index.json"
-    with tempfile.TemporaryDirectory(dir=output_dir, prefix=".saving-") as partial:
+    for left in output_dir.glob(f"{SAVING}*"):  # by a process that was killed
+        shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(dir=output_dir, prefix=SAVING) as partial:
         saved.save_pretrained(partial)
         # The index goes first and comes last: without it the folder is no pipeline.
         (output_dir / index).unlink(missing_ok=True)

@@ -12,9 +12,11 @@ from diffusers_ext.trainer.checkpoints import list_checkpoints
 from diffusers_ext.trainer.config import TrainerConfig
 from diffusers_ext.trainer.options import to_yaml
 from diffusers_ext.trainer.posthoc_ema import SNAPSHOT_FOLDER
+from diffusers_ext.whole_files import PARTIAL, written_whole
 
 
 CONFIG_FILE, METRICS_FILE = "train_config.yaml", "metrics.jsonl"
+SAVING = ".saving-"  # begins the names of folders in which a pipeline is being saved
 _OF_A_RUN = (CONFIG_FILE, METRICS_FILE, "model_index.json")
 # Those of diffusion models, of autoencoders, and of classifiers.
 PICTURES = (
@@ -56,8 +58,8 @@ def clear_output_dir(path: Path) -> None:
     if (path / "model_index.json").exists():
         for name in json.loads((path / "model_index.json").read_text()):
             shutil.rmtree(path / name, ignore_errors=True)
-    for checkpoint in [*path.glob("checkpoint-*"), *path.glob(".checkpoint-*")]:
-        shutil.rmtree(checkpoint, ignore_errors=True)
+    for folder in [*path.glob("checkpoint-*"), *path.glob(".checkpoint-*"), *path.glob(f"{SAVING}*")]:
+        shutil.rmtree(folder, ignore_errors=True)
     for name in ("samples", "before", "logs", "profile", SNAPSHOT_FOLDER):
         shutil.rmtree(path / name, ignore_errors=True)
     for name in (
@@ -70,8 +72,8 @@ def clear_output_dir(path: Path) -> None:
         *(f"{name}.png" for name in PICTURES),
     ):
         (path / name).unlink(missing_ok=True)
-    for weights in path.glob("diffusion_pytorch_model*"):
-        weights.unlink()
+    for file in [*path.glob("diffusion_pytorch_model*"), *path.glob(f"{PARTIAL}*")]:
+        file.unlink()
 
 
 def check_same_run(config: TrainerConfig, checkpoint: Path) -> list[str]:
@@ -109,9 +111,8 @@ class MetricsLog:
 
     def __init__(self, path: Path, step: int = 0):
         kept = [record for record in read_metrics(path) if record["step"] <= step] if step else []
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        partial.replace(path)
+        with written_whole(path) as partial:
+            partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
         self._path, self._file = path, path.open("ab", buffering=0)
 
     def write(self, record: dict[str, Any]):

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from diffusers_ext.trainer.denoising import DenoisingConfig
-from diffusers_ext.trainer.figures import labelled_grid
+from diffusers_ext.trainer.figures import labelled_grid, save_picture
 from diffusers_ext.trainer.loop import Trainer
 
 
@@ -68,7 +68,7 @@ def draw_samples(
     images = images[:number].cpu().unflatten(0, (rows, columns))
     grid = labelled_grid(images, names and names[:rows])
     path.parent.mkdir(parents=True, exist_ok=True)
-    grid.save(path)
+    save_picture(grid, path)
     return grid
 
 
@@ -114,7 +114,7 @@ def draw_denoising(
     x_t = torch.cat([noisy[:1] for _, noisy, _ in trajectory])
     x0_hat = torch.cat([clean[:1] for _, _, clean in trajectory])
     heads = [f"t = {int(timestep)}" for timestep, _, _ in trajectory]
-    labelled_grid([(x_t + 1) / 2, (x0_hat + 1) / 2], ["x_t", "predicted x_0"], heads).save(path)
+    save_picture(labelled_grid([(x_t + 1) / 2, (x0_hat + 1) / 2], ["x_t", "predicted x_0"], heads), path)
 
 
 def draw_while_training(

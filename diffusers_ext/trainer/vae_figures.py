@@ -7,7 +7,7 @@ from torch import Tensor
 
 from diffusers_ext.models.vae import VAEModel
 from diffusers_ext.pipelines.inversion import slerp
-from diffusers_ext.trainer.figures import labelled_grid
+from diffusers_ext.trainer.figures import labelled_grid, save_picture
 
 
 PICTURES = {
@@ -38,12 +38,11 @@ def draw_pictures(vae: VAEModel, images: Tensor, folder: Path, *, columns: int =
     """
     folder.mkdir(parents=True, exist_ok=True)
     shown = images[:columns]
-    labelled_grid(
-        [_in_unit_range(shown), decoded(vae, vae.encode(shown).latent_dist.mode())], ["image", "decoded"]
-    ).save(folder / "reconstructions.png")
+    both = [_in_unit_range(shown), decoded(vae, vae.encode(shown).latent_dist.mode())]
+    save_picture(labelled_grid(both, ["image", "decoded"]), folder / "reconstructions.png")
     generator = torch.Generator(vae.device).manual_seed(seed)
     drawn = decoded(vae, vae.sample_prior(columns * columns, generator))
-    labelled_grid(drawn.unflatten(0, (columns, columns))).save(folder / "samples.png")
+    save_picture(labelled_grid(drawn.unflatten(0, (columns, columns))), folder / "samples.png")
     draw_interpolations(vae, images[: min(len(images), 6)], folder / "interpolations.png", columns=columns)
     draw_traversals(vae, images, folder / "traversals.png", columns=columns)
     if "manifold.png" in pictures_of(vae):
@@ -74,7 +73,7 @@ def draw_interpolations(vae: VAEModel, images: Tensor, path: Path, *, columns: i
         for latents in interpolate(vae, images[first : first + 1], images[first + 1 : first + 2], weights):
             rows.append(decoded(vae, latents))
     names = ["linear", "spherical"] * (len(rows) // 2)
-    labelled_grid(rows, names, [f"{weight:.2f}" for weight in weights.tolist()]).save(path)
+    save_picture(labelled_grid(rows, names, [f"{weight:.2f}" for weight in weights.tolist()]), path)
 
 
 @torch.no_grad()
@@ -98,7 +97,7 @@ def draw_traversals(vae: VAEModel, images: Tensor, path: Path, *, columns: int =
         rows.append(decoded(vae, moved))
     what = "latent" if var.ndim == 1 else "channel"
     heads = [f"{value:+.1f}" for value in values.tolist()]
-    labelled_grid(rows, [f"{what} {latent}" for latent in order], heads).save(path)
+    save_picture(labelled_grid(rows, [f"{what} {latent}" for latent in order], heads), path)
 
 
 def manifold_latents(side: int, prior_mean: float = 0.0) -> Tensor:
@@ -116,7 +115,7 @@ def manifold_latents(side: int, prior_mean: float = 0.0) -> Tensor:
 def draw_manifold(vae: VAEModel, path: Path, *, side: int = 16) -> None:
     """What the plane of a two-dimensional latent decodes to."""
     z = manifold_latents(side, -vae.config.latent_offset).to(vae.device, vae.dtype)
-    labelled_grid(decoded(vae, z.flatten(0, 1)).unflatten(0, (side, side))).save(path)
+    save_picture(labelled_grid(decoded(vae, z.flatten(0, 1)).unflatten(0, (side, side))), path)
 
 
 def decoded(vae: VAEModel, z: Tensor) -> Tensor:

@@ -184,6 +184,16 @@ def test_another_option_of_the_model_or_the_data_is_refused_on_resume(data, tmp_
     assert "random_flip: false" in before
 
 
+def test_options_that_the_disk_has_no_room_for_leave_those_of_before(data, tmp_path):
+    options = tmp_path / "run" / "train_config.yaml"
+    trainer(data, tmp_path / "run", max_train_steps=3).train()
+    before = options.read_text()
+    options.with_name(f".partial-{options.name}").symlink_to("/dev/full")  # answers with the error of a full disk
+    with pytest.raises(OSError, match="No space left"):
+        trainer(data, tmp_path / "run", max_train_steps=6, resume_from_checkpoint="latest").train()
+    assert options.read_text() == before and not list(options.parent.glob(".partial-*"))
+
+
 def test_other_data_are_refused_on_resume(data, tmp_path):
     trainer(data, tmp_path / "run", max_train_steps=3).train()
     other = prepare_images("digits", max_samples=21)

@@ -191,7 +191,7 @@ def test_snapshots_after_the_step_a_run_goes_on_from_are_dropped(tmp_path):
     snapshots = AverageSnapshots(nn.Linear(2, 2), (0.05, 0.123456), tmp_path)
     for step in (10, 20, 30):
         snapshots.write(step)
-    save_file({}, tmp_path / "ema_snapshots" / ".step-0000040-std-0.05.safetensors.partial")
+    save_file({}, tmp_path / "ema_snapshots" / ".partial-step-0000040-std-0.05.safetensors")
     snapshots.drop_after(20)
     left = list_snapshots(tmp_path)
     assert [(snapshot.step, snapshot.std) for snapshot in left] == [
