@@ -1,6 +1,11 @@
 """Texts, a tokenizer and text encoders small enough for any test; nothing is downloaded."""
 
+from pathlib import Path
+
+import datasets
+import numpy as np
 import torch
+from PIL import Image
 from transformers import CLIPTextModel, PreTrainedModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from diffusers_ext import UNetModel
@@ -11,6 +16,32 @@ COLOURS = ("red", "green", "blue", "white")
 SHAPES = ("dot", "bar", "edge")
 CAPTIONS = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
 WIDTH = 16
+
+
+def picture(caption: str) -> np.ndarray:
+    """8x8 pixels: a colour on grey, at a place that the second word says."""
+    colour, shape = caption.split()
+    pixels = np.full((8, 8, 3), 60, np.uint8)
+    place = {"dot": np.s_[2:6, 2:6], "bar": np.s_[:, 3:5], "edge": np.s_[6:, :]}[shape]
+    pixels[place] = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}[colour]
+    return pixels
+
+
+def save_pictures(folder: Path, split: str, captions: list[str], texts: list | None = None, **columns) -> str:
+    """Pictures of these captions in parquet, with the texts in the column `text`.
+
+    Args:
+        texts: In place of the captions.
+        columns: Further ones: their feature of `datasets` and their values.
+    """
+    columns = {"text": (datasets.Value("string"), captions if texts is None else texts)} | columns
+    features = {"image": datasets.Image()} | {name: feature for name, (feature, _) in columns.items()}
+    rows = {"image": [Image.fromarray(picture(caption)) for caption in captions]}
+    rows |= {name: values for name, (_, values) in columns.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    table = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+    table.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    return str(folder)
 
 
 def tiny_tokenizer(max_length: int = 8) -> PreTrainedTokenizerFast:

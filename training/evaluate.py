@@ -4,9 +4,10 @@
     accelerate launch training/evaluate.py runs/fashion --num_images 5000 --num_inference_steps 50
     python training/evaluate.py runs/digits --bits_per_dim
 
-PIPELINE is the folder of a training run, any pipeline of diffusers that makes images from nothing or from labels (a
-folder, or a name on the Hub), or a folder of images, in a subfolder for each label if they have labels. What a training
-run says in train_config.yaml, about its data set above all, need not be said again.
+PIPELINE is the folder of a training run, any pipeline of diffusers that makes images from nothing, from labels or from
+texts (a folder, or a name on the Hub), or a folder of images, in a subfolder for each label if they have labels. What a
+training run says in train_config.yaml, about its data set above all, need not be said again. Images from texts are asked
+for by the captions of the held-out split, or of the training split if that has none.
 """
 
 import dataclasses
@@ -19,11 +20,12 @@ from pathlib import Path
 from typing import Literal
 
 from accelerate import PartialState
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from diffusers_ext.cards import Figure, add_figures
 from diffusers_ext.metrics.evaluation import Evaluator, fit_svc, format_table
-from diffusers_ext.metrics.generate import image_size_of
+from diffusers_ext.metrics.generate import image_size_of, takes_prompts
 from diffusers_ext.metrics.likelihood import FIXED_VARIANCES, measure_bits_per_dim
 from diffusers_ext.metrics.real import (
     DataOptions,
@@ -31,8 +33,10 @@ from diffusers_ext.metrics.real import (
     features_for,
     load_real_images,
     take_options_of_run,
+    to_data_config,
 )
 from diffusers_ext.metrics.subject import generate_for, is_image_folder, load_pipeline, read_image_folder
+from diffusers_ext.trainer.captions import find_caption_column
 from diffusers_ext.trainer.config import is_fast_at_bf16, set_threads
 from diffusers_ext.trainer.options import option, parse_config, run_script, to_command
 
@@ -46,14 +50,17 @@ METRICS = {
     "frechet_distance": "Fréchet distance in the features of a classifier of {dataset}",
     "feature_precision": "precision in these features, k={k}",
     "feature_recall": "recall in these features, k={k}",
-    "label_accuracy": "share that this classifier gives the label asked for",
+    "label_accuracy": "share that this classifier gives the label {whose}",
     "pixel_precision": "precision in pixels, k={k}",
     "pixel_recall": "recall in pixels, k={k}",
-    "svc_label_accuracy": "share that an SVC of the real pixels gives the label asked for",
+    "svc_label_accuracy": "share that an SVC of the real pixels gives the label {whose}",
 }
 
 # What a run's train_config.yaml says of its sample grids, and the evaluation samples with too.
 OPTIONS_OF_SAMPLING = ["num_inference_steps", "guidance_scale"]
+
+# Options that do nothing for a folder of images.
+OPTIONS_OF_PIPELINES = [*OPTIONS_OF_SAMPLING, "num_images", "scheduler", "eval_batch_size", "mixed_precision"]
 
 
 @dataclass(frozen=True)
@@ -61,9 +68,12 @@ class EvaluateConfig(DataOptions):
     """Measure generated images against real ones: Fréchet distance, precision and recall, and the labels they show."""
 
     pipeline: str | None = option(None, "PIPELINE may also stand first, without --pipeline", "what is measured")
-    num_images: int = option(1000, "images to generate, the same number for each label if there are labels")
+    num_images: int = option(1000, "images to generate, the same number for each label or caption if there are any")
     num_inference_steps: int | None = option(None, "steps of the sampler; by default the run's or the pipeline's")
     guidance_scale: float | None = option(None, "by default the run's or the pipeline's")
+    caption_column: str | None = option(
+        None, "column of the captions that texts are taken from; by default found as in training"
+    )
     scheduler: str | None = option(None, "class of a scheduler of diffusers or diffusers_ext to sample with instead")
     eval_batch_size: int = option(64, "images to generate at a time; the images do not depend on it")
     mixed_precision: Literal["no", "bf16"] | None = option(
@@ -138,11 +148,19 @@ def main(config: EvaluateConfig) -> dict | None:
     pipeline = None
     if not is_image_folder(config.pipeline):
         pipeline = load_pipeline(config.pipeline, config.scheduler).to(state.device)
-    config = take_options_of_run(config, config.pipeline, OPTIONS_OF_SAMPLING)
+    check_options(config, pipeline)
+    # A guider has a scale of its own.
+    has_guider = getattr(pipeline, "guider", None) is not None
+    of_sampling = [name for name in OPTIONS_OF_SAMPLING if not (has_guider and name == "guidance_scale")]
+    config = take_options_of_run(config, config.pipeline, of_sampling, of_data=["caption_column"])
     if config.resolution is None and pipeline is not None:
         config = dataclasses.replace(config, resolution=image_size_of(pipeline))
     with state.main_process_first():
-        real = load_real_images(config)
+        caption_column = None
+        if pipeline is not None and takes_prompts(pipeline):
+            data_config = to_data_config(config, config.dataset_split or "train")
+            caption_column = find_caption_column(data_config, config.caption_column)
+        real = load_real_images(config, caption_column)
     for note in real.notes:
         say(state, note)
     # Before the images are generated, so that what is wrong here is told early.
@@ -180,6 +198,29 @@ def main(config: EvaluateConfig) -> dict | None:
     }
     report(config, result)
     return result
+
+
+def check_options(config: EvaluateConfig, pipeline: DiffusionPipeline | None) -> None:
+    """Refuses options that do nothing for what is measured.
+
+    Raises:
+        ValueError: with the option and why.
+    """
+    by_text = pipeline is not None and takes_prompts(pipeline)
+    what = f"{config.pipeline} is a folder of images" if pipeline is None else f"got a {type(pipeline).__name__}"
+    if pipeline is None:
+        defaults = {field.name: field.default for field in dataclasses.fields(config)}
+        for name in OPTIONS_OF_PIPELINES:
+            if getattr(config, name) != defaults[name]:
+                raise ValueError(f"{name} is of a pipeline, and {what}: leave it out")
+    if config.caption_column is not None and not by_text:
+        raise ValueError(f"caption_column is of pipelines that make images from texts, and {what}: leave it out")
+    if by_text and getattr(pipeline, "text_encoder", None) is None:
+        raise ValueError(
+            f"a {type(pipeline).__name__} without a text_encoder cannot be asked for captions: give it one"
+        )
+    if by_text and config.bits_per_dim:
+        raise ValueError(f"--bits_per_dim is of images, or of images given their labels, and not given texts: {what}")
 
 
 def get_bits_per_dim(config: EvaluateConfig, real: RealImages, pipeline, bf16: bool) -> dict:
@@ -272,10 +313,17 @@ def figures_of(config: EvaluateConfig, result: dict) -> list[Figure]:
     sampler = sampling["scheduler_class"]
     if sampling["guidance_scale"] not in (None, 1.0):
         sampler += f", guidance {sampling['guidance_scale']:g}"
+    if sampling["guider"]:
+        sampler += f", {sampling['guider']}"
     command = to_command(config, "training/evaluate.py")
+    known = {"dataset": Path(result["dataset_name"]).name, "k": result["num_neighbours"], "whose": "asked for"}
+    asked = ""
+    if captions := sampling["captions"]:
+        known["whose"] = "of the picture whose caption was asked for"
+        asked = f", images from captions of the split {captions['split']}"
     figures = [
         Figure(
-            METRICS[name].format(dataset=Path(result["dataset_name"]).name, k=result["num_neighbours"]),
+            METRICS[name].format(**known) + asked,
             value,
             measures["num_images"],
             sampler,

@@ -27,6 +27,11 @@ def num_classes_of(pipeline) -> int | None:
     return None
 
 
+def takes_prompts(pipeline) -> bool:
+    """Whether a pipeline makes images from texts."""
+    return "prompt" in _parameters(pipeline) and "class_labels" not in _parameters(pipeline)
+
+
 def image_size_of(pipeline) -> tuple[int, int]:
     """The (height, width) of the images that a pipeline makes, from the configs of its networks.
 
@@ -53,6 +58,7 @@ def generate_images(
     indices: Sequence[int],
     *,
     labels: Sequence[int] | None = None,
+    prompts: Sequence[str] | None = None,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     settings: Mapping[str, Any] | None = None,
@@ -65,9 +71,11 @@ def generate_images(
     Image i depends on nothing else, so the set may be split among batches and processes.
 
     Args:
-        pipeline: A pipeline of this package, or one of diffusers that is called with `batch_size` or `class_labels`.
+        pipeline: A pipeline of this package, or one of diffusers that is called with `batch_size`, `class_labels` or
+            `prompt`.
         indices: Which images of the set.
         labels: The label of each image of the set, of which `labels[i]` for i in `indices` are asked for.
+        prompts: The text of each image of the set, in place of the labels.
         num_inference_steps: The pipeline's default if None.
         guidance_scale: The pipeline's default if None.
         settings: Further keywords of the pipeline's call.
@@ -78,13 +86,16 @@ def generate_images(
         uint8, shape `(len(indices), channels, height, width)`, on the CPU.
 
     Raises:
-        ValueError: if the pipeline takes no `guidance_scale` or no labels and one is given, or if it makes NaN.
+        ValueError: if the pipeline takes no `guidance_scale` or no labels or prompts and one is given, or if it makes NaN.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if labels is not None and prompts is not None:
+        raise ValueError("labels and prompts must not both be given")
+    word, each = ("class_labels", labels) if prompts is None else ("prompt", prompts)
     given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     given = {name: value for name, value in given.items() if value is not None} | dict(settings or {})
-    needed = {*given, "generator", "output_type", "batch_size" if labels is None else "class_labels"}
+    needed = {*given, "generator", "output_type", "batch_size" if each is None else word}
     if missing := sorted(needed - _parameters(pipeline).keys()):
         raise ValueError(
             f"{type(pipeline).__name__} takes no {', '.join(missing)}, so it cannot be evaluated with it;"
@@ -98,7 +109,7 @@ def generate_images(
         batch = indices[start : start + batch_size]
         # On the CPU, so that the images are the same on every device.
         generators = [torch.Generator().manual_seed(seed * SEED_STRIDE + index) for index in batch]
-        what = {"batch_size": len(batch)} if labels is None else {"class_labels": [labels[index] for index in batch]}
+        what = {"batch_size": len(batch)} if each is None else {word: [each[index] for index in batch]}
         images = pipeline(**what, **given, generator=generators, output_type="np").images  # (B, H, W, C) in [0, 1]
         images = torch.as_tensor(images).float().movedim(-1, 1)
         if not torch.isfinite(images).all():

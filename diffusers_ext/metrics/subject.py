@@ -22,8 +22,10 @@ from diffusers_ext.metrics.generate import (
     default_of,
     generate_images,
     num_classes_of,
+    takes_prompts,
 )
 from diffusers_ext.metrics.real import CHANNEL_MODES, RealImages
+from diffusers_ext.pipelines.pipeline_text_guided_diffusion import DEFAULT_GUIDANCE_SCALE, TextGuidedDiffusionPipeline
 from diffusers_ext.trainer.images import fit, to_array
 
 
@@ -85,17 +87,17 @@ def generate_for(
     bf16: bool = False,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor | None, dict]:
-    """Images to measure against real ones, balanced over the labels, the work shared by the processes.
+    """Images to measure against real ones, balanced over the labels or captions, the work shared by the processes.
 
     Args:
-        real: The data set, whose channels the images get.
+        real: The data set, whose channels the images get; with captions for a pipeline that makes images from texts.
         pipeline: See `generate_images`, as for the other arguments.
         num_images: Images of all processes together.
         bf16: Run the networks under bf16 autocast.
 
     Returns:
-        The images, uint8, in order, on every process; the labels that they were asked for, or None; and a record of
-        how they were sampled.
+        The images, uint8, in order, on every process; the labels that they were asked for, or those of the pictures whose
+        captions they were asked for, or None; and a record of how they were sampled.
 
     Raises:
         ValueError: if the pipeline's labels are not those of the data set.
@@ -110,13 +112,21 @@ def generate_for(
                 f" {real.name} ({_some(real.train.label_names)}): evaluate it on the data set that it was trained on"
             )
     labels = None if num_classes is None else balanced_labels(num_images, num_classes)
+    asked, captions = {"labels": labels}, None
+    if takes_prompts(pipeline):
+        captions = real.captions
+        prompts, labels = captions.draw(num_images, seed)
+        asked = {"prompts": prompts}
+        # Said, since the default in its call only means that it depends.
+        if guidance_scale is None and isinstance(pipeline, TextGuidedDiffusionPipeline) and pipeline.guider is None:
+            guidance_scale = DEFAULT_GUIDANCE_SCALE
 
     state = PartialState()
     with torch.autocast(state.device.type, torch.bfloat16) if bf16 else nullcontext():
         mine = generate_images(
             pipeline,
             range(state.process_index, num_images, state.num_processes),
-            labels=labels,
+            **asked,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             settings=settings,
@@ -129,16 +139,20 @@ def generate_for(
         images = mine.new_empty(num_images, *mine.shape[1:])
         for process, part in enumerate(gather_object([mine])):
             images[process :: state.num_processes] = part
+    guider = getattr(pipeline, "guider", None)
+    default_scale = default_of(pipeline, "guidance_scale") if guider is None else None
     record = {
         "pipeline_class": type(pipeline).__name__,
         "scheduler_class": type(pipeline.scheduler).__name__,
         "num_inference_steps": num_inference_steps or default_of(pipeline, "num_inference_steps"),
-        "guidance_scale": default_of(pipeline, "guidance_scale") if guidance_scale is None else guidance_scale,
-        "by_label": labels is not None,
+        "guidance_scale": default_scale if guidance_scale is None else guidance_scale,
+        "guider": None if guider is None else type(guider).__name__,
+        "by_label": num_classes is not None,
+        "captions": captions and {"column": captions.column, "split": captions.split, "number": len(captions.texts)},
         "mixed_precision": "bf16" if bf16 else "no",
         "seed": seed,
     }
-    labels = None if labels is None or not real.has_labels else torch.tensor(labels)
+    labels = None if labels is None or not real.has_labels else torch.as_tensor(labels)
     return convert_channels(images, real.image_shape[0]), labels, record
 
 

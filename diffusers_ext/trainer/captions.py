@@ -35,11 +35,14 @@ def find_caption_column(config: DataConfig, name: str | None = None) -> str:
     """The column of the captions: the named one, or one of a usual name, or the names of the labels.
 
     Raises:
-        ValueError: if there is none, or if the named one holds no text.
+        ValueError: if there is none, if the named one holds no text, or if it has empty cells.
     """
     if infos := read_info(config.dataset_name):
-        info = infos.get(config.dataset_split)
-        made = None if info is None else info.label_column
+        if config.dataset_split not in infos:
+            raise ValueError(
+                f"{config.dataset_name} holds latents of {', '.join(infos)}, and none of the split {config.dataset_split}"
+            )
+        made = infos[config.dataset_split].label_column
         if made is None or name not in (None, made):
             raise ValueError(
                 f"{config.dataset_name} holds latents that were made with label_column {made}: encode the images with "
@@ -49,23 +52,44 @@ def find_caption_column(config: DataConfig, name: str | None = None) -> str:
     source = load_source(
         config.dataset_name, config.dataset_config_name, config.dataset_split, cache_dir=config.cache_dir
     )
+    column = _find_column(source, name)
+    if config.max_train_samples is not None:
+        source = source.select(range(min(config.max_train_samples, len(source))))
+    if missing := count_missing(source, column):
+        raise ValueError(
+            f"caption_column {column!r} is empty in {missing} of {len(source)} rows of the split {config.dataset_split}: "
+            "leave them out, or give them an empty text, which stands for any picture"
+        )
+    return column
+
+
+def _find_column(source: datasets.Dataset, name: str | None) -> str:
     features = source.features
-    told = ", ".join(f"{column} ({describe_feature(feature)})" for column, feature in features.items())
+    told = "its columns are: " + ", ".join(
+        f"{column} ({describe_feature(feature)})" for column, feature in features.items()
+    )
     texts = [column for column, feature in features.items() if _holds_text(feature)]
+    wanted = USUAL_COLUMNS if name is None else [name]
+    found = [column for column in wanted if column in texts]
+    if found:
+        return found[0]
+    lists = [column for column in wanted if _holds_text(getattr(features.get(column), "feature", None))]
+    if lists:
+        raise ValueError(
+            f"caption_column {lists[0]!r} holds lists of texts, and an image is trained with one: write a row for each text, "
+            f"or name a column of single ones; {told}"
+        )
     if name is not None:
-        if name not in texts:
-            reason = "holds no text" if name in features else "is not in the data set"
-            raise ValueError(f"caption_column {name!r} {reason}; its columns are: {told}")
-        return name
-    usual = [column for column in USUAL_COLUMNS if column in texts]
-    if usual:
-        return usual[0]
-    labels = find_label_column(source)
+        reason = "holds no text" if name in features else "is not in the data set"
+        raise ValueError(f"caption_column {name!r} {reason}; {told}")
+    try:
+        labels = find_label_column(source)
+    except ValueError:  # there are several
+        labels = None
     if labels in texts:
         return labels
     raise ValueError(
-        f"the data set has no column of captions that is known by its name: name it with "
-        f"--caption_column; its columns are: {told}"
+        f"the data set has no column of captions that is known by its name: name it with --caption_column; {told}"
     )
 
 
@@ -75,8 +99,20 @@ def _holds_text(feature: object) -> bool:
     return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
 
 
+def count_missing(source: datasets.Dataset, column: str) -> int:
+    """Rows whose cell is empty; an empty text is one that is there."""
+    values = source.with_format("arrow")[column]
+    return (values if hasattr(values, "null_count") else values[:]).null_count
+
+
 def captions_of(data: ImageData) -> list[str]:
-    """The different captions, in the order of their numbers."""
+    """The different captions, in the order of their numbers.
+
+    Raises:
+        ValueError: if an image has several, as latents of labels may.
+    """
+    if data.has_label_sets:
+        raise ValueError(f"{data.name} has several labels an image, and an image is trained with one caption")
     return [data.id2label[number] for number in range(len(data.id2label))]
 
 

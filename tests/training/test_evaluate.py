@@ -242,7 +242,7 @@ def test_features_of_training_are_not_overwritten(features_folder):
 
 @pytest.mark.filterwarnings("ignore:the Fréchet distance of 128 features is unreliable")
 def test_what_cannot_be_evaluated_is_refused(tmp_path, features_folder):
-    digits = ("--dataset_name", "digits", "--features", features_folder, "--num_inference_steps", "2")
+    digits = ("--dataset_name", "digits", "--features", features_folder)
     empty = tmp_path / "empty"
     empty.mkdir()
     ten = save_pipeline(tmp_path / "ten")
