@@ -37,6 +37,7 @@ from diffusers_ext.noising import (
     predict_x0,
     transition_std,
 )
+from diffusers_ext.precision import to_float64
 from diffusers_ext.schedulers.coefficients import CoefficientTable
 from diffusers_ext.timesteps import check_timesteps
 
@@ -253,7 +254,8 @@ def check_bins(x0: Tensor, num_bins: int) -> None:
     """
     if num_bins < 2:
         raise ValueError(f"num_bins must be at least 2, or None for continuous data, got {num_bins}")
-    place = (x0.double() + 1) * (num_bins - 1) / 2
+    x0 = to_float64(x0)
+    place = (x0 + 1) * (num_bins - 1) / 2
     outside = ~((place - place.round()).abs() < 0.01) | (place.round() < 0) | (place.round() > num_bins - 1)
     if outside.any():
         raise ValueError(
@@ -446,11 +448,9 @@ def _spread(
     Returns: int64 and float64, of shape `(images, terms)`.
     """
     if isinstance(generator, list):
-        uniform = [torch.rand(num_terms, generator=one, device=one.device, dtype=torch.float64) for one in generator]
-        uniform = torch.stack(uniform).cpu()
+        uniform = torch.stack([_uniform(num_terms, generator=one) for one in generator])
     else:
-        device = None if generator is None else generator.device
-        uniform = torch.rand(num_images, num_terms, generator=generator, device=device, dtype=torch.float64).cpu()
+        uniform = _uniform(num_images, num_terms, generator=generator)
     level = chain.schedule.level(chain.timesteps, torch.zeros(1, dtype=torch.float64))
     change = -level.snr.log().diff()
     change = change.nan_to_num(posinf=0.0)  # to zero terminal SNR, which the even half has
@@ -459,3 +459,10 @@ def _spread(
     place = (torch.arange(num_terms) + uniform) / num_terms  # evenly distributed over [0, 1) taken together
     drawn = torch.searchsorted(sums, place, right=True).clamp(max=len(change) - 1)
     return 1 + drawn, probability.sum() / (num_terms * probability[drawn])
+
+
+def _uniform(*shape: int, generator: Generator | None) -> Tensor:
+    """Uniform in [0, 1), float64, on the CPU."""
+    device = torch.device("cpu") if generator is None else generator.device
+    dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+    return torch.rand(*shape, generator=generator, device=device, dtype=dtype).cpu().double()

@@ -54,14 +54,14 @@ class ContinuousPath:
 
     def angle(self, timestep: Tensor) -> Tensor:
         """The angle at each timestep, float64, on the CPU."""
-        timestep = timestep.double().cpu()
+        timestep = timestep.cpu().double()
         low = timestep.floor().long().clamp(0, max(0, len(self.log_angle) - 2))
         high = (low + 1).clamp(max=len(self.log_angle) - 1)
         return torch.lerp(self.log_angle[low], self.log_angle[high], timestep - low).exp()
 
     def timestep(self, angle: Tensor) -> Tensor:
         """The timestep of each angle, float64, on the CPU."""
-        log_angle = angle.double().cpu().log()
+        log_angle = angle.cpu().double().log()
         high = torch.searchsorted(self.log_angle, log_angle).clamp(1, len(self.log_angle) - 1)
         start, end = self.log_angle[high - 1], self.log_angle[high]
         return high - 1 + (log_angle - start) / (end - start)

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffusers_ext.precision import to_float64
+
 
 # Distances held at a time: 64 MB in float64, whatever the sizes of the sets.
 CHUNK_ELEMENTS = 2**23
@@ -106,6 +108,6 @@ def _check(*sets: Tensor, names: tuple[str, str]) -> list[Tensor]:
         raise ValueError(
             f"{names[0]} and {names[1]} must have the same features, got {first.shape[1]} and {second.shape[1]}"
         )
-    first, second = first.detach().double(), second.detach().to(first.device).double()
+    first, second = to_float64(first.detach()), to_float64(second.detach().to(first.device))
     centre = (second if len(second) else first).mean(0)
     return [first - centre, second - centre]

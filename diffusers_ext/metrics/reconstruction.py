@@ -1,8 +1,10 @@
-"""How close two images are, pixel by pixel and patch by patch."""
+"""How close two images are, pixel by pixel and patch by patch; in float64, so on the CPU for a device without it."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from diffusers_ext.precision import to_float64
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
@@ -11,7 +13,7 @@ def psnr(x: Tensor, y: Tensor) -> Tensor:
     Args:
         x, y: Images in [0, 1], shape `(batch, channels, height, width)`.
     """
-    return -10 * torch.log10((x.double() - y.double()).square().flatten(1).mean(1))
+    return -10 * torch.log10((to_float64(x) - to_float64(y)).square().flatten(1).mean(1))
 
 
 def ssim(x: Tensor, y: Tensor, *, window_size: int = 11, window_std: float = 1.5) -> Tensor:
@@ -30,7 +32,7 @@ def ssim(x: Tensor, y: Tensor, *, window_size: int = 11, window_std: float = 1.5
         raise ValueError(f"both must have one shape (batch, channels, height, width), got {x.shape} and {y.shape}")
     channels, side = x.shape[1], min(*x.shape[2:], window_size)
     side -= 1 - side % 2
-    x, y = x.double(), y.double()
+    x, y = to_float64(x), to_float64(y)
     place = torch.arange(side, dtype=torch.float64, device=x.device) - side // 2
     line = torch.exp(-0.5 * (place / window_std).square())
     line = line / line.sum()

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from diffusers_ext.likelihood import binned_log_prob
 from diffusers_ext.models.vae_posterior import DiagonalGaussian, widened
+from diffusers_ext.precision import to_float64
 
 
 LIKELIHOODS = ("bernoulli", "gaussian", "laplace")
@@ -64,7 +65,7 @@ def log_likelihood(
 
 
 def discretized_log_prob(likelihood: str, x: Tensor, mean: Tensor, log_scale: Tensor, levels: int) -> Tensor:
-    """Log of the mass that a Gaussian or Laplace density has in the pixel's bin; elementwise, nats, float64.
+    """Log of the mass that a Gaussian or Laplace density has in the pixel's bin; elementwise, nats, `to_float64`.
 
     Bins reach half-way to the neighbours, the first and the last to infinity (Salimans et al. 2017 with a logistic
     density), so that the masses of all levels sum to 1.
@@ -73,7 +74,8 @@ def discretized_log_prob(likelihood: str, x: Tensor, mean: Tensor, log_scale: Te
         x: Values -1 + 2 k / (levels - 1) for k = 0, 1, ..., levels - 1.
     """
     log_cdf = torch.special.log_ndtr if likelihood == "gaussian" else _log_laplace_cdf
-    return binned_log_prob(x.double(), mean.double(), log_scale.double().exp(), levels, log_cdf)
+    x, mean, log_scale = to_float64(x), to_float64(mean), to_float64(log_scale)
+    return binned_log_prob(x, mean, log_scale.exp(), levels, log_cdf)
 
 
 def _log_laplace_cdf(x: Tensor) -> Tensor:
@@ -93,7 +95,7 @@ class Bound(NamedTuple):
 
 
 class LikelihoodEstimate(NamedTuple):
-    """What is known of -log p(x) in nats, shape `(batch,)` each.
+    """What is known of -log p(x) in nats, float64 (on the CPU for a device without it), shape `(batch,)` each.
 
     Attributes:
         bound: The negative ELBO in its two terms, the distortion averaged over the draws.
@@ -141,12 +143,12 @@ def estimate_likelihood(
         many = DiagonalGaussian(
             _repeat(posterior.mean, copies), _repeat(posterior.logvar, copies), posterior.prior_mean
         )
-        log_p_x = log_prob(z, copies).double()
-        log_weights.append((log_p_x + many.prior_log_prob(z).double() + many.nll(z).double()).view(copies, batch))
+        log_p_x, log_prior, nll = map(to_float64, (log_prob(z, copies), many.prior_log_prob(z), many.nll(z)))
+        log_weights.append((log_p_x + log_prior + nll).view(copies, batch))
         log_probs.append(log_p_x.view(copies, batch))
     log_weights = torch.cat(log_weights)
     return LikelihoodEstimate(
-        bound=Bound(-torch.cat(log_probs).mean(0), posterior.kl().double()),
+        bound=Bound(-torch.cat(log_probs).mean(0), to_float64(posterior.kl())),
         importance_weighted=math.log(num_samples) - log_weights.logsumexp(0),
         elbo_of_draws=-log_weights.mean(0),
     )
