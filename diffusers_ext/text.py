@@ -83,39 +83,53 @@ def longest_text(tokenizer: PreTrainedTokenizerBase, text_encoder: PreTrainedMod
     known = [limit for limit in known if limit is not None and 0 < limit < _NO_LIMIT]
     if asked is None:
         return min(known, default=DEFAULT_LENGTH)
-    if not 1 <= asked <= min(known, default=asked):
+    special = tokenizer.num_special_tokens_to_add()
+    if not special < asked <= min(known, default=asked):
         limit = f" and at most {min(known)}, which is what the text encoder takes" if known else ""
-        raise ValueError(f"max_text_length must be at least 1{limit}, got {asked}")
+        raise ValueError(
+            f"max_text_length must be at least {special + 1}, {special} special tokens and one of the text{limit}, got {asked}"
+        )
     return asked
 
 
 def tokenize(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int, *, full_length: bool
 ) -> tuple[Tensor, Tensor]:
-    """Numbers of the tokens and mask, true where there is text, both int64 of shape `(texts, tokens)`.
+    """Numbers of the tokens and mask, 1 where there is text, both int64 of shape `(texts, tokens)`.
 
-    A text that is too long is cut at its end, with a warning that names what is lost.
+    A text that is too long is cut at its end, with a warning that names what is lost. One without any token, as the empty
+    text is to a tokenizer that adds none, is one token of padding that is not hidden.
 
     Args:
         full_length: Pad to `max_length`, and not only to the longest of the texts.
+
+    Raises:
+        ValueError: if the tokenizer has no token to pad with.
     """
-    texts = list(texts)
+    texts, padding = list(texts), tokenizer.pad_token_id
+    if padding is None:
+        raise ValueError("the tokenizer has no token to pad with: set its pad_token, to its eos_token for example")
     whole = tokenizer(texts, padding=False, truncation=False, verbose=False).input_ids
-    cut = tokenizer(
-        texts,
-        padding="max_length" if full_length else "longest",
-        truncation=True,
-        max_length=max_length,
-        return_tensors="pt",
-    )
-    for text, ids in zip(texts, whole, strict=True):
-        if len(ids) > max_length:
-            lost = tokenizer.decode(ids[max_length - 1 : -1], skip_special_tokens=True)
-            logger.warning(
-                f"a text of {len(ids)} tokens is cut to the {max_length} that the text encoder takes, so that its end has "
-                f"no influence: {lost.strip()[:100]!r} of {text[:60]!r}"
-            )
-    return cut.input_ids, cut.attention_mask
+    # Padded here, since some tokenizers make no mask, and to all of them a text without tokens is nothing but padding.
+    cut = tokenizer(texts, padding=False, truncation=True, max_length=max_length).input_ids
+    cut = [tokens or [padding] for tokens in cut]
+    length = max_length if full_length else max(map(len, cut))
+    input_ids = torch.full((len(texts), length), padding)
+    mask = torch.zeros_like(input_ids)
+    for row, tokens in enumerate(cut):
+        first = length - len(tokens) if tokenizer.padding_side == "left" else 0
+        input_ids[row, first : first + len(tokens)] = torch.tensor(tokens)
+        mask[row, first : first + len(tokens)] = 1
+    too_long = [(text, ids) for text, ids in zip(texts, whole, strict=True) if len(ids) > max_length]
+    if too_long:  # one warning, and not one for each caption of a data set
+        text, ids = too_long[0]
+        lost = tokenizer.decode(ids[max_length - 1 : -1], skip_special_tokens=True)
+        others = f"; and {len(too_long) - 1} of the other texts" if len(too_long) > 1 else ""
+        logger.warning(
+            f"a text of {len(ids)} tokens is cut to the {max_length} that the text encoder takes, so that its end has no "
+            f"influence: {lost.strip()[:100]!r} of {text[:60]!r}{others}"
+        )
+    return input_ids, mask
 
 
 def encode_tokens(

@@ -149,9 +149,8 @@ def main(config: EvaluateConfig) -> dict | None:
     if not is_image_folder(config.pipeline):
         pipeline = load_pipeline(config.pipeline, config.scheduler).to(state.device)
     check_options(config, pipeline)
-    # A guider has a scale of its own.
-    has_guider = getattr(pipeline, "guider", None) is not None
-    of_sampling = [name for name in OPTIONS_OF_SAMPLING if not (has_guider and name == "guidance_scale")]
+    own_scale = getattr(pipeline, "guider", None) is not None  # the run's is not of its guider
+    of_sampling = [name for name in OPTIONS_OF_SAMPLING if not (own_scale and name == "guidance_scale")]
     config = take_options_of_run(config, config.pipeline, of_sampling, of_data=["caption_column"])
     if config.resolution is None and pipeline is not None:
         config = dataclasses.replace(config, resolution=image_size_of(pipeline))
@@ -213,6 +212,11 @@ def check_options(config: EvaluateConfig, pipeline: DiffusionPipeline | None) ->
         for name in OPTIONS_OF_PIPELINES:
             if getattr(config, name) != defaults[name]:
                 raise ValueError(f"{name} is of a pipeline, and {what}: leave it out")
+    guider = getattr(pipeline, "guider", None)
+    if config.guidance_scale is not None and guider is not None:
+        raise ValueError(
+            f"guidance_scale is not of a pipeline with a guider, got a {type(guider).__name__}: leave it out"
+        )
     if config.caption_column is not None and not by_text:
         raise ValueError(f"caption_column is of pipelines that make images from texts, and {what}: leave it out")
     if by_text and getattr(pipeline, "text_encoder", None) is None:

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from diffusers_ext import DiffusionPipeline, TextGuidedDiffusionPipeline
+from diffusers_ext import TextGuidedDiffusionPipeline
+from diffusers_ext.metrics.subject import load_pipeline
 from diffusers_ext.trainer.figures import labelled_grid
 from diffusers_ext.trainer.options import option, run_script
 
@@ -39,18 +40,25 @@ class SampleConfig:
             raise ValueError("num_images_per_prompt and num_inference_steps must be at least 1, seed not negative")
         if self.output is None and not Path(self.run).is_dir():
             raise ValueError("output must be given for a pipeline that is not in a folder")
+        if not self.guidance_scales:
+            raise ValueError("guidance_scales must be given: --guidance_scales 1 2 4")
+        if self.output is not None and Path(self.output).suffix.lower() not in Image.registered_extensions():
+            raise ValueError(f"output must be the path of a picture, such as samples.png, got {self.output}")
         if self.negative_prompt is not None and 1.0 in self.guidance_scales:
             raise ValueError("negative_prompt has no meaning at a guidance scale of 1: leave that scale out")
 
 
 def main(config: SampleConfig) -> Path:
     """Draws the picture and returns its path."""
-    pipe = DiffusionPipeline.from_pretrained(config.run)
+    pipe = load_pipeline(config.run)
     if not isinstance(pipe, TextGuidedDiffusionPipeline):
         raise ValueError(f"{config.run} must be a pipeline that makes images from texts, got a {type(pipe).__name__}")
+    if pipe.guider is not None:
+        print(f"the pipeline's own guider, {type(pipe.guider).__name__}, gives way to the guidance scales")
+        pipe.register_modules(guider=None)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     path = Path(config.output or Path(config.run) / "guidance_scales.png")
-    draw_guidance_scales(
+    picture = draw_guidance_scales(
         pipe,
         config.prompts,
         config.guidance_scales,
@@ -58,7 +66,9 @@ def main(config: SampleConfig) -> Path:
         seed=config.seed,
         num_inference_steps=config.num_inference_steps,
         negative_prompt=config.negative_prompt,
-    ).save(path)
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path)
     print(f"{len(config.prompts)} texts at {len(config.guidance_scales)} guidance scales: {path}")
     return path
 

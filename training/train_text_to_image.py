@@ -92,6 +92,13 @@ def load_data(
     """The images with their captions, those held out if the options name any, and what the captions are made to."""
     with accelerator.local_main_process_first():
         data_config = config.for_data(find_caption_column(config, config.caption_column))
+        if config.validation_split is not None:
+            held_out_config = dataclasses.replace(
+                data_config,
+                dataset_split=config.validation_split,
+                max_train_samples=config.max_validation_samples,
+            )
+            find_caption_column(held_out_config, data_config.label_column)  # which looks whether they are all there
         data = prepare_samples(data_config, vae, multiple_of=config.size_multiple)
         captions = captions_of(data)
         texts = Texts.of(config, captions)

@@ -18,7 +18,7 @@ from huggingface_hub.constants import HF_HOME
 
 from diffusers_ext.metrics.features import FeatureClassifierModel
 from diffusers_ext.metrics.fit import LabelledImages, accuracy, fit_feature_classifier
-from diffusers_ext.trainer.captions import count_missing
+from diffusers_ext.trainer.captions import count_missing, refuse_missing
 from diffusers_ext.trainer.config import DataConfig
 from diffusers_ext.trainer.data import ImageData, load_source
 from diffusers_ext.trainer.images import IMAGE_MODES
@@ -175,7 +175,7 @@ def _has_labels_beside(options: DataOptions, split: str, caption_column: str) ->
 def read_captions(
     options: DataOptions, split: str, column: str, images: LabelledImages, max_samples: int | None = None
 ) -> Captions | None:
-    """The captions of a split's images; None if it has none at all.
+    """The captions of a split's images; None if it has none at all, and refused if it has some.
 
     Args:
         options: With which the images were prepared, so that the same ones are left out.
@@ -184,6 +184,7 @@ def read_captions(
     source = load_source(options.dataset_name, options.dataset_config_name, split, cache_dir=options.cache_dir)
     if column not in source.features or count_missing(source, column) == len(source):
         return None
+    refuse_missing(source, column, split, max_samples)
     data = prepare_split(
         dataclasses.replace(options, label_column=column, num_classes=None, label_names=None), split, max_samples
     )

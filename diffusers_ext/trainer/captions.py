@@ -53,13 +53,7 @@ def find_caption_column(config: DataConfig, name: str | None = None) -> str:
         config.dataset_name, config.dataset_config_name, config.dataset_split, cache_dir=config.cache_dir
     )
     column = _find_column(source, name)
-    if config.max_train_samples is not None:
-        source = source.select(range(min(config.max_train_samples, len(source))))
-    if missing := count_missing(source, column):
-        raise ValueError(
-            f"caption_column {column!r} is empty in {missing} of {len(source)} rows of the split {config.dataset_split}: "
-            "leave them out, or give them an empty text, which stands for any picture"
-        )
+    refuse_missing(source, column, config.dataset_split, config.max_train_samples)
     return column
 
 
@@ -103,6 +97,21 @@ def count_missing(source: datasets.Dataset, column: str) -> int:
     """Rows whose cell is empty; an empty text is one that is there."""
     values = source.with_format("arrow")[column]
     return (values if hasattr(values, "null_count") else values[:]).null_count
+
+
+def refuse_missing(source: datasets.Dataset, column: str, split: str, max_samples: int | None) -> None:
+    """Refuses empty cells among the rows that are used.
+
+    Raises:
+        ValueError: with their number.
+    """
+    if max_samples is not None:
+        source = source.select(range(min(max_samples, len(source))))
+    if missing := count_missing(source, column):
+        raise ValueError(
+            f"caption_column {column!r} is empty in {missing} of {len(source)} rows of the split {split}: leave them out, or "
+            "give them an empty text, which stands for any picture"
+        )
 
 
 def captions_of(data: ImageData) -> list[str]:

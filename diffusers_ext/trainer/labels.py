@@ -81,10 +81,12 @@ def read_labels(
     if _member(feature) is not None:
         sets = find_label_sets(feature, name, label_names, values.to_pylist())
         return np.stack([sets.read(value) for value in values.to_pylist()]), sets.id2label
-    values = np.asarray(values.to_pylist())
-    if values.dtype.kind in "US":
-        names, labels = np.unique(values, return_inverse=True)
-        names = {label: str(text) for label, text in enumerate(names)}
+    values = values.to_pylist()
+    if values and all(isinstance(value, str) for value in values):
+        # Not as an array of texts, in which each takes the room of the longest.
+        names = dict(enumerate(sorted(set(values))))
+        numbers = {text: label for label, text in names.items()}
+        labels = np.array([numbers[text] for text in values])
         if label_names is None:
             return labels.astype(np.int64), names
         unknown = set(names.values()) - set(label_names)
@@ -92,6 +94,7 @@ def read_labels(
             raise ValueError(f"label_column {name!r} holds {sorted(unknown)[0]!r}, which is not in label_names")
         places = np.array([label_names.index(text) for text in names.values()], np.int64)
         return places[labels], dict(enumerate(label_names))
+    values = np.asarray(values)
     if values.dtype.kind not in "iu":
         raise ValueError(f"label_column {name!r} must hold integers or names, got {describe_feature(feature)}")
     labels = values.astype(np.int64)

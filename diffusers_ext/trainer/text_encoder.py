@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from transformers import (
@@ -17,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from diffusers_ext.text import encode_tokens
+from diffusers_ext.text import encode_tokens, longest_text, tokenize, width_of
 
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -86,7 +88,7 @@ def load_text_encoder(name: str) -> tuple[PreTrainedTokenizerBase, PreTrainedMod
     """The tokenizer and the encoder of a folder, of a pipeline that has both, or of a name on the Hub; not trained.
 
     Raises:
-        ValueError: if there are none, or if the encoder has no hidden states.
+        ValueError: if there are none, if the encoder has no hidden states, or if a pipeline that has it cannot be loaded.
     """
     is_pipeline = (Path(name) / "text_encoder" / "config.json").is_file()
     try:
@@ -106,7 +108,32 @@ def load_text_encoder(name: str) -> tuple[PreTrainedTokenizerBase, PreTrainedMod
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
         if tokenizer.pad_token is None:
             raise ValueError(f"--pretrained_text_encoder {name} has a tokenizer without a token to pad with")
-    return tokenizer, encoder.eval().requires_grad_(False)
+    encoder = encoder.eval().requires_grad_(False)
+    _check_encoder(name, tokenizer, encoder)
+    return tokenizer, encoder
+
+
+@torch.no_grad()
+def _check_encoder(name: str, tokenizer: PreTrainedTokenizerBase, encoder: PreTrainedModel) -> None:
+    """Before training, and not when its pipeline is loaded afterwards."""
+    kind = type(encoder).__name__
+    if getattr(transformers, kind, None) is not type(encoder):
+        raise ValueError(
+            f"--pretrained_text_encoder {name} is a {kind}, which transformers loads only as a part of a larger model, so that "
+            "no pipeline with it could be loaded: take a text encoder with a class of its own, as CLIP, T5 and BERT have"
+        )
+    try:
+        tokens = tokenize(tokenizer, ["a"], longest_text(tokenizer, encoder), full_length=False)
+        states = encode_tokens(encoder, *tokens, mask_padding=True).states
+    except Exception as error:  # what a model raises that is not called with tokens
+        raise ValueError(
+            f"--pretrained_text_encoder {name} is a {kind}, which has no hidden states of tokens: {error}"
+        ) from error
+    if states.shape[-1] != width_of(encoder):
+        raise ValueError(
+            f"--pretrained_text_encoder {name} must have hidden states of its config's width, {width_of(encoder)}, got "
+            f"{states.shape[-1]}"
+        )
 
 
 class TextDenoiser(nn.Module):

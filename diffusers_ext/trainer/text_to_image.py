@@ -16,6 +16,7 @@ from diffusers_ext.trainer.batches import derived_seed
 from diffusers_ext.trainer.captions import EmbeddingTable, TokenTable, embed_captions
 from diffusers_ext.trainer.denoising import DenoisingConfig
 from diffusers_ext.trainer.options import option
+from diffusers_ext.trainer.sampling import MAX_ROWS
 from diffusers_ext.trainer.text_encoder import (
     SMALLEST_VOCABULARY,
     load_text_encoder,
@@ -98,15 +99,27 @@ class TextConfig(DenoisingConfig):
                     )
         if self.vocab_size < SMALLEST_VOCABULARY:
             raise ValueError(f"vocab_size must be at least {SMALLEST_VOCABULARY}, got {self.vocab_size}")
-        if min(self.text_hidden_size, self.text_num_layers, self.max_text_length or 3, self.text_heads) < 1:
+        if min(self.text_hidden_size, self.text_num_layers, self.text_heads) < 1:
             raise ValueError("the sizes of the text encoder must be at least 1")
+        if self.max_text_length is not None and self.max_text_length < 1 + self.num_special_tokens:
+            raise ValueError(
+                f"max_text_length must be at least {1 + self.num_special_tokens}, for the tokens of start and end and one of "
+                f"the text, got {self.max_text_length}"
+            )
         if self.text_hidden_size % self.text_heads:
             raise ValueError(
                 f"text_hidden_size must be a multiple of text_num_attention_heads, got {self.text_hidden_size} and "
                 f"{self.text_heads}"
             )
-        if self.validation_prompts is not None and not self.validation_prompts:
-            raise ValueError("validation_prompts must name at least one text")
+        if self.validation_prompts is not None and not 1 <= len(self.validation_prompts) <= MAX_ROWS:
+            raise ValueError(
+                f"validation_prompts must be 1 to {MAX_ROWS} texts, a row each, got {len(self.validation_prompts)}"
+            )
+
+    @property
+    def num_special_tokens(self) -> int:
+        """Tokens beside those of a text, as far as they are known before the tokenizer is."""
+        return 2 if self.pretrained_text_encoder is None else 0
 
     @property
     def text_heads(self) -> int:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from diffusers.guiders import ClassifierFreeGuidance
 from PIL import Image
 
 from diffusers_ext import ExtDDIMScheduler, TextGuidedDiffusionPipeline
@@ -112,9 +113,13 @@ def test_without_labels_and_held_out_captions_those_of_training_and_pixels_are_t
     data = tmp_path / "data" / "shapes"
     save_pictures(data, "train", TRAIN)
     save_pictures(data, "test", TEST, [None] * len(TEST))
-    folder = save_run(tmp_path / "run", str(data))
-    result = run(folder, "--num_images", 20, "--cache_dir", tmp_path / "datasets", "--guidance_scale", 1.0)
-    assert result["features"] is None and result["sampling"]["guidance_scale"] == 1.0
+    pipe = text_pipeline(guider=ClassifierFreeGuidance(2.0))  # which is no matter of the run's scale
+    folder = save_run(tmp_path / "run", str(data), pipe, guidance_scale=3.0)
+    result = run(folder, "--num_images", 20, "--cache_dir", tmp_path / "datasets")
+    assert result["features"] is None and result["sampling"]["guider"] == "ClassifierFreeGuidance"
+    assert (
+        result["sampling"]["guidance_scale"] is None and "ClassifierFreeGuidance" in (folder / "README.md").read_text()
+    )
     assert set(result["generated"]) == {"num_images", "pixel_precision", "pixel_recall", "nearest_train_distance"}
     assert result["sampling"]["captions"] == {"column": "text", "split": "train", "number": 48}
     assert "asked for by the captions of the split train, column text" in capsys.readouterr().out
@@ -134,6 +139,17 @@ def test_captions_in_a_column_of_another_name_are_no_labels(tmp_path):
     assert not real.has_labels and real.captions.texts == ("0: red edge", "1: green edge")
 
 
+def test_a_split_of_which_some_images_have_captions_is_refused(tmp_path):
+    data = tmp_path / "data"
+    save_pictures(data, "train", TRAIN[:4], ["a", "b", "c", None])
+    save_pictures(data, "test", TEST[:3], ["a", None, None])
+    options = DataOptions(dataset_name=str(data), cache_dir=str(tmp_path / "datasets"), max_train_samples=3)
+    with pytest.raises(ValueError, match="caption_column 'text' is empty in 2 of 3 rows of the split test"):
+        load_real_images(options, "text")
+    save_pictures(data, "test", TEST[:3], [None, None, None])
+    assert load_real_images(options, "text").captions.texts == ("a", "b", "c")
+
+
 def test_a_run_on_latents_is_measured_on_the_images_with_its_captions(labelled, tmp_path):
     info = LatentsInfo(
         labelled, None, "train", (8, 8), "crop", 0, None, None, "text", (4, 4, 4), 48, False, None, "", ""
@@ -148,12 +164,14 @@ def test_a_run_on_latents_is_measured_on_the_images_with_its_captions(labelled, 
 def test_what_does_not_apply_is_refused(labelled, tmp_path):
     folder = save_run(tmp_path / "run", labelled)
     blind = save_run(tmp_path / "blind", labelled, text_pipeline(tokenizer=None, text_encoder=None))
+    guided = save_run(tmp_path / "guided", labelled, text_pipeline(guider=ClassifierFreeGuidance(2.0)))
     images = tmp_path / "images"
     images.mkdir()
     Image.fromarray(picture("red dot")).save(images / "0.png")
     for arguments, message in [
         ((folder, "--bits_per_dim"), "--bits_per_dim is of images.* got a TextGuidedDiffusionPipeline"),
         ((folder, "--caption_column", "image"), "caption_column 'image' holds no text; its columns are"),
+        ((guided, "--guidance_scale", 1), "guidance_scale is not of a pipeline with a guider"),
         ((blind,), "without a text_encoder cannot be asked for captions"),
         (
             (images, "--caption_column", "text"),

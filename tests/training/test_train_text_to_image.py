@@ -1,22 +1,40 @@
 """Runs of the script on made-up pictures, whose captions say what they show."""
 
 import dataclasses
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers.guiders import ClassifierFreeGuidance
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from diffusers_ext import TextGuidedDiffusionPipeline, VAEModel
+from diffusers_ext import ExtDDIMScheduler, TextGuidedDiffusionPipeline, VAEModel
+from diffusers_ext.trainer.figures import labelled_grid
 from diffusers_ext.trainer.options import parse_config
+from diffusers_ext.trainer.run_folder import read_metrics
 from diffusers_ext.trainer.text_encoder import train_tokenizer
-from diffusers_ext.trainer.text_to_image import TextConfig
+from diffusers_ext.trainer.text_to_image import TextConfig, Texts
 from runs import assert_same_run, forget_accelerate
-from tiny_text import CAPTIONS, COLOURS, SHAPES, WIDTH, tiny_clip, tiny_t5, tiny_tokenizer
+from tiny_text import (
+    CAPTIONS,
+    COLOURS,
+    SHAPES,
+    WIDTH,
+    picture,
+    save_pictures,
+    tiny_clip,
+    tiny_t5,
+    tiny_text_unet,
+    tiny_tokenizer,
+)
 from training.cache_latents import CacheConfig
 from training.cache_latents import main as cache
 from training.reconstruct_ema import ReconstructConfig
@@ -26,6 +44,7 @@ from training.sample_prompts import main as draw
 from training.train_text_to_image import main
 
 
+ROOT = Path(__file__).parents[2]
 SMALL = {
     "block_out_channels": (8, 16),
     "layers_per_block": 1,
@@ -45,28 +64,13 @@ SMALL = {
 FROZEN = {name: value for name, value in SMALL.items() if name not in TextConfig.OF_NEW_ENCODER}
 
 
-def picture(caption):
-    """8x8 pixels: a colour on grey, at a place that the second word says."""
-    colour, shape = caption.split()
-    pixels = np.full((8, 8, 3), 60, np.uint8)
-    place = {"dot": np.s_[2:6, 2:6], "bar": np.s_[:, 3:5], "edge": np.s_[6:, :]}[shape]
-    pixels[place] = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}[colour]
-    return pixels
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """40 pictures with their captions, and 12 held out, one of them with words that the others do not have."""
     path = tmp_path_factory.mktemp("data") / "shapes"
-    path.mkdir()
-    for split, number in (("train", 40), ("test", 12)):
-        captions = [CAPTIONS[i % len(CAPTIONS)] for i in range(number)]
-        pictures = [Image.fromarray(picture(caption)) for caption in captions]
-        if split == "test":
-            captions[0] = "something else"
-        features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
-        rows = datasets.Dataset.from_dict({"image": pictures, "text": captions}, features=features)
-        rows.to_parquet(path / f"{split}.parquet")
+    captions = [CAPTIONS[i % len(CAPTIONS)] for i in range(40)]
+    save_pictures(path, "train", captions)
+    save_pictures(path, "test", CAPTIONS, ["something else", *CAPTIONS[1:]])
     return str(path)
 
 
@@ -155,12 +159,69 @@ def test_a_run_that_goes_on_is_the_run(folder, encoders, tmp_path, frozen):
     assert_same_run(whole, parts, 6)
 
 
+def test_two_processes_make_the_run_of_one(folder, tmp_path):
+    """With half of the batch each: denoiser and encoder, their averages, the losses and the grids."""
+    settings = {"max_train_steps": 3, "save_images_steps": 2, "validation_split": "test", "validation_steps": 2}
+    settings |= {"caption_dropout": 0.3, "logging_steps": 1, "max_grad_norm": 0.1}
+    whole = main(config_of(folder, tmp_path / "one", **settings))
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.accelerate_cli",
+        "launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+    ]
+    command += ["--num_machines", "1", "--main_process_port", "0", str(ROOT / "training" / "train_text_to_image.py")]
+    command += ["--config", str(whole / "train_config.yaml"), "--output_dir", str(tmp_path / "two")]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--train_batch_size", "4"], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("captions of the column text") == 1
+    for name in ("model", "average"):
+        one, two = (load_file(tmp_path / run / "checkpoint-3" / f"{name}.safetensors") for run in ("one", "two"))
+        assert one.keys() == two.keys() and any(key.startswith("text_encoder.") for key in one)
+        for key in one:
+            torch.testing.assert_close(
+                one[key], two[key], rtol=1e-4, atol=2e-6, msg=lambda text, key=key: f"{key}: {text}"
+            )
+    for mine, theirs in zip(*(read_metrics(tmp_path / run / "metrics.jsonl") for run in ("one", "two")), strict=True):
+        for loss in {"loss", "val_loss"} & mine.keys():
+            assert theirs[loss] == pytest.approx(mine[loss], rel=1e-4)
+    for grid in ("samples.png", "samples/step-0000002.png"):
+        pixels = [np.asarray(Image.open(tmp_path / run / grid)).astype(int) for run in ("one", "two")]
+        assert abs(pixels[0] - pixels[1]).max() <= 2
+
+
+@pytest.mark.parametrize("dropout", [0.0, 1 - 1e-9])
+def test_dropped_captions_teach_the_encoder_nothing(folder, tmp_path, dropout):
+    """The tokens of a word get no gradient from the empty text, and that of its end does."""
+    # What is zero in a new network takes some steps to hand gradients on.
+    settings = {"max_train_steps": 6, "learning_rate": 1e-2, "adam_weight_decay": 0.0, "use_ema": False}
+    config = config_of(folder, tmp_path / "run", caption_dropout=dropout, **settings)
+    pipe = DiffusionPipeline.from_pretrained(main(config))
+    new = Texts.of(config, sorted(CAPTIONS))
+    assert new.tokenizer.get_vocab() == pipe.tokenizer.get_vocab()
+    tokens = [encoder.get_input_embeddings().weight for encoder in (new.text_encoder, pipe.text_encoder)]
+    changed = (tokens[0] - tokens[1]).abs().amax(1) > 1e-6
+    (word,) = pipe.tokenizer("red", add_special_tokens=False).input_ids
+    assert changed[pipe.tokenizer.eos_token_id] and changed[word] == (dropout == 0)
+
+
 @pytest.mark.parametrize("kind", ["clip", "t5"])
 @pytest.mark.parametrize("model", ["unet", "dit"])
 def test_a_frozen_encoder_stays_as_it_is_and_its_pipeline_sees_what_training_saw(
     folder, encoders, tmp_path, kind, model
 ):
-    sizes = {"patch_size": 2, "hidden_size": 16, "num_layers": 1} if model == "dit" else {}
+    options = {"patch_size": 2, "hidden_size": 16, "num_layers": 1} if model == "dit" else {}
+    length, masked = 8, kind == "t5"
+    if model == "dit":  # and not what is the default for the encoder
+        length, masked = 6, kind == "clip"
+        options |= {"max_text_length": length, "mask_padding": masked}
     config = config_of(
         folder,
         tmp_path / "run",
@@ -169,10 +230,10 @@ def test_a_frozen_encoder_stays_as_it_is_and_its_pipeline_sees_what_training_saw
         text_cache="disk" if model == "dit" else "memory",
         text_cache_dtype="fp32",
         model=model,
-        **sizes,
+        **options,
     )
     pipe = DiffusionPipeline.from_pretrained(main(config))
-    assert pipe.mask_padding == (kind == "t5")
+    assert pipe.mask_padding == masked and pipe.max_text_length == length
     before = (tiny_clip if kind == "clip" else tiny_t5)(tiny_tokenizer()).state_dict()
     after = pipe.text_encoder.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in after)
@@ -180,7 +241,7 @@ def test_a_frozen_encoder_stays_as_it_is_and_its_pipeline_sees_what_training_saw
     cached = torch.from_numpy(np.load(states))
     assert cached.shape[0] == len(CAPTIONS) + 1 and cached.dtype == torch.float32
     own = pipe.encode_prompt([*sorted(CAPTIONS), ""])
-    if kind == "t5":
+    if masked:
         mask = torch.from_numpy(np.load(states.with_name(f"{states.stem}.mask.npy")))
         assert torch.equal(own.mask, mask[:, : own.mask.shape[1]]) and not mask[:, own.mask.shape[1] :].any()
         cached, own_states = cached[mask], own.states[own.mask]
@@ -250,6 +311,7 @@ def test_tokenizer_goes_through_disk_and_is_the_same_each_time(tmp_path):
         (["--caption_dropout", "1"], r"in \[0, 1\)"),
         (["--text_hidden_size", "30", "--text_num_attention_heads", "4"], "must be a multiple"),
         (["--streaming"], "reads no captions ahead"),
+        (["--validation_prompts", *["a"] * 17], "must be 1 to 16 texts, a row each, got 17"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options, message, capsys):
@@ -262,3 +324,60 @@ def test_a_column_that_holds_no_captions_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="caption_column 'image' holds no text; its columns are"):
         main(config_of(folder, tmp_path / "run", caption_column="image"))
     assert not (tmp_path / "run").exists()
+
+
+def tiny_pipeline(**components):
+    tokenizer = tiny_tokenizer()
+    parts = {"tokenizer": tokenizer, "text_encoder": tiny_clip(tokenizer)} | components
+    return TextGuidedDiffusionPipeline(tiny_text_unet(), ExtDDIMScheduler(timestep_spacing="trailing"), **parts)
+
+
+def test_the_columns_of_a_picture_of_prompts_are_the_scales(tmp_path, capsys):
+    """Each from the same noise; a guider that was saved with the pipeline gives way."""
+    tiny_pipeline(guider=ClassifierFreeGuidance(7.0)).save_pretrained(tmp_path / "run")
+    options = {"prompts": ("red dot", "blue bar"), "num_inference_steps": 2, "seed": 5, "num_images_per_prompt": 2}
+    output = tmp_path / "new" / "scales.png"
+    path = draw(SampleConfig(run=str(tmp_path / "run"), guidance_scales=(1.0, 3.0), output=str(output), **options))
+    assert path == output and "own guider, ClassifierFreeGuidance, gives way" in capsys.readouterr().out
+    pipe, images = tiny_pipeline(), []
+    for prompt in options["prompts"]:
+        for scale in (1.0, 3.0):
+            for seed in (5, 6):
+                generator = torch.Generator().manual_seed(seed)
+                call = {"num_inference_steps": 2, "guidance_scale": scale, "generator": generator, "output_type": "pt"}
+                images.append(pipe(prompt, **call).images)
+    expected = labelled_grid(
+        torch.cat(images).unflatten(0, (2, 4)), ["red dot", "blue bar"], ["w = 1", "", "w = 3", ""]
+    )
+    assert np.abs(np.asarray(Image.open(path)).astype(int) - np.asarray(expected)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "say which pipeline: sample_prompts.py RUN"),
+        ({"run": "."}, "prompts must be given: --prompts TEXT"),
+        ({"run": ".", "prompts": ("a",), "guidance_scales": ()}, "guidance_scales must be given"),
+        ({"run": ".", "prompts": ("a",), "num_images_per_prompt": 0}, "must be at least 1"),
+        ({"run": ".", "prompts": ("a",), "output": "here.txt"}, "must be the path of a picture, .* got here.txt"),
+        (
+            {"run": "someone/something", "prompts": ("a",)},
+            "output must be given for a pipeline that is not in a folder",
+        ),
+        ({"run": ".", "prompts": ("a",), "negative_prompt": "b"}, "no meaning at a guidance scale of 1: leave that"),
+    ],
+)
+def test_a_picture_of_prompts_is_refused_before_a_pipeline_is_loaded(options, message):
+    with pytest.raises(ValueError, match=message):
+        SampleConfig(**options)
+
+
+def test_a_picture_of_prompts_needs_a_pipeline_that_takes_them(tmp_path):
+    unet = UNet2DModel(8, block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
+    DDIMPipeline(unet, DDIMScheduler()).save_pretrained(tmp_path / "stock")
+    with pytest.raises(ValueError, match="must be a pipeline that makes images from texts, got a DDIMPipeline"):
+        draw(SampleConfig(run=str(tmp_path / "stock"), prompts=("a",)))
+    output = str(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="is no folder here, and no name of a pipeline on the Hub"):
+        draw(SampleConfig(run=str(tmp_path / "nothing"), prompts=("a",), output=output))
+    assert not Path(output).exists()
