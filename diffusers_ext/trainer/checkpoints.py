@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 
 
 MANIFEST = "manifest.json"
@@ -84,12 +84,12 @@ def all_or_none(accelerator: Accelerator, write: Callable[[], None] | None) -> N
         raise WriteError("; ".join(failed) if accelerator.num_processes > 1 else reasons[0]) from fault
 
 
-def _seen(hidden: Path) -> Path:
-    if not hidden.is_dir():
+def _seen(folder: Path) -> Path:
+    if not folder.is_dir():
         raise FileNotFoundError(
-            f"{hidden}, made by the main process, is not seen here: all machines must share output_dir"
+            f"{folder}, which the main process sees, is not seen here: all machines must share output_dir"
         )
-    return hidden
+    return folder
 
 
 def _failure(output_dir: Path, step: int, reason: str) -> str:
@@ -100,6 +100,29 @@ def _failure(output_dir: Path, step: int, reason: str) -> str:
         f"checkpoints before it are kept: {kept}. Where there is room, --resume_from_checkpoint latest "
         "goes on from there"
     )
+
+
+def find_for_all(accelerator: Accelerator, output_dir: Path, request: str) -> tuple[Path | None, list[str]]:
+    """What `find_checkpoint` gives, the same in each process. Every process calls it; the main one reads the files.
+
+    Raises:
+        CheckpointError: in every process, where `find_checkpoint` raises it, or if one of them does not see the folder.
+    """
+    found: list = [None]
+    if accelerator.is_main_process:
+        try:
+            found = [find_checkpoint(output_dir, request)]
+        except Exception as error:  # goes to the others, which would wait for an answer without end
+            found = [error]
+    broadcast_object_list(found)
+    if isinstance(found[0], Exception):
+        raise found[0]
+    folder, passed_over = found[0]
+    try:
+        all_or_none(accelerator, None if folder is None else lambda: _seen(folder))
+    except WriteError as error:
+        raise CheckpointError(str(error)) from error.__cause__
+    return folder, passed_over
 
 
 def find_checkpoint(output_dir: Path, request: str) -> tuple[Path | None, list[str]]:
@@ -157,10 +180,6 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     """The folders `checkpoint-STEP`, whole or not, the oldest first."""
     found = [path for path in output_dir.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
     return sorted(found, key=step_from_name)
-
-
-def step_of(path: Path) -> int:
-    return json.loads((path / MANIFEST).read_text())["step"]
 
 
 def remove_old(output_dir: Path, step: int, *, limit: int | None = None, keep_every: int | None = None) -> None:

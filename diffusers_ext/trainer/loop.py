@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from diffusers_ext.trainer.adversary import Adversary, frozen
 from diffusers_ext.trainer.batches import BatchOptions, derived_seed
-from diffusers_ext.trainer.checkpoints import all_or_none, find_checkpoint, remove_old, write_checkpoint
+from diffusers_ext.trainer.checkpoints import all_or_none, find_for_all, remove_old, write_checkpoint
 from diffusers_ext.trainer.config import TrainerConfig
 from diffusers_ext.trainer.data import ImageData
 from diffusers_ext.trainer.ema import WeightAverage
@@ -469,7 +469,7 @@ class Trainer:
             all_or_none(self.accelerator, write if self.accelerator.is_main_process else None)
 
     def _resume(self, request: str):
-        folder, passed_over = find_checkpoint(self.output_dir, request)
+        folder, passed_over = find_for_all(self.accelerator, self.output_dir, request)
         for line in passed_over:
             self.accelerator.print(line)
         if folder is None:

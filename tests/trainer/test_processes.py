@@ -69,6 +69,29 @@ def test_the_loss_on_held_out_images_is_that_of_one_process(one_and_two):
     assert sorted(one) == [4, 8, 12] and one == pytest.approx(two, rel=1e-5)
 
 
+def test_the_loss_on_held_out_images_counts_a_process_that_has_none(one_and_two):
+    one, two = one_and_two
+    loss = float((one / "few-0.txt").read_text())
+    assert loss > 0
+    for index in (0, 1):
+        assert float((two / f"few-{index}.txt").read_text()) == pytest.approx(loss, rel=1e-6)
+
+
+def test_one_process_checks_the_checkpoint_for_both(one_and_two):
+    """To which it opens the manifest, that nothing else reads."""
+    first, second = ((one_and_two[1] / f"manifests-{index}.txt").read_text().split() for index in (0, 1))
+    assert first[0].endswith("parts/checkpoint-7/manifest.json") and second == []
+
+
+def test_a_checkpoint_that_one_process_does_not_find_ends_both(one_and_two):
+    folder = one_and_two[1] / "failed"
+    for index in (0, 1):
+        missing = (folder / f"missing-{index}.txt").read_text()
+        assert missing == f"there is no checkpoint checkpoint-5; {folder} holds: checkpoint-3"
+        unseen = (folder / f"unseen-{index}.txt").read_text()
+        assert "process 1: FileNotFoundError: checkpoint-3, which the main process sees, is not seen here" in unseen
+
+
 def test_a_run_of_two_processes_resumes_bit_for_bit(one_and_two):
     """In the middle of an epoch, with dropout, accumulation, workers before and none after, objective and adversary."""
     _, two = one_and_two

@@ -15,7 +15,7 @@ from torch import nn
 
 from diffusers_ext import ExtDDIMScheduler, GuidedDiffusionPipeline
 from diffusers_ext.trainer.adversary import Adversary
-from diffusers_ext.trainer.checkpoints import CheckpointError
+from diffusers_ext.trainer.checkpoints import CheckpointError, find_for_all
 from diffusers_ext.trainer.prepare import prepare_images
 from diffusers_ext.trainer.sampling import draw_samples
 from runs import forget_accelerate, stop_before_step, trainer
@@ -79,8 +79,13 @@ def main(folder, resume=True):
         dropout = {"dropout": 0.2, "train_batch_size": batch_size}
         contest(data, folder / "undisturbed", **dropout).train()
         stop_before_step(contest(data, folder / "parts", dataloader_num_workers=2, **dropout), 10)
-        contest(data, folder / "parts", resume_from_checkpoint="latest", **dropout).train()
+        opened = files_opened()
+        run = contest(data, folder / "parts", resume_from_checkpoint="latest", **dropout)
+        run.train()
+        manifests = [name for name in opened if name.endswith("manifest.json")]
+        (folder / f"manifests-{run.accelerator.process_index}.txt").write_text("\n".join(manifests))
 
+    few_held_out_images(data, folder)
     spread(data, folder, batch_size, resume)
     by_time(data, folder)
 
@@ -96,6 +101,22 @@ def main(folder, resume=True):
             pipe, path, accelerator=accelerator, labels=labels, columns=3, batch_size=2, num_inference_steps=3
         )
     return data
+
+
+def files_opened():
+    """A list to which this process adds each file that it opens from now on."""
+    names = []
+    sys.addaudithook(lambda event, details: names.append(str(details[0])) if event == "open" else None)
+    return names
+
+
+def few_held_out_images(data, folder):
+    """The loss on two images, which are one batch: a second process has none of them."""
+    forget_accelerate()
+    held_out = prepare_images("digits", split="test", max_samples=2)
+    settings = {"train_batch_size": 2, "validation_split": "test", "validation_data": held_out}
+    run = trainer(data, folder / "few", **settings)
+    (folder / f"few-{run.accelerator.process_index}.txt").write_text(repr(run.evaluate()))
 
 
 def spread(data, folder, batch_size, resume):
@@ -156,6 +177,22 @@ def fail_in_one_process(data, folder):
     (folder / f"end-{index}.txt").write_text(end)
 
 
+def find_in_both(folder):
+    """Checkpoints that there are not, or that process 1 does not see; each process notes how that ends."""
+    forget_accelerate()
+    accelerator = Accelerator(cpu=True)
+    index = accelerator.process_index
+    os.chdir(folder.parent if index else folder)
+    for name, place, request in (("missing", folder, "checkpoint-5"), ("unseen", Path("."), "latest")):
+        try:
+            end = str(find_for_all(accelerator, place, request))
+        except CheckpointError as error:
+            end = str(error)
+        (folder / f"{name}-{index}.txt").write_text(end)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    fail_in_one_process(main(Path(sys.argv[1])), Path(sys.argv[1]) / "failed")
+    failed = Path(sys.argv[1]).resolve() / "failed"
+    fail_in_one_process(main(failed.parent), failed)
+    find_in_both(failed)
