@@ -10,11 +10,10 @@ from statistics import fmean as mean
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from diffusers_ext.trainer.adversary import Adversary, frozen
-from diffusers_ext.trainer.batches import BatchOptions, derived_seed
+from diffusers_ext.trainer.batches import BatchOptions, derived_seed, seed_generators
 from diffusers_ext.trainer.checkpoints import all_or_none, find_for_all, remove_old, write_checkpoint
 from diffusers_ext.trainer.config import TrainerConfig
 from diffusers_ext.trainer.data import ImageData
@@ -250,7 +249,7 @@ class Trainer:
         if adversary := self.adversary:
             adversary.begin_step(state.step, rate / config.learning_rate)
         # Dropout draws from the default generators: they too, Python's and NumPy's included, follow from the position.
-        set_seed(derived_seed(config.seed, state.position, accelerator.process_index))
+        seed_generators(derived_seed(config.seed, state.position, accelerator.process_index), accelerator.device)
 
         losses, adversary_losses = [], []
         models = [self.model, adversary.model] if adversary else [self.model]

@@ -1,12 +1,21 @@
 import dataclasses
 import pickle
+import random
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import set_seed
 
-from diffusers_ext.trainer.batches import BatchOptions, PositionRandom, TrainingBatches, batch_stream, derived_seed
+from diffusers_ext.trainer.batches import (
+    BatchOptions,
+    PositionRandom,
+    TrainingBatches,
+    batch_stream,
+    derived_seed,
+    seed_generators,
+)
 from diffusers_ext.trainer.data import ImageData
 from diffusers_ext.trainer.prepare import prepare_images
 
@@ -168,3 +177,16 @@ def test_derived_seeds_depend_on_every_part():
         derived_seed(seed, position, process) for seed in (0, 2**40) for position in range(50) for process in range(3)
     }
     assert len(seeds) == 300
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**32 - 1])
+def test_generators_are_seeded_as_accelerate_does_it(seed):
+    def draws():
+        return [random.random(), np.random.rand(), torch.rand(()).item(), torch.randint(2**40, ()).item()]
+
+    set_seed(seed)
+    theirs = draws()
+    assert draws() != theirs
+    seed_generators(seed, torch.device("cpu"))
+    assert draws() == theirs
+    assert torch.initial_seed() == seed
