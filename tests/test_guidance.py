@@ -6,7 +6,7 @@ from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.schedulers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
 
 from diffusers_ext import ClassifierGuidance, ExtDDIMScheduler, ExtDDPMScheduler
-from diffusers_ext.guidance import GuidedDenoiser
+from diffusers_ext.guidance import GuidedDenoiser, guided_steps
 from diffusers_ext.noising import PREDICTION_TYPES, add_to_score, output_eps, predict_x0, training_target
 from diffusers_ext.schedulers.levels import describe_path, noise_level, path_difference
 from mixture_oracle import MEANS, STDS, MixtureClassifier, MixtureDenoiser, log_density
@@ -125,6 +125,19 @@ def test_levels_of_diffusers_schedulers_are_ours(cls):
     ratios = [(lambda level: level.sigma / level.alpha)(ours.schedule.level(t, like)) for t in (500, 501)]
     torch.testing.assert_close(level.sigma / level.alpha, sum(ratios) / 2)
     torch.testing.assert_close(level.alpha**2 + level.sigma**2, torch.ones(1, 1, 1))
+
+
+@pytest.mark.parametrize("cls", [DDPMScheduler, DDIMScheduler])
+def test_a_level_without_signal_is_pure_noise(cls):
+    config = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    stock, ours, like = cls(**config), ExtDDPMScheduler(**config), torch.zeros(2, 1, dtype=torch.float64)
+    last = noise_level(stock, 999, like)
+    assert (last.alpha.item(), last.sigma.item()) == (0, 1)
+    for timestep in (0, 500, 998):
+        expected = ours.schedule.level(timestep, like)
+        torch.testing.assert_close(noise_level(stock, timestep, like), expected, rtol=1e-3, atol=1e-4)
+    interval = {"sigma": (1.0, float("inf"))}
+    assert guided_steps(interval, stock, torch.tensor([999, 500, 0])) == [True, True, False]
 
 
 @pytest.mark.parametrize(

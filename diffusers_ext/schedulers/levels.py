@@ -39,11 +39,12 @@ def noise_level(scheduler: SchedulerMixin, timestep: Tensor | float, like: Tenso
             f"the noise level at a timestep must be known, and {type(scheduler).__name__} has no alphas_cumprod; take a "
             "scheduler of a variance-preserving path, such as ExtDDIMScheduler"
         )
-    alpha_bar = alpha_bar.double().cpu().numpy()
-    ratio = np.interp(float(timestep), np.arange(len(alpha_bar)), np.sqrt((1 - alpha_bar) / alpha_bar))
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    alpha = torch.tensor((1 + ratio**2) ** -0.5, dtype=dtype, device=like.device).view(-1, *[1] * (like.ndim - 1))
-    return NoiseLevel(alpha, ratio * alpha)
+    alpha_bar = alpha_bar.cpu().double().numpy()
+    with np.errstate(divide="ignore"):  # infinite at a level without signal
+        ratio = np.interp(float(timestep), np.arange(len(alpha_bar)), np.sqrt((1 - alpha_bar) / alpha_bar))
+    alpha = (1 + ratio**2) ** -0.5
+    pair = torch.tensor([alpha, (1 - alpha**2) ** 0.5], dtype=torch.promote_types(like.dtype, torch.float32))
+    return NoiseLevel(*pair.to(like.device).view(2, -1, *[1] * (like.ndim - 1)))
 
 
 def describe_path(scheduler: SchedulerMixin) -> dict[str, Any]:
