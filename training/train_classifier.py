@@ -31,7 +31,7 @@ from diffusers_ext.trainer.config import TrainerConfig, resolve_for_machine
 from diffusers_ext.trainer.data import ImageData
 from diffusers_ext.trainer.latents import SampleSpace, fingerprint, load_vae, prepare_samples
 from diffusers_ext.trainer.loop import Trainer
-from diffusers_ext.trainer.options import option, run_script, to_command
+from diffusers_ext.trainer.options import option, refuse_unused, run_script, to_command
 from diffusers_ext.trainer.run import describe_data, finish_run, make_accelerator, open_run, save_whole
 from diffusers_ext.trainer.stream import StreamData, make_batches
 from diffusers_ext.trainer.validation import ValidationBatches, prepare_validation
@@ -94,6 +94,8 @@ class TrainClassifierConfig(TrainerConfig):
         changed = [name for name in self.SCHEDULE_OPTIONS if getattr(self, name) != defaults[name]]
         if self.pipeline is not None and changed:
             raise ValueError(f"pipeline and {changed[0]} both say which noise levels to train on: give one of them")
+        if self.beta_schedule not in ("linear", "scaled_linear", "sigmoid"):
+            refuse_unused(self, ["beta_start", "beta_end"], "beta_schedule linear, scaled_linear or sigmoid")
         if self.max_measured_samples < 1:
             raise ValueError(f"max_measured_samples must be at least 1, got {self.max_measured_samples}")
         if self.unconditional:

@@ -218,6 +218,7 @@ def test_the_exact_classifier_has_the_accuracy_of_the_mixture():
     "words, message",
     [
         (["--pipeline", "runs/a", "--beta_schedule", "linear"], "pipeline and beta_schedule both say"),
+        (["--beta_end", "0.03"], "beta_end has no meaning without beta_schedule linear, scaled_linear or sigmoid"),
         (["--unconditional"], "a classifier learns them"),
         (["--resolution", "9"], "resolution must be a multiple of 4"),
         (["--max_measured_samples", "0"], "max_measured_samples must be at least 1, got 0"),
