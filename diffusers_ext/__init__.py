@@ -7,7 +7,7 @@ Importing the package registers its classes with diffusers (see `diffusers_ext.r
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.guiders import BaseGuidance
 
-from diffusers_ext.guiders import ClassifierGuidance, WeakModelGuidance
+from diffusers_ext.guiders import ClassifierGuidance, ComposedGuidance, WeakModelGuidance
 from diffusers_ext.models.classifier import NoisyClassifierModel
 from diffusers_ext.models.dit import DiTModel
 from diffusers_ext.models.unet import UNetModel
@@ -27,6 +27,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ClassifierGuidance",
+    "ComposedGuidance",
     "DiTModel",
     "ExtDDIMInverseScheduler",
     "ExtDDIMScheduler",

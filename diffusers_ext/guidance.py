@@ -5,12 +5,22 @@ combines them. What stands here is the loop between, for pipelines that are not 
 more than predictions, stand in `diffusers_ext.guiders`.
 """
 
+import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
-from diffusers.guiders import AutoGuidance, BaseGuidance, ClassifierFreeGuidance
+from diffusers.guiders import (
+    AutoGuidance,
+    BaseGuidance,
+    ClassifierFreeGuidance,
+    PerturbedAttentionGuidance,
+    SkipLayerGuidance,
+    SmoothedEnergyGuidance,
+)
 from diffusers.hooks import LayerSkipConfig
 from diffusers.hooks.smoothed_energy_guidance_utils import SmoothedEnergyGuidanceConfig
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -27,16 +37,28 @@ INTERVAL_UNITS = ("steps", "sigma", "timestep")
 Interval = tuple[float, float] | Mapping[str, tuple[float, float]]
 
 
+# Guiders that change the network for a prediction of its own, beside the conditional and the unconditional one.
+PERTURBING_APART = (SkipLayerGuidance, PerturbedAttentionGuidance, SmoothedEnergyGuidance)
+
+
 class StepContext(NamedTuple):
     """What a guider of ours may look at in a step, besides predictions."""
 
     x_t: Tensor
     timestep: Tensor
-    level: NoiseLevel
-    prediction_type: str
+    scheduler: SchedulerMixin
     class_labels: Tensor | None
     classifier: nn.Module | None
     weak_denoiser: nn.Module | None
+
+    @property
+    def level(self) -> NoiseLevel:
+        """Of x_t.
+
+        Raises:
+            ValueError: if the scheduler has no variance-preserving path.
+        """
+        return noise_level(self.scheduler, self.timestep, self.x_t)
 
 
 def classifier_free_guidance(guidance_scale: float, guidance_rescale: float = 0.0) -> ClassifierFreeGuidance | None:
@@ -47,7 +69,12 @@ def classifier_free_guidance(guidance_scale: float, guidance_rescale: float = 0.
     Args:
         guidance_rescale: In [0, 1], how far the result gets the standard deviation of the conditional prediction
             back (Lin et al. 2023, arXiv 2305.08891, Section 3.4).
+
+    Raises:
+        ValueError: if the scale is not finite.
     """
+    if not math.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale must be finite, got {guidance_scale}")
     if guidance_scale == 1.0:
         return None
     return ClassifierFreeGuidance(guidance_scale=float(guidance_scale), guidance_rescale=float(guidance_rescale))
@@ -104,50 +131,68 @@ class GuidedDenoiser:
         if self.guider is None:
             return self._predict(self.denoiser, x, timestep, {name: pair[0] for name, pair in self.conditions.items()})
         guider = self.guider
-        with _acting(guider, guide):
+        with self._acting(x, timestep, guide):
             guider.set_state(step=step, num_inference_steps=num_steps, timestep=timestep)
-            if hasattr(guider, "see"):
-                guider.see(self._context(x, timestep))
             batches = prepare_inputs(guider, self.conditions)
             for batch, output in zip(batches, self._outputs(batches, x, timestep), strict=True):
                 batch.noise_pred, batch.rest = output[:, : self.channels], output[:, self.channels :]
                 if type(guider).__name__ == "MagnitudeAwareGuidance":  # that of diffusers 0.42 fails with images
                     batch.noise_pred = batch.noise_pred.flatten(2)
             guided = guider(batches).pred.view_as(x)
-            if hasattr(guider, "see"):
-                guider.see(None)  # holds no tensors beyond the step
         rest = batches[0].rest
         return torch.cat([guided, rest], dim=1) if rest.shape[1] else guided
 
+    @contextmanager
+    def _acting(self, x: Tensor, timestep: Tensor, guide: bool) -> Iterator[None]:
+        """The guider as it is to act in this step; it holds no tensors of the step beyond it."""
+        guider, enabled = self.guider, self.guider._enabled
+        guider._enabled = enabled and guide
+        sees = hasattr(guider, "see")
+        if sees:
+            guider.see(
+                StepContext(x, timestep, self.scheduler, self.class_labels, self.classifier, self.weak_denoiser)
+            )
+        try:
+            yield
+        finally:
+            guider._enabled = enabled
+            if sees:
+                guider.see(None)
+
     def _outputs(self, batches: list, x: Tensor, timestep: Tensor) -> list[Tensor]:
-        networks = [getattr(batch, "network", None) or self.denoiser for batch in batches]
-        conditions = [{name: getattr(batch, name) for name in self.conditions} for batch in batches]
-        apart = self.low_memory or self.changes_model or any(network is not networks[0] for network in networks)
-        if not apart:
-            stacked = {name: torch.cat([values[name] for values in conditions]) for name in self.conditions}
-            size = len(batches) * len(x)
-            return list(self._predict(networks[0], x, timestep, stacked, size).chunk(len(batches)))
+        """The outputs for each of the batches, of as few calls as there can be."""
         outputs = []
-        for batch, network, values in zip(batches, networks, conditions, strict=True):
-            with self._prepared(network, batch):
-                outputs.append(self._predict(network, x, timestep, values))
+        for (network, apart), group in groupby(batches, self._call_of):
+            group = list(group)
+            conditions = {name: torch.cat([getattr(batch, name) for batch in group]) for name in self.conditions}
+            with self._prepared(network, apart):
+                outputs += self._predict(network, x, timestep, conditions, len(group)).chunk(len(group))
         return outputs
 
+    def _call_of(self, batch) -> tuple[nn.Module, str | None]:
+        """What neighbours must share to be predicted in one call: the network, and how it is changed for them."""
+        name = getattr(batch, BaseGuidance._identifier_key)
+        plain = isinstance(self.guider, PERTURBING_APART) and name in ("pred_cond", "pred_uncond")
+        apart = self.low_memory or (self.changes_model and not plain)
+        return getattr(batch, "network", None) or self.denoiser, name if apart else None
+
     def _predict(
-        self, network: nn.Module, x: Tensor, timestep: Tensor, conditions: dict[str, Tensor], size: int | None = None
+        self, network: nn.Module, x: Tensor, timestep: Tensor, conditions: dict[str, Tensor], copies: int = 1
     ) -> Tensor:
-        size = len(x) if size is None else size
-        x = x.repeat(size // len(x), *[1] * (x.ndim - 1)).to(network.dtype)
         if network is self.weak_denoiser and num_classes_of(network) is None:
             conditions = {name: value for name, value in conditions.items() if name != "class_labels"}
-        output = network(x, timestep.expand(size), **conditions, return_dict=False)[0]
+        conditions = {
+            name: value.to(network.dtype) if value.is_floating_point() else value for name, value in conditions.items()
+        }
+        x = x.repeat(copies, *[1] * (x.ndim - 1)).to(network.dtype)
+        output = network(x, timestep.expand(len(x)), **conditions, return_dict=False)[0]
         return output.to(torch.promote_types(output.dtype, torch.float32))
 
     @contextmanager
-    def _prepared(self, network: nn.Module, batch) -> Iterator[None]:
-        """The network as the guider wants it for this prediction."""
-        guider, name = self.guider, getattr(batch, BaseGuidance._identifier_key)
-        if not self.changes_model:
+    def _prepared(self, network: nn.Module, name: str | None) -> Iterator[None]:
+        """The network as the guider wants it for the prediction of this name; `None` for those that leave it alone."""
+        guider = self.guider
+        if name is None or not self.changes_model:
             yield
             return
         hookable = with_named_blocks(network)
@@ -170,17 +215,6 @@ class GuidedDenoiser:
         finally:
             guider.cleanup_models(hookable)
 
-    def _context(self, x: Tensor, timestep: Tensor) -> StepContext:
-        return StepContext(
-            x,
-            timestep,
-            noise_level(self.scheduler, timestep, x),
-            self.scheduler.config.prediction_type,
-            self.class_labels,
-            self.classifier,
-            self.weak_denoiser,
-        )
-
 
 def prepare_inputs(guider: BaseGuidance, conditions: dict[str, tuple[Tensor, Tensor]]) -> list:
     """The batches of the predictions that a guider asks for in the step that it is set to.
@@ -201,9 +235,11 @@ def prepare_inputs(guider: BaseGuidance, conditions: dict[str, tuple[Tensor, Ten
     return batches
 
 
-def asks_for_unconditional(guider: BaseGuidance, timesteps: Tensor) -> bool:
-    """Whether in any of the steps a guider asks for a prediction without the condition."""
-    for step, timestep in enumerate(timesteps):
+def asks_for_unconditional(guider: BaseGuidance, timesteps: Tensor, guide: Sequence[bool]) -> bool:
+    """Whether in any of the steps in which it acts a guider asks for a prediction without the condition."""
+    for step, (timestep, acts) in enumerate(zip(timesteps, guide, strict=True)):
+        if not acts:
+            continue
         guider.set_state(step=step, num_inference_steps=len(timesteps), timestep=timestep)
         if any(getattr(batch, guider._identifier_key) == "pred_uncond" for batch in prepare_inputs(guider, {})):
             return True
@@ -231,20 +267,31 @@ def guided_steps(interval: Interval | None, scheduler: SchedulerMixin, timesteps
         )
     (unit, bounds), *_ = by_name.items()
     largest = 1.0 if unit == "steps" else float("inf")
-    if len(bounds) != 2 or not 0 <= bounds[0] <= bounds[1] <= largest:
+    try:
+        low, high = map(float, bounds)
+    except (TypeError, ValueError):
+        low = high = float("nan")
+    if not 0 <= low <= high <= largest:
         limit = " in [0, 1]" if unit == "steps" else " of at least 0"
         raise ValueError(
-            f"guidance_interval must be two numbers{limit}, the smaller one first, got {tuple(bounds)} ({unit})"
+            f"guidance_interval must be two numbers{limit}, the smaller one first, got {bounds!r} ({unit})"
         )
-    low, high = bounds
     if unit == "steps":
-        return [int(low * len(timesteps)) <= i < int(high * len(timesteps)) for i in range(len(timesteps))]
-    values = timesteps.tolist()
-    if unit == "sigma":
-        like = torch.zeros(1, dtype=torch.float64)
-        levels = [noise_level(scheduler, t, like) for t in timesteps.cpu()]
-        values = [(level.sigma / level.alpha).item() for level in levels]
-    return [low <= value <= high for value in values]
+        first, end = int(low * len(timesteps)), int(high * len(timesteps))
+        guide = [first <= i < end for i in range(len(timesteps))]
+    else:
+        values = timesteps.tolist()
+        if unit == "sigma":
+            like = torch.zeros(1, dtype=torch.float64)
+            levels = [noise_level(scheduler, t, like) for t in timesteps.cpu()]
+            values = [(level.sigma / level.alpha).item() for level in levels]
+        guide = [low <= value <= high for value in values]
+    if guide and low < high and not any(guide):
+        warnings.warn(
+            f"guidance_interval holds none of the {len(guide)} steps, so that none is guided: got {bounds!r} ({unit})",
+            stacklevel=4,
+        )
+    return guide
 
 
 def with_named_blocks(model: nn.Module) -> nn.Module:
@@ -260,16 +307,6 @@ def with_named_blocks(model: nn.Module) -> nn.Module:
     view.transformer_blocks = nn.ModuleList(blocks)
     view._modules.update(model._modules)
     return view
-
-
-@contextmanager
-def _acting(guider: BaseGuidance, guide: bool) -> Iterator[None]:
-    enabled = guider._enabled
-    guider._enabled = enabled and guide
-    try:
-        yield
-    finally:
-        guider._enabled = enabled
 
 
 def _is_perturbed(guider: BaseGuidance, name: str) -> bool:

@@ -1,8 +1,8 @@
-"""Guiders of this package: by a classifier, and by a weaker network. Both are saved with a pipeline like diffusers' own.
+"""Guiders of this package: by a classifier, by a weaker network, by weights of labels.
 
-They need more than conditional and unconditional predictions, which `diffusers_ext.guidance.GuidedDenoiser` gives them:
-before each step it calls `see` with the noisy sample, its noise level and the pipeline's other networks. A pipeline
-calls `check_pipeline` once, before it samples.
+They are saved with a pipeline like diffusers' own. They need more than conditional and unconditional predictions, which
+`diffusers_ext.guidance.GuidedDenoiser` gives them: before each step it calls `see` with the noisy sample, its timestep
+and the pipeline's other networks. A pipeline calls `check_pipeline` once, before it samples.
 """
 
 import math
@@ -24,6 +24,13 @@ class _ContextGuidance(BaseGuidance):
     """A guider that looks at the step's context, within its share of the steps."""
 
     _context: StepContext | None = None
+
+    def _check_scales(self) -> None:
+        scale, rescale = getattr(self, "guidance_scale", 1.0), self.guidance_rescale
+        if not math.isfinite(scale):
+            raise ValueError(f"guidance_scale must be finite, got {scale}")
+        if not 0 <= rescale <= 1:
+            raise ValueError(f"guidance_rescale must be in [0, 1], got {rescale}")
 
     def see(self, context: StepContext | None) -> None:
         """What the predictions of the next `forward` belong to; `None` after it."""
@@ -98,6 +105,7 @@ class ClassifierGuidance(_ContextGuidance):
             raise ValueError(f"classifier_scale must be finite and at least 0, got {classifier_scale}")
         self.classifier_scale, self.guidance_scale = classifier_scale, guidance_scale
         self.guidance_rescale = guidance_rescale
+        self._check_scales()
 
     def check_pipeline(self, pipe, labels: Tensor | None) -> None:
         if pipe.classifier is None:
@@ -119,7 +127,7 @@ class ClassifierGuidance(_ContextGuidance):
         if self._is_on() and self.classifier_scale:
             context = self._context
             gradient = self.classifier_scale * classifier_gradient(context)
-            pred = add_to_score(pred, gradient.to(pred), context.level, context.prediction_type)
+            pred = add_to_score(pred, gradient.to(pred), context.level, context.scheduler.config.prediction_type)
         if self._is_on() and self.guidance_rescale > 0:
             pred = rescale_noise_cfg(pred, pred_uncond if pred_cond is None else pred_cond, self.guidance_rescale)
         return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=pred_uncond)
@@ -144,6 +152,9 @@ class WeakModelGuidance(_ContextGuidance):
         guidance_rescale: In [0, 1], how far the result gets the standard deviation of the stronger prediction back.
         start, stop: Share of the steps after which guidance starts and stops, in [0, 1].
         enabled: Whether it acts at all.
+
+    Raises:
+        ValueError: if a scale is out of range.
     """
 
     _input_predictions = ["pred_cond", "pred_weak"]
@@ -159,6 +170,7 @@ class WeakModelGuidance(_ContextGuidance):
     ):
         super().__init__(start, stop, enabled)
         self.guidance_scale, self.guidance_rescale = guidance_scale, guidance_rescale
+        self._check_scales()
 
     def check_pipeline(self, pipe, labels: Tensor | None) -> None:
         if pipe.weak_denoiser is None:
@@ -186,11 +198,15 @@ class ComposedGuidance(_ContextGuidance):
         null + sum over labels of weight * (label's prediction - null)
 
     What a pipeline does with `class_labels` that have weights. A step costs as many predictions as the image with the
-    most labels has, and one.
+    most labels has, and one; but where the weights of each image add up to 1, that of the null label, which has no part
+    in the sum then, is left out.
 
     Args:
         guidance_rescale: In [0, 1], how far the result gets the standard deviation of the first label's prediction
             back.
+
+    Raises:
+        ValueError: if it is out of range.
     """
 
     _input_predictions = ["pred_uncond"]
@@ -199,7 +215,8 @@ class ComposedGuidance(_ContextGuidance):
     def __init__(self, guidance_rescale: float = 0.0):
         super().__init__()
         self.guidance_rescale = guidance_rescale
-        self._weights = []
+        self._check_scales()
+        self._data, self._places, self._needs_null = None, [], True
 
     def check_pipeline(self, pipe, labels: Tensor | None) -> None:
         if labels is None or not labels.is_floating_point():
@@ -208,31 +225,45 @@ class ComposedGuidance(_ContextGuidance):
             raise ValueError("weights of labels need a model with labels and a null label")
 
     def prepare_inputs(self, data: dict[str, tuple[Tensor, Tensor]]) -> list:
-        weights, null = data["class_labels"]  # (batch, num_classes), (batch,)
-        most = max(int((weights != 0).sum(1).max()), 1)
-        # Those of each image in places 0, 1, ..., in the order of their ids; the rest of the places count nothing.
-        order = (weights == 0).int().argsort(dim=1, stable=True)[:, :most]
-        ordered = weights.gather(1, order)
-        self._weights = list(ordered.unsqueeze(-1).unbind(1))
-        labels = torch.where(ordered != 0, order, null[:, None])
-        names = [f"pred_label_{place}" for place in range(most)]
-        batches = [self._prepare_batch(data, 1, name) for name in (*names, "pred_uncond")]
-        for batch, ids in zip(batches, labels.unbind(1), strict=False):
-            batch.class_labels = ids
+        if data is not self._data:  # as it is in each step of a call, and to count labels waits for the device
+            self._data = data
+            self._places, self._needs_null = _places_of_labels(*data["class_labels"])
+        batches = []
+        for place, (labels, _) in enumerate(self._places):
+            batches.append(self._prepare_batch(data, 0, f"pred_label_{place}"))
+            batches[-1].class_labels = labels
+        if self._needs_null:
+            batches.append(self._prepare_batch(data, 1, "pred_uncond"))
         return batches
 
-    def forward(self, pred_uncond: Tensor, **pred_labels: Tensor) -> GuiderOutput:
-        pred = pred_uncond
-        for weight, label in zip(self._weights, pred_labels.values(), strict=True):
-            pred = pred + weight.view(-1, *[1] * (label.ndim - 1)) * (label - pred_uncond)
+    def forward(self, pred_uncond: Tensor | None = None, **pred_labels: Tensor) -> GuiderOutput:
         first = pred_labels["pred_label_0"]
+        base = first if pred_uncond is None else pred_uncond  # any base will do for weights that add up to 1
+        pred = base
+        for (_, weights), label in zip(self._places, pred_labels.values(), strict=True):
+            pred = pred + weights.view(-1, *[1] * (label.ndim - 1)) * (label - base)
         if self.guidance_rescale > 0:
             pred = rescale_noise_cfg(pred, first, self.guidance_rescale)
         return GuiderOutput(pred=pred, pred_cond=first, pred_uncond=pred_uncond)
 
     @property
     def num_conditions(self) -> int:
-        return len(self._weights) + 1
+        return len(self._places) + self._needs_null
+
+
+def _places_of_labels(weights: Tensor, null: Tensor) -> tuple[list[tuple[Tensor, Tensor]], bool]:
+    """For each place among an image's labels, in the order of their ids, the label and the weight that each image has
+    there, both of shape `(batch,)`; and whether the null label has a part in the weighted sum.
+
+    Args:
+        weights: Shape `(batch, num_classes)`.
+        null: The null label, shape `(batch,)`. It fills the places of an image with fewer labels, at a weight of 0.
+    """
+    most = max(int((weights != 0).sum(1).max()), 1)
+    order = (weights == 0).int().argsort(dim=1, stable=True)[:, :most]
+    ordered = weights.gather(1, order)
+    labels = torch.where(ordered != 0, order, null[:, None])
+    return list(zip(labels.unbind(1), ordered.unbind(1), strict=True)), bool((weights.sum(1) != 1).any())
 
 
 def classifier_gradient(context: StepContext) -> Tensor:
@@ -264,7 +295,8 @@ def _check_path(classifier: nn.Module, scheduler: SchedulerMixin) -> None:
             f"{config['beta_schedule']!r} of {config['num_train_timesteps']} timesteps"
             for config in (path, describe_path(scheduler))
         )
+        apart = f", with alpha_bar up to {difference:.2g} apart" if math.isfinite(difference) else ""
         raise ValueError(
             f"the classifier must be trained on the scheduler's noise levels: it was trained on {trained}, and the "
-            f"scheduler has {sampled}, with alpha_bar up to {difference:.2g} apart"
+            f"scheduler has {sampled}{apart}"
         )

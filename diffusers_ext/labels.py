@@ -3,6 +3,7 @@
 import difflib
 import math
 from collections.abc import Collection, Mapping, Sequence
+from numbers import Real
 
 import numpy as np
 import torch
@@ -95,10 +96,10 @@ class LabelledMixin:
                 labels = dict.fromkeys(members, 1.0)
             for label, weight in labels.items():
                 number = self._label_id(label)
-                if not math.isfinite(weight):
-                    raise ValueError(f"the weight of a label must be finite, got {weight} for {label!r}")
+                if not (isinstance(weight, Real) and math.isfinite(weight)):
+                    raise ValueError(f"the weight of a label must be finite, got {weight!r} for {label!r}")
                 if number != self.null_label:
-                    row[number] = weight
+                    row[number] += weight
         return rows if weighted else rows.bool()
 
     def _multi_hot(self, class_labels: Tensor) -> Tensor:

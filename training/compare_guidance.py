@@ -208,15 +208,15 @@ def available_methods(config: CompareConfig, pipe: GuidedDiffusionPipeline, stat
         guider = pipe._choose_guider(
             labels,
             settings.get("guider"),
-            settings.get("guidance_scale", 1.0),
+            settings.get("guidance_scale"),
             settings.get("guidance_rescale", 0.0),
             0.0,
         )
         # Now, and not hours later when it is its turn.
-        guided_steps(settings.get("guidance_interval"), pipe.scheduler, pipe.scheduler.timesteps)
+        guide = guided_steps(settings.get("guidance_interval"), pipe.scheduler, pipe.scheduler.timesteps)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # said once more when it is
-            pipe._check_guider(labels, guider, pipe.scheduler.timesteps, settings.get("guidance_interval"))
+            pipe._check_guider(labels, guider, pipe.scheduler.timesteps, guide)
     return methods
 
 
@@ -247,6 +247,7 @@ def describe_set(config: CompareConfig, pipe: GuidedDiffusionPipeline, about_fea
                 "features_sha256": about_features["sha256"],
                 "scheduler_class": type(pipe.scheduler).__name__,
                 "scheduler": scheduler,
+                "clip_guided_noise": bool(pipe.config.get("clip_guided_noise")),
                 "num_images": config.num_images,
                 "num_inference_steps": config.num_inference_steps,
                 "mixed_precision": "bf16" if bf16 else "no",

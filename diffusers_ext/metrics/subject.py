@@ -25,6 +25,7 @@ from diffusers_ext.metrics.generate import (
     takes_prompts,
 )
 from diffusers_ext.metrics.real import CHANNEL_MODES, RealImages
+from diffusers_ext.pipelines.pipeline_guided_diffusion import GuidedDiffusionPipeline
 from diffusers_ext.pipelines.pipeline_text_guided_diffusion import DEFAULT_GUIDANCE_SCALE, TextGuidedDiffusionPipeline
 from diffusers_ext.trainer.images import fit, to_array
 
@@ -140,12 +141,14 @@ def generate_for(
         for process, part in enumerate(gather_object([mine])):
             images[process :: state.num_processes] = part
     guider = getattr(pipeline, "guider", None)
-    default_scale = default_of(pipeline, "guidance_scale") if guider is None else None
+    if guidance_scale is None and guider is None:  # the default of ours, too, only means that it depends
+        is_ours = isinstance(pipeline, GuidedDiffusionPipeline)
+        guidance_scale = 1.0 if is_ours else default_of(pipeline, "guidance_scale")
     record = {
         "pipeline_class": type(pipeline).__name__,
         "scheduler_class": type(pipeline.scheduler).__name__,
         "num_inference_steps": num_inference_steps or default_of(pipeline, "num_inference_steps"),
-        "guidance_scale": default_scale if guidance_scale is None else guidance_scale,
+        "guidance_scale": guidance_scale,
         "guider": None if guider is None else type(guider).__name__,
         "by_label": num_classes is not None,
         "captions": captions and {"column": captions.column, "split": captions.split, "number": len(captions.texts)},

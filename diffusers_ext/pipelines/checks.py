@@ -1,13 +1,14 @@
 """What a pipeline refuses, before the first call of a network."""
 
+import math
 import warnings
 from collections.abc import Sequence
 
 import torch
-from diffusers.guiders import AutoGuidance, BaseGuidance
+from diffusers.guiders import AutoGuidance, BaseGuidance, ClassifierFreeZeroStarGuidance
 from torch import Tensor, nn
 
-from diffusers_ext.guidance import Interval, asks_for_unconditional, classifier_free_guidance
+from diffusers_ext.guidance import asks_for_unconditional, classifier_free_guidance
 from diffusers_ext.guiders import ClassifierGuidance, ComposedGuidance
 from diffusers_ext.labels import num_classes_of
 from diffusers_ext.latents import latent_scale
@@ -102,48 +103,90 @@ def check_outputs(pipe, output_type: str, callback_inputs: Sequence[str]) -> Non
 def choose_guider(
     pipe,
     guider: BaseGuidance | None,
-    guidance_scale: float,
+    guidance_scale: float | None,
     guidance_rescale: float,
     classifier_scale: float,
     labels: Tensor | None,
 ) -> BaseGuidance | None:
-    """The guider of a call: the one given, or the pipeline's, or what the short forms mean."""
-    if labels is not None and labels.is_floating_point():
-        if guider is not None or pipe.guider is not None or guidance_scale != 1 or classifier_scale != 0:
+    """The guider of a call: the one given, or the pipeline's, or what the short forms mean.
+
+    Raises:
+        ValueError: if more than one of them is given, or one of them is out of range.
+    """
+    guider = guider or pipe.guider
+    if guider is None and labels is not None and labels.is_floating_point():
+        if guidance_scale is not None or classifier_scale != 0:
             raise ValueError(
-                "class_labels with weights are a guidance of their own, which goes with no guider, guidance_scale or "
+                "class_labels with weights are a guidance of their own, which goes with no guidance_scale or "
                 "classifier_scale"
             )
         return ComposedGuidance(guidance_rescale=guidance_rescale)
-    short = {
-        "guidance_scale": (guidance_scale, 1.0),
-        "guidance_rescale": (guidance_rescale, 0.0),
-        "classifier_scale": (classifier_scale, 0.0),
-    }
-    guider = guider or pipe.guider
-    for name, (value, default) in short.items():
-        if guider is not None and value != default:
-            raise ValueError(
-                f"{name} must not be given together with a guider, which has a scale of its own, got {value}; give the "
-                "guider that you want for this call as guider="
-            )
+    if guider is not None:
+        short = {
+            "guidance_scale": (guidance_scale, None),
+            "guidance_rescale": (guidance_rescale, 0),
+            "classifier_scale": (classifier_scale, 0),
+        }
+        for name, (value, default) in short.items():
+            if value != default:
+                raise ValueError(
+                    f"{name} must not be given together with a guider, which has a scale of its own, got {value}; give the "
+                    "guider that you want for this call as guider="
+                )
+        _check_settings(guider)
+        return guider
     if not 0 <= guidance_rescale <= 1:
         raise ValueError(f"guidance_rescale must be in [0, 1], got {guidance_rescale}")
-    if guider is not None:
-        return guider
+    guidance_scale = 1.0 if guidance_scale is None else guidance_scale
     if classifier_scale:
         return ClassifierGuidance(classifier_scale, guidance_scale, guidance_rescale=guidance_rescale)
     return classifier_free_guidance(guidance_scale, guidance_rescale)
 
 
+def _check_settings(guider: BaseGuidance) -> None:
+    """Refuses what is no guider, and settings with which a guider of diffusers would silently make NaN."""
+    if not isinstance(guider, BaseGuidance):
+        raise ValueError(
+            f"guider must be one of diffusers.guiders or of this package, made by its class, got {guider!r}"
+        )
+    name = type(guider).__name__
+    scale = getattr(guider, "guidance_scale", 1.0)
+    if not math.isfinite(scale):
+        raise ValueError(f"{name} must have a finite guidance_scale, got {scale}")
+    is_zero_star = isinstance(guider, ClassifierFreeZeroStarGuidance)
+    if is_zero_star and guider.zero_init_steps > 0 and guider.guidance_rescale > 0:
+        raise ValueError(
+            f"{name} must have zero_init_steps=0 or guidance_rescale=0, since what it makes of the first steps, zeros, has "
+            f"no standard deviation to rescale; got {guider.zero_init_steps} and {guider.guidance_rescale}"
+        )
+
+
 def check_guider(
-    pipe, guider: BaseGuidance | None, labels: Tensor | None, timesteps: Tensor, interval: Interval | None
+    pipe, guider: BaseGuidance | None, labels: Tensor | None, timesteps: Tensor, guide: Sequence[bool]
 ) -> None:
-    """Refuses a guider that the components or the labels do not suffice for."""
+    """Refuses a guider that the components or the labels do not suffice for, and labels that would do nothing.
+
+    Args:
+        guide: In which of the steps it acts.
+
+    Raises:
+        ValueError: with what is missing.
+    """
+    weighted = labels is not None and labels.is_floating_point()
+    if weighted and not isinstance(guider, ComposedGuidance):
+        raise ValueError(
+            f"class_labels with weights are a guidance of their own, which goes with no {type(guider).__name__}; for this "
+            "call give guider=ComposedGuidance()"
+        )
+    if weighted and not all(guide):
+        raise ValueError("guidance_interval must not be given with weights of labels: without them there is no label")
     if labels is not None and labels.dtype == torch.bool and "num_classes" not in pipe.denoiser.config:
         raise ValueError(f"class_labels must be one label for each image for {type(pipe.denoiser).__name__}, got sets")
-    if isinstance(guider, ComposedGuidance) and interval is not None:
-        raise ValueError("guidance_interval must not be given with weights of labels: without them there is no label")
+    if labels is not None and pipe.denoiser_num_classes is None and not isinstance(guider, ClassifierGuidance):
+        raise ValueError(
+            "class_labels would do nothing: the denoiser takes none, and the pipeline's classifier is not asked; give "
+            "classifier_scale, or leave class_labels out"
+        )
     if guider is None:
         return
     if hasattr(guider, "check_pipeline"):
@@ -155,7 +198,7 @@ def check_guider(
         return  # it weakens the network itself
     if not has_labels and isinstance(guider, ClassifierGuidance) and guider.guidance_scale == 0:
         return  # all predictions are unconditional
-    if not asks_for_unconditional(guider, timesteps):
+    if not asks_for_unconditional(guider, timesteps, guide):
         return
     if not has_null:
         reason = "has no null label" if has_labels else "was trained without labels"

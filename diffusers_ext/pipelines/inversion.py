@@ -50,6 +50,8 @@ class InversionMixin:
         batch_size = count_images(1, class_labels=labels, image=x0)
         if labels is not None and labels.is_floating_point():
             raise ValueError("class_labels must be labels to invert, not weights of them")
+        if labels is not None and self.denoiser_num_classes is None:
+            raise ValueError("class_labels would do nothing: the denoiser takes none; leave them out")
         predict = self._denoiser(inverse, None, labels, batch_size, device)
         latents = inverse.invert(
             lambda x, t: predict(x, t)[:, : x.shape[1]], x0.expand(batch_size, *x0.shape[1:]), num_refinements

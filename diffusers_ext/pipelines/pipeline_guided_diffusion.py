@@ -16,13 +16,14 @@ from diffusers_ext.labels import LabelledMixin, Labels
 from diffusers_ext.pipelines.checks import check_components, check_guider, choose_guider, count_images
 from diffusers_ext.pipelines.image_inputs import ImageInput
 from diffusers_ext.pipelines.inversion import InversionMixin
+from diffusers_ext.pipelines.loading import FromPipeMixin, replaceable
 from diffusers_ext.pipelines.sampling import GuidedDiffusionPipelineOutput, SamplingMixin, TrajectoryPoint
 
 
 __all__ = ["GuidedDiffusionPipeline", "GuidedDiffusionPipelineOutput", "TrajectoryPoint"]
 
 
-class GuidedDiffusionPipeline(LabelledMixin, InversionMixin, SamplingMixin, DiffusionPipeline):
+class GuidedDiffusionPipeline(LabelledMixin, InversionMixin, SamplingMixin, FromPipeMixin, DiffusionPipeline):
     """Generates images from noise or from images, unconditionally or by label.
 
     Args:
@@ -53,6 +54,7 @@ class GuidedDiffusionPipeline(LabelledMixin, InversionMixin, SamplingMixin, Diff
     _exclude_from_cpu_offload = ["classifier", "weak_denoiser"]  # used in turns with the denoiser, in each step
     _optional_components = ["vae", "guider", "classifier", "weak_denoiser"]
 
+    @replaceable(_optional_components)
     def __init__(
         self,
         denoiser: ModelMixin,
@@ -85,7 +87,7 @@ class GuidedDiffusionPipeline(LabelledMixin, InversionMixin, SamplingMixin, Diff
         class_labels: Labels | None = None,
         batch_size: int = 1,
         num_inference_steps: int = 50,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | None = None,
         *,
         generator: Generator | list[Generator] | None = None,
         latents: Tensor | None = None,
@@ -115,7 +117,8 @@ class GuidedDiffusionPipeline(LabelledMixin, InversionMixin, SamplingMixin, Diff
                 from labels to weights, whose directions are then added up (`ComposedGuidance`).
             batch_size: Number of images, where `class_labels`, `latents` and `image` do not say it.
             num_inference_steps: Number of steps, each of one call of the network (two with guidance).
-            guidance_scale: Weight of classifier-free guidance; 1 is none. Not to be given together with a guider.
+            guidance_scale: Weight of classifier-free guidance; 1 is none. `None` for the guider of the pipeline, or 1
+                without one. Not to be given together with a guider.
             generator: Source of the noise. With a list, one generator for each image, image i depends on generator i
                 alone, whatever else is in the batch; one generator is drawn from for the batch as a whole.
             latents: Start noise of unit variance, shape `(batch, in_channels, *sample_size)`.
@@ -184,8 +187,8 @@ class GuidedDiffusionPipeline(LabelledMixin, InversionMixin, SamplingMixin, Diff
     def _count_images(self, labels, batch_size, **tensors):
         return count_images(batch_size, labels, **tensors)
 
-    def _check_guider(self, labels, guider, timesteps, interval):
-        check_guider(self, guider, labels, timesteps, interval)
+    def _check_guider(self, labels, guider, timesteps, guide):
+        check_guider(self, guider, labels, timesteps, guide)
 
     def _conditions(self, labels: Tensor | None, batch_size: int, device) -> dict[str, tuple[Tensor, Tensor]]:
         """Pairs of labels and null labels, each of shape `(batch,)`, or multi-hot or weights `(batch, num_classes)`."""

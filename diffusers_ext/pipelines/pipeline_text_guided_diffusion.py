@@ -16,6 +16,7 @@ from diffusers_ext.guidance import GuidedDenoiser, Interval, asks_for_unconditio
 from diffusers_ext.guiders import ClassifierGuidance, ComposedGuidance
 from diffusers_ext.pipelines.checks import check_components, choose_guider, count_images
 from diffusers_ext.pipelines.image_inputs import ImageInput
+from diffusers_ext.pipelines.loading import FromPipeMixin, replaceable
 from diffusers_ext.pipelines.sampling import GuidedDiffusionPipelineOutput, SamplingMixin
 from diffusers_ext.pipelines.text_inputs import TextCondition, check_text_components, context_width
 from diffusers_ext.text import TextEmbeds, encode_tokens, longest_text, masks_padding_by_default, tokenize
@@ -25,7 +26,7 @@ from diffusers_ext.text import TextEmbeds, encode_tokens, longest_text, masks_pa
 DEFAULT_GUIDANCE_SCALE = 4.0
 
 
-class TextGuidedDiffusionPipeline(SamplingMixin, DiffusionPipeline):
+class TextGuidedDiffusionPipeline(SamplingMixin, FromPipeMixin, DiffusionPipeline):
     """Generates images from texts.
 
     Args:
@@ -57,6 +58,7 @@ class TextGuidedDiffusionPipeline(SamplingMixin, DiffusionPipeline):
     _exclude_from_cpu_offload = ["weak_denoiser"]  # used in turns with the denoiser, in each step
     _optional_components = ["tokenizer", "text_encoder", "vae", "guider", "weak_denoiser"]
 
+    @replaceable(_optional_components)
     def __init__(
         self,
         denoiser: ModelMixin,
@@ -150,9 +152,8 @@ class TextGuidedDiffusionPipeline(SamplingMixin, DiffusionPipeline):
             num_images_per_prompt=num_images_per_prompt,
             width=context_width(self.denoiser),
         )
-        if guidance_scale is None:
-            has_guider = guider is not None or self.guider is not None
-            guidance_scale = 1.0 if has_guider or not condition.can_guide(self) else DEFAULT_GUIDANCE_SCALE
+        if guidance_scale is None and guider is None and self.guider is None and condition.can_guide(self):
+            guidance_scale = DEFAULT_GUIDANCE_SCALE
         if isinstance(generator, list | tuple):
             condition.check_count("generator", len(generator))
         return self._sample(
@@ -228,23 +229,24 @@ class TextGuidedDiffusionPipeline(SamplingMixin, DiffusionPipeline):
     def _count_images(self, condition, batch_size, **tensors):
         return count_images(batch_size, prompt=condition.prompt.states, **tensors)
 
-    def _check_guider(self, condition, guider, timesteps, interval):
+    def _check_guider(self, condition, guider, timesteps, guide):
         if isinstance(guider, ClassifierGuidance | ComposedGuidance):
             raise ValueError(f"{type(guider).__name__} is for labels, and this pipeline has texts")
         if hasattr(guider, "check_pipeline"):
             guider.check_pipeline(self, None)
-        needed = guider is not None and asks_for_unconditional(guider, timesteps)
-        if condition.has_negative and not needed:
+        needed = guider is not None and asks_for_unconditional(guider, timesteps, guide)
+        # A callback may end the guidance that there was.
+        if condition.has_negative and not (needed or condition.needs_negative):
             raise ValueError(
                 "negative_prompt needs guidance, which this call has none of: give a guidance_scale other than 1, or a "
-                "guider that looks at the unconditional prediction"
+                "guider that looks at the unconditional prediction, in some of the steps"
             )
         if needed and not condition.can_guide(self):
             raise ValueError(
                 "guidance needs something to lead away from: give negative_prompt_embeds together with prompt_embeds, or "
                 "a pipeline with a tokenizer and a text_encoder, which encodes the empty text"
             )
-        condition.needs_negative = needed
+        condition.needs_negative |= needed
 
     def _denoiser(
         self, scheduler, guider, condition: TextCondition, batch_size: int, device, low_memory: bool = False

@@ -57,7 +57,7 @@ class SamplingMixin:
         *,
         batch_size: int = 1,
         num_inference_steps: int,
-        guidance_scale: float,
+        guidance_scale: float | None,
         generator: Generator | list[Generator] | None,
         latents: Tensor | None,
         image: ImageInput | None,
@@ -89,8 +89,8 @@ class SamplingMixin:
         mask = None if mask_image is None else mask_to_tensor(mask_image, self._dims).to(device)
         batch_size = self._count_images(condition, batch_size, latents=latents, image=x0, mask_image=mask)
         visited = self._set_timesteps(num_inference_steps, timesteps, strength, device)
-        self._check_guider(condition, guider, visited, guidance_interval)
         guide = guided_steps(guidance_interval, self.scheduler, visited)
+        self._check_guider(condition, guider, visited, guide)
         denoise = self._denoiser(self.scheduler, guider, condition, batch_size, device, low_memory)
         step_kwargs = self._step_kwargs(generator, eta, use_clipped_model_output, guider, guide)
         wanted = self._trajectory_indices(trajectory_steps, len(visited))
@@ -101,6 +101,7 @@ class SamplingMixin:
             spatial_mask = self._fitting_mask(mask, x0, pixels)
             known = KnownPixels(x0.expand_as(x), spatial_mask, self.scheduler, generator)
 
+        guidance_scale = 1.0 if guidance_scale is None else guidance_scale
         self._guidance_scale, self._num_timesteps = guidance_scale, len(visited)
         trajectory = []
         with self.progress_bar(total=len(visited) * num_resample_steps) as bar:
@@ -124,7 +125,7 @@ class SamplingMixin:
                         guider = self._choose_guider(
                             condition, given_guider, guidance_scale, guidance_rescale, classifier_scale
                         )
-                        self._check_guider(condition, guider, visited, guidance_interval)
+                        self._check_guider(condition, guider, visited, guide)
                         step_kwargs = self._step_kwargs(generator, eta, use_clipped_model_output, guider, guide)
                         denoise = self._denoiser(self.scheduler, guider, condition, batch_size, device, low_memory)
 
@@ -142,7 +143,7 @@ class SamplingMixin:
         self,
         condition: Any,
         guider: BaseGuidance | None,
-        guidance_scale: float,
+        guidance_scale: float | None,
         guidance_rescale: float,
         classifier_scale: float,
     ) -> BaseGuidance | None:
@@ -153,10 +154,8 @@ class SamplingMixin:
         """The number of images that the condition and the other arguments agree on."""
         raise NotImplementedError
 
-    def _check_guider(
-        self, condition: Any, guider: BaseGuidance | None, timesteps: Tensor, interval: Interval | None
-    ) -> None:
-        """Refuses a guider that the components or the condition do not suffice for."""
+    def _check_guider(self, condition: Any, guider: BaseGuidance | None, timesteps: Tensor, guide: list[bool]) -> None:
+        """Refuses a guider that the components or the condition do not suffice for in the steps in which it acts."""
         raise NotImplementedError
 
     def _denoiser(

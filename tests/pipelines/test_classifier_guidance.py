@@ -1,7 +1,7 @@
 import diffusers
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler
+from diffusers import EulerDiscreteScheduler, HeunDiscreteScheduler, KDPM2DiscreteScheduler
 
 from diffusers_ext import (
     ClassifierGuidance,
@@ -75,7 +75,15 @@ def test_a_step_is_the_formula_by_hand(scale):
 
 
 @pytest.mark.parametrize(
-    "scheduler", [ExtDDPMScheduler, ExtDDIMScheduler, VPredictionScheduler, EulerDiscreteScheduler]
+    "scheduler",
+    [
+        ExtDDPMScheduler,
+        ExtDDIMScheduler,
+        VPredictionScheduler,
+        EulerDiscreteScheduler,
+        HeunDiscreteScheduler,
+        KDPM2DiscreteScheduler,
+    ],
 )
 @pytest.mark.parametrize("guider", [ClassifierGuidance(2.0), ClassifierGuidance(2.0, guidance_scale=3.0)])
 def test_image_i_is_the_same_alone_in_a_batch_and_with_low_memory(scheduler, guider):
@@ -161,7 +169,7 @@ def test_the_guidance_is_saved_with_the_pipeline(tmp_path):
             ExtDDPMScheduler(beta_schedule="cosine"),
             "trained on 'cosine' of 1000 timesteps, and the scheduler has 'linear'",
         ),
-        (ExtDDPMScheduler(num_train_timesteps=500, beta_end=0.04), "'linear' of 500 timesteps, .* of 1000 timesteps"),
+        (ExtDDPMScheduler(num_train_timesteps=500, beta_end=0.04), "'linear' of 500 timesteps, .* of 1000 timesteps$"),
         (ExtDDPMScheduler(beta_end=0.03), "alpha_bar up to .* apart"),
     ],
 )

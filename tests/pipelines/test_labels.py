@@ -5,8 +5,7 @@ import torch
 from diffusers import UNet2DModel
 from diffusers.guiders import ClassifierFreeGuidance
 
-from diffusers_ext import DiTModel, ExtDDIMScheduler, ExtDDPMScheduler, GuidedDiffusionPipeline
-from diffusers_ext.guiders import ComposedGuidance
+from diffusers_ext import ComposedGuidance, DiTModel, ExtDDIMScheduler, ExtDDPMScheduler, GuidedDiffusionPipeline
 from diffusers_ext.models.layers import TimestepEmbedding
 from tiny import tiny_unet
 
@@ -90,6 +89,35 @@ def test_one_weight_is_classifier_free_guidance():
     )
 
 
+def test_weights_that_add_up_to_one_need_no_null_label():
+    """The weighted mean of the labels' predictions; one label of weight 1 is that label, at the price of one call."""
+    pipe, noise, sizes = pipeline(), torch.randn(2, 1, 8, 8), []
+    kwargs = {"latents": noise, "timesteps": [600], "output_type": "latent"}
+    hook = pipe.denoiser.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    plain, one = (pipe(labels, **kwargs).images for labels in ([1, 2], [{1: 1.0}, {2: 1.0}]))
+    both, more = (pipe([{0: 0.25, 1: 0.75}, {2: weight}], **kwargs).images for weight in (1.0, 1.5))
+    hook.remove()
+    assert sizes == [2, 2, 4, 6]
+    torch.testing.assert_close(one, plain, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(both[0], more[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(both[1], plain[1], rtol=1e-4, atol=1e-4)
+
+
+def test_weights_of_one_label_under_two_names_add_up():
+    pipe = pipeline()
+    torch.testing.assert_close(sample(pipe, {"bag": 2.0, 1: 1.0}), sample(pipe, {1: 3.0}))
+
+
+def test_weights_may_come_with_their_guider():
+    pipe = pipeline()
+    expected = sample(pipe, {1: 3.0}, guidance_rescale=0.7)
+    assert torch.equal(sample(pipe, {1: 3.0}, guider=ComposedGuidance(0.7)), expected)
+    pipe.register_modules(guider=ClassifierFreeGuidance(5.0))
+    with pytest.raises(ValueError, match="which goes with no ClassifierFreeGuidance; for this call give guider=Comp"):
+        sample(pipe, {1: 3.0})
+    assert torch.equal(sample(pipe, {1: 3.0}, guider=ComposedGuidance(0.7)), expected)
+
+
 def test_image_i_of_weights_is_the_same_alone_and_in_a_batch():
     pipe, wishes = pipeline(scheduler=ExtDDPMScheduler()), [{0: 2.0}, {1: 1.0, 2: 2.0, 0: 0.5}, {}]
     together = sample(pipe, wishes, 3)
@@ -106,6 +134,7 @@ def test_image_i_of_weights_is_the_same_alone_and_in_a_batch():
         ([{1: float("nan")}], {}, "the weight of a label must be finite, got nan for 1"),
         (torch.tensor([[0, 1]]), {}, r"zeros and ones of shape \(images, 3\), got shape \(1, 2\)"),
         (torch.tensor([[0, 0.5, 1]]), {}, "got shape .* of other numbers"),
+        ([{1: "2"}], {}, "the weight of a label must be finite, got '2' for 1"),
         ([1], {"guider": ComposedGuidance()}, "ComposedGuidance needs class_labels with weights"),
         ([{1: 2.0}, 1], {}, "weights for all images or for none"),
         ([1, {1: 2.0}], {}, "weights for all images or for none"),

@@ -91,6 +91,38 @@ def test_negative_prompts_enter_where_the_unconditional_prediction_does(num_nega
     assert pipe.denoiser.calls == ([2] * 6 if low_memory else [4] * 3)
 
 
+@pytest.mark.parametrize("last_scale", [1.0, 2.0])
+def test_a_callback_may_end_the_guidance_by_a_negative_prompt(last_scale):
+    """The one colour of the image is what the last step predicts."""
+    pipe, negative = mean_pipeline(), torch.tensor([[[0.2, -0.2, 0.0]]])
+
+    def set_scale(pipe, step, timestep, tensors):
+        pipe._guidance_scale = last_scale
+
+    images = pipe(
+        prompt_embeds=EMBEDS,
+        negative_prompt_embeds=negative,
+        guidance_scale=3.0,
+        generator=seeds(2),
+        callback_on_step_end=set_scale,
+        **SETTINGS,
+    ).images
+    u, c = negative.mean(1), EMBEDS.mean(1)
+    torch.testing.assert_close(colours(images), u + last_scale * (c - u), atol=1e-4, rtol=0)
+    assert pipe.denoiser.calls == ([4, 2, 2] if last_scale == 1 else [4] * 3)
+
+
+def test_a_weaker_network_of_another_precision_guides_texts_too():
+    weak = randomized(tiny_text_unet(block_out_channels=(8, 8)))
+    pipe = text_pipeline(weak_denoiser=weak)
+    call = {"guider": diffusers_ext.WeakModelGuidance(2.0)} | SETTINGS
+    expected = pipe("red dot", generator=seeds(1), **call).images
+    assert (expected - pipe("red dot", guidance_scale=1.0, generator=seeds(1), **SETTINGS).images).abs().max() > 0.1
+    weak.to(torch.bfloat16)
+    images = pipe("red dot", generator=seeds(1), **call).images
+    assert (images - expected).norm() < 0.05 * expected.norm()
+
+
 def test_masked_tokens_have_no_influence():
     mask = torch.tensor([[1, 0], [0, 1]])
     images = [
@@ -106,14 +138,18 @@ def test_masked_tokens_have_no_influence():
     torch.testing.assert_close(*images, atol=0, rtol=0)
 
 
+def denoiser_of(architecture, **options):
+    if architecture == "unet":
+        return tiny_text_unet(**options)
+    torch.manual_seed(1)
+    tiny = {"hidden_size": 16, "num_layers": 1, "num_attention_heads": 2, "patch_size": 4}
+    return randomized(DiTModel(sample_size=8, in_channels=3, cross_attention_dim=WIDTH, **tiny, **options))
+
+
+@pytest.mark.parametrize("pool_context", [False, True])
 @pytest.mark.parametrize("architecture", ["unet", "dit"])
-def test_masked_tokens_have_no_influence_on_networks_of_ours(architecture):
-    if architecture == "dit":
-        tiny = {"hidden_size": 16, "num_layers": 1, "num_attention_heads": 2, "patch_size": 4}
-        denoiser = randomized(DiTModel(sample_size=8, in_channels=3, cross_attention_dim=WIDTH, **tiny))
-    else:
-        denoiser = tiny_text_unet()
-    pipe = text_pipeline("t5", denoiser)
+def test_masked_tokens_have_no_influence_on_networks_of_ours(architecture, pool_context):
+    pipe = text_pipeline("t5", denoiser_of(architecture, pool_context=pool_context))
     embeds, mask = pipe.encode_prompt(["red dot", "a long green bar"])
     assert not mask[0].all()
     call = {"generator": seeds(2), "prompt_attention_mask": mask, "guidance_scale": 1.0} | SETTINGS
@@ -127,10 +163,12 @@ def test_masked_tokens_have_no_influence_on_networks_of_ours(architecture):
     assert (unmasked - one)[0].abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("kind", ["clip", "t5"])
-def test_image_i_is_the_same_alone_and_in_a_batch(kind):
-    pipe, prompts = text_pipeline(kind), ["red dot", "a much longer green bar", "blue"]
-    together = pipe(prompts, "white edge", generator=seeds(3), **SETTINGS).images
+@pytest.mark.parametrize(("kind", "architecture"), [("clip", "unet"), ("t5", "unet"), ("t5", "dit")])
+def test_image_i_is_the_same_alone_and_in_a_batch(kind, architecture):
+    """With T5 the texts of a batch are padded to the longest of it, and masked."""
+    pipe = text_pipeline(kind, denoiser_of(architecture, pool_context=True))
+    prompts = ["red dot", "a much longer green bar", "blue", ""]
+    together = pipe(prompts, "white edge", generator=seeds(4), **SETTINGS).images
     for i, prompt in enumerate(prompts):
         alone = pipe(prompt, "white edge", generator=seeds(1, first=i), **SETTINGS).images
         torch.testing.assert_close(alone, together[i : i + 1], atol=1e-4, rtol=1e-4)
@@ -178,7 +216,7 @@ def test_stock_diffusers_loads_what_was_saved(tmp_path, kind, pipeline_class):
 def test_stable_diffusion_pipeline_makes_the_same_images(tmp_path):
     """U-Net and VAE of ours with a CLIP text model, DDIM, guidance and a negative prompt."""
     tokenizer = tiny_tokenizer()
-    unet = tiny_text_unet(in_channels=4, out_channels=4)
+    unet = tiny_text_unet(in_channels=4, out_channels=4, pool_context=True)
     vae = VAEModel(sample_size=16, in_channels=3, out_channels=3, block_out_channels=(8, 16), latent_channels=4)
     vae.register_to_config(scaling_factor=0.7, shift_factor=0.0)
     parts = {"tokenizer": tokenizer, "text_encoder": tiny_clip(tokenizer), "vae": vae.eval()}
@@ -207,16 +245,23 @@ def test_text_that_is_too_long_is_cut_with_a_warning(caplog):
     logger = logging.getLogger("diffusers_ext.text")
     logger.addHandler(caplog.handler)
     try:
-        long = pipe.encode_prompt("red dot red dot red dot red dot red dot")
+        long = pipe.encode_prompt(["red dot red dot red dot red dot red dot", "red", "blue " * 9])
     finally:
         logger.removeHandler(caplog.handler)
-    assert "is cut to the 8 that the text encoder takes" in caplog.text and long.states.shape[1] == 8
+    (message,) = {record.getMessage() for record in caplog.records}
+    assert "is cut to the 8 that the text encoder takes" in message and "and 1 of the other texts" in message
+    assert long.states.shape[1] == 8
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         ({"prompt": "red", "negative_prompt": "blue", "guidance_scale": 1.0}, "negative_prompt needs guidance"),
+        ({"prompt": "red", "negative_prompt": "blue", "guidance_interval": (0, 0)}, "negative_prompt needs guidance"),
+        (
+            {"prompt": "red", "guidance_scale": 1.0, "guider": ClassifierFreeGuidance(2.0)},
+            "guidance_scale must not be given together with a guider",
+        ),
         ({}, "prompt or prompt_embeds must be given"),
         ({"prompt": "red", "prompt_embeds": torch.zeros(1, 2, WIDTH)}, "must not both be given"),
         ({"prompt_embeds": torch.zeros(1, 2, WIDTH + 1)}, rf"shape \(prompts, tokens, {WIDTH}\)"),
