@@ -219,7 +219,7 @@ def check_options(config: EvaluateConfig, pipeline: DiffusionPipeline | None) ->
         )
     if config.caption_column is not None and not by_text:
         raise ValueError(f"caption_column is of pipelines that make images from texts, and {what}: leave it out")
-    if by_text and getattr(pipeline, "text_encoder", None) is None:
+    if by_text and pipeline.components.get("text_encoder", "none is asked for") is None:
         raise ValueError(
             f"a {type(pipeline).__name__} without a text_encoder cannot be asked for captions: give it one"
         )
