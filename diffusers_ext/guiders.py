@@ -221,6 +221,8 @@ class ComposedGuidance(_ContextGuidance):
     def check_pipeline(self, pipe, labels: Tensor | None) -> None:
         if labels is None or not labels.is_floating_point():
             raise ValueError("ComposedGuidance needs class_labels with weights, such as [{3: 2.0, 5: 1.0}]")
+        if not self._enabled:
+            raise ValueError("ComposedGuidance must be enabled: without it, weights of labels mean nothing")
         if pipe.null_label is None:
             raise ValueError("weights of labels need a model with labels and a null label")
 

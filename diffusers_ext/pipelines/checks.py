@@ -159,6 +159,13 @@ def _check_settings(guider: BaseGuidance) -> None:
             f"{name} must have zero_init_steps=0 or guidance_rescale=0, since what it makes of the first steps, zeros, has "
             f"no standard deviation to rescale; got {guider.zero_init_steps} and {guider.guidance_rescale}"
         )
+    layers = getattr(guider, "auto_guidance_config", None) or getattr(guider, "skip_layer_config", None) or ()
+    if any(getattr(config, "dropout", 1.0) < 1 for config in layers):
+        warnings.warn(
+            f"{name} with a dropout below 1 draws from torch's global generator, so that an image is not its generator's "
+            "alone; a dropout of 1 drops the layers whole",
+            stacklevel=5,
+        )
 
 
 def check_guider(

@@ -13,6 +13,7 @@ from diffusers import (
 )
 from diffusers.guiders import (
     AdaptiveProjectedGuidance,
+    AutoGuidance,
     ClassifierFreeGuidance,
     ClassifierFreeZeroStarGuidance,
     SkipLayerGuidance,
@@ -296,6 +297,22 @@ def test_what_would_make_nan_or_nothing_is_refused(kwargs, message):
     scheduler = ExtDDIMScheduler()
     with pytest.raises(ValueError, match=message):
         sample(pipeline(scheduler, classifier=classifier(scheduler)), **kwargs)
+
+
+def test_chance_that_no_generator_has_is_warned_of():
+    guiders = [AutoGuidance(2.0, auto_guidance_layers=[0], dropout=dropout) for dropout in (0.5, 1.0)]
+    with pytest.warns(UserWarning, match="AutoGuidance with a dropout below 1 draws from torch's global generator"):
+        sample(pipeline(), guider=guiders[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sample(pipeline(), guider=guiders[1])
+
+
+def test_weights_of_labels_cannot_do_without_their_guider():
+    guider = ComposedGuidance()
+    guider.disable()
+    with pytest.raises(ValueError, match="ComposedGuidance must be enabled"):
+        sample(pipeline(), [{1: 2.0}], guider=guider)
 
 
 def test_a_scale_is_not_ignored_for_the_guider_of_the_pipeline():

@@ -109,13 +109,14 @@ def test_weights_of_one_label_under_two_names_add_up():
 
 
 def test_weights_may_come_with_their_guider():
-    pipe = pipeline()
+    pipe, guider = pipeline(), ComposedGuidance(0.7)
     expected = sample(pipe, {1: 3.0}, guidance_rescale=0.7)
-    assert torch.equal(sample(pipe, {1: 3.0}, guider=ComposedGuidance(0.7)), expected)
+    sample(pipe, [{0: 2.0, 2: 1.0}, {1: 1.0}], 2, guider=guider)  # of which nothing is left in the guider
+    assert torch.equal(sample(pipe, {1: 3.0}, guider=guider), expected)
     pipe.register_modules(guider=ClassifierFreeGuidance(5.0))
     with pytest.raises(ValueError, match="which goes with no ClassifierFreeGuidance; for this call give guider=Comp"):
         sample(pipe, {1: 3.0})
-    assert torch.equal(sample(pipe, {1: 3.0}, guider=ComposedGuidance(0.7)), expected)
+    assert torch.equal(sample(pipe, {1: 3.0}, guider=guider), expected)
 
 
 def test_image_i_of_weights_is_the_same_alone_and_in_a_batch():
