@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from diffusers_ext.models.layers import AffineGroupNorm, TimestepEmbedding, attention
 from diffusers_ext.models.regional import RegionalCompilation
+from diffusers_ext.models.sizes import as_size, check_size
 from diffusers_ext.models.unet import (
-    as_size,
     block_maker,
     check_options,
-    check_size,
     make_encoder,
     run_module,
     stem,

@@ -22,6 +22,7 @@ from diffusers_ext.models.layers import (
     register_skippable,
 )
 from diffusers_ext.models.regional import RegionalCompilation
+from diffusers_ext.models.sizes import as_size, check_size
 
 
 @dataclass
@@ -370,22 +371,6 @@ class UNetModel(RegionalCompilation, ModelMixin, ConfigMixin):
                 "encoder_hidden_states must be given exactly if the model has cross-attention, got "
                 f"{'none' if context is None else tuple(context.shape)} for cross_attention_dim={config.cross_attention_dim}"
             )
-
-
-def as_size(sample_size, dims: int) -> tuple[int, ...]:
-    size = (sample_size,) * dims if isinstance(sample_size, int) else tuple(sample_size)
-    if len(size) != dims:
-        raise ValueError(f"sample_size must be one number or {dims}, for dims={dims}, got {sample_size}")
-    return size
-
-
-def check_size(size, block_out_channels):
-    factor = 2 ** (len(block_out_channels) - 1)
-    if any(side < factor or side % factor for side in size):
-        raise ValueError(
-            f"each side of the sample must be a multiple of {factor}, since {len(block_out_channels)} block_out_channels "
-            f"halve it {len(block_out_channels) - 1} times, got {' x '.join(map(str, size))}"
-        )
 
 
 def check_options(in_channels, out_channels, block_out_channels, layers_per_block, head_dim, num_classes, dims):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from diffusers_ext.models.layers import Attention
 from diffusers_ext.models.regional import RegionalCompilation
+from diffusers_ext.models.sizes import as_size, check_size
 from diffusers_ext.models.vae_coders import ConvCoder, DenseCoder, VAEBlock
 from diffusers_ext.models.vae_likelihood import LIKELIHOODS, mean_of
 from diffusers_ext.models.vae_posterior import DiagonalGaussian
@@ -117,12 +118,12 @@ class VAEModel(RegionalCompilation, ModelMixin, ConfigMixin):
     ):
         super().__init__()
         _check_options(self.config)
-        size = _as_size(sample_size, dims)
+        size = as_size(sample_size, dims)
         if architecture == "mlp":
             self.encoder = DenseCoder((in_channels * math.prod(size), *hidden_dims, 2 * latent_dim))
             self.decoder = DenseCoder((latent_dim, *reversed(hidden_dims), out_channels * math.prod(size)))
         else:
-            _check_size(size, block_out_channels)
+            check_size(size, block_out_channels, "sample_size")
             options = {"dims": dims, "mid_attention": mid_block_add_attention}
             self.encoder = ConvCoder(
                 in_channels, 2 * latent_channels, block_out_channels, layers_per_block, upward=False, **options
@@ -155,7 +156,7 @@ class VAEModel(RegionalCompilation, ModelMixin, ConfigMixin):
         config = self.config
         if config.architecture == "mlp":
             return (config.latent_dim,)
-        size = _as_size(config.sample_size, config.dims)
+        size = as_size(config.sample_size, config.dims)
         return (config.latent_channels, *(side // self.downsampling for side in size))
 
     @property
@@ -266,8 +267,8 @@ class VAEModel(RegionalCompilation, ModelMixin, ConfigMixin):
         config = self.config
         if config.architecture == "mlp" and use_tiling:
             raise ValueError("tiling needs architecture 'conv': a fully connected autoencoder takes one size alone")
-        size = _as_size(config.sample_size if tile_size is None else tile_size, config.dims)
-        _check_size(size, config.block_out_channels, "tile_size")
+        size = as_size(config.sample_size if tile_size is None else tile_size, config.dims, "tile_size")
+        check_size(size, config.block_out_channels, "tile_size")
         if not 0 <= overlap < 1:
             raise ValueError(f"overlap must be in [0, 1), got {overlap:g}")
         self.use_tiling = use_tiling
@@ -293,7 +294,7 @@ class VAEModel(RegionalCompilation, ModelMixin, ConfigMixin):
     def _decode(self, z: Tensor) -> Tensor:
         config = self.config
         if config.architecture == "mlp":
-            logits = self.decoder(z, self._run).unflatten(1, (-1, *_as_size(config.sample_size, config.dims)))
+            logits = self.decoder(z, self._run).unflatten(1, (-1, *as_size(config.sample_size, config.dims)))
             return logits if config.likelihood == "bernoulli" else mean_of("bernoulli", logits)
         if self.use_tiling:
             tiling = {"tile": self._tile, "overlap": self._overlap, "out_scale": self.downsampling}
@@ -322,8 +323,8 @@ class VAEModel(RegionalCompilation, ModelMixin, ConfigMixin):
             spatial = "height, width" if config.dims == 2 else "length"
             raise ValueError(f"x must have shape (batch, {config.in_channels}, {spatial}), got {tuple(x.shape)}")
         if config.architecture == "conv":
-            _check_size(x.shape[2:], config.block_out_channels, "the sample")
-        elif tuple(x.shape[2:]) != _as_size(config.sample_size, config.dims):
+            check_size(x.shape[2:], config.block_out_channels)
+        elif tuple(x.shape[2:]) != as_size(config.sample_size, config.dims):
             raise ValueError(
                 f"a fully connected autoencoder takes samples of sample_size {config.sample_size} alone, got "
                 f"{' x '.join(map(str, x.shape[2:]))}"
@@ -334,22 +335,6 @@ class VAEModel(RegionalCompilation, ModelMixin, ConfigMixin):
         if z.ndim != len(shape) + 1 or z.shape[1] != shape[0]:
             wanted = ", ".join(map(str, (shape[0], *("height", "width")[-self.config.dims :]) if shape[1:] else shape))
             raise ValueError(f"z must have shape (batch, {wanted}), got {tuple(z.shape)}")
-
-
-def _as_size(size: int | tuple[int, ...], dims: int) -> tuple[int, ...]:
-    sides = (size,) * dims if isinstance(size, int) else tuple(size)
-    if len(sides) != dims or min(sides) < 1:
-        raise ValueError(f"sample_size must be one positive number or {dims}, for dims={dims}, got {size}")
-    return sides
-
-
-def _check_size(size, block_out_channels, what: str = "sample_size"):
-    factor = 2 ** (len(block_out_channels) - 1)
-    if any(side < factor or side % factor for side in size):
-        raise ValueError(
-            f"each side of {what} must be a multiple of {factor}, since {len(block_out_channels)} block_out_channels "
-            f"halve it {len(block_out_channels) - 1} times, got {' x '.join(map(str, size))}"
-        )
 
 
 def _check_options(config):

@@ -236,6 +236,8 @@ def test_tiling_is_off_until_asked_for_and_says_what_does_not_fit():
     assert large.shape == (1, 3, 32, 48) and large.isfinite().all()
     with pytest.raises(ValueError, match="tile_size must be a multiple of 2"):
         model.enable_tiling(tile_size=7)
+    with pytest.raises(ValueError, match=r"tile_size must be one positive number or 2, for dims=2, got \(8, 8, 8\)"):
+        model.enable_tiling(tile_size=(8, 8, 8))
     with pytest.raises(ValueError, match=r"overlap must be in \[0, 1\), got 1"):
         model.enable_tiling(overlap=1.0)
     with pytest.raises(ValueError, match="tiling needs architecture 'conv'"):
