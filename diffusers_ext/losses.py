@@ -16,8 +16,9 @@ References:
 import torch
 from torch import Tensor
 
-from diffusers_ext.likelihood import ReverseChain, transition_nats
+from diffusers_ext.likelihood import transition_nats
 from diffusers_ext.noising import NoiseLevel, training_target, x0_error_scale
+from diffusers_ext.reverse_chain import ReverseChain
 
 
 LOSS_WEIGHTINGS = ("uniform", "simple", "min_snr", "truncated_snr", "snr_plus_one", "p2", "sample")
@@ -113,7 +114,7 @@ def bound_loss(
         output: What the model gave at `x_t`, with twice the channels if the variance is learned.
         chain: Over all timesteps of the noising path.
         timesteps: int64, shape `(batch,)`.
-        variance: One of `diffusers_ext.likelihood.REVERSE_VARIANCES`.
+        variance: One of `diffusers_ext.reverse_chain.REVERSE_VARIANCES`.
         num_bins: Number of values that the data can have, or None if they are continuous.
         detach_mean: Whether gradients reach the variance alone, as in L_hybrid.
     """

@@ -25,16 +25,9 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
-from diffusers_ext.likelihood import (
-    Denoise,
-    ReverseChain,
-    check_bins,
-    check_variance,
-    decoder_nats,
-    evaluate_transition,
-    split_output,
-)
+from diffusers_ext.likelihood import Denoise, check_bins, decoder_nats, evaluate_transition
 from diffusers_ext.noising import NoiseLevel, NoiseSchedule, output_eps, predict_x0, training_target
+from diffusers_ext.reverse_chain import ReverseChain, check_variance, split_output
 
 
 DIVERGENCES = ("hutchinson", "exact")

@@ -10,18 +10,17 @@ import torch
 
 from diffusers_ext.betas import make_betas, rescale_zero_terminal_snr
 from diffusers_ext.likelihood import (
-    ReverseChain,
     bits_per_dim,
     check_bins,
     decoder_nats,
     optimal_variances,
     prior_nats,
-    reverse_log_std,
     transition_nats,
     variational_bound,
 )
 from diffusers_ext.noising import PREDICTION_TYPES, NoiseLevel, NoiseSchedule, Normal, predict_eps, training_target
 from diffusers_ext.probability_flow import ContinuousPath, flow_bound, flow_log_density
+from diffusers_ext.reverse_chain import ReverseChain, reverse_log_std
 from diffusers_ext.timesteps import make_timesteps
 from gaussian_oracle import VARIANCE, denoise, model_output, optimal_variance
 from tiny import tiny_unet

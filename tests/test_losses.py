@@ -2,9 +2,10 @@ import pytest
 import torch
 
 from diffusers_ext.betas import make_betas
-from diffusers_ext.likelihood import ReverseChain, optimal_variances, variational_bound
+from diffusers_ext.likelihood import optimal_variances, variational_bound
 from diffusers_ext.losses import LOSS_WEIGHTINGS, bound_loss, denoising_loss, loss_weight
 from diffusers_ext.noising import NoiseSchedule, add_noise, predict_eps, training_target
+from diffusers_ext.reverse_chain import ReverseChain
 from gaussian_oracle import VARIANCE, model_output, optimal_variance
 
 

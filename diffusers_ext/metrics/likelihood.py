@@ -12,17 +12,12 @@ from accelerate.utils import gather_object
 from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
-from diffusers_ext.likelihood import (
-    LEARNED_VARIANCES,
-    ReverseChain,
-    bits_per_dim,
-    optimal_variances,
-    variational_bound,
-)
+from diffusers_ext.likelihood import bits_per_dim, optimal_variances, variational_bound
 from diffusers_ext.metrics.fit import LabelledImages
 from diffusers_ext.metrics.generate import SEED_STRIDE, convert_channels, image_size_of, num_classes_of
 from diffusers_ext.noising import dynamic_threshold
 from diffusers_ext.probability_flow import flow_bound
+from diffusers_ext.reverse_chain import LEARNED_VARIANCES, ReverseChain
 from diffusers_ext.schedulers import ExtDDPMScheduler
 
 

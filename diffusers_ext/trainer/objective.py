@@ -8,9 +8,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from diffusers_ext.likelihood import ReverseChain, bits_per_dim
+from diffusers_ext.likelihood import bits_per_dim
 from diffusers_ext.losses import LOSS_WEIGHTINGS, OBJECTIVES, bound_loss, denoising_loss
 from diffusers_ext.noising import PREDICTION_TYPES, NoiseSchedule, add_noise
+from diffusers_ext.reverse_chain import ReverseChain
 from diffusers_ext.trainer.figures import draw_loss_by_snr
 from diffusers_ext.whole_files import written_whole
 

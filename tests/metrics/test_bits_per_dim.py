@@ -6,10 +6,11 @@ import torch
 from accelerate import debug_launcher
 
 from diffusers_ext import ExtDDIMScheduler, ExtDDPMScheduler, GuidedDiffusionPipeline, UNetModel
-from diffusers_ext.likelihood import ReverseChain, bits_per_dim, variational_bound
+from diffusers_ext.likelihood import bits_per_dim, variational_bound
 from diffusers_ext.metrics.fit import LabelledImages
 from diffusers_ext.metrics.likelihood import measure_bits_per_dim
 from diffusers_ext.probability_flow import flow_bound
+from diffusers_ext.reverse_chain import ReverseChain
 
 
 SCHEDULE = {"num_train_timesteps": 12, "beta_schedule": "squaredcos_cap_v2", "timestep_spacing": "trailing"}

@@ -11,9 +11,9 @@ from accelerate import Accelerator, debug_launcher
 from safetensors.torch import load_file, save_file
 
 from diffusers_ext.betas import make_betas, rescale_zero_terminal_snr
-from diffusers_ext.likelihood import ReverseChain
 from diffusers_ext.losses import bound_loss, denoising_loss
 from diffusers_ext.noising import NoiseSchedule, add_noise
+from diffusers_ext.reverse_chain import ReverseChain
 from diffusers_ext.trainer.objective import DenoisingObjective
 from runs import forget_accelerate
 
