@@ -37,31 +37,33 @@ CHANNEL_MODES = tuple(IMAGE_MODES)
 # What a folder of a trained feature classifier tells about its training.
 FEATURES_FILE = "features.json"
 
+_HELP = {field.name: field.metadata["help"] for field in dataclasses.fields(DataConfig)}
+
 
 @dataclass(frozen=True)
 class DataOptions:
     """Those of `DataConfig` that say how images are prepared, and the held-out split. None leaves one open."""
 
     dataset_name: str | None = option(None, "digits, a data set on the Hub, or a local folder", "data")
-    dataset_config_name: str | None = option(None, "configuration of a data set that has several")
+    dataset_config_name: str | None = option(None, _HELP["dataset_config_name"])
     dataset_split: str | None = option(None, "split that the model was trained on; train if left open")
     held_out_split: str | None = option(
         None, f"split of images not trained on; by default the first there is of {', '.join(HELD_OUT_SPLITS)}"
     )
-    image_column: str | None = option(None, "column of the images; by default the only one that holds images")
+    image_column: str | None = option(None, _HELP["image_column"])
     label_column: str | None = option(None, "column of the labels; by default the class labels, if there are any")
-    num_classes: int | None = option(None, "how many labels there are, if they are integers")
-    label_names: tuple[str, ...] | None = option(None, "names of the labels 0, 1, 2, ...")
-    resolution: tuple[int, ...] | None = option(None, "side of the images in pixels, or height and width")
+    num_classes: int | None = option(None, _HELP["num_classes"])
+    label_names: tuple[str, ...] | None = option(None, _HELP["label_names"])
+    resolution: tuple[int, ...] | None = option(None, _HELP["resolution"])
     resize_mode: Literal["auto", "crop", "pad", "stretch"] | None = option(
         None, "how images get there, as in training; auto if left open"
     )
-    pad_value: int | None = option(None, "value of the border and behind transparent pixels; 0 if left open")
-    image_mode: Literal["L", "LA", "RGB", "RGBA"] | None = option(None, "channels to read; by default all there are")
+    pad_value: int | None = option(None, _HELP["pad_value"] + "; 0 if left open")
+    image_mode: Literal["L", "LA", "RGB", "RGBA"] | None = option(None, _HELP["image_mode"])
     max_train_samples: int | None = option(None, "use only the first so many images of dataset_split")
-    max_bad_share: float | None = option(None, "share of the images that may fail to decode; 0.01 if left open")
-    preprocessing_num_workers: int = option(1, "processes that decode the images, once")
-    cache_dir: str | None = option(None, "where `datasets` keeps what it reads and decodes")
+    max_bad_share: float | None = option(None, _HELP["max_bad_share"] + "; 0.01 if left open")
+    preprocessing_num_workers: int = option(1, _HELP["preprocessing_num_workers"])
+    cache_dir: str | None = option(None, _HELP["cache_dir"])
 
 
 @dataclass(frozen=True)
