@@ -5,6 +5,7 @@ combines them. What stands here is the loop between, for pipelines that are not 
 more than predictions, stand in `diffusers_ext.guiders`.
 """
 
+import logging
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -61,6 +62,18 @@ class StepContext(NamedTuple):
         return noise_level(self.scheduler, self.timestep, self.x_t)
 
 
+@contextmanager
+def without_notice() -> Iterator[None]:
+    """Makes guiders without diffusers' notice that they may change, which is for users who name one themselves."""
+    notice = logging.getLogger("diffusers.guiders.guider_utils")
+    before, notice.disabled = notice.disabled, True
+    try:
+        yield
+    finally:
+        notice.disabled = before
+
+
+@without_notice()
 def classifier_free_guidance(guidance_scale: float, guidance_rescale: float = 0.0) -> ClassifierFreeGuidance | None:
     """The guider for a scale, where 1 is the conditional prediction alone (Ho & Salimans 2022, with w = scale - 1).
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from diffusers.guiders import AdaptiveProjectedGuidance, AutoGuidance, BaseGuidance
 from torch import nn
 
-from diffusers_ext.guidance import INTERVAL_UNITS, with_named_blocks
+from diffusers_ext.guidance import INTERVAL_UNITS, with_named_blocks, without_notice
 from diffusers_ext.guiders import ClassifierGuidance, WeakModelGuidance
 from diffusers_ext.pipelines.checks import check_components
 from diffusers_ext.pipelines.pipeline_guided_diffusion import GuidedDiffusionPipeline
@@ -104,6 +104,7 @@ def why_missing(method: str, pipe: GuidedDiffusionPipeline) -> str | None:
     return None
 
 
+@without_notice()
 def call_settings(
     method: str, scale: float, options: GuidanceOptions, pipe: GuidedDiffusionPipeline
 ) -> dict[str, Any]:

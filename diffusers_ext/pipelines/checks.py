@@ -8,7 +8,7 @@ import torch
 from diffusers.guiders import AutoGuidance, BaseGuidance, ClassifierFreeZeroStarGuidance
 from torch import Tensor, nn
 
-from diffusers_ext.guidance import asks_for_unconditional, classifier_free_guidance
+from diffusers_ext.guidance import asks_for_unconditional, classifier_free_guidance, without_notice
 from diffusers_ext.guiders import ClassifierGuidance, ComposedGuidance
 from diffusers_ext.labels import num_classes_of
 from diffusers_ext.latents import latent_scale
@@ -100,6 +100,7 @@ def check_outputs(pipe, output_type: str, callback_inputs: Sequence[str]) -> Non
             )
 
 
+@without_notice()
 def choose_guider(
     pipe,
     guider: BaseGuidance | None,

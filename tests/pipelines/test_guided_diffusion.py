@@ -1,3 +1,5 @@
+import logging
+
 import numpy as np
 import pytest
 import torch
@@ -300,3 +302,16 @@ def test_a_saved_pipeline_makes_the_same_images(tmp_path, guider):
     assert loaded.labels == pipe.labels
     first, again = (sample(p, class_labels="bag", generator=generators(4)) for p in (pipe, loaded))
     assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize("short", [{"guidance_scale": 3.0}, {"class_labels": {1: 0.5, 2: 0.5}}])
+def test_short_forms_of_guidance_do_not_tell_that_guiders_may_change(short, caplog):
+    notice = logging.getLogger("diffusers.guiders.guider_utils")
+    notice.addHandler(caplog.handler)
+    try:
+        sample(pipeline(num_classes=3), **({"class_labels": 1} | short))
+        assert not caplog.records
+        ClassifierFreeGuidance(3.0)
+        assert caplog.records  # who names one is told
+    finally:
+        notice.removeHandler(caplog.handler)
