@@ -6,7 +6,8 @@
 PIPELINE is the folder of a run of training/train_ddpm.py, or another pipeline of this package. For each method and
 guidance scale it makes the same number of images, image i of each from the same noise, and measures them as
 training/evaluate.py does. `guidance.png`, `guidance.md` and `guidance.json` go into the folder. What is in the last is
-not made again, so that a command that was stopped goes on when it is given again.
+not made again, so that a command that was stopped goes on when it is given again. `guidance_samples.png` shows the first
+image of each label by each method, at its scale of least distance.
 """
 
 import dataclasses
@@ -18,19 +19,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
+from PIL import Image
 
 from diffusers_ext import GuidedDiffusionPipeline, NoisyClassifierModel
 from diffusers_ext.guidance import guided_steps
 from diffusers_ext.metrics.evaluation import Evaluator
-from diffusers_ext.metrics.generate import default_of, image_size_of
+from diffusers_ext.metrics.generate import balanced_labels, default_of, generate_images, image_size_of
 from diffusers_ext.metrics.guidance_comparison import (
     METHODS,
     UNGUIDED,
     UNGUIDED_TITLE,
     GuidanceOptions,
     add_networks,
+    best_of,
     call_settings,
     counted_calls,
     describe_best,
@@ -49,10 +53,12 @@ from diffusers_ext.metrics.real import (
 )
 from diffusers_ext.metrics.subject import generate_for, load_pipeline
 from diffusers_ext.trainer.config import is_fast_at_bf16, set_threads
+from diffusers_ext.trainer.figures import labelled_grid, save_picture
 from diffusers_ext.trainer.options import option, parse_config, run_script, to_command
 
 
 NUM_NEIGHBOURS = 5  # of precision and recall
+MAX_COLUMNS = 16  # labels in the picture
 
 
 @dataclass(frozen=True)
@@ -159,7 +165,8 @@ def main(config: CompareConfig) -> dict | None:
         return None
     results.save(methods)
     print("\n".join([results.table(methods), "", *describe_best(results.shown, methods)]))
-    print(f"written to {results.path}, guidance.md and guidance.png")
+    save_picture(draw_best(config, pipe, results.shown, methods, bf16), results.path.with_name("guidance_samples.png"))
+    print(f"written to {results.path}, guidance.md, guidance.png and guidance_samples.png")
     return results.contents()
 
 
@@ -291,6 +298,35 @@ def measure(
         return {}
     seconds = round(time.perf_counter() - start, 1)
     return {"calls": calls, "seconds": seconds} | evaluator.measure(images, labels)
+
+
+def draw_best(
+    config: CompareConfig, pipe: GuidedDiffusionPipeline, rows: list[dict], methods: list[str], bf16: bool
+) -> Image.Image:
+    """Images that were measured, the first of each label: without guidance, and by each method at its best scale."""
+    labels = balanced_labels(min(config.num_images, pipe.num_classes, MAX_COLUMNS), pipe.num_classes)
+    names = pipe.config.id2label or {}
+    lines, titles = [], []
+    for method in (UNGUIDED, *methods):
+        best = best_of([row for row in rows if row["method"] == method])
+        if best is None:
+            continue
+        scale = best["guidance_scale"]
+        settings = {} if method == UNGUIDED else call_settings(method, scale, config, pipe)
+        with torch.autocast(pipe.device.type, torch.bfloat16, enabled=bf16):
+            images = generate_images(
+                pipe,
+                range(len(labels)),
+                labels=labels,
+                num_inference_steps=config.num_inference_steps,
+                settings=settings,
+                batch_size=config.eval_batch_size,
+                seed=config.seed,
+                show_progress=False,
+            )
+        lines.append(images / 255)
+        titles.append(UNGUIDED_TITLE if method == UNGUIDED else f"{METHODS[method]}, {scale:g}")
+    return labelled_grid(lines, titles, [names.get(str(label), str(label)) for label in labels])
 
 
 class Results:

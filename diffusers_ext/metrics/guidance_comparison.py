@@ -188,6 +188,11 @@ def rows_of(rows: Sequence[dict], method: str) -> list[dict]:
     return sorted((row for row in rows if row["method"] in (method, UNGUIDED)), key=lambda row: row["guidance_scale"])
 
 
+def best_of(rows: Sequence[dict]) -> dict | None:
+    """The result of least Fréchet distance, if there is any."""
+    return min(rows, key=lambda row: row["frechet_distance"], default=None)
+
+
 def num_calls(row: dict) -> float:
     """Calls of all networks an image."""
     return sum(row["calls"].values())
@@ -207,7 +212,7 @@ def describe_best(rows: Sequence[dict], methods: Sequence[str]) -> list[str]:
     """For each method the scale of least Fréchet distance, in a line; and what the interval saves."""
     lines = []
     for method in methods:
-        best = min(rows_of(rows, method), key=lambda row: row["frechet_distance"], default=None)
+        best = best_of(rows_of(rows, method))
         if best is not None:
             lines.append(
                 f"{METHODS[method]}: least Fréchet distance {best['frechet_distance']:.4g} at scale "

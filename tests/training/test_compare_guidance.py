@@ -6,8 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from diffusers_ext import ExtDDIMScheduler, GuidedDiffusionPipeline, NoisyClassifierModel, UNetModel
 from diffusers_ext.metrics.features import FeatureClassifierModel
@@ -110,6 +112,24 @@ def test_what_is_the_same_to_all_methods_is_made_once_and_shown_in_each_line(fol
     distances = [row["frechet_distance"] for row in compared["results"]]
     assert len(set(distances)) == len(distances) == 7  # no two methods are the same
     assert (folders / "all" / "guidance.png").stat().st_size > 10_000
+
+
+def test_the_picture_shows_images_that_were_measured(folders, compared):
+    """A row without guidance and one for each method, of which the first is made here by the pipeline itself."""
+    picture = np.asarray(Image.open(folders / "all" / "guidance_samples.png").convert("L"))
+    side, margin = 48, 2  # 8x8 images enlarged
+    assert picture.shape[0] == 7 * (side + margin) + margin + 20
+    pipe = GuidedDiffusionPipeline.from_pretrained(folders / "run")
+    generators = [torch.Generator().manual_seed(i) for i in range(10)]
+    images = pipe(list(range(10)), num_inference_steps=STEPS, generator=generators, output_type="np").images
+    tile = (images[3, ..., 0] * 255).round().repeat(6, 0).repeat(6, 1)
+    found = [
+        (y, x)
+        for y in range(picture.shape[0] - side)
+        for x in range(picture.shape[1] - side)
+        if picture[y, x] == tile[0, 0] and (picture[y : y + side, x : x + side] == tile).all()
+    ]
+    assert len(found) == 1 and found[0][0] < side
 
 
 def test_the_interval_says_what_it_saves(folders, compared):
