@@ -67,7 +67,7 @@ class CompareConfig(GuidanceOptions, DataOptions):
 
     pipeline: str | None = option(None, "PIPELINE may also stand first, without --pipeline", "what is compared")
     methods: tuple[str, ...] = option(tuple(METHODS), "which of them, in the order of the figure")
-    guidance_scales: tuple[float, ...] = option((1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0), "at least 1, which is none")
+    guidance_scales: tuple[float, ...] = option((1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0), "at least 1, which is none")
     weak_pipeline: str | None = option(
         None, "pipeline with a smaller or less trained denoiser, for autoguidance; without one, layers are dropped"
     )
