@@ -19,6 +19,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from diffusers_ext.hub import check_repo_id
 from diffusers_ext.saved_folder import SavedFolder, loading_lines
+from diffusers_ext.whole_files import written_whole
 
 
 # Beside this module and not in the repository's `model_cards/`, since an installed package needs it too.
@@ -209,9 +210,8 @@ def _tell_figures(card_data: ModelCardData, figures: Sequence[Figure], title: st
 
 
 def _write_whole(card: ModelCard, path: Path) -> Path:
-    unfinished = path.with_name(f".{path.name}.tmp")
-    unfinished.write_text(str(card), encoding="utf-8")
-    unfinished.replace(path)
+    with written_whole(path) as partial:
+        partial.write_text(str(card), encoding="utf-8")
     return path
 
 

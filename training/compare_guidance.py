@@ -55,6 +55,7 @@ from diffusers_ext.metrics.subject import generate_for, load_pipeline
 from diffusers_ext.trainer.config import is_fast_at_bf16, set_threads
 from diffusers_ext.trainer.figures import labelled_grid, save_picture
 from diffusers_ext.trainer.options import option, parse_config, run_script, to_command
+from diffusers_ext.whole_files import written_whole
 
 
 NUM_NEIGHBOURS = 5  # of precision and recall
@@ -408,9 +409,8 @@ class Results:
         )
         contents = {self.path: json.dumps(self.contents(), indent=2), self.path.with_suffix(".md"): text}
         for path, content in contents.items():
-            unfinished = path.with_name(f".{path.name}")
-            unfinished.write_text(content + "\n")
-            unfinished.replace(path)
+            with written_whole(path) as partial:
+                partial.write_text(content + "\n")
         draw_comparison(self.shown, methods, self.path.with_suffix(".png"), self.held_out)
 
 

@@ -12,7 +12,6 @@ for by the captions of the held-out split, or of the training split if that has 
 
 import dataclasses
 import json
-import os
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -39,6 +38,7 @@ from diffusers_ext.metrics.subject import generate_for, is_image_folder, load_pi
 from diffusers_ext.trainer.captions import find_caption_column
 from diffusers_ext.trainer.config import is_fast_at_bf16, set_threads
 from diffusers_ext.trainer.options import option, parse_config, run_script, to_command
+from diffusers_ext.whole_files import written_whole
 
 
 # Above these numbers of values an image, measures in pixels tell little and take long, so they must be asked for.
@@ -278,9 +278,8 @@ def report(config: EvaluateConfig, result: dict):
     folder = Path(config.pipeline) if Path(config.pipeline).is_dir() else Path()
     path = Path(config.output_file) if config.output_file else folder / "evaluation.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(json.dumps(result, indent=2) + "\n")
-    os.replace(unfinished, path)
+    with written_whole(path) as partial:
+        partial.write_text(json.dumps(result, indent=2) + "\n")
 
     columns = {"generated": result["generated"]}
     if "held_out" in result:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from diffusers_ext import TextGuidedDiffusionPipeline
 from diffusers_ext.metrics.subject import load_pipeline
-from diffusers_ext.trainer.figures import labelled_grid
+from diffusers_ext.trainer.figures import labelled_grid, save_picture
 from diffusers_ext.trainer.options import option, run_script
 
 
@@ -68,7 +68,7 @@ def main(config: SampleConfig) -> Path:
         negative_prompt=config.negative_prompt,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path)
+    save_picture(picture, path)
     print(f"{len(config.prompts)} texts at {len(config.guidance_scales)} guidance scales: {path}")
     return path
 

@@ -17,6 +17,7 @@ from diffusers_ext.guiders import ClassifierGuidance, WeakModelGuidance
 from diffusers_ext.pipelines.checks import check_components
 from diffusers_ext.pipelines.pipeline_guided_diffusion import GuidedDiffusionPipeline
 from diffusers_ext.schedulers.levels import PATH_TOLERANCE, describe_path, path_difference
+from diffusers_ext.trainer.figures import save_picture
 from diffusers_ext.trainer.options import option
 
 
@@ -273,9 +274,7 @@ def draw_comparison(rows: Sequence[dict], methods: Sequence[str], path: Path, he
     if all(row["frechet_distance"] > 0 for row in rows):
         panels[1].set_yscale("log")
     panels[1].legend(frameon=False, fontsize="small")
-    unfinished = path.with_name(f".{path.name}")
-    figure.savefig(unfinished, dpi=120, format="png")
-    unfinished.replace(path)
+    save_picture(figure, path)
 
 
 def _num_blocks(network: nn.Module) -> int:

@@ -10,6 +10,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from diffusers_ext.noising import NoiseSchedule, add_noise
+from diffusers_ext.trainer.figures import save_picture
+from diffusers_ext.whole_files import written_whole
 
 
 NUM_LEVELS = 20  # of the accuracy curve
@@ -109,7 +111,7 @@ def save_accuracy(rows: Sequence[dict[str, float]], folder: Path, *, num_classes
     """
     from matplotlib.figure import Figure  # not pyplot: no global state, no display
 
-    with (folder / "accuracy.csv").open("w", newline="") as file:
+    with written_whole(folder / "accuracy.csv") as partial, partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
@@ -121,4 +123,4 @@ def save_accuracy(rows: Sequence[dict[str, float]], folder: Path, *, num_classes
     axes.set_ylabel("share of the labels that are right")
     axes.set_ylim(0, 1.02)
     axes.legend(frameon=False)
-    figure.savefig(folder / "accuracy.png", dpi=120)
+    save_picture(figure, folder / "accuracy.png")
