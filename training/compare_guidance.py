@@ -154,9 +154,9 @@ def main(config: CompareConfig) -> dict | None:
         known = results.find(method, scale, how)
         title = f"{METHODS.get(method, UNGUIDED_TITLE)} at {scale:g} ({number} of {len(plan)})"
         if known:
-            say(state, f"{title}: in {results.path}")
+            state.print(f"{title}: in {results.path}", flush=True)
             continue
-        say(state, title)
+        state.print(title, flush=True)
         row = measure(config, pipe, real, evaluator, settings, bf16)
         row = {"method": method, "guidance_scale": scale, "how": how} | row
         results.add(row)
@@ -184,7 +184,9 @@ def load_for_comparison(config: CompareConfig, state: PartialState) -> GuidedDif
             raise ValueError(f"--classifier {config.classifier} is no folder of training/train_classifier.py")
         classifier = NoisyClassifierModel.from_pretrained(config.classifier).eval()
     if pipe.guider is not None:
-        say(state, f"the pipeline's own guider, {type(pipe.guider).__name__}, is left out of the comparison")
+        state.print(
+            f"the pipeline's own guider, {type(pipe.guider).__name__}, is left out of the comparison", flush=True
+        )
     pipe.to(state.device)
     add_networks(pipe, weak, classifier)
     if pipe.num_classes is None:
@@ -206,7 +208,7 @@ def available_methods(config: CompareConfig, pipe: GuidedDiffusionPipeline, stat
         if reason is None:
             methods.append(method)
         else:
-            say(state, f"{METHODS[method]} is left out: {reason}")
+            state.print(f"{METHODS[method]} is left out: {reason}", flush=True)
     if not methods:
         raise ValueError("none of the methods can guide this pipeline")
     labels = pipe.label_tensor([0])
@@ -412,11 +414,6 @@ class Results:
             with written_whole(path) as partial:
                 partial.write_text(content + "\n")
         draw_comparison(self.shown, methods, self.path.with_suffix(".png"), self.held_out)
-
-
-def say(state: PartialState, line: str):
-    if state.is_main_process:
-        print(line, flush=True)
 
 
 parse = partial(parse_config, CompareConfig, first="pipeline")

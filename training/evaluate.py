@@ -161,7 +161,7 @@ def main(config: EvaluateConfig) -> dict | None:
             caption_column = find_caption_column(data_config, config.caption_column)
         real = load_real_images(config, caption_column)
     for note in real.notes:
-        say(state, note)
+        state.print(note, flush=True)
     # Before the images are generated, so that what is wrong here is told early.
     features, about_features = features_for(real, config.features, state)
     bf16 = is_fast_at_bf16(state.device.type) if config.mixed_precision is None else config.mixed_precision == "bf16"
@@ -344,11 +344,6 @@ def figures_of(config: EvaluateConfig, result: dict) -> list[Figure]:
             Figure(metric, bound["bits_per_dim"], bound["num_images"], sampler, bound["num_steps"], command)
         )
     return figures
-
-
-def say(state: PartialState, line: str):
-    if state.is_main_process:
-        print(line, flush=True)
 
 
 parse = partial(parse_config, EvaluateConfig, first="pipeline")
