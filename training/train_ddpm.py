@@ -30,8 +30,8 @@ from diffusers_ext.trainer.denoising import (
 from diffusers_ext.trainer.latents import SampleSpace, load_vae
 from diffusers_ext.trainer.loop import Trainer
 from diffusers_ext.trainer.options import option, run_script, to_command
-from diffusers_ext.trainer.run import describe_data, finish_run, make_accelerator, open_run, save_whole
-from diffusers_ext.trainer.sampling import draw_figures, draw_while_training
+from diffusers_ext.trainer.run import describe_data, finish_run, make_accelerator, open_run
+from diffusers_ext.trainer.sampling import draw_while_training, save_and_draw
 from diffusers_ext.trainer.stream import StreamData
 
 
@@ -62,6 +62,7 @@ def main(config: TrainConfig) -> Path:
         config.check_sample(space.shape[1:], space.resolution)
         open_folder(config)
         model, scheduler = build_model(config, space, data.num_classes), build_scheduler(config)
+        pipeline, rows = partial(averaged_pipeline, scheduler=scheduler, vae=vae), rows_of(data)
         trainer = Trainer(
             config,
             accelerator,
@@ -70,21 +71,12 @@ def main(config: TrainConfig) -> Path:
             data,
             batch_options={"label_dropout": config.label_dropout, "timestep_sampling": config.time_sampling}
             | space.batch_options,
-            on_images=partial(
-                draw_while_training, partial(averaged_pipeline, scheduler=scheduler, vae=vae), rows_of(data)
-            ),
+            on_images=partial(draw_while_training, pipeline, rows),
             validation_data=load_validation(config, accelerator, data, vae),
             prepare_batch=space.encoder(accelerator.device),
         )
         trainer.train()
-        with averaged_pipeline(trainer, scheduler, vae) as pipe:
-            if accelerator.is_main_process:
-                save_whole(pipe, trainer.output_dir)
-        accelerator.print("drawing samples and the denoising of one of them ...", flush=True)
-        accelerator.wait_for_everyone()
-        draw_figures(trainer, rows_of(data), label=None if data.id2label is None else 0)
-        # Ends the last gathering everywhere: a process that leaves during it can hang in gloo's destructor.
-        accelerator.wait_for_everyone()
+        save_and_draw(pipeline, rows, trainer, label=None if data.id2label is None else 0)
         if accelerator.is_main_process:
             finish_run(trainer, command, "\n\n".join([describe_data(config, data), *data.notes]))
     return trainer.output_dir

@@ -26,8 +26,8 @@ from diffusers_ext.trainer.denoising import build_model, build_objective, build_
 from diffusers_ext.trainer.latents import SampleSpace, load_vae, prepare_samples
 from diffusers_ext.trainer.loop import Trainer
 from diffusers_ext.trainer.options import run_script, to_command
-from diffusers_ext.trainer.run import describe_data, finish_run, make_accelerator, open_run, save_whole
-from diffusers_ext.trainer.sampling import draw_figures, draw_while_training
+from diffusers_ext.trainer.run import describe_data, finish_run, make_accelerator, open_run
+from diffusers_ext.trainer.sampling import draw_while_training, save_and_draw
 from diffusers_ext.trainer.text_encoder import TextDenoiser
 from diffusers_ext.trainer.text_to_image import TextConfig, Texts
 from diffusers_ext.trainer.validation import prepare_validation
@@ -72,14 +72,7 @@ def main(config: TextConfig) -> Path:
             prepare_batch=space.encoder(accelerator.device),
         )
         trainer.train()
-        with pipeline(trainer) as pipe:
-            if accelerator.is_main_process:
-                save_whole(pipe, trainer.output_dir)
-        accelerator.print("drawing samples and the denoising of one of them ...", flush=True)
-        accelerator.wait_for_everyone()
-        draw_figures(trainer, rows, prompt=rows["prompts"][0])
-        # Ends the last gathering everywhere: a process that leaves during it can hang in gloo's destructor.
-        accelerator.wait_for_everyone()
+        save_and_draw(pipeline, rows, trainer, prompt=rows["prompts"][0])
         if accelerator.is_main_process:
             told = "\n\n".join([describe_data(config, data), *data.notes])
             finish_run(trainer, command, told, PICTURES, pipeline_tag="text-to-image")

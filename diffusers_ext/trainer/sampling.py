@@ -14,6 +14,7 @@ from PIL import Image
 from diffusers_ext.trainer.denoising import DenoisingConfig
 from diffusers_ext.trainer.figures import labelled_grid, save_picture
 from diffusers_ext.trainer.loop import Trainer
+from diffusers_ext.trainer.run import save_whole
 
 
 MAX_ROWS = 16
@@ -132,14 +133,24 @@ def draw_while_training(
     log_image(trainer.accelerator, "samples", grid, trainer.state.step)
 
 
-def draw_figures(trainer: Trainer, rows: dict[str, Any], **condition) -> None:
-    """The sample grid, which the processes share, and the denoising strip, from the pipeline as saved.
+def save_and_draw(
+    pipeline: Callable[[Trainer], AbstractContextManager[DiffusionPipeline]],
+    rows: dict[str, Any],
+    trainer: Trainer,
+    **condition,
+) -> None:
+    """Saves the pipeline, and draws the sample grid, which the processes share, and the denoising strip, from it as saved.
 
     Args:
-        rows: `labels` or `prompts`, and `names`, of `draw_samples`.
+        pipeline, rows: Of `draw_while_training`.
         condition: `label` or `prompt` of `draw_denoising`.
     """
     config, accelerator, output_dir = trainer.config, trainer.accelerator, trainer.output_dir
+    with pipeline(trainer) as pipe:
+        if accelerator.is_main_process:
+            save_whole(pipe, output_dir)
+    accelerator.print("drawing samples and the denoising of one of them ...", flush=True)
+    accelerator.wait_for_everyone()
     pipe = DiffusionPipeline.from_pretrained(output_dir).to(accelerator.device)
     pipe.set_progress_bar_config(disable=True)
     with accelerator.autocast():
@@ -154,6 +165,8 @@ def draw_figures(trainer: Trainer, rows: dict[str, Any], **condition) -> None:
                 guidance_scale=config.guidance_scale,
                 seed=config.seed,
             )
+    # Ends the last gathering everywhere: a process that leaves during it can hang in gloo's destructor.
+    accelerator.wait_for_everyone()
 
 
 def grid_settings(config: DenoisingConfig) -> dict[str, Any]:
