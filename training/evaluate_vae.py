@@ -24,6 +24,7 @@ from diffusers_ext import VAEModel
 from diffusers_ext.cards import Figure, add_figures
 from diffusers_ext.likelihood import bits_per_dim
 from diffusers_ext.metrics.evaluation import format_table
+from diffusers_ext.metrics.fit import drawn_order
 from diffusers_ext.metrics.frechet import FeatureStatistics, frechet_distance
 from diffusers_ext.metrics.real import DataOptions, RealImages, features_for, load_real_images, take_options_of_run
 from diffusers_ext.metrics.reconstruction import psnr, ssim
@@ -130,7 +131,7 @@ def held_out_images(config: EvaluateVAEConfig, real: RealImages, vae: VAEModel) 
             f"the autoencoder takes images of (channels, height, width) {shape}, those of {real.name} are "
             f"{real.image_shape}: give --resolution, as in training"
         )
-    order = torch.randperm(len(real.held_out), generator=torch.Generator().manual_seed(config.seed))
+    order = drawn_order(len(real.held_out), config.seed)
     return real.held_out.images[order[: config.num_images]]
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from diffusers_ext.metrics.features import FeatureClassifierModel
-from diffusers_ext.metrics.fit import LabelledImages
+from diffusers_ext.metrics.fit import LabelledImages, drawn_order
 from diffusers_ext.metrics.frechet import FeatureStatistics, frechet_distance
 from diffusers_ext.metrics.neighbours import nearest_distances, precision_recall
 
@@ -42,7 +42,7 @@ class Evaluator:
                 f"the feature classifier takes images of (channels, height, width) {self.features.image_shape}, but"
                 f" those of the data set are {shape}: train one on them with training/train_features.py"
             )
-        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(self.seed))
+        order = drawn_order(len(self.train), self.seed)
         reference = order[: self.num_reference]
         keep = {"_reference": reference}
         if self.features is not None:
@@ -96,7 +96,7 @@ class Evaluator:
 
     def measure_held_out(self, held_out: LabelledImages, number: int) -> dict[str, float | int]:
         """The same of at most `number` real images that no model has seen, drawn by the seed: what is possible."""
-        order = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(self.seed))[:number]
+        order = drawn_order(len(held_out), self.seed)[:number]
         return self.measure(held_out.images[order], held_out.labels[order] if held_out.label_names else None)
 
 

@@ -18,6 +18,11 @@ from diffusers_ext.metrics.features import FeatureClassifierModel
 from diffusers_ext.trainer.config import is_fast_at_bf16
 
 
+def drawn_order(count: int, seed: int) -> Tensor:
+    """The order in which `count` examples are taken, which the seed draws: int64, shape `(count,)`."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+
+
 class LabelledImages(TensorDataset):
     """8-bit images `(number, channels, height, width)`, their labels `(number,)`, and the labels' names.
 

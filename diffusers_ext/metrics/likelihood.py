@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
 from diffusers_ext.likelihood import bits_per_dim, optimal_variances, variational_bound
-from diffusers_ext.metrics.fit import LabelledImages
+from diffusers_ext.metrics.fit import LabelledImages, drawn_order
 from diffusers_ext.metrics.generate import SEED_STRIDE, convert_channels, image_size_of, num_classes_of
 from diffusers_ext.noising import dynamic_threshold
 from diffusers_ext.probability_flow import flow_bound
@@ -169,7 +169,7 @@ def measure_bits_per_dim(
     size = image_size_of(pipeline)
     if tuple(images.images.shape[2:]) != size:
         raise ValueError(f"the network takes images of {size} (height, width), got {tuple(images.images.shape[2:])}")
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:num_images].tolist()
+    order = drawn_order(len(images), seed)[:num_images].tolist()
     by_label = model.num_classes is not None and len(images.label_names) > 0
     if by_label and len(images.label_names) != model.num_classes:
         raise ValueError(f"the network takes {model.num_classes} labels, the images have {len(images.label_names)}")
@@ -194,7 +194,7 @@ def measure_bits_per_dim(
         if kind == "optimal":
             if train is None:
                 raise ValueError("the variance 'optimal' is measured on training images: give train")
-            rows = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:batch_size].tolist()
+            rows = drawn_order(len(train), seed)[:batch_size].tolist()
             x0, labels = prepare(train, rows)
             variances = optimal_variances(
                 model.denoiser(labels, kind),

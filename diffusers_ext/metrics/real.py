@@ -17,7 +17,7 @@ from accelerate import PartialState
 from huggingface_hub.constants import HF_HOME
 
 from diffusers_ext.metrics.features import FeatureClassifierModel
-from diffusers_ext.metrics.fit import LabelledImages, accuracy, fit_feature_classifier
+from diffusers_ext.metrics.fit import LabelledImages, accuracy, drawn_order, fit_feature_classifier
 from diffusers_ext.trainer.captions import count_missing, refuse_missing
 from diffusers_ext.trainer.config import DataConfig
 from diffusers_ext.trainer.data import ImageData, load_source
@@ -116,7 +116,7 @@ class Captions:
 
         It is the order in which `Evaluator.measure_held_out` takes the images.
         """
-        order = torch.randperm(len(self.texts), generator=torch.Generator().manual_seed(seed))
+        order = drawn_order(len(self.texts), seed)
         rows = order.repeat(-(-count // len(order)))[:count]
         return [self.texts[row] for row in rows.tolist()], None if self.labels is None else self.labels[rows]
 
@@ -256,7 +256,7 @@ def split_for_training(real: RealImages, seed: int) -> tuple[LabelledImages, Lab
     """The images to train a classifier on, and others to test it on: the held-out split, or else a tenth."""
     if real.held_out is not None:
         return real.train, real.held_out
-    order = torch.randperm(len(real.train), generator=torch.Generator().manual_seed(seed))
+    order = drawn_order(len(real.train), seed)
     num_held_out = max(1, len(order) // 10)
     held_out, train = [
         LabelledImages(real.train.images[rows], real.train.labels[rows], real.train.label_names)
