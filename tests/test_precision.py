@@ -49,6 +49,7 @@ def test_closeness_of_images_is_measured_without_float64_on_the_device(mps, meas
     assert measure(x, x).shape == (2,)
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="torch 2.6 cannot fake random numbers on MPS")
 @pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian", "laplace"])
 def test_bounds_of_an_autoencoder_are_taken_without_float64_on_the_device(mps, likelihood):
     x, log_scale = torch.zeros(2, 7, device=mps), torch.zeros((), device=mps)
@@ -58,12 +59,7 @@ def test_bounds_of_an_autoencoder_are_taken_without_float64_on_the_device(mps, l
         assert z.device.type == "mps"
         return log_likelihood(likelihood, x.repeat(copies, 1), z.sum(1, True).expand(-1, 7), log_scale, levels=256)
 
-    try:
-        estimate = estimate_likelihood(posterior, log_prob, num_samples=5, chunk_size=2)
-    except RuntimeError as error:
-        if "not linked with support for mps" in str(error):  # torch 2.6 cannot fake random numbers there
-            pytest.skip(str(error))
-        raise
+    estimate = estimate_likelihood(posterior, log_prob, num_samples=5, chunk_size=2)
     for value in (*estimate.bound, estimate.importance_weighted, estimate.elbo_of_draws):
         assert value.shape == (2,) and value.dtype == torch.float64
 
