@@ -73,7 +73,6 @@ def without_notice() -> Iterator[None]:
         notice.disabled = before
 
 
-@without_notice()
 def classifier_free_guidance(guidance_scale: float, guidance_rescale: float = 0.0) -> ClassifierFreeGuidance | None:
     """The guider for a scale, where 1 is the conditional prediction alone (Ho & Salimans 2022, with w = scale - 1).
 

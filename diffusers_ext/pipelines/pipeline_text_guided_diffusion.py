@@ -84,8 +84,9 @@ class TextGuidedDiffusionPipeline(SamplingMixin, FromPipeMixin, DiffusionPipelin
             guider=guider,
             weak_denoiser=weak_denoiser,
         )
-        self.register_to_config(max_text_length=max_text_length, mask_padding=mask_padding)
-        self.register_to_config(clip_guided_noise=clip_guided_noise)
+        self.register_to_config(
+            max_text_length=max_text_length, mask_padding=mask_padding, clip_guided_noise=clip_guided_noise
+        )
         self.image_processor = VaeImageProcessor()
 
     @torch.no_grad()
