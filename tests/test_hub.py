@@ -3,7 +3,6 @@ import sys
 
 import diffusers
 import pytest
-import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -12,7 +11,7 @@ from diffusers_ext import GuidedDiffusionPipeline
 from diffusers_ext.cards import write_card
 from diffusers_ext.hub import prepare_repo, push_folder
 from diffusers_ext.saved_folder import loading_lines
-from tiny import image_of, save_run, tiny_unet
+from tiny import assert_same_pipeline, assert_same_weights, save_run, tiny_unet
 
 
 ALICE, BOB = "hf_token_of_alice", "hf_token_of_bob"
@@ -25,11 +24,9 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize("library", [diffusers, diffusers_ext])
 def test_pushed_pipeline_loads_from_the_hub(hub, folder, library):
-    expected = image_of(GuidedDiffusionPipeline.from_pretrained(folder))
     push_folder(folder, "alice/my-digits", token=ALICE)
     pulled = library.DiffusionPipeline.from_pretrained("alice/my-digits")
-    assert type(pulled) is GuidedDiffusionPipeline
-    assert (image_of(pulled) == expected).all()
+    assert_same_pipeline(pulled, GuidedDiffusionPipeline.from_pretrained(folder))
 
 
 def test_push_is_one_commit_of_the_pipeline_alone(hub, folder):
@@ -64,7 +61,7 @@ def test_second_push_leaves_no_stale_weights(hub, folder):
     weights = [name for name in hub.files("alice/my-digits") if name.startswith("denoiser/diffusion_pytorch_model")]
     assert len(weights) > 2 and "denoiser/diffusion_pytorch_model.safetensors" not in weights
     assert hub.files("alice/my-digits")["notes.md"] == b"notes"  # what is not part of a component stays
-    assert (image_of(diffusers.DiffusionPipeline.from_pretrained("alice/my-digits")) == image_of(pipeline)).all()
+    assert_same_pipeline(diffusers.DiffusionPipeline.from_pretrained("alice/my-digits"), pipeline)
 
 
 def test_pushing_the_same_again_makes_no_commit(hub, folder):
@@ -144,5 +141,4 @@ def test_a_model_by_itself_is_pushed_and_loads(hub, tmp_path):
     assert hub.titles("alice/unet") == ["initial commit", "Upload the model"]
     namespace = {}
     exec(loading_lines("alice/unet", "UNetModel"), namespace)
-    for name, parameter in tiny_unet().named_parameters():
-        assert torch.equal(namespace["model"].get_parameter(name), parameter)
+    assert_same_weights(namespace["model"], tiny_unet())

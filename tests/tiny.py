@@ -1,4 +1,4 @@
-"""Networks small enough for any test, and the picture that a pipeline makes with them."""
+"""Networks small enough for any test, the picture that a pipeline makes with them, and what a round trip must keep."""
 
 from pathlib import Path
 
@@ -31,6 +31,37 @@ def image_of(pipeline: DiffusionPipeline) -> np.ndarray:
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     return pipeline(batch_size=1, num_inference_steps=4, generator=generator, output_type="np").images
+
+
+def assert_same_weights(got: torch.nn.Module, expected: torch.nn.Module) -> None:
+    """Bit for bit, buffers and types included."""
+    got, expected = got.state_dict(), expected.state_dict()
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        assert got[name].dtype == value.dtype and torch.equal(got[name], value), name
+
+
+# The weights of a loaded network lie in a mapped file, at addresses that no allocator would give. A CPU may have other
+# kernels for them, which sum in another order: images in [0, 1] then differ by up to 7e-7 after a few steps in float32.
+ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+
+
+def assert_same_output(got: torch.Tensor | np.ndarray, expected: torch.Tensor | np.ndarray) -> None:
+    """Of two networks with the same weights: equal to rounding, in units of the largest value."""
+    got, expected = torch.as_tensor(got), torch.as_tensor(expected)
+    assert got.dtype == expected.dtype and got.shape == expected.shape
+    largest = max(1.0, expected.abs().max().item())
+    torch.testing.assert_close(got, expected, rtol=0, atol=ROUNDING[expected.dtype] * largest)
+
+
+def assert_same_pipeline(got: DiffusionPipeline, expected: DiffusionPipeline) -> None:
+    """Of one class, with components of the same classes, the same weights bit for bit, and the same picture."""
+    assert type(got) is type(expected)
+    for name, component in expected.components.items():
+        assert type(getattr(got, name)) is type(component)
+        if isinstance(component, torch.nn.Module):
+            assert_same_weights(getattr(got, name), component)
+    assert_same_output(image_of(got), image_of(expected))
 
 
 def save_run(folder: Path) -> Path:

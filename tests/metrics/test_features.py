@@ -4,6 +4,7 @@ import torch
 
 from diffusers_ext.metrics import FeatureClassifierModel
 from diffusers_ext.metrics.fit import LabelledImages, accuracy, fit_feature_classifier
+from tiny import assert_same_output, assert_same_weights
 
 
 def coloured(count, shape, seed, num_classes=3):
@@ -38,8 +39,9 @@ def test_training_learns_and_the_saved_folder_gives_the_same_features(tmp_path):
     assert (tmp_path / "diffusion_pytorch_model.safetensors").exists()
     loaded = FeatureClassifierModel.from_pretrained(tmp_path)
     assert loaded.config.label_names == ["class 0", "class 1", "class 2"]
-    for ours, theirs in zip(model.measure(held_out.images), loaded.measure(held_out.images), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    assert_same_weights(loaded, model)
+    for theirs, ours in zip(loaded.measure(held_out.images), model.measure(held_out.images), strict=True):
+        assert_same_output(theirs, ours)
 
 
 def test_accuracy_counts_by_hand():

@@ -10,7 +10,7 @@ from diffusers.hooks.smoothed_energy_guidance_utils import (
 
 from diffusers_ext import DiTModel
 from diffusers_ext.models.dit import DiTAttention, position_embedding
-from tiny import random_stock_dit
+from tiny import assert_same_output, assert_same_weights, random_stock_dit
 
 
 def tiny(**kwargs):
@@ -317,8 +317,9 @@ def test_save_and_load_keep_weights_and_dtype(tmp_path, dtype):
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     loaded = DiTModel.from_pretrained(tmp_path, torch_dtype=dtype)
     x = draw(2, 4, 8, 8).to(dtype)
+    assert_same_weights(loaded, model)
     assert loaded(x, 5).sample.dtype == dtype
-    assert torch.equal(loaded(x, 5).sample, model.eval()(x, 5).sample)
+    assert_same_output(loaded(x, 5).sample, model.eval()(x, 5).sample)
 
 
 def test_weights_can_be_kept_in_eight_bits():

@@ -4,6 +4,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
 
 from diffusers_ext.models.layers import Attention
 from diffusers_ext.models.unet import UNetBlock, UNetModel
+from tiny import assert_same_output, assert_same_weights
 
 
 def tiny(**kwargs):
@@ -183,7 +184,8 @@ def test_save_and_load_keep_weights_and_dtype(tmp_path, dtype):
     model.save_pretrained(tmp_path, max_shard_size="100KB")
     loaded = UNetModel.from_pretrained(tmp_path, torch_dtype=dtype)
     x = draw(2, 1, 16, 16).to(dtype)
-    assert torch.equal(loaded(x, 5).sample, model.eval()(x, 5).sample)
+    assert_same_weights(loaded, model)
+    assert_same_output(loaded(x, 5).sample, model.eval()(x, 5).sample)
 
 
 @pytest.mark.parametrize("pipeline, scheduler", [(DDPMPipeline, DDPMScheduler), (DDIMPipeline, DDIMScheduler)])
