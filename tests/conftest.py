@@ -1,29 +1,65 @@
-"""What has to stand before any test module is imported: threads, and a Hub of our own in place of the real one."""
+"""What has to stand before any test module is imported: the environment, and a Hub of our own in place of the real one.
 
-import os
+Two options look for tests that rest on what another machine may do otherwise:
+
+    python -m pytest --shuffle 3        # files, and the tests of each, in an order drawn from this seed
+    python -m pytest --other-kernels    # sums are rounded by shape and address, see other_kernels.py
+"""
+
+import random
 import sys
 import tempfile
+from itertools import groupby
 
 import pytest
 from hypothesis import settings
 
+import environment
 from local_hub import LocalHub
 
-
-# The suite is many small computations; more threads than cores make each of them slower.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A busy machine is no failure, and what fails for one fails for all.
 settings.register_profile("same everywhere", deadline=None, derandomize=True)
 settings.load_profile("same everywhere")
 
-# huggingface_hub reads these once, when it is first imported. Whatever a test asks the Hub for goes to loopback, in
-# processes that a test starts too.
-assert "huggingface_hub" not in sys.modules
+# Whatever a test asks the Hub for goes to loopback, in processes that a test starts too.
+assert not {"huggingface_hub", "torch"} & sys.modules.keys()
 _hf_home = tempfile.TemporaryDirectory(prefix="diffusers_ext_tests_")
 _hub = LocalHub({"hf_token_of_alice": "alice", "hf_token_of_bob": "bob"}).__enter__()
-os.environ |= {"HF_ENDPOINT": _hub.url, "HF_HOME": _hf_home.name, "HF_HUB_DISABLE_XET": "1"}
-os.environ.pop("HF_TOKEN", None)
+environment.settle(_hub.url, _hf_home.name)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--shuffle", type=int, metavar="SEED", help="run the tests in a random order")
+    parser.addoption("--other-kernels", action="store_true", help="round as a CPU with other kernels would")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    if (seed := config.getoption("shuffle")) is None:
+        return
+    # The tests of a file stay together, since they share what is costly to make.
+    generator = random.Random(seed)
+    files = [list(tests) for _, tests in groupby(items, key=lambda item: item.path)]
+    generator.shuffle(files)
+    for tests in files:
+        generator.shuffle(tests)
+    items[:] = [test for tests in files for test in tests]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    if not item.config.getoption("other_kernels"):
+        return (yield)
+    from other_kernels import OtherKernels
+
+    with OtherKernels():
+        return (yield)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def terminal():
+    environment.settle_terminal()
 
 
 @pytest.fixture
