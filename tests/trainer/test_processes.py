@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffusers_ext.trainer.checkpoints import find_checkpoint
+from environment import HUNG_AFTER
 from runs import assert_same_run, forget_accelerate, metrics, saved
 
 
@@ -35,7 +36,7 @@ def one_and_two(tmp_path_factory):
     command += ["--num_machines", "1", "--main_process_port", "0", str(HERE / "two_processes.py"), str(folder / "two")]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
     environment |= {"PYTHONPATH": f"{HERE.parents[1]}:{HERE.parent}", "OMP_NUM_THREADS": "1"}
-    two = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    two = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HUNG_AFTER)
     assert two.returncode == 0, two.stdout + two.stderr
     forget_accelerate()
     sys.path.insert(0, str(HERE))

@@ -37,17 +37,18 @@ def test_table_says_where_the_time_went(data, tmp_path, capsys):
     assert {"waiting for data", "forward and loss", "backward", "clipping of gradients", "optimizer"} < set(rows)
     assert {"averages of the weights", "rest of the step", "making images", "saving", "tracing"} < set(rows)
     assert "adversary" not in rows
-    assert 30 < rows["forward and loss"][1] < 60
+    assert rows["forward and loss"][1] > 30  # and longer on a busy machine, as each of these
     # Nine steps are timed part by part, three are traced.
     assert rows["forward and loss"][0] == pytest.approx(9 * rows["forward and loss"][1] / 1000, abs=1e-3)
     assert rows["traced steps"][0] > TRACED_STEPS * 0.03
-    assert 0.1 <= rows["making images"][0] < 0.3 and rows["making images"][1] is None
+    assert rows["making images"][0] >= 0.1 and rows["making images"][1] is None
     total = rows.pop("total")
     assert sum(seconds for seconds, _, _ in rows.values()) == pytest.approx(total[0], abs=0.01)
     assert sum(share for _, _, share in rows.values()) == pytest.approx(100, abs=1)
     assert all(seconds > -1e-3 for seconds, _, _ in rows.values())
     shares = re.search(r"time: ([\d.]+)% in the model, ", output)
-    assert float(shares[1]) > 30
+    beside = ("waiting for data", "making images", "saving", "tracing")
+    assert float(shares[1]) == pytest.approx(100 - sum(rows[name][2] for name in beside), abs=1)
 
 
 def test_trace_has_the_parts_of_three_steps(data, tmp_path, capsys):

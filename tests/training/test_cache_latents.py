@@ -18,6 +18,7 @@ from diffusers_ext.trainer.batches import BatchOptions
 from diffusers_ext.trainer.latents import SampleSpace, fingerprint, load_vae, prepare_samples, read_info
 from diffusers_ext.trainer.run_folder import read_metrics
 from diffusers_ext.trainer.stream import make_batches
+from environment import HUNG_AFTER
 from runs import forget_accelerate
 from training.cache_latents import CacheConfig, main
 from training.train_ddpm import TrainConfig
@@ -135,7 +136,7 @@ def test_two_processes_and_a_second_go_make_the_same_shards(folder, vae_path, tm
     command += ["--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command += [str(ROOT / "training" / "cache_latents.py"), *options]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HUNG_AFTER)
     assert result.returncode == 0, result.stderr
     assert "40 images of train in 3 shards, 0 of them there already" in result.stdout
 

@@ -16,6 +16,7 @@ from diffusers_ext.metrics.features import FeatureClassifierModel
 from diffusers_ext.metrics.guidance_comparison import GuidanceOptions, call_settings, counted_calls, saved_share
 from diffusers_ext.metrics.real import FEATURES_FILE
 from diffusers_ext.schedulers.levels import describe_path
+from environment import HUNG_AFTER
 from training import compare_guidance, evaluate
 
 
@@ -122,13 +123,10 @@ def test_the_picture_shows_images_that_were_measured(folders, compared):
     pipe = GuidedDiffusionPipeline.from_pretrained(folders / "run")
     generators = [torch.Generator().manual_seed(i) for i in range(10)]
     images = pipe(list(range(10)), num_inference_steps=STEPS, generator=generators, output_type="np").images
-    tile = (images[3, ..., 0] * 255).round().repeat(6, 0).repeat(6, 1)
-    found = [
-        (y, x)
-        for y in range(picture.shape[0] - side)
-        for x in range(picture.shape[1] - side)
-        if picture[y, x] == tile[0, 0] and (picture[y : y + side, x : x + side] == tile).all()
-    ]
+    tile = (images[3, ..., 0] * 255).repeat(6, 0).repeat(6, 1)
+    # Within one grey level: another batch size may have other kernels, whose rounding moves a value across a half.
+    windows = np.lib.stride_tricks.sliding_window_view(picture[: 2 * side].astype(np.float32), (side, side))
+    found = np.argwhere(np.abs(windows - tile).max((2, 3)) <= 1)
     assert len(found) == 1 and found[0][0] < side
 
 
@@ -241,7 +239,7 @@ def test_two_processes_give_the_measures_of_one(folders, compared, tmp_path):
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HUNG_AFTER,
     )
     assert done.returncode == 0, done.stderr
     two = json.loads((tmp_path / "guidance.json").read_text())

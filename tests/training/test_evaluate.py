@@ -13,6 +13,7 @@ from PIL import Image
 
 from diffusers_ext import ExtDDIMScheduler, GuidedDiffusionPipeline, UNetModel
 from diffusers_ext.cards import write_card
+from environment import HUNG_AFTER
 
 
 ROOT = Path(__file__).parents[2]
@@ -224,7 +225,7 @@ def test_two_processes_give_the_measures_of_one(tmp_path, features_folder):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HUNG_AFTER,
     )
     assert done.returncode == 0, done.stderr
     two = json.loads((folder / "evaluation.json").read_text())

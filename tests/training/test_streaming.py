@@ -18,6 +18,7 @@ from diffusers_ext.trainer.config import TrainerConfig
 from diffusers_ext.trainer.options import to_yaml
 from diffusers_ext.trainer.prepare import prepare_data, prepare_stream
 from diffusers_ext.trainer.run_folder import read_metrics
+from environment import HUNG_AFTER
 from runs import assert_same_run, metrics, stop_before_step, trainer
 from training.train_ddpm import TrainConfig, main
 
@@ -88,7 +89,7 @@ def test_processes_train_on_tars_and_go_on_only_together(tars, tmp_path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command += ["--config", str(tmp_path / "config.yaml")]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HUNG_AFTER)
     output = process.stdout + process.stderr
     assert process.returncode == 0, output
     assert f"{tars}, split train: a stream of images, 8x4 grey, 3 labels" in output

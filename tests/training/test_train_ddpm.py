@@ -25,6 +25,7 @@ import diffusers_ext
 from diffusers_ext.trainer.data import load_digits
 from diffusers_ext.trainer.options import parse_config
 from diffusers_ext.trainer.run_folder import read_metrics
+from environment import HUNG_AFTER
 from training.train_ddpm import TrainConfig, build_objective, build_scheduler, main
 
 
@@ -98,7 +99,7 @@ def run(tmp_path_factory):
         "num_threads": 1,
     }
     process = launch(config_of(folder, **settings), *TWO_PROCESSES)
-    output = process.communicate(timeout=120)[0]
+    output = process.communicate(timeout=HUNG_AFTER)[0]
     assert process.returncode == 0, output
     return folder, output
 
@@ -232,12 +233,12 @@ def test_terminated_processes_end_clearly_and_the_run_goes_on(tmp_path):
     """A signal to the whole group, as job schedulers send it: the launcher hands it on a second time."""
     config = config_of(tmp_path / "run", max_train_steps=None, max_train_time="1h", train_batch_size=2)
     process = launch(config, *TWO_PROCESSES, start_new_session=True)
-    metrics, end = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 100
+    metrics, end = tmp_path / "run" / "metrics.jsonl", time.monotonic() + HUNG_AFTER
     while len(read_metrics(metrics)) < 2:
         assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGTERM)
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=HUNG_AFTER)[0]
     assert output.count("SIGTERM at step") == 1 and "--resume_from_checkpoint latest goes on from there" in output
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     step = int(checkpoint.name.split("-")[1])

@@ -22,6 +22,7 @@ from diffusers_ext.trainer.options import parse_config
 from diffusers_ext.trainer.run_folder import read_metrics
 from diffusers_ext.trainer.text_encoder import train_tokenizer
 from diffusers_ext.trainer.text_to_image import TextConfig, Texts
+from environment import HUNG_AFTER
 from runs import assert_same_run, forget_accelerate
 from tiny_text import (
     CAPTIONS,
@@ -178,7 +179,7 @@ def test_two_processes_make_the_run_of_one(folder, tmp_path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, "--train_batch_size", "4"], env=environment, capture_output=True, text=True, timeout=300
+        [*command, "--train_batch_size", "4"], env=environment, capture_output=True, text=True, timeout=HUNG_AFTER
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("captions of the column text") == 1
