@@ -21,7 +21,7 @@ from diffusers_ext.trainer.ema import WeightAverage
 from diffusers_ext.trainer.options import to_yaml
 from diffusers_ext.trainer.posthoc_ema import AverageSnapshots
 from diffusers_ext.trainer.profiling import StepProfile
-from diffusers_ext.trainer.progress import ProgressBar, TimeShares
+from diffusers_ext.trainer.progress import WAITING, ProgressBar, SpeedWatch, TimeShares
 from diffusers_ext.trainer.run_folder import CONFIG_FILE, METRICS_FILE, MetricsLog, check_same_run
 from diffusers_ext.trainer.run_state import RunState, load_run, save_run
 from diffusers_ext.trainer.schedule import LearningRate
@@ -127,6 +127,7 @@ class Trainer:
         if adversary:
             adversary.prepare(accelerator, channels_last=config.channels_last)
         self.objective = self._check_objective(compute_loss)
+        self._speed_watch = SpeedWatch(accelerator.device.type)
         self.budget = config.budget()
         self.learning_rate = LearningRate(
             config.lr_scheduler,
@@ -254,7 +255,7 @@ class Trainer:
         losses, adversary_losses = [], []
         models = [self.model, adversary.model] if adversary else [self.model]
         for _ in range(config.gradient_accumulation_steps):
-            with self.shares.of("waiting for data"):
+            with self.shares.of(WAITING):
                 batch = self._move(next(self._stream))
             with accelerator.accumulate(*models):
                 with frozen(adversary.module) if adversary else nullcontext():
@@ -387,6 +388,8 @@ class Trainer:
         if self._log:
             self._log.write(record)
         self.accelerator.log({name: value for name, value in record.items() if name != "step"}, step=state.step)
+        if slow := self._speed_watch.note(state.step, seconds, self.shares):
+            self.accelerator.print(slow)
 
     def _not_finite(self, step: int, loss: float, name: str) -> str:
         good = (

@@ -1,9 +1,11 @@
 """The progress bar of a run, and where its time went."""
 
 import math
+import os
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from statistics import median
 
 from tqdm.auto import tqdm
 
@@ -59,6 +61,7 @@ class ProgressBar:
 
 
 _NOTHING = nullcontext()
+WAITING = "waiting for data"
 
 
 class TimeShares:
@@ -93,3 +96,54 @@ class TimeShares:
         shares = {name: seconds / max(total, 1e-9) for name, seconds in self.seconds.items()}
         parts = [f"{share:.1%} {name}" for name, share in shares.items()]
         return ", ".join([f"{1 - sum(shares.values()):.1%} in the model", *parts])
+
+
+class SpeedWatch:
+    """Notices, once, that a run has become far slower than it was.
+
+    Steps are timed in windows of some seconds, without what is done beside them; a window is slow if its speed is below
+    a third of the median over the windows before it.
+
+    Args:
+        device_type: Where the model is: what is likely to slow it down follows from that.
+    """
+
+    WINDOW_SECONDS, MIN_WINDOWS, SLOW = 5.0, 5, 1 / 3
+
+    def __init__(self, device_type: str):
+        self._device_type = device_type
+        self._speeds: list[float] = []  # steps a second
+        self._last: tuple[int, float, float] | None = None
+        self._is_done = False
+
+    def note(self, steps: int, seconds: float, shares: TimeShares) -> str | None:
+        """Takes the steps and seconds of the run until now; gives a line to print, in a run at most once."""
+        waited = shares.seconds.get(WAITING, 0.0)
+        now = (steps, seconds - sum(shares.seconds.values()) + waited, waited)
+        if self._last is None:  # what comes before has a warm-up in it
+            self._last = now
+        steps, seconds, waited = (value - last for value, last in zip(now, self._last, strict=True))
+        if self._is_done or steps == 0 or seconds < self.WINDOW_SECONDS:
+            return None
+        self._last = now
+        typical = median(self._speeds) if len(self._speeds) >= self.MIN_WINDOWS else 0.0
+        self._speeds.append(steps / seconds)
+        if self._speeds[-1] >= self.SLOW * typical:
+            return None
+        self._is_done = True
+        return (
+            f"slow: the last {steps} steps took {seconds / steps:.3g} s each, the run's median is {1 / typical:.3g} s; "
+            f"{self._likely_cause(waited / seconds)}"
+        )
+
+    def _likely_cause(self, waiting_share: float) -> str:
+        if waiting_share > 0.5:
+            return f"{waiting_share:.0%} of it was waiting for data: its disk, its network or too few --dataloader_num_workers"
+        if self._device_type != "cpu":
+            return "another process may use the device, or heat may have lowered its clock"
+        if not hasattr(os, "getloadavg") or os.getloadavg()[0] <= 1.25 * os.cpu_count():
+            return "heat may have lowered the clock of the cores, or memory may have run short"
+        return (
+            f"the load is {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores, so other processes are busy there, and the threads "
+            "of a step wait for the one that is held up"
+        )
