@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import openmp  # noqa: F401  before torch is loaded
 import datasets
 import numpy as np
 import pyarrow.parquet as pq

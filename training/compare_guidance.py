@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import openmp  # noqa: F401  before torch is loaded
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object

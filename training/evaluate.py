@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import openmp  # noqa: F401  before torch is loaded
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from torch import Tensor

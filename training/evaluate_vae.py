@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import openmp  # noqa: F401  before torch is loaded
 import torch
 from accelerate import PartialState
 from torch import Tensor

@@ -12,6 +12,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import openmp  # noqa: F401  before torch is loaded
 import yaml
 from torch import nn
 

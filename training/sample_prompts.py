@@ -9,6 +9,7 @@ column; all pictures of a row start from the same noise.
 from dataclasses import dataclass
 from pathlib import Path
 
+import openmp  # noqa: F401  before torch is loaded
 import torch
 from PIL import Image
 

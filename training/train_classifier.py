@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import openmp  # noqa: F401  before torch is loaded
 import torch
 from accelerate import Accelerator
 from diffusers import ModelMixin

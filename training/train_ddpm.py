@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
+import openmp  # noqa: F401  before torch is loaded
 from diffusers import ModelMixin
 
 from diffusers_ext import ExtDDPMScheduler, GuidedDiffusionPipeline

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import openmp  # noqa: F401  before torch is loaded
 from accelerate import PartialState
 
 from diffusers_ext.metrics.real import DataOptions, load_real_images, train_and_save_features

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import openmp  # noqa: F401  before torch is loaded
 from accelerate import Accelerator
 from diffusers import ModelMixin
 

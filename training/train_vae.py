@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
+import openmp  # noqa: F401  before torch is loaded
 import torch
 from accelerate import Accelerator
 from torch import Tensor

@@ -1,0 +1,42 @@
+"""The scripts settle how threads wait before torch is loaded, and leave the user's own setting alone."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from environment import HUNG_AFTER
+
+
+TRAINING = Path(__file__).parents[2] / "training"
+SCRIPTS = sorted(path for path in TRAINING.glob("*.py") if "__main__" in path.read_text())
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_it_is_settled_before_anything_that_loads_torch(script):
+    imports = [node for node in ast.parse(script.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = [node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in imports]
+    others = [name for name in names if name.split(".")[0] not in sys.stdlib_module_names]
+    assert others[0] == "openmp"
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ({}, ("10000", None)),
+        ({"GOMP_SPINCOUNT": "7"}, ("7", None)),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, (None, "ACTIVE")),
+    ],
+)
+def test_what_the_user_has_set_stays(given, expected):
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    environment = {name: value for name, value in os.environ.items() if name not in names} | given
+    code = f"import os, sys, openmp; print(tuple(map(os.environ.get, {names})), 'torch' in sys.modules)"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, cwd=TRAINING, env=environment, capture_output=True, text=True, check=True, timeout=HUNG_AFTER
+    )
+    assert done.stdout == f"{expected} False\n"
