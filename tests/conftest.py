@@ -47,6 +47,25 @@ def pytest_collection_modifyitems(config, items):
     items[:] = [test for tests in files for test in tests]
 
 
+def seed_generators():
+    """What a test draws does not depend on those before it. Its own seeds are small numbers, and draw something else."""
+    random.seed(1_234_567)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(1_234_567)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(1_234_567)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    seed_generators()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call():  # again, since the first test of a file sets up what the others only take
+    seed_generators()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
     if not item.config.getoption("other_kernels"):
