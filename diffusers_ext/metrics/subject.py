@@ -12,7 +12,6 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from PIL import Image
 from torch import Tensor
 
 import diffusers_ext
@@ -27,7 +26,8 @@ from diffusers_ext.metrics.generate import (
 from diffusers_ext.metrics.real import CHANNEL_MODES, RealImages
 from diffusers_ext.pipelines.pipeline_guided_diffusion import GuidedDiffusionPipeline
 from diffusers_ext.pipelines.pipeline_text_guided_diffusion import DEFAULT_GUIDANCE_SCALE, TextGuidedDiffusionPipeline
-from diffusers_ext.trainer.images import fit, to_array
+from diffusers_ext.pixels import open_picture, to_array
+from diffusers_ext.trainer.images import fit
 
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -165,7 +165,7 @@ def read_image_folder(name: str, real: RealImages, pad_value: int = 0) -> tuple[
     Args:
         name: Folder. If each image is in a subfolder that bears the name of a label, those are the labels.
         real: The data set.
-        pad_value: Of a border, where images are smaller than the real ones.
+        pad_value: Of a border, where images are smaller than the real ones, in the range of those.
 
     Returns:
         The images, uint8, in the order of their paths; and their labels, or None.
@@ -177,14 +177,14 @@ def read_image_folder(name: str, real: RealImages, pad_value: int = 0) -> tuple[
     if channels > len(CHANNEL_MODES):
         raise ValueError(f"files hold images of up to 4 channels, but those of {real.name} have {channels}")
     paths = _image_files(Path(name))
+    border = round(pad_value * 255 / real.white)
     images = np.empty((len(paths), height, width, channels), np.uint8)
     for row, path in zip(images, paths, strict=True):
         try:
-            with Image.open(path) as image:
-                picture = to_array(image, CHANNEL_MODES[channels - 1], pad_value)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path} cannot be decoded: {error}") from error
-        row[...] = fit(picture, (height, width), real.resize_mode, pad_value)
+            picture = to_array(open_picture(path), CHANNEL_MODES[channels - 1], border, real.whites)
+        except Exception as error:  # a decoder raises what it likes on a damaged file
+            raise ValueError(f"{path} cannot be decoded: {type(error).__name__}: {error}") from error
+        row[...] = fit(picture, (height, width), real.resize_mode, border)
     images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
     ids = {label_name: label for label, label_name in enumerate(real.train.label_names)}
