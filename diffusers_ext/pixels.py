@@ -100,8 +100,8 @@ def to_range(values: np.ndarray, dtype: np.dtype, whites: Whites = DEFAULT_WHITE
     white = whites.of(values.dtype, high)
     if not (low >= 0 and high <= white):  # true for NaN too
         raise ValueError(
-            f"{values.dtype} values must be in [0, {white:g}], got [{low:g}, {high:g}]: white_value says which value is "
-            "white"
+            f"{values.dtype} values must be in [0, {white:g}], got [{low:g}, {high:g}]: divide them, or say which "
+            "value is white (--white_value of the scripts)"
         )
     if white == top:
         return values.astype(dtype)
