@@ -285,13 +285,18 @@ def test_a_picture_too_large_is_left_out_by_name_with_how_to_allow_it(folder, mo
     assert f"image {path}/large.png left out" in err and "DIFFUSERS_EXT_MAX_IMAGE_PIXELS" in err
 
 
-def test_a_damaged_file_of_a_folder_to_evaluate_is_named(folder):
-    path = folder([np.zeros((8, 8), np.uint8)])
-    with open(f"{path}/bad.png", "wb") as file:
-        file.write(b"no picture")
+def test_damaged_files_of_a_folder_to_evaluate_are_named_and_left_out_as_in_training(folder, capsys):
+    path = folder([np.full((8, 8), 40, np.uint8)] * 3)
+    for name in ("000", "bad"):
+        Path(path, f"{name}.png").write_bytes(b"no picture")
     real = RealImages(to_labelled_images(prepare_images("digits", max_samples=4)), None, "digits", "crop", ())
-    with pytest.raises(ValueError, match=f"{path}/bad.png cannot be decoded: UnidentifiedImageError"):
-        read_image_folder(path, real)
+    with pytest.raises(
+        ValueError, match=f"{path}/000.png cannot be decoded: UnidentifiedImageError.*, nor 1 more of 4"
+    ):
+        read_image_folder(path, real, max_bad_share=0.2)
+    images, labels = read_image_folder(path, real, max_bad_share=0.5)
+    assert images.shape == (2, 1, 8, 8) and images.unique().tolist() == [40] and labels is None
+    assert capsys.readouterr().err.count("left out: ") == 2
 
 
 @pytest.mark.parametrize("archive", [True, False])
