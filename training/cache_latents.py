@@ -139,6 +139,7 @@ def describe(config: CacheConfig, data: ImageData, vae: ModelMixin) -> LatentsIn
         resize_mode=data.resize_mode,
         pad_value=config.pad_value,
         image_mode=config.image_mode,
+        white_value=config.white_value,
         max_train_samples=config.max_train_samples,
         label_column=config.label_column,
         latent_shape=latent_shape(vae, data.size),

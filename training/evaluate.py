@@ -169,7 +169,12 @@ def main(config: EvaluateConfig) -> dict | None:
     likelihood = get_bits_per_dim(config, real, pipeline, bf16) if config.bits_per_dim else None
 
     if pipeline is None:
-        images, labels = read_image_folder(config.pipeline, real, config.pad_value or 0)
+        images, labels = read_image_folder(
+            config.pipeline,
+            real,
+            config.pad_value or 0,
+            0.01 if config.max_bad_share is None else config.max_bad_share,
+        )
         sampling = None
     else:
         images, labels, sampling = generate_for(

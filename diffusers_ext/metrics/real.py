@@ -18,10 +18,10 @@ from huggingface_hub.constants import HF_HOME
 
 from diffusers_ext.metrics.features import FeatureClassifierModel
 from diffusers_ext.metrics.fit import LabelledImages, accuracy, drawn_order, fit_feature_classifier
+from diffusers_ext.pixels import DEFAULT_WHITES, IMAGE_MODES, Whites, to_range
 from diffusers_ext.trainer.captions import count_missing, refuse_missing
 from diffusers_ext.trainer.config import DataConfig
 from diffusers_ext.trainer.data import ImageData, load_source
-from diffusers_ext.trainer.images import IMAGE_MODES
 from diffusers_ext.trainer.labels import find_label_column
 from diffusers_ext.trainer.latents import read_info
 from diffusers_ext.trainer.options import option
@@ -60,6 +60,7 @@ class DataOptions:
     )
     pad_value: int | None = option(None, _HELP["pad_value"] + "; 0 if left open")
     image_mode: Literal["L", "LA", "RGB", "RGBA"] | None = option(None, _HELP["image_mode"])
+    white_value: int | None = option(None, _HELP["white_value"])
     max_train_samples: int | None = option(None, "use only the first so many images of dataset_split")
     max_bad_share: float | None = option(None, _HELP["max_bad_share"] + "; 0.01 if left open")
     preprocessing_num_workers: int = option(1, _HELP["preprocessing_num_workers"])
@@ -76,6 +77,8 @@ class RealImages:
         name: What the user called the data set.
         resize_mode: How images get to their size, of the modes of `fit`.
         notes: What the user may want to know about the preparation.
+        whites: Which values are white.
+        white: What is white in the images' own range, which the value of a border is in.
         captions: Of the held-out images, or of the training images where those have none; None if not asked for.
     """
 
@@ -85,6 +88,8 @@ class RealImages:
     resize_mode: str
     notes: tuple[str, ...]
     captions: "Captions | None" = None
+    whites: Whites = DEFAULT_WHITES
+    white: int = 255
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -137,10 +142,23 @@ def load_real_images(options: DataOptions, caption_column: str | None = None) ->
     train = prepare_split(options, train_split, options.max_train_samples, **more)
     name = options.held_out_split or find_held_out_split(options)
     train_images = to_labelled_images(train)
-    real = RealImages(train_images, None, options.dataset_name, train.resize_mode, train.notes)
+    real = RealImages(
+        train_images,
+        None,
+        options.dataset_name,
+        train.resize_mode,
+        train.notes,
+        whites=train.whites,
+        white=train.white,
+    )
     if name is not None:
         # Prepared like the training images, whatever its own pictures would suggest.
-        prepared = dataclasses.replace(options, resolution=train.size, resize_mode=train.resize_mode)
+        prepared = dataclasses.replace(
+            options,
+            resolution=train.size,
+            resize_mode=train.resize_mode,
+            white_value=options.white_value or train.whites.integers,
+        )
         held_out = prepare_split(prepared, name, **more)
         if held_out.channels != train.channels and train.channels <= len(CHANNEL_MODES):
             prepared = dataclasses.replace(prepared, image_mode=CHANNEL_MODES[train.channels - 1])
@@ -237,10 +255,8 @@ def find_held_out_split(options: DataOptions) -> str | None:
 
 def to_labelled_images(data: ImageData) -> LabelledImages:
     """All images in memory, in 8 bits, channels first. Without labels, `label_names` are empty."""
-    pixels = torch.from_numpy(data.pixels[np.arange(len(data))])
-    if pixels.dtype != torch.uint8:
-        pixels = pixels.int().add(128).div(257, rounding_mode="floor").to(torch.uint8)  # 65535 becomes 255
-    images = pixels.permute(0, 3, 1, 2).contiguous()
+    pixels = to_range(data.pixels[np.arange(len(data))], np.uint8)
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
     if data.labels is None:
         return LabelledImages(images, torch.full([len(images)], -1), [])
     names = [data.id2label[label] for label in range(len(data.id2label))]

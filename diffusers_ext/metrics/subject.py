@@ -1,5 +1,6 @@
 """What is measured: a pipeline, with its sampler, or a folder of images."""
 
+import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,7 +13,6 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from PIL import Image
 from torch import Tensor
 
 import diffusers_ext
@@ -27,7 +27,9 @@ from diffusers_ext.metrics.generate import (
 from diffusers_ext.metrics.real import CHANNEL_MODES, RealImages
 from diffusers_ext.pipelines.pipeline_guided_diffusion import GuidedDiffusionPipeline
 from diffusers_ext.pipelines.pipeline_text_guided_diffusion import DEFAULT_GUIDANCE_SCALE, TextGuidedDiffusionPipeline
-from diffusers_ext.trainer.images import fit, to_array
+from diffusers_ext.pixels import open_picture, to_array
+from diffusers_ext.trainer.data import allowed_faults, describe_fault
+from diffusers_ext.trainer.images import fit
 
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -159,33 +161,42 @@ def generate_for(
     return convert_channels(images, real.image_shape[0]), labels, record
 
 
-def read_image_folder(name: str, real: RealImages, pad_value: int = 0) -> tuple[Tensor, Tensor | None]:
+def read_image_folder(
+    name: str, real: RealImages, pad_value: int = 0, max_bad_share: float = 0.0
+) -> tuple[Tensor, Tensor | None]:
     """The images of a folder and its subfolders, prepared like the real ones.
 
     Args:
         name: Folder. If each image is in a subfolder that bears the name of a label, those are the labels.
         real: The data set.
-        pad_value: Of a border, where images are smaller than the real ones.
+        pad_value: Of a border, where images are smaller than the real ones, in the range of those.
+        max_bad_share: Share of the files, rounded up to a whole one, that may fail to decode and are left out.
 
     Returns:
         The images, uint8, in the order of their paths; and their labels, or None.
 
     Raises:
-        ValueError: if a file cannot be decoded.
+        ValueError: if more files cannot be decoded, or none can.
     """
     channels, height, width = real.image_shape
     if channels > len(CHANNEL_MODES):
         raise ValueError(f"files hold images of up to 4 channels, but those of {real.name} have {channels}")
     paths = _image_files(Path(name))
-    images = np.empty((len(paths), height, width, channels), np.uint8)
+    border = round(pad_value * 255 / real.white)
+    images, faults = np.empty((len(paths), height, width, channels), np.uint8), {}
     for row, path in zip(images, paths, strict=True):
         try:
-            with Image.open(path) as image:
-                picture = to_array(image, CHANNEL_MODES[channels - 1], pad_value)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path} cannot be decoded: {error}") from error
-        row[...] = fit(picture, (height, width), real.resize_mode, pad_value)
-    images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+            picture = to_array(open_picture(path), CHANNEL_MODES[channels - 1], border, real.whites)
+            row[...] = fit(picture, (height, width), real.resize_mode, border)
+        except Exception as error:  # a decoder raises what it likes on a damaged file
+            faults[path] = f"{path} cannot be decoded: {describe_fault(error)}"
+    if faults and (len(faults) > allowed_faults(len(paths), max_bad_share) or len(faults) == len(paths)):
+        more = f", nor {len(faults) - 1} more of {len(paths)}" if len(faults) > 1 else ""
+        raise ValueError(f"{next(iter(faults.values()))}{more}; at most a share of {max_bad_share:g} may fail")
+    for fault in faults.values() if PartialState().is_main_process else ():
+        print(f"left out: {fault}", file=sys.stderr)
+    images = torch.from_numpy(images[[path not in faults for path in paths]]).permute(0, 3, 1, 2).contiguous()
+    paths = [path for path in paths if path not in faults]
 
     ids = {label_name: label for label, label_name in enumerate(real.train.label_names)}
     labels = [ids.get(path.relative_to(name).parts[0]) for path in paths]

@@ -1,6 +1,7 @@
 """Images and masks as a user has them - PIL, NumPy or PyTorch - to tensors as a pipeline computes with them."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -8,20 +9,32 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffusers_ext.latents import encode_latents
+from diffusers_ext.pixels import (
+    IMAGE_MODES,
+    WIDE,
+    Whites,
+    image_mode,
+    looks_dark,
+    lowest_white,
+    to_array,
+    upright,
+    wide_values,
+)
 
 
 ImageInput = Image.Image | np.ndarray | Tensor | Sequence[Image.Image | np.ndarray | Tensor]
 
-_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+_MODES = {channels: mode for mode, channels in IMAGE_MODES.items()}
 
 
 def images_to_tensor(image: ImageInput, channels: int, dims: int = 2, name: str = "image") -> Tensor:
     """Images in [-1, 1], float32, shape `(batch, channels, *spatial)`.
 
     Args:
-        image: One or a list of: a PIL image, which is converted to the right number of channels; an array
-            `(*spatial, channels)` in [0, 1], or uint8; a tensor `(channels, *spatial)` in [0, 1]. Or an array or tensor
-            with a batch of them.
+        image: One or a list of: a PIL image, which is read as in training (turned upright, transparent pixels shown on
+            black) with the right number of channels; an array `(*spatial, channels)`; a tensor `(channels, *spatial)`.
+            Or an array or tensor with a batch of them. Floats are in [0, 1]; of integers what is white follows from
+            their type, or else from the largest value of all that are given: see `diffusers_ext.pixels.Whites`.
         channels: Channels that the images must have.
         dims: 2 for images, 1 for series.
         name: Of the argument, for the error.
@@ -66,56 +79,111 @@ def mask_to_tensor(mask: ImageInput, dims: int = 2, name: str = "mask_image") ->
     """What to make anew as 1 and what to keep as 0, float32, shape `(batch, 1, *spatial)`.
 
     Args:
-        mask: As `images_to_tensor` takes them, with one channel or none; from 0.5 on the pixel is to be made anew.
+        mask: As `images_to_tensor` takes them, with one channel or none, or bool; from half of white on the pixel is to be
+            made anew. Where no integer is larger than 1, 1 is white, whatever the type.
     """
-    if isinstance(mask, list | tuple) and mask:
-        return torch.cat([mask_to_tensor(part, dims, name) for part in mask])
-    if isinstance(mask, np.ndarray) and mask.ndim in (dims, dims + 1) and mask.shape[-1] != 1:
-        mask = mask[..., None]
-    elif isinstance(mask, Tensor) and mask.ndim == dims:
-        mask = mask[None]
-    elif isinstance(mask, Tensor) and mask.ndim == dims + 1 and len(mask) != 1:
-        mask = mask[:, None]
-    return (_to_unit_range(mask, 1, dims, name) >= 0.5).float()
+    return (_to_unit_range(mask, 1, dims, name, is_mask=True) >= 0.5).float()
 
 
-def _to_unit_range(image: ImageInput, channels: int, dims: int, name: str) -> Tensor:
-    if isinstance(image, list | tuple):
-        if not image:
-            raise ValueError(f"{name} must hold at least one image, got an empty list")
-        parts = [_to_unit_range(part, channels, dims, name) for part in image]
-        if len({part.shape[1:] for part in parts}) > 1:
-            sizes = ", ".join("x".join(map(str, part.shape[2:])) for part in parts)
-            raise ValueError(f"{name} must hold images of one size, got {sizes}")
-        return torch.cat(parts)
-    if isinstance(image, Image.Image):
-        if channels not in _MODES:
-            raise ValueError(
-                f"{name} must be an array or a tensor for a model of {channels} channels, got a PIL image"
+def _to_unit_range(image: ImageInput, channels: int, dims: int, name: str, is_mask: bool = False) -> Tensor:
+    """Images as float32 in [0, 1], shape `(batch, channels, *spatial)`."""
+    parts = list(_parts(image, name))
+    largest = _largest_integers(parts)
+    whites = Whites.found(largest)  # the same for all of them
+    for dtype, value in largest.items():
+        if looks_dark(dtype, value) and not is_mask:
+            warnings.warn(
+                f"65535 is white in {name} of 16 bits, but its largest value is {value:g}, so that it is dark: if "
+                f"{lowest_white(value)} is white, divide by that and give floats",
+                stacklevel=4,
             )
-        array = np.asarray(image.convert(_MODES[channels]))
-        image = array if channels > 1 else array[..., None]
+    tensors = []
+    for part in parts:
+        values = _to_tensor(part, channels, dims, name, is_mask, whites)
+        tensor, white = values.float(), 1.0
+        low, high = tensor.aminmax()
+        if not values.is_floating_point() and not (is_mask and high <= 1):
+            white = whites.of(_dtype(values), high.item()) if not isinstance(part, Image.Image) else _full(values)
+        if not (low >= 0 and high <= white):  # true for NaN too
+            raise ValueError(
+                f"{name} must have finite values in [0, {white:g}], got {low.item():.4g} to {high.item():.4g}"
+            )
+        tensors.append(tensor / white)
+    if len({tensor.shape[1:] for tensor in tensors}) > 1:
+        sizes = ", ".join("x".join(map(str, tensor.shape[2:])) for tensor in tensors)
+        raise ValueError(f"{name} must hold images of one size, got {sizes}")
+    return torch.cat(tensors)
+
+
+def _largest_integers(parts: list[Image.Image | np.ndarray | Tensor]) -> dict[np.dtype, float]:
+    """The largest value of each type of integers that occurs, but for pictures of 8 bits."""
+    largest: dict[np.dtype, float] = {}
+    for part in parts:
+        if isinstance(part, Image.Image) and image_mode(part) == WIDE:
+            part = wide_values(part)
+        elif isinstance(part, Tensor) and not part.is_floating_point():
+            part = part.detach().cpu().numpy()
+        if isinstance(part, np.ndarray) and part.dtype.kind in "iu" and part.size:
+            dtype = part.dtype.newbyteorder("=")
+            largest[dtype] = max(float(part.max()), largest.get(dtype, 0))
+    return largest
+
+
+def _parts(image: ImageInput, name: str) -> Iterator[Image.Image | np.ndarray | Tensor]:
+    if not isinstance(image, list | tuple):
+        yield image
+        return
+    if not image:
+        raise ValueError(f"{name} must hold at least one image, got an empty list")
+    for part in image:
+        yield from _parts(part, name)
+
+
+def _to_tensor(
+    image: Image.Image | np.ndarray | Tensor, channels: int, dims: int, name: str, is_mask: bool, whites: Whites
+) -> Tensor:
+    """An image, or a batch of them, shape `(batch, channels, *spatial)`, in the type that it has."""
+    if isinstance(image, Image.Image):
+        if channels not in _MODES or dims != 2:
+            raise ValueError(
+                f"{name} must be an array or a tensor for a model of {channels} channels and {dims} dimensions of space, "
+                "got a PIL image"
+            )
+        mode = WIDE if channels == 1 and image_mode(image) == WIDE else _MODES[channels]
+        image = to_array(upright(image), mode, whites=whites)
     if isinstance(image, np.ndarray):
         layout = "channels last"
-        tensor = torch.from_numpy(np.ascontiguousarray(image))
+        array = np.array(image, image.dtype.newbyteorder("="))  # a copy, since that of a PIL image is read-only
+        if is_mask and array.ndim in (dims, dims + 1) and array.shape[-1] != 1:
+            array = array[..., None]
+        tensor = torch.from_numpy(array)
         tensor = tensor.movedim(-1, -dims - 1) if tensor.ndim > dims else tensor
     elif isinstance(image, Tensor):
         layout, tensor = "channels first", image
+        if is_mask and tensor.ndim == dims:
+            tensor = tensor[None]
+        elif is_mask and tensor.ndim == dims + 1 and len(tensor) != 1:
+            tensor = tensor[:, None]
     else:
         raise ValueError(
             f"{name} must be a PIL image, a NumPy array, a tensor or a list of one, got {type(image).__name__}"
         )
-    tensor = tensor.float() / 255 if tensor.dtype == torch.uint8 else tensor.float()
     if tensor.ndim == dims + 1:
         tensor = tensor[None]
     if tensor.ndim != dims + 2 or tensor.shape[1] != channels:
         raise ValueError(
             f"{name} must have {channels} channels and {dims} dimensions of space, {layout}, got shape {tuple(image.shape)}"
         )
-    low, high = tensor.aminmax()
-    if not (low >= 0 and high <= 1):  # true for NaN too
-        raise ValueError(f"{name} must have finite values in [0, 1], got {low.item():.4g} to {high.item():.4g}")
     return tensor
+
+
+def _full(values: Tensor) -> float:
+    """White of what `to_array` gives."""
+    return float(torch.iinfo(values.dtype).max)
+
+
+def _dtype(tensor: Tensor) -> np.dtype:
+    return np.dtype(str(tensor.dtype).removeprefix("torch."))
 
 
 def _times(size: Sequence[int]) -> str:

@@ -122,8 +122,10 @@ class GuidedDiffusionPipeline(LabelledMixin, InversionMixin, SamplingMixin, From
             generator: Source of the noise. With a list, one generator for each image, image i depends on generator i
                 alone, whatever else is in the batch; one generator is drawn from for the batch as a whole.
             latents: Start noise of unit variance, shape `(batch, in_channels, *sample_size)`.
-            image: Images to start from, or to keep what `mask_image` says of: PIL images; arrays `(batch, height,
-                width, channels)` or tensors `(batch, channels, height, width)` in [0, 1]; one for all, or one for each.
+            image: Images to start from, or to keep what `mask_image` says of: PIL images, read as in training,
+                with transparent pixels on black; arrays `(batch, height, width, channels)` or tensors
+                `(batch, channels, height, width)`, floats in [0, 1] or integers (see `diffusers_ext.pixels.Whites`); one
+                for all, or one for each.
             strength: How far to go back to noise, in [0, 1]: 0 gives the image itself, 1 does not look at it. By
                 default 0.8, or 1 with a `mask_image`. The steps taken are that share of `num_inference_steps`.
             mask_image: White (from 0.5 on) where to make the image anew, black where to keep it exactly.

@@ -8,8 +8,9 @@ from typing import ClassVar, Literal
 import psutil
 import torch
 
+from diffusers_ext.pixels import IMAGE_MODES
 from diffusers_ext.trainer.ema import power_function_exponent
-from diffusers_ext.trainer.images import IMAGE_MODES, RESIZE_MODES
+from diffusers_ext.trainer.images import LONGEST, RESIZE_MODES
 from diffusers_ext.trainer.options import option, refuse_unused
 from diffusers_ext.trainer.schedule import LR_SCHEDULERS, Budget, parse_duration
 
@@ -50,20 +51,31 @@ class DataConfig:
         "auto",
         "how images get there: crop and random_crop scale them to cover, and cut in the middle or at random; pad centres "
         "them on a border and never enlarges; stretch scales each side for itself. auto: pad if they are of one size and "
-        "fill at least 3/4 of each side, else crop",
+        f"fill at least 3/4 of each side, else crop. Of what is longer random_crop keeps the middle, {LONGEST} times the side",
     )
-    pad_value: int = option(0, "value of the border and behind transparent pixels")
-    image_mode: Literal[tuple(IMAGE_MODES)] | None = option(None, "channels to read; by default all that there are")
+    pad_value: int = option(0, "value of the border and behind transparent pixels, in the images' own range")
+    image_mode: Literal[tuple(IMAGE_MODES)] | None = option(
+        None,
+        "channels to read, in 8 bits; by default those of the first images: colour if any has it, alpha or more bits if most "
+        "have them",
+    )
+    white_value: int | None = option(
+        None,
+        "value that is white in pixels of more than 8 bits; by default 65535 for 16 bits, 1 for floats, and for other integers "
+        "the largest of 1, 8, 10, 12, 14 or 16 bits, by the first images",
+    )
     random_flip: bool = option(False, "mirror every other image left to right, at random")
     max_train_samples: int | None = option(None, "use only the first so many images")
-    max_bad_share: float = option(0.01, "share of the images that may fail to decode and be left out")
+    max_bad_share: float = option(
+        0.01, "share of the images, rounded up to a whole one, that may fail to decode and be left out"
+    )
     preprocessing_num_workers: int = option(1, "processes that decode the images, once")
     cache_dir: str | None = option(None, "where `datasets` keeps what it reads and decodes")
 
     # What the prepared images depend on.
     DATA_OPTIONS: ClassVar[tuple[str, ...]] = tuple(
         "dataset_config_name dataset_split image_column label_column num_classes label_names unconditional resolution "
-        "resize_mode pad_value image_mode random_flip max_train_samples".split()
+        "resize_mode pad_value image_mode white_value random_flip max_train_samples".split()
     )
 
     def __post_init__(self):
@@ -74,6 +86,8 @@ class DataConfig:
             raise ValueError(
                 f"resolution must be one side or height and width, got {' '.join(map(str, self.resolution))}"
             )
+        if self.white_value is not None and not 1 <= self.white_value <= 65535:
+            raise ValueError(f"white_value must be in [1, 65535], got {self.white_value}")
         if not 0 <= self.max_bad_share < 1:
             raise ValueError(f"max_bad_share must be in [0, 1), got {self.max_bad_share:g}")
         names = self.label_names

@@ -3,9 +3,9 @@
 Training then makes a batch by copying rows, and a run that goes on from a checkpoint decodes nothing that it skips.
 """
 
-import io
+import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,23 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
-from PIL import ExifTags, Image, ImageOps
+from datasets.utils.file_utils import xopen
+from PIL import Image
 
-from diffusers_ext.trainer.images import common_mode, cover, crop_at, fit, image_mode, to_array
+from diffusers_ext.pixels import DEFAULT_WHITES, Whites, image_mode, open_picture, to_array, to_range
+from diffusers_ext.trainer.images import cover, crop_at, fit
 from diffusers_ext.trainer.labels import describe_feature
 
 
 PROBED_ROWS = 64
-_CACHE_VERSION = 2  # part of the cache's key: raise it whenever the stored pixels change
+_CACHE_VERSION = 3  # part of the cache's key: raise it whenever the stored pixels change
 _SIZE = {"height": datasets.Value("int32"), "width": datasets.Value("int32")}
-_DECODED = {"pixels": datasets.Value("binary"), **_SIZE, "fault": datasets.Value("string")}
+_DECODED = {
+    "pixels": datasets.Value("binary"),
+    **_SIZE,
+    "fault": datasets.Value("string"),
+    "file": datasets.Value("string"),
+}
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,8 @@ class ImageData:
         notes: One line for each decision that a user may want to know of.
         resize_mode: How pictures of another size were brought to this one, one of `RESIZE_MODES`. With "random_crop"
             rows of `pixels` are cut in the middle, and `pixels.crop` cuts them elsewhere.
+        whites: Which values of the images are white, where that was to be found or said.
+        white: What is white in the images' own range, which `pad_value` is in.
         texts: Where labels are captions, what puts them into a batch (see `diffusers_ext.trainer.captions`).
     """
 
@@ -46,6 +55,8 @@ class ImageData:
     name: str
     notes: tuple[str, ...] = ()
     resize_mode: str = "crop"
+    whites: Whites = field(default=DEFAULT_WHITES, kw_only=True)
+    white: int = field(default=255, kw_only=True)
     texts: Any = field(default=None, kw_only=True)
 
     def __len__(self) -> int:
@@ -224,23 +235,35 @@ def find_image_column(source: datasets.Dataset | datasets.IterableDataset, name:
     Raises:
         ValueError: if there is none, if there are several and none is named, or if the named one holds no images.
     """
-    found = [column for column, feature in source.features.items() if _holds_images(feature)]
+    found = {column: feature for column, feature in source.features.items() if _holds_images(feature)}
     columns = ", ".join(f"{column} ({describe_feature(feature)})" for column, feature in source.features.items())
     if name is not None and name not in found:
         reason = "holds no images" if name in source.features else "is not in the data set"
         raise ValueError(f"image_column {name!r} {reason}; its columns are: {columns}")
     if not found:
         raise ValueError(f"the data set has no column of images; its columns are: {columns}")
-    if name is None and len(found) > 1:
-        raise ValueError(f"several columns hold images ({', '.join(found)}): name one with --image_column")
-    return name or found[0]
+    # Arrays of floats can be anything, so that they are images only where nothing else is.
+    likely = [column for column, feature in found.items() if not _is_float(feature)] or list(found)
+    if name is None and len(likely) > 1:
+        raise ValueError(f"several columns hold images ({', '.join(likely)}): name one with --image_column")
+    return name or likely[0]
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How every picture is brought to one shape: (height, width), PIL mode or number of bands, and the way there.
+    """How every picture is read and brought to one shape.
 
-    If the mode was found on the first pictures, and not asked for, one that holds more than it is a fault.
+    Attributes:
+        size: (height, width)
+        mode: PIL mode to read pictures in; None for arrays.
+        channels: Of a picture.
+        dtype: uint8 or uint16; its largest value is white.
+        resize_mode, pad_value: See `fit`; the latter in the images' own range, in which `white` is white.
+        mode_was_found: The mode was found on the first pictures, and not asked for: one that has colour, where they have
+            none, is a fault.
+        whites: Which values are white.
+        array_dtype: Of a column of arrays.
+        channels_first: Whether its arrays are (channels, height, width).
     """
 
     size: tuple[int, int]
@@ -250,6 +273,15 @@ class Fit:
     resize_mode: str
     pad_value: int
     mode_was_found: bool = False
+    whites: Whites = DEFAULT_WHITES
+    white: int = 255
+    array_dtype: str | None = None
+    channels_first: bool = False
+
+    @property
+    def border(self) -> int:
+        """The pad value as `dtype` has it."""
+        return round(self.pad_value * int(np.iinfo(self.dtype).max) / self.white)
 
 
 def decode(
@@ -260,7 +292,7 @@ def decode(
     A row that cannot be decoded is named on stderr and left out.
 
     Args:
-        max_bad_share: Share of the rows that may fail.
+        max_bad_share: Share of the rows that may fail, rounded up to a whole row.
 
     Returns:
         The pixels (`PixelTable`), the numbers of the rows that they come from, and the number of rows that fail.
@@ -283,46 +315,22 @@ def decode(
     )
     faults = table.data.column("fault").to_pylist()
     bad = [row for row, fault in enumerate(faults) if fault]
-    for row in bad[:10]:
-        print(f"image of row {row} left out: {faults[row]}", file=sys.stderr)
-    if len(bad) > max_bad_share * len(table):
+    files = table.select(bad)["file"]
+    for row, file in list(zip(bad, files, strict=True))[:10]:
+        print(f"image {file or f'of row {row}'} left out: {faults[row]}", file=sys.stderr)
+    if len(bad) > allowed_faults(len(table), max_bad_share) or len(bad) == len(table):
         raise ValueError(
-            f"{len(bad)} of {len(table)} images cannot be decoded, the first in row {bad[0]} ({faults[bad[0]]}); "
-            f"at most a share of {max_bad_share:g} may fail (--max_bad_share)"
+            f"{len(bad)} of {len(table)} images cannot be decoded, the first in {files[0] or f'row {bad[0]}'} "
+            f"({faults[bad[0]]}); at most a share of {max_bad_share:g} may fail (--max_bad_share)"
         )
     good = np.flatnonzero([not fault for fault in faults])
     kind = UncroppedTable if how.resize_mode == "random_crop" else PixelTable
     return kind(table, (*how.size, how.channels), np.dtype(how.dtype), good), good, len(bad)
 
 
-def probe(rows: Iterable[dict], feature: Any, column: str) -> tuple[list[tuple[int, int]], set[str], np.ndarray]:
-    """Sizes (height, width) and modes of the rows that can be decoded, and the first of them as an array.
-
-    Columns of arrays have no PIL mode: the set is empty.
-
-    Args:
-        rows: The first rows, undecoded.
-        feature: What `datasets` knows of the column.
-    """
-    dtype = "uint8" if getattr(feature, "dtype", None) == "uint8" else "uint16"
-    sizes, modes, first, count, fault = [], set(), None, 0, "the data set is empty"
-    for row in rows:
-        count += 1
-        try:
-            picture = _read(row[column], dtype)
-        except Exception as error:
-            fault = error
-            continue
-        if isinstance(picture, Image.Image):
-            modes.add(image_mode(picture))
-            sizes.append(picture.size[::-1])
-        else:
-            sizes.append(picture.shape[:2])
-        first = picture if first is None else first
-    if first is None:
-        raise ValueError(f"none of the first {count} images can be decoded; the last one: {fault}")
-    mode = common_mode(modes) if modes else None
-    return sizes, modes, to_array(first, mode) if mode else first
+def allowed_faults(count: int, max_bad_share: float) -> int:
+    """How many of so many images may fail: the share, rounded up, so that a single odd file does not end a run."""
+    return math.ceil(max_bad_share * count - 1e-9)  # 0.1 * 30 is above 3
 
 
 def undecoded(
@@ -342,30 +350,36 @@ def decode_one(value: Any, how: Fit) -> np.ndarray:
     Raises:
         Exception: whatever a decoder raises on a damaged file.
     """
-    picture = _read(value, how.dtype)
+    picture = read_cell(value, how.array_dtype)
     if isinstance(picture, Image.Image):
-        if how.mode_was_found and common_mode({how.mode, image_mode(picture)}) != how.mode:
+        mode = image_mode(picture)
+        if how.mode_was_found and mode.startswith("RGB") and not how.mode.startswith("RGB"):
             raise ValueError(
-                f"a picture of mode {image_mode(picture)}, where the first ones are all {how.mode}: give --image_mode to "
-                "read all of them alike"
+                f"a picture of mode {mode}, where the first ones are all {how.mode}: give --image_mode to read all of them "
+                "alike"
             )
-        picture = to_array(picture, how.mode, how.pad_value)
+        picture = to_array(picture, how.mode, how.border, how.whites)
+    else:
+        picture = to_range(picture, np.dtype(how.dtype), how.whites)
+        picture = np.moveaxis(picture, 0, -1) if how.channels_first else picture
+        picture = picture if picture.ndim == 3 else picture[..., None]
     if picture.shape[2] != how.channels:
         raise ValueError(f"{picture.shape[2]} channels where the first row has {how.channels}")
     if how.resize_mode == "random_crop":
-        return cover(picture, how.size)
-    return fit(picture, how.size, how.resize_mode, how.pad_value)
+        return np.ascontiguousarray(cover(picture, how.size))
+    return fit(picture, how.size, how.resize_mode, how.border)
 
 
 def _decode_rows(rows: dict[str, list], column: str, how: Fit, version: int) -> dict[str, list]:
     done = {name: [] for name in _DECODED}
     for value in rows[column]:
         try:
-            picture, fault = decode_one(value, how), ""
+            picture, fault, file = decode_one(value, how), "", ""
         except Exception as error:  # a decoder raises what it likes on a damaged file
             # A blank keeps the rows of one length, where they are.
             picture, fault = np.zeros((*how.size, how.channels), how.dtype), describe_fault(error)
-        cells = (picture.tobytes(), *picture.shape[:2], fault)
+            file = name_of_cell(value) or ""
+        cells = (picture.tobytes(), *picture.shape[:2], fault, file)
         for name, cell in zip(_DECODED, cells, strict=True):
             done[name].append(cell)
     return done
@@ -375,26 +389,37 @@ def describe_fault(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _read(value: Any, dtype: str) -> Image.Image | np.ndarray:
-    """A decoded picture from a cell of an image column, or an array (height, width, channels) from one of arrays."""
+def name_of_cell(value: Any) -> str | None:
+    """The file of an undecoded cell, if it is known."""
+    return value.get("path") if isinstance(value, dict) else None
+
+
+def read_cell(value: Any, array_dtype: str | None = None) -> Image.Image | np.ndarray:
+    """The decoded picture of an undecoded cell of an image column, or the array of one of arrays, as it is stored.
+
+    Args:
+        array_dtype: Of a column of arrays.
+    """
     if value is None:
         raise ValueError("the cell is empty")
     if not isinstance(value, dict):
-        array, limit = np.asarray(value), np.iinfo(dtype).max
-        if array.min() < 0 or array.max() > limit:
-            raise ValueError(f"values must be in [0, {limit}], got [{array.min()}, {array.max()}]")
-        array = array.astype(dtype)
-        return array if array.ndim == 3 else array[..., None]
-    if value["bytes"] is None and "://" in value["path"]:  # in an archive, or on the Hub
-        return datasets.Image().decode_example(value)
-    picture = Image.open(io.BytesIO(value["bytes"]) if value["bytes"] is not None else value["path"])
-    picture.load()
-    if picture.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # a camera that was held upright, or on its head
-        picture = ImageOps.exif_transpose(picture)
-    return picture
+        return np.asarray(value, array_dtype)
+    if value["bytes"] is not None:
+        return open_picture(value["bytes"])
+    if value["path"] is None:
+        raise ValueError("the cell has neither bytes nor a path")
+    if "://" not in value["path"]:
+        return open_picture(value["path"])
+    with xopen(value["path"], "rb") as file:  # in an archive, or on the Hub
+        return open_picture(file.read())
 
 
 def _holds_images(feature: Any) -> bool:
-    integers = ("uint8", "uint16", "int32", "int64")
     arrays = datasets.Array2D | datasets.Array3D
-    return isinstance(feature, datasets.Image) or (isinstance(feature, arrays) and feature.dtype in integers)
+    return isinstance(feature, datasets.Image) or (
+        isinstance(feature, arrays) and np.dtype(feature.dtype).kind in "buif"
+    )
+
+
+def _is_float(feature: Any) -> bool:
+    return not isinstance(feature, datasets.Image) and np.dtype(feature.dtype).kind == "f"

@@ -1,53 +1,32 @@
-"""One picture to one array: its mode, and its fit into the size that the model takes."""
+"""The fit of a picture into the size that the model takes, and the mode in which many pictures are read."""
 
 import math
+from collections import Counter
+from collections.abc import Iterable
 
 import numpy as np
 from PIL import Image
 
+from diffusers_ext.pixels import IMAGE_MODES, WIDE
+
 
 RESIZE_MODES = ("crop", "random_crop", "pad", "stretch")
-IMAGE_MODES = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4}
 
-# What a picture of one of PIL's other modes is read as.
-_READ_AS = {"1": "L", "P": "RGB", "PA": "RGBA", "CMYK": "RGB", "YCbCr": "RGB", "LAB": "RGB", "HSV": "RGB", "La": "LA"}
-_READ_AS |= {"RGBa": "RGBA", "RGBX": "RGB"}
+# What is kept of a picture to crop at random is so many times as long as the size, at most.
+LONGEST = 4
 
 
-def image_mode(image: Image.Image) -> str:
-    """The mode in which a picture keeps what it shows: L, LA, RGB, RGBA, or I;16 for grey of 16 bits."""
-    if image.mode.startswith("I"):
-        return "I;16"
-    if image.mode == "P" and "transparency" in image.info:
-        return "RGBA"
-    mode = _READ_AS.get(image.mode, image.mode)
-    if mode not in IMAGE_MODES:
-        raise ValueError(f"pictures of PIL's mode {image.mode} are not read; convert them to L, RGB or RGBA")
-    return mode
+def common_mode(modes: Iterable[str]) -> str:
+    """The mode in which to read pictures of these modes, one for each picture.
 
-
-def common_mode(modes: set[str]) -> str:
-    """The narrowest mode that loses nothing of pictures of all these modes."""
-    if "I;16" in modes:
-        if len(modes) > 1:
-            raise ValueError(f"pictures of 16 and of 8 bits do not go together, got the modes {sorted(modes)}")
-        return "I;16"
-    colour, alpha = any(mode.startswith("RGB") for mode in modes), any(mode.endswith("A") for mode in modes)
-    return ("RGB" if colour else "L") + ("A" if alpha else "")
-
-
-def to_array(image: Image.Image, mode: str, background: int = 0) -> np.ndarray:
-    """The picture in the given mode, shape `(height, width, channels)`, uint8, or uint16 for I;16.
-
-    Where the mode has no alpha channel, transparent pixels show the background.
+    Colour if any has it; an alpha channel, or more than 8 bits, if most have it.
     """
-    if mode == "I;16":
-        return np.asarray(image).clip(0, 65535).astype(np.uint16)[..., None]
-    if image_mode(image).endswith("A") and not mode.endswith("A"):
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (background,) * 3 + (255,)), image)
-    array = np.asarray(image.convert(mode))
-    return array if array.ndim == 3 else array[..., None]
+    counts = Counter(modes)
+    if 2 * counts[WIDE] > counts.total():
+        return WIDE
+    colour = any(mode.startswith("RGB") for mode in counts)
+    with_alpha = sum(count for mode, count in counts.items() if mode.endswith("A"))
+    return ("RGB" if colour else "L") + ("A" if 2 * with_alpha > counts.total() else "")
 
 
 def fit(array: np.ndarray, size: tuple[int, int], resize_mode: str, pad_value: int = 0) -> np.ndarray:
@@ -61,12 +40,11 @@ def fit(array: np.ndarray, size: tuple[int, int], resize_mode: str, pad_value: i
             height and width each for itself.
     """
     height, width = array.shape[:2]
-    scales = size[0] / height, size[1] / width
     if resize_mode in ("crop", "random_crop"):
-        array = cover(array, size)
+        array = cover(array, size, longest=1)
     elif resize_mode == "pad":
-        scales = (min(*scales, 1.0),) * 2
-        array = _resize(array, (max(1, round(height * scales[0])), max(1, round(width * scales[1]))))
+        scale = min(size[0] / height, size[1] / width, 1.0)
+        array = _resize(array, (max(1, round(height * scale)), max(1, round(width * scale))))
     elif resize_mode == "stretch":
         array = _resize(array, size)
     else:
@@ -76,11 +54,25 @@ def fit(array: np.ndarray, size: tuple[int, int], resize_mode: str, pad_value: i
     return np.ascontiguousarray(array)
 
 
-def cover(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The picture, scaled until it just covers the given (height, width); nothing is cut."""
+def cover(array: np.ndarray, size: tuple[int, int], longest: int = LONGEST) -> np.ndarray:
+    """The picture, scaled until it just covers the given (height, width).
+
+    What makes it longer than `longest` times the size is cut off before it is scaled, half on either side: a ruled line
+    of 1x2000 pixels would else take gigabytes.
+    """
     height, width = array.shape[:2]
     scale = max(size[0] / height, size[1] / width)
-    return _resize(array, (max(1, round(height * scale)), max(1, round(width * scale))))
+    covering = max(1, round(height * scale)), max(1, round(width * scale))
+    kept = tuple(min(side, longest * target) for side, target in zip(covering, size, strict=True))
+    starts = [(whole - part) // 2 for whole, part in zip(covering, kept, strict=True)]
+    if covering == (height, width):
+        return array[starts[0] : starts[0] + kept[0], starts[1] : starts[1] + kept[1]]
+    top, left = (start * side / whole for start, side, whole in zip(starts, (height, width), covering, strict=True))
+    bottom, right = (
+        (start + part) * side / whole
+        for start, part, side, whole in zip(starts, kept, (height, width), covering, strict=True)
+    )
+    return _resize(array, kept, (left, top, right, bottom))
 
 
 def crop_at(array: np.ndarray, size: tuple[int, int], place: np.ndarray) -> np.ndarray:
@@ -89,16 +81,19 @@ def crop_at(array: np.ndarray, size: tuple[int, int], place: np.ndarray) -> np.n
     return array[top : top + size[0], left : left + size[1]]
 
 
-def _resize(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def _resize(
+    array: np.ndarray, size: tuple[int, int], box: tuple[float, float, float, float] | None = None
+) -> np.ndarray:
+    """The picture, or its part in a box of (left, upper, right, lower) edges, at the given (height, width)."""
     if array.shape[:2] == size:
         return array
     # PIL's filters widen with the scale, so that pictures that shrink are smoothed first.
     if array.dtype == np.uint8 and array.shape[2] in IMAGE_MODES.values():
         picture = Image.fromarray(array[..., 0] if array.shape[2] == 1 else array, _mode_of(array.shape[2]))
-        resized = np.asarray(picture.resize(size[::-1], Image.Resampling.BICUBIC))
+        resized = np.asarray(picture.resize(size[::-1], Image.Resampling.BICUBIC, box))
         return resized if resized.ndim == 3 else resized[..., None]
     bands = [Image.fromarray(array[..., band].astype(np.float32)) for band in range(array.shape[2])]
-    resized = np.stack([np.asarray(band.resize(size[::-1], Image.Resampling.BICUBIC)) for band in bands], axis=-1)
+    resized = np.stack([np.asarray(band.resize(size[::-1], Image.Resampling.BICUBIC, box)) for band in bands], axis=-1)
     return resized.round().clip(0, np.iinfo(array.dtype).max).astype(array.dtype)
 
 

@@ -42,7 +42,7 @@ class LatentsInfo:
     Attributes:
         dataset_name, dataset_config_name, dataset_split: Where the images are from.
         resolution: (height, width) of the images.
-        resize_mode, pad_value, image_mode, max_train_samples, label_column: As for `DataConfig`.
+        resize_mode, pad_value, image_mode, white_value, max_train_samples, label_column: As for `DataConfig`.
         latent_shape: Of one image, (channels, height, width).
         num_images: How many; each has a second row, mirrored, if `random_flip`.
         random_flip: See `num_images`.
@@ -66,6 +66,7 @@ class LatentsInfo:
     id2label: dict[int, str] | None
     vae: str
     vae_fingerprint: str
+    white_value: int | None = None
 
     @property
     def rows_per_image(self) -> int:
@@ -225,7 +226,15 @@ def _check_options(config: DataConfig, info: LatentsInfo, folder: Path) -> None:
     if config.random_flip and not info.random_flip:
         raise ValueError(f"random_flip needs mirrored latents, which {folder} has none of: encode with --random_flip")
     defaults = {field.name: field.default for field in dataclasses.fields(DataConfig)}
-    for name in ("resolution", "resize_mode", "pad_value", "image_mode", "label_column", "dataset_config_name"):
+    for name in (
+        "resolution",
+        "resize_mode",
+        "pad_value",
+        "image_mode",
+        "white_value",
+        "label_column",
+        "dataset_config_name",
+    ):
         asked, made = getattr(config, name), getattr(info, name)
         asked = (asked[0], asked[-1]) if name == "resolution" and asked else asked
         if asked not in (defaults[name], made):

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import datasets
-import numpy as np
 
 from diffusers_ext.trainer.config import DataConfig, TrainerConfig
 from diffusers_ext.trainer.data import (
@@ -16,11 +15,11 @@ from diffusers_ext.trainer.data import (
     decode,
     find_image_column,
     load_source,
-    probe,
     undecoded,
 )
-from diffusers_ext.trainer.images import IMAGE_MODES
+from diffusers_ext.trainer.images import LONGEST
 from diffusers_ext.trainer.labels import find_stream_labels, read_labels
+from diffusers_ext.trainer.probing import decide_reading, probe
 from diffusers_ext.trainer.stream import StreamData
 
 
@@ -58,6 +57,7 @@ def data_options(config: DataConfig, multiple_of: int = 1) -> dict[str, Any]:
         "resize_mode": config.resize_mode,
         "pad_value": config.pad_value,
         "mode": config.image_mode,
+        "white_value": config.white_value,
         "max_samples": config.max_train_samples,
         "max_bad_share": config.max_bad_share,
         "cache_dir": config.cache_dir,
@@ -78,6 +78,7 @@ def prepare_images(
     resize_mode: str = "auto",
     pad_value: int = 0,
     mode: str | None = None,
+    white_value: int | None = None,
     max_samples: int | None = None,
     max_bad_share: float = 0.01,
     num_proc: int | None = None,
@@ -95,8 +96,11 @@ def prepare_images(
         resize_mode: One of `RESIZE_MODES` (see `fit`); "auto" pads images of one size that fill at least three quarters
             of each side, and crops others.
         pad_value: Value of the border and behind transparent pixels, in the images' own range.
-        mode: PIL mode to read images in, L, LA, RGB or RGBA; None for the narrowest that loses nothing.
-        max_bad_share: Share of the images that may fail to decode.
+        mode: PIL mode to read images in, L, LA, RGB or RGBA, of 8 bits; None for what the first images say, see
+            `common_mode`.
+        white_value: What is white in pixels of more than 8 bits; None for what their type says, or else the first images,
+            see `Whites`.
+        max_bad_share: Share of the images that may fail to decode, rounded up to a whole image.
         streaming: Fetch no more than the first `max_samples` rows, and keep them in memory.
 
     Raises:
@@ -112,13 +116,15 @@ def prepare_images(
         source = source.select(range(min(max_samples, len(source))))
     labels = read_labels(source, label_column, label_names) if with_labels else None
     first_rows = undecoded(source.select_columns([column]).select(range(min(len(source), PROBED_ROWS))), column)
-    how, notes = _decide(source, column, first_rows, resolution, multiple_of, resize_mode, pad_value, mode)
+    how, notes = _decide(
+        source, column, first_rows, resolution, multiple_of, resize_mode, pad_value, mode, white_value
+    )
     pixels, rows, bad = decode(source, column, how, max_bad_share=max_bad_share, num_proc=num_proc)
     if bad:
         notes.append(f"{bad} of {len(rows) + bad} images could not be decoded and are left out")
-    if labels is None:
-        return ImageData(pixels, None, None, name, tuple(notes), how.resize_mode)
-    return ImageData(pixels, labels[0][rows], labels[1], name, tuple(notes), how.resize_mode)
+    ids, id2label = (None, None) if labels is None else (labels[0][rows], labels[1])
+    whites = {"whites": how.whites, "white": how.white}
+    return ImageData(pixels, ids, id2label, name, tuple(notes), how.resize_mode, **whites)
 
 
 def prepare_stream(
@@ -135,6 +141,7 @@ def prepare_stream(
     resize_mode: str = "auto",
     pad_value: int = 0,
     mode: str | None = None,
+    white_value: int | None = None,
     max_samples: int | None = None,
     max_bad_share: float = 0.01,
     shuffle_buffer: int = DEFAULT_SHUFFLE_BUFFER,
@@ -161,7 +168,9 @@ def prepare_stream(
     # From another opening of it, so that the workers get one that nothing has been read from.
     again = load_source(name, config_name, split, cache_dir=cache_dir, streaming=True)
     first_rows = itertools.islice(undecoded(again, column).select_columns(columns), PROBED_ROWS)
-    how, notes = _decide(source, column, first_rows, resolution, multiple_of, resize_mode, pad_value, mode)
+    how, notes = _decide(
+        source, column, first_rows, resolution, multiple_of, resize_mode, pad_value, mode, white_value
+    )
     if rows.num_shards == 1:
         notes.append(
             f"the stream is one shard: only {shuffle_buffer} images at a time are shuffled (--shuffle_buffer)"
@@ -178,22 +187,33 @@ def _decide(
     resize_mode: str,
     pad_value: int,
     mode: str | None,
+    white_value: int | None,
 ) -> tuple[Fit, list[str]]:
     """How the images get to their shape, with a note for each decision that the user has not made."""
-    sizes, modes, first = probe(first_rows, source.features[column], column)
-    notes, mode_was_found = [], mode is None
-    if mode is not None and not modes:
-        raise ValueError(f"image_mode {mode} needs pictures, column {column!r} holds arrays")
-    if modes:
-        common = "I;16" if first.dtype == np.uint16 else next(m for m, n in IMAGE_MODES.items() if n == first.shape[2])
-        mode = mode or common
-        if mode != common:
-            notes.append(f"images are read as {mode}; the narrowest mode that loses nothing is {common}")
-    channels = IMAGE_MODES.get(mode, 1) if mode else first.shape[2]
-    size, resize_mode, note = _decide_fit(sizes, resolution, multiple_of, resize_mode, pad_value)
-    notes += [note] if note else []
-    dtype = "uint8" if mode != "I;16" and first.dtype == np.uint8 else "uint16"
-    return Fit(size, mode, channels, dtype, resize_mode, pad_value, mode_was_found), notes
+    seen = probe(first_rows, source.features[column], column)
+    reading = decide_reading(seen, column, mode, white_value, pad_value)
+    if not 0 <= pad_value <= reading.white:
+        raise ValueError(
+            f"pad_value must be in the range of the images, [0, {reading.white}], of which {reading.white} is white, got "
+            f"{pad_value}"
+        )
+    size, resize_mode, note = _decide_fit(seen.sizes, resolution, multiple_of, resize_mode, pad_value)
+    if resize_mode == "random_crop" and any(_is_longer(of_one, size) for of_one in seen.sizes):
+        note += f", of the middle where they are longer than {LONGEST} times that"
+    how = Fit(
+        size,
+        reading.mode,
+        reading.channels,
+        reading.dtype,
+        resize_mode,
+        pad_value,
+        mode_was_found=mode is None,
+        whites=reading.whites,
+        white=reading.white,
+        array_dtype=seen.array_dtype,
+        channels_first=seen.channels_first,
+    )
+    return how, [*reading.notes, *([note] if note else [])]
 
 
 def _decide_fit(
@@ -225,6 +245,11 @@ def _decide_fit(
         "stretch": f"stretched to {_text(size)}",
     }
     return size, resize_mode, f"{seen} are {done[resize_mode]} (--resize_mode {resize_mode})"
+
+
+def _is_longer(own: tuple[int, int], size: tuple[int, int]) -> bool:
+    ratio = own[0] * size[1] / (own[1] * size[0])
+    return max(ratio, 1 / ratio) > LONGEST
 
 
 def _text(size: tuple[int, int]) -> str:

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from diffusers_ext.latents import decode_latents
 from diffusers_ext.trainer.denoising import DenoisingConfig
 from diffusers_ext.trainer.figures import labelled_grid, save_picture
 from diffusers_ext.trainer.loop import Trainer
@@ -98,7 +99,10 @@ def draw_denoising(
     seed: int = 0,
     **settings,
 ) -> None:
-    """A strip with x_t above the predicted x_0, from the first step to the last at evenly spaced ones."""
+    """A strip with x_t above the predicted x_0, from the first step to the last at evenly spaced ones.
+
+    Those of a pipeline in latents are decoded.
+    """
     last = num_inference_steps - 1
     steps = sorted({round(place * last / max(columns - 1, 1)) for place in range(columns)})
     asked = {"batch_size": 1} if label is None else {"class_labels": [label]}
@@ -114,8 +118,16 @@ def draw_denoising(
     ).trajectory
     x_t = torch.cat([noisy[:1] for _, noisy, _ in trajectory])
     x0_hat = torch.cat([clean[:1] for _, _, clean in trajectory])
-    heads = [f"t = {int(timestep)}" for timestep, _, _ in trajectory]
-    save_picture(labelled_grid([(x_t + 1) / 2, (x0_hat + 1) / 2], ["x_t", "predicted x_0"], heads), path)
+    heads, names, rows = (
+        [f"t = {int(timestep)}" for timestep, _, _ in trajectory],
+        ["x_t", "predicted x_0"],
+        [x_t, x0_hat],
+    )
+    if getattr(pipe, "vae", None) is not None:
+        names = [f"{name}, decoded" for name in names]
+        with torch.no_grad():
+            rows = [decode_latents(pipe.vae, row) for row in rows]
+    save_picture(labelled_grid([(row.float() + 1) / 2 for row in rows], names, heads), path)
 
 
 def draw_while_training(

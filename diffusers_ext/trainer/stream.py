@@ -20,6 +20,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from diffusers_ext.pixels import Whites
 from diffusers_ext.trainer.batches import (
     EPOCH,
     WINDOW,
@@ -29,7 +30,7 @@ from diffusers_ext.trainer.batches import (
     TrainingBatches,
     batch_stream,
 )
-from diffusers_ext.trainer.data import Fit, ImageData, decode_one, describe_fault, mirror
+from diffusers_ext.trainer.data import Fit, ImageData, allowed_faults, decode_one, describe_fault, mirror, name_of_cell
 from diffusers_ext.trainer.images import crop_at
 from diffusers_ext.trainer.labels import LabelSets, StreamLabels
 
@@ -83,6 +84,10 @@ class StreamData:
     @property
     def resize_mode(self) -> str:
         return self.how.resize_mode
+
+    @property
+    def whites(self) -> Whites:
+        return self.how.whites
 
     @property
     def num_images(self) -> None:
@@ -255,9 +260,9 @@ class StreamReader:
         except Exception as error:  # a decoder raises what it likes on a damaged file
             state["bad"] += 1
             if state["bad"] <= _NAMED_FAULTS:
-                path = cell.get("path") if isinstance(cell, dict) else None
                 name = (
-                    path or f"{state['good'] + state['bad']} of reader {self._reader + 1}, epoch {state['epoch'] + 1},"
+                    name_of_cell(cell)
+                    or f"{state['good'] + state['bad']} of reader {self._reader + 1}, epoch {state['epoch'] + 1},"
                 )
                 print(f"image {name} left out: {describe_fault(error)}", file=sys.stderr)
             self._check_bad(max(state["good"] + state["bad"], _JUDGED_FROM), error)
@@ -267,7 +272,7 @@ class StreamReader:
 
     def _check_bad(self, seen: int, error: Exception | None = None):
         bad, share = self.state["bad"], self._data.max_bad_share
-        if bad > share * seen:
+        if bad > allowed_faults(seen, share):
             last = f", the last one: {describe_fault(error)}" if error else ""
             raise ValueError(
                 f"{bad} of {self.state['good'] + bad} images of {self._data.name} cannot be decoded{last}; at most a "

@@ -12,7 +12,7 @@ from diffusers_ext.trainer.figures import labelled_grid, save_picture
 
 PICTURES = {
     "reconstructions.png": "images, and what comes back from the means of their posteriors",
-    "samples.png": "decoded draws from the prior",
+    "samples.png": "decoded draws from the prior (of feature maps: textures, for objects take a diffusion model)",
     "interpolations.png": "from one image to another, along a line and along a great circle",
     "traversals.png": "the latents that tell most, one in each row, from low to high",
 }
@@ -42,11 +42,22 @@ def draw_pictures(vae: VAEModel, images: Tensor, folder: Path, *, columns: int =
     save_picture(labelled_grid(both, ["image", "decoded"]), folder / "reconstructions.png")
     generator = torch.Generator(vae.device).manual_seed(seed)
     drawn = decoded(vae, vae.sample_prior(columns * columns, generator))
-    save_picture(labelled_grid(drawn.unflatten(0, (columns, columns))), folder / "samples.png")
+    title = prior_title(vae)
+    save_picture(labelled_grid(drawn.unflatten(0, (columns, columns)), title=title), folder / "samples.png")
     draw_interpolations(vae, images[: min(len(images), 6)], folder / "interpolations.png", columns=columns)
     draw_traversals(vae, images, folder / "traversals.png", columns=columns)
     if "manifold.png" in pictures_of(vae):
         draw_manifold(vae, folder / "manifold.png")
+
+
+def prior_title(vae: VAEModel) -> str:
+    """What draws from the prior are, and are not, for who sees them without knowing."""
+    if len(vae.latent_shape) == 1:
+        return "decoded draws from the prior"
+    return (
+        "Decoded draws from the prior, which takes each place of the latents for itself: they show textures and no objects. "
+        "Images are made by a diffusion model trained on the latents."
+    )
 
 
 def interpolate(vae: VAEModel, first: Tensor, second: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

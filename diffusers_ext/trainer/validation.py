@@ -41,6 +41,7 @@ def prepare_validation(
             validation_steps=None,
             max_validation_samples=None,
             resize_mode="crop" if data.resize_mode == "random_crop" else data.resize_mode,
+            white_value=config.white_value or data.whites.integers,
         ),
         read_ahead=True,
     )

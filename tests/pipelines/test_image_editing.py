@@ -301,6 +301,51 @@ def test_masks_are_read_from_pil_numpy_and_pytorch():
         assert torch.equal(mask_to_tensor(given), both[:, None])
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.int64, bool])
+@pytest.mark.parametrize("top", [1, 255])
+def test_masks_of_integers_are_read_by_what_is_white_in_them(dtype, top):
+    """0 and 1 mean the same in every type; else uint16 has a white of 65535, as in pictures of 16 bits."""
+    mask = half_mask()
+    values = mask.numpy().astype(dtype) * dtype(top if dtype != np.uint16 or top == 1 else 65535)
+    for given in (values, torch.from_numpy(values), [values, values * 0]):
+        assert torch.equal(mask_to_tensor(given)[:1], mask[None, None])
+    if dtype in (np.uint8, np.uint16, np.int32):
+        assert torch.equal(mask_to_tensor(Image.fromarray(values)), mask[None, None])
+
+
+def test_images_of_integers_have_one_white_for_all_that_are_given():
+    values = np.array([[0, 1000], [2000, 4095]])
+    expected = torch.from_numpy(values / 4095 * 2 - 1).float()
+    for dtype in (np.int32, np.int64, np.uint32):
+        pair = np.stack([values // 100, values]).astype(dtype)[..., None]  # the first alone would have a white of 255
+        for given in (pair, list(pair), torch.from_numpy(pair.astype(np.int64)).movedim(-1, 1)):
+            torch.testing.assert_close(images_to_tensor(given, 1)[1, 0], expected)
+            assert images_to_tensor(given, 1)[0].max() < -0.97
+    pair = [Image.fromarray(part[..., 0].astype(np.int32)) for part in pair]
+    torch.testing.assert_close(images_to_tensor(pair, 1)[1, 0], expected, atol=1e-4, rtol=0)
+    assert images_to_tensor(pair, 3)[0].max() < -0.97
+    with pytest.raises(ValueError, match=r"image must have finite values in \[0, 65535\], got 0 to 7e\+04"):
+        images_to_tensor(np.array([[[0], [70_000]]]), 1)
+    with pytest.raises(ValueError, match=r"image must have finite values in \[0, 255\], got -1 to 4"):
+        images_to_tensor(np.array([[[-1], [4]]]), 1)
+
+
+def test_dark_images_of_16_bits_are_warned_of():
+    values = np.array([[0, 4095]], np.uint16)
+    with pytest.warns(UserWarning, match="65535 is white in image of 16 bits, but its largest value is 4095"):
+        assert images_to_tensor(Image.fromarray(values), 1).max() < -0.87
+
+
+def test_transparent_images_show_black_and_photographs_stand_upright():
+    clear = Image.new("RGBA", (2, 1), (255, 0, 0, 0))
+    assert images_to_tensor(clear, 3).eq(-1).all()
+    assert images_to_tensor(clear, 4)[0, :, 0, 0].tolist() == [1, -1, -1, -1]
+    assert images_to_tensor(clear.convert("LA"), 2)[0, 1].eq(-1).all()
+    turned = Image.new("L", (6, 4))
+    turned.getexif()[0x112] = 6
+    assert images_to_tensor(turned, 1).shape == (1, 1, 6, 4)
+
+
 @pytest.mark.parametrize(
     "kwargs, message",
     [

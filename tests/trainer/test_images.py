@@ -1,8 +1,10 @@
+import tracemalloc
+
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
-from diffusers_ext.trainer.images import common_mode, fit, image_mode, to_array
+from diffusers_ext.trainer.images import LONGEST, RESIZE_MODES, common_mode, cover, fit
 
 
 def ramp(height, width, channels=1, dtype=np.uint8):
@@ -59,29 +61,46 @@ def test_unknown_resize_mode_names_the_choices():
         fit(ramp(4, 4), (8, 8), "squash")
 
 
-def test_transparent_pixels_show_the_background():
-    picture = Image.new("RGBA", (2, 1), (200, 10, 10, 255))
-    picture.putpixel((1, 0), (200, 10, 10, 0))
-    np.testing.assert_array_equal(to_array(picture, "RGB", background=255)[0], [[200, 10, 10], [255, 255, 255]])
-    np.testing.assert_array_equal(to_array(picture, "RGBA")[0, 1, 3], 0)
+def test_common_mode_is_in_colour_if_any_is_and_else_what_most_are():
+    assert common_mode(["L"]) == "L"
+    assert common_mode(["L", "L", "RGB"]) == "RGB"
+    assert common_mode(["LA", "RGB"]) == "RGB"
+    assert common_mode(["LA", "RGB", "RGBA"]) == "RGBA"
+    assert common_mode(["RGB"] * 63 + ["RGBA"]) == "RGB"
+    assert common_mode(["I;16", "I;16", "L"]) == "I;16"
+    assert common_mode(["I;16", "L"]) == "L"
 
 
-@pytest.mark.parametrize(
-    "mode, read_as",
-    [("1", "L"), ("L", "L"), ("P", "RGB"), ("CMYK", "RGB"), ("LA", "LA"), ("I;16", "I;16"), ("I", "I;16")],
-)
-def test_modes_are_read_as_what_they_show(mode, read_as):
-    assert image_mode(Image.new(mode, (2, 2))) == read_as
+@pytest.mark.parametrize("shape", [(1, 2000, 3), (2000, 1, 1), (1, 300, 5)])
+@pytest.mark.parametrize("resize_mode", RESIZE_MODES)
+def test_a_thin_picture_takes_no_more_than_itself_and_what_comes_out(shape, resize_mode):
+    """Scaled to cover before it is cut, 1x2000 at 256 is a picture of 256x512000."""
+    picture = ramp(*shape)
+    tracemalloc.start()
+    fitted = fit(picture, (256, 256), resize_mode)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert fitted.shape == (256, 256, shape[2])
+    assert peak < 30 * fitted.nbytes  # floats of several channels, and copies of them
+    assert cover(picture, (256, 256)).nbytes <= LONGEST * fitted.nbytes
 
 
-def test_16_bits_are_kept():
-    values = np.array([[0, 300], [40000, 65535]], np.uint16)
-    np.testing.assert_array_equal(to_array(Image.fromarray(values), "I;16")[..., 0], values)
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("shape, size", [((30, 90), (10, 10)), ((20, 33), (31, 40)), ((5, 80), (16, 24))])
+def test_cutting_before_scaling_is_scaling_before_cutting(shape, size, dtype):
+    """By Pillow's own `ImageOps.fit`, which cuts the same part, of pictures smooth enough that rounding is all."""
+    rows, columns = np.mgrid[: shape[0], : shape[1]]
+    top = np.iinfo(dtype).max
+    picture = (top * (0.5 + 0.2 * np.sin(rows / 9) + 0.2 * np.cos(columns / 7))).astype(dtype)
+    fitted = fit(picture[..., None], size, "crop")[..., 0]
+    whole = Image.fromarray(picture.astype(np.float32))
+    by_pillow = np.asarray(ImageOps.fit(whole, size[::-1], Image.Resampling.BICUBIC))
+    # The covering picture has whole sides, which moves an edge by up to half a pixel of the result.
+    assert np.abs(fitted - by_pillow).max() < 0.03 * top
 
 
-def test_common_mode_loses_nothing():
-    assert common_mode({"L"}) == "L"
-    assert common_mode({"L", "RGB"}) == "RGB"
-    assert common_mode({"LA", "RGB"}) == "RGBA"
-    with pytest.raises(ValueError, match="16 and of 8 bits do not go together"):
-        common_mode({"I;16", "L"})
+def test_random_crops_are_of_the_middle_of_what_is_very_long():
+    picture = np.broadcast_to(np.arange(100, dtype=np.uint8)[None, :, None], (8, 100, 1))
+    kept = cover(picture, (8, 8))
+    np.testing.assert_array_equal(kept[0, :, 0], np.arange(34, 66))  # 4 times 8, as they are
+    np.testing.assert_array_equal(cover(picture[:, :32], (8, 8)), picture[:, :32])

@@ -4,7 +4,14 @@ import torch
 from diffusers_ext.latents import encode_latents
 from diffusers_ext.models.vae import VAEModel
 from diffusers_ext.models.vae_posterior import DiagonalGaussian
-from diffusers_ext.trainer.vae_figures import decoded, draw_pictures, interpolate, manifold_latents, pictures_of
+from diffusers_ext.trainer.vae_figures import (
+    decoded,
+    draw_pictures,
+    interpolate,
+    manifold_latents,
+    pictures_of,
+    prior_title,
+)
 from diffusers_ext.trainer.vae_latents import LatentStatistics, measure_latents, store_scale
 
 
@@ -124,10 +131,17 @@ def test_all_pictures_are_drawn(tmp_path, vae, manifold):
     assert ("manifold.png" in names) == manifold
     assert {path.name for path in (tmp_path / "pictures").iterdir()} == set(names)
     sizes = {name: Image.open(tmp_path / "pictures" / name).size for name in names}
-    assert sizes["samples.png"] == (4 * 50 + 2, 4 * 50 + 2)  # 48 pixels and a margin each
-    assert sizes["interpolations.png"][1] > 6 * 50
+    assert sizes["samples.png"][0] == 4 * 66 + 2  # 64 pixels and a margin each
+    assert 4 * 66 + 10 < sizes["samples.png"][1] < 4 * 66 + 100  # below a title
+    assert sizes["interpolations.png"][1] > 6 * 66
     rows = vae.latent_shape[0]
-    assert sizes["traversals.png"][1] == pytest.approx(rows * 50, abs=30)
+    assert sizes["traversals.png"][1] == pytest.approx(rows * 66, abs=30)
+
+
+def test_draws_from_the_prior_say_what_they_are():
+    """A feature map's prior knows of no neighbours, so that its draws are not what the model makes."""
+    assert prior_title(flat()) == "decoded draws from the prior"
+    assert "no objects" in prior_title(model()) and "diffusion model" in prior_title(model())
 
 
 def test_pictures_leave_the_default_generator_alone(tmp_path):
