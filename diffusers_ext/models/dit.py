@@ -11,6 +11,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
+from diffusers_ext.models.derivatives import in_torch_func
 from diffusers_ext.models.layers import (
     TimestepEmbedding,
     attention,
@@ -411,8 +412,8 @@ class DiTModel(ModelMixin, ConfigMixin):
             )
         if config.num_classes < NULL_LABEL_OF_DIFFUSERS:
             class_labels = class_labels.masked_fill(class_labels == NULL_LABEL_OF_DIFFUSERS, config.num_classes)
-        # Elsewhere the embedding finds it out itself, and looking would stall the device.
-        if class_labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        # Elsewhere the embedding finds it out itself, and looking would stall the device, or is what vmap cannot do.
+        if class_labels.device.type == "cpu" and not (torch.compiler.is_compiling() or in_torch_func()):
             outside = class_labels[(class_labels < 0) | (class_labels > config.num_classes)]
             if len(outside):
                 raise ValueError(f"class_labels must be in [0, {config.num_classes}], got {outside.tolist()}")

@@ -6,6 +6,7 @@ height, width)` is a sequence of tokens `(batch, height * width, channels)` with
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,21 @@ from diffusers.models.attention_dispatch import (
     dispatch_attention_fn,
 )
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
+
+from diffusers_ext.models.derivatives import (
+    backward_is_differentiated,
+    is_batched,
+    needs_plain_operators,
+    plain_gradients,
+)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """A feature map in the layout that CPUs convolve fastest, on CPUs; vmap knows no layouts."""
+    if x.device.type != "cpu" or is_batched(x):
+        return x
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def num_groups(channels: int) -> int:
@@ -33,6 +49,11 @@ def num_groups(channels: int) -> int:
         if channels % groups == 0:
             return groups
     raise ValueError(f"channels must be at least 1, got {channels}")
+
+
+def _takes_own_backward(x: Tensor) -> bool:
+    """Whether the backward passes below are for x: eagerly, on CPUs."""
+    return x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 class _GroupNorm(torch.autograd.Function):
@@ -49,13 +70,16 @@ class _GroupNorm(torch.autograd.Function):
         ones = torch.ones(channels, dtype=torch.promote_types(x.dtype, torch.float32))  # and so are the statistics
         weight, bias = (scale[0].to(ones), shift[0].to(ones)) if shared else (ones, torch.zeros_like(ones))
         y, mean, rstd = torch.native_group_norm(x, weight, bias, batch, channels, height * width, groups, eps)
-        ctx.save_for_backward(x, mean, rstd, scale)
+        ctx.save_for_backward(x, scale, shift, mean, rstd)
+        ctx.groups, ctx.eps = groups, eps
         return y if shared else _affine(y, scale, shift)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        x, mean, rstd, scale = ctx.saved_tensors
+        x, scale, shift, mean, rstd = ctx.saved_tensors
+        if backward_is_differentiated(grad):
+            plain = partial(_plain_group_norm, groups=ctx.groups, eps=ctx.eps)
+            return *plain_gradients(plain, (x, scale, shift), ctx.needs_input_grad[:3], grad), None, None
         batch, channels, height, width = x.shape
         groups = rstd.shape[1]
         grad = grad.contiguous(memory_format=torch.channels_last)
@@ -92,6 +116,14 @@ def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return torch.addcmul(shift[:, :, None, None].to(x.dtype), x, scale[:, :, None, None].to(x.dtype))
 
 
+def _plain_group_norm(x: Tensor, scale: Tensor, shift: Tensor, groups: int, eps: float) -> Tensor:
+    """Written out, since derivatives of PyTorch's group normalisation fail in channels_last: forward-mode, under vmap."""
+    grouped = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(x.shape[0], groups, -1)
+    variance, mean = torch.var_mean(grouped, dim=-1, correction=0, keepdim=True)
+    normed = (grouped - mean) * (variance + eps).rsqrt()
+    return _affine(normed.reshape(x.shape).to(x.dtype), scale, shift)
+
+
 def group_norm(x: Tensor, scale: Tensor, shift: Tensor, groups: int, eps: float = 1e-5) -> Tensor:
     """Group normalisation (Wu & He 2018), then `scale * x + shift`, in the dtype and layout of `x`.
 
@@ -100,8 +132,9 @@ def group_norm(x: Tensor, scale: Tensor, shift: Tensor, groups: int, eps: float 
         scale, shift: Shape `(batch, channels)`, or `(1, channels)` for an affine map that all samples share.
         groups: Number of groups; divides `channels`.
     """
-    eager_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
-    if eager_cpu and torch.is_grad_enabled() and x.is_contiguous(memory_format=torch.channels_last):
+    if needs_plain_operators(x, scale, shift):
+        return _plain_group_norm(x, scale, shift, groups, eps)
+    if _takes_own_backward(x) and x.is_contiguous(memory_format=torch.channels_last):
         return _GroupNorm.apply(x, scale, shift, groups, eps)
     return _affine(F.group_norm(x, groups, eps=eps).to(x.dtype), scale, shift)
 
@@ -115,14 +148,13 @@ class _Concatenate(torch.autograd.Function):
         return torch.cat([x, skip], dim=1)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        return tuple(part.contiguous(memory_format=torch.channels_last) for part in grad.split(ctx.split, dim=1))
+        return tuple(channels_last(part) for part in grad.split(ctx.split, dim=1))
 
 
 def concatenate(x: Tensor, skip: Tensor) -> Tensor:
     """Joins the channels of two feature maps `(batch, *, height, width)`."""
-    if x.device.type == "cpu" and not torch.compiler.is_compiling() and torch.is_grad_enabled():
+    if _takes_own_backward(x) and not needs_plain_operators(x, skip):
         return _Concatenate.apply(x, skip)
     return torch.cat([x, skip], dim=1)
 
@@ -141,9 +173,9 @@ class AffineGroupNorm(nn.Module):
 
 
 class _Attention(torch.autograd.Function):
-    """The CPU's fused attention, with a backward pass of matrix products.
+    """The CPU's fused attention, with a backward pass of matrix products in bfloat16.
 
-    In bfloat16 the products run in tile registers, and that of the fused kernel takes 1.5 to 9 times as long. They are
+    The products run in tile registers, and the fused kernel's backward pass takes 1.5 to 9 times as long. They are
     made for a few samples at once, so that the weights of all pairs of tokens stay in the cache.
     """
 
@@ -151,13 +183,24 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, mask):
-        ctx.save_for_backward(query, key, value, mask)
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, attn_mask=mask)[0]
+        out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, attn_mask=mask)
+        kept = (None, None) if query.dtype == torch.bfloat16 else (out, log_sum)
+        ctx.save_for_backward(query, key, value, mask, *kept)
+        return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        query, key, value, mask = ctx.saved_tensors
+        query, key, value, mask, out, log_sum = ctx.saved_tensors
+        inputs = (query, key, value)
+        if backward_is_differentiated(grad):
+            return *plain_gradients(partial(_plain_attention, mask=mask), inputs, ctx.needs_input_grad[:3], grad), None
+        if out is None:
+            return *_Attention.gradients_by_products(*inputs, mask, grad), None
+        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        return *fused(grad, *inputs, out, log_sum, 0.0, False, attn_mask=mask), None
+
+    @staticmethod
+    def gradients_by_products(query, key, value, mask, grad):
         grads = [_token_major(tensor) for tensor in (query, key, value)]
         unit, scale = query.new_empty(()), query.shape[-1] ** -0.5
         num_samples = max(1, _Attention.pairs_at_once // (query.shape[1] * query.shape[2] * key.shape[2]))
@@ -176,7 +219,11 @@ class _Attention(torch.autograd.Function):
             )
             for whole, part in zip(grads, parts, strict=True):
                 whole[rows] = part.view(whole[rows].shape)
-        return *grads, None
+        return grads
+
+
+def _plain_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    return torch.ops.aten._scaled_dot_product_attention_math(query, key, value, mask)[0]
 
 
 def _token_major(x: Tensor) -> Tensor:
@@ -204,11 +251,11 @@ def attention(
     if backend != AttentionBackendName.NATIVE:
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         return dispatch_attention_fn(query, key, value, attn_mask=mask, backend=backend).transpose(1, 2)
-    inputs = (query, key, value)
-    eager_bf16 = query.device.type == "cpu" and query.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
-    if eager_bf16 and torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
-        if all(x.stride(-1) == 1 for x in inputs):  # which the fused kernel relies on
-            mask = None if mask is None else mask.expand(*query.shape[:-1], key.shape[-2])
+    if needs_plain_operators(query, key, value):
+        return _plain_attention(query, key, value, mask)
+    if _takes_own_backward(query) and any(x.requires_grad for x in (query, key, value)):
+        mask = None if mask is None else mask.expand(*query.shape[:-1], key.shape[-2])
+        if torch._fused_sdp_choice(query, key, value, mask) == SDPBackend.FLASH_ATTENTION.value:
             return _Attention.apply(query, key, value, mask)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 

@@ -15,6 +15,7 @@ from diffusers_ext.models.layers import (
     Attention,
     TimestepEmbedding,
     attention_bias,
+    channels_last,
     concatenate,
     group_norm,
     num_groups,
@@ -176,8 +177,7 @@ def zero_residual_branches(network: nn.Module) -> None:
 
 def stem(conv_in: nn.Module, sample: Tensor) -> Tensor:
     """The first feature map of a sample of any dimension, in channels_last on CPUs, and so is every later one."""
-    x = conv_in(sample.unsqueeze(2) if sample.ndim == 3 else sample)
-    return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
+    return channels_last(conv_in(sample.unsqueeze(2) if sample.ndim == 3 else sample))
 
 
 def run_module(

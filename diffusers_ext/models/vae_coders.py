@@ -1,10 +1,9 @@
 """The halves of an autoencoder: what turns images into latents' means and variances, and what turns latents back."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusers_ext.models.layers import AffineGroupNorm, Attention
+from diffusers_ext.models.layers import AffineGroupNorm, Attention, channels_last
 from diffusers_ext.models.unet import Downsample, Upsample
 
 
@@ -79,9 +78,7 @@ class ConvCoder(nn.Module):
 
     def forward(self, x: Tensor, run) -> Tensor:
         """Args: run: Calls a module on a feature map, with or without checkpointing."""
-        x = self.conv_in(x)
-        if x.device.type == "cpu":
-            x = x.contiguous(memory_format=torch.channels_last)  # and so is every feature map from here on
+        x = channels_last(self.conv_in(x))  # and so is every feature map from here on
         for module in self.stack.values():
             x = run(module, x)
         return self.conv_out(F.silu(self.norm_out(x)))
