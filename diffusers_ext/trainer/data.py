@@ -15,8 +15,10 @@ import numpy as np
 import pyarrow as pa
 from PIL import ExifTags, Image, ImageOps
 
+from diffusers_ext.trainer.image_columns import with_image_columns
 from diffusers_ext.trainer.images import common_mode, cover, crop_at, fit, image_mode, to_array
 from diffusers_ext.trainer.labels import describe_feature
+from diffusers_ext.trainer.sources import LocalFolder
 
 
 PROBED_ROWS = 64
@@ -38,6 +40,7 @@ class ImageData:
         resize_mode: How pictures of another size were brought to this one, one of `RESIZE_MODES`. With "random_crop"
             rows of `pixels` are cut in the middle, and `pixels.crop` cuts them elsewhere.
         texts: Where labels are captions, what puts them into a batch (see `diffusers_ext.trainer.captions`).
+        rows: Number of each image's row in the split, where some are left out; None if that is not known.
     """
 
     pixels: "PixelTable"
@@ -47,6 +50,7 @@ class ImageData:
     notes: tuple[str, ...] = ()
     resize_mode: str = "crop"
     texts: Any = field(default=None, kw_only=True)
+    rows: np.ndarray | None = field(default=None, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -84,6 +88,17 @@ class ImageData:
     @property
     def num_classes(self) -> int | None:
         return None if self.id2label is None else len(self.id2label)
+
+    @property
+    def used_labels(self) -> list[int] | None:
+        """The labels that images have, which are not all if some names stand for none; None without labels."""
+        if self.labels is None:
+            return None
+        return (
+            np.flatnonzero(self.labels.any(axis=0)).tolist()
+            if self.has_label_sets
+            else np.unique(self.labels).tolist()
+        )
 
     @property
     def has_label_sets(self) -> bool:
@@ -180,21 +195,52 @@ def is_local(name: str) -> bool:
 def load_source(
     name: str, config_name: str | None = None, split: str = "train", **kwargs
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """The rows of `digits`, of a data set on the Hub, or of a local folder that `datasets.load_dataset` reads.
+    """The rows of `digits`, of a data set on the Hub, or of a local folder; see `open_source`."""
+    return open_source(name, config_name, split, **kwargs)[0]
 
-    With `streaming=True` they are read as they are asked for, in order.
+
+def open_source(
+    name: str,
+    config_name: str | None = None,
+    split: str = "train",
+    *,
+    streaming: bool = False,
+    cache_dir: str | None = None,
+) -> tuple[datasets.Dataset | datasets.IterableDataset, tuple[str, ...]]:
+    """The rows of a split, and a line on each decision about which they are.
+
+    Args:
+        name: `digits`, a data set on the Hub, or a local folder or file (see `LocalFolder`).
+        streaming: Read the rows as they are asked for, in order.
 
     Raises:
         ValueError: if there is no such data set, configuration or split, or it cannot be read.
     """
     if name == "digits" and not Path(name).exists():
         digits = load_digits(split)
-        return digits.to_iterable_dataset(num_shards=16) if kwargs.get("streaming") else digits
+        return digits.to_iterable_dataset(num_shards=16) if streaming else digits, ()
     try:
-        return datasets.load_dataset(name, config_name, split=split, **kwargs)
+        if is_local(name):
+            rows, notes = LocalFolder.read(name).rows(config_name, split, streaming, cache_dir)
+        else:
+            options = {"split": split, "streaming": streaming, "cache_dir": cache_dir}
+            rows, notes = datasets.load_dataset(name, config_name, **options), ()
     except Exception as error:  # what a reader of files or of the Hub raises, which is of many kinds
         where = "" if is_local(name) else "; it is no local folder, so it was looked for on the Hub"
-        raise ValueError(f"the split {split!r} of the data set {name!r} cannot be loaded{where}: {error}") from error
+        cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
+        raise ValueError(
+            f"the split {split!r} of the data set {name!r} cannot be loaded{where}: {cause or error}"
+        ) from error
+    return with_image_columns(rows, Path(name) if is_local(name) else None), notes
+
+
+def split_names(name: str, config_name: str | None = None) -> list[str]:
+    """The splits of a data set."""
+    if name == "digits" and not Path(name).exists():
+        return ["train", "test"]
+    if is_local(name):
+        return LocalFolder.read(name).split_names(config_name)
+    return datasets.get_dataset_split_names(name, config_name)
 
 
 def load_digits(split: str = "train") -> datasets.Dataset:

@@ -97,6 +97,11 @@ class StreamData:
         return None if self.labels is None else len(self.labels.names)
 
     @property
+    def used_labels(self) -> list[int] | None:
+        """All labels, since a stream is not read ahead to find those that images have; None without labels."""
+        return None if self.labels is None else list(range(len(self.labels.names)))
+
+    @property
     def has_label_sets(self) -> bool:
         """Whether an image can have several labels."""
         return isinstance(self.labels, LabelSets)
