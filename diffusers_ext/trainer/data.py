@@ -15,16 +15,18 @@ import numpy as np
 import pyarrow as pa
 from PIL import ExifTags, Image, ImageOps
 
+from diffusers_ext.trainer.identity import DIGEST_BYTES, hash_cell
 from diffusers_ext.trainer.image_columns import with_image_columns
 from diffusers_ext.trainer.images import common_mode, cover, crop_at, fit, image_mode, to_array
 from diffusers_ext.trainer.labels import describe_feature
-from diffusers_ext.trainer.sources import LocalFolder
+from diffusers_ext.trainer.sources import LocalFolder, Source
 
 
 PROBED_ROWS = 64
-_CACHE_VERSION = 2  # part of the cache's key: raise it whenever the stored pixels change
+_CACHE_VERSION = 3  # part of the cache's key: raise it whenever the stored pixels change
 _SIZE = {"height": datasets.Value("int32"), "width": datasets.Value("int32")}
 _DECODED = {"pixels": datasets.Value("binary"), **_SIZE, "fault": datasets.Value("string")}
+_DECODED["digest"] = datasets.Value("binary")  # of the picture's file
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,10 @@ class ImageData:
     @property
     def dtype(self) -> np.dtype:
         return self.pixels.dtype
+
+    def digests(self) -> np.ndarray | str:
+        """A digest of each image, uint8, shape `(rows, 16)`; or one of all of them."""
+        return self.pixels.digests()
 
     def with_condition(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A batch with what its labels are to a network, where that is not their numbers."""
@@ -139,6 +145,19 @@ class PixelTable:
             out[...] = self._chunks[chunk][row - self._starts[chunk]]
         return pixels
 
+    def digests(self) -> np.ndarray:
+        """A digest of each picture as it was before it was decoded, if the table has them, or of its pixels.
+
+        uint8, shape `(rows, 16)`.
+        """
+        if "digest" in self._table.column_names:
+            cells = self._table.data.column("digest").to_pylist()
+            digests = np.frombuffer(b"".join(cells), np.uint8).reshape(-1, DIGEST_BYTES)[self._rows]
+        else:
+            cells = (hash_cell(self[[row]][0]) for row in range(len(self)))
+            digests = np.frombuffer(b"".join(cells), np.uint8).reshape(-1, DIGEST_BYTES)
+        return np.ascontiguousarray(digests)
+
     def _map(self):
         chunks = self._table.data.column("pixels").chunks
         self._chunks = [self._view(chunk) for chunk in chunks]
@@ -196,7 +215,7 @@ def load_source(
     name: str, config_name: str | None = None, split: str = "train", **kwargs
 ) -> datasets.Dataset | datasets.IterableDataset:
     """The rows of `digits`, of a data set on the Hub, or of a local folder; see `open_source`."""
-    return open_source(name, config_name, split, **kwargs)[0]
+    return open_source(name, config_name, split, **kwargs).rows
 
 
 def open_source(
@@ -206,8 +225,8 @@ def open_source(
     *,
     streaming: bool = False,
     cache_dir: str | None = None,
-) -> tuple[datasets.Dataset | datasets.IterableDataset, tuple[str, ...]]:
-    """The rows of a split, and a line on each decision about which they are.
+) -> Source:
+    """The rows of a split, a line on each decision about which they are, and the local files that they are from.
 
     Args:
         name: `digits`, a data set on the Hub, or a local folder or file (see `LocalFolder`).
@@ -218,20 +237,20 @@ def open_source(
     """
     if name == "digits" and not Path(name).exists():
         digits = load_digits(split)
-        return digits.to_iterable_dataset(num_shards=16) if streaming else digits, ()
+        return Source(digits.to_iterable_dataset(num_shards=16) if streaming else digits)
     try:
         if is_local(name):
-            rows, notes = LocalFolder.read(name).rows(config_name, split, streaming, cache_dir)
+            source = LocalFolder.read(name).open(config_name, split, streaming, cache_dir)
         else:
             options = {"split": split, "streaming": streaming, "cache_dir": cache_dir}
-            rows, notes = datasets.load_dataset(name, config_name, **options), ()
+            source = Source(datasets.load_dataset(name, config_name, **options))
     except Exception as error:  # what a reader of files or of the Hub raises, which is of many kinds
         where = "" if is_local(name) else "; it is no local folder, so it was looked for on the Hub"
         cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
         raise ValueError(
             f"the split {split!r} of the data set {name!r} cannot be loaded{where}: {cause or error}"
         ) from error
-    return with_image_columns(rows, Path(name) if is_local(name) else None), notes
+    return source._replace(rows=with_image_columns(source.rows, Path(name) if is_local(name) else None))
 
 
 def split_names(name: str, config_name: str | None = None) -> list[str]:
@@ -260,7 +279,9 @@ def load_digits(split: str = "train") -> datasets.Dataset:
     rows = splits[split]
     pixels = np.rint(digits.images[rows] * (255 / 16)).astype(np.uint8)
     features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(digit) for digit in range(10)])}
-    columns = {"image": [Image.fromarray(picture) for picture in pixels], "label": digits.target[rows]}
+    # As the files of a format without compression, which are the same bytes with every PIL.
+    files = [{"bytes": b"P5\n8 8\n255\n" + picture.tobytes(), "path": None} for picture in pixels]
+    columns = {"image": files, "label": digits.target[rows]}
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
 
 
@@ -411,7 +432,7 @@ def _decode_rows(rows: dict[str, list], column: str, how: Fit, version: int) -> 
         except Exception as error:  # a decoder raises what it likes on a damaged file
             # A blank keeps the rows of one length, where they are.
             picture, fault = np.zeros((*how.size, how.channels), how.dtype), describe_fault(error)
-        cells = (picture.tobytes(), *picture.shape[:2], fault)
+        cells = (picture.tobytes(), *picture.shape[:2], fault, hash_cell(value))
         for name, cell in zip(_DECODED, cells, strict=True):
             done[name].append(cell)
     return done

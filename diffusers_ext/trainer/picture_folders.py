@@ -35,11 +35,14 @@ class PictureSplit:
     features: datasets.Features
     notes: tuple[str, ...] = ()
 
+    @property
+    def files(self) -> tuple[Entry, ...]:
+        return tuple(value for row in self.rows for value in row.values() if isinstance(value, Entry))
+
     def to_dataset(self, cache_dir: str | None = None) -> datasets.Dataset:
         """The rows, kept by `datasets` under the names, sizes and times of all files: a changed one is read anew."""
-        entries = [value for row in self.rows for value in row.values() if isinstance(value, Entry)]
         more = [[value for value in row.values() if not isinstance(value, Entry)] for row in self.rows]
-        key = digest_of(entries, list(self.features), more)
+        key = digest_of(self.files, list(self.features), more)
         # The key stands for the rows, which would take long to hash one by one.
         rows = _Keyed(key, self.rows)
         return datasets.Dataset.from_generator(

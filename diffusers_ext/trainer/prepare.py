@@ -21,6 +21,7 @@ from diffusers_ext.trainer.data import (
     probe,
     undecoded,
 )
+from diffusers_ext.trainer.identity import HashedRows, hash_files
 from diffusers_ext.trainer.images import IMAGE_MODES
 from diffusers_ext.trainer.labels import fair_share, find_stream_labels, read_labels
 from diffusers_ext.trainer.stream import StreamData
@@ -108,7 +109,7 @@ def prepare_images(
         ValueError: if the data set has no images, if its labels are neither integers nor names, or if it must be said
             which column or size is meant.
     """
-    source, notes = open_source(name, config_name, split, cache_dir=cache_dir, streaming=streaming)
+    source, notes, _ = open_source(name, config_name, split, cache_dir=cache_dir, streaming=streaming)
     column = find_image_column(source, image_column)
     chosen = None
     if streaming:
@@ -180,14 +181,14 @@ def prepare_stream(
     """
     if shuffle_buffer < 1:
         raise ValueError(f"shuffle_buffer must be at least 1, got {shuffle_buffer}")
-    source, told = open_source(name, config_name, split, cache_dir=cache_dir, streaming=True)
+    source, told, files = open_source(name, config_name, split, cache_dir=cache_dir, streaming=True)
     column = find_image_column(source, image_column)
     labels = find_stream_labels(source, label_column, label_names) if with_labels else None
     columns = [column] if labels is None else [column, labels.column]
     rows = undecoded(source, column).select_columns(columns)
     # From another opening of it, so that the workers get one that nothing has been read from.
     again = load_source(name, config_name, split, cache_dir=cache_dir, streaming=True)
-    first_rows = itertools.islice(undecoded(again, column).select_columns(columns), PROBED_ROWS)
+    first_rows = HashedRows(itertools.islice(undecoded(again, column).select_columns(columns), PROBED_ROWS), column)
     how, decided = _decide(source, column, first_rows, resolution, multiple_of, resize_mode, pad_value, mode)
     notes = [*told, *decided]
     if max_samples is not None:
@@ -196,7 +197,10 @@ def prepare_stream(
         notes.append(
             f"the stream is one shard: only {shuffle_buffer} images at a time are shuffled (--shuffle_buffer)"
         )
-    return StreamData(rows, column, how, labels, name, shuffle_buffer, max_bad_share, max_samples, tuple(notes))
+    contents = f"{first_rows.digest}-{hash_files(files)}"
+    return StreamData(
+        rows, column, how, labels, name, shuffle_buffer, max_bad_share, max_samples, tuple(notes), contents
+    )
 
 
 def _decide(

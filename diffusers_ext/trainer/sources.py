@@ -4,6 +4,7 @@ import glob
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import datasets
 
@@ -20,6 +21,14 @@ from diffusers_ext.trainer.picture_folders import PictureSplit, join, read_pictu
 
 
 Rows = datasets.Dataset | datasets.IterableDataset
+
+
+class Source(NamedTuple):
+    """Rows, with a line on each decision about which they are, and the local files that they are from."""
+
+    rows: Rows
+    notes: tuple[str, ...] = ()
+    files: tuple[Entry, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,28 +76,33 @@ class LocalFolder:
             return datasets.get_dataset_split_names(str(self.path), config_name)
         return list(self.pictures or self.tables)
 
-    def rows(
+    def open(
         self, config_name: str | None, split: str, streaming: bool = False, cache_dir: str | None = None
-    ) -> tuple[Rows, tuple[str, ...]]:
-        """The rows of a split, or of what an expression such as `train[:90%]` says, and the notes on them."""
+    ) -> Source:
+        """The rows of a split, or of what an expression such as `train[:90%]` says.
+
+        Raises:
+            ValueError: if there is no such split or configuration, or if a stream is to be a part of one.
+        """
+        options = {"streaming": streaming, "cache_dir": cache_dir, "split": split}
         if self.declared is not None:
             # `datasets` keys its cache by what is declared, and not by the files: a changed one would not be seen.
             cache = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / f"declared-{digest_of(self.declared)}"
-            options = {"split": split, "streaming": streaming, "cache_dir": str(cache)}
-            return datasets.load_dataset(str(self.path), config_name, **options), self.notes
+            rows = datasets.load_dataset(str(self.path), config_name, **options | {"cache_dir": str(cache)})
+            return Source(rows, self.notes, tuple(self.declared))
         if config_name is not None:
             raise ValueError(f"it has no configurations, got {config_name!r}: leave dataset_config_name out")
         names = self._names_in(split)
         if self.tables is not None:
             files = {name: [glob.escape(entry.file) for entry in entries] for name, entries in self.tables.items()}
-            options = {"split": split, "streaming": streaming, "cache_dir": cache_dir}
-            return datasets.load_dataset(self.reader, data_files=files, **options), self.notes
+            rows = datasets.load_dataset(self.reader, data_files=files, **options)
+            return Source(rows, self.notes, tuple(entry for name in names for entry in self.tables[name]))
         notes = tuple(dict.fromkeys(note for name in names for note in self.pictures[name].notes))
-        if streaming:
-            if names != [split]:
-                raise ValueError(f"a stream takes a split as it is, got {split!r}")
-            return self.pictures[split].to_stream(), notes
-        return self._pictures_in(split, cache_dir), (*self.notes, *notes)
+        if not streaming:
+            return Source(self._pictures_in(split, cache_dir), notes)
+        if names != [split]:
+            raise ValueError(f"a stream takes a split as it is, got {split!r}")
+        return Source(self.pictures[split].to_stream(), notes, self.pictures[split].files)
 
     def _names_in(self, split: str) -> list[str]:
         """The splits that an expression speaks of.

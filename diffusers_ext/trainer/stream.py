@@ -55,6 +55,7 @@ class StreamData:
         max_bad_share: Share of the images that may fail to decode.
         max_samples: Only the first so many examples, or None.
         notes: One line for each decision that a user may want to know of.
+        contents: A digest of its first images and its files.
     """
 
     source: datasets.IterableDataset
@@ -66,6 +67,7 @@ class StreamData:
     max_bad_share: float = 0.01
     max_samples: int | None = None
     notes: tuple[str, ...] = ()
+    contents: str = ""
 
     @property
     def size(self) -> tuple[int, int]:
