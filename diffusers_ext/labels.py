@@ -114,14 +114,29 @@ class LabelledMixin:
     def _label_id(self, label: int | str) -> int:
         if isinstance(label, str):
             if label not in self.labels:
-                near = difflib.get_close_matches(label, self.labels, n=5, cutoff=0.4) or list(self.labels)[:20]
-                hint = f"near ones are {', '.join(map(repr, near))}" if near else "this model's labels have no names"
-                raise ValueError(f"class_labels has no label named {label!r}; {hint}")
+                raise ValueError(f"class_labels has no label named {label!r}; {self._names_like(label)}")
             return self.labels[label]
         if isinstance(label, bool) or not isinstance(label, int | np.integer):
             raise ValueError(f"class_labels must be ids or names, got {label!r}")
         last = self.num_classes - 1
         if not (0 <= label <= last or label == self.null_label):
             null = "" if self.null_label is None else f", or {self.null_label} for no label"
-            raise ValueError(f"class_labels must be in [0, {last}]{null}, got {label}")
+            named = (
+                f"; the label named {str(label)!r} is asked for by name, as a text"
+                if str(label) in self.labels
+                else ""
+            )
+            raise ValueError(f"class_labels must be in [0, {last}]{null}, got {label}{named}")
         return int(label)
+
+    def _names_like(self, label: str) -> str:
+        """Which names there are, near ones if there are some."""
+        names = list(self.labels)
+        if not names:
+            return "this model's labels have no names"
+        near = difflib.get_close_matches(label, names, n=5, cutoff=0.4)
+        if near:
+            return f"near ones are {', '.join(map(repr, near))}"
+        some = ", ".join(map(repr, names[:20])) + (f", ... ({len(names)} of them)" if len(names) > 20 else "")
+        numbers = "numbers, as texts or as ids: " if all(name.isdecimal() for name in names) else ""
+        return f"its labels are named {numbers}{some}"

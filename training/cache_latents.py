@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 
 from diffusers_ext.trainer.config import DataConfig, is_fast_at_bf16, set_threads
 from diffusers_ext.trainer.data import ImageData, mirror
+from diffusers_ext.trainer.identity import digest_of_images
 from diffusers_ext.trainer.latents import (
     DTYPE,
     LatentsInfo,
@@ -148,6 +149,7 @@ def describe(config: CacheConfig, data: ImageData, vae: ModelMixin) -> LatentsIn
         id2label=data.id2label,
         vae=config.vae,
         vae_fingerprint=fingerprint(vae),
+        contents=digest_of_images(data),
     )
 
 
@@ -169,6 +171,8 @@ def begin(
         ValueError: if they were not.
     """
     plan_file, done = folder / PLAN_FILE.format(split=split), read_info(folder)
+    if split in done and done[split].contents is None:  # of a version that did not keep it
+        done[split] = dataclasses.replace(done[split], contents=info.contents)
     made_with = dataclasses.asdict(info) | {"mixed_precision": precision, "shard_size": shard_size}
     told = json.dumps(made_with, indent=2)
     there = list(folder.glob(f"{split}-*-of-*.parquet"))
@@ -183,7 +187,7 @@ def begin(
         or not set(there) <= set(paths)  # of another shard_size
     ):
         raise ValueError(
-            f"{folder} holds latents of {split} that were made by another VAE or with other options: choose another "
+            f"{folder} holds latents of {split} that are of other images, another VAE or other options: choose another "
             "--output_dir, or give --overwrite_output_dir"
         )
     folder.mkdir(parents=True, exist_ok=True)

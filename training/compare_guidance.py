@@ -28,7 +28,7 @@ from PIL import Image
 from diffusers_ext import GuidedDiffusionPipeline, NoisyClassifierModel
 from diffusers_ext.guidance import guided_steps
 from diffusers_ext.metrics.evaluation import Evaluator
-from diffusers_ext.metrics.generate import balanced_labels, default_of, generate_images, image_size_of
+from diffusers_ext.metrics.generate import balanced_labels, default_of, generate_images, image_size_of, label_names_of
 from diffusers_ext.metrics.guidance_comparison import (
     METHODS,
     UNGUIDED,
@@ -52,7 +52,7 @@ from diffusers_ext.metrics.real import (
     load_real_images,
     take_options_of_run,
 )
-from diffusers_ext.metrics.subject import generate_for, load_pipeline
+from diffusers_ext.metrics.subject import generate_for, labels_with_images, load_pipeline
 from diffusers_ext.trainer.config import is_fast_at_bf16, set_threads
 from diffusers_ext.trainer.figures import labelled_grid, save_picture
 from diffusers_ext.trainer.options import option, parse_config, run_script, to_command
@@ -129,7 +129,7 @@ def main(config: CompareConfig) -> dict | None:
         config = dataclasses.replace(config, resolution=image_size_of(pipe))
     methods = available_methods(config, pipe, state)
     with state.main_process_first():
-        real = load_real_images(config)
+        real = load_real_images(config, label_names=label_names_of(pipe))
     features, about_features = features_for(real, config.features, state)
     if features is None or not real.has_labels:
         raise ValueError(
@@ -167,7 +167,9 @@ def main(config: CompareConfig) -> dict | None:
         return None
     results.save(methods)
     print("\n".join([results.table(methods), "", *describe_best(results.shown, methods)]))
-    save_picture(draw_best(config, pipe, results.shown, methods, bf16), results.path.with_name("guidance_samples.png"))
+    save_picture(
+        draw_best(config, pipe, real, results.shown, methods, bf16), results.path.with_name("guidance_samples.png")
+    )
     print(f"written to {results.path}, guidance.md, guidance.png and guidance_samples.png")
     return results.contents()
 
@@ -305,10 +307,16 @@ def measure(
 
 
 def draw_best(
-    config: CompareConfig, pipe: GuidedDiffusionPipeline, rows: list[dict], methods: list[str], bf16: bool
+    config: CompareConfig,
+    pipe: GuidedDiffusionPipeline,
+    real: RealImages,
+    rows: list[dict],
+    methods: list[str],
+    bf16: bool,
 ) -> Image.Image:
     """Images that were measured, the first of each label: without guidance, and by each method at its best scale."""
-    labels = balanced_labels(min(config.num_images, pipe.num_classes, MAX_COLUMNS), pipe.num_classes)
+    asked = labels_with_images(real, pipe.num_classes)
+    labels = balanced_labels(min(config.num_images, len(asked), MAX_COLUMNS), asked)
     names = pipe.config.id2label or {}
     lines, titles = [], []
     for method in (UNGUIDED, *methods):

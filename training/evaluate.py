@@ -25,7 +25,7 @@ from torch import Tensor
 
 from diffusers_ext.cards import Figure, add_figures
 from diffusers_ext.metrics.evaluation import Evaluator, fit_svc, format_table
-from diffusers_ext.metrics.generate import image_size_of, takes_prompts
+from diffusers_ext.metrics.generate import image_size_of, label_names_of, takes_prompts
 from diffusers_ext.metrics.likelihood import FIXED_VARIANCES, measure_bits_per_dim
 from diffusers_ext.metrics.real import (
     DataOptions,
@@ -160,7 +160,7 @@ def main(config: EvaluateConfig) -> dict | None:
         if pipeline is not None and takes_prompts(pipeline):
             data_config = to_data_config(config, config.dataset_split or "train")
             caption_column = find_caption_column(data_config, config.caption_column)
-        real = load_real_images(config, caption_column)
+        real = load_real_images(config, caption_column, None if pipeline is None else label_names_of(pipeline))
     for note in real.notes:
         state.print(note, flush=True)
     # Before the images are generated, so that what is wrong here is told early.

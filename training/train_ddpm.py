@@ -77,7 +77,7 @@ def main(config: TrainConfig) -> Path:
             prepare_batch=space.encoder(accelerator.device),
         )
         trainer.train()
-        save_and_draw(pipeline, rows, trainer, label=None if data.id2label is None else 0)
+        save_and_draw(pipeline, rows, trainer, label=None if data.id2label is None else data.used_labels[0])
         if accelerator.is_main_process:
             finish_run(trainer, command, "\n\n".join([describe_data(config, data), *data.notes]))
     return trainer.output_dir
@@ -97,10 +97,10 @@ def averaged_pipeline(trainer: Trainer, scheduler: ExtDDPMScheduler, vae: ModelM
 
 
 def rows_of(data: ImageData | StreamData) -> dict[str, list | None]:
-    """The rows of a sample grid: one for each label."""
+    """The rows of a sample grid: one for each label that images have."""
     if data.id2label is None:
         return {"labels": None, "names": None}
-    return {"labels": list(data.id2label), "names": list(data.id2label.values())}
+    return {"labels": data.used_labels, "names": [data.id2label[label] for label in data.used_labels]}
 
 
 if __name__ == "__main__":

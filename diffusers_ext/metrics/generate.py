@@ -27,6 +27,12 @@ def num_classes_of(pipeline) -> int | None:
     return None
 
 
+def label_names_of(pipeline) -> list[str] | None:
+    """Names of a pipeline's labels 0, 1, 2, ...; None if it has none."""
+    names = getattr(pipeline, "config", {}).get("id2label")
+    return [names[key] for key in sorted(names, key=int)] if names else None
+
+
 def takes_prompts(pipeline) -> bool:
     """Whether a pipeline makes images from texts."""
     return "prompt" in _parameters(pipeline) and "class_labels" not in _parameters(pipeline)
@@ -48,9 +54,14 @@ def image_size_of(pipeline) -> tuple[int, int]:
     raise ValueError(f"the size of the images of {type(pipeline).__name__} is not in its configs: give --resolution")
 
 
-def balanced_labels(num_images: int, num_classes: int) -> list[int]:
-    """Labels in turn, so that their counts differ by at most 1."""
-    return [index % num_classes for index in range(num_images)]
+def balanced_labels(num_images: int, labels: int | Sequence[int]) -> list[int]:
+    """Labels in turn, so that their counts differ by at most 1.
+
+    Args:
+        labels: Those to take; a number stands for 0, 1, ... below it.
+    """
+    labels = range(labels) if isinstance(labels, int) else labels
+    return [labels[index % len(labels)] for index in range(num_images)]
 
 
 def generate_images(

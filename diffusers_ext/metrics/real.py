@@ -21,7 +21,7 @@ from diffusers_ext.metrics.fit import LabelledImages, accuracy, drawn_order, fit
 from diffusers_ext.pixels import DEFAULT_WHITES, IMAGE_MODES, Whites, to_range
 from diffusers_ext.trainer.captions import count_missing, refuse_missing
 from diffusers_ext.trainer.config import DataConfig
-from diffusers_ext.trainer.data import ImageData, load_source
+from diffusers_ext.trainer.data import ImageData, load_source, split_names
 from diffusers_ext.trainer.labels import find_label_column
 from diffusers_ext.trainer.latents import read_info
 from diffusers_ext.trainer.options import option
@@ -61,7 +61,9 @@ class DataOptions:
     pad_value: int | None = option(None, _HELP["pad_value"] + "; 0 if left open")
     image_mode: Literal["L", "LA", "RGB", "RGBA"] | None = option(None, _HELP["image_mode"])
     white_value: int | None = option(None, _HELP["white_value"])
-    max_train_samples: int | None = option(None, "use only the first so many images of dataset_split")
+    max_train_samples: int | None = option(
+        None, "use only so many images of dataset_split, of each label its share, as the training did"
+    )
     max_bad_share: float | None = option(None, _HELP["max_bad_share"] + "; 0.01 if left open")
     preprocessing_num_workers: int = option(1, _HELP["preprocessing_num_workers"])
     cache_dir: str | None = option(None, _HELP["cache_dir"])
@@ -126,12 +128,16 @@ class Captions:
         return [self.texts[row] for row in rows.tolist()], None if self.labels is None else self.labels[rows]
 
 
-def load_real_images(options: DataOptions, caption_column: str | None = None) -> RealImages:
+def load_real_images(
+    options: DataOptions, caption_column: str | None = None, label_names: Sequence[str] | None = None
+) -> RealImages:
     """Both splits of a data set, in memory.
 
     Args:
         caption_column: Read the captions of this column too. Free texts are then no labels, and neither are several labels
             an image.
+        label_names: Of a model's labels 0, 1, 2, ..., by which the images' labels are numbered if all of them are among
+            these.
 
     Raises:
         ValueError: see `prepare_images`; and if the held-out images have labels that the training images have not.
@@ -139,9 +145,12 @@ def load_real_images(options: DataOptions, caption_column: str | None = None) ->
     train_split, more = options.dataset_split or "train", {}
     if caption_column is not None:
         more["unconditional"] = not _has_labels_beside(options, train_split, caption_column)
+        more["share_by"] = caption_column
     train = prepare_split(options, train_split, options.max_train_samples, **more)
     name = options.held_out_split or find_held_out_split(options)
     train_images = to_labelled_images(train)
+    if label_names is not None and set(train_images.label_names) <= set(label_names):
+        train_images = _numbered_by(label_names, train_images)
     real = RealImages(
         train_images,
         None,
@@ -170,9 +179,9 @@ def load_real_images(options: DataOptions, caption_column: str | None = None) ->
 
     captions = None
     if name is not None:
-        captions = read_captions(prepared, name, caption_column, real.held_out)
+        captions = read_captions(options, name, caption_column, held_out, real.held_out)
     if captions is None:
-        captions = read_captions(options, train_split, caption_column, train_images, options.max_train_samples)
+        captions = read_captions(options, train_split, caption_column, train, train_images)
     if captions is None:
         raise ValueError(
             f"the split {train_split} of {options.dataset_name} has no text in the column {caption_column}"
@@ -193,48 +202,59 @@ def _has_labels_beside(options: DataOptions, split: str, caption_column: str) ->
 
 
 def read_captions(
-    options: DataOptions, split: str, column: str, images: LabelledImages, max_samples: int | None = None
+    options: DataOptions, split: str, column: str, data: ImageData, images: LabelledImages
 ) -> Captions | None:
     """The captions of a split's images; None if it has none at all, and refused if it has some.
 
     Args:
-        options: With which the images were prepared, so that the same ones are left out.
-        images: Those of the split, with their labels.
+        data: The images, which know their rows.
+        images: The same, with the labels that they are measured by.
     """
     source = load_source(options.dataset_name, options.dataset_config_name, split, cache_dir=options.cache_dir)
     if column not in source.features or count_missing(source, column) == len(source):
         return None
-    refuse_missing(source, column, split, max_samples)
-    data = prepare_split(
-        dataclasses.replace(options, label_column=column, num_classes=None, label_names=None), split, max_samples
-    )
-    texts = tuple(data.id2label[label] for label in data.labels.tolist())
-    return Captions(texts, images.labels if images.label_names else None, column, split)
+    texts = source.select(data.rows)
+    refuse_missing(texts, column, split)
+    feature, values = texts.features[column], texts[column][:]
+    if isinstance(feature, datasets.ClassLabel):
+        values = [feature.names[value] for value in values]
+    return Captions(tuple(map(str, values)), images.labels if images.label_names else None, column, split)
 
 
 def _with_labels_of(train: LabelledImages, held_out: LabelledImages, split: str) -> LabelledImages:
     """The held-out images with the ids that the training images' labels have: one split may lack some of the names."""
-    ids = {name: label for label, name in enumerate(train.label_names)}
-    unknown = [name for name in held_out.label_names if name not in ids]
-    if unknown or bool(ids) != bool(held_out.label_names):
+    unknown = set(held_out.label_names) - set(train.label_names)
+    if unknown or bool(train.label_names) != bool(held_out.label_names):
         raise ValueError(
             f"the split {split} must have the labels of the training images, {_names(train)}, got {_names(held_out)}:"
             " give another one by --held_out_split"
         )
-    if not ids:
-        return held_out
-    same = torch.tensor([ids[name] for name in held_out.label_names])
-    return LabelledImages(held_out.images, same[held_out.labels], train.label_names)
+    return _numbered_by(train.label_names, held_out)
+
+
+def _numbered_by(label_names: Sequence[str], images: LabelledImages) -> LabelledImages:
+    """The images with the ids that these names have."""
+    if not images.label_names:
+        return images
+    ids = {name: label for label, name in enumerate(label_names)}
+    numbers = torch.tensor([ids[name] for name in images.label_names])
+    return LabelledImages(images.images, numbers[images.labels], list(label_names))
 
 
 def prepare_split(
-    options: DataOptions, split: str, max_samples: int | None = None, unconditional: bool = False
+    options: DataOptions,
+    split: str,
+    max_samples: int | None = None,
+    unconditional: bool = False,
+    share_by: str | None = None,
 ) -> ImageData:
     """The images of one split, by the trainer's own preparation, which settles what is left open."""
     config = dataclasses.replace(to_data_config(options, split), max_train_samples=max_samples)
     if unconditional:
         config = dataclasses.replace(config, unconditional=True, num_classes=None, label_names=None)
-    return prepare_images(config.dataset_name, num_proc=config.preprocessing_num_workers, **data_options(config))
+    return prepare_images(
+        config.dataset_name, num_proc=config.preprocessing_num_workers, share_by=share_by, **data_options(config)
+    )
 
 
 def to_data_config(options: DataOptions, split: str) -> DataConfig:
@@ -246,11 +266,9 @@ def to_data_config(options: DataOptions, split: str) -> DataConfig:
 
 def find_held_out_split(options: DataOptions) -> str | None:
     """The split that holds images not trained on, or None."""
-    if options.dataset_name == "digits" and not Path("digits").exists():
-        return "test" if options.dataset_split in (None, "train") else None
-    used = (options.dataset_split or "train").split("[")[0]
-    names = datasets.get_dataset_split_names(options.dataset_name, options.dataset_config_name)
-    return next((name for name in HELD_OUT_SPLITS if name in names and name != used), None)
+    used = [part.split("[")[0] for part in (options.dataset_split or "train").split("+")]
+    names = split_names(options.dataset_name, options.dataset_config_name)
+    return next((name for name in HELD_OUT_SPLITS if name in names and name not in used), None)
 
 
 def to_labelled_images(data: ImageData) -> LabelledImages:

@@ -21,6 +21,7 @@ from diffusers_ext.metrics.generate import (
     convert_channels,
     default_of,
     generate_images,
+    label_names_of,
     num_classes_of,
     takes_prompts,
 )
@@ -78,6 +79,11 @@ def load_pipeline(name: str, scheduler: str | None = None) -> diffusers.Diffusio
     return pipeline
 
 
+def labels_with_images(real: RealImages, num_classes: int) -> list[int]:
+    """The labels of a pipeline that real images have; all of them, if the images have none."""
+    return real.train.labels.unique().tolist() if real.has_labels else list(range(num_classes))
+
+
 def generate_for(
     real: RealImages,
     pipeline,
@@ -107,14 +113,13 @@ def generate_for(
     """
     num_classes = num_classes_of(pipeline)
     if num_classes is not None and real.has_labels:
-        names = pipeline.config.get("id2label") or {}
-        names = [names[key] for key in sorted(names, key=int)] or real.train.label_names
+        names = label_names_of(pipeline) or real.train.label_names
         if num_classes != len(real.train.label_names) or names != real.train.label_names:
             raise ValueError(
                 f"the pipeline's {num_classes} labels ({_some(names)}) are not the {len(real.train.label_names)} of"
                 f" {real.name} ({_some(real.train.label_names)}): evaluate it on the data set that it was trained on"
             )
-    labels = None if num_classes is None else balanced_labels(num_images, num_classes)
+    labels = None if num_classes is None else balanced_labels(num_images, labels_with_images(real, num_classes))
     asked, captions = {"labels": labels}, None
     if takes_prompts(pipeline):
         captions = real.captions

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from diffusers_ext.text import encode_tokens, tokenize
 from diffusers_ext.trainer.config import DataConfig
 from diffusers_ext.trainer.data import ImageData, load_source
-from diffusers_ext.trainer.labels import describe_feature, find_label_column
+from diffusers_ext.trainer.labels import describe_feature, fair_share, find_label_column
 from diffusers_ext.trainer.latents import read_info
 
 
@@ -53,7 +53,9 @@ def find_caption_column(config: DataConfig, name: str | None = None) -> str:
         config.dataset_name, config.dataset_config_name, config.dataset_split, cache_dir=config.cache_dir
     )
     column = _find_column(source, name)
-    refuse_missing(source, column, config.dataset_split, config.max_train_samples)
+    if config.max_train_samples is not None:
+        source = source.select(fair_share(source, config.max_train_samples, column))
+    refuse_missing(source, column, config.dataset_split)
     return column
 
 
@@ -99,14 +101,12 @@ def count_missing(source: datasets.Dataset, column: str) -> int:
     return (values if hasattr(values, "null_count") else values[:]).null_count
 
 
-def refuse_missing(source: datasets.Dataset, column: str, split: str, max_samples: int | None) -> None:
-    """Refuses empty cells among the rows that are used.
+def refuse_missing(source: datasets.Dataset, column: str, split: str) -> None:
+    """Refuses empty cells.
 
     Raises:
         ValueError: with their number.
     """
-    if max_samples is not None:
-        source = source.select(range(min(max_samples, len(source))))
     if missing := count_missing(source, column):
         raise ValueError(
             f"caption_column {column!r} is empty in {missing} of {len(source)} rows of the split {split}: leave them out, or "

@@ -25,7 +25,8 @@ class DataConfig:
 
     dataset_name: str = option(
         "digits",
-        "digits, a data set on the Hub, or a local folder of images, parquet or WebDataset tars",
+        "digits, a data set on the Hub, or a local folder or file: images (perhaps zipped), parquet, WebDataset tars, or what "
+        "save_to_disk wrote",
         "data",
         alias="train_data_dir",
     )
@@ -38,10 +39,10 @@ class DataConfig:
         "a 0 or 1 for each label, means several labels an image",
     )
     num_classes: int | None = option(
-        None, "how many labels there are, if they are integers; by default as many as occur"
+        None, "how many labels there are, if they are the integers 0, 1, 2, ...; by default those that occur"
     )
     label_names: tuple[str, ...] | None = option(
-        None, "names of the labels 0, 1, 2, ...; by default the data set's own"
+        None, "names of the labels 0, 1, 2, ..., or the integers that they are; by default the data set's own"
     )
     unconditional: bool = option(False, "leave the labels out")
     resolution: tuple[int, ...] | None = option(
@@ -65,7 +66,9 @@ class DataConfig:
         "the largest of 1, 8, 10, 12, 14 or 16 bits, by the first images",
     )
     random_flip: bool = option(False, "mirror every other image left to right, at random")
-    max_train_samples: int | None = option(None, "use only the first so many images")
+    max_train_samples: int | None = option(
+        None, "use only so many images, of each label its share, always the same ones; of a stream the first"
+    )
     max_bad_share: float = option(
         0.01, "share of the images, rounded up to a whole one, that may fail to decode and be left out"
     )
@@ -191,7 +194,9 @@ class TrainerConfig(DataConfig):
     validation_steps: int | None = option(
         None, "optimizer steps between such losses; by default 500, and always at the end"
     )
-    max_validation_samples: int | None = option(None, "use only the first so many held-out images")
+    max_validation_samples: int | None = option(
+        None, "use only so many held-out images, of each label its share; of a stream the first"
+    )
     save_images_steps: int | None = option(None, "optimizer steps between sample grids while training")
     profile: bool = option(
         False, "print what each part of the steps takes, and write a trace of three of them to OUTPUT_DIR/profile"

@@ -17,8 +17,11 @@ from datasets.utils.file_utils import xopen
 from PIL import Image
 
 from diffusers_ext.pixels import DEFAULT_WHITES, Whites, image_mode, open_picture, to_array, to_range
+from diffusers_ext.trainer.identity import DIGEST_BYTES, hash_cell
+from diffusers_ext.trainer.image_columns import with_image_columns
 from diffusers_ext.trainer.images import cover, crop_at, fit
 from diffusers_ext.trainer.labels import describe_feature
+from diffusers_ext.trainer.sources import LocalFolder, Source
 
 
 PROBED_ROWS = 64
@@ -29,6 +32,7 @@ _DECODED = {
     **_SIZE,
     "fault": datasets.Value("string"),
     "file": datasets.Value("string"),
+    "digest": datasets.Value("binary"),  # of the picture's file
 }
 
 
@@ -47,6 +51,7 @@ class ImageData:
         whites: Which values of the images are white, where that was to be found or said.
         white: What is white in the images' own range, which `pad_value` is in.
         texts: Where labels are captions, what puts them into a batch (see `diffusers_ext.trainer.captions`).
+        rows: Number of each image's row in the split, where some are left out; None if that is not known.
     """
 
     pixels: "PixelTable"
@@ -58,6 +63,7 @@ class ImageData:
     whites: Whites = field(default=DEFAULT_WHITES, kw_only=True)
     white: int = field(default=255, kw_only=True)
     texts: Any = field(default=None, kw_only=True)
+    rows: np.ndarray | None = field(default=None, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -84,6 +90,10 @@ class ImageData:
     def dtype(self) -> np.dtype:
         return self.pixels.dtype
 
+    def digests(self) -> np.ndarray | str:
+        """A digest of each image, uint8, shape `(rows, 16)`; or one of all of them."""
+        return self.pixels.digests()
+
     def with_condition(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A batch with what its labels are to a network, where that is not their numbers."""
         return batch if self.texts is None else self.texts.put_into(batch)
@@ -95,6 +105,17 @@ class ImageData:
     @property
     def num_classes(self) -> int | None:
         return None if self.id2label is None else len(self.id2label)
+
+    @property
+    def used_labels(self) -> list[int] | None:
+        """The labels that images have, which are not all if some names stand for none; None without labels."""
+        if self.labels is None:
+            return None
+        return (
+            np.flatnonzero(self.labels.any(axis=0)).tolist()
+            if self.has_label_sets
+            else np.unique(self.labels).tolist()
+        )
 
     @property
     def has_label_sets(self) -> bool:
@@ -134,6 +155,19 @@ class PixelTable:
         for out, row, chunk in zip(pixels, rows, chunks, strict=True):
             out[...] = self._chunks[chunk][row - self._starts[chunk]]
         return pixels
+
+    def digests(self) -> np.ndarray:
+        """A digest of each picture as it was before it was decoded, if the table has them, or of its pixels.
+
+        uint8, shape `(rows, 16)`.
+        """
+        if "digest" in self._table.column_names:
+            cells = self._table.data.column("digest").to_pylist()
+            digests = np.frombuffer(b"".join(cells), np.uint8).reshape(-1, DIGEST_BYTES)[self._rows]
+        else:
+            cells = (hash_cell(self[[row]][0]) for row in range(len(self)))
+            digests = np.frombuffer(b"".join(cells), np.uint8).reshape(-1, DIGEST_BYTES)
+        return np.ascontiguousarray(digests)
 
     def _map(self):
         chunks = self._table.data.column("pixels").chunks
@@ -191,21 +225,52 @@ def is_local(name: str) -> bool:
 def load_source(
     name: str, config_name: str | None = None, split: str = "train", **kwargs
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """The rows of `digits`, of a data set on the Hub, or of a local folder that `datasets.load_dataset` reads.
+    """The rows of `digits`, of a data set on the Hub, or of a local folder; see `open_source`."""
+    return open_source(name, config_name, split, **kwargs).rows
 
-    With `streaming=True` they are read as they are asked for, in order.
+
+def open_source(
+    name: str,
+    config_name: str | None = None,
+    split: str = "train",
+    *,
+    streaming: bool = False,
+    cache_dir: str | None = None,
+) -> Source:
+    """The rows of a split, a line on each decision about which they are, and the local files that they are from.
+
+    Args:
+        name: `digits`, a data set on the Hub, or a local folder or file (see `LocalFolder`).
+        streaming: Read the rows as they are asked for, in order.
 
     Raises:
         ValueError: if there is no such data set, configuration or split, or it cannot be read.
     """
     if name == "digits" and not Path(name).exists():
         digits = load_digits(split)
-        return digits.to_iterable_dataset(num_shards=16) if kwargs.get("streaming") else digits
+        return Source(digits.to_iterable_dataset(num_shards=16) if streaming else digits)
     try:
-        return datasets.load_dataset(name, config_name, split=split, **kwargs)
+        if is_local(name):
+            source = LocalFolder.read(name).open(config_name, split, streaming, cache_dir)
+        else:
+            options = {"split": split, "streaming": streaming, "cache_dir": cache_dir}
+            source = Source(datasets.load_dataset(name, config_name, **options))
     except Exception as error:  # what a reader of files or of the Hub raises, which is of many kinds
         where = "" if is_local(name) else "; it is no local folder, so it was looked for on the Hub"
-        raise ValueError(f"the split {split!r} of the data set {name!r} cannot be loaded{where}: {error}") from error
+        cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
+        raise ValueError(
+            f"the split {split!r} of the data set {name!r} cannot be loaded{where}: {cause or error}"
+        ) from error
+    return source._replace(rows=with_image_columns(source.rows, Path(name) if is_local(name) else None))
+
+
+def split_names(name: str, config_name: str | None = None) -> list[str]:
+    """The splits of a data set."""
+    if name == "digits" and not Path(name).exists():
+        return ["train", "test"]
+    if is_local(name):
+        return LocalFolder.read(name).split_names(config_name)
+    return datasets.get_dataset_split_names(name, config_name)
 
 
 def load_digits(split: str = "train") -> datasets.Dataset:
@@ -225,7 +290,9 @@ def load_digits(split: str = "train") -> datasets.Dataset:
     rows = splits[split]
     pixels = np.rint(digits.images[rows] * (255 / 16)).astype(np.uint8)
     features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(digit) for digit in range(10)])}
-    columns = {"image": [Image.fromarray(picture) for picture in pixels], "label": digits.target[rows]}
+    # As the files of a format without compression, which are the same bytes with every PIL.
+    files = [{"bytes": b"P5\n8 8\n255\n" + picture.tobytes(), "path": None} for picture in pixels]
+    columns = {"image": files, "label": digits.target[rows]}
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
 
 
@@ -379,7 +446,7 @@ def _decode_rows(rows: dict[str, list], column: str, how: Fit, version: int) -> 
             # A blank keeps the rows of one length, where they are.
             picture, fault = np.zeros((*how.size, how.channels), how.dtype), describe_fault(error)
             file = name_of_cell(value) or ""
-        cells = (picture.tobytes(), *picture.shape[:2], fault, file)
+        cells = (picture.tobytes(), *picture.shape[:2], fault, file, hash_cell(value))
         for name, cell in zip(_DECODED, cells, strict=True):
             done[name].append(cell)
     return done

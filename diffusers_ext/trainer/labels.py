@@ -1,11 +1,16 @@
 """Labels of a data set: their column, the integer of each row or the set of them, and the names of the integers."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import datasets
 import numpy as np
+import pyarrow as pa
+
+from diffusers_ext.trainer.folders import sort_names
 
 
 _NO_LABELS = "there are names for labels, but the data set has no labels: name their column with --label_column"
@@ -58,11 +63,14 @@ def read_labels(
 ) -> tuple[np.ndarray, dict[int, str]] | None:
     """The labels, int64 in 0..n-1, and the name of each; None if the data set has no labels.
 
+    Labels are those that occur, in the order of their names; integers such as years are names too, in the order of their
+    values. Of class labels, and where `label_names` says so, there are all that have names, whether or not they occur.
     With several labels an image they are bool, shape `(rows, n)`: see `LabelSets`.
 
     Args:
         name: Of the column; see `find_label_column`.
-        label_names: Names of 0, 1, 2, ...; None for the data set's own.
+        label_names: Names of 0, 1, 2, ...; if all of them are integers, they are those in the column. None for the data
+            set's own.
 
     Raises:
         ValueError: if the column is not there, or holds neither integers from 0 on nor names; or if several columns
@@ -74,39 +82,85 @@ def read_labels(
             raise ValueError(_NO_LABELS)
         return None
     feature = source.features[name]
-    values = source.with_format("arrow")[name]
-    values = values[:] if not hasattr(values, "to_pylist") else values
+    values = _column(source, name)
     if values.null_count:
         raise ValueError(f"label_column {name!r} must hold a label in every row, got {values.null_count} empty ones")
-    if _member(feature) is not None:
-        sets = find_label_sets(feature, name, label_names, values.to_pylist())
-        return np.stack([sets.read(value) for value in values.to_pylist()]), sets.id2label
     values = values.to_pylist()
-    if values and all(isinstance(value, str) for value in values):
-        # Not as an array of texts, in which each takes the room of the longest.
-        names = dict(enumerate(sorted(set(values))))
-        numbers = {text: label for label, text in names.items()}
-        labels = np.array([numbers[text] for text in values])
-        if label_names is None:
-            return labels.astype(np.int64), names
-        unknown = set(names.values()) - set(label_names)
-        if unknown:
-            raise ValueError(f"label_column {name!r} holds {sorted(unknown)[0]!r}, which is not in label_names")
-        places = np.array([label_names.index(text) for text in names.values()], np.int64)
-        return places[labels], dict(enumerate(label_names))
-    values = np.asarray(values)
-    if values.dtype.kind not in "iu":
+    if _member(feature) is not None:
+        sets = find_label_sets(feature, name, label_names, values)
+        return np.stack([sets.read(value) for value in values]), sets.id2label
+    is_text = len(values) > 0 and all(isinstance(value, str) for value in values)
+    if not is_text and np.asarray(values).dtype.kind not in "iu":
         raise ValueError(f"label_column {name!r} must hold integers or names, got {describe_feature(feature)}")
-    labels = values.astype(np.int64)
-    if labels.min() < 0:
+    if not is_text and min(values) < 0:
         raise ValueError(
-            f"label_column {name!r} must hold integers from 0 on, got {labels.min()} (rows without label?)"
+            f"label_column {name!r} must hold integers from 0 on, got {min(values)} (rows without label?)"
         )
-    if label_names is None:
-        label_names = feature.names if isinstance(feature, datasets.ClassLabel) else range(labels.max() + 1)
-    if labels.max() >= len(label_names):
-        raise ValueError(f"label_column {name!r} holds {labels.max()}, but label_names are {len(label_names)}")
-    return labels, {label: str(text) for label, text in enumerate(label_names)}
+    if isinstance(feature, datasets.ClassLabel):
+        cells = range(len(label_names or feature.names))
+        names = label_names or feature.names
+    elif label_names is not None:
+        cells, names = cells_of(label_names, is_text), label_names
+    else:
+        cells = sort_names(values) if is_text else sorted(set(values))
+        names = cells
+    numbers = {cell: label for label, cell in enumerate(cells)}
+    unknown = set(values) - numbers.keys()
+    if unknown:
+        raise ValueError(f"label_column {name!r} holds {min(unknown)!r}, which is not in label_names ({_some(names)})")
+    labels = np.fromiter((numbers[value] for value in values), np.int64, len(values))
+    return labels, {label: str(text) for label, text in enumerate(names)}
+
+
+def _column(source: datasets.Dataset, name: str) -> pa.ChunkedArray:
+    values = source.with_format("arrow")[name]
+    return values if hasattr(values, "to_pylist") else values[:]
+
+
+def _some(names: Iterable) -> str:
+    names = list(map(str, names))
+    return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+
+
+def cells_of(label_names: Sequence[str], by_name: bool) -> tuple[str | int, ...]:
+    """What a cell of a column holds for each of the labels with these names.
+
+    Integers are the numbers of the names, or the names themselves where these are integers: `2018 2019`.
+
+    Args:
+        by_name: Whether the column holds names, and not integers.
+    """
+    if by_name:
+        return tuple(label_names)
+    if all(re.fullmatch(r"\d+", text, re.ASCII) for text in label_names):
+        return tuple(map(int, label_names))
+    return tuple(range(len(label_names)))
+
+
+def fair_share(source: datasets.Dataset, count: int, label_column: str | None = None) -> np.ndarray:
+    """Numbers of so many rows, in order: of each label its share, to one row, and of its rows those that a draw takes.
+
+    The draw is always the same, so that all runs on a data set take the same rows, and so does what measures them.
+
+    Args:
+        label_column: By whose values the rows are shared; None for the data set's labels. Without single labels, or if it
+            cannot be known which they are, every row is as likely as the others.
+    """
+    number = len(source)
+    if count >= number:
+        return np.arange(number)
+    order = np.random.default_rng(0).permutation(number)
+    try:
+        column = find_label_column(source, label_column)
+    except ValueError:
+        column = None
+    if column is not None and _member(source.features[column]) is None:
+        values = _column(source, column).combine_chunks().dictionary_encode()
+        codes = np.asarray(values.indices.fill_null(-1))
+        order = order[np.argsort(codes[order], kind="stable")]
+    # Evenly spaced in the rows sorted by label, from the middle of the first space on.
+    taken = ((np.arange(count) + 0.5) * number / count).astype(np.int64)
+    return np.sort(order[taken])
 
 
 def describe_feature(feature: Any) -> str:
@@ -121,17 +175,25 @@ class LabelSets:
         column: Where they are.
         names: Of 0, 1, 2, ...
         form: What a cell is a list of: the labels' integers; their names; or a zero or a one for each of all labels.
+        ids: What stands for each label in a cell, if these are not its number or its name.
     """
 
     column: str
     names: tuple[str, ...]
     form: Literal["integers", "names", "zeros and ones"]
+    ids: tuple[int, ...] | None = None
 
     dtype = np.dtype(bool)
 
     @property
     def id2label(self) -> dict[int, str]:
         return dict(enumerate(self.names))
+
+    @cached_property
+    def _numbers(self) -> dict[str | int, int]:
+        """The label that each possible member of a cell is."""
+        cells = self.ids or (self.names if self.form == "names" else range(len(self.names)))
+        return {cell: label for label, cell in enumerate(cells)}
 
     def read(self, value: Any) -> np.ndarray:
         """Which labels a cell has, bool, shape `(labels,)`; an empty list has none, which is the null label.
@@ -149,17 +211,17 @@ class LabelSets:
                 )
             row[:] = value
             return row
-        by_name = self.form == "names"
-        ids = [self.names.index(each) if each in self.names else -1 for each in value] if by_name else value
-        if any(each is None or not 0 <= each < number for each in ids):
-            accepted = "the label_names" if by_name else f"integers in [0, {number - 1}]"
+        labels = [self._numbers.get(each, -1) for each in value]
+        if -1 in labels:
+            accepted = f"integers in [0, {number - 1}]" if self.form == "integers" else "the label_names"
+            accepted = accepted if self.ids is None else f"the integers {_some(self.ids)}"
             raise ValueError(f"label_column {self.column!r} must hold lists of {accepted}, got {value!r}")
-        if len(set(ids)) < len(ids):
+        if len(set(labels)) < len(labels):
             raise ValueError(
                 f"label_column {self.column!r} must hold each label once, got {value!r}; zeros and ones that stand for all "
                 "labels are told from integers by a type of bool or float"
             )
-        row[ids] = True
+        row[labels] = True
         return row
 
 
@@ -197,7 +259,9 @@ def find_label_sets(
     else:
         raise ValueError(f"label_column {column!r} must hold lists of integers or names, got lists of {kind}")
     if label_names is not None:
-        return LabelSets(column, tuple(label_names), form)
+        cells = cells_of(label_names, by_name=form != "integers")
+        ids = cells if form == "integers" and cells != tuple(range(len(cells))) else None
+        return LabelSets(column, tuple(label_names), form, ids)
     if form == "zeros and ones" and one_length:
         return LabelSets(column, tuple(map(str, range(one_length))), form)
     if not known:
@@ -208,11 +272,18 @@ def find_label_sets(
         )
     if form == "zeros and ones":
         raise ValueError(f"label_column {column!r} must hold lists of one length, got {sorted(lengths)[:5]}")
-    found = {each for value in values if value is not None for each in value if each is not None}
+    return _sets_that_occur(column, form, {each for value in values if value is not None for each in value} - {None})
+
+
+def _sets_that_occur(column: str, form: str, found: set) -> LabelSets:
     if not found:
         raise ValueError(f"label_column {column!r} holds no label in any row; see --unconditional")
-    names = sorted(found) if form == "names" else map(str, range(max(found) + 1))
-    return LabelSets(column, tuple(names), form)
+    if form == "names":
+        return LabelSets(column, tuple(sort_names(found)), form)
+    if min(found) < 0:
+        raise ValueError(f"label_column {column!r} must hold lists of integers from 0 on, got {min(found)}")
+    ids = tuple(sorted(found))
+    return LabelSets(column, tuple(map(str, ids)), form, None if ids == tuple(range(len(ids))) else ids)
 
 
 @dataclass(frozen=True)
@@ -223,11 +294,13 @@ class StreamLabels:
         column: Where they are.
         names: Of 0, 1, 2, ...
         by_name: Whether the column holds the names and not the integers.
+        is_class_label: Whether it holds class labels, whose integers are the numbers of the names whatever these are.
     """
 
     column: str
     names: tuple[str, ...]
     by_name: bool
+    is_class_label: bool = False
 
     dtype = np.dtype(np.int64)
 
@@ -235,17 +308,24 @@ class StreamLabels:
     def id2label(self) -> dict[int, str]:
         return dict(enumerate(self.names))
 
+    @cached_property
+    def _numbers(self) -> dict[str | int, int]:
+        cells = range(len(self.names)) if self.is_class_label else cells_of(self.names, self.by_name)
+        return {cell: label for label, cell in enumerate(cells)}
+
     def read(self, value: Any) -> int:
         """The label of a cell.
 
         Raises:
             ValueError: if it is empty or none of the labels that there are.
         """
-        if self.by_name and value in self.names:
-            return self.names.index(value)
-        if not self.by_name and isinstance(value, int) and 0 <= value < len(self.names):
-            return value
-        accepted = "one of the label_names" if self.by_name else f"an integer in [0, {len(self.names) - 1}]"
+        label = self._numbers.get(value) if isinstance(value, str if self.by_name else int) else None
+        if label is not None:
+            return label
+        first, last = min(self._numbers), max(self._numbers)
+        accepted = f"an integer in [{first}, {last}]"
+        if self.by_name or last - first >= len(self._numbers):
+            accepted = f"one of {_some(self._numbers)}" if not self.by_name else "one of the label_names"
         raise ValueError(f"label_column {self.column!r} must hold {accepted} in every row, got {value!r}")
 
 
@@ -274,7 +354,7 @@ def find_stream_labels(
             raise ValueError(
                 f"label_column {name!r} has {len(feature.names)} labels, but label_names are {len(names)}"
             )
-        return StreamLabels(name, names, by_name=False)
+        return StreamLabels(name, names, by_name=False, is_class_label=True)
     kind = feature.dtype
     if kind not in ("string", "large_string") and not kind.startswith(("int", "uint")):
         raise ValueError(f"label_column {name!r} must hold integers or names, got {kind}")

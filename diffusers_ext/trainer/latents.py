@@ -21,7 +21,7 @@ from torch import Tensor
 from diffusers_ext.latents import latent_scale, normalize_latents
 from diffusers_ext.trainer.config import DataConfig, TrainerConfig
 from diffusers_ext.trainer.data import ImageData, PixelTable
-from diffusers_ext.trainer.labels import read_labels
+from diffusers_ext.trainer.labels import fair_share, read_labels
 from diffusers_ext.trainer.prepare import prepare_data
 from diffusers_ext.trainer.stream import StreamData
 from diffusers_ext.whole_files import written_whole
@@ -49,6 +49,7 @@ class LatentsInfo:
         id2label: Name of each label, or None.
         vae: Where the VAE was loaded from.
         vae_fingerprint: See `fingerprint`.
+        contents: A digest of the images; None if that was not kept.
     """
 
     dataset_name: str
@@ -67,6 +68,7 @@ class LatentsInfo:
     vae: str
     vae_fingerprint: str
     white_value: int | None = None
+    contents: str | None = None
 
     @property
     def rows_per_image(self) -> int:
@@ -115,6 +117,10 @@ class LatentData(ImageData):
     def read(self, rows: np.ndarray, places: np.ndarray, flipped: np.ndarray) -> np.ndarray:
         """See `ImageData.read`. Mirrored images have rows of their own: latents cannot be mirrored."""
         return self.pixels[rows * self.info.rows_per_image + flipped]
+
+    def digests(self) -> str:
+        """Of the images and of the VAE."""
+        return f"{self.info.contents}-{self.info.vae_fingerprint[:32]}"
 
     @property
     def size(self) -> tuple[int, int]:
@@ -205,14 +211,15 @@ def prepare_latents(config: DataConfig, vae: ModelMixin | None) -> LatentData:
         raise ValueError(
             f"{folder} should hold {num_rows} rows of {config.dataset_split}, got {len(table)}: encode again"
         )
-    kept = min(config.max_train_samples or info.num_images, info.num_images)
+    each = info.rows_per_image
+    images = table.select(range(0, num_rows, each))  # without the mirrored ones
+    chosen = fair_share(images, config.max_train_samples or info.num_images, "label")
     channels, height, width = info.latent_shape
     shape = (height, width, 2 * channels)
     labelled = info.id2label is not None and not config.unconditional
-    rows = table.select(range(0, kept * info.rows_per_image, info.rows_per_image)) if labelled else None
     return LatentData(
-        PixelTable(table.select_columns(["pixels"]), shape, DTYPE, np.arange(kept * info.rows_per_image)),
-        read_labels(rows, "label")[0] if labelled else None,
+        PixelTable(table.select_columns(["pixels"]), shape, DTYPE, (chosen[:, None] * each + np.arange(each)).ravel()),
+        read_labels(images.select(chosen), "label")[0] if labelled else None,
         info.id2label if labelled else None,
         config.dataset_name,
         (f"latents of {info.dataset_name} at {'x'.join(map(str, info.resolution))}, encoded by {info.vae}",),

@@ -4,9 +4,10 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import fmean as mean
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -18,6 +19,7 @@ from diffusers_ext.trainer.checkpoints import all_or_none, find_for_all, remove_
 from diffusers_ext.trainer.config import TrainerConfig
 from diffusers_ext.trainer.data import ImageData
 from diffusers_ext.trainer.ema import WeightAverage
+from diffusers_ext.trainer.identity import identify
 from diffusers_ext.trainer.options import to_yaml
 from diffusers_ext.trainer.posthoc_ema import AverageSnapshots
 from diffusers_ext.trainer.profiling import StepProfile
@@ -154,6 +156,11 @@ class Trainer:
         self._scale = 2 / torch.iinfo(torch.uint16 if data.dtype == "uint16" else torch.uint8).max
         self._losses, self._norms, self._adversary_losses = [], [], []
         self._stream_state = None  # of the checkpoint that the run goes on from
+
+    @cached_property
+    def data_identity(self) -> dict[str, Any]:
+        """What tells the data from others; goes into the checkpoints."""
+        return identify(self.data)
 
     def _check_objective(self, compute_loss: Callable) -> nn.Module | None:
         if not isinstance(compute_loss, nn.Module):

@@ -1,5 +1,6 @@
 """A data set, as named by the user, made ready for training. Whatever is decided on the way is said in a line."""
 
+import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -15,10 +16,12 @@ from diffusers_ext.trainer.data import (
     decode,
     find_image_column,
     load_source,
+    open_source,
     undecoded,
 )
+from diffusers_ext.trainer.identity import HashedRows, hash_files
 from diffusers_ext.trainer.images import LONGEST
-from diffusers_ext.trainer.labels import find_stream_labels, read_labels
+from diffusers_ext.trainer.labels import fair_share, find_stream_labels, read_labels
 from diffusers_ext.trainer.probing import decide_reading, probe
 from diffusers_ext.trainer.stream import StreamData
 
@@ -84,13 +87,14 @@ def prepare_images(
     num_proc: int | None = None,
     cache_dir: str | None = None,
     streaming: bool = False,
+    share_by: str | None = None,
 ) -> ImageData:
     """Loads, decodes and fits the images of a data set, and reads their labels.
 
     Args:
-        name: `digits`, a data set on the Hub, or a local folder that `datasets.load_dataset` reads.
+        name: `digits`, a data set on the Hub, or a local folder or file (see `LocalFolder`).
         image_column, label_column: None to find them; see `find_image_column` and `find_label_column`.
-        label_names: Names of the labels 0, 1, 2, ...; None for the data set's own.
+        label_names: See `read_labels`.
         resolution: `(side,)` or `(height, width)`. None for the images' own size, which must then be one size, with a
             border up to the next multiple of `multiple_of`.
         resize_mode: One of `RESIZE_MODES` (see `fit`); "auto" pads images of one size that fill at least three quarters
@@ -100,31 +104,55 @@ def prepare_images(
             `common_mode`.
         white_value: What is white in pixels of more than 8 bits; None for what their type says, or else the first images,
             see `Whites`.
+        max_samples: At most so many images; of each label its share (see `fair_share`).
         max_bad_share: Share of the images that may fail to decode, rounded up to a whole image.
         streaming: Fetch no more than the first `max_samples` rows, and keep them in memory.
+        share_by: Column by whose values `max_samples` are shared; None for that of the labels.
 
     Raises:
         ValueError: if the data set has no images, if its labels are neither integers nor names, or if it must be said
             which column or size is meant.
     """
-    source = load_source(name, config_name, split, cache_dir=cache_dir, streaming=streaming)
+    source, notes, _ = open_source(name, config_name, split, cache_dir=cache_dir, streaming=streaming)
     column = find_image_column(source, image_column)
+    chosen = None
     if streaming:
         rows = undecoded(source, column)
         source = datasets.Dataset.from_list(list(itertools.islice(rows, max_samples)), features=rows.features)
-    elif max_samples is not None:
-        source = source.select(range(min(max_samples, len(source))))
+        notes += (f"of the split {split}, which is read as a stream, these are the first {len(source)} images",)
+    elif max_samples is not None and max_samples < len(source):
+        chosen = fair_share(source, max_samples, share_by or label_column)
+        notes += (f"{len(chosen)} of {len(source)} images are taken, of each label its share",)
+        source = source.select(chosen)
     labels = read_labels(source, label_column, label_names) if with_labels else None
     first_rows = undecoded(source.select_columns([column]).select(range(min(len(source), PROBED_ROWS))), column)
-    how, notes = _decide(
+    how, decided = _decide(
         source, column, first_rows, resolution, multiple_of, resize_mode, pad_value, mode, white_value
     )
     pixels, rows, bad = decode(source, column, how, max_bad_share=max_bad_share, num_proc=num_proc)
+    notes = [*notes, *decided]
     if bad:
         notes.append(f"{bad} of {len(rows) + bad} images could not be decoded and are left out")
-    ids, id2label = (None, None) if labels is None else (labels[0][rows], labels[1])
-    whites = {"whites": how.whites, "white": how.white}
-    return ImageData(pixels, ids, id2label, name, tuple(notes), how.resize_mode, **whites)
+    more = {"rows": rows if chosen is None else chosen[rows], "whites": how.whites, "white": how.white}
+    if labels is None:
+        return ImageData(pixels, None, None, name, tuple(notes), how.resize_mode, **more)
+    data = ImageData(pixels, labels[0][rows], labels[1], name, tuple(notes), how.resize_mode, **more)
+    return dataclasses.replace(data, notes=(*data.notes, *_about_labels(data)))
+
+
+def _about_labels(data: ImageData) -> list[str]:
+    """A line on labels whose names are other numbers than theirs, and one on those that no image has."""
+    names, notes = list(data.id2label.values()), []
+    if all(name.isdecimal() for name in names) and names != list(map(str, range(len(names)))):
+        notes.append(
+            f"the labels are {len(names)} numbers that are their names, {names[0]} to {names[-1]}; their ids are 0 to "
+            f"{len(names) - 1}"
+        )
+    missing = sorted(set(data.id2label) - set(data.used_labels))
+    if missing:
+        some = ", ".join(data.id2label[label] for label in missing[:5]) + (", ..." if len(missing) > 5 else "")
+        notes.append(f"{len(missing)} of {data.num_classes} labels have no images and are not drawn: {some}")
+    return notes
 
 
 def prepare_stream(
@@ -160,22 +188,28 @@ def prepare_stream(
     """
     if shuffle_buffer < 1:
         raise ValueError(f"shuffle_buffer must be at least 1, got {shuffle_buffer}")
-    source = load_source(name, config_name, split, cache_dir=cache_dir, streaming=True)
+    source, told, files = open_source(name, config_name, split, cache_dir=cache_dir, streaming=True)
     column = find_image_column(source, image_column)
     labels = find_stream_labels(source, label_column, label_names) if with_labels else None
     columns = [column] if labels is None else [column, labels.column]
     rows = undecoded(source, column).select_columns(columns)
     # From another opening of it, so that the workers get one that nothing has been read from.
     again = load_source(name, config_name, split, cache_dir=cache_dir, streaming=True)
-    first_rows = itertools.islice(undecoded(again, column).select_columns(columns), PROBED_ROWS)
-    how, notes = _decide(
+    first_rows = HashedRows(itertools.islice(undecoded(again, column).select_columns(columns), PROBED_ROWS), column)
+    how, decided = _decide(
         source, column, first_rows, resolution, multiple_of, resize_mode, pad_value, mode, white_value
     )
+    notes = [*told, *decided]
+    if max_samples is not None:
+        notes.append(f"of a stream the first {max_samples} images are taken, whatever their labels")
     if rows.num_shards == 1:
         notes.append(
             f"the stream is one shard: only {shuffle_buffer} images at a time are shuffled (--shuffle_buffer)"
         )
-    return StreamData(rows, column, how, labels, name, shuffle_buffer, max_bad_share, max_samples, tuple(notes))
+    contents = f"{first_rows.digest}-{hash_files(files)}"
+    return StreamData(
+        rows, column, how, labels, name, shuffle_buffer, max_bad_share, max_samples, tuple(notes), contents
+    )
 
 
 def _decide(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file, save_file
 
+from diffusers_ext.trainer.identity import IDENTITY_FILE, describe_change
 from diffusers_ext.trainer.options import to_yaml
 from diffusers_ext.trainer.run_folder import CONFIG_FILE
 from diffusers_ext.trainer.sharding import gathered, scattered
@@ -56,6 +57,7 @@ def save_run(trainer: "Trainer", folder: Path) -> None:
         return
     (folder / STATE_FILE).write_text(json.dumps(dataclasses.asdict(trainer.state), indent=2) + "\n")
     (folder / CONFIG_FILE).write_text(to_yaml(trainer.config))
+    (folder / IDENTITY_FILE).write_text(json.dumps(trainer.data_identity, ensure_ascii=False) + "\n")
     if average:
         save_file(average, folder / AVERAGE_FILE)
     if trainer.snapshots:
@@ -66,6 +68,22 @@ def save_run(trainer: "Trainer", folder: Path) -> None:
         save_file({name: value.contiguous().clone() for name, value in state.items()}, folder / OBJECTIVE_FILE)
 
 
+def _check_same_data(trainer: "Trainer", folder: Path) -> None:
+    """Refuses other data than those that the checkpoint's run is on."""
+    path = folder / IDENTITY_FILE
+    if not path.exists():
+        trainer.accelerator.print(
+            f"{folder} has no {IDENTITY_FILE}: it is not known whether the data are those of the run"
+        )
+        return
+    change = describe_change(json.loads(path.read_text()), trainer.data_identity)
+    if change:
+        raise ValueError(
+            f"{folder} is of a run on other data than {trainer.data.name} holds: {change}. Give the same data, or start a "
+            "new run in another --output_dir"
+        )
+
+
 def load_run(trainer: "Trainer", folder: Path) -> dict[str, Any] | None:
     """Brings a trainer to where a checkpoint was written; gives the state of its stream of images, if it is one.
 
@@ -73,6 +91,7 @@ def load_run(trainer: "Trainer", folder: Path) -> dict[str, Any] | None:
         ValueError: if the checkpoint is of a run with other data or another objective.
     """
     saved, data = json.loads((folder / STATE_FILE).read_text()), trainer.data
+    _check_same_data(trainer, folder)
     if saved["num_images"] != data.num_images:
         raise ValueError(
             f"{folder} is of a run on {saved['num_images']} images, the data set {data.name} has {data.num_images}: give "

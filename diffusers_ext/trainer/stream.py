@@ -56,6 +56,7 @@ class StreamData:
         max_bad_share: Share of the images that may fail to decode.
         max_samples: Only the first so many examples, or None.
         notes: One line for each decision that a user may want to know of.
+        contents: A digest of its first images and its files.
     """
 
     source: datasets.IterableDataset
@@ -67,6 +68,7 @@ class StreamData:
     max_bad_share: float = 0.01
     max_samples: int | None = None
     notes: tuple[str, ...] = ()
+    contents: str = ""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -100,6 +102,11 @@ class StreamData:
     @property
     def num_classes(self) -> int | None:
         return None if self.labels is None else len(self.labels.names)
+
+    @property
+    def used_labels(self) -> list[int] | None:
+        """All labels, since a stream is not read ahead to find those that images have; None without labels."""
+        return None if self.labels is None else list(range(len(self.labels.names)))
 
     @property
     def has_label_sets(self) -> bool:

@@ -1,9 +1,13 @@
+import dataclasses
+import io
+
 import datasets
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from diffusers_ext.metrics.generate import balanced_labels
 from diffusers_ext.metrics.real import (
     DataOptions,
     cached_features_folder,
@@ -13,6 +17,7 @@ from diffusers_ext.metrics.real import (
     split_for_training,
     train_and_save_features,
 )
+from diffusers_ext.metrics.subject import labels_with_images
 from diffusers_ext.trainer.prepare import prepare_images
 
 
@@ -78,6 +83,46 @@ def test_labels_of_both_splits_have_the_same_ids(tmp_path, options):
     real = load_real_images(options)
     assert real.held_out.label_names == real.train.label_names == ["ant", "bee", "cat"]
     assert real.held_out.labels.tolist() == [2, 1, 2, 1]
+
+
+def save_numbered(folder, split, labels):
+    cells = [{"bytes": encoded(picture), "path": None} for picture in pictures(len(labels), (8, 8))]
+    columns = {"image": cells, "label": labels}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    folder.mkdir(exist_ok=True)
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(folder / f"{split}.parquet")
+
+
+def encoded(picture):
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()
+
+
+def test_an_integer_means_the_same_label_in_splits_of_other_integers(tmp_path, options):
+    """2018 and 2020 are 0 and 1 of the training split alone, and 0 and 2 of a model that knows 2019 too."""
+    save_numbered(tmp_path / "data", "train", [2020, 2018, 2020])
+    save_numbered(tmp_path / "data", "test", [2020, 2020])
+    real = load_real_images(options)
+    assert (real.train.label_names, real.held_out.labels.tolist()) == (["2018", "2020"], [1, 1])
+    real = load_real_images(options, label_names=["2018", "2019", "2020"])
+    assert real.train.labels.tolist() == [2, 0, 2] and real.held_out.labels.tolist() == [2, 2]
+    assert real.held_out.label_names == real.train.label_names == ["2018", "2019", "2020"]
+    assert labels_with_images(real, 3) == [0, 2] and balanced_labels(5, [0, 2]) == [0, 2, 0, 2, 0]
+    assert load_real_images(options, label_names=["a", "b"]).train.label_names == ["2018", "2020"]  # another model's
+    save_numbered(tmp_path / "data", "test", [2020, 2019])
+    with pytest.raises(
+        ValueError, match="split test must have the labels of the training images, 2018, 2020, got 2019"
+    ):
+        load_real_images(options)
+
+
+def test_a_share_of_the_training_images_is_the_one_trained_on(options, tmp_path):
+    save_numbered(tmp_path / "data", "train", [0] * 20 + [1] * 10)
+    real = load_real_images(dataclasses.replace(options, max_train_samples=6))
+    trained_on = prepare_images(options.dataset_name, cache_dir=options.cache_dir, max_samples=6, with_labels=False)
+    np.testing.assert_array_equal(real.train.images.permute(0, 2, 3, 1), trained_on.pixels[np.arange(6)])
+    assert real.train.labels.bincount().tolist() == [4, 2]
 
 
 def test_sixteen_bits_become_eight(tmp_path, options):

@@ -150,6 +150,29 @@ def test_bad_input_is_refused(labels, kwargs, message):
         sample(pipeline(), labels, **kwargs)
 
 
+@pytest.mark.parametrize(
+    "names, label, message",
+    [
+        (
+            ["2018", "2019", "2020"],
+            "cat",
+            "'cat'; its labels are named numbers, as texts or as ids: '2018', '2019', '2020'",
+        ),
+        (["2018", "2019", "2020"], "2021", "'2021'; near ones are '2020', '2019', '2018'"),
+        (["2018", "2019", "2020"], 2018, "or 3 for no label, got 2018; the label named '2018' is asked for by name"),
+        (["bag", "boot", "coat"], "x", "'x'; its labels are named 'bag', 'boot', 'coat'"),
+        (None, "cat", "'cat'; this model's labels have no names"),
+    ],
+)
+def test_a_label_that_is_not_there_is_answered_with_those_that_are(names, label, message):
+    pipe = pipeline()
+    pipe.register_to_config(id2label=names and {str(number): name for number, name in enumerate(names)})
+    with pytest.raises(ValueError, match=message):
+        pipe.get_label_ids(label)
+    if names:
+        assert pipe.get_label_ids(names) == [0, 1, 2]
+
+
 def test_sets_and_weights_need_networks_that_take_them():
     model = UNet2DModel(
         8,

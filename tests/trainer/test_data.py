@@ -7,8 +7,9 @@ import pytest
 from PIL import ExifTags, Image
 
 from diffusers_ext.trainer.data import load_digits
-from diffusers_ext.trainer.labels import read_labels
+from diffusers_ext.trainer.labels import fair_share, read_labels
 from diffusers_ext.trainer.prepare import prepare_images
+from training.train_ddpm import rows_of
 
 
 RNG = np.random.default_rng(0)
@@ -178,9 +179,65 @@ def test_names_become_labels_in_alphabetical_order():
     assert labels.tolist() == [1, 0, 1] and names == {0: "cat", 1: "dog"}
 
 
-def test_integers_are_labels_as_they_are():
-    labels, names = read_labels(labelled([4, 0, 2], datasets.Value("int32")))
-    assert labels.tolist() == [4, 0, 2] and labels.dtype == np.int64 and len(names) == 5
+def test_integers_are_labels_in_their_order_and_keep_their_numbers_as_names():
+    for values, expected in (([1, 0, 2], [1, 0, 2]), ([10, 2, 9, 2], [2, 0, 1, 0]), ([2020, 2018], [1, 0])):
+        labels, names = read_labels(labelled(values, datasets.Value("int32")))
+        assert labels.tolist() == expected and labels.dtype == np.int64
+        assert [int(names[label]) for label in labels] == values and len(names) == len(set(values))
+
+
+def test_names_that_are_all_numbers_are_in_the_order_of_these():
+    labels, names = read_labels(labelled(["10", "9", "100"], datasets.Value("string")))
+    assert labels.tolist() == [1, 0, 2] and names == {0: "9", 1: "10", 2: "100"}
+
+
+def test_label_names_that_are_integers_are_those_in_the_column():
+    values = labelled([2020, 2018], datasets.Value("int64"))
+    assert read_labels(values, label_names=["2018", "2019", "2020"])[0].tolist() == [2, 0]
+    with pytest.raises(ValueError, match=r"holds 2018, which is not in label_names \(2019, 2020\)"):
+        read_labels(values, label_names=["2019", "2020"])
+
+
+@pytest.mark.parametrize("feature", [datasets.ClassLabel(names=list("abc")), datasets.Value("string")])
+def test_a_fair_share_has_of_each_label_its_part_whatever_the_order(feature):
+    values = ["a"] * 60 + ["b"] * 30 + ["c"] * 10
+    source = labelled(values, feature)
+    for count in (10, 20, 37, 100, 1000):
+        rows = fair_share(source, count)
+        assert rows.tolist() == sorted(set(rows.tolist())) and len(rows) == min(count, 100)
+        shares = [sum(values[row] == label for row in rows) for label in "abc"]
+        assert np.abs(np.array(shares) - len(rows) * np.array([0.6, 0.3, 0.1])).max() <= 1
+        assert (fair_share(source, count) == rows).all()
+    assert fair_share(source, 20).tolist()[:12] != list(range(12))  # not the first of each
+
+
+def test_a_fair_share_without_labels_is_drawn_from_all_rows():
+    rows = fair_share(datasets.Dataset.from_dict({"text": list(map(str, range(1000)))}), 100)
+    assert len(set(rows.tolist())) == 100 and 400 < rows.mean() < 600
+
+
+def test_a_part_of_the_images_has_of_each_label_its_share(parquet):
+    folder = parquet(
+        {"image": [encode(picture) for picture in pictures(30)], "kind": [0] * 20 + [1] * 10},
+        {"image": datasets.Image(), "kind": datasets.ClassLabel(names=["a", "b"])},
+    )
+    data, everything = prepare_images(folder, max_samples=6), prepare_images(folder)
+    assert np.bincount(data.labels).tolist() == [4, 2]
+    assert data.notes == ("6 of 30 images are taken, of each label its share",)
+    np.testing.assert_array_equal(images_of(data), everything.pixels[data.rows])
+    unlabelled = prepare_images(folder, max_samples=6, with_labels=False)
+    assert (unlabelled.rows == data.rows).all()  # the same, whether or not the labels are used
+
+
+def test_class_labels_without_images_are_named_and_keep_their_ids(parquet):
+    folder = parquet(
+        {"image": [encode(picture) for picture in pictures(2)], "kind": [0, 2]},
+        {"image": datasets.Image(), "kind": datasets.ClassLabel(names=["a", "b", "c"])},
+    )
+    data = prepare_images(folder)
+    assert (data.num_classes, data.used_labels, data.labels.tolist()) == (3, [0, 2], [0, 2])
+    assert data.notes == ("1 of 3 labels have no images and are not drawn: b",)
+    assert rows_of(data) == {"labels": [0, 2], "names": ["a", "c"]}
 
 
 @pytest.mark.parametrize(
@@ -220,7 +277,8 @@ def test_an_image_that_cannot_be_decoded_is_named_counted_and_left_out(parquet, 
     folder = broken_folder(parquet, 200, [3])
     data = prepare_images(folder)
     assert "image of row 3 left out: UnidentifiedImageError" in capsys.readouterr().err
-    assert data.notes == ("1 of 200 images could not be decoded and are left out",)
+    assert data.notes[0] == "1 of 200 images could not be decoded and are left out"
+    assert data.notes[1] == "1 of 200 labels have no images and are not drawn: 3"
     assert data.labels.tolist() == [row for row in range(200) if row != 3]
     assert images_of(data).any((1, 2, 3)).all()
 
@@ -288,7 +346,7 @@ def test_names_of_labels_can_be_given():
     assert labels.tolist() == [0, 1] and len(id2label) == 3
     with pytest.raises(ValueError, match="label_column 'label' holds 'cat', which is not in label_names"):
         read_labels(labelled(["dog", "cat"], datasets.Value("string")), label_names=["dog"])
-    with pytest.raises(ValueError, match="label_column 'label' holds 5, but label_names are 3"):
+    with pytest.raises(ValueError, match="label_column 'label' holds 5, which is not in label_names"):
         read_labels(labelled([0, 5], datasets.Value("int64")), label_names=names)
     unlabelled = datasets.Dataset.from_dict({"text": ["a"]})
     with pytest.raises(ValueError, match="there are names for labels, but the data set has no labels"):

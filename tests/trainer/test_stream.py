@@ -434,13 +434,13 @@ def test_another_number_of_processes_workers_or_shards_is_refused(sources, tmp_p
 
 
 def test_readers_of_too_few_shards_are_told_of(sources, capsys):
-    make_batches(stream_of(sources, "images"), dataclasses.replace(OPTIONS, process_index=0))
+    make_batches(stream_of(sources, "tars"), dataclasses.replace(OPTIONS, process_index=0, num_processes=50))
     out = capsys.readouterr().out
-    assert (
-        "2 readers (processes x workers) each read all of the stream" in out and "it has 1 shards; more files" in out
-    )
-    make_batches(stream_of(sources, "parquet"), dataclasses.replace(OPTIONS, process_index=0))
-    assert capsys.readouterr().out == ""
+    assert "50 readers (processes x workers) each read all of the stream" in out
+    assert "it has 4 shards; more files" in out
+    for kind in ("parquet", "images"):
+        make_batches(stream_of(sources, kind), dataclasses.replace(OPTIONS, process_index=0))
+        assert capsys.readouterr().out == ""
 
 
 def test_more_readers_than_images_are_refused(tmp_path):

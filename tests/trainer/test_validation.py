@@ -2,13 +2,14 @@ import dataclasses
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
 
 from diffusers_ext.trainer.config import TrainerConfig
 from diffusers_ext.trainer.figures import draw_loss
-from diffusers_ext.trainer.prepare import prepare_images
+from diffusers_ext.trainer.prepare import prepare_data, prepare_images
 from diffusers_ext.trainer.validation import ValidationBatches, prepare_validation
 from runs import assert_same_run, metrics, squared_error, trainer
 
@@ -23,6 +24,7 @@ def held_out():
     return prepare_images("digits", split="test", max_samples=18)
 
 
+PGM = b"P5\n8 8\n255\n" + bytes(range(64))
 SETTINGS = {"validation_split": "test", "validation_steps": 5}
 
 
@@ -130,6 +132,24 @@ def test_labels_are_numbered_like_those_of_the_training(data):
     plain, held_out = prepare_validation(config, data), prepare_validation(config, turned)
     np.testing.assert_array_equal(held_out.labels, 9 - plain.labels)
     assert held_out.id2label == turned.id2label
+
+
+def test_an_integer_means_the_same_label_in_both_splits(tmp_path):
+    def save(split, labels):
+        rows = pd.DataFrame({"image": [PGM] * len(labels), "label": labels})
+        rows.to_parquet(tmp_path / f"{split}.parquet")
+
+    save("train", [7, 10177, 12])
+    save("test", [10177, 7])
+    options = {"dataset_name": str(tmp_path), "cache_dir": str(tmp_path / "cache")}
+    config = TrainerConfig(validation_split="test", resolution=(8, 8), **options)
+    data = prepare_data(config)
+    assert data.labels.tolist() == [0, 2, 1] and data.id2label == {0: "7", 1: "12", 2: "10177"}
+    held_out = prepare_validation(config, data)
+    assert held_out.labels.tolist() == [2, 0] and held_out.id2label == data.id2label
+    save("test", [10177, 8])
+    with pytest.raises(ValueError, match="the split 'test' have labels that are not trained on: 8"):
+        prepare_validation(config, data)
 
 
 def test_other_images_are_refused(data):

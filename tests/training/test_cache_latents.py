@@ -160,7 +160,9 @@ def test_other_latents_in_the_folder_are_refused_or_replaced(vae_path, tmp_path)
     main(config)
     forget_accelerate()
     changed = dataclasses.replace(config, vae=other)
-    with pytest.raises(ValueError, match="holds latents of train that were made by another VAE or with other options"):
+    with pytest.raises(
+        ValueError, match="holds latents of train that are of other images, another VAE or other options"
+    ):
         main(changed)
     forget_accelerate()
     # Their shards would stand beside those that are there.
