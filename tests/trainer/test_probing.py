@@ -53,9 +53,12 @@ def ways_in(path, channels, **options):
     """All pictures of a folder in [0, 1], channels last, by each way in."""
     table = prepare_images(path, **options)
     count = len(table)
-    yield "table", in_unit_range(table.pixels[np.arange(count)])
+    pixels = in_unit_range(table.pixels[np.arange(count)])
+    yield "table", pixels
     stream = prepare_stream(path, shuffle_buffer=1, **options)
-    yield "stream", in_unit_range(np.stack([picture for picture, _ in islice(StreamReader(stream, 0, 0, 1), count)]))
+    read = in_unit_range(np.stack([picture for picture, _ in islice(StreamReader(stream, 0, 0, 1), count)]))
+    # The files come in an order of their own.
+    yield "stream", read[[np.abs(read - picture).sum((1, 2, 3)).argmin() for picture in pixels]]
     real = RealImages(to_labelled_images(table), None, "x", "crop", (), whites=table.whites, white=table.white)
     yield "evaluation", real.train.images.permute(0, 2, 3, 1).numpy() / 255
     yield "evaluate.py FOLDER", read_image_folder(path, real)[0].permute(0, 2, 3, 1).numpy() / 255
