@@ -11,7 +11,8 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from stat import S_ISREG
 
 import yaml
 from PIL import Image
@@ -59,7 +60,7 @@ class Entry:
 
     @property
     def suffix(self) -> str:
-        return PurePosixPath(self.path).suffix.lower()
+        return os.path.splitext(self.name)[1].lower()
 
     @property
     def stem(self) -> str:
@@ -68,7 +69,7 @@ class Entry:
 
     @property
     def folders(self) -> tuple[str, ...]:
-        return PurePosixPath(self.path).parts[:-1]
+        return tuple(self.path.split("/")[:-1])
 
     def read(self) -> bytes:
         if self.member is None:
@@ -90,25 +91,30 @@ def list_files(root: str | Path) -> list[Entry]:
     """
     root = Path(root)
     if root.is_file():
-        return [_entry(root, root.name)]
-    found, seen = [], set()
-    for folder, subfolders, names in os.walk(root, followlinks=True):
+        return _entry(root, root.name)
+    top, found, seen = os.path.abspath(root), [], set()
+    for folder, subfolders, names in os.walk(top, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:  # a link to a folder above it
             subfolders.clear()
             continue
         seen.add(real)
         subfolders[:] = [name for name in subfolders if not _is_hidden(name)]
+        below = os.path.relpath(folder, top).replace(os.sep, "/")
         for name in names:
-            path = Path(folder, name)
-            if not _is_hidden(name) and path.is_file():
-                found.append(_entry(path, path.relative_to(root).as_posix()))
+            if not _is_hidden(name):
+                path = name if below == "." else f"{below}/{name}"
+                found += _entry(os.path.join(folder, name), path)
     return sorted(found, key=lambda entry: entry.path)
 
 
-def _entry(file: Path, path: str) -> Entry:
-    state = file.stat()
-    return Entry(path, os.path.abspath(file), None, state.st_size, state.st_mtime_ns)
+def _entry(file: str | Path, path: str) -> list[Entry]:
+    """The file, if it is there and is one."""
+    try:
+        state = os.stat(file)
+    except OSError:  # a link to nowhere
+        return []
+    return [Entry(path, os.path.abspath(file), None, state.st_size, state.st_mtime_ns)] if S_ISREG(state.st_mode) else []
 
 
 def _is_hidden(name: str) -> bool:
@@ -249,7 +255,7 @@ def saved_splits(root: Path) -> dict[str, list[Entry]]:
     if not ((root / "state.json").is_file() and (root / "dataset_info.json").is_file()):
         return {}
     state = yaml.safe_load((root / "state.json").read_text())
-    files = [_entry(root / each["filename"], each["filename"]) for each in state["_data_files"]]
+    files = [entry for each in state["_data_files"] for entry in _entry(root / each["filename"], each["filename"])]
     return {str(state.get("_split") or "train"): files}
 
 
@@ -319,7 +325,7 @@ def divide_pictures(pictures: Sequence[Entry]) -> tuple[dict[str, list[Entry]], 
             (splits.setdefault(split, []) if split else left).append(entry)
         note = f"{len(left)} pictures beside the folders of the splits are not used, such as {left[0].path}"
         return in_order(splits), 0, [note]
-    words = {split_word(PurePosixPath(entry.path).stem) for entry in pictures}
+    words = {split_word(os.path.splitext(entry.name)[0]) for entry in pictures}
     notes = []
     if None not in words and len(words) > 1:
         notes.append(
