@@ -145,6 +145,7 @@ def test_draws_from_the_prior_say_what_they_are():
 
 
 def test_pictures_leave_the_default_generator_alone(tmp_path):
+    vae = flat()
     state = torch.get_rng_state()
-    draw_pictures(flat(), draw(8, 1, 8, 8), tmp_path)
+    draw_pictures(vae, draw(8, 1, 8, 8), tmp_path)
     assert torch.equal(torch.get_rng_state(), state)
