@@ -126,7 +126,7 @@ def test_run_leaves_all_that_it_names(run):
     records = read_metrics(folder / "metrics.jsonl")
     assert [(record["step"], record["images"]) for record in records] == [(2, 8), (4, 16)]
     # Ten rows of two pictures of 48 pixels, each with a margin, and the labels on their left.
-    assert Image.open(folder / "samples.png").size[1] == 10 * 50 + 2
+    assert Image.open(folder / "samples.png").size[1] == 10 * 66 + 2
 
 
 def test_trackers_get_the_numbers_of_the_log_and_the_grids(run):
