@@ -11,6 +11,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from diffusers_ext.models.layers import (
+    NO_NULL_LABEL,
     AffineGroupNorm,
     Attention,
     TimestepEmbedding,
@@ -214,6 +215,9 @@ class UNetModel(RegionalCompilation, ModelMixin, ConfigMixin):
         time_cond_proj_dim: `None`; diffusers' pipelines look here whether a network takes the guidance scale as an input.
         pool_context: Add the mean of the context's tokens, through a linear layer, to the embedding of the timestep, so
             that each block knows the text as a whole (as in Imagen, Saharia et al. 2022), and learns it sooner.
+        learned_unconditional: Whether the network was trained to predict without its label or text too, as dropping them
+            in a share of the batches does. If not, pipelines refuse to guide by it, and labels must be given; after
+            training with such dropout, say so by `model.register_to_config(learned_unconditional=True)`.
 
     Raises:
         ValueError: if the sizes or options do not fit one another.
@@ -240,6 +244,7 @@ class UNetModel(RegionalCompilation, ModelMixin, ConfigMixin):
         time_embedding_dim: int | None = None,
         time_cond_proj_dim: None = None,
         pool_context: bool = False,
+        learned_unconditional: bool = True,
     ):
         super().__init__()
         if time_cond_proj_dim is not None:
@@ -366,6 +371,8 @@ class UNetModel(RegionalCompilation, ModelMixin, ConfigMixin):
         check_size(sample.shape[2:], config.block_out_channels)
         if class_labels is not None and config.num_classes is None:
             raise ValueError("class_labels were given to a model without labels: it was built with num_classes=None")
+        if class_labels is None and config.num_classes is not None and not config.learned_unconditional:
+            raise ValueError(NO_NULL_LABEL)
         if (context is None) != (config.cross_attention_dim is None):
             raise ValueError(
                 "encoder_hidden_states must be given exactly if the model has cross-attention, got "

@@ -199,6 +199,8 @@ def check_guider(
         return
     if hasattr(guider, "check_pipeline"):
         guider.check_pipeline(pipe, labels)
+    if isinstance(guider, ComposedGuidance):
+        return  # its weights say whether it needs the null label, and it has looked
     has_labels, has_null = pipe.denoiser_num_classes is not None, pipe.null_label is not None
     if has_null and labels is not None:
         return
@@ -209,8 +211,11 @@ def check_guider(
     if not asks_for_unconditional(guider, timesteps, guide):
         return
     if not has_null:
-        reason = "has no null label" if has_labels else "was trained without labels"
-        raise ValueError(f"guidance needs a model with labels and a null label; this one {reason}")
+        reason = "has no null label (label_dropout was 0)" if has_labels else "was trained without labels"
+        raise ValueError(
+            f"guidance needs a model with labels and a null label; this one {reason}. What needs neither is a "
+            "guidance_scale of 1, and to guide by a weaker network or a classifier"
+        )
     raise ValueError("guidance needs class_labels to guide to, got None")
 
 

@@ -132,10 +132,36 @@ def load_validation(
     return held_out
 
 
+def refuse_unlearned_guidance(config: DenoisingConfig, learned_unconditional: bool, dropout: str) -> None:
+    """Refuses to guide the sample grids away from what the model is not trained with.
+
+    Args:
+        dropout: The option that would train it.
+
+    Raises:
+        ValueError: if so.
+    """
+    if not learned_unconditional and config.guidance_scale != 1:
+        raise ValueError(
+            f"guidance_scale, of the sample grids, must be 1 with a {dropout} of 0, which trains nothing to lead away from, "
+            f"got {config.guidance_scale:g}"
+        )
+
+
 def build_model(
-    config: DenoisingConfig, space: SampleSpace, num_classes: int | None = None, **context
+    config: DenoisingConfig,
+    space: SampleSpace,
+    num_classes: int | None = None,
+    *,
+    learned_unconditional: bool = True,
+    **context,
 ) -> UNetModel | DiTModel:
-    """A new model with weights that follow from the seed; `context` are `build_network`'s options for a text."""
+    """A new model with weights that follow from the seed.
+
+    Args:
+        learned_unconditional: Whether any of its examples will be without label or text.
+        context: `build_network`'s options for a text.
+    """
     channels, *size = space.shape
     return build_network(
         config,
@@ -143,6 +169,7 @@ def build_model(
         in_channels=channels,
         out_channels=channels * (2 if config.learns_variance else 1),
         num_classes=num_classes,
+        learned_unconditional=learned_unconditional,
         **context,
     )
 

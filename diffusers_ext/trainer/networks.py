@@ -143,6 +143,7 @@ def build_network(
     num_classes: int | None,
     cross_attention_dim: int | None = None,
     pool_context: bool = False,
+    learned_unconditional: bool = True,
 ) -> UNetModel | DiTModel:
     """A new network with weights that follow from the seed."""
     torch.manual_seed(config.seed)
@@ -153,6 +154,7 @@ def build_network(
         "num_classes": num_classes,
         "cross_attention_dim": cross_attention_dim,
         "pool_context": pool_context,
+        "learned_unconditional": learned_unconditional,
     }
     if config.model == "dit":
         return DiTModel(**common, **config.dit_options(sample_size))
