@@ -15,7 +15,7 @@ from diffusers.guiders.guider_utils import GuiderOutput, rescale_noise_cfg
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
 
-from diffusers_ext.guidance import StepContext
+from diffusers_ext.guidance import StepContext, check_guidance_scale
 from diffusers_ext.noising import add_to_score
 from diffusers_ext.schedulers.levels import PATH_TOLERANCE, describe_path, path_difference
 
@@ -26,9 +26,8 @@ class _ContextGuidance(BaseGuidance):
     _context: StepContext | None = None
 
     def _check_scales(self) -> None:
-        scale, rescale = getattr(self, "guidance_scale", 1.0), self.guidance_rescale
-        if not math.isfinite(scale):
-            raise ValueError(f"guidance_scale must be finite, got {scale}")
+        rescale = self.guidance_rescale
+        check_guidance_scale(getattr(self, "guidance_scale", 1.0))
         if not 0 <= rescale <= 1:
             raise ValueError(f"guidance_rescale must be in [0, 1], got {rescale}")
 

@@ -1,5 +1,6 @@
 """A U-Net that predicts noise, clean samples or velocities (Ho et al. 2020; Dhariwal & Nichol 2021)."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -136,6 +137,10 @@ def block_maker(
     attention_sides = [side for side in sides if side <= 16][:1]
     if attention_resolutions is not None:
         attention_sides = attention_resolutions
+        try:
+            refuse_unmatched_resolutions(size, len(block_out_channels), attention_resolutions)
+        except ValueError as problem:  # no error here, since models may have been saved so
+            warnings.warn(str(problem), stacklevel=5)
 
     def block(in_channels: int, out_channels: int, level: int, attend: bool | None = None) -> UNetBlock:
         if attend is None:
@@ -144,6 +149,27 @@ def block_maker(
         return UNetBlock(in_channels, out_channels, self_attention=attend, context_dim=context_dim, **options)
 
     return block
+
+
+def refuse_unmatched_resolutions(
+    size: tuple[int, ...], num_levels: int, attention_resolutions: tuple[int, ...] | None
+) -> None:
+    """Refuses sides at which there is no feature map.
+
+    Args:
+        size: Of the samples.
+        num_levels: Number of resolutions.
+
+    Raises:
+        ValueError: with the sides that there are.
+    """
+    sides = [max(size) >> level for level in range(num_levels)]
+    unmatched = [side for side in attention_resolutions or () if side not in sides]
+    if unmatched:
+        raise ValueError(
+            f"attention_resolutions must be among the sides of the feature maps, {', '.join(map(str, sides))}, got "
+            f"{', '.join(map(str, unmatched))}"
+        )
 
 
 def make_encoder(

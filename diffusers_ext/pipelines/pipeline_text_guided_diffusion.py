@@ -130,7 +130,7 @@ class TextGuidedDiffusionPipeline(SamplingMixin, FromPipeMixin, DiffusionPipelin
             negative_prompt: What to lead away from, in place of the empty text: one for all prompts, or one for each.
                 Needs guidance.
             num_inference_steps: Number of steps, each of one call of the network (two with guidance).
-            guidance_scale: Weight of classifier-free guidance; 1 is none. `None` for the guider of the pipeline, or 4
+            guidance_scale: Weight of classifier-free guidance, at least 0; 1 is none. `None` for the guider of the pipeline, or 4
                 without one; or 1 where there is nothing to lead away from: no negative text, and a denoiser that was
                 trained without empty texts, or no encoder. Not to be given together with a guider.
             num_images_per_prompt: Images of each prompt; they come one after the other, prompt by prompt.

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from diffusers_ext.pipelines.checks import refuse_wrapped
 from diffusers_ext.text import TextEmbeds, longest_text, width_of
 
 
@@ -29,6 +30,8 @@ def check_text_components(
     Raises:
         ValueError: with what differs.
     """
+    for name, network in {"denoiser": denoiser, "text_encoder": text_encoder, "weak_denoiser": weak_denoiser}.items():
+        refuse_wrapped(name, network)
     width = context_width(denoiser)
     if width is None:
         raise ValueError(

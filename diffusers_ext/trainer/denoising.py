@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from diffusers import ModelMixin
 
 from diffusers_ext.betas import BETA_SCHEDULES
+from diffusers_ext.guidance import check_guidance_scale
 from diffusers_ext.losses import LOSS_WEIGHTINGS, OBJECTIVES
 from diffusers_ext.models.dit import DiTModel
 from diffusers_ext.models.unet import UNetModel
@@ -83,6 +84,7 @@ class DenoisingConfig(NetworkConfig):
         for name in ("num_inference_steps", "sample_columns", "eval_batch_size", "snr_gamma", "vlb_weight"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        check_guidance_scale(self.guidance_scale)
         if self.objective == "vlb" and self.loss_weighting != "uniform":
             raise ValueError(
                 f"loss_weighting is of the squared error, which objective vlb has none of, got {self.loss_weighting}"
