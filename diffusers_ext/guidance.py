@@ -73,6 +73,20 @@ def without_notice() -> Iterator[None]:
         notice.disabled = before
 
 
+def check_guidance_scale(guidance_scale: float) -> None:
+    """Refuses a weight of the condition with which guidance would lead away from it, or nowhere.
+
+    Raises:
+        ValueError: if it is not finite or is negative.
+    """
+    if not (math.isfinite(guidance_scale) and guidance_scale >= 0):
+        raise ValueError(
+            f"guidance_scale must be finite and at least 0, got {guidance_scale}: 0 is the unconditional prediction and 1 the "
+            "conditional one, without guidance. What leads away from a label is a negative weight, class_labels={label: "
+            "-1.0}, and from a text a negative_prompt"
+        )
+
+
 def classifier_free_guidance(guidance_scale: float, guidance_rescale: float = 0.0) -> ClassifierFreeGuidance | None:
     """The guider for a scale, where 1 is the conditional prediction alone (Ho & Salimans 2022, with w = scale - 1).
 
@@ -83,10 +97,9 @@ def classifier_free_guidance(guidance_scale: float, guidance_rescale: float = 0.
             back (Lin et al. 2023, arXiv 2305.08891, Section 3.4).
 
     Raises:
-        ValueError: if the scale is not finite.
+        ValueError: if the scale is not finite or is negative.
     """
-    if not math.isfinite(guidance_scale):
-        raise ValueError(f"guidance_scale must be finite, got {guidance_scale}")
+    check_guidance_scale(guidance_scale)
     if guidance_scale == 1.0:
         return None
     return ClassifierFreeGuidance(guidance_scale=float(guidance_scale), guidance_rescale=float(guidance_rescale))

@@ -15,7 +15,7 @@ from diffusers.guiders.guider_utils import GuiderOutput, rescale_noise_cfg
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
 
-from diffusers_ext.guidance import StepContext
+from diffusers_ext.guidance import StepContext, check_guidance_scale
 from diffusers_ext.noising import add_to_score
 from diffusers_ext.schedulers.levels import PATH_TOLERANCE, describe_path, path_difference
 
@@ -26,9 +26,8 @@ class _ContextGuidance(BaseGuidance):
     _context: StepContext | None = None
 
     def _check_scales(self) -> None:
-        scale, rescale = getattr(self, "guidance_scale", 1.0), self.guidance_rescale
-        if not math.isfinite(scale):
-            raise ValueError(f"guidance_scale must be finite, got {scale}")
+        rescale = self.guidance_rescale
+        check_guidance_scale(getattr(self, "guidance_scale", 1.0))
         if not 0 <= rescale <= 1:
             raise ValueError(f"guidance_rescale must be in [0, 1], got {rescale}")
 
@@ -223,8 +222,13 @@ class ComposedGuidance(_ContextGuidance):
             raise ValueError("ComposedGuidance needs class_labels with weights, such as [{3: 2.0, 5: 1.0}]")
         if not self._enabled:
             raise ValueError("ComposedGuidance must be enabled: without it, weights of labels mean nothing")
-        if pipe.null_label is None:
-            raise ValueError("weights of labels need a model with labels and a null label")
+        if pipe.denoiser_num_classes is None:
+            raise ValueError("weights of labels need a model with labels")
+        if pipe.null_label is None and _needs_null(labels):
+            raise ValueError(
+                "weights of labels that do not add up to 1 need a model with a null label, which was trained without labels "
+                "too (label_dropout above 0); this one has none"
+            )
 
     def prepare_inputs(self, data: dict[str, tuple[Tensor, Tensor]]) -> list:
         if data is not self._data:  # as it is in each step of a call, and to count labels waits for the device
@@ -265,7 +269,11 @@ def _places_of_labels(weights: Tensor, null: Tensor) -> tuple[list[tuple[Tensor,
     order = (weights == 0).int().argsort(dim=1, stable=True)[:, :most]
     ordered = weights.gather(1, order)
     labels = torch.where(ordered != 0, order, null[:, None])
-    return list(zip(labels.unbind(1), ordered.unbind(1), strict=True)), bool((weights.sum(1) != 1).any())
+    return list(zip(labels.unbind(1), ordered.unbind(1), strict=True)), _needs_null(weights)
+
+
+def _needs_null(weights: Tensor) -> bool:
+    return bool((weights.sum(1) != 1).any())
 
 
 def classifier_gradient(context: StepContext) -> Tensor:

@@ -40,8 +40,11 @@ class LabelledMixin:
 
     @property
     def null_label(self) -> int | None:
-        """The label that stands for "no label", or `None` if the denoiser has none."""
-        return None if self.denoiser.config.get("num_class_embeds") is not None else num_classes_of(self.denoiser)
+        """The label that stands for "no label", or `None` if the denoiser has none, or was not trained with it."""
+        config = self.denoiser.config
+        if config.get("num_class_embeds") is not None or not config.get("learned_unconditional", True):
+            return None
+        return num_classes_of(self.denoiser)
 
     @property
     def labels(self) -> dict[str, int]:
@@ -100,7 +103,12 @@ class LabelledMixin:
                     raise ValueError(f"the weight of a label must be finite, got {weight!r} for {label!r}")
                 if number != self.null_label:
                     row[number] += weight
-        return rows if weighted else rows.bool()
+        return rows if weighted else self._sets(rows.bool())
+
+    def _sets(self, rows: Tensor) -> Tensor:
+        if self.null_label is None and not rows.any(1).all():
+            raise ValueError("class_labels must have at least one label for each image: the model has no null label")
+        return rows
 
     def _multi_hot(self, class_labels: Tensor) -> Tensor:
         zeros_and_ones = ((class_labels == 0) | (class_labels == 1)).all()
@@ -109,7 +117,7 @@ class LabelledMixin:
                 f"class_labels must be ids, or zeros and ones of shape (images, {self.num_classes}), got shape "
                 f"{tuple(class_labels.shape)}" + ("" if zeros_and_ones else " of other numbers")
             )
-        return class_labels.bool()
+        return self._sets(class_labels.bool())
 
     def _label_id(self, label: int | str) -> int:
         if isinstance(label, str):

@@ -21,9 +21,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
+from diffusers_ext.draws import draw_normal
 from diffusers_ext.noising import NoiseLevel, Normal, add_noise, normal_kl, posterior, predict_x0
 from diffusers_ext.precision import to_float64
 from diffusers_ext.reverse_chain import (
@@ -243,7 +243,7 @@ def variational_bound(
     weight = torch.ones(index.shape, dtype=torch.float64)
     if num_terms is not None and num_terms < last:
         index, weight = _spread(len(x0), num_terms, chain, generator)
-    draw = noise or (lambda i: randn_tensor(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype))
+    draw = noise or (lambda i: draw_normal(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype))
 
     def cost(column: int | None) -> Tensor:
         at = torch.zeros(len(x0), dtype=torch.int64) if column is None else index[:, column]
@@ -288,7 +288,7 @@ def optimal_variances(
     for x0 in batches:
         count += x0.numel()
         for i in range(len(chain)):
-            eps = noise(i) if noise else randn_tensor(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
+            eps = noise(i) if noise else draw_normal(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
             at = torch.full((len(x0),), i)
             x_t, step, p = evaluate_transition(denoise, x0, eps, chain, at, prediction_type, "fixed_small", clip)
             q = posterior(x0, x_t, step.t, step.s)

@@ -22,9 +22,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
+from diffusers_ext.draws import draw_normal
 from diffusers_ext.likelihood import Denoise, check_bins, decoder_nats, evaluate_transition
 from diffusers_ext.noising import NoiseLevel, NoiseSchedule, output_eps, predict_x0, training_target
 from diffusers_ext.reverse_chain import ReverseChain, check_variance, split_output
@@ -109,7 +109,7 @@ def flow_bound(
     if num_bins is not None:
         check_bins(x0, num_bins)
     if noise is None:
-        noise = randn_tensor(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
+        noise = draw_normal(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
     with torch.no_grad():
         first = torch.zeros(len(x0), dtype=torch.int64)
         x_t, step, p = evaluate_transition(denoise, x0, noise, chain, first, prediction_type, variance)
@@ -166,8 +166,7 @@ def flow_log_density(
             raise ValueError(f"{name} must be at least 1, got {value}")
     if divergence == "hutchinson":
         probes = [
-            randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype).sign()
-            for _ in range(num_probes)
+            draw_normal(x.shape, generator=generator, device=x.device, dtype=x.dtype).sign() for _ in range(num_probes)
         ]
         share = 1 / num_probes
     else:

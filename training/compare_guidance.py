@@ -26,9 +26,17 @@ from accelerate.utils import broadcast_object_list, gather_object
 from PIL import Image
 
 from diffusers_ext import GuidedDiffusionPipeline, NoisyClassifierModel
+from diffusers_ext.draws import check_seed
 from diffusers_ext.guidance import guided_steps
 from diffusers_ext.metrics.evaluation import Evaluator
-from diffusers_ext.metrics.generate import balanced_labels, default_of, generate_images, image_size_of, label_names_of
+from diffusers_ext.metrics.generate import (
+    LARGEST_SEED_OF_SETS,
+    balanced_labels,
+    default_of,
+    generate_images,
+    image_size_of,
+    label_names_of,
+)
 from diffusers_ext.metrics.guidance_comparison import (
     METHODS,
     UNGUIDED,
@@ -106,8 +114,7 @@ class CompareConfig(GuidanceOptions, DataOptions):
         for name in ("eval_batch_size", "num_inference_steps"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.seed < 0:
-            raise ValueError(f"seed must not be negative, got {self.seed}")
+        check_seed(self.seed, LARGEST_SEED_OF_SETS)
         self.check_guidance()
 
     @property

@@ -24,8 +24,9 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from diffusers_ext.cards import Figure, add_figures
+from diffusers_ext.draws import check_seed
 from diffusers_ext.metrics.evaluation import Evaluator, fit_svc, format_table
-from diffusers_ext.metrics.generate import image_size_of, label_names_of, takes_prompts
+from diffusers_ext.metrics.generate import LARGEST_SEED_OF_SETS, image_size_of, label_names_of, takes_prompts
 from diffusers_ext.metrics.likelihood import FIXED_VARIANCES, measure_bits_per_dim
 from diffusers_ext.metrics.real import (
     DataOptions,
@@ -137,8 +138,7 @@ class EvaluateConfig(DataOptions):
         for name in (*likelihood, "likelihood_variance"):
             if getattr(self, name) is not None and not self.bits_per_dim:
                 raise ValueError(f"{name} is of the likelihood, which is measured with --bits_per_dim")
-        if self.seed < 0:
-            raise ValueError(f"seed must not be negative, got {self.seed}")
+        check_seed(self.seed, LARGEST_SEED_OF_SETS)
 
 
 def main(config: EvaluateConfig) -> dict | None:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from diffusers_ext import VAEModel
 from diffusers_ext.cards import Figure, add_figures
+from diffusers_ext.draws import check_seed
 from diffusers_ext.likelihood import bits_per_dim
 from diffusers_ext.metrics.evaluation import format_table
 from diffusers_ext.metrics.fit import drawn_order
@@ -79,6 +80,7 @@ class EvaluateVAEConfig(DataOptions):
     def __post_init__(self):
         if self.model is None:
             raise ValueError("say what to evaluate: evaluate_vae.py MODEL, a folder")
+        check_seed(self.seed)
         for name in ("num_samples", "eval_batch_size", "num_images", "num_likelihood_images"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from diffusers_ext import DiffusionPipeline, ExtDDPMScheduler, NoisyClassifierModel
 from diffusers_ext.betas import BETA_SCHEDULES
+from diffusers_ext.models.unet import refuse_unmatched_resolutions
 from diffusers_ext.schedulers.levels import describe_path
 from diffusers_ext.trainer.batches import TIMESTEP_SAMPLINGS
 from diffusers_ext.trainer.classifier_objective import ClassifierObjective, accuracy_by_level, save_accuracy
@@ -198,13 +199,14 @@ def load_data(
 
 
 def check_latents(config: TrainClassifierConfig, space: SampleSpace) -> None:
-    """Raises: ValueError: if the classifier cannot halve the samples as often as it has to."""
+    """Raises: ValueError: if the classifier cannot halve the samples as it has to, or lacks maps that options name."""
     height, width = space.shape[1:]
     if height % config.size_multiple or width % config.size_multiple:
         raise ValueError(
             f"the sides of the latents must be multiples of {config.size_multiple}, since each of block_out_channels but "
             f"the last halves them, got {height}x{width}: give fewer block_out_channels or another resolution"
         )
+    refuse_unmatched_resolutions((height, width), len(config.block_out_channels), config.attention_resolutions)
 
 
 def build_model(

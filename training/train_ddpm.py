@@ -27,6 +27,7 @@ from diffusers_ext.trainer.denoising import (
     build_scheduler,
     load_data,
     load_validation,
+    refuse_unlearned_guidance,
 )
 from diffusers_ext.trainer.latents import SampleSpace, load_vae
 from diffusers_ext.trainer.loop import Trainer
@@ -61,8 +62,11 @@ def main(config: TrainConfig) -> Path:
         space = SampleSpace.of(data, vae)
         config = dataclasses.replace(config, resolution=space.resolution, resize_mode=data.resize_mode)
         config.check_sample(space.shape[1:], space.resolution)
+        unlabelled = config.label_dropout > 0 or data.num_classes is None or data.has_unlabelled
+        refuse_unlearned_guidance(config, unlabelled, "label_dropout")
         open_folder(config)
-        model, scheduler = build_model(config, space, data.num_classes), build_scheduler(config)
+        model = build_model(config, space, data.num_classes, learned_unconditional=unlabelled)
+        scheduler = build_scheduler(config)
         pipeline, rows = partial(averaged_pipeline, scheduler=scheduler, vae=vae), rows_of(data)
         trainer = Trainer(
             config,

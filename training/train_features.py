@@ -14,6 +14,7 @@ from typing import Literal
 import openmp  # noqa: F401  before torch is loaded
 from accelerate import PartialState
 
+from diffusers_ext.draws import check_seed
 from diffusers_ext.metrics.real import DataOptions, load_real_images, train_and_save_features
 from diffusers_ext.trainer.config import set_threads
 from diffusers_ext.trainer.options import option, parse_config
@@ -43,6 +44,7 @@ class FeaturesConfig(DataOptions):
 
 def main(config: FeaturesConfig) -> dict:
     """Trains, saves and tells the accuracy on held-out images."""
+    check_seed(config.seed)
     if config.dataset_name is None:
         config = dataclasses.replace(config, dataset_name="digits")
     name = os.path.basename(os.path.abspath(config.dataset_name))

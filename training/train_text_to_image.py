@@ -23,7 +23,12 @@ from diffusers_ext.text import width_of
 from diffusers_ext.trainer.captions import captions_of, find_caption_column, with_texts
 from diffusers_ext.trainer.config import resolve_for_machine
 from diffusers_ext.trainer.data import ImageData
-from diffusers_ext.trainer.denoising import build_model, build_objective, build_scheduler
+from diffusers_ext.trainer.denoising import (
+    build_model,
+    build_objective,
+    build_scheduler,
+    refuse_unlearned_guidance,
+)
 from diffusers_ext.trainer.latents import SampleSpace, load_vae, prepare_samples
 from diffusers_ext.trainer.loop import Trainer
 from diffusers_ext.trainer.options import run_script, to_command
@@ -52,10 +57,16 @@ def main(config: TextConfig) -> Path:
         space = SampleSpace.of(data, vae)
         config = dataclasses.replace(config, resolution=space.resolution, resize_mode=data.resize_mode)
         config.check_sample(space.shape[1:], space.resolution)
+        empty = config.caption_dropout > 0 or any(not caption.strip() for caption in captions_of(data))
+        refuse_unlearned_guidance(config, empty, "caption_dropout")
         open_folder(config)
         scheduler = build_scheduler(config)
         model = build_model(
-            config, space, cross_attention_dim=width_of(texts.text_encoder), pool_context=config.pool_context
+            config,
+            space,
+            learned_unconditional=empty,
+            cross_attention_dim=width_of(texts.text_encoder),
+            pool_context=config.pool_context,
         )
         if texts.trained:
             model = TextDenoiser(model, texts.text_encoder, texts.mask_padding)

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from diffusers_ext.draws import LARGEST_SEED
 from diffusers_ext.labels import NUM_CLASSES_KEYS
 
 
 # Seeds s and s + 1 share no image of a set of up to this many.
 SEED_STRIDE = 1_000_000
+LARGEST_SEED_OF_SETS = LARGEST_SEED // SEED_STRIDE - 1
 
 
 def num_classes_of(pipeline) -> int | None:

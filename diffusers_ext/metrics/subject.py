@@ -127,7 +127,7 @@ def generate_for(
         asked = {"prompts": prompts}
         # Said, since the default in its call only means that it depends.
         if guidance_scale is None and isinstance(pipeline, TextGuidedDiffusionPipeline) and pipeline.guider is None:
-            guidance_scale = DEFAULT_GUIDANCE_SCALE
+            guidance_scale = DEFAULT_GUIDANCE_SCALE if pipeline.knows_empty_text else 1.0
 
     state = PartialState()
     with torch.autocast(state.device.type, torch.bfloat16) if bf16 else nullcontext():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from diffusers_ext.models.derivatives import in_torch_func
 from diffusers_ext.models.layers import (
+    NO_NULL_LABEL,
     TimestepEmbedding,
     attention,
     attention_bias,
@@ -216,6 +217,9 @@ class DiTModel(ModelMixin, ConfigMixin):
         embedding_per_block: Give each block an embedding of timestep and label of its own, as diffusers' has it.
         pool_context: Add the mean of the context's tokens, through a linear layer, to the embedding of the timestep, so
             that each block knows the text as a whole (as in Imagen, Saharia et al. 2022), and learns it sooner.
+        learned_unconditional: Whether the network was trained to predict without its label or text too, as dropping them
+            in a share of the batches does. If not, pipelines refuse to guide by it, and labels must be given; after
+            training with such dropout, say so by `model.register_to_config(learned_unconditional=True)`.
 
     Raises:
         ValueError: if the sizes or options do not fit one another.
@@ -245,6 +249,7 @@ class DiTModel(ModelMixin, ConfigMixin):
         mlp_norm_eps: float = 1e-6,
         embedding_per_block: bool = False,
         pool_context: bool = False,
+        learned_unconditional: bool = True,
     ):
         super().__init__()
         out_channels = in_channels if out_channels is None else out_channels
@@ -401,6 +406,8 @@ class DiTModel(ModelMixin, ConfigMixin):
                 f"{tuple(context.shape)}"
             )
         if class_labels is None:
+            if config.num_classes is not None and not config.learned_unconditional:
+                raise ValueError(NO_NULL_LABEL)
             return None
         if config.num_classes is None:
             raise ValueError("class_labels were given to a model without labels: it was built with num_classes=None")
@@ -414,9 +421,11 @@ class DiTModel(ModelMixin, ConfigMixin):
             class_labels = class_labels.masked_fill(class_labels == NULL_LABEL_OF_DIFFUSERS, config.num_classes)
         # Elsewhere the embedding finds it out itself, and looking would stall the device, or is what vmap cannot do.
         if class_labels.device.type == "cpu" and not (torch.compiler.is_compiling() or in_torch_func()):
-            outside = class_labels[(class_labels < 0) | (class_labels > config.num_classes)]
+            last = config.num_classes if config.learned_unconditional else config.num_classes - 1
+            outside = class_labels[(class_labels < 0) | (class_labels > last)]
             if len(outside):
-                raise ValueError(f"class_labels must be in [0, {config.num_classes}], got {outside.tolist()}")
+                reason = "" if config.learned_unconditional else ", since the model has no null label"
+                raise ValueError(f"class_labels must be in [0, {last}]{reason}, got {outside.tolist()}")
         return class_labels
 
     def _check_config(self):

@@ -10,6 +10,8 @@ Where the two differ:
 A model that was published as one embedding for all blocks, as the paper's are, holds a copy in each block of diffusers'.
 """
 
+import warnings
+
 import torch
 from diffusers import DiTTransformer2DModel
 from torch import Tensor, nn
@@ -103,7 +105,8 @@ def from_diffusers(model: DiTTransformer2DModel) -> DiTModel:
 def to_diffusers(model: DiTModel) -> DiTTransformer2DModel:
     """The same network as diffusers' `DiTTransformer2DModel`, in the same dtype, on the same device and in the same mode.
 
-    While training, that one drops a tenth of the labels by itself; in eval mode the two compute the same.
+    While training, that one drops a tenth of the labels by itself; in eval mode the two compute the same. It cannot say
+    that its null label was not trained (`learned_unconditional`), of which a warning is given.
 
     Raises:
         ValueError: for options that `DiTTransformer2DModel` does not have.
@@ -121,6 +124,12 @@ def to_diffusers(model: DiTModel) -> DiTTransformer2DModel:
             f"{' x '.join(map(str, config.sample_size))}"
         )
 
+    if not config.learned_unconditional:
+        warnings.warn(
+            "the model has no null label, which diffusers' DiTTransformer2DModel cannot say: call its pipelines with "
+            "guidance_scale=1 alone",
+            stacklevel=2,
+        )
     weights = _renamed(ours, "", _reversed(LAYERS))
     patches = weights["pos_embed.proj.weight"]
     weights["pos_embed.proj.weight"] = patches.unflatten(1, (config.in_channels, config.patch_size, config.patch_size))

@@ -348,6 +348,12 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0,
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+# Of networks that were not trained without labels.
+NO_NULL_LABEL = (
+    "class_labels must be given: the model has no null label, since it was trained with a label on each image"
+)
+
+
 class TimestepEmbedding(nn.Module):
     """Embeds timesteps and, added to them, class labels and texts; timesteps `(batch,)` to `(batch, dim)`.
 

@@ -1,5 +1,6 @@
 """A U-Net that predicts noise, clean samples or velocities (Ho et al. 2020; Dhariwal & Nichol 2021)."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from diffusers_ext.models.layers import (
+    NO_NULL_LABEL,
     AffineGroupNorm,
     Attention,
     TimestepEmbedding,
@@ -135,6 +137,10 @@ def block_maker(
     attention_sides = [side for side in sides if side <= 16][:1]
     if attention_resolutions is not None:
         attention_sides = attention_resolutions
+        try:
+            refuse_unmatched_resolutions(size, len(block_out_channels), attention_resolutions)
+        except ValueError as problem:  # no error here, since models may have been saved so
+            warnings.warn(str(problem), stacklevel=5)
 
     def block(in_channels: int, out_channels: int, level: int, attend: bool | None = None) -> UNetBlock:
         if attend is None:
@@ -143,6 +149,27 @@ def block_maker(
         return UNetBlock(in_channels, out_channels, self_attention=attend, context_dim=context_dim, **options)
 
     return block
+
+
+def refuse_unmatched_resolutions(
+    size: tuple[int, ...], num_levels: int, attention_resolutions: tuple[int, ...] | None
+) -> None:
+    """Refuses sides at which there is no feature map.
+
+    Args:
+        size: Of the samples.
+        num_levels: Number of resolutions.
+
+    Raises:
+        ValueError: with the sides that there are.
+    """
+    sides = [max(size) >> level for level in range(num_levels)]
+    unmatched = [side for side in attention_resolutions or () if side not in sides]
+    if unmatched:
+        raise ValueError(
+            f"attention_resolutions must be among the sides of the feature maps, {', '.join(map(str, sides))}, got "
+            f"{', '.join(map(str, unmatched))}"
+        )
 
 
 def make_encoder(
@@ -214,6 +241,9 @@ class UNetModel(RegionalCompilation, ModelMixin, ConfigMixin):
         time_cond_proj_dim: `None`; diffusers' pipelines look here whether a network takes the guidance scale as an input.
         pool_context: Add the mean of the context's tokens, through a linear layer, to the embedding of the timestep, so
             that each block knows the text as a whole (as in Imagen, Saharia et al. 2022), and learns it sooner.
+        learned_unconditional: Whether the network was trained to predict without its label or text too, as dropping them
+            in a share of the batches does. If not, pipelines refuse to guide by it, and labels must be given; after
+            training with such dropout, say so by `model.register_to_config(learned_unconditional=True)`.
 
     Raises:
         ValueError: if the sizes or options do not fit one another.
@@ -240,6 +270,7 @@ class UNetModel(RegionalCompilation, ModelMixin, ConfigMixin):
         time_embedding_dim: int | None = None,
         time_cond_proj_dim: None = None,
         pool_context: bool = False,
+        learned_unconditional: bool = True,
     ):
         super().__init__()
         if time_cond_proj_dim is not None:
@@ -366,6 +397,8 @@ class UNetModel(RegionalCompilation, ModelMixin, ConfigMixin):
         check_size(sample.shape[2:], config.block_out_channels)
         if class_labels is not None and config.num_classes is None:
             raise ValueError("class_labels were given to a model without labels: it was built with num_classes=None")
+        if class_labels is None and config.num_classes is not None and not config.learned_unconditional:
+            raise ValueError(NO_NULL_LABEL)
         if (context is None) != (config.cross_attention_dim is None):
             raise ValueError(
                 "encoder_hidden_states must be given exactly if the model has cross-attention, got "

@@ -9,9 +9,9 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
+from diffusers_ext.draws import draw_normal
 from diffusers_ext.models.layers import Attention
 from diffusers_ext.models.regional import RegionalCompilation
 from diffusers_ext.models.sizes import as_size, check_size
@@ -211,7 +211,7 @@ class VAEModel(RegionalCompilation, ModelMixin, ConfigMixin):
     def sample_prior(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
         """Latents drawn from the prior, shape `(num_samples, *latent_shape)`."""
         shape = (num_samples, *self.latent_shape)
-        noise = randn_tensor(shape, generator=generator, device=self.device, dtype=self.dtype)
+        noise = draw_normal(shape, generator=generator, device=self.device, dtype=self.dtype)
         return noise - self.config.latent_offset
 
     def forward(

@@ -4,8 +4,9 @@ import math
 from collections.abc import Sequence
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
+
+from diffusers_ext.draws import draw_normal
 
 
 class DiagonalGaussian:
@@ -34,7 +35,7 @@ class DiagonalGaussian:
     ) -> Tensor:
         """Latents mean + std * noise, with standard normal noise: the given one, or drawn with the generator."""
         if noise is None:
-            noise = randn_tensor(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
+            noise = draw_normal(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
         return self.mean + self.std * noise.to(self.mean.dtype)
 
     def mode(self) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from diffusers.guiders import AutoGuidance, BaseGuidance, ClassifierFreeZeroStarGuidance
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from diffusers_ext.guidance import asks_for_unconditional, classifier_free_guidance, without_notice
 from diffusers_ext.guiders import ClassifierGuidance, ComposedGuidance
@@ -26,6 +27,9 @@ def check_components(
     Raises:
         ValueError: with what differs.
     """
+    components = {"denoiser": denoiser, "vae": vae, "classifier": classifier, "weak_denoiser": weak_denoiser}
+    for name, network in components.items():
+        refuse_wrapped(name, network)
     in_channels, num_classes = denoiser.config.in_channels, num_classes_of(denoiser)
     if vae is not None:
         _check_vae(vae, denoiser)
@@ -53,6 +57,19 @@ def check_components(
             )
 
 
+def refuse_wrapped(name: str, network: nn.Module | None) -> None:
+    """Refuses what spreads a network over devices; a compiled network is one like any other.
+
+    Raises:
+        ValueError: with how to get at the network.
+    """
+    if isinstance(network, DataParallel | DistributedDataParallel):
+        raise ValueError(
+            f"{name} must be the network itself, got it in a {type(network).__name__}: give its .module, or "
+            "accelerator.unwrap_model of it. To sample on several devices, start a process with a pipeline for each"
+        )
+
+
 def _check_vae(vae: nn.Module, denoiser: nn.Module) -> None:
     channels, config = denoiser.config.in_channels, vae.config
     if config.get("architecture") == "mlp":
@@ -61,6 +78,7 @@ def _check_vae(vae: nn.Module, denoiser: nn.Module) -> None:
         raise ValueError(
             f"vae must have latents of the denoiser's {channels} channels, got latent_channels={config.latent_channels}"
         )
+    vae = getattr(vae, "_orig_mod", vae)  # of a compiled one
     if not isinstance(vae, VAEModel):
         return  # those of diffusers have a sample_size that says nothing of what they are used for
     got, expected = vae.latent_shape[1:], _size(denoiser.config.sample_size, denoiser.config.get("dims", 2))
@@ -199,6 +217,8 @@ def check_guider(
         return
     if hasattr(guider, "check_pipeline"):
         guider.check_pipeline(pipe, labels)
+    if isinstance(guider, ComposedGuidance):
+        return  # its weights say whether it needs the null label, and it has looked
     has_labels, has_null = pipe.denoiser_num_classes is not None, pipe.null_label is not None
     if has_null and labels is not None:
         return
@@ -209,8 +229,11 @@ def check_guider(
     if not asks_for_unconditional(guider, timesteps, guide):
         return
     if not has_null:
-        reason = "has no null label" if has_labels else "was trained without labels"
-        raise ValueError(f"guidance needs a model with labels and a null label; this one {reason}")
+        reason = "has no null label (label_dropout was 0)" if has_labels else "was trained without labels"
+        raise ValueError(
+            f"guidance needs a model with labels and a null label; this one {reason}. What needs neither is a "
+            "guidance_scale of 1, and to guide by a weaker network or a classifier"
+        )
     raise ValueError("guidance needs class_labels to guide to, got None")
 
 

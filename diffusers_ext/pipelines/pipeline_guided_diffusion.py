@@ -117,7 +117,7 @@ class GuidedDiffusionPipeline(LabelledMixin, InversionMixin, SamplingMixin, From
                 from labels to weights, whose directions are then added up (`ComposedGuidance`).
             batch_size: Number of images, where `class_labels`, `latents` and `image` do not say it.
             num_inference_steps: Number of steps, each of one call of the network (two with guidance).
-            guidance_scale: Weight of classifier-free guidance; 1 is none. `None` for the guider of the pipeline, or 1
+            guidance_scale: Weight of classifier-free guidance, at least 0; 1 is none. `None` for the guider of the pipeline, or 1
                 without one. Not to be given together with a guider.
             generator: Source of the noise. With a list, one generator for each image, image i depends on generator i
                 alone, whatever else is in the batch; one generator is drawn from for the batch as a whole.

@@ -130,8 +130,9 @@ class TextGuidedDiffusionPipeline(SamplingMixin, FromPipeMixin, DiffusionPipelin
             negative_prompt: What to lead away from, in place of the empty text: one for all prompts, or one for each.
                 Needs guidance.
             num_inference_steps: Number of steps, each of one call of the network (two with guidance).
-            guidance_scale: Weight of classifier-free guidance; 1 is none. `None` for the guider of the pipeline, or 4
-                without one. Not to be given together with a guider.
+            guidance_scale: Weight of classifier-free guidance, at least 0; 1 is none. `None` for the guider of the pipeline, or 4
+                without one; or 1 where there is nothing to lead away from: no negative text, and a denoiser that was
+                trained without empty texts, or no encoder. Not to be given together with a guider.
             num_images_per_prompt: Images of each prompt; they come one after the other, prompt by prompt.
             prompt_embeds: In place of `prompt`, hidden states `(prompts, tokens, cross_attention_dim)`.
             prompt_attention_mask: 1 or true at the tokens to attend to, shape `(prompts, tokens)`; by default all.
@@ -192,6 +193,11 @@ class TextGuidedDiffusionPipeline(SamplingMixin, FromPipeMixin, DiffusionPipelin
         asked = self.config.mask_padding
         return masks_padding_by_default(self.text_encoder) if asked is None else asked
 
+    @property
+    def knows_empty_text(self) -> bool:
+        """Whether the denoiser was trained with empty texts too, which guidance leads away from by default."""
+        return bool(self.denoiser.config.get("learned_unconditional", True))
+
     @torch.no_grad()
     def encode_prompt(self, prompt: str | Sequence[str]) -> TextEmbeds:
         """Hidden states and mask of one or several texts, to be given to the call as `prompt_embeds` and its mask.
@@ -241,6 +247,11 @@ class TextGuidedDiffusionPipeline(SamplingMixin, FromPipeMixin, DiffusionPipelin
             raise ValueError(
                 "negative_prompt needs guidance, which this call has none of: give a guidance_scale other than 1, or a "
                 "guider that looks at the unconditional prediction, in some of the steps"
+            )
+        if needed and not condition.can_guide(self) and not self.knows_empty_text:
+            raise ValueError(
+                "guidance needs a text to lead away from that the denoiser knows, and it was trained without empty texts "
+                "(caption_dropout was 0): give a negative_prompt that is not empty, or a guidance_scale of 1"
             )
         if needed and not condition.can_guide(self):
             raise ValueError(

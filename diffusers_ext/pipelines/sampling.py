@@ -10,10 +10,10 @@ import torch
 from diffusers.guiders import BaseGuidance
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
-from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Generator, Tensor
 
+from diffusers_ext.draws import as_generators, draw_normal
 from diffusers_ext.guidance import GuidedDenoiser, Interval, guided_steps
 from diffusers_ext.latents import decode_latents
 from diffusers_ext.noising import predict_x0
@@ -88,6 +88,7 @@ class SamplingMixin:
         x0, pixels = (None, None) if image is None else self._encode(image, device)
         mask = None if mask_image is None else mask_to_tensor(mask_image, self._dims).to(device)
         batch_size = self._count_images(condition, batch_size, latents=latents, image=x0, mask_image=mask)
+        generator = as_generators(generator, batch_size)
         visited = self._set_timesteps(num_inference_steps, timesteps, strength, device)
         guide = guided_steps(guidance_interval, self.scheduler, visited)
         self._check_guider(condition, guider, visited, guide)
@@ -229,7 +230,7 @@ class SamplingMixin:
         # In float32 whatever the network's precision: a sum of many small steps.
         shape, device = self._latent_shape(batch_size), visited.device
         if latents is None:
-            noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+            noise = draw_normal(shape, generator=generator, device=device, dtype=torch.float32)
         elif latents.shape != shape:
             raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}")
         else:

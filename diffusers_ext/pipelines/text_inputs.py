@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from diffusers_ext.pipelines.checks import refuse_wrapped
 from diffusers_ext.text import TextEmbeds, longest_text, width_of
 
 
@@ -29,6 +30,8 @@ def check_text_components(
     Raises:
         ValueError: with what differs.
     """
+    for name, network in {"denoiser": denoiser, "text_encoder": text_encoder, "weak_denoiser": weak_denoiser}.items():
+        refuse_wrapped(name, network)
     width = context_width(denoiser)
     if width is None:
         raise ValueError(
@@ -60,6 +63,7 @@ class TextCondition:
     Attributes:
         prompt: Of each image.
         negative: Of each image, or of all; `None` for the empty text.
+        negative_is_empty: Whether that is the empty text for any of the images, said in words.
         encode: Gives the embeddings of texts.
         needs_negative: Whether any step asks for the unconditional prediction.
     """
@@ -67,6 +71,7 @@ class TextCondition:
     prompt: TextEmbeds
     negative: TextEmbeds | None
     encode: Callable[[list[str]], TextEmbeds]
+    negative_is_empty: bool = False
     needs_negative: bool = False
     _empty: TextEmbeds | None = None
 
@@ -90,13 +95,14 @@ class TextCondition:
             raise ValueError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}")
         embeds = _embeds("prompt", prompt, encode, width)
         count = len(embeds.states)
+        is_empty = isinstance(negative, list) and not all(text.strip() for text in negative)
         if negative is not None:
             given = negative.states if isinstance(negative, TextEmbeds) else negative
             if len(given) not in (1, count):
                 raise ValueError(f"negative_prompt must be one or one for each of {count} prompts, got {len(given)}")
             negative = _embeds("negative_prompt", negative, encode, width)
             negative = negative.expand(count).repeat_interleave(num_images_per_prompt)
-        return cls(embeds.repeat_interleave(num_images_per_prompt), negative, encode)
+        return cls(embeds.repeat_interleave(num_images_per_prompt), negative, encode, is_empty)
 
     @property
     def has_negative(self) -> bool:
@@ -104,7 +110,9 @@ class TextCondition:
         return self.negative is not None
 
     def can_guide(self, pipe) -> bool:
-        """Whether there is, or can be made, something to lead away from."""
+        """Whether there is, or can be made, something to lead away from that the denoiser knows."""
+        if not pipe.knows_empty_text and (self.negative is None or self.negative_is_empty):
+            return False
         return self.has_negative or pipe.text_encoder is not None
 
     def check_count(self, name: str, count: int) -> None:

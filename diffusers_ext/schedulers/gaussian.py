@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from diffusers_ext.betas import make_betas, rescale_zero_terminal_snr
+from diffusers_ext.draws import draw_normal
 from diffusers_ext.noising import PREDICTION_TYPES, NoiseSchedule, add_noise, check_betas, training_target
 from diffusers_ext.schedulers.coefficients import (
     CoefficientTable,
@@ -311,11 +311,7 @@ def draw_noise(output: Tensor, generator, variance_noise: Tensor | None) -> Tens
                 f"variance_noise must have shape {tuple(output.shape)}, got {tuple(variance_noise.shape)}"
             )
         return variance_noise
-    if isinstance(generator, (list, tuple)):
-        if len(generator) != len(output):
-            raise ValueError(f"generator must be one or one for each of {len(output)} samples, got {len(generator)}")
-        generator = list(generator)
-    return randn_tensor(output.shape, generator=generator, device=output.device, dtype=output.dtype)
+    return draw_normal(output.shape, generator=generator, device=output.device, dtype=output.dtype)
 
 
 def check_choice(key: str, value, choices: tuple[str, ...]) -> None:

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import psutil
 import torch
 
+from diffusers_ext.draws import check_seed
 from diffusers_ext.pixels import IMAGE_MODES
 from diffusers_ext.trainer.ema import power_function_exponent
 from diffusers_ext.trainer.images import LONGEST, RESIZE_MODES
@@ -241,8 +242,7 @@ class TrainerConfig(DataConfig):
                 "learning_rate must be positive, max_grad_norm and lr_warmup_steps not negative, got "
                 f"{self.learning_rate:g}, {self.max_grad_norm:g} and {self.lr_warmup_steps}"
             )
-        if self.seed < 0:
-            raise ValueError(f"seed must not be negative, got {self.seed}")
+        check_seed(self.seed)
         if self.overwrite_output_dir and self.resume_from_checkpoint:
             raise ValueError("overwrite_output_dir and resume_from_checkpoint contradict each other")
         for scheduler, name in (("cosine_with_restarts", "lr_num_cycles"), ("polynomial", "lr_power")):

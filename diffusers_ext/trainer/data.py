@@ -122,6 +122,11 @@ class ImageData:
         """Whether an image can have several labels."""
         return self.labels is not None and self.labels.ndim == 2
 
+    @property
+    def has_unlabelled(self) -> bool:
+        """Whether there is an image whose set of labels is empty."""
+        return self.has_label_sets and not self.labels.any(axis=1).all()
+
 
 def mirror(pixels: np.ndarray, flipped: np.ndarray) -> np.ndarray:
     """Mirrors some of the rows left to right, in place."""

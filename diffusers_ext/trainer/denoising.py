@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from diffusers import ModelMixin
 
 from diffusers_ext.betas import BETA_SCHEDULES
+from diffusers_ext.guidance import check_guidance_scale
 from diffusers_ext.losses import LOSS_WEIGHTINGS, OBJECTIVES
 from diffusers_ext.models.dit import DiTModel
 from diffusers_ext.models.unet import UNetModel
@@ -83,6 +84,7 @@ class DenoisingConfig(NetworkConfig):
         for name in ("num_inference_steps", "sample_columns", "eval_batch_size", "snr_gamma", "vlb_weight"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        check_guidance_scale(self.guidance_scale)
         if self.objective == "vlb" and self.loss_weighting != "uniform":
             raise ValueError(
                 f"loss_weighting is of the squared error, which objective vlb has none of, got {self.loss_weighting}"
@@ -132,10 +134,36 @@ def load_validation(
     return held_out
 
 
+def refuse_unlearned_guidance(config: DenoisingConfig, learned_unconditional: bool, dropout: str) -> None:
+    """Refuses to guide the sample grids away from what the model is not trained with.
+
+    Args:
+        dropout: The option that would train it.
+
+    Raises:
+        ValueError: if so.
+    """
+    if not learned_unconditional and config.guidance_scale != 1:
+        raise ValueError(
+            f"guidance_scale, of the sample grids, must be 1 with a {dropout} of 0, which trains nothing to lead away from, "
+            f"got {config.guidance_scale:g}"
+        )
+
+
 def build_model(
-    config: DenoisingConfig, space: SampleSpace, num_classes: int | None = None, **context
+    config: DenoisingConfig,
+    space: SampleSpace,
+    num_classes: int | None = None,
+    *,
+    learned_unconditional: bool = True,
+    **context,
 ) -> UNetModel | DiTModel:
-    """A new model with weights that follow from the seed; `context` are `build_network`'s options for a text."""
+    """A new model with weights that follow from the seed.
+
+    Args:
+        learned_unconditional: Whether any of its examples will be without label or text.
+        context: `build_network`'s options for a text.
+    """
     channels, *size = space.shape
     return build_network(
         config,
@@ -143,6 +171,7 @@ def build_model(
         in_channels=channels,
         out_channels=channels * (2 if config.learns_variance else 1),
         num_classes=num_classes,
+        learned_unconditional=learned_unconditional,
         **context,
     )
 

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 import torch
 
 from diffusers_ext.models.dit import PATCH_SIZES, DiTModel, dit_config
-from diffusers_ext.models.unet import UNetModel
+from diffusers_ext.models.unet import UNetModel, refuse_unmatched_resolutions
 from diffusers_ext.trainer.config import TrainerConfig
 from diffusers_ext.trainer.options import option
 
@@ -103,14 +103,14 @@ class NetworkConfig(TrainerConfig):
         return self.patch_size or (1 if self.dit_size is None else dit_config(self.dit_size)["patch_size"])
 
     def check_sample(self, size: tuple[int, int], resolution: tuple[int, int]) -> None:
-        """Refuses samples that the network cannot halve or cut into patches.
+        """Refuses samples that the network cannot halve or cut into patches, or has not the maps of that options name.
 
         Args:
             size: (height, width) of the samples: of the images, or of their latents.
             resolution: (height, width) of the images.
 
         Raises:
-            ValueError: if a side is no multiple of `size_multiple`.
+            ValueError: if a side is no multiple of `size_multiple`, or no map has a side of `attention_resolutions`.
         """
         multiple = self.size_multiple
         if any(side % multiple for side in size):
@@ -120,6 +120,9 @@ class NetworkConfig(TrainerConfig):
                 f"the sides of the latents must be multiples of {multiple}, since {self._why_multiple()}, got {sizes[0]} from "
                 f"images of {sizes[1]}: take a resolution that is a multiple of {multiple * factor}"
             )
+
+        if self.model == "unet":
+            refuse_unmatched_resolutions(size, len(self.block_out_channels), self.attention_resolutions)
 
     def _why_multiple(self) -> str:
         if self.model == "dit":
@@ -143,6 +146,7 @@ def build_network(
     num_classes: int | None,
     cross_attention_dim: int | None = None,
     pool_context: bool = False,
+    learned_unconditional: bool = True,
 ) -> UNetModel | DiTModel:
     """A new network with weights that follow from the seed."""
     torch.manual_seed(config.seed)
@@ -153,6 +157,7 @@ def build_network(
         "num_classes": num_classes,
         "cross_attention_dim": cross_attention_dim,
         "pool_context": pool_context,
+        "learned_unconditional": learned_unconditional,
     }
     if config.model == "dit":
         return DiTModel(**common, **config.dit_options(sample_size))

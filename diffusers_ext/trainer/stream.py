@@ -113,6 +113,11 @@ class StreamData:
         """Whether an image can have several labels."""
         return isinstance(self.labels, LabelSets)
 
+    @property
+    def has_unlabelled(self) -> bool:
+        """Whether an image is known whose set of labels is empty; of a stream none is."""
+        return False
+
 
 class Division:
     """Which examples of a stream are whose: every epoch each of them is one reader's.

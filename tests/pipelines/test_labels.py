@@ -188,5 +188,5 @@ def test_sets_and_weights_need_networks_that_take_them():
     pipe = GuidedDiffusionPipeline(model, ExtDDIMScheduler())
     with pytest.raises(ValueError, match="one label for each image for UNet2DModel, got sets"):
         pipe([[1, 2]])
-    with pytest.raises(ValueError, match="need a model with labels and a null label"):
+    with pytest.raises(ValueError, match="do not add up to 1 need a model with a null label"):
         pipe([{1: 2.0}])

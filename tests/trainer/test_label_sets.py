@@ -69,6 +69,13 @@ def test_a_column_of_lists_is_read_as_sets(tmp_path, kind):
     assert list(data.id2label.values()) == names and data.num_classes == 3
 
 
+@pytest.mark.parametrize("sets, expected", [(SETS, True), ([members or [1] for members in SETS], False)])
+def test_an_empty_set_among_the_labels_is_known(tmp_path, sets, expected):
+    """It trains the null label."""
+    data = prepare_images(save(tmp_path / "data", sets, List(ClassLabel(names=NAMES)), sets))
+    assert data.has_unlabelled == expected
+
+
 @pytest.mark.parametrize("kind", ["class labels", "integers", "names", "bools", "floats"])
 def test_a_stream_gives_the_sets_of_the_table(tmp_path, kind):
     column, feature, names = COLUMNS[kind]

@@ -66,6 +66,18 @@ def test_samples_are_multiples_of_the_patches_that_were_asked_for(settings, mult
     assert NetworkConfig(model="dit", **settings).size_multiple == multiple
 
 
+def test_attention_at_a_side_that_no_map_has_is_refused():
+    """A model that was saved so is loaded, with a warning."""
+    config = NetworkConfig(block_out_channels=(8, 16, 16), attention_resolutions=(16, 7, 5))
+    message = "attention_resolutions must be among the sides of the feature maps, 16, 8, 4, got 7, 5"
+    with pytest.raises(ValueError, match=message):
+        config.check_sample((12, 16), (12, 16))
+    with pytest.warns(UserWarning, match=message):
+        UNetModel((12, 16), 1, 1, (8, 16, 16), 1, attention_resolutions=(16, 7, 5))
+    for sides in (None, (), (4,), (16, 8)):
+        NetworkConfig(block_out_channels=(8, 16, 16), attention_resolutions=sides).check_sample((12, 16), (12, 16))
+
+
 def test_every_option_of_a_dit_arrives():
     settings = {
         **{"patch_size": 2, "hidden_size": 32, "num_layers": 1, "num_attention_heads": 4},

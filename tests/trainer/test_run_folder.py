@@ -87,7 +87,7 @@ def test_metrics_after_the_step_that_a_run_goes_on_from_are_dropped(tmp_path):
         ({"resolution": (8, 8, 8)}, "resolution must be one side or height and width, got 8 8 8"),
         ({"max_bad_share": 1.5}, r"max_bad_share must be in \[0, 1\), got 1.5"),
         ({"learning_rate": 0.0}, "learning_rate must be positive"),
-        ({"seed": -1}, "seed must not be negative, got -1"),
+        ({"seed": -1}, r"seed must be in \[0, 4294967295\], got -1"),
         ({"overwrite_output_dir": True, "resume_from_checkpoint": "latest"}, "contradict each other"),
         ({"ema_std": 0.1, "ema_decay": 0.9}, "ema_std and ema_decay are two kinds of average"),
         ({"ema_warmup": True}, "ema_warmup belongs to an exponential average"),

@@ -283,7 +283,7 @@ def test_what_cannot_be_evaluated_is_refused(tmp_path, features_folder):
             ["runs/x", "--num_likelihood_steps", "5"],
             "num_likelihood_steps is of the likelihood, which is measured with",
         ),
-        (["runs/x", "--seed", "-1"], "seed must not be negative, got -1"),
+        (["runs/x", "--seed", "-1"], r"seed must be in \[0, 4293\], got -1"),
         (["runs/x", "--num_image", "5"], "unknown option --num_image; did you mean --num_images"),
     ],
 )

@@ -272,6 +272,20 @@ def test_unconditional_leaves_the_labels_out_and_fits_diffusers_own_pipeline(tmp
     assert stock(batch_size=1, num_inference_steps=2, output_type="np").images.shape == (1, 8, 8, 1)
 
 
+@pytest.mark.parametrize("model", ["unet", "dit"])
+def test_a_run_without_label_dropout_has_no_null_label_to_guide_by(tmp_path, model):
+    network = {} if model == "unet" else {"block_out_channels": (64, 128, 128), "layers_per_block": 2}
+    config = config_of(tmp_path / "run", label_dropout=0.0, max_train_steps=1, model=model, **network)
+    pipe = DiffusionPipeline.from_pretrained(main(config))
+    assert pipe.null_label is None
+    pipe(1, num_inference_steps=2)
+    with pytest.raises(ValueError, match="has no null label"):
+        pipe(1, num_inference_steps=2, guidance_scale=2.0)
+    with pytest.raises(ValueError, match="guidance_scale, .* must be 1 with a label_dropout of 0, .* got 2"):
+        main(config_of(tmp_path / "other", label_dropout=0.0, guidance_scale=2.0))
+    assert not (tmp_path / "other").exists()
+
+
 def test_images_get_a_border_rather_than_being_enlarged(tmp_path, capsys):
     pixels = np.full((5, 28, 28, 1), 255, np.uint8)
     name = save_images(tmp_path / "data", pixels, label=[0, 1, 0, 1, 1])

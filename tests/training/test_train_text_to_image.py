@@ -203,8 +203,9 @@ def test_dropped_captions_teach_the_encoder_nothing(folder, tmp_path, dropout):
     """The tokens of a word get no gradient from the empty text, and that of its end does."""
     # What is zero in a new network takes some steps to hand gradients on.
     settings = {"max_train_steps": 6, "learning_rate": 1e-2, "adam_weight_decay": 0.0, "use_ema": False}
-    config = config_of(folder, tmp_path / "run", caption_dropout=dropout, **settings)
+    config = config_of(folder, tmp_path / "run", caption_dropout=dropout, guidance_scale=1.0, **settings)
     pipe = DiffusionPipeline.from_pretrained(main(config))
+    assert pipe.knows_empty_text == (dropout > 0)
     new = Texts.of(config, sorted(CAPTIONS))
     assert new.tokenizer.get_vocab() == pipe.tokenizer.get_vocab()
     tokens = [encoder.get_input_embeddings().weight for encoder in (new.text_encoder, pipe.text_encoder)]
@@ -325,6 +326,19 @@ def test_a_column_that_holds_no_captions_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="caption_column 'image' holds no text; its columns are"):
         main(config_of(folder, tmp_path / "run", caption_column="image"))
     assert not (tmp_path / "run").exists()
+
+
+def test_grids_are_not_guided_by_an_empty_text_that_is_not_trained(folder, tmp_path):
+    with pytest.raises(ValueError, match="guidance_scale, .* must be 1 with a caption_dropout of 0, .* got 4"):
+        main(config_of(folder, tmp_path / "run", caption_dropout=0.0))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_empty_text_among_the_captions_is_one_to_lead_away_from(tmp_path):
+    save_pictures(tmp_path / "data", "train", CAPTIONS, ["", *CAPTIONS[1:]])
+    settings = {"caption_dropout": 0.0, "max_train_steps": 1, "guidance_scale": 2.0}
+    run = main(config_of(str(tmp_path / "data"), tmp_path / "run", **settings))
+    assert DiffusionPipeline.from_pretrained(run).knows_empty_text
 
 
 def tiny_pipeline(**components):

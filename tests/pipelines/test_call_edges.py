@@ -1,0 +1,206 @@
+"""What a call is given at its edges: generators, scales, and networks in other modules."""
+
+import re
+
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from diffusers_ext import (
+    ClassifierGuidance,
+    DiTModel,
+    ExtDDIMScheduler,
+    ExtDDPMScheduler,
+    GuidedDiffusionPipeline,
+    NoisyClassifierModel,
+    TextGuidedDiffusionPipeline,
+    UNetModel,
+    VAEModel,
+    WeakModelGuidance,
+)
+from diffusers_ext.draws import as_generators, check_seed
+from diffusers_ext.models.vae_posterior import DiagonalGaussian
+from tiny import tiny_unet
+from tiny_text import tiny_clip, tiny_text_unet, tiny_tokenizer
+
+
+def seeded(*seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def pipeline(num_classes=None, scheduler=None):
+    pipe = GuidedDiffusionPipeline(tiny_unet(num_classes), scheduler or ExtDDPMScheduler(timestep_spacing="trailing"))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def sample(pipe, **kwargs):
+    return pipe(**{"num_inference_steps": 3, "output_type": "pt"} | kwargs).images
+
+
+def step(scheduler, generator):
+    scheduler.set_timesteps(4)
+    zeros = torch.zeros(2, 1, 4, 4)
+    options = {"eta": 1.0} if isinstance(scheduler, ExtDDIMScheduler) else {}
+    return scheduler.step(zeros, scheduler.timesteps[0], zeros, generator=generator, **options).prev_sample
+
+
+DRAWS = {
+    "pipeline": lambda generator: sample(pipeline(), batch_size=2, generator=generator),
+    "DDPM": lambda generator: step(ExtDDPMScheduler(timestep_spacing="trailing"), generator),
+    "DDIM": lambda generator: step(ExtDDIMScheduler(timestep_spacing="trailing"), generator),
+    "prior": lambda generator: VAEModel(8, 1, 1, (8, 16), 2).sample_prior(2, generator),
+    "posterior": lambda generator: DiagonalGaussian(torch.zeros(2, 3), torch.zeros(2, 3)).sample(generator),
+}
+
+
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
+@pytest.mark.parametrize(
+    "generator, error, message",
+    [
+        (0, TypeError, "got 0; for a seed give torch.Generator().manual_seed(0)"),
+        (2**70, TypeError, f"for a seed give torch.Generator().manual_seed({2**70})"),
+        (False, TypeError, "generator must be a torch.Generator or a list with one for each sample, got False"),
+        ("cpu", TypeError, "got 'cpu'"),
+        ([0, 1], TypeError, "generator must be a list of torch.Generator, got 0 in it"),
+        ((torch.Generator(), None), TypeError, "got None in it"),
+        (seeded(0), ValueError, "generator must be one or one for each of 2 samples, got 1"),
+        (seeded(0, 1, 2), ValueError, "generator must be one or one for each of 2 samples, got 3"),
+        ([], ValueError, "got 0"),
+    ],
+    ids=str,
+)
+def test_what_is_no_generator_for_each_sample_is_refused(draw, generator, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        draw(generator)
+
+
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
+def test_a_tuple_of_generators_is_a_list(draw):
+    listed, alone = draw(seeded(5, 6)), draw(tuple(seeded(5, 6)))
+    assert torch.equal(listed, alone)
+
+
+def test_the_scheduler_of_diffusers_gets_a_tuple_as_a_list_too():
+    pipes = [pipeline(scheduler=DDIMScheduler(timestep_spacing="trailing")) for _ in range(2)]
+    given = (seeded(5, 6), tuple(seeded(5, 6)))
+    first, second = (
+        sample(pipe, batch_size=2, eta=1.0, generator=generator) for pipe, generator in zip(pipes, given, strict=True)
+    )
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("stock, scheduler", [(DDPMPipeline, ExtDDPMScheduler), (DDIMPipeline, DDIMScheduler)])
+def test_one_generator_for_two_images_is_drawn_from_as_diffusers_does(stock, scheduler):
+    one, other = seeded(3, 3)
+    scheduler = scheduler(timestep_spacing="trailing")
+    theirs = stock(tiny_unet(), scheduler)
+    theirs.set_progress_bar_config(disable=True)
+    expected = theirs(batch_size=2, generator=one, num_inference_steps=3, output_type="np").images
+    got = sample(pipeline(scheduler=scheduler), batch_size=2, generator=other, output_type="np")
+    # Kernels may round by the alignment of a network's weights.
+    torch.testing.assert_close(torch.from_numpy(got), torch.from_numpy(expected), atol=1e-4, rtol=0)
+
+
+def test_a_seed_is_of_32_bits_or_refused():
+    check_seed(0), check_seed(2**32 - 1)
+    for seed in (-1, 2**32, 2**63, 2**64):
+        with pytest.raises(ValueError, match=rf"seed must be in \[0, 4294967295\], got {seed}"):
+            check_seed(seed)
+    assert as_generators(None, 3) is None
+
+
+@pytest.mark.parametrize("scale", [-1.0, -0.5, float("nan"), float("inf"), -float("inf")])
+def test_a_scale_below_none_is_refused_by_all_that_take_one(scale):
+    message = f"guidance_scale must be finite and at least 0, got {scale}"
+    with pytest.raises(ValueError, match=message):
+        sample(pipeline(2), class_labels=1, guidance_scale=scale)
+    with pytest.raises(ValueError, match=message):
+        sample(pipeline(2), class_labels=1, classifier_scale=1.0, guidance_scale=scale)
+    with pytest.raises(ValueError, match=message):
+        WeakModelGuidance(scale)
+    with pytest.raises(ValueError, match=message):
+        ClassifierGuidance(1.0, guidance_scale=scale)
+    tokenizer = tiny_tokenizer()
+    texts = TextGuidedDiffusionPipeline(tiny_text_unet(), ExtDDIMScheduler(), tokenizer, tiny_clip(tokenizer))
+    with pytest.raises(ValueError, match=message):
+        texts("red dot", guidance_scale=scale)
+
+
+def test_a_negative_weight_is_what_a_negative_scale_would_be():
+    """At a weight of -1, `null - (label - null)`."""
+    pipe = pipeline(2)
+    label, null = (pipe._conditions(torch.tensor([n]), 1, "cpu")["class_labels"][0] for n in (1, 2))
+    x, t = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor(500)
+    with torch.no_grad():
+        of_label, of_null = (pipe.denoiser(x, t, labels).sample for labels in (label, null))
+    weights = pipe.label_tensor({1: -1.0})
+    guider = pipe._choose_guider(weights, None, None, 0.0, 0.0)
+    with torch.no_grad():
+        got = pipe._denoiser(pipe.scheduler, guider, weights, 1, "cpu")(x, t)
+    torch.testing.assert_close(got, 2 * of_null - of_label)
+
+
+COMPONENTS = {
+    "denoiser": lambda: UNetModel(8, 1, 1, (8, 16), 1),
+    "weak_denoiser": lambda: DiTModel(8, 2, 1, hidden_size=16, num_layers=1, num_attention_heads=2),
+    "vae": lambda: VAEModel(16, 3, 3, (8, 16), 1),
+    "classifier": lambda: NoisyClassifierModel(8, 1, 3, (8, 16), 1),
+}
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+@pytest.mark.parametrize("wrap", [DataParallel, DistributedDataParallel])
+def test_a_network_in_a_parallel_module_is_refused_with_what_to_give(name, wrap, tmp_path):
+    started = False
+    if wrap is DistributedDataParallel:
+        store = f"file://{tmp_path}/store"
+        torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+        started = True
+    try:
+        wrapped = wrap(COMPONENTS[name]())
+        with pytest.raises(
+            ValueError, match=f"{name} must be the network itself, got it in a {wrap.__name__}: give its"
+        ):
+            GuidedDiffusionPipeline(
+                **{"denoiser": COMPONENTS["denoiser"](), name: wrapped}, scheduler=ExtDDIMScheduler()
+            )
+    finally:
+        if started:
+            torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["denoiser", "weak_denoiser", "text_encoder"])
+def test_and_so_in_a_pipeline_of_texts(name):
+    tokenizer = tiny_tokenizer()
+    parts = {"denoiser": tiny_text_unet(), "tokenizer": tokenizer, "text_encoder": tiny_clip(tokenizer)}
+    parts |= {"weak_denoiser": tiny_text_unet()}
+    parts[name] = DataParallel(parts[name])
+    with pytest.raises(ValueError, match=f"{name} must be the network itself, got it in a DataParallel"):
+        TextGuidedDiffusionPipeline(scheduler=ExtDDIMScheduler(), **parts)
+
+
+def test_compiled_networks_are_networks(tmp_path):
+    plain = pipeline(2)
+    compiled = GuidedDiffusionPipeline(torch.compile(plain.denoiser, backend="eager"), plain.scheduler)
+    compiled.set_progress_bar_config(disable=True)
+    asked = {"class_labels": [1, 0], "guidance_scale": 2.0}
+    images = [sample(pipe, generator=seeded(1, 2), **asked) for pipe in (plain, compiled)]
+    torch.testing.assert_close(*images, atol=1e-4, rtol=0)
+    compiled.save_pretrained(tmp_path)
+    assert type(GuidedDiffusionPipeline.from_pretrained(tmp_path).denoiser) is UNetModel
+    vae = torch.compile(VAEModel(32, 1, 1, (8, 16), 1), backend="eager")
+    with pytest.raises(ValueError, match="vae must have latents of the denoiser's size, 8x8, got 16x16"):
+        GuidedDiffusionPipeline(plain.denoiser, plain.scheduler, vae=vae)
+
+
+@pytest.mark.parametrize("make", COMPONENTS.values(), ids=COMPONENTS)
+def test_a_network_in_data_parallel_computes_what_it_does_alone(make):
+    """On one device, where DataParallel calls the module."""
+    torch.manual_seed(0)
+    network = make().eval()
+    inputs = (torch.randn(2, 3, 16, 16),) if isinstance(network, VAEModel) else (torch.randn(2, 1, 8, 8), 5)
+    with torch.no_grad():
+        alone, wrapped = (each(*inputs, return_dict=False)[0] for each in (network, DataParallel(network)))
+    assert torch.equal(alone, wrapped)
