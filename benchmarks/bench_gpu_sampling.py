@@ -14,7 +14,8 @@ import torch
 from bench_gpu_training import CHANNELS, ON_GPU, SIZE, our_unet
 from bench_schedulers import NUM_STEPS, sampling_loop
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler
-from gpu_results import device, record, seconds_of_turns
+from gpu_results import record
+from gpu_timing import device, seconds_of_turns
 
 from diffusers_ext import ExtDDIMScheduler, ExtDDPMScheduler, GuidedDiffusionPipeline
 

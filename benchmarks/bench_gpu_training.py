@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from bench_dit import stock as stock_dit
 from bench_training import count_flops
-from gpu_results import device, record, seconds_of_turns, synchronize
+from gpu_results import record
+from gpu_timing import device, seconds_of_turns, synchronize
 from stock import stock_unet
 from torch.profiler import ProfilerActivity, profile
 from training_step import OurStep, StockStep
@@ -32,7 +33,7 @@ DIT_WIDTHS = {"hidden_size": 384, "num_layers": 12, "num_attention_heads": 6, "p
 if not ON_GPU:
     DIT_WIDTHS |= {"hidden_size": 32, "num_layers": 1, "num_attention_heads": 2}
 MATRIX_SIDE = 8192 if ON_GPU else 256
-SECONDS_OF_A_TURN, ROUNDS = (0.25, 5) if ON_GPU else (0.0, 1)
+SECONDS_OF_A_TURN, ROUNDS, TRACED_STEPS = (0.25, 5, 3) if ON_GPU else (0.0, 1, 1)
 
 
 def our_unet() -> UNetModel:
@@ -114,7 +115,7 @@ def warmed_up(step: StockStep, batch, conditions) -> tuple[float, Callable[[], N
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
-    for _ in range(3):
+    for _ in range(3 if ON_GPU else 1):
         run()
     synchronize()
     peak = torch.cuda.max_memory_allocated() - held if ON_GPU else 0
@@ -165,10 +166,10 @@ def profile_steps(folder: Path):
     for way in WAYS:
         step, (batch, conditions) = make_step("unet", "diffusers_ext", way), make_batch("unet", BATCH_SIZES[0])
         _, run = warmed_up(step, batch, conditions)
-        wall = seconds_of_turns({"step": run}, rounds=1, repeats=5, warmup=0)["step"]
+        wall = seconds_of_turns({"step": run}, rounds=1, repeats=5 if ON_GPU else 1, warmup=0)["step"]
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * ON_GPU
         with profile(activities=activities) as traced:
-            for _ in range(3):
+            for _ in range(TRACED_STEPS):
                 run()
             synchronize()
         kernels = {}
@@ -177,14 +178,14 @@ def profile_steps(folder: Path):
             if on_device == ON_GPU and not getattr(event, "is_user_annotation", False):
                 seconds, number = kernels.get(event.name, (0.0, 0))
                 own = event.time_range.elapsed_us() if ON_GPU else event.self_cpu_time_total
-                kernels[event.name] = (seconds + own / 3e6, number + 1)
+                kernels[event.name] = (seconds + own / 1e6 / TRACED_STEPS, number + 1 / TRACED_STEPS)
         total = sum(seconds for seconds, _ in kernels.values())
         section = f"where the step of our unet goes, {way}, batch {BATCH_SIZES[0]}"
         record(folder, section, "ms a step", 1000 * wall)
         record(folder, section, "share of it in which the device works", min(1.0, total / wall))
-        record(folder, section, "kernels a step", round(sum(number for _, number in kernels.values()) / 3))
+        record(folder, section, "kernels a step", round(sum(number for _, number in kernels.values())))
         for name, (seconds, number) in sorted(kernels.items(), key=lambda item: -item[1][0])[:15]:
-            row = {"ms a step": 1000 * seconds, "share": seconds / total, "calls a step": round(number / 3)}
+            row = {"ms a step": 1000 * seconds, "share": seconds / total, "calls a step": round(number)}
             record(folder, section, name.replace("|", "/")[:90], row)
 
 

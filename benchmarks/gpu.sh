@@ -8,7 +8,7 @@
 # depends on another, so that a run that is cut off leaves what it had. Ends with status 1 if a stage failed.
 #
 # STAGES chooses among the stages, BUDGET is the number of seconds for all of them, PYTHON the interpreter.
-# Without a GPU everything is a toy and takes about a minute.
+# Without a GPU everything but the tests is a toy and takes about a minute.
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
@@ -44,7 +44,7 @@ stage() {
         return 0
     fi
     echo "== $name" | tee -a "$log"
-    timeout --kill-after=5 "$limit" "$@" >>"$log" 2>&1 || status=$?
+    timeout --signal=INT --kill-after=10 "$limit" "$@" >>"$log" 2>&1 || status=$?
     if ((status)); then
         ((status == 124 || status == 137)) && failed+=("$name (cut off after $limit s)") || failed+=("$name (status $status)")
         tail -n 12 "$log"
@@ -71,13 +71,13 @@ if ((has_gpu)); then
     [[ $stages == *" compiled_loop "* ]] && compile benchmarks/bench_gpu_loop.py "$out" --compile_once
 fi
 
-stage tests 150 "$python" -m pytest -q -p no:cacheprovider --confcutdir=tests/device -m device --durations=8 tests/device
+stage tests 150 "$python" -m pytest -v -rfE --tb=short -p no:cacheprovider --confcutdir=tests/device -m device --durations=8 tests/device
 ((${#compiling[@]})) && wait "${compiling[@]}"
 [[ -f $work/compile.log ]] && cat "$work/compile.log" >>"$log"
 echo "compiled by second $SECONDS" >>"$log"
 
-stage training_unet 90 "$python" benchmarks/bench_gpu_training.py "$out" unet
-stage training_dit 80 "$python" benchmarks/bench_gpu_training.py "$out" dit
+stage training_unet 120 "$python" benchmarks/bench_gpu_training.py "$out" unet
+stage training_dit 90 "$python" benchmarks/bench_gpu_training.py "$out" dit
 stage sampling 80 "$python" benchmarks/bench_gpu_sampling.py "$out"
 stage loop 90 "$python" benchmarks/bench_gpu_loop.py "$out"
 stage profile 50 "$python" benchmarks/bench_gpu_training.py "$out" profile

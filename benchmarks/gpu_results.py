@@ -10,17 +10,9 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
-from statistics import median
-from time import perf_counter
 from typing import Any
-
-import diffusers
-import torch
-import transformers
-
-from diffusers_ext.whole_files import written_whole
 
 
 JSON_FILE, MARKDOWN_FILE = "gpu.json", "gpu.md"
@@ -29,25 +21,16 @@ JSON_FILE, MARKDOWN_FILE = "gpu.json", "gpu.md"
 COMMAND = "bash benchmarks/gpu.sh"
 
 
-def device() -> torch.device:
-    """The accelerator, or the CPU without one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def synchronize() -> None:
-    """Waits for the accelerator, if there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def machine() -> dict[str, str]:
     """Device and versions."""
+    import torch  # takes seconds, which a table of figures need not wait for
+
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {
         "device": name,
         "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "transformers": transformers.__version__,
+        "diffusers": version("diffusers"),
+        "transformers": version("transformers"),
         "python": platform.python_version(),
         "cpus": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
         "command": COMMAND,
@@ -60,38 +43,19 @@ def read(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {"machine": machine()}
 
 
+def write(path: Path, text: str) -> None:
+    """A file that is there whole or as it was, whenever the process is ended."""
+    partial = path.with_name(f".partial-{path.name}")
+    partial.write_text(text)
+    partial.replace(path)
+
+
 def record(folder: Path, section: str, key: str, value: Any) -> None:
     """Adds a figure or a row of figures, prints it, and writes the file anew."""
     results = read(folder)
     results.setdefault(section, {})[key] = value
-    with written_whole(folder / JSON_FILE) as partial:
-        partial.write_text(json.dumps(results, indent=1) + "\n")
+    write(folder / JSON_FILE, json.dumps(results, indent=1) + "\n")
     print(f"{section}: {key}: {json.dumps(value)}", flush=True)
-
-
-def seconds_of_turns(
-    runs: dict[str, Callable[[], Any]], *, rounds: int, repeats: int, warmup: int = 2
-) -> dict[str, float]:
-    """Median seconds of a call of each function; they take turns, and the device is waited for at the end of a turn.
-
-    Args:
-        rounds: Turns of each.
-        repeats: Calls in a turn, so that waiting once counts for little.
-        warmup: Calls of each before the first turn.
-    """
-    for run in runs.values():
-        for _ in range(warmup):
-            run()
-    synchronize()
-    seconds = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            start = perf_counter()
-            for _ in range(repeats):
-                run()
-            synchronize()
-            seconds[name].append((perf_counter() - start) / repeats)
-    return {name: median(values) for name, values in seconds.items()}
 
 
 def digits(value: Any) -> str:
@@ -132,6 +96,5 @@ if __name__ == "__main__":
         section, name, value = sys.argv[2:]
         record(folder, section, name, float(value))
     text = report(read(folder))
-    with written_whole(folder / MARKDOWN_FILE) as partial:
-        partial.write_text(text)
+    write(folder / MARKDOWN_FILE, text)
     print(text)

@@ -36,37 +36,55 @@ def run_of(data, folder, *, importance_sampling=False, **settings):
     return trainer(data, folder, objective, model=model, cpu=ON_CPU, **settings)
 
 
-@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("channels_last", [True] if ON_CPU else [True, False])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_the_loss_falls_in_half_precision(data, tmp_path, precision, channels_last):
-    settings = {"mixed_precision": precision, "channels_last": channels_last, "max_train_steps": 40}
-    run = run_of(data, tmp_path, logging_steps=10, **settings)
+    num_steps = 24 if ON_CPU else 60
+    settings = {"mixed_precision": precision, "channels_last": channels_last, "max_train_steps": num_steps}
+    run = run_of(data, tmp_path, logging_steps=num_steps // 4, learning_rate=1e-2, **settings)
     run.train()
     assert run.accelerator.device.type == DEVICES[0]
     losses = [line["loss"] for line in metrics(tmp_path)]
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.9 * losses[0]
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in run.module.parameters())
 
 
+@pytest.fixture
+def deterministic():
+    """As far as there are such kernels."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_run_goes_on_from_its_checkpoint(data, tmp_path, precision):
-    """Weights, averages and optimizer, and with fp16 the scale of the loss. Sums of one step may be in another order on a
-    GPU, so within a tolerance far below what another batch or another scale would make of them."""
+    """Weights, averages and optimizer, and with fp16 the scale of the loss; to the last bit on the CPU.
+
+    A GPU may add up in another order in each run. Adam makes a whole step of a gradient that is rounding alone, so the norm
+    of the difference is what is bounded; a lost state of the optimizer makes it 5 times the bound.
+    """
     settings = {"mixed_precision": precision, "checkpointing_steps": 6, "max_train_steps": 9}
     run_of(data, tmp_path / "whole", **settings).train()
     stop_before_step(run_of(data, tmp_path / "parts", **settings), 8)
     torch.manual_seed(123)  # what ran before does not matter
     run_of(data, tmp_path / "parts", resume_from_checkpoint="latest", **settings).train()
-    tensors, state, groups = saved(tmp_path / "whole", 9)
-    others, other_state, other_groups = saved(tmp_path / "parts", 9)
-    assert tensors.keys() == others.keys() and len(tensors) > 10 and groups == other_groups
-    for name in tensors:
-        torch.testing.assert_close(others[name], tensors[name], rtol=1e-3, atol=1e-5, check_device=False, msg=name)
-    assert state["step"] == other_state["step"] and state["position"] == other_state["position"]
-    scalers = [torch.load(tmp_path / run / "checkpoint-9" / "scaler.pt") for run in ("whole", "parts")] * (
-        precision == "fp16"
+    (whole, state, groups), (parts, other_state, other_groups) = (
+        saved(tmp_path / run, 9) for run in ("whole", "parts")
     )
-    assert not scalers or scalers[0] == scalers[1]
+    assert whole.keys() == parts.keys() and groups == other_groups
+    assert state["step"] == other_state["step"] and state["position"] == other_state["position"]
+    for file in ("model.safetensors", "average.safetensors", "optimizer.bin"):
+        first, second = (
+            torch.cat([tensors[name].flatten().double().cpu() for name in tensors if name.startswith(file)])
+            for tensors in (whole, parts)
+        )
+        assert len(first) > 1000
+        assert (first - second).norm() <= (0 if ON_CPU else 0.01) * first.norm(), file
+    if precision == "fp16":
+        scalers = [torch.load(tmp_path / run / "checkpoint-9" / "scaler.pt") for run in ("whole", "parts")]
+        assert scalers[0] == scalers[1]
 
 
 @pytest.mark.parametrize("importance_sampling", [False, True])
