@@ -49,8 +49,8 @@ NETWORKS = {
     "dit": {"diffusers": lambda: stock_dit(SIZE, CHANNELS, **DIT_WIDTHS), "diffusers_ext": our_dit},
 }
 STEPS = {"diffusers": StockStep, "diffusers_ext": OurStep}
-# How a network is run: eagerly, or by torch.compile in one of its modes. On CPUs compiling takes longer than a test may.
-MODES = {"eager": None, "compiled": "default", "CUDA graphs": "reduce-overhead"}
+# How a network is run: eagerly, or by torch.compile in one of its modes, the last with CUDA graphs. On CPUs compiling takes longer than a test may.
+MODES = {"eager": None, "compiled": "default", "graphs": "reduce-overhead"}
 WAYS = ["eager", "compiled"] if ON_GPU else ["eager"]
 
 
@@ -110,14 +110,15 @@ def warmed_up(step: StockStep, batch, conditions) -> tuple[float, Callable[[], N
     def run():
         step(*batch, **conditions)
 
+    run()  # compiles, and makes the optimizer's state
     held = 0
     if ON_GPU:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
-    for _ in range(3 if ON_GPU else 1):
-        run()
-    synchronize()
+        for _ in range(2):
+            run()
+        synchronize()
     peak = torch.cuda.max_memory_allocated() - held if ON_GPU else 0
     return peak / 2**30, run
 
@@ -209,7 +210,7 @@ def main(arguments: argparse.Namespace):
         if part == "profile":
             profile_steps(folder)
         elif part == "graphs" and ON_GPU:
-            measure_network(folder, "unet", peaks["unet"], ["CUDA graphs"])
+            measure_network(folder, "unet", peaks["unet"], ["graphs"])
         elif part in NETWORKS:
             measure_network(folder, part, peaks[part], WAYS)
 

@@ -52,29 +52,29 @@ stage() {
     "$python" benchmarks/gpu_results.py "$out" seconds "$name" $((SECONDS - start)) >>"$log" 2>&1
 }
 
-# What torch.compile has to do is done meanwhile, on the cores that the tests leave idle, and kept in its caches.
-compiling=()
-compile() {
-    TORCHINDUCTOR_COMPILE_THREADS=2 timeout --kill-after=5 150 "$python" "$@" >>"$work/compile.log" 2>&1 &
-    compiling+=($!)
-}
-if ((has_gpu)); then
+# What torch.compile has to do for the stages is done during the tests, four at a time, and kept in its caches.
+compilations() {
+    local whose network
     for whose in diffusers diffusers_ext; do
         for network in unet dit; do
-            [[ $stages == *" training_$network "* ]] &&
-                compile benchmarks/bench_gpu_training.py "$out" --compile_once "$network" "$whose" compiled
+            [[ $stages == *" training_$network "* ]] && echo "bench_gpu_training.py $out --compile_once $network $whose compiled"
         done
-        [[ $stages == *" graphs "* ]] &&
-            compile benchmarks/bench_gpu_training.py "$out" --compile_once unet "$whose" "CUDA graphs"
     done
-    [[ $stages == *" sampling "* ]] && compile benchmarks/bench_gpu_sampling.py "$out" --compile_once
-    [[ $stages == *" compiled_loop "* ]] && compile benchmarks/bench_gpu_loop.py "$out" --compile_once
+    [[ $stages == *" sampling "* ]] && echo "bench_gpu_sampling.py $out --compile_once"
+    [[ $stages == *" compiled_loop "* ]] && echo "bench_gpu_loop.py $out --compile_once"
+    [[ $stages == *" graphs "* ]] && printf "bench_gpu_training.py $out --compile_once unet %s graphs\n" diffusers_ext diffusers
+}
+if ((has_gpu)); then
+    (
+        cd benchmarks && export TORCHINDUCTOR_COMPILE_THREADS=3
+        compilations | timeout --kill-after=5 170 xargs -L 1 -P 4 "$python" >"$work/compile.log" 2>&1
+    ) &
 fi
-
-stage tests 150 "$python" -m pytest -v -rfE --tb=short -p no:cacheprovider --confcutdir=tests/device -m device --durations=8 tests/device
-((${#compiling[@]})) && wait "${compiling[@]}"
+stage tests 150 "$python" -m pytest -v -rfE --tb=short -p no:cacheprovider --confcutdir=tests/device -m device --durations=8 \
+    tests/device
+wait
 [[ -f $work/compile.log ]] && cat "$work/compile.log" >>"$log"
-echo "compiled by second $SECONDS" >>"$log"
+echo "tested and compiled by second $SECONDS" >>"$log"
 
 stage training_unet 120 "$python" benchmarks/bench_gpu_training.py "$out" unet
 stage training_dit 90 "$python" benchmarks/bench_gpu_training.py "$out" dit

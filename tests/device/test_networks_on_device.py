@@ -68,10 +68,16 @@ def test_outputs_and_gradients_are_those_of_the_cpu(name, layout, device):
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
     (expected * weights).sum().backward()
     (result * weights.to(device)).sum().backward()
-    for (parameter, own), (_, other) in zip(network.named_parameters(), there.named_parameters(), strict=True):
-        assert (own.grad is None) == (other.grad is None), parameter
-        if own.grad is not None and own.grad.abs().max() > 1e-4:  # others are zero but for rounding
-            assert_near(other.grad, own.grad, 2e-3)
+    gradients = [
+        (name, own.grad, other.grad.cpu())
+        for (name, own), other in zip(network.named_parameters(), there.parameters(), strict=True)
+        if own.grad is not None
+    ]
+    largest = max(own.abs().max() for _, own, _ in gradients)
+    for parameter, own, other in gradients:
+        # Some gradients, as that of a shift of all logits, are zero but for the rounding of larger numbers.
+        allowed = 2e-3 * own.abs().max() + 1e-5 * largest
+        assert (other - own).abs().max() <= allowed, parameter
 
 
 @pytest.mark.parametrize("name", NETWORKS)
