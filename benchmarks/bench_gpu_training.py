@@ -48,6 +48,7 @@ NETWORKS = {
     "unet": {"diffusers": lambda: stock_unet(SIZE, CHANNELS, 8, UNET_WIDTHS), "diffusers_ext": our_unet},
     "dit": {"diffusers": lambda: stock_dit(SIZE, CHANNELS, **DIT_WIDTHS), "diffusers_ext": our_dit},
 }
+PARTS = ("peaks", *NETWORKS, "graphs", "profile")
 STEPS = {"diffusers": StockStep, "diffusers_ext": OurStep}
 # How a network is run: eagerly, or by torch.compile in one of its modes, the last with CUDA graphs. On CPUs compiling takes longer than a test may.
 MODES = {"eager": None, "compiled": "default", "graphs": "reduce-overhead"}
@@ -218,11 +219,14 @@ def main(arguments: argparse.Namespace):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", help="of gpu.json, which is added to")
-    parser.add_argument("parts", nargs="*", choices=("peaks", *NETWORKS, "graphs", "profile"))
+    parser.add_argument("parts", nargs="*", help=f"any of {', '.join(PARTS)}")
     parser.add_argument(
         "--compile_once",
         nargs=3,
         metavar=("NETWORK", "WHOSE", "WAY"),
         help="compile one of the settings, for the caches of torch.compile alone",
     )
-    main(parser.parse_args())
+    arguments = parser.parse_args()
+    if unknown := sorted(set(arguments.parts) - set(PARTS)):
+        parser.error(f"parts must be among {', '.join(PARTS)}, got {', '.join(unknown)}")
+    main(arguments)
