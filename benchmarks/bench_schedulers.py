@@ -28,11 +28,11 @@ SHAPES = ((1, 3, 32, 32), (16, 4, 64, 64))
 NUM_STEPS = 100
 
 
-def sampling_loop(scheduler, shape):
+def sampling_loop(scheduler, shape, device="cpu"):
     """A loop of `NUM_STEPS` steps, ready to be called."""
-    scheduler.set_timesteps(NUM_STEPS)
-    noise = torch.Generator().manual_seed(0)
-    start, output = torch.randn(2, *shape, generator=noise)
+    scheduler.set_timesteps(NUM_STEPS, device=device)
+    noise = torch.Generator(device).manual_seed(0)
+    start, output = torch.randn(2, *shape, generator=noise, device=device)
 
     def run():
         sample = start

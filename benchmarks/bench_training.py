@@ -82,11 +82,16 @@ def time_loops(config: TrainConfig, data, make_model) -> dict[str, float]:
     return {"diffusers": median(turns.stock_seconds[2:]), "ours": median(turns.seconds[2:])}
 
 
-def count_flops(model: nn.Module, channels: int, size: tuple[int, int]) -> int:
-    """Floating point operations of a forward and a backward pass of an image, a multiplication and an addition as two."""
-    x, timesteps = torch.randn(1, channels, *size), torch.randint(0, 1000, (1,))
+def count_flops(model: nn.Module, channels: int, size: tuple[int, int], **conditions: torch.Tensor) -> int:
+    """Floating point operations of a forward and a backward pass of an image, a multiplication and an addition as two.
+
+    Args:
+        conditions: Further arguments of the network, for one image.
+    """
+    x = torch.randn(1, channels, *size, device=model.device)
+    timesteps = torch.randint(0, 1000, (1,), device=model.device)
     with FlopCounterMode(display=False) as counter:
-        model(x, timesteps).sample.square().mean().backward()
+        model(x, timesteps, **conditions).sample.square().mean().backward()
     return counter.get_total_flops()
 
 

@@ -11,14 +11,19 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
 
-def stock_unet(size: int | tuple[int, int], channels: int, attention_head_dim: int = 8) -> UNet2DModel:
-    """Widths 64-128-128, two layers a level and attention at half the size: 6.5M parameters."""
+def stock_unet(
+    size: int | tuple[int, int],
+    channels: int,
+    attention_head_dim: int = 8,
+    block_out_channels: tuple[int, int, int] = (64, 128, 128),
+) -> UNet2DModel:
+    """Two layers a level and attention at half the size; with widths 64-128-128, 6.5M parameters."""
     return UNet2DModel(
         sample_size=size,
         in_channels=channels,
         out_channels=channels,
         layers_per_block=2,
-        block_out_channels=(64, 128, 128),
+        block_out_channels=block_out_channels,
         down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=attention_head_dim,

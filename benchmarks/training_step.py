@@ -26,7 +26,7 @@ class StockStep:
         self.average = lambda: ema.step(model.parameters())
 
     def __call__(self, x_t: torch.Tensor, timesteps: torch.Tensor, target: torch.Tensor, **conditions: torch.Tensor):
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.mixed_precision):
+        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.mixed_precision):
             output = self.model(x_t, timesteps, **conditions).sample
         (output.float() - target).square().mean().backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)

@@ -74,6 +74,7 @@ def trainer(
     on_images=None,
     adversary=None,
     validation_data=None,
+    cpu=True,
     **settings,
 ):
     defaults = {
@@ -87,7 +88,7 @@ def trainer(
         TrainerConfig(**defaults | {"mixed_precision": "no", "output_dir": str(output_dir)} | settings)
     )
     accelerator = Accelerator(
-        cpu=True,
+        cpu=cpu,
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
     )

@@ -11,7 +11,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from diffusers_ext.models.layers import AffineGroupNorm, TimestepEmbedding, attention
+from diffusers_ext.models.layers import AffineGroupNorm, TimestepEmbedding, attention, timestep_of_each
 from diffusers_ext.models.regional import RegionalCompilation
 from diffusers_ext.models.sizes import as_size, check_size
 from diffusers_ext.models.unet import (
@@ -150,7 +150,7 @@ class NoisyClassifierModel(RegionalCompilation, ModelMixin, ConfigMixin):
             raise ValueError(
                 f"sample must have shape (batch, {', '.join(map(str, expected))}), got {tuple(sample.shape)}"
             )
-        timesteps = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
+        timesteps = timestep_of_each(timestep, sample)
         embedding = F.silu(self.time_embedding(timesteps, None, sample.dtype))
         x = stem(self.conv_in, sample)  # (batch, channels, height, width)
         for module in (*self.encoder.values(), self.middle):

@@ -20,6 +20,7 @@ from diffusers_ext.models.layers import (
     pooled_dim,
     register_attention,
     register_skippable,
+    timestep_of_each,
 )
 
 
@@ -356,7 +357,7 @@ class DiTModel(ModelMixin, ConfigMixin):
         class_labels = self._check_inputs(sample, class_labels, encoder_hidden_states)
         patch = self.config.patch_size
         grid = (sample.shape[2] // patch, sample.shape[3] // patch)
-        timesteps = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
+        timesteps = timestep_of_each(timestep, sample)
         embeddings = [
             F.silu(embed(timesteps, class_labels, sample.dtype, encoder_hidden_states, encoder_attention_mask))
             for embed in (self.time_embedding, *self.block_embeddings)

@@ -331,6 +331,16 @@ register_attention(AttentionProcessor)
 register_skippable(Attention)
 
 
+def timestep_of_each(timestep: Tensor | float | int, sample: Tensor) -> Tensor:
+    """The timestep of each sample on its device, shape `(batch,)`, from one number for all or one for each.
+
+    A number is written by the device itself: it would have to wait for a copy from the host, which no CUDA graph can hold.
+    """
+    if isinstance(timestep, Tensor):
+        return timestep.to(sample.device).expand(len(sample))
+    return torch.full((len(sample),), timestep, device=sample.device)
+
+
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0, endpoint: bool = False) -> Tensor:
     """Cosines and sines of the timestep at `dim // 2` frequencies from 1 down to `1 / max_period`.
 

@@ -23,6 +23,7 @@ from diffusers_ext.models.layers import (
     num_groups,
     pooled_dim,
     register_skippable,
+    timestep_of_each,
 )
 from diffusers_ext.models.regional import RegionalCompilation
 from diffusers_ext.models.sizes import as_size, check_size
@@ -365,7 +366,7 @@ class UNetModel(RegionalCompilation, ModelMixin, ConfigMixin):
         self._check_inputs(sample, class_labels, encoder_hidden_states)
         if timestep_cond is not None or cross_attention_kwargs or added_cond_kwargs:
             raise ValueError("UNetModel takes no timestep_cond, cross_attention_kwargs or added_cond_kwargs")
-        timesteps = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
+        timesteps = timestep_of_each(timestep, sample)
         embedding = F.silu(
             self.time_embedding(timesteps, class_labels, sample.dtype, encoder_hidden_states, encoder_attention_mask)
         )

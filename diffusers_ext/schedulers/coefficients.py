@@ -54,6 +54,22 @@ class Prediction(NamedTuple):
         )
 
 
+class DeviceCopies:
+    """A table of the host on each device that asks for it, copied there once: a copy stalls the device."""
+
+    def __init__(self, table: Tensor):
+        self.table = table
+        self._copies: dict = {}
+
+    def on(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        copy = self._copies.get((device, dtype))
+        if copy is None:
+            copy = self.table.to(device, dtype)
+            if type(copy) is Tensor and not torch.compiler.is_compiling():  # not what tracing puts in its place
+                self._copies[device, dtype] = copy
+        return copy
+
+
 class CoefficientTable:
     """The coefficients of every transition, as floats for the host and as tensors for each device.
 
@@ -65,7 +81,7 @@ class CoefficientTable:
         self.kind = type(columns)
         self.values = torch.stack(columns, dim=-1)
         self._rows: list | None = None
-        self._copies: dict = {}
+        self._copies = DeviceCopies(self.values)
 
     def row(self, timestep: int) -> NamedTuple:
         if self._rows is None:
@@ -74,12 +90,7 @@ class CoefficientTable:
 
     def gather(self, timesteps: Tensor, like: Tensor) -> NamedTuple:
         """Coefficients at `timesteps`, each broadcasting against `like`, without a look at the values of either."""
-        key = (like.device, torch.float64 if like.dtype == torch.float64 else torch.float32)
-        table = self._copies.get(key)
-        if table is None:
-            table = self.values.to(*key)
-            if type(table) is Tensor and not torch.compiler.is_compiling():  # not what tracing puts in its place
-                self._copies[key] = table
+        table = self._copies.on(like.device, torch.float64 if like.dtype == torch.float64 else torch.float32)
         rows = table.index_select(0, timesteps.to(like.device).reshape(-1))
         return self.kind(*rows.reshape(len(rows), *[1] * (like.ndim - 1), -1).unbind(-1))
 
@@ -109,7 +120,7 @@ class Path:
         ascending = torch.tensor(sorted(self.listed))
         place = torch.searchsorted(ascending, every)  # number of listed timesteps below each
         self.next = torch.where(place > 0, ascending[(place - 1).clamp(min=0)], -1)
-        self.next_rows = self.next.tolist()
+        self.next_rows, self.next_copies = self.next.tolist(), DeviceCopies(self.next)
         like = torch.zeros(1, dtype=torch.float64)
         self.t, self.s = schedule.level(every, like), schedule.level(self.next, like)
         self.ends_clean = float(schedule.sigma[-1]) == 0

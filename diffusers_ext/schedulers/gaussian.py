@@ -182,7 +182,8 @@ class GaussianSchedulerMixin:
         if isinstance(timestep, Tensor):
             known = path.host_timestep(timestep)
             if known is None:
-                return path.next.to(timestep.device).index_select(0, timestep.reshape(-1)).view(timestep.shape)
+                following = path.next_copies.on(timestep.device, torch.int64)
+                return following.index_select(0, timestep.reshape(-1)).view(timestep.shape)
             timestep = known
         if not 0 <= timestep < len(path.next):
             raise ValueError(f"timestep must be in [0, {len(path.next) - 1}], got {timestep}")

@@ -374,7 +374,9 @@ class Trainer:
         state = self.state
         if not state.losses:
             return
-        loss, norm, seconds = mean(state.losses), mean(state.norms), self._now()
+        loss, seconds = mean(state.losses), self._now()
+        # With fp16's scaled loss a norm that is not finite is of a step that was left out, as a lower scale is sought.
+        norms = [norm for norm in state.norms if math.isfinite(norm)]
         more = {"adversary_loss": mean(state.adversary_losses)} if state.adversary_losses else {}
         if hasattr(self.objective, "metrics"):
             more |= self.objective.metrics()
@@ -387,14 +389,15 @@ class Trainer:
             "images": state.position,
             "epoch": state.position / state.num_images if state.num_images else self._stream.passes,
             "loss": loss,
-            "grad_norm": norm,
+            "grad_norm": mean(norms) if norms else None,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "seconds": round(seconds, 3),
             "images_per_second": round(self._bar.report(state.step, seconds, loss), 1),
         } | more
         if self._log:
             self._log.write(record)
-        self.accelerator.log({name: value for name, value in record.items() if name != "step"}, step=state.step)
+        values = {name: value for name, value in record.items() if name != "step" and value is not None}
+        self.accelerator.log(values, step=state.step)
         if slow := self._speed_watch.note(state.step, seconds, self.shares):
             self.accelerator.print(slow)
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_ext import DiTModel, UNetModel
 from diffusers_ext.models import layers
@@ -11,6 +12,7 @@ from diffusers_ext.models.layers import (
     group_norm,
     num_groups,
     timestep_embedding,
+    timestep_of_each,
 )
 
 
@@ -98,6 +100,24 @@ def test_concatenate_passes_compact_gradients():
     grads = torch.autograd.grad(concatenate(x, skip), (x, skip), out_grad)
     torch.testing.assert_close(torch.cat(grads, 1), out_grad)
     assert all(grad.is_contiguous(memory_format=CHANNELS_LAST) for grad in grads)
+
+
+def test_a_timestep_given_as_a_number_is_written_by_the_device():
+    """A copy from the host would stall it, and no CUDA graph can hold one."""
+    names = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(function.name())
+            return function(*args, **(kwargs or {}))
+
+    on_a_device = torch.empty(3, 1, device="meta")
+    with Record():
+        timesteps = timestep_of_each(500, on_a_device)
+    assert names == ["aten::full"] and timesteps.shape == (3,) and timesteps.dtype == torch.int64
+    each, sample = torch.tensor([1, 2]), torch.empty(2, 1)
+    assert timestep_of_each(each, sample).tolist() == [1, 2] and timestep_of_each(0.5, sample).tolist() == [0.5, 0.5]
+    assert timestep_of_each(each[1], sample).tolist() == [2, 2]
 
 
 def test_timestep_embedding_matches_diffusers():

@@ -1,5 +1,6 @@
 """The loop with a small network, where every claim can be checked to the last bit."""
 
+import json
 import math
 import os
 import signal
@@ -50,6 +51,23 @@ def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(data, tmp_path, accumu
     assert len(seen) == len(whole) == 5 * accumulation
     for before, after in zip(whole, seen, strict=True):
         assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
+def test_steps_that_a_scaled_loss_leaves_out_do_not_spoil_the_log(data, tmp_path):
+    """fp16 seeks its scale by steps whose gradients overflow and which change nothing; JSON has no number for their norm."""
+    run = trainer(data, tmp_path, max_train_steps=9)
+    clip, norms = run._clip, []
+
+    def overflowing():
+        norm = clip()
+        norms.append(norm.item())
+        return norm if run.state.step in (4, 8) else torch.full_like(norm, math.inf)
+
+    run._clip = overflowing
+    run.train()
+    refuse = {"parse_constant": lambda name: pytest.fail(f"{name} is no JSON")}
+    lines = [json.loads(line, **refuse) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["grad_norm"] for line in lines] == [None, *map(pytest.approx, (norms[4], norms[8]))]
 
 
 @pytest.mark.parametrize("accumulation", [1, 2, 4, 8])
