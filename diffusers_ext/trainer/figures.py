@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+MIN_SMOOTHED = 10  # lines of the log
 _MARGIN, _TEXT_SIZE, _MIN_SIDE = 2, 14, 48
 
 
@@ -68,25 +69,41 @@ def _to_pil(picture: Tensor) -> Image.Image:
 
 
 def draw_loss(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """The loss over optimizer steps, as logged and smoothed, and on held-out images; the learning rate below it."""
+    """The loss over optimizer steps, as logged and smoothed, and on held-out images; the learning rate below it.
+
+    Few records are drawn as points; without any there is no curve, and no file is written.
+    """
     from matplotlib.figure import Figure  # not pyplot: no global state, no display
+    from matplotlib.ticker import MaxNLocator
+
+    if not records:
+        return
 
     steps = np.array([record["step"] for record in records])
     losses = np.array([record["loss"] for record in records])
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    above.plot(steps, losses, color="C0", alpha=0.35, label="mean between two lines of the log")
-    above.plot(steps, _smoothed(losses), color="C0", label="smoothed")
+    # A line through fewer points than these shows nothing by itself, and there is nothing to smooth.
+    is_short = len(steps) < MIN_SMOOTHED
+    points = {"marker": "."} if is_short else {}
+    alpha = 1.0 if is_short else 0.35
+    above.plot(steps, losses, color="C0", alpha=alpha, label="mean between two lines of the log", **points)
+    if not is_short:
+        above.plot(steps, _smoothed(losses), color="C0", label="smoothed")
     held_out = [(record["step"], record["val_loss"]) for record in records if "val_loss" in record]
     if held_out:
         above.plot(*zip(*held_out, strict=True), color="C2", marker=".", label="on held-out images")
-    if (losses > 0).all() and all(loss > 0 for _, loss in held_out):
+    if not is_short and (losses > 0).all() and all(loss > 0 for _, loss in held_out):
         above.set_yscale("log")
     above.set_ylabel("loss")
     above.legend(frameon=False)
-    below.plot(steps, [record["learning_rate"] for record in records], color="C1")
+    below.plot(steps, [record["learning_rate"] for record in records], color="C1", **points)
+    below.set_ylim(bottom=0)
     below.set_ylabel("learning rate")
     below.set_xlabel("optimizer step")
+    if is_short:
+        below.set_xlim(0, 1.05 * steps[-1])
+    below.xaxis.set_major_locator(MaxNLocator(integer=True))
     save_picture(figure, path)
 
 
