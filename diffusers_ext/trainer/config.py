@@ -12,6 +12,7 @@ from diffusers_ext.trainer.ema import power_function_exponent
 from diffusers_ext.trainer.images import IMAGE_MODES, RESIZE_MODES
 from diffusers_ext.trainer.options import option, refuse_unused
 from diffusers_ext.trainer.schedule import LR_SCHEDULERS, Budget, parse_duration
+from diffusers_ext.trainer.trackers import tracker_names
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,12 @@ class TrainerConfig(DataConfig):
     profile: bool = option(
         False, "print what each part of the steps takes, and write a trace of three of them to OUTPUT_DIR/profile"
     )
-    report_to: str | None = option(None, "trackers of accelerate: tensorboard, wandb, trackio, or all", alias="logger")
+    report_to: str | None = option(
+        None,
+        "trackers of accelerate, which must be installed: tensorboard, wandb, trackio, several with commas between, or all "
+        "that are there",
+        alias="logger",
+    )
     tracker_project_name: str = option("diffusers_ext", "project that trackers file the run under")
 
     push_to_hub: bool = option(False, "upload the finished pipeline and its card", "Hub")
@@ -222,6 +228,7 @@ class TrainerConfig(DataConfig):
                 "learning_rate must be positive, max_grad_norm and lr_warmup_steps not negative, got "
                 f"{self.learning_rate:g}, {self.max_grad_norm:g} and {self.lr_warmup_steps}"
             )
+        tracker_names(self.report_to)  # refuses unknown ones
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, got {self.seed}")
         if self.overwrite_output_dir and self.resume_from_checkpoint:
