@@ -74,6 +74,7 @@ def trainer(
     on_images=None,
     adversary=None,
     validation_data=None,
+    ending_cost=None,
     **settings,
 ):
     defaults = {
@@ -97,6 +98,7 @@ def trainer(
         model.dropout.p = dropout
     output_dir.mkdir(exist_ok=True)
     more = {"on_images": on_images, "adversary": adversary, "validation_data": validation_data}
+    more["ending_cost"] = ending_cost
     return Trainer(config, accelerator, model, loss, data, **more)
 
 
