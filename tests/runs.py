@@ -75,6 +75,7 @@ def trainer(
     adversary=None,
     validation_data=None,
     cpu=True,
+    ending_cost=None,
     **settings,
 ):
     defaults = {
@@ -98,6 +99,7 @@ def trainer(
         model.dropout.p = dropout
     output_dir.mkdir(exist_ok=True)
     more = {"on_images": on_images, "adversary": adversary, "validation_data": validation_data}
+    more["ending_cost"] = ending_cost
     return Trainer(config, accelerator, model, loss, data, **more)
 
 

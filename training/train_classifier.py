@@ -11,7 +11,9 @@ reads them from a file.
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,9 +33,11 @@ from diffusers_ext.trainer.batches import TIMESTEP_SAMPLINGS
 from diffusers_ext.trainer.classifier_objective import ClassifierObjective, accuracy_by_level, save_accuracy
 from diffusers_ext.trainer.config import TrainerConfig, resolve_for_machine
 from diffusers_ext.trainer.data import ImageData
+from diffusers_ext.trainer.ending import EndingCost, seconds_of
 from diffusers_ext.trainer.latents import SampleSpace, fingerprint, load_vae, prepare_samples
 from diffusers_ext.trainer.loop import Trainer
 from diffusers_ext.trainer.options import option, refuse_unused, run_script, to_command
+from diffusers_ext.trainer.progress import counted, counting_bar
 from diffusers_ext.trainer.run import describe_data, finish_run, make_accelerator, open_run, save_whole
 from diffusers_ext.trainer.stream import StreamData, make_batches
 from diffusers_ext.trainer.validation import ValidationBatches, prepare_validation
@@ -137,12 +141,16 @@ def main(config: TrainClassifierConfig) -> Path:
             batch_options={"timestep_sampling": config.timestep_sampling} | space.batch_options,
             validation_data=held_out,
             prepare_batch=space.encoder(accelerator.device),
+            ending_cost=partial(measuring_cost, held_out, objective),
         )
         trainer.train()
+        count = num_batches_to_measure(trainer, held_out, trainer.ending.share())
         with trainer.averaged_model() as model:
             if accelerator.is_main_process:
                 save_whole(model, trainer.output_dir)
-                rows = accuracy_by_level(model, images_to_measure(trainer, held_out), objective.schedule)
+                with closing(counting_bar(count, "measuring: batch")) as bar:
+                    batches = counted(bar, images_to_measure(trainer, held_out, count))
+                    rows = accuracy_by_level(model, batches, objective.schedule)
         # Ends the last gathering everywhere: a process that leaves during it can hang in gloo's destructor.
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
@@ -228,10 +236,16 @@ def build_model(
     )
 
 
-def images_to_measure(trainer: Trainer, held_out: ImageData | None) -> Iterator[dict[str, Tensor]]:
-    """The first held-out images, or training images if there are none, with noise that is the same in every run."""
+def num_batches_to_measure(trainer: Trainer, held_out: ImageData | None, share: float = 1.0) -> int:
+    """Of the images that the accuracy is measured on, this share, as far as the run's time allows."""
+    config, data = trainer.config, trainer.data if held_out is None else held_out
+    number = min(config.max_measured_samples, config.max_measured_samples if data.num_images is None else len(data))
+    return max(1, math.ceil(share * math.ceil(number / config.train_batch_size)))
+
+
+def images_to_measure(trainer: Trainer, held_out: ImageData | None, count: int) -> Iterator[dict[str, Tensor]]:
+    """So many batches: the first held-out images, or training images if there are none, with the same noise in every run."""
     config = trainer.config
-    count = -(-config.max_measured_samples // config.train_batch_size)
     data = trainer.data if held_out is None else held_out
     if data.num_images is None:
         batches = make_batches(data, dataclasses.replace(trainer.batch_options, num_processes=1, process_index=0))
@@ -240,6 +254,17 @@ def images_to_measure(trainer: Trainer, held_out: ImageData | None) -> Iterator[
         batches = ValidationBatches(data, config.train_batch_size, **shapes).share()
     for batch in itertools.islice(batches, count):
         yield trainer.to_device(batch)
+
+
+def measuring_cost(held_out: ImageData | None, objective: ClassifierObjective, trainer: Trainer) -> EndingCost:
+    """Seconds of measuring the accuracy, from one batch."""
+
+    def measure():
+        with trainer.averaged_model() as model:
+            accuracy_by_level(model, images_to_measure(trainer, held_out, 1), objective.schedule)
+
+    measure()  # the first time makes ready what the next ones use
+    return EndingCost(scalable=num_batches_to_measure(trainer, held_out) * seconds_of(measure))
 
 
 def describe_accuracy(rows: list[dict[str, float]], images: str) -> str:

@@ -33,7 +33,7 @@ from diffusers_ext.trainer.latents import SampleSpace, load_vae
 from diffusers_ext.trainer.loop import Trainer
 from diffusers_ext.trainer.options import option, run_script, to_command
 from diffusers_ext.trainer.run import describe_data, finish_run, make_accelerator, open_run
-from diffusers_ext.trainer.sampling import draw_while_training, save_and_draw
+from diffusers_ext.trainer.sampling import draw_while_training, drawing_cost, save_and_draw
 from diffusers_ext.trainer.stream import StreamData
 
 
@@ -79,6 +79,7 @@ def main(config: TrainConfig) -> Path:
             on_images=partial(draw_while_training, pipeline, rows),
             validation_data=load_validation(config, accelerator, data, vae),
             prepare_batch=space.encoder(accelerator.device),
+            ending_cost=partial(drawing_cost, pipeline, rows),
         )
         trainer.train()
         save_and_draw(pipeline, rows, trainer, label=None if data.id2label is None else data.used_labels[0])

@@ -33,7 +33,7 @@ from diffusers_ext.trainer.latents import SampleSpace, load_vae, prepare_samples
 from diffusers_ext.trainer.loop import Trainer
 from diffusers_ext.trainer.options import run_script, to_command
 from diffusers_ext.trainer.run import describe_data, finish_run, make_accelerator, open_run
-from diffusers_ext.trainer.sampling import draw_while_training, save_and_draw
+from diffusers_ext.trainer.sampling import draw_while_training, drawing_cost, save_and_draw
 from diffusers_ext.trainer.text_encoder import TextDenoiser
 from diffusers_ext.trainer.text_to_image import TextConfig, Texts
 from diffusers_ext.trainer.validation import prepare_validation
@@ -82,6 +82,7 @@ def main(config: TextConfig) -> Path:
             on_images=partial(draw_while_training, pipeline, rows),
             validation_data=held_out,
             prepare_batch=space.encoder(accelerator.device),
+            ending_cost=partial(drawing_cost, pipeline, rows),
         )
         trainer.train()
         save_and_draw(pipeline, rows, trainer, prompt=rows["prompts"][0])

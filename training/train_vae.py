@@ -10,7 +10,10 @@ FILE.yaml` reads them from a file. `training/evaluate_vae.py OUTPUT_DIR` measure
 
 import dataclasses
 import itertools
+import math
+import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,9 +32,11 @@ from diffusers_ext.trainer.adversary import Adversary
 from diffusers_ext.trainer.batches import BatchOptions
 from diffusers_ext.trainer.config import TrainerConfig, resolve_for_machine
 from diffusers_ext.trainer.data import ImageData
+from diffusers_ext.trainer.ending import EndingCost, seconds_of
 from diffusers_ext.trainer.loop import Trainer
 from diffusers_ext.trainer.options import option, refuse_unused, run_script, to_command
 from diffusers_ext.trainer.prepare import prepare_data
+from diffusers_ext.trainer.progress import counted, counting_bar
 from diffusers_ext.trainer.run import describe_data, finish_run, make_accelerator, open_run, save_whole
 from diffusers_ext.trainer.stream import StreamData, make_batches
 from diffusers_ext.trainer.vae_figures import draw_pictures, pictures_of
@@ -48,6 +53,7 @@ from diffusers_ext.trainer.vae_perceptual import load_perceptual
 from diffusers_ext.trainer.validation import ValidationBatches, prepare_validation
 
 
+MIN_MEASURED = 1000  # training images that the latents' scale is measured on, however short the time
 PICTURED = 128  # images whose latents tell which of them to draw
 
 
@@ -100,6 +106,10 @@ class TrainVAEConfig(TrainerConfig):
         "discriminator_channels discriminator_layers".split()
     )
 
+    NEEDS_STEPS: ClassVar[dict[str, str]] = TrainerConfig.NEEDS_STEPS | {
+        "kl_warmup_steps": "the weight of the KL divergence does not reach kl_weight",
+    }
+
     def __post_init__(self):
         super().__post_init__()
         for name in ("kl_weight", "free_bits", "kl_warmup_steps", "adversarial_start_step", "adversarial_weight"):
@@ -130,6 +140,15 @@ class TrainVAEConfig(TrainerConfig):
                     f"a discriminator of {self.discriminator_layers} layers needs images of at least {smallest} pixels, got "
                     f"{side}: give fewer --discriminator_layers"
                 )
+
+    def too_long_for(self, num_steps: int) -> list[str]:
+        lines = super().too_long_for(num_steps)
+        if self.adversarial_weight and self.adversarial_start_step >= num_steps:
+            lines.append(
+                f"adversarial_start_step {self.adversarial_start_step} is not below the {num_steps} optimizer steps of the "
+                "run: the discriminator never begins, and adversarial_weight counts for nothing"
+            )
+        return lines
 
     def _check_ignored(self):
         """Refuses options that would do nothing."""
@@ -179,12 +198,17 @@ def main(config: TrainVAEConfig) -> Path:
             on_images=partial(draw_while_training, config),
             adversary=adversary,
             validation_data=held_out,
+            ending_cost=partial(drawing_cost, config),
         )
         if not config.resume_from_checkpoint:
             draw_while_training(config, trainer, "before")
         trainer.train()
+        number = num_to_measure(trainer, trainer.ending.share())
         with trainer.averaged_model() as model:
-            moments = measure_latents(model, images_to_measure(trainer), accelerator)
+            with closing(
+                counting_bar(num_batches(trainer, number), "measuring: batch", enabled=accelerator.is_main_process)
+            ) as bar:
+                moments = measure_latents(model, counted(bar, images_to_measure(trainer, number)), accelerator)
             store_scale(model, moments)
             if accelerator.is_main_process:
                 save_whole(model, trainer.output_dir)
@@ -267,13 +291,42 @@ def build_objective(
     )
 
 
-def images_to_measure(trainer: Trainer) -> Iterator[Tensor]:
-    """Batches of this process's part of the training images, as the model is trained on them, but not flipped."""
+def num_to_measure(trainer: Trainer, share: float = 1.0) -> int:
+    """Training images that the latents are measured on: this share, but enough for moments, of all that are asked for."""
+    limit, there = trainer.config.max_measured_samples, trainer.data.num_images
+    number = limit if there is None else min(limit, there)
+    return max(math.ceil(share * number), min(MIN_MEASURED, number))
+
+
+def num_batches(trainer: Trainer, number: int) -> int:
+    """In which each process encodes its part of so many images."""
+    return math.ceil(number / (min(trainer.config.train_batch_size, number) * trainer.accelerator.num_processes))
+
+
+def images_to_measure(trainer: Trainer, number: int) -> Iterator[Tensor]:
+    """Batches of this process's part of so many training images, as the model is trained on them, but not flipped."""
     config, data, accelerator = trainer.config, trainer.data, trainer.accelerator
-    limit, mine = config.max_measured_samples, (accelerator.process_index, accelerator.num_processes)
-    if data.num_images is None or data.num_images > limit:
-        return _drawn_images(trainer, limit, *mine)
+    mine = (accelerator.process_index, accelerator.num_processes)
+    if data.num_images is None or data.num_images > number:
+        return _drawn_images(trainer, number, *mine)
     return _as_trained_on(trainer, ValidationBatches(data, config.train_batch_size).share(*mine))
+
+
+@torch.no_grad()
+def drawing_cost(config: TrainVAEConfig, trainer: Trainer) -> EndingCost:
+    """Seconds of the pictures, from drawing them, and of measuring the latents, from a batch of them."""
+    number = num_to_measure(trainer)
+    batches = num_batches(trainer, number)
+    images = next(images_to_measure(trainer, number), some_images(trainer)[: config.train_batch_size])
+
+    def draw():
+        with tempfile.TemporaryDirectory() as folder:
+            draw_pictures(vae, some_images(trainer), Path(folder), columns=config.sample_columns, seed=config.seed)
+
+    with trainer.averaged_model() as vae:
+        measure_latents(vae, [images])  # the first time makes ready what the next ones use
+        encoding = seconds_of(lambda: measure_latents(vae, [images]))
+        return EndingCost(fixed=seconds_of(draw), scalable=batches * encoding)
 
 
 def some_images(trainer: Trainer) -> Tensor:

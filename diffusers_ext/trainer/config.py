@@ -13,7 +13,11 @@ from diffusers_ext.pixels import IMAGE_MODES
 from diffusers_ext.trainer.ema import power_function_exponent
 from diffusers_ext.trainer.images import LONGEST, RESIZE_MODES
 from diffusers_ext.trainer.options import option, refuse_unused
-from diffusers_ext.trainer.schedule import LR_SCHEDULERS, Budget, parse_duration
+from diffusers_ext.trainer.schedule import LR_SCHEDULERS, Budget, default_warmup_steps, parse_duration
+from diffusers_ext.trainer.trackers import tracker_names
+
+
+DEFAULT_VALIDATION_STEPS = 500
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,10 @@ class TrainerConfig(DataConfig):
         None, "optimizer steps of the run; by default 1200, if no max_train_time is given"
     )
     max_train_time: str | None = option(
-        None, "end the run after so long: seconds, or 10m, 1h30m; includes saving and sampling"
+        None,
+        "end the run after so long: seconds, or 10m, 1h30m. Counts from the first step, without imports and the preparation "
+        "of the data before it, and includes saving, validation and drawing at the end, for which at most a third is "
+        "reserved; not an upload",
     )
     train_batch_size: int = option(32, "images of one process in one forward pass")
     gradient_accumulation_steps: int = option(1, "forward passes of one optimizer step")
@@ -145,7 +152,9 @@ class TrainerConfig(DataConfig):
     lr_scheduler: Literal[LR_SCHEDULERS] = option(
         "cosine", "decay after the warm-up, over the steps or the time that the run has left"
     )
-    lr_warmup_steps: int = option(100, "optimizer steps of the linear warm-up")
+    lr_warmup_steps: int | None = option(
+        None, "optimizer steps of the linear warm-up; by default 100, but at most a tenth of the run"
+    )
     lr_num_cycles: int = option(1, "cycles of cosine_with_restarts")
     lr_power: float = option(1.0, "power of polynomial")
     adam_beta1: float = option(0.9, "AdamW's beta_1")
@@ -202,7 +211,12 @@ class TrainerConfig(DataConfig):
     profile: bool = option(
         False, "print what each part of the steps takes, and write a trace of three of them to OUTPUT_DIR/profile"
     )
-    report_to: str | None = option(None, "trackers of accelerate: tensorboard, wandb, trackio, or all", alias="logger")
+    report_to: str | None = option(
+        None,
+        "trackers of accelerate, which must be installed: tensorboard, wandb, trackio, several with commas between, or all "
+        "that are there",
+        alias="logger",
+    )
     tracker_project_name: str = option("diffusers_ext", "project that trackers file the run under")
 
     push_to_hub: bool = option(False, "upload the finished pipeline and its card", "Hub")
@@ -237,12 +251,13 @@ class TrainerConfig(DataConfig):
             if getattr(self, name) is not None and self.validation_split is None:
                 raise ValueError(f"{name} has no meaning without validation_split")
         self._check_stream()
-        if self.learning_rate <= 0 or self.max_grad_norm < 0 or self.lr_warmup_steps < 0:
+        if self.learning_rate <= 0 or self.max_grad_norm < 0 or (self.lr_warmup_steps or 0) < 0:
             raise ValueError(
                 "learning_rate must be positive, max_grad_norm and lr_warmup_steps not negative, got "
                 f"{self.learning_rate:g}, {self.max_grad_norm:g} and {self.lr_warmup_steps}"
             )
         check_seed(self.seed)
+        tracker_names(self.report_to)  # refuses unknown ones
         if self.overwrite_output_dir and self.resume_from_checkpoint:
             raise ValueError("overwrite_output_dir and resume_from_checkpoint contradict each other")
         for scheduler, name in (("cosine_with_restarts", "lr_num_cycles"), ("polynomial", "lr_power")):
@@ -283,6 +298,28 @@ class TrainerConfig(DataConfig):
         has_end = self.max_train_steps is not None or seconds is not None
         return Budget(self.max_train_steps if has_end else self.DEFAULT_MAX_TRAIN_STEPS, seconds)
 
+    # Options that count steps, and what becomes of a run that is no longer than they say. A default is no reason for
+    # a word: a run may well be shorter.
+    NEEDS_STEPS: ClassVar[dict[str, str]] = {
+        "validation_steps": "the loss on held-out images is taken at the end alone",
+        "save_images_steps": "no pictures are made while training",
+        "checkpointing_steps": "the only checkpoint is that of the end",
+        "ema_snapshot_steps": "the only snapshot of averages is that of the end",
+        "checkpoints_keep_every": "no checkpoint is kept for its number",
+    }
+
+    def too_long_for(self, num_steps: int) -> list[str]:
+        """A line for each option that a run of so many optimizer steps is too short for."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        # Left open, it is settled to a number by which most runs are not measured.
+        defaults["validation_steps"] = DEFAULT_VALIDATION_STEPS
+        given = {name: getattr(self, name) for name in self.NEEDS_STEPS}
+        return [
+            f"{name} {value} is more than the {num_steps} optimizer steps of the run: {self.NEEDS_STEPS[name]}"
+            for name, value in given.items()
+            if value is not None and value != defaults[name] and value > num_steps
+        ]
+
 
 def resolve_for_machine(config: TrainerConfig) -> TrainerConfig:
     """Settles what was left to the machine: precision, memory layout, workers; and the kind of average."""
@@ -305,8 +342,10 @@ def resolve_for_machine(config: TrainerConfig) -> TrainerConfig:
         changes["ema_stds"] = (0.05, 0.1)
     if config.max_train_steps is None and config.max_train_time is None:
         changes["max_train_steps"] = config.DEFAULT_MAX_TRAIN_STEPS
+    if config.lr_warmup_steps is None and config.max_train_time is None:
+        changes["lr_warmup_steps"] = default_warmup_steps(config.budget().max_steps)
     if config.validation_split is not None and config.validation_steps is None:
-        changes["validation_steps"] = 500
+        changes["validation_steps"] = DEFAULT_VALIDATION_STEPS
     if config.output_dir is None:
         changes["output_dir"] = f"runs/{os.path.basename(os.path.abspath(config.dataset_name))}"
     return dataclasses.replace(config, **changes)

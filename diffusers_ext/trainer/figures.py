@@ -107,10 +107,13 @@ def _to_pil(picture: Tensor) -> Image.Image:
 def draw_loss(records: Sequence[dict[str, Any]], path: Path) -> None:
     """The loss over optimizer steps, as logged and smoothed, and on held-out images; the learning rate below it.
 
-    A short run is shown as the points that it is, without smoothing.
+    A short run is shown as the points that it is, without smoothing; without records no file is written.
     """
     from matplotlib.figure import Figure  # not pyplot: no global state, no display
     from matplotlib.ticker import MaxNLocator
+
+    if not records:
+        return
 
     steps = np.array([record["step"] for record in records])
     losses = np.array([record["loss"] for record in records])

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from statistics import fmean as mean
 from typing import Any
@@ -19,7 +20,9 @@ from diffusers_ext.trainer.checkpoints import all_or_none, find_for_all, remove_
 from diffusers_ext.trainer.config import TrainerConfig
 from diffusers_ext.trainer.data import ImageData
 from diffusers_ext.trainer.ema import WeightAverage
+from diffusers_ext.trainer.ending import Ending, EndingCost
 from diffusers_ext.trainer.identity import identify
+from diffusers_ext.trainer.notes import notes_after, notes_before
 from diffusers_ext.trainer.options import to_yaml
 from diffusers_ext.trainer.posthoc_ema import AverageSnapshots
 from diffusers_ext.trainer.profiling import StepProfile
@@ -72,6 +75,8 @@ class Trainer:
         validation_data: Images like `data`, on which `evaluate` takes the loss every `validation_steps` and at the end.
         prepare_batch: What is done to a batch on its device before `compute_loss` gets it, such as encoding its images;
             without gradients, in the run's precision.
+        ending_cost: Measures the seconds that what is done with the trained model takes. A run by time keeps them, and
+            asks it before its first step; `ending.share()` says afterwards how much of it fits.
 
     Raises:
         ValueError: if `compute_loss` has parameters to train, or if the adversary cannot run here.
@@ -90,6 +95,7 @@ class Trainer:
         adversary: Adversary | None = None,
         validation_data: ImageData | None = None,
         prepare_batch: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
+        ending_cost: Callable[["Trainer"], EndingCost] | None = None,
     ):
         self.config, self.accelerator, self.data = config, accelerator, data
         self.output_dir = Path(config.output_dir)
@@ -130,7 +136,7 @@ class Trainer:
             adversary.prepare(accelerator, channels_last=config.channels_last)
         self.objective = self._check_objective(compute_loss)
         self._speed_watch = SpeedWatch(accelerator.device.type)
-        self.budget = config.budget()
+        self.budget, self.ending = config.budget(), Ending(self, ending_cost)
         self.learning_rate = LearningRate(
             config.lr_scheduler,
             config.learning_rate,
@@ -197,10 +203,14 @@ class Trainer:
             if self.snapshots:
                 self.snapshots.drop_after(state.step)
         self._log = MetricsLog(self.output_dir / METRICS_FILE, state.step) if is_main else None
-        per_step = self.batch_options.images_per_step
-        self._bar = ProgressBar(self.budget, per_step, steps=state.step, seconds=state.seconds, enabled=is_main)
         self._start = time.perf_counter() - state.seconds
         first_seconds = state.seconds
+        with self._random_state_kept():
+            lines = self.ending.reserve()
+        for line in [*lines, *notes_before(self)]:
+            self.accelerator.print(line)
+        per_step = self.batch_options.images_per_step
+        self._bar = ProgressBar(self.budget, per_step, steps=state.step, seconds=state.seconds, enabled=is_main)
         try:
             with catch_signals() as request, self.shares.watching():
                 self._run(request)
@@ -210,12 +220,15 @@ class Trainer:
                 self._log.close()
             del self._stream  # ends the workers
         self.optimizer.state.clear()  # what follows needs the weights alone, and may need the memory
-        self.accelerator.print(f"time: {self.shares.summary(self._now() - first_seconds)}")
+        for line in [f"time: {self.shares.summary(self._now() - first_seconds)}", *notes_after(self)]:
+            self.accelerator.print(line)
 
     def _run(self, request: StopRequest):
         config, state = self.config, self.state
         self.model.train()
-        is_over, _ = self._is_over(request)
+        is_over, signal_number = self._is_over(request)
+        if state.step == 0 and not signal_number:  # even if measuring what comes afterwards has taken all of the time
+            is_over = False
         while not is_over:
             with self.shares.step():
                 self._step()
@@ -249,9 +262,9 @@ class Trainer:
 
     def _step(self):
         state, config, accelerator = self.state, self.config, self.accelerator
-        if state.step == config.lr_warmup_steps:
-            state.warmup_seconds = state.seconds
-        rate = self.learning_rate.at(state.step, state.seconds, state.warmup_seconds)
+        if state.warmup_steps is None and self.learning_rate.is_warm(state.step, state.seconds):
+            state.warmup_steps, state.warmup_seconds = state.step, state.seconds
+        rate = self.learning_rate.at(state.step, state.seconds, state.warmup_end)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         if adversary := self.adversary:
@@ -435,10 +448,13 @@ class Trainer:
             yield
 
     @torch.no_grad()
-    def evaluate(self) -> float:
+    def evaluate(self, max_batches: int | None = None) -> float:
         """The mean loss on the held-out images with the averaged weights, at the same noise and times at each call.
 
         The processes share the images. An objective that is a module is in evaluation mode meanwhile.
+
+        Args:
+            max_batches: Take the loss on no more than so many batches of each process.
 
         Raises:
             ValueError: if there are no held-out images.
@@ -449,7 +465,8 @@ class Trainer:
         accelerator, losses, counts = self.accelerator, [], []
         modes = nullcontext() if self.objective is None else evaluating(self.objective)
         with self.shares.of("validating"), self.averaged_model() as model, modes, self._random_state_kept():
-            for batch in self.validation.share(accelerator.process_index, accelerator.num_processes):
+            share = self.validation.share(accelerator.process_index, accelerator.num_processes)
+            for batch in islice(share, max_batches):
                 losses.append(self.compute_loss(model, self.to_device(batch)))
                 counts.append(len(batch["time"]))
             means = torch.stack(losses).tolist() if losses else []

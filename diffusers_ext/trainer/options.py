@@ -7,8 +7,11 @@ the same conversion, so that `learning_rate: 1e-4`, which YAML reads as a string
 import argparse
 import dataclasses
 import difflib
+import os
 import shlex
+import signal
 import sys
+import time
 import traceback
 import types
 import typing
@@ -21,6 +24,7 @@ import yaml
 
 Config = TypeVar("Config")
 
+OTHERS_WAIT_SECONDS = 10.0
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -80,21 +84,42 @@ def run_script(
     a line on stderr. Any other error keeps its traceback.
 
     Raises:
-        SystemExit: with code 1 after such an error.
+        SystemExit: with code 1 after such an error; after an interrupt, which ends with a line too, with 128 and the number
+            of the signal.
     """
     config = parse_config(cls, arguments, first)
     if config is None:
         return
+    script = sys.modules[main.__module__].__file__
     try:
         main(config)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except KeyboardInterrupt as interrupt:
+        if _is_first_process():
+            print(f"\n{Path(script).name}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
+        raise SystemExit(128 + getattr(interrupt, "signal_number", signal.SIGINT)) from None
+    except Exception as error:
+        _let_the_first_process_speak()
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        script = sys.modules[main.__module__].__file__
         raised_in = Path(frame.f_code.co_filename).resolve()
-        if _PACKAGE not in raised_in.parents and raised_in != Path(script).resolve():
+        is_ours = _PACKAGE in raised_in.parents or raised_in == Path(script).resolve()
+        if not is_ours or not isinstance(error, ValueError | OSError | FloatingPointError):
             raise
-        print(f"{Path(script).name}: error: {error}", file=sys.stderr)
+        print(f"{Path(script).name}: error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
+
+
+def _is_first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _let_the_first_process_speak() -> None:
+    """Holds an error back in all processes but the first.
+
+    Mostly that has the same error, or it has one that this is the consequence of, a lost connection; and when a process
+    fails, the launcher ends the others.
+    """
+    if not _is_first_process():
+        time.sleep(OTHERS_WAIT_SECONDS)
 
 
 def refuse_unused(config: Any, names: Iterable[str], needed: str) -> None:
@@ -163,7 +188,7 @@ def to_command(config: Any, script: str) -> str:
 
 
 def _parser(cls: type) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         usage="%(prog)s [--OPTION VALUE ...]",  # the list of all of them would hide the message of an error
         description=cls.__doc__,
         allow_abbrev=False,
@@ -185,6 +210,12 @@ def _parser(cls: type) -> argparse.ArgumentParser:
         keywords = _argument(field.name, hints[field.name])
         group.add_argument(f"--{field.name}", *alias, dest=field.name, help=help, **keywords)
     return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        _let_the_first_process_speak()
+        super().error(message)
 
 
 class _HelpFormatter(argparse.HelpFormatter):

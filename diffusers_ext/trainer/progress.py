@@ -3,13 +3,17 @@
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from statistics import median
+from typing import TypeVar
 
 from tqdm.auto import tqdm
 
 from diffusers_ext.trainer.schedule import Budget
+
+
+Part = TypeVar("Part")
 
 
 class ProgressBar:
@@ -49,7 +53,7 @@ class ProgressBar:
     def _text(self, steps: int, seconds: float) -> str:
         end = "" if math.isinf(self._budget.max_steps) else f"/{self._budget.max_steps}"
         speed = self._speed or (steps - self._last[0]) / max(seconds - self._last[1], 1e-9)
-        left = min((self._budget.max_steps - steps) / max(speed, 1e-9), self._budget.max_seconds - seconds)
+        left = min((self._budget.max_steps - steps) / max(speed, 1e-9), self._budget.end_seconds - seconds)
         loss = "" if self._loss is None else f", loss {self._loss:.4f}"
         return (
             f"step {steps}{end}{loss}, {speed * self._images_per_step:.0f} images/s, "
@@ -58,6 +62,23 @@ class ProgressBar:
 
     def close(self):
         self._bar.close()
+
+
+def counting_bar(total: int, unit: str, *, enabled: bool = True) -> tqdm:
+    """A bar over work of which the amount is known; `update()` moves it on by one unit."""
+    return tqdm(
+        total=total,
+        desc=unit,
+        bar_format="{percentage:3.0f}%|{bar:24}| {desc} {n_fmt}/{total_fmt}, {remaining} left",
+        disable=not enabled,
+    )
+
+
+def counted(bar: tqdm, parts: Iterable[Part]) -> Iterator[Part]:
+    """The parts, with the bar moved on after each."""
+    for part in parts:
+        yield part
+        bar.update()
 
 
 _NOTHING = nullcontext()

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +16,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 
 from diffusers_ext import cards, hub
 from diffusers_ext.saved_folder import SavedFolder, loading_lines
+from diffusers_ext.trainer.checkpoints import list_checkpoints
 from diffusers_ext.trainer.config import TrainerConfig, resolve_for_machine, set_threads
 from diffusers_ext.trainer.data import ImageData, is_local
 from diffusers_ext.trainer.figures import draw_loss
@@ -28,17 +30,20 @@ from diffusers_ext.trainer.run_folder import (
     clear_output_dir,
     read_metrics,
 )
+from diffusers_ext.trainer.signals import Interrupted, sigterm_as_interrupt
 from diffusers_ext.trainer.stream import StreamData
+from diffusers_ext.trainer.trackers import installed_trackers
 
 
 def make_accelerator(config: TrainerConfig) -> Accelerator:
     """accelerate's engine for this machine, with as many CPU threads as there are cores to share."""
     config = resolve_for_machine(config)
+    trackers = installed_trackers(config.report_to)  # accelerate itself says nothing of those that are not
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
-        log_with=config.report_to,
+        log_with=trackers or None,
         project_config=ProjectConfiguration(config.output_dir, logging_dir=f"{config.output_dir}/logs"),
     )
     set_threads(config.num_threads, accelerator.num_processes)
@@ -52,10 +57,12 @@ def open_run(config: TrainerConfig, accelerator: Accelerator) -> Iterator[Callab
     Yields a function that claims the folder for the config as resolved; until it is called, nothing is written.
     """
     check_output_dir(config)
+    opened = False
     if config.push_to_hub and accelerator.is_main_process:
         prepare_repo(config)
 
     def open_folder(config: TrainerConfig):
+        nonlocal opened
         path = Path(config.output_dir)
         accelerator.wait_for_everyone()  # all have checked
         if accelerator.is_main_process:
@@ -64,14 +71,38 @@ def open_run(config: TrainerConfig, accelerator: Accelerator) -> Iterator[Callab
             path.mkdir(parents=True, exist_ok=True)
         if config.report_to:
             accelerator.init_trackers(config.tracker_project_name, config={"options": to_yaml(config)})
+        opened = True
         accelerator.wait_for_everyone()
 
     try:
-        yield open_folder
+        # Of several processes each dies of it at once, since one that waits for another would not come to an end.
+        with sigterm_as_interrupt(enabled=accelerator.num_processes == 1):
+            yield open_folder
     except SystemExit:  # after a signal all processes end together, so that none waits for another
         _end(accelerator)
         raise
+    except KeyboardInterrupt as interrupt:  # before the training or after it: while it lasts, a signal is a request
+        for tracker in accelerator.trackers:
+            tracker.finish()
+        number = getattr(interrupt, "signal_number", signal.SIGINT)
+        raise Interrupted(_interrupted(Path(config.output_dir), opened), number) from None
     _end(accelerator)
+
+
+def _interrupted(output_dir: Path, opened: bool) -> str:
+    """What is kept, and how to go on."""
+    checkpoints = list_checkpoints(output_dir)
+    if checkpoints and opened:
+        return (
+            f"interrupted: {output_dir} keeps {checkpoints[-1].name}; the same command with --resume_from_checkpoint latest "
+            "goes on from there, and makes what is missing"
+        )
+    if opened:
+        return (
+            f"interrupted before the first checkpoint, so {output_dir} keeps none; the same command with "
+            "--overwrite_output_dir starts again"
+        )
+    return f"interrupted before the training; nothing was written to {output_dir}, and the same command starts again"
 
 
 def _end(accelerator: Accelerator) -> None:
@@ -137,6 +168,7 @@ def finish_run(
     """
     config, output_dir, state = trainer.config, trainer.output_dir, trainer.state
     draw_loss(read_metrics(output_dir / METRICS_FILE), output_dir / "loss.png")
+    has_curve = (output_dir / "loss.png").exists()
     if hasattr(trainer.objective, "draw"):
         pictures = {**pictures, **(trainer.objective.draw(output_dir) or {})}
     repo_id = prepare_repo(config) if config.push_to_hub else None
@@ -161,7 +193,7 @@ def finish_run(
         "",
         f"trained for {state.step} steps, {state.position} images, {_duration(state.seconds)}; in {output_dir}:",
         *(f"  {name:<20} {shown}" for name, shown in pictures.items()),
-        "  loss.png             the loss curve; its numbers are in metrics.jsonl",
+        *(["  loss.png             the loss curve; its numbers are in metrics.jsonl"] if has_curve else []),
         "  README.md            the model card; the options are in train_config.yaml",
     ]
     if trainer.snapshots:

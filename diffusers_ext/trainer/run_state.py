@@ -31,7 +31,7 @@ class RunState:
         position: Images looked at, by all processes together; the next batch starts there.
         num_images: Of the data set, on which the meaning of a position depends; None for a stream.
         seconds: Time of the run, from the first step on, over all its parts.
-        warmup_seconds: `seconds` when the warm-up of the learning rate ended.
+        warmup_steps, warmup_seconds: `step` and `seconds` when the warm-up of the learning rate ended; None and 0 before.
         losses, norms, adversary_losses: Of each step since the last line of the log.
     """
 
@@ -39,10 +39,16 @@ class RunState:
     position: int = 0
     num_images: int | None = 0
     seconds: float = 0.0
+    warmup_steps: int | None = None
     warmup_seconds: float = 0.0
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
     adversary_losses: list[float] = field(default_factory=list)
+
+    @property
+    def warmup_end(self) -> tuple[int, float] | None:
+        """For `LearningRate.at`."""
+        return None if self.warmup_steps is None else (self.warmup_steps, self.warmup_seconds)
 
 
 def save_run(trainer: "Trainer", folder: Path) -> None:
@@ -102,6 +108,10 @@ def load_run(trainer: "Trainer", folder: Path) -> dict[str, Any] | None:
     trainer.accelerator.load_state(str(folder))
     for name, value in saved.items():
         setattr(trainer.state, name, value)
+    # A state without the step at which the warm-up ended is of a run whose warm-up was a number of steps.
+    warmup_steps = trainer.learning_rate.warmup_steps
+    if "warmup_steps" not in saved and trainer.state.step > warmup_steps:
+        trainer.state.warmup_steps = warmup_steps
     if trainer.average:
         average = scattered(load_file(folder / AVERAGE_FILE), like=trainer.average.state_dict())
         trainer.average.load_state_dict(average)

@@ -1,7 +1,8 @@
 """Pictures that a pipeline makes of itself. They draw from their own generators, so that training is none the wiser."""
 
+import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,16 @@ from PIL import Image
 
 from diffusers_ext.latents import decode_latents
 from diffusers_ext.trainer.denoising import DenoisingConfig
+from diffusers_ext.trainer.ending import EndingCost, seconds_of
 from diffusers_ext.trainer.figures import labelled_grid, save_picture
 from diffusers_ext.trainer.loop import Trainer
+from diffusers_ext.trainer.progress import counting_bar
 from diffusers_ext.trainer.run import save_whole
 
 
 MAX_ROWS = 16
+MIN_STEPS = 10
+MAX_TRIAL_SHARE = 0.01  # of a run's time: a step that takes more is not taken again to know better how long it takes
 
 
 def draw_samples(
@@ -32,7 +37,7 @@ def draw_samples(
     columns: int = 8,
     seed: int = 0,
     batch_size: int = 64,
-    **settings,
+    **settings: Any,
 ) -> Image.Image | None:
     """A grid of samples with one row for each label or text, or of as many rows as columns without either.
 
@@ -45,10 +50,9 @@ def draw_samples(
     Returns:
         The grid, as saved; None in the other processes.
     """
-    word, each = ("class_labels", labels) if prompts is None else ("prompt", prompts)
-    each = None if each is None else list(each)[:MAX_ROWS]
+    each, index, processes = _rows_of(labels, prompts), 0, 1
     rows = columns if each is None else len(each)
-    number, index, processes = rows * columns, 0, 1
+    number = rows * columns
     if accelerator is not None:
         index, processes = accelerator.process_index, accelerator.num_processes
     share = -(-number // processes)
@@ -58,9 +62,7 @@ def draw_samples(
     for start in range(0, share, batch_size):
         places = mine[start : start + batch_size]
         generators = [torch.Generator(pipe.device).manual_seed(seed + place) for place in places]
-        asked = {"batch_size": len(places)}
-        if each is not None:
-            asked = {word: [each[place // columns] for place in places]}
+        asked = _asked(each, [place // columns for place in places], is_text=prompts is not None)
         images.append(pipe(**asked, generator=generators, output_type="pt", **settings).images.float())
     images = torch.cat(images)
     if accelerator is not None:
@@ -72,6 +74,18 @@ def draw_samples(
     path.parent.mkdir(parents=True, exist_ok=True)
     save_picture(grid, path)
     return grid
+
+
+def _rows_of(labels: Sequence[int] | None, prompts: Sequence[str] | None) -> list[int] | list[str] | None:
+    each = labels if prompts is None else prompts
+    return None if each is None else list(each)[:MAX_ROWS]
+
+
+def _asked(each: Sequence | None, rows: Sequence[int], *, is_text: bool) -> dict[str, Any]:
+    """What a pipeline is asked for by pictures in these rows."""
+    if each is None:
+        return {"batch_size": len(rows)}
+    return {"prompt" if is_text else "class_labels": [each[row] for row in rows]}
 
 
 def log_image(accelerator: Accelerator, name: str, image: Image.Image | None, step: int) -> None:
@@ -145,6 +159,41 @@ def draw_while_training(
     log_image(trainer.accelerator, "samples", grid, trainer.state.step)
 
 
+def drawing_cost(
+    pipeline: Callable[[Trainer], AbstractContextManager[DiffusionPipeline]], rows: dict[str, Any], trainer: Trainer
+) -> EndingCost:
+    """Seconds of `save_and_draw`, from a few steps with the network as it is. Its arguments are those of that."""
+    config, accelerator = trainer.config, trainer.accelerator
+    each, is_text = _rows_of(rows.get("labels"), rows.get("prompts")), rows.get("prompts") is not None
+    number = (config.sample_columns if each is None else len(each)) * config.sample_columns
+    share = -(-number // accelerator.num_processes)
+    count = min(share, grid_settings(config)["batch_size"])
+    steps = config.num_inference_steps
+    # What is sampled in the end is loaded anew, and not compiled.
+    eager = torch.compiler.set_stance("force_eager") if config.compile else nullcontext()
+    with pipeline(trainer) as pipe, accelerator.autocast(), eager:
+
+        def seconds(places: int, num_inference_steps: int) -> float:
+            asked = _asked(each, [place // config.sample_columns for place in range(places)], is_text=is_text)
+            settings = {"guidance_scale": config.guidance_scale, "num_inference_steps": num_inference_steps}
+            return seconds_of(lambda: pipe(**asked, output_type="pt", **settings).images.cpu())
+
+        def seconds_of_batch(places: int) -> tuple[float, float]:
+            """Of a step, and of what is done once, such as decoding."""
+            first = seconds(places, 1)  # the first call of a shape makes ready what the next ones use
+            if first > MAX_TRIAL_SHARE * trainer.budget.max_seconds:
+                return first, 0.0
+            few = min(3, steps)
+            one = seconds(places, 1)
+            step = (seconds(places, few) - one) / (few - 1) if few > 1 else one
+            return max(step, 0.0), max(one - step, 0.0)
+
+        step, once = seconds_of_batch(count)
+        strip_step, _ = seconds_of_batch(1)
+    decoded = share + 2 * config.sample_columns  # the strip shows x_t and the predicted x_0
+    return EndingCost(fixed=once * decoded / count, scalable=steps * (step * share / count + strip_step))
+
+
 def save_and_draw(
     pipeline: Callable[[Trainer], AbstractContextManager[DiffusionPipeline]],
     rows: dict[str, Any],
@@ -152,6 +201,8 @@ def save_and_draw(
     **condition,
 ) -> None:
     """Saves the pipeline, and draws the sample grid, which the processes share, and the denoising strip, from it as saved.
+
+    In a run by time they are drawn in fewer steps, or with fewer columns, if the time is too short for all.
 
     Args:
         pipeline, rows: Of `draw_while_training`.
@@ -161,24 +212,51 @@ def save_and_draw(
     with pipeline(trainer) as pipe:
         if accelerator.is_main_process:
             save_whole(pipe, output_dir)
-    accelerator.print("drawing samples and the denoising of one of them ...", flush=True)
     accelerator.wait_for_everyone()
     pipe = DiffusionPipeline.from_pretrained(output_dir).to(accelerator.device)
     pipe.set_progress_bar_config(disable=True)
-    with accelerator.autocast():
-        grid = draw_samples(pipe, output_dir / "samples.png", accelerator=accelerator, **rows, **grid_settings(config))
+    settings = grid_settings(config)
+    steps, columns = fitting(trainer.ending.share(), config.num_inference_steps, config.sample_columns)
+    if (steps, columns) != (config.num_inference_steps, config.sample_columns):
+        accelerator.print(
+            f"drawing with {steps} of {config.num_inference_steps} steps and {columns} of {config.sample_columns} "
+            "columns, to end within --max_train_time"
+        )
+    settings |= {"num_inference_steps": steps, "columns": columns}
+    each = _rows_of(rows.get("labels"), rows.get("prompts"))
+    number = (columns if each is None else len(each)) * columns
+    batches = math.ceil(math.ceil(number / accelerator.num_processes) / settings["batch_size"])
+    bar = counting_bar((batches + 1) * steps, "drawing: step", enabled=accelerator.is_main_process)
+
+    def count(*_):
+        bar.update()
+
+    with accelerator.autocast(), closing(bar):
+        grid = draw_samples(
+            pipe, output_dir / "samples.png", accelerator=accelerator, callback_on_step_end=count, **rows, **settings
+        )
         log_image(accelerator, "samples", grid, trainer.state.step)
         if accelerator.is_main_process:
             draw_denoising(
                 pipe,
                 output_dir / "denoising.png",
                 **condition,
-                num_inference_steps=config.num_inference_steps,
+                num_inference_steps=steps,
                 guidance_scale=config.guidance_scale,
                 seed=config.seed,
+                callback_on_step_end=count,
             )
     # Ends the last gathering everywhere: a process that leaves during it can hang in gloo's destructor.
     accelerator.wait_for_everyone()
+
+
+def fitting(share: float, steps: int, columns: int) -> tuple[int, int]:
+    """Sampling steps and columns of a grid that take about this share of the time of all of them; at least a column.
+
+    First the steps become fewer, down to `MIN_STEPS`, with which a picture still shows something; then the columns.
+    """
+    fewer = max(math.floor(share * steps), min(MIN_STEPS, steps))
+    return fewer, max(1, min(columns, math.floor(columns * share * steps / fewer)))
 
 
 def grid_settings(config: DenoisingConfig) -> dict[str, Any]:

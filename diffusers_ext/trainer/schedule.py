@@ -7,6 +7,9 @@ import torch
 from diffusers.optimization import get_scheduler
 
 
+# The warm-up of a run that asks for none of its own: so many steps, and no more than this share of it.
+DEFAULT_WARMUP_STEPS, WARMUP_SHARE = 100, 0.1
+
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
 
@@ -24,6 +27,10 @@ def parse_duration(text: str) -> float:
 class Budget:
     """The end of a run: a number of optimizer steps, a number of seconds, or whichever comes first.
 
+    Attributes:
+        max_steps, max_seconds: As given; infinite, where not.
+        reserved: Seconds of `max_seconds` that are kept for what follows the training; see `end_seconds`.
+
     Raises:
         ValueError: if neither is given, or if one is not positive.
     """
@@ -36,14 +43,20 @@ class Budget:
                 raise ValueError(f"{name} must be positive, got {value:g}")
         self.max_steps = math.inf if max_steps is None else max_steps
         self.max_seconds = math.inf if max_seconds is None else max_seconds
+        self.reserved = 0.0
+
+    @property
+    def end_seconds(self) -> float:
+        """When the training ends."""
+        return self.max_seconds - self.reserved
 
     def progress(self, steps: int, seconds: float, start_steps: int = 0, start_seconds: float = 0.0) -> float:
         """The share in [0, 1] of the way from a start to the end that is behind a run of so many steps and seconds."""
         by_steps = _share(steps, start_steps, self.max_steps)
-        return min(1.0, max(by_steps, _share(seconds, start_seconds, self.max_seconds)))
+        return min(1.0, max(by_steps, _share(seconds, start_seconds, self.end_seconds)))
 
     def is_over(self, steps: int, seconds: float) -> bool:
-        return steps >= self.max_steps or seconds >= self.max_seconds
+        return steps >= self.max_steps or seconds >= self.end_seconds
 
 
 def _share(now: float, start: float, end: float) -> float:
@@ -61,7 +74,8 @@ class LearningRate:
     Args:
         name: One of `LR_SCHEDULERS`, with diffusers' curves.
         peak: Learning rate after the warm-up.
-        warmup_steps: Optimizer steps of the warm-up; step k (from 0) has (k + 1) / warmup_steps of the peak.
+        warmup_steps: Optimizer steps of the warm-up; step k (from 0) has (k + 1) / warmup_steps of the peak. None for
+            100 of them, or a tenth of the budget's steps or time if that is less.
         num_cycles, power: Of "cosine_with_restarts" and "polynomial".
     """
 
@@ -71,13 +85,15 @@ class LearningRate:
         peak: float,
         budget: Budget,
         *,
-        warmup_steps: int = 0,
+        warmup_steps: int | None = 0,
         num_cycles: int = 1,
         power: float = 1.0,
     ):
         if name not in LR_SCHEDULERS:
             raise ValueError(f"lr_scheduler must be one of {', '.join(LR_SCHEDULERS)}, got {name!r}")
-        self.peak, self.budget, self.warmup_steps = peak, budget, warmup_steps
+        self.peak, self.budget = peak, budget
+        self.warmup_share = WARMUP_SHARE if warmup_steps is None else math.inf
+        self.warmup_steps = default_warmup_steps(budget.max_steps) if warmup_steps is None else warmup_steps
         # With one step in all, diffusers' multiplier is a function of the progress in [0, 1].
         stand_in = torch.optim.SGD([torch.zeros(1)], lr=peak)
         curve = get_scheduler(
@@ -85,12 +101,27 @@ class LearningRate:
         )
         self._multiplier = curve.lr_lambdas[0]
 
-    def at(self, step: int, seconds: float, warmup_end_seconds: float = 0.0) -> float:
+    def is_warm(self, step: int, seconds: float) -> bool:
+        """Whether the warm-up is over when optimizer step `step` (from 0) begins, after so many seconds."""
+        return step >= self.warmup_steps or seconds >= self._warmup_seconds
+
+    @property
+    def _warmup_seconds(self) -> float:
+        return self.warmup_share * self.budget.end_seconds
+
+    def at(self, step: int, seconds: float, warmup_end: tuple[int, float] | None = None) -> float:
         """The learning rate of optimizer step `step` (from 0), which begins after so many seconds.
 
         Args:
-            warmup_end_seconds: When the warm-up ended; it does not matter before that.
+            warmup_end: The step and the seconds with which the warm-up ended, from which the decay goes on; None while it
+                lasts, or if it ended with its last step, at 0 seconds.
         """
-        if step < self.warmup_steps:
-            return self.peak * (step + 1) / self.warmup_steps
-        return self.peak * self._multiplier(self.budget.progress(step, seconds, self.warmup_steps, warmup_end_seconds))
+        if warmup_end is None and not self.is_warm(step, seconds):
+            return self.peak * min(1.0, max((step + 1) / self.warmup_steps, seconds / self._warmup_seconds))
+        start_steps, start_seconds = warmup_end or (self.warmup_steps, 0.0)
+        return self.peak * self._multiplier(self.budget.progress(step, seconds, start_steps, start_seconds))
+
+
+def default_warmup_steps(max_steps: float) -> int:
+    """Optimizer steps of the warm-up of a run of so many, if it does not say how many."""
+    return math.floor(min(DEFAULT_WARMUP_STEPS, WARMUP_SHARE * max_steps))

@@ -46,3 +46,29 @@ def catch_signals() -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class Interrupted(KeyboardInterrupt):
+    """An interrupt whose message says what is kept and how to go on; `signal_number` is what ended the work."""
+
+    def __init__(self, message: str, signal_number: int = signal.SIGINT):
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
+@contextmanager
+def sigterm_as_interrupt(enabled: bool = True) -> Iterator[None]:
+    """Lets SIGTERM raise `Interrupted`, so that what is under way is tidied up as it is after Ctrl-C."""
+    is_main_thread = threading.current_thread() is threading.main_thread()  # only that may set handlers
+    if not enabled or not is_main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def interrupt(signal_number, frame):
+        raise Interrupted("", signal_number)
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

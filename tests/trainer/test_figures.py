@@ -113,3 +113,21 @@ def test_loss_curve_is_drawn(tmp_path):
     blue = (curve[..., 2] > 120) & (curve[..., 0] < 100)
     assert blue.any(0).mean() > 0.6  # the curve runs through most columns
     assert curve.shape == one.shape
+
+
+@pytest.mark.parametrize("number", [1, 2, 5])
+def test_few_losses_are_points_that_can_be_seen(tmp_path, number):
+    """In the upper axes in the loss's colour, one blot for each, and in the lower ones in that of the learning rate."""
+    records = [{"step": 20 * (i + 1), "loss": 2.0 - i / 10, "learning_rate": 1e-3} for i in range(number)]
+    draw_loss(records, tmp_path / "loss.png")
+    picture = np.asarray(Image.open(tmp_path / "loss.png").convert("RGB")).astype(int)
+    for colour in ((31, 119, 180), (255, 127, 14)):  # matplotlib's C0 and C1
+        is_ink = (abs(picture - colour).max(-1) < 40).sum(0)
+        # The line of the legend, if any, is thinner than a point.
+        starts = (np.diff((is_ink >= 5).astype(int)) == 1).sum()
+        assert number <= starts <= number + 1, (colour, starts)
+
+
+def test_a_run_without_losses_has_no_curve(tmp_path):
+    draw_loss([], tmp_path / "loss.png")
+    assert not list(tmp_path.iterdir())

@@ -1,3 +1,4 @@
+import signal
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
@@ -6,6 +7,7 @@ import pytest
 import yaml
 
 from diffusers_ext.trainer.options import option, parse_config, read_yaml, run_script, to_command, to_yaml
+from diffusers_ext.trainer.signals import Interrupted
 
 
 @dataclass(frozen=True)
@@ -123,3 +125,20 @@ def test_an_error_for_the_user_ends_the_script_with_its_message_alone(capsys):
 def test_an_error_of_a_library_keeps_its_traceback():
     with pytest.raises(ValueError, match="Invalid literal for Fraction"):
         run_script(Config, lambda config: Fraction("no number"), [])
+
+
+@pytest.mark.parametrize(
+    "interrupt, line, code",
+    [
+        (KeyboardInterrupt(), "test_options.py: interrupted", 130),
+        (Interrupted("kept is all", signal.SIGTERM), "test_options.py: kept is all", 143),
+    ],
+)
+def test_an_interrupt_ends_the_script_with_a_line(interrupt, line, code, capsys):
+    def stop(config):
+        raise interrupt
+
+    stop.__module__ = __name__
+    with pytest.raises(SystemExit) as exit:
+        run_script(Config, stop, [])
+    assert exit.value.code == code and capsys.readouterr().err == f"\n{line}\n"

@@ -39,9 +39,29 @@ def test_decay_matches_diffusers_step_by_step(name):
 def test_decay_by_time_is_complete_when_the_time_is_up(name):
     rate = LearningRate(name, 1.0, Budget(max_seconds=100.0), warmup_steps=10)
     assert rate.at(4, 3.0) == 0.5
-    assert rate.at(10, 20.0, warmup_end_seconds=20.0) == 1.0
-    assert rate.at(1000, 60.0, warmup_end_seconds=20.0) == pytest.approx(0.5)
-    assert rate.at(9000, 100.0, warmup_end_seconds=20.0) == pytest.approx(0.0, abs=1e-12)
+    assert rate.at(10, 20.0, (10, 20.0)) == 1.0
+    assert rate.at(1000, 60.0, (10, 20.0)) == pytest.approx(0.5)
+    assert rate.at(9000, 100.0, (10, 20.0)) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_a_warm_up_that_is_left_open_is_a_tenth_of_a_short_run():
+    """At most 100 steps; whichever of steps and time comes first."""
+    for steps, expected in ((4, 0), (40, 4), (999, 99), (1200, 100), (10**6, 100)):
+        rate = LearningRate("constant", 1.0, Budget(steps), warmup_steps=None)
+        assert rate.warmup_steps == expected == sum(not rate.is_warm(step, 0.0) for step in range(min(steps, 200)))
+    rate = LearningRate("cosine", 1.0, Budget(max_seconds=100.0), warmup_steps=None)
+    assert rate.at(0, 0.0) == 0.01 and rate.at(3, 5.0) == 0.5 and rate.at(79, 5.0) == 0.8
+    assert not rate.is_warm(99, 9.9) and rate.is_warm(100, 1.0) and rate.is_warm(5, 10.0)
+    assert rate.at(5, 10.0, (5, 10.0)) == 1.0 and rate.at(9, 55.0, (5, 10.0)) == pytest.approx(0.5)
+    given = LearningRate("cosine", 1.0, Budget(max_seconds=100.0), warmup_steps=100)
+    assert given.at(49, 90.0) == 0.5 and not given.is_warm(99, 99.0)
+
+
+def test_time_that_is_reserved_ends_the_training_and_its_decay_earlier():
+    budget = Budget(max_seconds=100.0)
+    budget.reserved = 25.0
+    assert budget.end_seconds == 75.0 and budget.is_over(1, 75.0) and not budget.is_over(1, 74.9)
+    assert LearningRate("linear", 1.0, budget).at(9, 60.0) == pytest.approx(0.2)
 
 
 def test_whichever_end_is_nearer_decides():

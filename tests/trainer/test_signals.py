@@ -4,7 +4,7 @@ import time
 import pytest
 
 from diffusers_ext.trainer import signals
-from diffusers_ext.trainer.signals import catch_signals
+from diffusers_ext.trainer.signals import Interrupted, catch_signals, sigterm_as_interrupt
 
 
 def send(number):
@@ -37,3 +37,16 @@ def test_a_later_signal_does_what_it_always_does(monkeypatch):
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_sigterm_interrupts_and_is_the_default_again_afterwards():
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with pytest.raises(Interrupted) as interrupt, sigterm_as_interrupt():
+            send(signal.SIGTERM)
+            for _ in range(1000):  # the interpreter handles a signal between two instructions
+                pass
+        assert interrupt.value.signal_number == signal.SIGTERM and isinstance(interrupt.value, KeyboardInterrupt)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -65,11 +65,12 @@ def test_run_leaves_all_that_it_names(run):
 
 def test_saved_model_is_the_average_and_has_learned(run):
     vae = VAEModel.from_pretrained(run)
-    first, last = (read_metrics(run / "metrics.jsonl")[place]["loss"] for place in (0, -1))
+    losses = [record["loss"] for record in read_metrics(run / "metrics.jsonl")]
+    first, last = losses[0], float(np.mean(losses[-20:]))  # that of two steps is off by 0.3
     assert last < first - 0.3
     with torch.no_grad():
         bound = vae_likelihood(vae, digits("test"), levels=None, num_samples=4).bound.nats.mean() / 64
-    assert bound == pytest.approx(last, abs=0.15)  # nats a value, of images that it was not trained on
+    assert bound == pytest.approx(last, rel=0.06)  # nats a value, of images that it was not trained on
 
 
 def test_its_latents_have_mean_0_and_std_1_on_the_training_data(run):
