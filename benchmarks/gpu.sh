@@ -84,7 +84,7 @@ stage profile 50 "$python" benchmarks/bench_gpu_training.py "$out" profile
 stage graphs 60 "$python" benchmarks/bench_gpu_training.py "$out" graphs
 stage compiled_loop 110 "$python" benchmarks/bench_gpu_loop.py "$out" --compile
 
-grep -E "^(FAILED|ERROR) |passed|failed" "$log" | tail -n 40
+grep -E "^(FAILED|ERROR) | (FAILED|ERROR) +\[|[0-9] (passed|failed)" "$log" | tail -n 40
 "$python" benchmarks/gpu_results.py "$out"
 if ((${#failed[@]})); then
     printf 'failed: %s\n' "${failed[@]}" | tee -a "$log" >&2
