@@ -17,11 +17,15 @@ import torch
 from torch import Tensor
 
 from diffusers_ext.likelihood import transition_nats
-from diffusers_ext.noising import NoiseLevel, training_target, x0_error_scale
+from diffusers_ext.noising import NoiseLevel, NoiseSchedule, output_coefficients, training_target, x0_error_scale
 from diffusers_ext.reverse_chain import ReverseChain
 
 
 LOSS_WEIGHTINGS = ("uniform", "simple", "min_snr", "truncated_snr", "snr_plus_one", "p2", "sample")
+
+# The weighting of each prediction type where none is given: that under which the model's outputs at all noise levels are of
+# one size. For the score, whose size is 1 / sigma, equal weights would train the cleanest levels alone.
+DEFAULT_WEIGHTINGS = {"epsilon": "uniform", "sample": "uniform", "v_prediction": "uniform", "score": "simple"}
 
 # What is minimised: a weighted squared error; the bound; the first for the mean and the second for the variance.
 OBJECTIVES = ("simple", "vlb", "hybrid")
@@ -66,6 +70,22 @@ def loss_weight(
     return x0_weight * x0_error_scale(level, prediction_type)
 
 
+def trained_share(
+    schedule: NoiseSchedule, weighting: str, prediction_type: str, *, snr_gamma: float = 5.0, p2_gamma: float = 1.0
+) -> float:
+    """The share of the noise levels that the loss of an untrained model comes from, in (0, 1].
+
+    That is (sum L)^2 / (T sum L^2) for the loss L_t at each of T levels of a model that outputs zeros, on data of unit
+    variance: 1 if it is the same at all levels, 1 / T if it is all at one. Of a small share, the others learn little.
+    """
+    level = schedule.level(torch.arange(len(schedule)), torch.zeros(1, dtype=torch.float64))
+    a, b = output_coefficients(level, prediction_type)
+    weight = loss_weight(level, weighting, prediction_type, snr_gamma=snr_gamma, p2_gamma=p2_gamma)
+    loss = weight * (torch.as_tensor(a).square() + torch.as_tensor(b).square())
+    loss = (loss / loss.max()).nan_to_num(1.0)  # what is infinite has it all
+    return (loss.sum().square() / (len(schedule) * loss.square().sum())).item()
+
+
 def denoising_loss(
     output: Tensor,
     x0: Tensor,
@@ -73,17 +93,21 @@ def denoising_loss(
     level: NoiseLevel,
     prediction_type: str,
     *,
-    weighting: str = "uniform",
+    weighting: str | None = None,
     snr_gamma: float = 5.0,
     p2_gamma: float = 1.0,
 ) -> Tensor:
     """The weighted squared error of each sample, averaged over its elements, at least in float32; shape `(batch,)`.
+
+    The weighting is that of `DEFAULT_WEIGHTINGS` if none is given.
 
     Args:
         output: What the model gave at `add_noise(x0, eps, level)`.
         x0: Clean samples in [-1, 1], shape `(batch, ...)`, like `eps` and `output`.
         level: Noise level of each sample.
     """
+    if weighting is None:
+        weighting = DEFAULT_WEIGHTINGS[prediction_type]
     target = training_target(x0, eps, level, prediction_type)
     wide = torch.promote_types(target.dtype, torch.float32)
     error = (output.to(wide) - target).square().flatten(1).mean(1)

@@ -3,8 +3,15 @@ import torch
 
 from diffusers_ext.betas import make_betas
 from diffusers_ext.likelihood import optimal_variances, variational_bound
-from diffusers_ext.losses import LOSS_WEIGHTINGS, bound_loss, denoising_loss, loss_weight
-from diffusers_ext.noising import NoiseSchedule, add_noise, predict_eps, training_target
+from diffusers_ext.losses import (
+    DEFAULT_WEIGHTINGS,
+    LOSS_WEIGHTINGS,
+    bound_loss,
+    denoising_loss,
+    loss_weight,
+    trained_share,
+)
+from diffusers_ext.noising import PREDICTION_TYPES, NoiseSchedule, add_noise, predict_eps, training_target
 from diffusers_ext.reverse_chain import ReverseChain
 from gaussian_oracle import VARIANCE, model_output, optimal_variance
 
@@ -105,7 +112,8 @@ def test_uniform_loss_is_the_mean_squared_error_of_the_output(schedule, batch, p
     level = schedule.level(timesteps, x0)
     target = training_target(x0, eps, level, prediction_type)
     expected = torch.nn.functional.mse_loss(guess, target, reduction="none").mean((1, 2, 3))
-    torch.testing.assert_close(denoising_loss(guess, x0, eps, level, prediction_type), expected)
+    loss = denoising_loss(guess, x0, eps, level, prediction_type, weighting="uniform")
+    torch.testing.assert_close(loss, expected)
 
 
 def test_loss_of_a_bf16_output_is_computed_in_float32(schedule, batch):
@@ -188,3 +196,36 @@ def test_learned_variances_converge_to_the_optimal_ones():
         noise=lambda i: eps[:4],
     )
     torch.testing.assert_close(measured, best, rtol=1e-9, atol=0)
+
+
+def test_every_prediction_type_has_a_default_weighting_that_trains_all_levels(schedule):
+    assert tuple(DEFAULT_WEIGHTINGS) == PREDICTION_TYPES
+    for prediction_type, weighting in DEFAULT_WEIGHTINGS.items():
+        assert trained_share(schedule, weighting, prediction_type) > 0.9
+
+
+def test_the_default_loss_of_a_score_is_that_of_its_noise(schedule, batch):
+    x0, eps, _, timesteps = batch
+    level, guess = schedule.level(timesteps, x0), torch.zeros_like(x0)
+    torch.testing.assert_close(
+        denoising_loss(guess, x0, eps, level, "score"), denoising_loss(guess, x0, eps, level, "epsilon")
+    )
+
+
+@pytest.mark.parametrize(
+    "weighting, prediction_type, share",
+    [
+        ("uniform", "epsilon", 1.0),
+        ("simple", "score", 1.0),
+        ("uniform", "v_prediction", 1.0),
+        ("uniform", "score", 0.007),
+        ("simple", "sample", 0.007),
+    ],
+)
+def test_the_share_of_levels_that_a_loss_trains(schedule, weighting, prediction_type, share):
+    """By hand for the score, whose squared size is 1 / sigma^2: (mean sigma^-2)^2 / mean sigma^-4."""
+    found = trained_share(schedule, weighting, prediction_type)
+    assert found == pytest.approx(share, rel=0.1)
+    if (weighting, prediction_type) == ("uniform", "score"):
+        size = schedule.sigma[:-1] ** -2
+        assert found == pytest.approx((size.mean() ** 2 / (size**2).mean()).item(), rel=1e-6)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from diffusers.utils import DummyObject
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from torch import Tensor
@@ -29,6 +30,7 @@ from diffusers_ext.metrics.real import CHANNEL_MODES, RealImages
 from diffusers_ext.pipelines.pipeline_guided_diffusion import GuidedDiffusionPipeline
 from diffusers_ext.pipelines.pipeline_text_guided_diffusion import DEFAULT_GUIDANCE_SCALE, TextGuidedDiffusionPipeline
 from diffusers_ext.pixels import open_picture, to_array
+from diffusers_ext.schedulers.samplers import check_sampler
 from diffusers_ext.trainer.data import allowed_faults, describe_fault
 from diffusers_ext.trainer.images import fit
 
@@ -58,7 +60,8 @@ def load_pipeline(name: str, scheduler: str | None = None) -> diffusers.Diffusio
         scheduler: Class of diffusers or of this package to sample with, made from the config of the pipeline's own.
 
     Raises:
-        ValueError: if there is no such pipeline or scheduler.
+        ValueError: if there is no such pipeline or scheduler, or the scheduler is for models of another path.
+        ImportError: if the scheduler needs a library that is not installed.
     """
     if not Path(name).is_dir():
         try:
@@ -73,9 +76,14 @@ def load_pipeline(name: str, scheduler: str | None = None) -> diffusers.Diffusio
         raise ValueError(f"{name} is no folder here, and cannot be had from the Hub: {error}") from error
     if scheduler is not None:
         scheduler_class = getattr(diffusers_ext, scheduler, None) or getattr(diffusers, scheduler, None)
+        if isinstance(scheduler_class, DummyObject):
+            scheduler_class.from_config()  # raises an error that says which library it needs
         if not (isinstance(scheduler_class, type) and issubclass(scheduler_class, diffusers.SchedulerMixin)):
             raise ValueError(f"scheduler must be a scheduler class of diffusers or diffusers_ext, got {scheduler}")
-        pipeline.register_modules(scheduler=scheduler_class.from_config(pipeline.scheduler.config))
+        sampler = scheduler_class.from_config(pipeline.scheduler.config)
+        if hasattr(pipeline.scheduler, "alphas_cumprod"):  # so the model is one of a path that betas give
+            check_sampler(sampler, type(pipeline).__name__)
+        pipeline.register_modules(scheduler=sampler)
     return pipeline
 
 

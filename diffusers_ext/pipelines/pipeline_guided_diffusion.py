@@ -28,7 +28,8 @@ class GuidedDiffusionPipeline(LabelledMixin, InversionMixin, SamplingMixin, From
 
     Args:
         denoiser: `UNetModel`, `DiTModel`, or a model of diffusers that is called `model(x_t, timestep, class_labels=)`.
-        scheduler: Any scheduler of this package or of diffusers.
+        scheduler: Any scheduler of this package or of diffusers that goes from noise to data on the path of betas that the
+            denoiser was trained on; others are refused.
         vae: `VAEModel` or an autoencoder of diffusers, for models trained on latents; `None` for models of pixels.
         guider: How conditional and unconditional predictions are combined, if not by `guidance_scale`.
         classifier: `NoisyClassifierModel`, for `ClassifierGuidance`.

@@ -32,7 +32,8 @@ class TextGuidedDiffusionPipeline(SamplingMixin, FromPipeMixin, DiffusionPipelin
     Args:
         denoiser: `UNetModel` or `DiTModel` with a `cross_attention_dim`, or a model of diffusers that is called
             `model(x_t, timestep, encoder_hidden_states=)`.
-        scheduler: Any scheduler of this package or of diffusers.
+        scheduler: Any scheduler of this package or of diffusers that goes from noise to data on the path of betas that the
+            denoiser was trained on; others are refused.
         tokenizer: Of transformers, for `text_encoder`. Without the two, the call takes `prompt_embeds`.
         text_encoder: Of transformers: CLIP's text model, T5's encoder, or any model whose output has a
             `last_hidden_state` of the denoiser's `cross_attention_dim`.

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from diffusers import LMSDiscreteScheduler
 from diffusers.guiders import BaseGuidance
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
@@ -21,6 +22,7 @@ from diffusers_ext.pipelines.checks import check_outputs
 from diffusers_ext.pipelines.image_inputs import ImageInput, encode_image, mask_to_tensor
 from diffusers_ext.pipelines.inpainting import KnownPixels, check_resampling, mask_of_latents
 from diffusers_ext.schedulers.levels import noise_level
+from diffusers_ext.schedulers.samplers import check_sampler, check_timesteps
 
 
 class TrajectoryPoint(NamedTuple):
@@ -50,6 +52,12 @@ class SamplingMixin:
     """
 
     _callback_tensor_inputs = ["latents"]
+
+    def __setattr__(self, name: str, value: Any):
+        # Here every scheduler comes by, of the constructor, of `register_modules` and assigned.
+        if name == "scheduler" and value is not None:
+            check_sampler(value, type(self).__name__)
+        super().__setattr__(name, value)
 
     def _sample(
         self,
@@ -209,18 +217,33 @@ class SamplingMixin:
 
     def _set_timesteps(self, num_inference_steps: int, timesteps, strength: float, device) -> Tensor:
         """The timesteps to visit: the last ones, if it does not start from noise."""
-        scheduler = self.scheduler
-        if timesteps is None:
-            scheduler.set_timesteps(num_inference_steps, device=device)
-        elif "timesteps" in inspect.signature(scheduler.set_timesteps).parameters:
-            scheduler.set_timesteps(timesteps=timesteps, device=device)
-        else:
-            raise ValueError(f"{type(scheduler).__name__} takes no timesteps; give num_inference_steps")
+        scheduler, name = self.scheduler, type(self.scheduler).__name__
+        options = {"num_inference_steps": num_inference_steps} if timesteps is None else {"timesteps": timesteps}
+        if timesteps is not None and "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
+            raise ValueError(f"{name} takes no timesteps; give num_inference_steps")
+        num_steps = num_inference_steps if timesteps is None else len(timesteps)
+        try:
+            scheduler.set_timesteps(**options, device=device)
+        except (ValueError, IndexError) as error:
+            raise ValueError(
+                f"{name} cannot make {num_steps} steps; take another number or scheduler: {error}"
+            ) from error
+        check_timesteps(scheduler, num_steps)
         if strength == 1:
             return scheduler.timesteps
-        num_steps = num_inference_steps if timesteps is None else len(timesteps)
+        order = scheduler.order
+        # Solvers of a higher order visit some timesteps in pairs, all but the last or the first.
+        if len(scheduler.timesteps) not in (num_steps * order, num_steps * order - order + 1):
+            raise ValueError(
+                f"strength must be 1 for {name}, whose {len(scheduler.timesteps)} timesteps for {num_steps} steps cannot be "
+                f"entered in the middle, got {strength}; take DPMSolverMultistepScheduler or ExtDDIMScheduler"
+            )
         # The small number is for shares such as 0.29, of which 100 are 28.999... in floating point.
-        first = (num_steps - int(num_steps * strength + 1e-6)) * scheduler.order
+        first = (num_steps - int(num_steps * strength + 1e-6)) * order
+        if isinstance(scheduler, LMSDiscreteScheduler):
+            # It counts the steps that it remembers from the start of its list, which so has to be the first visited one.
+            scheduler.timesteps, scheduler.sigmas = scheduler.timesteps[first:], scheduler.sigmas[first:]
+            return scheduler.timesteps
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(first)
         return scheduler.timesteps[first:]

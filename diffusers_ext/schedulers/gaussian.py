@@ -1,8 +1,8 @@
 """What the schedulers of a Gaussian noising path share: config, timesteps, noising and the arithmetic of a step."""
 
 import warnings
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,14 +20,12 @@ from diffusers_ext.schedulers.coefficients import (
     weighted_sum,
     wide,
 )
+from diffusers_ext.schedulers.sources import PATH_KEYS, read_model
 from diffusers_ext.timesteps import TIMESTEP_SPACINGS, check_timesteps, make_timesteps
 
 
 # Of these the classes of diffusers make the betas themselves; the others are handed to them as `trained_betas`.
 COMMON_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
-
-# What the model was trained on, whatever samples it.
-PATH_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
 
 # Samplers start from N(0, 1), so the noisiest level should have next to no signal left.
 LARGE_ALPHA_BAR = 0.01
@@ -40,6 +38,15 @@ class GaussianSchedulerMixin:
     _stock_beta_schedules: tuple[str, ...] = COMMON_BETA_SCHEDULES
 
     # Construction.
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: Mapping[str, Any], **kwargs) -> tuple[dict, dict, dict]:
+        """What `from_config` hands to `__init__`: also what the source was left to by default, if it is the model's.
+
+        Raises:
+            ValueError: If the config is that of a model of another path.
+        """
+        return super().extract_init_dict(read_model(config_dict, cls, kwargs), **kwargs)
 
     def _setup(self) -> None:
         """Builds everything from `self.config`, refusing what cannot work."""

@@ -10,8 +10,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from diffusers_ext.noising import NoiseLevel, NoiseSchedule
-from diffusers_ext.schedulers.gaussian import PATH_KEYS
 from diffusers_ext.schedulers.scheduling_ddpm import ExtDDPMScheduler
+from diffusers_ext.schedulers.sources import PATH_KEYS
 
 
 # Of alpha_bar; what float32 tables and clamps at zero signal leave of equal paths.

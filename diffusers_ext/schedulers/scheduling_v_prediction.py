@@ -17,8 +17,9 @@ class VPredictionScheduler(ExtDDIMScheduler):
 
     The defaults are those that Lin et al. 2023 (arXiv 2305.08891) recommend, and the deterministic step is a rotation
     of (x_t, v) by the angle between the levels (Salimans & Ho 2022, Appendix D): no division, so nothing grows where
-    alpha_bar_T = 0. Of configs of other schedulers it takes what was set there explicitly, for instance Stable
-    Diffusion 2.1-v's `rescale_betas_zero_snr=False`.
+    alpha_bar_T = 0. Of another scheduler's config it takes all that belongs to the model, such as Stable Diffusion
+    2.1-v's `rescale_betas_zero_snr=False`, and what was set explicitly of the rest. A config that does not say
+    "v_prediction" means "epsilon", as everywhere in diffusers.
 
     Args: as `ExtDDIMScheduler`; `prediction_type` must be "v_prediction".
 
@@ -48,7 +49,8 @@ class VPredictionScheduler(ExtDDIMScheduler):
     ):
         if prediction_type != "v_prediction":
             raise ValueError(
-                f"prediction_type must be 'v_prediction', got {prediction_type!r}; use ExtDDIMScheduler for the others"
+                f"prediction_type must be 'v_prediction', got {prediction_type!r}; use ExtDDIMScheduler for the others, "
+                "or pass prediction_type='v_prediction' if the model predicts v and its config does not say so"
             )
         # Other classes have other defaults for these, so `from_config` must hand them on.
         self._register_explicitly(

@@ -9,7 +9,7 @@ from diffusers import ModelMixin
 
 from diffusers_ext.betas import BETA_SCHEDULES
 from diffusers_ext.guidance import check_guidance_scale
-from diffusers_ext.losses import LOSS_WEIGHTINGS, OBJECTIVES
+from diffusers_ext.losses import DEFAULT_WEIGHTINGS, LOSS_WEIGHTINGS, OBJECTIVES
 from diffusers_ext.models.dit import DiTModel
 from diffusers_ext.models.unet import UNetModel
 from diffusers_ext.noising import PREDICTION_TYPES
@@ -55,8 +55,10 @@ class DenoisingConfig(NetworkConfig):
         "the variance",
     )
     vlb_weight: float = option(1e-3, "weight of the bound, in nats per dimension, in hybrid")
-    loss_weighting: Literal[LOSS_WEIGHTINGS] = option(
-        "uniform", "weight of the noise levels in the squared error; see diffusers_ext.losses"
+    loss_weighting: Literal[LOSS_WEIGHTINGS] | None = option(
+        None,
+        "weight of the noise levels in the squared error, see diffusers_ext.losses; by default simple for score and "
+        "uniform for the others",
     )
     snr_gamma: float = option(5.0, "where min_snr cuts off")
     p2_gamma: float = option(1.0, "exponent of p2")
@@ -81,6 +83,9 @@ class DenoisingConfig(NetworkConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.loss_weighting is None:  # resolved here, so that a run's options say what it was
+            default = "uniform" if self.objective == "vlb" else DEFAULT_WEIGHTINGS.get(self.prediction_type, "uniform")
+            object.__setattr__(self, "loss_weighting", default)
         for name in ("num_inference_steps", "sample_columns", "eval_batch_size", "snr_gamma", "vlb_weight"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import warnings
 from pathlib import Path
 
 import torch
@@ -9,7 +10,14 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from diffusers_ext.likelihood import bits_per_dim
-from diffusers_ext.losses import LOSS_WEIGHTINGS, OBJECTIVES, bound_loss, denoising_loss
+from diffusers_ext.losses import (
+    DEFAULT_WEIGHTINGS,
+    LOSS_WEIGHTINGS,
+    OBJECTIVES,
+    bound_loss,
+    denoising_loss,
+    trained_share,
+)
 from diffusers_ext.noising import PREDICTION_TYPES, NoiseSchedule, add_noise
 from diffusers_ext.reverse_chain import ReverseChain
 from diffusers_ext.trainer.figures import draw_loss_by_snr
@@ -21,6 +29,9 @@ from diffusers_ext.whole_files import written_whole
 HISTORY_LENGTH = 10
 # Share of the timesteps that stay uniform, so that none whose losses happened to be small is never seen again.
 UNIFORM_SHARE = 0.001
+
+# Of the noise levels, below which the loss is said to be on too few.
+SMALL_SHARE = 0.05
 
 # What a batch may have, beside labels, that the model is called with: texts, encoded or in tokens.
 TEXT_CONDITIONS = ("encoder_hidden_states", "encoder_attention_mask", "input_ids", "attention_mask")
@@ -43,7 +54,8 @@ class DenoisingObjective(nn.Module):
             variational bound, in nats per dimension, of a model that learns the variance too. "hybrid": "simple" for
             the mean, and `vlb_weight` times "vlb" for the variance alone (Nichol & Dhariwal 2021). The model has twice
             the channels for the last two, for the variance "learned_range".
-        weighting: Of the squared error, one of `diffusers_ext.losses.LOSS_WEIGHTINGS`; not for "vlb".
+        weighting: Of the squared error, one of `diffusers_ext.losses.LOSS_WEIGHTINGS`; by default that of the prediction
+            type. Not for "vlb".
         snr_gamma, p2_gamma: Of the weightings "min_snr" and "p2".
         vlb_weight: Weight of the bound in "hybrid".
         importance_sampling: Draw timestep t with a probability p_t in proportion to the root of the second moment of
@@ -62,7 +74,7 @@ class DenoisingObjective(nn.Module):
         prediction_type: str,
         *,
         objective: str = "simple",
-        weighting: str = "uniform",
+        weighting: str | None = None,
         snr_gamma: float = 5.0,
         p2_gamma: float = 1.0,
         vlb_weight: float = 1e-3,
@@ -71,6 +83,8 @@ class DenoisingObjective(nn.Module):
         accelerator: Accelerator | None = None,
     ):
         super().__init__()
+        if weighting is None:
+            weighting = "uniform" if objective == "vlb" else DEFAULT_WEIGHTINGS.get(prediction_type, "uniform")
         for name, value, known in (
             ("prediction_type", prediction_type, PREDICTION_TYPES),
             ("objective", objective, OBJECTIVES),
@@ -84,6 +98,8 @@ class DenoisingObjective(nn.Module):
             raise ValueError(f"vlb_weight must be positive, got {vlb_weight}")
         self.schedule, self.prediction_type, self.objective = schedule, prediction_type, objective
         self.weights = {"weighting": weighting, "snr_gamma": snr_gamma, "p2_gamma": p2_gamma}
+        if objective != "vlb":
+            self._warn_of_few_levels()
         self.vlb_weight, self.importance_sampling, self.num_bins = vlb_weight, importance_sampling, num_bins
         self.accelerator = accelerator
         self.chain = ReverseChain(schedule) if self.learns_variance else None
@@ -97,6 +113,16 @@ class DenoisingObjective(nn.Module):
         if importance_sampling:
             self.register_buffer("loss_history", torch.zeros(length, HISTORY_LENGTH))
             self.register_buffer("loss_count", torch.zeros(length, dtype=torch.int64))
+
+    def _warn_of_few_levels(self) -> None:
+        share = trained_share(self.schedule, prediction_type=self.prediction_type, **self.weights)
+        if share < SMALL_SHARE:
+            warnings.warn(
+                f"loss_weighting {self.weights['weighting']} with prediction_type {self.prediction_type} puts the loss on "
+                f"{share:.1%} of the noise levels, so that a model learns next to nothing at the others; the default for "
+                f"{self.prediction_type} is {DEFAULT_WEIGHTINGS[self.prediction_type]}",
+                stacklevel=3,
+            )
 
     @property
     def learns_variance(self) -> bool:
@@ -135,7 +161,7 @@ class DenoisingObjective(nn.Module):
         if self.objective != "vlb":
             loss = denoising_loss(prediction, x0, eps, level, self.prediction_type, **self.weights)
         if self.objective == "vlb" or self.weights["weighting"] != "uniform":
-            error = denoising_loss(prediction.detach(), x0, eps, level, self.prediction_type)
+            error = denoising_loss(prediction.detach(), x0, eps, level, self.prediction_type, weighting="uniform")
         else:
             error = loss.detach()
         if not self.learns_variance:

@@ -144,7 +144,7 @@ def test_our_defaults_reach_other_classes():
 
 
 def test_v_prediction_takes_a_stable_diffusion_config():
-    """2.1-v sets prediction_type alone; what a config leaves at its default becomes ours."""
+    """2.1-v sets prediction_type alone; of the choices of sampling, what a config leaves at its default becomes ours."""
     stock = DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -158,7 +158,9 @@ def test_v_prediction_takes_a_stable_diffusion_config():
     )
     ours = VPredictionScheduler.from_config(stock.config)
     assert visible(ours) == visible(stock) | {"beta_reference_timesteps": None}
-    assert VPredictionScheduler.from_config(DDIMScheduler().config).config.timestep_spacing == "trailing"
+    unset = VPredictionScheduler.from_config(DDIMScheduler(prediction_type="v_prediction").config)
+    assert unset.config.timestep_spacing == "trailing"  # a choice of sampling
+    assert unset.config.rescale_betas_zero_snr is False  # of the model
 
 
 def test_stock_keys_and_defaults_are_all_there():

@@ -1,6 +1,7 @@
 """The loss of a batch, the timesteps it is drawn at, and the record it keeps."""
 
 import csv
+import warnings
 from collections import defaultdict, deque
 from types import SimpleNamespace
 
@@ -11,8 +12,8 @@ from accelerate import Accelerator, debug_launcher
 from safetensors.torch import load_file, save_file
 
 from diffusers_ext.betas import make_betas, rescale_zero_terminal_snr
-from diffusers_ext.losses import bound_loss, denoising_loss
-from diffusers_ext.noising import NoiseSchedule, add_noise
+from diffusers_ext.losses import DEFAULT_WEIGHTINGS, bound_loss, denoising_loss
+from diffusers_ext.noising import PREDICTION_TYPES, NoiseSchedule, add_noise
 from diffusers_ext.reverse_chain import ReverseChain
 from diffusers_ext.trainer.objective import DenoisingObjective
 from runs import forget_accelerate
@@ -300,3 +301,15 @@ def test_a_model_with_the_wrong_channels_is_refused():
         make_objective(objective="hybrid")(model, make_batch(0))
     with pytest.raises(ValueError, match=r"simple needs a model whose output has the channels of its input"):
         make_objective()(learned_model, make_batch(0))
+
+
+def test_a_weighting_that_trains_few_levels_is_warned_of_and_is_nobodys_default():
+    schedule = NoiseSchedule(make_betas("linear", 1000))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        defaults = {name: DenoisingObjective(schedule, name).weights["weighting"] for name in PREDICTION_TYPES}
+    assert defaults == DEFAULT_WEIGHTINGS
+    with pytest.warns(
+        UserWarning, match="uniform with prediction_type score puts the loss on 0.7% .* score is simple"
+    ):
+        DenoisingObjective(schedule, "score", weighting="uniform")

@@ -1,0 +1,149 @@
+"""Whether a scheduler, of this package or of diffusers, can sample a model of ours, and with these timesteps.
+
+All is read from what the scheduler does: its levels, its timesteps, what its step asks for. A list of names would not
+know the next class of diffusers.
+"""
+
+import inspect
+import warnings
+
+import numpy as np
+from diffusers import LCMScheduler, PNDMScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import Tensor
+
+from diffusers_ext.noising import PREDICTION_TYPES
+from diffusers_ext.schedulers.gaussian import GaussianSchedulerMixin
+from diffusers_ext.schedulers.levels import PATH_TOLERANCE, path_difference
+from diffusers_ext.schedulers.sources import PATH_KEYS, defaults_of, is_flow, kind_of_model
+
+
+# How far a timestep may be, as a share of all, from the level of noise that its step is made at. Schedulers round, cut
+# the list of sigmas at its ends and leave out the last level; those that ask the model another question are off by more.
+LEVEL_TOLERANCE = 0.02
+
+# How far PNDM's own step may be from the distance of its timesteps, as a share.
+SPACING_TOLERANCE = 0.1
+
+# What a step is called with, beside options that it takes by name.
+STEP_ARGUMENTS = ("model_output", "timestep", "sample")
+
+
+def check_sampler(scheduler: SchedulerMixin, user: str) -> None:
+    """Refuses a scheduler that does not sample, from noise to data, models of the path that its config says.
+
+    Args:
+        user: Who was to use it, for the error.
+
+    Raises:
+        ValueError: with both names and the kind of model that the scheduler is for.
+    """
+    name, config = type(scheduler).__name__, scheduler.config
+    alpha_bar = getattr(scheduler, "alphas_cumprod", None)
+    if not isinstance(alpha_bar, Tensor) or is_flow(config):
+        raise ValueError(
+            f"scheduler must have a Gaussian path given by betas for {user}, got {name}, which is for "
+            f"{kind_of_model(name, config)}; take ExtDDIMScheduler or another one with alphas_cumprod"
+        )
+    prediction_type = config.get("prediction_type", "epsilon")
+    if prediction_type not in PREDICTION_TYPES:
+        raise ValueError(
+            f"prediction_type must be one of {', '.join(PREDICTION_TYPES)} for {user}, got {prediction_type!r} of {name}"
+        )
+    timesteps = getattr(scheduler, "timesteps", None)
+    if isinstance(timesteps, Tensor) and len(timesteps) > 1 and timesteps[0] < timesteps[-1]:
+        raise ValueError(
+            f"scheduler must go from noise to data for {user}, got {name}, which goes from data to noise; for that there "
+            "is the pipeline's invert"
+        )
+    more = _asked_for(scheduler)
+    if more:
+        raise ValueError(
+            f"scheduler must be one whose step is called with the model's output alone for {user}, got {name}, whose asks "
+            f"for {', '.join(more)} too; take ExtDDIMScheduler or ExtDDPMScheduler"
+        )
+    _check_levels(scheduler, user)
+    if isinstance(scheduler, LCMScheduler):
+        warnings.warn(
+            f"{name} is for models that were distilled to consistency: each step goes back to new noise from the predicted "
+            "x_0, which of any other model has too little variance; if this model was not, take another scheduler",
+            stacklevel=4,
+        )
+
+
+def check_timesteps(scheduler: SchedulerMixin, num_inference_steps: int) -> None:
+    """Refuses timesteps, as set, at which the scheduler has no numbers or is at another level than the model is told.
+
+    Raises:
+        ValueError: with what to do.
+    """
+    name = type(scheduler).__name__
+    for key in ("timesteps", "sigmas"):
+        value = getattr(scheduler, key, None)
+        if isinstance(value, Tensor) and not value.isfinite().all():
+            raise ValueError(
+                f"{name} has {key} that are not finite with {num_inference_steps} steps: take another "
+                "num_inference_steps, timestep_spacing or scheduler"
+            )
+    if isinstance(scheduler, PNDMScheduler):
+        _check_spacing(scheduler)
+    sigmas, order = getattr(scheduler, "sigmas", None), getattr(scheduler, "order", 1)
+    if not isinstance(sigmas, Tensor) or len(sigmas) < len(scheduler.timesteps):
+        return
+    told = scheduler.timesteps[::order].cpu().double().numpy()  # between them are points of the solver's own
+    alpha_bar = scheduler.alphas_cumprod.cpu().double().numpy()
+    with np.errstate(divide="ignore"):
+        levels = np.log1p(-alpha_bar) - np.log(alpha_bar)
+        at = 2 * np.log(sigmas[::order][: len(told)].cpu().double().numpy())
+    distance = np.abs(np.interp(at, levels, np.arange(len(levels))) - told)
+    worst = distance.argmax()
+    if distance[worst] > max(4, LEVEL_TOLERANCE * len(levels)):
+        raise ValueError(
+            f"{name} would tell the model the timestep {told[worst]:.4g} where its own level of noise is that of another, "
+            f"{told[worst] + distance[worst]:.4g} or {told[worst] - distance[worst]:.4g}: it is set for a model of another "
+            "conditioning (interpolation_type or timestep_type of its config)"
+        )
+
+
+def _check_spacing(scheduler: PNDMScheduler) -> None:
+    """Refuses timesteps that PNDM does not follow: it steps by T // n, whatever its list says."""
+    length, number = scheduler.config.num_train_timesteps, scheduler.num_inference_steps
+    step, listed = length // number, (length - 1) / max(number - 1, 1)
+    if scheduler.config.timestep_spacing == "linspace" and abs(listed - step) > SPACING_TOLERANCE * step:
+        raise ValueError(
+            f"PNDMScheduler steps by {step} timesteps with {number} steps, and those of 'linspace' are {listed:.0f} apart: "
+            "take more steps, another timestep_spacing or DPMSolverMultistepScheduler"
+        )
+
+
+def _asked_for(scheduler: SchedulerMixin) -> list[str]:
+    """Arguments of `step` without which it cannot be made, or is made to a wrong level."""
+    parameters = inspect.signature(scheduler.step).parameters.values()
+    required = [
+        each.name
+        for each in parameters
+        if each.default is each.empty and each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
+    ]
+    # Without it the step is one of the training's, whatever the list of timesteps.
+    spaced = ["prev_timestep"] if any(each.name == "prev_timestep" for each in parameters) else []
+    return [name for name in (*required, *spaced) if name not in STEP_ARGUMENTS]
+
+
+def _check_levels(scheduler: SchedulerMixin, user: str) -> None:
+    """Refuses levels of noise that are not those of the path in the scheduler's own config."""
+    if isinstance(scheduler, GaussianSchedulerMixin):
+        return  # made of it
+    name, config = type(scheduler).__name__, scheduler.config
+    keys = (*PATH_KEYS, "trained_betas", "rescale_betas_zero_snr")
+    path = {key: config[key] for key in keys if config.get(key) is not None}
+    try:
+        difference = path_difference(path, scheduler)
+    except ValueError:  # a schedule of diffusers that has no name here
+        return
+    if difference > PATH_TOLERANCE:
+        unread = [key for key in path if key not in defaults_of(type(scheduler))]
+        reason = f"does not read {', '.join(unread)}" if unread else "changes the betas in a way of its own"
+        raise ValueError(
+            f"scheduler must have the levels of noise that its config says for {user}, got {name}, which {reason}: its "
+            f"alpha_bar is off by up to {difference:.2g}; take ExtDDIMScheduler or another one that does not"
+        )
