@@ -26,8 +26,8 @@ from PIL import Image
 
 from diffusers_ext import GuidedDiffusionPipeline, NoisyClassifierModel
 from diffusers_ext.guidance import guided_steps
-from diffusers_ext.metrics.evaluation import Evaluator
-from diffusers_ext.metrics.generate import balanced_labels, default_of, generate_images, image_size_of
+from diffusers_ext.metrics.evaluation import Evaluator, check_number
+from diffusers_ext.metrics.generate import default_of, generate_images, image_size_of
 from diffusers_ext.metrics.guidance_comparison import (
     METHODS,
     UNGUIDED,
@@ -51,7 +51,7 @@ from diffusers_ext.metrics.real import (
     load_real_images,
     take_options_of_run,
 )
-from diffusers_ext.metrics.subject import generate_for, load_pipeline
+from diffusers_ext.metrics.subject import generate_for, labels_for, load_pipeline
 from diffusers_ext.trainer.config import is_fast_at_bf16, set_threads
 from diffusers_ext.trainer.figures import labelled_grid, save_picture
 from diffusers_ext.trainer.options import option, parse_config, run_script, to_command
@@ -73,7 +73,7 @@ class CompareConfig(GuidanceOptions, DataOptions):
         None, "pipeline with a smaller or less trained denoiser, for autoguidance; without one, layers are dropped"
     )
     classifier: str | None = option(None, "folder of training/train_classifier.py, for classifier guidance")
-    num_images: int = option(1000, "images of each method and scale, the same number for each label")
+    num_images: int = option(1000, "images of each method and scale, of each label its share in the training images")
     num_inference_steps: int | None = option(None, "steps of the sampler; by default the run's or the pipeline's")
     scheduler: str | None = option(None, "class of a scheduler of diffusers or diffusers_ext to sample with instead")
     eval_batch_size: int = option(64, "images to generate at a time; the images do not depend on it")
@@ -100,8 +100,7 @@ class CompareConfig(GuidanceOptions, DataOptions):
         if min(self.guidance_scales) < 1 or len(set(self.guidance_scales)) < len(self.guidance_scales):
             given = " ".join(f"{scale:g}" for scale in self.guidance_scales)
             raise ValueError(f"guidance_scales must be different numbers of at least 1, got {given}")
-        if self.num_images <= NUM_NEIGHBOURS:
-            raise ValueError(f"num_images must be at least {NUM_NEIGHBOURS + 1}, got {self.num_images}")
+        check_number(self.num_images, NUM_NEIGHBOURS)
         for name in ("eval_batch_size", "num_inference_steps"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -136,7 +135,7 @@ def main(config: CompareConfig) -> dict | None:
         )
     bf16 = is_fast_at_bf16(state.device.type) if config.mixed_precision is None else config.mixed_precision == "bf16"
 
-    made_with = describe_set(config, pipe, about_features, bf16)
+    made_with = describe_set(config, pipe, real, about_features, bf16)
     results = Results(config, made_with, command)
     # From the main process, so that all of them leave out the same sets.
     (results.rows,) = broadcast_object_list([results.load() if state.is_main_process else None])
@@ -166,7 +165,9 @@ def main(config: CompareConfig) -> dict | None:
         return None
     results.save(methods)
     print("\n".join([results.table(methods), "", *describe_best(results.shown, methods)]))
-    save_picture(draw_best(config, pipe, results.shown, methods, bf16), results.path.with_name("guidance_samples.png"))
+    save_picture(
+        draw_best(config, pipe, real, results.shown, methods, bf16), results.path.with_name("guidance_samples.png")
+    )
     print(f"written to {results.path}, guidance.md, guidance.png and guidance_samples.png")
     return results.contents()
 
@@ -245,7 +246,9 @@ def planned(
     return plan
 
 
-def describe_set(config: CompareConfig, pipe: GuidedDiffusionPipeline, about_features: dict, bf16: bool) -> dict:
+def describe_set(
+    config: CompareConfig, pipe: GuidedDiffusionPipeline, real: RealImages, about_features: dict, bf16: bool
+) -> dict:
     """What all sets of images share."""
     scheduler = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
     return json.loads(
@@ -259,6 +262,7 @@ def describe_set(config: CompareConfig, pipe: GuidedDiffusionPipeline, about_fea
                 "scheduler": scheduler,
                 "clip_guided_noise": bool(pipe.config.get("clip_guided_noise")),
                 "num_images": config.num_images,
+                "label_proportions": labels_for(real, pipe.num_classes, config.num_images)[1]["proportions"],
                 "num_inference_steps": config.num_inference_steps,
                 "mixed_precision": "bf16" if bf16 else "no",
                 "seed": config.seed,
@@ -304,10 +308,16 @@ def measure(
 
 
 def draw_best(
-    config: CompareConfig, pipe: GuidedDiffusionPipeline, rows: list[dict], methods: list[str], bf16: bool
+    config: CompareConfig,
+    pipe: GuidedDiffusionPipeline,
+    real: RealImages,
+    rows: list[dict],
+    methods: list[str],
+    bf16: bool,
 ) -> Image.Image:
     """Images that were measured, the first of each label: without guidance, and by each method at its best scale."""
-    labels = balanced_labels(min(config.num_images, pipe.num_classes, MAX_COLUMNS), pipe.num_classes)
+    labels, asked = labels_for(real, pipe.num_classes, config.num_images)
+    labels = labels[: min(asked["num_asked"], MAX_COLUMNS)]  # the first of each label come first
     names = pipe.config.id2label or {}
     lines, titles = [], []
     for method in (UNGUIDED, *methods):
@@ -399,8 +409,8 @@ class Results:
         text = "\n".join(
             [
                 f"{made['num_images']} images of each by {made['scheduler_class']} in {made['num_inference_steps']} steps, "
-                "image i of each from the same noise. Labels, Fréchet distance, precision and recall by the features of a "
-                f"classifier of real images of {Path(made['dataset_name']).name}.",
+                f"image i of each from the same noise, labels {made['label_proportions']}. Right labels, Fréchet distance, "
+                f"precision and recall by the features of a classifier of real images of {Path(made['dataset_name']).name}.",
                 "",
                 self.table(methods),
                 "",

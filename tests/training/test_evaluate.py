@@ -250,6 +250,10 @@ def test_what_cannot_be_evaluated_is_refused(tmp_path, features_folder):
     broken.mkdir()
     (broken / "a.png").write_bytes(b"no picture")
     save_digits(tmp_path / "pictures", "test")
+    few = tmp_path / "few"
+    few.mkdir()
+    for number in range(2):
+        Image.new("L", (8, 8)).save(few / f"{number}.png")
     for arguments, message in [
         ((tmp_path / "absent", *digits), "is no folder here, and no name of a pipeline on the Hub"),
         ((empty, *digits), r"holds neither a pipeline \(model_index.json\) nor images"),
@@ -265,7 +269,15 @@ def test_what_cannot_be_evaluated_is_refused(tmp_path, features_folder):
             (save_pipeline(tmp_path / "large", sample_size=16), *digits, "--resolution", 8, "--num_images", 6),
             r"the images are \(1, 16, 16\) .* but those of the data set are \(1, 8, 8\)",
         ),
-        ((ten, *digits, "--num_images", 5), "k=5 neighbours need at least 6"),
+        (
+            (ten, *digits, "--num_images", 5),
+            "num_images must be at least 6, got 5: precision and recall look at the 5",
+        ),
+        (
+            (ten, *digits, "--num_images", 2000, "--num_neighbours", 1500),
+            "num_neighbours must be smaller than the number of training images, 1500",
+        ),
+        ((few, *digits), "the number of images in .*few must be at least 6, got 2: precision and recall"),
         ((broken, *digits), "a.png cannot be decoded"),
         ((broken.parent / "pictures", *digits, "--bits_per_dim"), "--bits_per_dim is of a model, and .* of images"),
     ]:
