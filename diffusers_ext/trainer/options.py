@@ -18,6 +18,8 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
+from diffusers_ext.trainer.foreign_options import explain_foreign
+
 
 Config = TypeVar("Config")
 
@@ -48,7 +50,7 @@ def parse_config(cls: type[Config], arguments: list[str] | None = None, first: s
 
     Raises:
         SystemExit: with code 2 and a line on stderr, if an option is unknown or a value does not fit. An unknown name
-            is answered with the near ones.
+            is answered with the near ones, and one of another trainer with what it is called here.
     """
     parser = _parser(cls)
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -254,6 +256,9 @@ def _unknown(names: list[str], cls: type, prefix: str = "") -> str:
     known = [field.name for field in dataclasses.fields(cls)]
     parts = []
     for name in names:
+        if explained := explain_foreign(name, known, prefix):
+            parts.append(f"unknown option {prefix}{name}; {explained}")
+            continue
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
         near = near or [other for other in known if name in other or other in name][:3]
         hint = f"did you mean {' or '.join(prefix + other for other in near)}?" if near else "--help lists the options"
