@@ -54,7 +54,7 @@ from diffusers_ext.metrics.real import (
 from diffusers_ext.metrics.subject import generate_for, labels_for, load_pipeline
 from diffusers_ext.trainer.config import is_fast_at_bf16, set_threads
 from diffusers_ext.trainer.figures import labelled_grid, save_picture
-from diffusers_ext.trainer.options import option, parse_config, run_script, to_command
+from diffusers_ext.trainer.options import option, parse_config, refuse_below, run_script, to_command
 from diffusers_ext.whole_files import written_whole
 
 
@@ -92,6 +92,7 @@ class CompareConfig(GuidanceOptions, DataOptions):
     def __post_init__(self):
         if self.pipeline is None:
             raise ValueError("say what to guide: compare_guidance.py PIPELINE, a folder or a name on the Hub")
+        super().__post_init__()
         unknown = [method for method in self.methods if method not in METHODS]
         if unknown or len(set(self.methods)) < len(self.methods):
             raise ValueError(f"methods must be different ones of {', '.join(METHODS)}, got {' '.join(self.methods)}")
@@ -101,11 +102,8 @@ class CompareConfig(GuidanceOptions, DataOptions):
             given = " ".join(f"{scale:g}" for scale in self.guidance_scales)
             raise ValueError(f"guidance_scales must be different numbers of at least 1, got {given}")
         check_number(self.num_images, NUM_NEIGHBOURS)
-        for name in ("eval_batch_size", "num_inference_steps"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.seed < 0:
-            raise ValueError(f"seed must not be negative, got {self.seed}")
+        refuse_below(self, 1, "eval_batch_size", "num_inference_steps", "num_threads")
+        refuse_below(self, 0, "seed")
         self.check_guidance()
 
     @property

@@ -40,7 +40,7 @@ from diffusers_ext.metrics.real import (
 from diffusers_ext.metrics.subject import generate_for, is_image_folder, load_pipeline, read_image_folder
 from diffusers_ext.trainer.captions import find_caption_column
 from diffusers_ext.trainer.config import is_fast_at_bf16, set_threads
-from diffusers_ext.trainer.options import option, parse_config, run_script, to_command
+from diffusers_ext.trainer.options import option, parse_config, refuse_below, run_script, to_command
 from diffusers_ext.whole_files import written_whole
 
 
@@ -132,18 +132,14 @@ class EvaluateConfig(DataOptions):
     def __post_init__(self):
         if self.pipeline is None:
             raise ValueError("say what to evaluate: evaluate.py PIPELINE, a folder or a name on the Hub")
-        for name in ("num_images", "eval_batch_size", "num_neighbours"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        super().__post_init__()
         likelihood = ["num_likelihood_images", "num_likelihood_steps", "num_likelihood_terms", "num_flow_steps"]
-        for name in ("num_inference_steps", *likelihood):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        refuse_below(self, 1, "num_images", "eval_batch_size", "num_neighbours", "num_inference_steps", "num_threads")
+        refuse_below(self, 1, *likelihood)
         for name in (*likelihood, "likelihood_variance"):
             if getattr(self, name) is not None and not self.bits_per_dim:
                 raise ValueError(f"{name} is of the likelihood, which is measured with --bits_per_dim")
-        if self.seed < 0:
-            raise ValueError(f"seed must not be negative, got {self.seed}")
+        refuse_below(self, 0, "seed")
 
 
 def main(config: EvaluateConfig) -> dict | None:
@@ -269,9 +265,10 @@ def make_evaluator(config: EvaluateConfig, real: RealImages, features, num_image
     """
     num_values = math.prod(real.image_shape)
     use_svc = num_values <= SVC_UP_TO if config.svc is None else config.svc
-    if use_svc and not real.has_labels:
+    if use_svc and not real.can_be_classified:
         if config.svc:
-            raise ValueError(f"--svc needs labels, and {real.name} has none")
+            has = "images of only one" if real.has_labels else "none"
+            raise ValueError(f"--svc needs labels, two or more, and {real.name} has {has}")
         use_svc = False
     return Evaluator(
         real.train,

@@ -6,6 +6,7 @@ RUN is the folder, or the name on the Hub, of a pipeline that makes images from 
 column; all pictures of a row start from the same noise.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from PIL import Image
 from diffusers_ext import TextGuidedDiffusionPipeline
 from diffusers_ext.metrics.subject import load_pipeline
 from diffusers_ext.trainer.figures import labelled_grid, save_picture
-from diffusers_ext.trainer.options import option, run_script
+from diffusers_ext.trainer.options import option, refuse_below, run_script
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,15 @@ class SampleConfig:
             raise ValueError("say which pipeline: sample_prompts.py RUN --prompts TEXT ...")
         if not self.prompts:
             raise ValueError("prompts must be given: --prompts TEXT ...")
-        if self.num_images_per_prompt < 1 or self.num_inference_steps < 1 or self.seed < 0:
-            raise ValueError("num_images_per_prompt and num_inference_steps must be at least 1, seed not negative")
+        refuse_below(self, 1, "num_images_per_prompt", "num_inference_steps")
+        refuse_below(self, 0, "seed")
         if self.output is None and not Path(self.run).is_dir():
             raise ValueError("output must be given for a pipeline that is not in a folder")
         if not self.guidance_scales:
             raise ValueError("guidance_scales must be given: --guidance_scales 1 2 4")
+        if not all(map(math.isfinite, self.guidance_scales)):
+            given = " ".join(f"{scale:g}" for scale in self.guidance_scales)
+            raise ValueError(f"guidance_scales must be finite, got {given}")
         if self.output is not None and Path(self.output).suffix.lower() not in Image.registered_extensions():
             raise ValueError(f"output must be the path of a picture, such as samples.png, got {self.output}")
         if self.negative_prompt is not None and 1.0 in self.guidance_scales:

@@ -114,6 +114,18 @@ def refuse_unused(config: Any, names: Iterable[str], needed: str) -> None:
             raise ValueError(f"{name} has no meaning without {needed}: give both or neither")
 
 
+def refuse_below(config: Any, lowest: int, *names: str) -> None:
+    """Refuses options that are smaller than what has a meaning; those left open are passed over.
+
+    Raises:
+        ValueError: with the option, what it must be and what it is.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < lowest:
+            raise ValueError(f"{name} must be at least {lowest}, got {value}")
+
+
 def read_yaml(cls: type, path: str | Path) -> dict[str, Any]:
     """The options of a YAML file, converted to the types of the dataclass `cls`.
 
