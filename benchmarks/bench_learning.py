@@ -1,6 +1,6 @@
 """How fast `UNetModel` learns beside diffusers' `UNet2DModel`, by steps: the same batches, noise and optimizer.
 
-    python benchmarks/bench_learning.py --dataset_name ../fashion_mnist --steps 300
+    python benchmarks/bench_learning.py --dataset_name path/to/fashion_mnist --steps 300
 
 Both have widths 64-128-128 and about 6.5M parameters, no labels, and predict noise on the linear schedule under bf16
 autocast. Printed is the mean loss over stretches of the run; the noise of a stretch is the same for both, so that a

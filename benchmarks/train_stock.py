@@ -1,7 +1,7 @@
 """The recipe of diffusers' `train_unconditional.py` with a time limit, to compare `train_ddpm.py` with at equal time.
 
-    python benchmarks/train_stock.py ../fashion_mnist runs/stock --resolution 32 --max_train_time 600
-    python training/evaluate.py runs/stock --dataset_name ../fashion_mnist --resolution 32
+    python benchmarks/train_stock.py path/to/fashion_mnist runs/stock --resolution 32 --max_train_time 600
+    python training/evaluate.py runs/stock --dataset_name path/to/fashion_mnist --resolution 32
 
 What the recipe is stands in `stock.py`; batches of 16 images of three channels without labels, in fp32, are the script's
 defaults too. Images are prepared as for `train_ddpm.py`, so that both learn the same pixels.

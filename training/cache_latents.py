@@ -1,7 +1,7 @@
 """Encode a data set once, for training diffusion models on its latents.
 
-    accelerate launch training/cache_latents.py --dataset_name ../twemoji64 --vae runs/vae --output_dir latents/twemoji64
-    accelerate launch training/train_ddpm.py --dataset_name latents/twemoji64 --vae runs/vae
+    python training/cache_latents.py --dataset_name path/to/twemoji64 --vae runs/vae --output_dir latents/twemoji64
+    python training/train_ddpm.py --dataset_name latents/twemoji64 --vae runs/vae
 
 Writes shards of parquet, each whole or not at all. The processes share them out; a run that was stopped goes on with
 those that are missing when the same command is given again. Other splits go into the same folder by `--dataset_split`.

@@ -28,10 +28,9 @@ from PIL import Image
 from diffusers_ext import GuidedDiffusionPipeline, NoisyClassifierModel
 from diffusers_ext.draws import check_seed
 from diffusers_ext.guidance import guided_steps
-from diffusers_ext.metrics.evaluation import Evaluator
+from diffusers_ext.metrics.evaluation import Evaluator, check_number
 from diffusers_ext.metrics.generate import (
     LARGEST_SEED_OF_SETS,
-    balanced_labels,
     default_of,
     generate_images,
     image_size_of,
@@ -60,10 +59,10 @@ from diffusers_ext.metrics.real import (
     load_real_images,
     take_options_of_run,
 )
-from diffusers_ext.metrics.subject import generate_for, labels_with_images, load_pipeline
+from diffusers_ext.metrics.subject import generate_for, labels_for, load_pipeline
 from diffusers_ext.trainer.config import is_fast_at_bf16, set_threads
 from diffusers_ext.trainer.figures import labelled_grid, save_picture
-from diffusers_ext.trainer.options import option, parse_config, run_script, to_command
+from diffusers_ext.trainer.options import option, parse_config, refuse_below, run_script, to_command
 from diffusers_ext.whole_files import written_whole
 
 
@@ -82,7 +81,7 @@ class CompareConfig(GuidanceOptions, DataOptions):
         None, "pipeline with a smaller or less trained denoiser, for autoguidance; without one, layers are dropped"
     )
     classifier: str | None = option(None, "folder of training/train_classifier.py, for classifier guidance")
-    num_images: int = option(1000, "images of each method and scale, the same number for each label")
+    num_images: int = option(1000, "images of each method and scale, of each label its share in the training images")
     num_inference_steps: int | None = option(None, "steps of the sampler; by default the run's or the pipeline's")
     scheduler: str | None = option(None, "class of a scheduler of diffusers or diffusers_ext to sample with instead")
     eval_batch_size: int = option(64, "images to generate at a time; the images do not depend on it")
@@ -101,6 +100,7 @@ class CompareConfig(GuidanceOptions, DataOptions):
     def __post_init__(self):
         if self.pipeline is None:
             raise ValueError("say what to guide: compare_guidance.py PIPELINE, a folder or a name on the Hub")
+        super().__post_init__()
         unknown = [method for method in self.methods if method not in METHODS]
         if unknown or len(set(self.methods)) < len(self.methods):
             raise ValueError(f"methods must be different ones of {', '.join(METHODS)}, got {' '.join(self.methods)}")
@@ -109,11 +109,8 @@ class CompareConfig(GuidanceOptions, DataOptions):
         if min(self.guidance_scales) < 1 or len(set(self.guidance_scales)) < len(self.guidance_scales):
             given = " ".join(f"{scale:g}" for scale in self.guidance_scales)
             raise ValueError(f"guidance_scales must be different numbers of at least 1, got {given}")
-        if self.num_images <= NUM_NEIGHBOURS:
-            raise ValueError(f"num_images must be at least {NUM_NEIGHBOURS + 1}, got {self.num_images}")
-        for name in ("eval_batch_size", "num_inference_steps"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_number(self.num_images, NUM_NEIGHBOURS)
+        refuse_below(self, 1, "eval_batch_size", "num_inference_steps", "num_threads")
         check_seed(self.seed, LARGEST_SEED_OF_SETS)
         self.check_guidance()
 
@@ -144,7 +141,7 @@ def main(config: CompareConfig) -> dict | None:
         )
     bf16 = is_fast_at_bf16(state.device.type) if config.mixed_precision is None else config.mixed_precision == "bf16"
 
-    made_with = describe_set(config, pipe, about_features, bf16)
+    made_with = describe_set(config, pipe, real, about_features, bf16)
     results = Results(config, made_with, command)
     # From the main process, so that all of them leave out the same sets.
     (results.rows,) = broadcast_object_list([results.load() if state.is_main_process else None])
@@ -255,7 +252,9 @@ def planned(
     return plan
 
 
-def describe_set(config: CompareConfig, pipe: GuidedDiffusionPipeline, about_features: dict, bf16: bool) -> dict:
+def describe_set(
+    config: CompareConfig, pipe: GuidedDiffusionPipeline, real: RealImages, about_features: dict, bf16: bool
+) -> dict:
     """What all sets of images share."""
     scheduler = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
     return json.loads(
@@ -269,6 +268,7 @@ def describe_set(config: CompareConfig, pipe: GuidedDiffusionPipeline, about_fea
                 "scheduler": scheduler,
                 "clip_guided_noise": bool(pipe.config.get("clip_guided_noise")),
                 "num_images": config.num_images,
+                "label_proportions": labels_for(real, pipe.num_classes, config.num_images)[1]["proportions"],
                 "num_inference_steps": config.num_inference_steps,
                 "mixed_precision": "bf16" if bf16 else "no",
                 "seed": config.seed,
@@ -322,8 +322,8 @@ def draw_best(
     bf16: bool,
 ) -> Image.Image:
     """Images that were measured, the first of each label: without guidance, and by each method at its best scale."""
-    asked = labels_with_images(real, pipe.num_classes)
-    labels = balanced_labels(min(config.num_images, len(asked), MAX_COLUMNS), asked)
+    labels, asked = labels_for(real, pipe.num_classes, config.num_images)
+    labels = labels[: min(asked["num_asked"], MAX_COLUMNS)]  # the first of each label come first
     names = pipe.config.id2label or {}
     lines, titles = [], []
     for method in (UNGUIDED, *methods):
@@ -415,8 +415,8 @@ class Results:
         text = "\n".join(
             [
                 f"{made['num_images']} images of each by {made['scheduler_class']} in {made['num_inference_steps']} steps, "
-                "image i of each from the same noise. Labels, Fréchet distance, precision and recall by the features of a "
-                f"classifier of real images of {Path(made['dataset_name']).name}.",
+                f"image i of each from the same noise, labels {made['label_proportions']}. Right labels, Fréchet distance, "
+                f"precision and recall by the features of a classifier of real images of {Path(made['dataset_name']).name}.",
                 "",
                 self.table(methods),
                 "",

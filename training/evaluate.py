@@ -6,12 +6,15 @@
 
 PIPELINE is the folder of a training run, any pipeline of diffusers that makes images from nothing, from labels or from
 texts (a folder, or a name on the Hub), or a folder of images, in a subfolder for each label if they have labels. What a
-training run says in train_config.yaml, about its data set above all, need not be said again. Images from texts are asked
-for by the captions of the held-out split, or of the training split if that has none.
+training run says in train_config.yaml, about its data set above all, need not be said again. Labels are asked for in the
+proportions of the training images, or equally often where the classes are of nearly one size; the result says which. Images
+from texts are asked for by the captions of the held-out split, or of the training split if that has none. Labelled images
+in other proportions, such as a folder with equally many of each label, are compared with real ones weighted to the same.
 """
 
 import dataclasses
 import json
+import math
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +28,7 @@ from torch import Tensor
 
 from diffusers_ext.cards import Figure, add_figures
 from diffusers_ext.draws import check_seed
-from diffusers_ext.metrics.evaluation import Evaluator, fit_svc, format_table
+from diffusers_ext.metrics.evaluation import Evaluator, check_number, fit_svc, format_table
 from diffusers_ext.metrics.generate import LARGEST_SEED_OF_SETS, image_size_of, label_names_of, takes_prompts
 from diffusers_ext.metrics.likelihood import FIXED_VARIANCES, measure_bits_per_dim
 from diffusers_ext.metrics.real import (
@@ -39,7 +42,7 @@ from diffusers_ext.metrics.real import (
 from diffusers_ext.metrics.subject import generate_for, is_image_folder, load_pipeline, read_image_folder
 from diffusers_ext.trainer.captions import find_caption_column
 from diffusers_ext.trainer.config import is_fast_at_bf16, set_threads
-from diffusers_ext.trainer.options import option, parse_config, run_script, to_command
+from diffusers_ext.trainer.options import option, parse_config, refuse_below, run_script, to_command
 from diffusers_ext.whole_files import written_whole
 
 
@@ -70,7 +73,10 @@ class EvaluateConfig(DataOptions):
     """Measure generated images against real ones: Fréchet distance, precision and recall, and the labels they show."""
 
     pipeline: str | None = option(None, "PIPELINE may also stand first, without --pipeline", "what is measured")
-    num_images: int = option(1000, "images to generate, the same number for each label or caption if there are any")
+    num_images: int = option(
+        1000,
+        "images to generate; each label gets its share of them in the training images, each caption comes in turn",
+    )
     num_inference_steps: int | None = option(None, "steps of the sampler; by default the run's or the pipeline's")
     guidance_scale: float | None = option(None, "by default the run's or the pipeline's")
     caption_column: str | None = option(
@@ -128,13 +134,10 @@ class EvaluateConfig(DataOptions):
     def __post_init__(self):
         if self.pipeline is None:
             raise ValueError("say what to evaluate: evaluate.py PIPELINE, a folder or a name on the Hub")
-        for name in ("num_images", "eval_batch_size", "num_neighbours"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        super().__post_init__()
         likelihood = ["num_likelihood_images", "num_likelihood_steps", "num_likelihood_terms", "num_flow_steps"]
-        for name in ("num_inference_steps", *likelihood):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        refuse_below(self, 1, "num_images", "eval_batch_size", "num_neighbours", "num_inference_steps", "num_threads")
+        refuse_below(self, 1, *likelihood)
         for name in (*likelihood, "likelihood_variance"):
             if getattr(self, name) is not None and not self.bits_per_dim:
                 raise ValueError(f"{name} is of the likelihood, which is measured with --bits_per_dim")
@@ -163,20 +166,19 @@ def main(config: EvaluateConfig) -> dict | None:
         real = load_real_images(config, caption_column, None if pipeline is None else label_names_of(pipeline))
     for note in real.notes:
         state.print(note, flush=True)
-    # Before the images are generated, so that what is wrong here is told early.
+    # All of these before the images are generated, so that what is wrong here is told early.
     features, about_features = features_for(real, config.features, state)
+    images, labels, sampling = None, None, None
+    if pipeline is None:
+        max_bad_share = 0.01 if config.max_bad_share is None else config.max_bad_share
+        images, labels = read_image_folder(config.pipeline, real, config.pad_value or 0, max_bad_share)
+        check_number(len(images), config.num_neighbours, f"the number of images in {config.pipeline}")
+    num_images = config.num_images if images is None else len(images)
+    evaluator = make_evaluator(config, real, features, num_images) if state.is_main_process else None
     bf16 = is_fast_at_bf16(state.device.type) if config.mixed_precision is None else config.mixed_precision == "bf16"
     likelihood = get_bits_per_dim(config, real, pipeline, bf16) if config.bits_per_dim else None
 
-    if pipeline is None:
-        images, labels = read_image_folder(
-            config.pipeline,
-            real,
-            config.pad_value or 0,
-            0.01 if config.max_bad_share is None else config.max_bad_share,
-        )
-        sampling = None
-    else:
+    if pipeline is not None:
         images, labels, sampling = generate_for(
             real,
             pipeline,
@@ -197,7 +199,7 @@ def main(config: EvaluateConfig) -> dict | None:
         "num_neighbours": config.num_neighbours,
         "sampling": sampling,
         "features": about_features,
-        **measure(config, real, features, images, labels),
+        **measure(evaluator, real, images, labels),
         **({} if likelihood is None else {"likelihood": likelihood}),
         "seconds": round(time.perf_counter() - start, 1),
     }
@@ -211,6 +213,8 @@ def check_options(config: EvaluateConfig, pipeline: DiffusionPipeline | None) ->
     Raises:
         ValueError: with the option and why.
     """
+    if pipeline is not None:
+        check_number(config.num_images, config.num_neighbours)
     by_text = pipeline is not None and takes_prompts(pipeline)
     what = f"{config.pipeline} is a folder of images" if pipeline is None else f"got a {type(pipeline).__name__}"
     if pipeline is None:
@@ -256,25 +260,34 @@ def get_bits_per_dim(config: EvaluateConfig, real: RealImages, pipeline, bf16: b
     )
 
 
-def measure(config: EvaluateConfig, real: RealImages, features, images: Tensor, labels: Tensor | None) -> dict:
-    """The measures of the generated images, and the same of real images that no model has seen, as what is possible."""
-    num_values = images[0].numel()
+def make_evaluator(config: EvaluateConfig, real: RealImages, features, num_images: int) -> Evaluator:
+    """What measures so many images.
+
+    Raises:
+        ValueError: if the data set is too small, or lacks what an option needs.
+    """
+    num_values = math.prod(real.image_shape)
     use_svc = num_values <= SVC_UP_TO if config.svc is None else config.svc
-    if use_svc and not real.has_labels:
+    if use_svc and not real.can_be_classified:
         if config.svc:
-            raise ValueError(f"--svc needs labels, and {real.name} has none")
+            has = "images of only one" if real.has_labels else "none"
+            raise ValueError(f"--svc needs labels, two or more, and {real.name} has {has}")
         use_svc = False
-    evaluator = Evaluator(
+    return Evaluator(
         real.train,
         features,
-        num_reference=len(images),
+        num_reference=num_images,
         num_neighbours=config.num_neighbours,
         in_pixels=num_values <= PIXEL_METRICS_UP_TO if config.pixel_metrics is None else config.pixel_metrics,
         svc=fit_svc(real.train) if use_svc else None,
         seed=config.seed,
     )
+
+
+def measure(evaluator: Evaluator, real: RealImages, images: Tensor, labels: Tensor | None) -> dict:
+    """The measures of the generated images, and the same of real images that no model has seen, as what is possible."""
     result = {"generated": evaluator.measure(images, labels)}
-    if real.held_out is not None and len(real.held_out) > config.num_neighbours:
+    if real.held_out is not None and len(real.held_out) > evaluator.num_neighbours:
         result["held_out"] = evaluator.measure_held_out(real.held_out, len(images))
     return result
 
@@ -291,6 +304,8 @@ def report(config: EvaluateConfig, result: dict):
     if "held_out" in result:
         columns["held-out real"] = result["held_out"]
     print(format_table(columns))
+    for line in describe_proportions(result):
+        print(line)
     if "likelihood" in result:
         print(describe_likelihood(result["likelihood"]))
     if result["features"]:
@@ -303,6 +318,29 @@ def report(config: EvaluateConfig, result: dict):
     print(f"written to {path}")
     if result["sampling"] and (folder / "README.md").is_file() and (folder / "train_config.yaml").is_file():
         print(f"and into {add_figures(folder, figures_of(config, result))}")
+
+
+def describe_proportions(result: dict) -> list[str]:
+    """How often each label was asked for, and which images were compared with weighted ones, in lines."""
+    lines, asked = [], (result["sampling"] or {}).get("labels")
+    if asked:
+        each = (
+            f"{asked['fewest']} to {asked['most']} images"
+            if asked["fewest"] < asked["most"]
+            else "equally many images"
+        )
+        rare = asked["num_labels"] - asked["num_asked"]
+        missing = f"; {rare} more are too rare for so few images" if rare else ""
+        lines.append(
+            f"labels were asked for {asked['proportions']}: {asked['num_asked']} labels, {each} of each{missing}"
+        )
+    for name, title in (("generated", "measured"), ("held_out", "held-out")):
+        if result.get(name, {}).get("reference_weighted"):
+            lines.append(
+                f"the {title} images have labels in other proportions than the training images, which are weighted to the "
+                "same for the Fréchet distance and recall"
+            )
+    return lines
 
 
 def describe_likelihood(bound: dict) -> str:
@@ -324,6 +362,8 @@ def figures_of(config: EvaluateConfig, result: dict) -> list[Figure]:
         sampler += f", guidance {sampling['guidance_scale']:g}"
     if sampling["guider"]:
         sampler += f", {sampling['guider']}"
+    if sampling["labels"]:
+        sampler += f", labels {sampling['labels']['proportions']}"
     command = to_command(config, "training/evaluate.py")
     known = {"dataset": Path(result["dataset_name"]).name, "k": result["num_neighbours"], "whose": "asked for"}
     asked = ""

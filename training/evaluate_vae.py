@@ -32,7 +32,7 @@ from diffusers_ext.metrics.real import DataOptions, RealImages, features_for, lo
 from diffusers_ext.metrics.reconstruction import psnr, ssim
 from diffusers_ext.models.vae_likelihood import vae_likelihood
 from diffusers_ext.trainer.config import set_threads
-from diffusers_ext.trainer.options import option, parse_config, run_script, to_command
+from diffusers_ext.trainer.options import option, parse_config, refuse_below, run_script, to_command
 from diffusers_ext.trainer.vae_latents import LatentStatistics
 from diffusers_ext.trainer.vae_objective import ACTIVE_VARIANCE, BINARIZATIONS, binarize
 from diffusers_ext.whole_files import written_whole
@@ -80,10 +80,9 @@ class EvaluateVAEConfig(DataOptions):
     def __post_init__(self):
         if self.model is None:
             raise ValueError("say what to evaluate: evaluate_vae.py MODEL, a folder")
+        super().__post_init__()
+        refuse_below(self, 1, "num_samples", "eval_batch_size", "num_images", "num_likelihood_images", "num_threads")
         check_seed(self.seed)
-        for name in ("num_samples", "eval_batch_size", "num_images", "num_likelihood_images"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 def main(config: EvaluateVAEConfig) -> dict | None:
@@ -100,6 +99,10 @@ def main(config: EvaluateVAEConfig) -> dict | None:
     images = held_out_images(config, real, vae)
     how = config.binarize or "none"
     features, about_features = (None, None) if how != "none" else features_for(real, config.features, state)
+    if features is not None and len(images) < 2:
+        raise ValueError(
+            f"num_images must be at least 2, got {len(images)}: the Fréchet distance is of means and covariances"
+        )
     if not state.is_main_process:
         return None
     result = {

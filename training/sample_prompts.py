@@ -18,7 +18,7 @@ from diffusers_ext.draws import check_seed
 from diffusers_ext.guidance import check_guidance_scale
 from diffusers_ext.metrics.subject import load_pipeline
 from diffusers_ext.trainer.figures import labelled_grid, save_picture
-from diffusers_ext.trainer.options import option, run_script
+from diffusers_ext.trainer.options import option, refuse_below, run_script
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,7 @@ class SampleConfig:
             raise ValueError("say which pipeline: sample_prompts.py RUN --prompts TEXT ...")
         if not self.prompts:
             raise ValueError("prompts must be given: --prompts TEXT ...")
-        if self.num_images_per_prompt < 1 or self.num_inference_steps < 1:
-            raise ValueError("num_images_per_prompt and num_inference_steps must be at least 1")
+        refuse_below(self, 1, "num_images_per_prompt", "num_inference_steps")
         check_seed(self.seed)
         if self.output is None and not Path(self.run).is_dir():
             raise ValueError("output must be given for a pipeline that is not in a folder")

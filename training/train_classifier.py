@@ -1,8 +1,8 @@
 """Train a classifier of noisy images, for guiding a diffusion model by its gradient.
 
-    accelerate launch training/train_classifier.py --pipeline runs/digits
-    accelerate launch training/train_classifier.py --dataset_name ../fashion_mnist --resolution 32 --max_train_time 5m
-    accelerate launch training/train_classifier.py --dataset_name latents/fashion --vae runs/vae
+    python training/train_classifier.py --pipeline runs/digits
+    python training/train_classifier.py --dataset_name path/to/fashion_mnist --resolution 32 --max_train_time 5m
+    python training/train_classifier.py --dataset_name latents/fashion --vae runs/vae
 
 Without options it trains on scikit-learn's handwritten digits, on the noise levels that are `train_ddpm.py`'s by
 default. For a pipeline of latents it learns the latents of the same VAE. `--help` lists the options, `--config FILE.yaml`

@@ -1,7 +1,7 @@
 """Train a Gaussian diffusion model on images, by label if there are labels.
 
     accelerate launch training/train_ddpm.py
-    accelerate launch training/train_ddpm.py --dataset_name ../fashion_mnist --resolution 32 --max_train_time 10m
+    python training/train_ddpm.py --dataset_name path/to/fashion_mnist --resolution 32 --max_train_time 10m
 
 Without options it trains on scikit-learn's handwritten digits. `--help` lists the options, `--config FILE.yaml` reads
 them from a file.

@@ -1,6 +1,6 @@
 """Train the classifier whose features `training/evaluate.py` measures generated images in.
 
-accelerate launch training/train_features.py --dataset_name digits --output_dir runs/features-digits
+python training/train_features.py --dataset_name digits --output_dir runs/features-digits
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from accelerate import PartialState
 from diffusers_ext.draws import check_seed
 from diffusers_ext.metrics.real import DataOptions, load_real_images, train_and_save_features
 from diffusers_ext.trainer.config import set_threads
-from diffusers_ext.trainer.options import option, parse_config
+from diffusers_ext.trainer.options import option, parse_config, refuse_below
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,14 @@ class FeaturesConfig(DataOptions):
     )
     num_threads: int | None = option(None, "CPU threads of a process; by default the cores are shared out")
     seed: int = option(0, "seed of the weights, the order and the flips")
+
+    def __post_init__(self):
+        super().__post_init__()
+        refuse_below(self, 1, "num_train_epochs", "num_threads")
+        refuse_below(self, 2, "train_batch_size")  # for batch normalisation
+        refuse_below(self, 0, "seed", "adam_weight_decay")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be positive, got {self.learning_rate:g}")
 
 
 def main(config: FeaturesConfig) -> dict:

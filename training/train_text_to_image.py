@@ -1,7 +1,7 @@
 """Train a Gaussian diffusion model on images and their captions.
 
-    accelerate launch training/train_text_to_image.py --dataset_name ../twemoji64 --resolution 32
-    accelerate launch training/train_text_to_image.py --dataset_name ../twemoji64 --pretrained_text_encoder ../clip
+    python training/train_text_to_image.py --dataset_name path/to/twemoji64 --resolution 32
+    python training/train_text_to_image.py --dataset_name path/to/twemoji64 --pretrained_text_encoder path/to/clip
 
 Without a text encoder that is there, a small one is made and trained together with the denoiser. Without options it
 trains on scikit-learn's handwritten digits, whose captions are their labels. `--help` lists the options, `--config

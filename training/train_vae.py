@@ -1,7 +1,7 @@
 """Train a variational autoencoder on images.
 
-    accelerate launch training/train_vae.py
-    accelerate launch training/train_vae.py --dataset_name ../fashion_mnist --architecture conv --max_train_time 5m
+    python training/train_vae.py
+    python training/train_vae.py --dataset_name path/to/fashion_mnist --architecture conv --max_train_time 5m
 
 Without options it trains a fully connected one on scikit-learn's handwritten digits; convolutional ones make the latents
 that a diffusion model is trained on. `--help` lists the options, `--config

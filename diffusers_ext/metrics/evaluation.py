@@ -12,9 +12,17 @@ from diffusers_ext.metrics.frechet import FeatureStatistics, frechet_distance
 from diffusers_ext.metrics.neighbours import nearest_distances, precision_recall
 
 
+# Below this probability of a chi-squared test, labels are taken to be in other proportions than the training images'.
+SAME_PROPORTIONS = 1e-3
+
+
 @dataclass(frozen=True)
 class Evaluator:
     """Measures sets of images against the real images `train`.
+
+    Images with labels that are in other proportions than those of the real ones, such as equally many of each class of a
+    data set of unequal classes, are compared with real ones weighted to the same proportions: the difference would
+    otherwise hide all others in the Fréchet distance.
 
     Args:
         train: The images that a generator was trained on.
@@ -36,6 +44,14 @@ class Evaluator:
     seed: int = 0
 
     def __post_init__(self):
+        for name in ("num_reference", "num_neighbours"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if len(self.train) <= self.num_neighbours:
+            raise ValueError(
+                f"num_neighbours must be smaller than the number of training images, {len(self.train)}, since precision "
+                f"and recall look at so many other images around each, got {self.num_neighbours}"
+            )
         shape = tuple(self.train.images.shape[1:])
         if self.features is not None and self.features.image_shape != shape:
             raise ValueError(
@@ -48,7 +64,7 @@ class Evaluator:
         if self.features is not None:
             train_features, _ = self.features.measure(self.train.images)
             keep["_statistics"] = FeatureStatistics(self.features.feature_dim).update(train_features)
-            keep["_reference_features"] = train_features[reference]
+            keep["_features"] = train_features
         for name, value in keep.items():
             object.__setattr__(self, name, value)
 
@@ -62,11 +78,12 @@ class Evaluator:
         Returns:
             `num_images`; in features: `frechet_distance` from all real images, `feature_precision`, `feature_recall`,
             `label_accuracy` (share of the images to which the feature classifier gives the label asked for);
+            `reference_weighted`, True where the real images were weighted to the labels' proportions, see the class;
             in pixels: `pixel_precision`, `pixel_recall`, `nearest_train_distance` (median Euclidean distance to the
             nearest training image, pixels in [0, 1]), `svc_label_accuracy`. Those that do not apply are left out.
 
         Raises:
-            ValueError: if the images have another shape than the real ones.
+            ValueError: if the images have another shape than the real ones, or are too few for `num_neighbours`.
         """
         shape, real_shape = tuple(images.shape[1:]), tuple(self.train.images.shape[1:])
         if shape != real_shape:
@@ -74,18 +91,26 @@ class Evaluator:
                 f"the images are {shape} (channels, height, width) but those of the data set are {real_shape}:"
                 " give the resolution and the preparation that the pipeline was trained with"
             )
+        check_number(len(images), self.num_neighbours)
+        weights = self.weights_for(labels)
+        of_reference = None if weights is None else weights[self._reference]
         result: dict[str, float | int] = {"num_images": len(images)}
+        if weights is not None:
+            result["reference_weighted"] = True
         if self.features is not None:
             features, given_labels = self.features.measure(images)
-            statistics = FeatureStatistics(self.features.feature_dim).update(features)
-            result["frechet_distance"] = frechet_distance(self._statistics, statistics)
-            near = precision_recall(self._reference_features, features, self.num_neighbours)
+            statistics, real = FeatureStatistics(self.features.feature_dim).update(features), self._statistics
+            if weights is not None:
+                real = FeatureStatistics.of_weighted(self._features, weights)
+            result["frechet_distance"] = frechet_distance(real, statistics)
+            near = precision_recall(self._features[self._reference], features, self.num_neighbours, of_reference)
             result["feature_precision"], result["feature_recall"] = near
             if labels is not None:
                 result["label_accuracy"] = _share_equal(given_labels, labels)
         if self.in_pixels:
             pixels = _pixels(images)
-            near = precision_recall(_pixels(self.train.images[self._reference]), pixels, self.num_neighbours)
+            reference = _pixels(self.train.images[self._reference])
+            near = precision_recall(reference, pixels, self.num_neighbours, of_reference)
             result["pixel_precision"], result["pixel_recall"] = near
             distances = nearest_distances(pixels, _pixels(self.train.images))
             result["nearest_train_distance"] = distances.median().item()
@@ -94,10 +119,51 @@ class Evaluator:
             result["svc_label_accuracy"] = _share_equal(predicted, labels)
         return result
 
+    def weights_for(self, labels: Tensor | None) -> Tensor | None:
+        """Weights by which the real images have the proportions of these labels, shape `(real images,)`, sum 1.
+
+        Returns:
+            None where they have them already, to within chance; where there are no labels; and where a label has no real
+            image that could be weighted.
+        """
+        if labels is None or not self.train.label_names or len(labels) == 0:
+            return None
+        num_labels = len(self.train.label_names)
+        theirs, ours = (torch.bincount(each, minlength=num_labels).double() for each in (labels, self.train.labels))
+        there = ours > 0
+        if theirs[~there].any() or there.sum() < 2:
+            return None
+        expected = ours[there] * (len(labels) / len(self.train))
+        statistic = ((theirs[there] - expected).square() / expected).sum()
+        # The upper tail of the chi-squared distribution.
+        if torch.special.gammaincc((there.sum() - 1) / 2, statistic / 2) >= SAME_PROPORTIONS:
+            return None
+        weights = torch.where(there, theirs / ours.clamp(min=1), 0.0)[self.train.labels]
+        # Of too few real images there is no covariance, and no recall of none.
+        if (weights > 0).sum() < 2 or not weights[self._reference].any():
+            return None
+        return weights / weights.sum()
+
     def measure_held_out(self, held_out: LabelledImages, number: int) -> dict[str, float | int]:
         """The same of at most `number` real images that no model has seen, drawn by the seed: what is possible."""
         order = drawn_order(len(held_out), self.seed)[:number]
         return self.measure(held_out.images[order], held_out.labels[order] if held_out.label_names else None)
+
+
+def check_number(num_images: int, num_neighbours: int, name: str = "num_images") -> None:
+    """Refuses sets of images that are too small to be measured.
+
+    Args:
+        name: Of the number, for the user.
+
+    Raises:
+        ValueError: saying how many are needed.
+    """
+    if num_images <= num_neighbours:
+        raise ValueError(
+            f"{name} must be at least {num_neighbours + 1}, got {num_images}: precision and recall look at the "
+            f"{num_neighbours} nearest other images around each (num_neighbours)"
+        )
 
 
 def fit_svc(train: LabelledImages):
@@ -124,6 +190,8 @@ def format_table(columns: dict[str, dict[str, float | int]]) -> str:
 def _format(value: float | int | None) -> str:
     if value is None or isinstance(value, float) and math.isnan(value):
         return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return str(value) if isinstance(value, int) else f"{value:.4g}"
 
 

@@ -58,6 +58,34 @@ class FeatureStatistics:
         self._combine(len(features), mean, deviation.T @ deviation)
         return self
 
+    @classmethod
+    def of_weighted(cls, features: Tensor, weights: Tensor) -> "FeatureStatistics":
+        """Statistics in which each sample counts by its weight, as if a set were drawn in these proportions.
+
+        Args:
+            features: Shape `(number, dim)`.
+            weights: Shape `(number,)`, not negative, with a positive sum, of at least 2 samples. With equal ones, mean and
+                covariance are those of `update`; `count` is that of the positive ones.
+
+        Raises:
+            ValueError: see `update`; and if the weights are others.
+        """
+        weights = weights.detach().cpu().double()
+        count = int((weights > 0).sum())
+        if weights.shape != features.shape[:1] or (weights < 0).any() or count < 2:
+            raise ValueError(
+                f"weights must be one for each of {len(features)} samples, none negative and at least 2 positive, got "
+                f"{count} positive ones of {len(weights)}"
+            )
+        statistics = cls(features.shape[1]).update(features[weights > 0])
+        features, weights = features[weights > 0].detach().cpu().double(), weights[weights > 0] / weights.sum()
+        statistics.mean = weights @ features
+        deviation = features - statistics.mean
+        # Dividing by 1 - sum w^2 makes the estimate unbiased, as dividing by n - 1 does for equal weights.
+        covariance = (weights[:, None] * deviation).T @ deviation / (1 - weights.square().sum())
+        statistics.scatter = covariance * (count - 1)
+        return statistics
+
     def merge(self, other: "FeatureStatistics") -> "FeatureStatistics":
         """Adds the samples behind other statistics and returns the statistics themselves."""
         if other.dim != self.dim:

@@ -25,7 +25,9 @@ class PrecisionRecall(NamedTuple):
     recall: float
 
 
-def precision_recall(real: Tensor, generated: Tensor, k: int = 5) -> PrecisionRecall:
+def precision_recall(
+    real: Tensor, generated: Tensor, k: int = 5, real_weights: Tensor | None = None
+) -> PrecisionRecall:
     """Improved precision and recall, exact, in float64 and in chunks of bounded memory.
 
     Both depend on the sizes of the sets (larger sets give smaller balls), so compare only between equal sizes. A point
@@ -35,6 +37,7 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = 5) -> PrecisionRe
         real: Features of real images, shape `(num_real, dim)`.
         generated: Features of generated images, shape `(num_generated, dim)`.
         k: The neighbour that a ball reaches to, the point itself not counted.
+        real_weights: How much each real point counts in recall, shape `(num_real,)`; None for all alike.
 
     Raises:
         ValueError: if the features differ in number or are not finite, or a set has fewer than k + 1 points.
@@ -49,7 +52,7 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = 5) -> PrecisionRe
     # Rounding of |p - q|^2 = |p|^2 + |q|^2 - 2 p q is relative to the norms, which the shared centre keeps small.
     tolerance = 1e-12 * max(real.square().sum(1).max(), generated.square().sum(1).max())
     precision = _share_inside(generated, real, _radii(real, k) + tolerance)
-    recall = _share_inside(real, generated, _radii(generated, k) + tolerance)
+    recall = _share_inside(real, generated, _radii(generated, k) + tolerance, real_weights)
     return PrecisionRecall(precision, recall)
 
 
@@ -79,10 +82,13 @@ def _radii(points: Tensor, k: int) -> Tensor:
     return radii
 
 
-def _share_inside(points: Tensor, centres: Tensor, radii: Tensor) -> float:
-    """Share of the points that lie in at least one ball; `radii` are squared."""
-    inside = sum((distances <= radii).any(1).sum() for _, distances in _squared_distances(points, centres))
-    return float(inside) / len(points)
+def _share_inside(points: Tensor, centres: Tensor, radii: Tensor, weights: Tensor | None = None) -> float:
+    """Share of the points, or of their weights, that lie in at least one ball; `radii` are squared."""
+    inside = torch.cat([(distances <= radii).any(1) for _, distances in _squared_distances(points, centres)])
+    if weights is None:
+        return float(inside.sum()) / len(points)
+    weights = weights.to(inside.device)
+    return float(weights[inside].sum() / weights.sum())
 
 
 def _squared_distances(points: Tensor, others: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -68,6 +68,9 @@ class DataOptions:
     preprocessing_num_workers: int = option(1, _HELP["preprocessing_num_workers"])
     cache_dir: str | None = option(None, _HELP["cache_dir"])
 
+    def __post_init__(self):
+        to_data_config(self, self.dataset_split or "train")  # which checks them
+
 
 @dataclass(frozen=True)
 class RealImages:
@@ -101,6 +104,11 @@ class RealImages:
     @property
     def has_labels(self) -> bool:
         return len(self.train.label_names) > 0
+
+    @property
+    def can_be_classified(self) -> bool:
+        """Whether there are images of at least two labels, which a classifier takes."""
+        return self.has_labels and len(self.train.labels.unique()) > 1
 
 
 @dataclass(frozen=True)
@@ -310,9 +318,10 @@ def train_and_save_features(real: RealImages, folder: Path, **settings) -> dict:
     Returns:
         What `features.json` holds: `dataset_name`, `num_train_images`, `num_held_out_images`, `held_out_accuracy`.
     """
-    if not real.has_labels:
+    if not real.can_be_classified:
         raise ValueError(
-            f"{real.name} has no labels, which a feature classifier is trained on: name them with --label_column"
+            f"{real.name} has {_how_many_labels(real)}, and a feature classifier is trained on two or more: name a column of "
+            "them with --label_column"
         )
     train, held_out = split_for_training(real, settings.get("seed", 0))
     model = fit_feature_classifier(train, **settings)
@@ -366,6 +375,10 @@ def cached_features_folder(real: RealImages) -> Path:
     return Path(root, "features", f"{slug}-{shape}-{content.hexdigest()[:12]}")
 
 
+def _how_many_labels(real: RealImages) -> str:
+    return "images of only one label" if real.has_labels else "no labels"
+
+
 def _names(data: LabelledImages) -> str:
     return ", ".join(data.label_names[:10]) or "none"
 
@@ -390,9 +403,9 @@ def features_for(
         if state.is_main_process:
             print(line, flush=True)
 
-    if folder is None and not real.has_labels:
+    if folder is None and not real.can_be_classified:
         say(
-            f"{real.name} has no labels to train a feature classifier on, so only pixels are measured;"
+            f"{real.name} has {_how_many_labels(real)} to train a feature classifier on, so only pixels are measured;"
             " --features takes a classifier trained on other images of this size"
         )
         return None, None

@@ -18,12 +18,13 @@ from torch import Tensor
 
 import diffusers_ext
 from diffusers_ext.metrics.generate import (
-    balanced_labels,
     convert_channels,
     default_of,
+    describe_labels,
     generate_images,
     label_names_of,
     num_classes_of,
+    proportional_labels,
     takes_prompts,
 )
 from diffusers_ext.metrics.real import CHANNEL_MODES, RealImages
@@ -87,11 +88,6 @@ def load_pipeline(name: str, scheduler: str | None = None) -> diffusers.Diffusio
     return pipeline
 
 
-def labels_with_images(real: RealImages, num_classes: int) -> list[int]:
-    """The labels of a pipeline that real images have; all of them, if the images have none."""
-    return real.train.labels.unique().tolist() if real.has_labels else list(range(num_classes))
-
-
 def generate_for(
     real: RealImages,
     pipeline,
@@ -104,7 +100,10 @@ def generate_for(
     bf16: bool = False,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor | None, dict]:
-    """Images to measure against real ones, balanced over the labels or captions, the work shared by the processes.
+    """Images to measure against real ones, asked for by labels as often as the training images have them.
+
+    A pipeline that makes images from texts is asked for the captions of the data set, in turn. The processes share the
+    work.
 
     Args:
         real: The data set, whose channels the images get; with captions for a pipeline that makes images from texts.
@@ -127,7 +126,7 @@ def generate_for(
                 f"the pipeline's {num_classes} labels ({_some(names)}) are not the {len(real.train.label_names)} of"
                 f" {real.name} ({_some(real.train.label_names)}): evaluate it on the data set that it was trained on"
             )
-    labels = None if num_classes is None else balanced_labels(num_images, labels_with_images(real, num_classes))
+    labels, proportions = (None, None) if num_classes is None else labels_for(real, num_classes, num_images)
     asked, captions = {"labels": labels}, None
     if takes_prompts(pipeline):
         captions = real.captions
@@ -166,12 +165,25 @@ def generate_for(
         "guidance_scale": guidance_scale,
         "guider": None if guider is None else type(guider).__name__,
         "by_label": num_classes is not None,
+        "labels": proportions,
         "captions": captions and {"column": captions.column, "split": captions.split, "number": len(captions.texts)},
         "mixed_precision": "bf16" if bf16 else "no",
         "seed": seed,
     }
     labels = None if labels is None or not real.has_labels else torch.as_tensor(labels)
     return convert_channels(images, real.image_shape[0]), labels, record
+
+
+def labels_for(real: RealImages, num_classes: int, num_images: int) -> tuple[list[int], dict]:
+    """The labels that images to measure are asked for by, and in which proportions that is (see `describe_labels`).
+
+    As often as the training images have them; equally often where those have none.
+    """
+    counts = [1] * num_classes
+    if real.has_labels:
+        counts = torch.bincount(real.train.labels, minlength=num_classes).tolist()
+    labels = proportional_labels(num_images, counts)
+    return labels, describe_labels(labels, counts)
 
 
 def read_image_folder(

@@ -21,6 +21,8 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
+from diffusers_ext.trainer.foreign_options import explain_foreign
+
 
 Config = TypeVar("Config")
 
@@ -52,7 +54,7 @@ def parse_config(cls: type[Config], arguments: list[str] | None = None, first: s
 
     Raises:
         SystemExit: with code 2 and a line on stderr, if an option is unknown or a value does not fit. An unknown name
-            is answered with the near ones.
+            is answered with the near ones, and one of another trainer with what it is called here.
     """
     parser = _parser(cls)
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -135,6 +137,18 @@ def refuse_unused(config: Any, names: Iterable[str], needed: str) -> None:
     for name in names:
         if getattr(config, name) != defaults[name]:
             raise ValueError(f"{name} has no meaning without {needed}: give both or neither")
+
+
+def refuse_below(config: Any, lowest: int, *names: str) -> None:
+    """Refuses options that are smaller than what has a meaning; those left open are passed over.
+
+    Raises:
+        ValueError: with the option, what it must be and what it is.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < lowest:
+            raise ValueError(f"{name} must be at least {lowest}, got {value}")
 
 
 def read_yaml(cls: type, path: str | Path) -> dict[str, Any]:
@@ -285,6 +299,9 @@ def _unknown(names: list[str], cls: type, prefix: str = "") -> str:
     known = [field.name for field in dataclasses.fields(cls)]
     parts = []
     for name in names:
+        if explained := explain_foreign(name, known, prefix):
+            parts.append(f"unknown option {prefix}{name}; {explained}")
+            continue
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
         near = near or [other for other in known if name in other or other in name][:3]
         hint = f"did you mean {' or '.join(prefix + other for other in near)}?" if near else "--help lists the options"

@@ -7,7 +7,6 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusers_ext.metrics.generate import balanced_labels
 from diffusers_ext.metrics.real import (
     DataOptions,
     cached_features_folder,
@@ -17,7 +16,7 @@ from diffusers_ext.metrics.real import (
     split_for_training,
     train_and_save_features,
 )
-from diffusers_ext.metrics.subject import labels_with_images
+from diffusers_ext.metrics.subject import labels_for
 from diffusers_ext.trainer.prepare import prepare_images
 
 
@@ -108,7 +107,7 @@ def test_an_integer_means_the_same_label_in_splits_of_other_integers(tmp_path, o
     real = load_real_images(options, label_names=["2018", "2019", "2020"])
     assert real.train.labels.tolist() == [2, 0, 2] and real.held_out.labels.tolist() == [2, 2]
     assert real.held_out.label_names == real.train.label_names == ["2018", "2019", "2020"]
-    assert labels_with_images(real, 3) == [0, 2] and balanced_labels(5, [0, 2]) == [0, 2, 0, 2, 0]
+    assert sorted(labels_for(real, 3, 6)[0]) == [0, 0, 2, 2, 2, 2]
     assert load_real_images(options, label_names=["a", "b"]).train.label_names == ["2018", "2020"]  # another model's
     save_numbered(tmp_path / "data", "test", [2020, 2019])
     with pytest.raises(

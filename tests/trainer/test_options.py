@@ -1,3 +1,4 @@
+import dataclasses
 import signal
 from dataclasses import dataclass
 from fractions import Fraction
@@ -6,8 +7,11 @@ from typing import Literal
 import pytest
 import yaml
 
+from diffusers_ext.trainer.foreign_options import FOREIGN_OPTIONS
 from diffusers_ext.trainer.options import option, parse_config, read_yaml, run_script, to_command, to_yaml
 from diffusers_ext.trainer.signals import Interrupted
+from diffusers_ext.trainer.text_to_image import TextConfig
+from training import evaluate, train_ddpm, train_features, train_vae
 
 
 @dataclass(frozen=True)
@@ -142,3 +146,55 @@ def test_an_interrupt_ends_the_script_with_a_line(interrupt, line, code, capsys)
     with pytest.raises(SystemExit) as exit:
         run_script(Config, stop, [])
     assert exit.value.code == code and capsys.readouterr().err == f"\n{line}\n"
+
+
+@pytest.mark.parametrize(
+    "name, answer",
+    [
+        ("num_epochs", "here it is --max_train_steps: runs end after optimizer steps"),
+        ("num-epochs", "here it is --max_train_steps"),
+        ("gradient_clip", "here it is --max_grad_norm"),
+        ("train_lr", "here it is --learning_rate"),
+        ("pretrained_model_name_or_path", "there is none here: models are trained from scratch; a run goes on by"),
+        ("scale_lr", "there is none here: learning_rate is the one that is taken"),
+        ("dim_mults", "here it is --block_out_channels: the channels themselves"),
+        ("proportion_empty_prompts", "here it is --label_dropout"),
+    ],
+)
+def test_an_option_of_another_trainer_is_answered_with_what_it_is_here(name, answer, capsys):
+    with pytest.raises(SystemExit):
+        parse_config(train_ddpm.TrainConfig, [f"--{name}", "1"])
+    assert f"unknown option --{name}; {answer}" in capsys.readouterr().err
+
+
+def test_the_answer_is_of_the_script_that_was_asked(tmp_path, capsys):
+    """What one script has, another has not; and in a file, names stand without hyphens before them."""
+    for cls, name, answer in [
+        (evaluate.EvaluateConfig, "pretrained_model_name_or_path", "here it is --pipeline"),
+        (evaluate.EvaluateConfig, "num_fid_samples", "here it is --num_images"),
+        (evaluate.EvaluateConfig, "batch_size", "here it is --eval_batch_size"),
+        (train_features.FeaturesConfig, "num_epochs", "here it is --num_train_epochs\n"),
+        (TextConfig, "proportion_empty_prompts", "here it is --caption_dropout"),
+    ]:
+        with pytest.raises(SystemExit):
+            parse_config(cls, [f"--{name}", "1"])
+        assert answer in capsys.readouterr().err
+    file = write(tmp_path / "c.yaml", "gradient_clip: 1.0\n")
+    with pytest.raises(SystemExit):
+        parse_config(train_ddpm.TrainConfig, ["--config", file])
+    assert "unknown option gradient_clip; here it is max_grad_norm" in capsys.readouterr().err
+
+
+def test_every_answer_names_options_that_some_script_has():
+    scripts = [
+        *(train_ddpm.TrainConfig, TextConfig, train_vae.TrainVAEConfig),
+        *(train_features.FeaturesConfig, evaluate.EvaluateConfig),
+    ]
+    known = {field.name for cls in scripts for field in dataclasses.fields(cls)}
+    accepted = known | {field.metadata["alias"] for cls in scripts for field in dataclasses.fields(cls)}
+    for name, foreign in FOREIGN_OPTIONS.items():
+        assert foreign.names or foreign.note
+        assert set(foreign.names) <= known | {"run"}, name
+    # Those of diffusers' and of lucidrains' that these scripts have are accepted, and need no answer.
+    ours = {field.name for field in dataclasses.fields(train_ddpm.TrainConfig)}
+    assert not {name for name in FOREIGN_OPTIONS if name in ours} and "logger" in accepted

@@ -13,12 +13,15 @@ from PIL import Image
 
 from diffusers_ext import ExtDDIMScheduler, GuidedDiffusionPipeline, UNetModel
 from diffusers_ext.cards import write_card
+from diffusers_ext.trainer.options import parse_config
 from environment import HUNG_AFTER
 
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "training"))
 import evaluate  # noqa: E402
+import evaluate_vae  # noqa: E402
+import sample_prompts  # noqa: E402
 import train_features  # noqa: E402
 
 
@@ -209,6 +212,50 @@ def test_without_labels_only_pixels_are_measured_and_it_says_so(tmp_path, capsys
         run(images, "--dataset_name", data, "--cache_dir", tmp_path / "datasets", "--svc")
 
 
+def test_a_data_set_of_one_label_is_measured_in_pixels(tmp_path, capsys):
+    """No classifier tells one label from others, be it that of the features or an SVC."""
+    data, images = tmp_path / "data", tmp_path / "images"
+    data.mkdir()
+    images.mkdir()
+    rows = {"image": [Image.effect_noise((8, 8), 50) for _ in range(12)], "label": [0] * 12}
+    columns = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["noise"])})
+    datasets.Dataset.from_dict(rows, features=columns).to_parquet(data / "train-00000-of-00001.parquet")
+    for index, picture in enumerate(rows["image"]):
+        picture.save(images / f"{index}.png")
+    shared = (images, "--dataset_name", data, "--cache_dir", tmp_path / "datasets")
+    result = run(*shared)
+    assert result["features"] is None and "pixel_recall" in result["generated"]
+    assert "has images of only one label to train a feature classifier on" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--svc needs labels, two or more, and .* has images of only one"):
+        run(*shared, "--svc")
+
+
+@pytest.mark.parametrize(
+    "config, arguments, message",
+    [
+        (
+            evaluate_vae.EvaluateVAEConfig,
+            ["--model", "m", "--num_samples", "0"],
+            "num_samples must be at least 1, got 0",
+        ),
+        (evaluate_vae.EvaluateVAEConfig, ["--model", "m", "--seed", "-1"], "seed must be at least 0, got -1"),
+        (sample_prompts.SampleConfig, ["--num_inference_steps", "0"], "num_inference_steps must be at least 1, got 0"),
+        (sample_prompts.SampleConfig, ["--guidance_scales", "nan"], "guidance_scales must be finite, got nan"),
+        (train_features.FeaturesConfig, ["--num_train_epochs", "0"], "num_train_epochs must be at least 1, got 0"),
+        (train_features.FeaturesConfig, ["--train_batch_size", "1"], "train_batch_size must be at least 2, got 1"),
+        (train_features.FeaturesConfig, ["--learning_rate", "0"], "learning_rate must be positive, got 0"),
+    ],
+)
+def test_numbers_without_a_meaning_are_refused_by_the_name_of_their_option(
+    config, arguments, message, capsys, tmp_path
+):
+    if config is sample_prompts.SampleConfig:
+        arguments = ["--run", str(tmp_path), "--prompts", "a cat", *arguments]
+    with pytest.raises(SystemExit):
+        parse_config(config, arguments)
+    assert message in capsys.readouterr().err
+
+
 def test_two_processes_give_the_measures_of_one(tmp_path, features_folder):
     folder = save_pipeline(tmp_path / "run")
     arguments = (
@@ -251,6 +298,10 @@ def test_what_cannot_be_evaluated_is_refused(tmp_path, features_folder):
     broken.mkdir()
     (broken / "a.png").write_bytes(b"no picture")
     save_digits(tmp_path / "pictures", "test")
+    few = tmp_path / "few"
+    few.mkdir()
+    for number in range(2):
+        Image.new("L", (8, 8)).save(few / f"{number}.png")
     for arguments, message in [
         ((tmp_path / "absent", *digits), "is no folder here, and no name of a pipeline on the Hub"),
         ((empty, *digits), r"holds neither a pipeline \(model_index.json\) nor images"),
@@ -266,7 +317,15 @@ def test_what_cannot_be_evaluated_is_refused(tmp_path, features_folder):
             (save_pipeline(tmp_path / "large", sample_size=16), *digits, "--resolution", 8, "--num_images", 6),
             r"the images are \(1, 16, 16\) .* but those of the data set are \(1, 8, 8\)",
         ),
-        ((ten, *digits, "--num_images", 5), "k=5 neighbours need at least 6"),
+        (
+            (ten, *digits, "--num_images", 5),
+            "num_images must be at least 6, got 5: precision and recall look at the 5",
+        ),
+        (
+            (ten, *digits, "--num_images", 2000, "--num_neighbours", 1500),
+            "num_neighbours must be smaller than the number of training images, 1500",
+        ),
+        ((few, *digits), "the number of images in .*few must be at least 6, got 2: precision and recall"),
         ((broken, *digits), "a.png cannot be decoded"),
         ((broken.parent / "pictures", *digits, "--bits_per_dim"), "--bits_per_dim is of a model, and .* of images"),
     ]:
@@ -284,6 +343,9 @@ def test_what_cannot_be_evaluated_is_refused(tmp_path, features_folder):
             "num_likelihood_steps is of the likelihood, which is measured with",
         ),
         (["runs/x", "--seed", "-1"], r"seed must be in \[0, 4293\], got -1"),
+        (["runs/x", "--num_threads", "0"], "num_threads must be at least 1, got 0"),
+        (["runs/x", "--resolution", "0"], "resolution must be one side or height and width, got 0"),
+        (["runs/x", "--max_train_samples", "-3"], "max_train_samples must be at least 1, got -3"),
         (["runs/x", "--num_image", "5"], "unknown option --num_image; did you mean --num_images"),
     ],
 )

@@ -1,0 +1,312 @@
+"""Every block of the README, of `docs/` and of the model cards runs as printed, and every command elsewhere is a valid one.
+
+Each document has a folder of its own to run in, with data and pipelines under the names that the document uses. Commands get
+options appended that make them small (`SMALL`), and nothing else is changed. The blocks of Python of a document share their
+names, as those of somebody who reads on do.
+"""
+
+import ast
+import contextlib
+import io
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+import warnings
+from configparser import ConfigParser
+from doctest import DocTestParser
+from pathlib import Path
+
+import datasets
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+
+from diffusers_ext import ExtDDIMScheduler, GuidedDiffusionPipeline, TextGuidedDiffusionPipeline
+from tiny import tiny_unet
+from tiny_text import tiny_clip, tiny_text_unet, tiny_tokenizer
+
+
+ROOT = Path(__file__).parents[1]
+WRITTEN = [path for folder in ("docs", "model_cards") for path in sorted((ROOT / folder).glob("**/*.md"))]
+DOCUMENTS = ["README.md", *(path.relative_to(ROOT).as_posix() for path in WRITTEN)]
+SCRIPTS = sorted(
+    str(path.relative_to(ROOT)) for folder in ("training", "benchmarks") for path in ROOT.glob(f"{folder}/*.py")
+)
+
+# What makes a command small, by its script. The last value that an option is given counts.
+TRAINING = "--max_train_steps 2 --train_batch_size 2 --max_train_time 600 --num_threads 1"
+SAMPLES = "--num_inference_steps 2 --sample_columns 2"
+SMALL = {
+    "training/train_ddpm.py": f"{TRAINING} {SAMPLES} --block_out_channels 8 16 --layers_per_block 1",
+    "training/train_ddpm.py --model dit": f"{TRAINING} {SAMPLES} --hidden_size 16 --num_layers 2 --num_attention_heads 2",
+    "training/train_text_to_image.py": f"{TRAINING} {SAMPLES} --block_out_channels 8 16 --layers_per_block 1",
+    "training/train_text_to_image.py --model dit": f"{TRAINING} {SAMPLES} --hidden_size 16 --num_layers 2 --num_attention_heads 2",
+    "training/train_vae.py": f"{TRAINING} --sample_columns 2",
+    "training/train_vae.py --architecture conv": f"{TRAINING} --sample_columns 2 --block_out_channels 8 8 8",
+    "training/train_classifier.py": f"{TRAINING} --max_measured_samples 4 --block_out_channels 8 16",
+    "training/cache_latents.py": "--num_threads 1",
+    "training/evaluate.py": "--num_images 8 --num_inference_steps 2 --max_train_samples 60 --num_threads 1",
+    "training/evaluate_vae.py": "--num_images 8 --num_likelihood_images 2 --num_samples 2 --num_threads 1",
+    "training/compare_guidance.py": "--num_images 6 --num_inference_steps 5 --guidance_scales 1 2 --num_threads 1",
+    "training/sample_prompts.py": "--num_inference_steps 2 --guidance_scales 1 2",
+    "benchmarks/train_stock.py": "--max_train_steps 1 --train_batch_size 1",
+}
+
+# What a document takes for granted: cards of diffusion models begin with the autoencoder of another card.
+VAE = "python training/train_vae.py --dataset_name path/to/twemoji64 --architecture conv --output_dir runs/vae"
+BEFORE = {"model_cards/twemoji_latent/README.md": VAE, "model_cards/twemoji_text/README.md": VAE}
+
+
+def blocks_of(path):
+    """`(language, content)` of each block of a Markdown file, in order."""
+    return re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / path).read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def save_data(folder, splits, side, mode, with_texts=False):
+    """Noise of three classes in parquet, with `image`, `label` and perhaps `text`."""
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    names = ["top", "shoe", "bag"]
+    columns = {"image": datasets.Image(), "label": datasets.ClassLabel(names=names)}
+    for split, number in splits.items():
+        pixels = generator.integers(256, size=(number, side, side, 3)).astype(np.uint8)
+        labels = np.arange(number) % 3
+        rows = {"image": [Image.fromarray(picture).convert(mode) for picture in pixels], "label": labels}
+        if with_texts:
+            rows["text"] = [f"{names[label]} {index}" for index, label in enumerate(labels)]
+        features = datasets.Features(columns | ({"text": datasets.Value("string")} if with_texts else {}))
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}-00000-of-00001.parquet")
+
+
+def save_files(folder, side):
+    """Pictures in a subfolder for each label."""
+    for split, number in (("train", 12), ("test", 9)):
+        for label in ("cat", "dog"):
+            (folder / split / label).mkdir(parents=True)
+            for index in range(number):
+                Image.effect_noise((side, side), 60).save(folder / split / label / f"{index}.png")
+
+
+def save_stable_diffusion(folder):
+    tokenizer = tiny_tokenizer()
+    encoder = tiny_clip(tokenizer)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=encoder.config.hidden_size,
+        attention_head_dim=4,
+        norm_num_groups=4,
+    )
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
+    checker = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    StableDiffusionPipeline(vae, encoder, tokenizer, unet, PNDMScheduler(), **checker).save_pretrained(folder)
+
+
+class Desk:
+    """A folder to run a document in, as from the root of a checkout."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        for name in ("training", "benchmarks", "constraints.txt", "setup.cfg"):
+            (folder / name).symlink_to(ROOT / name)
+        save_files(folder / "path/to/images", side=20)
+        save_data(folder / "path/to/captioned_images", {"train": 12, "test": 9}, 32, "RGB", with_texts=True)
+        save_data(folder / "path/to/fashion_mnist", {"train": 18, "validation": 9}, 28, "L")
+        save_data(folder / "path/to/twemoji64", {"train": 18, "test": 9}, 64, "RGB", with_texts=True)
+        save_stable_diffusion(folder / "a/stable-diffusion")
+        self.names = {"__name__": "document"}
+        self.launches = False  # by accelerate, in processes of their own
+
+    def run_bash(self, block):
+        for line in block.replace("\\\n", " ").strip().splitlines():
+            for command in line.split(" && "):
+                self.run_command(shlex.split(command, comments=True))
+
+    def run_command(self, words):
+        match words:
+            case ["python3", "-m", "venv", ".venv"] | [".", ".venv/bin/activate"]:
+                pass  # as .ci/run does with these very lines
+            case ["pip", "install", "-c", constraints, "-e", package]:
+                extra = re.fullmatch(r"\.\[(\w+)\]", package)[1]
+                assert (ROOT / constraints).is_file() and extra in read_extras()
+            case ["python", "-m", "pytest", *options]:
+                collected = subprocess.run(
+                    [sys.executable, "-m", "pytest", *options, "--version"], capture_output=True, cwd=ROOT, check=False
+                )
+                assert collected.returncode == 0, collected.stderr
+            case ["accelerate", "launch", script] if self.launches:
+                self.launch(script, small(script, []))
+            case ["accelerate", "launch", script, *options] | ["python", script, *options]:
+                run_script(script, [*options, *small(script, options)])
+            case _:
+                raise AssertionError(f"no way is known to run {shlex.join(words)}")
+
+    def launch(self, script, options):
+        """In processes of its own, as printed."""
+        command = [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--cpu",
+            "--num_processes",
+            "1",
+            script,
+            *options,
+        ]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+
+    def run_python(self, block):
+        with contextlib.redirect_stdout(io.StringIO()):
+            exec(compile(block, "a block of the document", "exec"), self.names)
+
+
+def read_extras():
+    config = ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    return config["options.extras_require"]
+
+
+def small(script, options):
+    """What is appended to a command: all of it, or what its script has in the form that the options choose."""
+    assert script in SMALL, f"say in SMALL how to make {script} small"
+    for form, more in SMALL.items():
+        if form.startswith(f"{script} ") and set(form.split()[1:]) <= set(options):
+            return more.split()
+    return SMALL[script].split()
+
+
+def run_script(script, options):
+    """In this process, since starting one takes longer than most of the commands; accelerate's state is as in a new one."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    printed = io.StringIO()
+    argv, path = sys.argv, list(sys.path)
+    sys.argv, sys.path[:0] = [script, *map(str, options)], [str(Path(script).resolve().parent)]
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            runpy.run_path(script, run_name="__main__")
+    except SystemExit as exit:
+        assert not exit.code, f"{shlex.join([script, *options])}: {printed.getvalue()[-2000:]}"
+    finally:
+        sys.argv, sys.path[:] = argv, path
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+    return printed.getvalue()
+
+
+@pytest.fixture
+def desk(tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFUSERS_EXT_CACHE", str(tmp_path / "cache"))
+    threads = torch.get_num_threads()
+    bars = diffusers.utils.logging.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    diffusers.utils.logging.disable_progress_bar()
+    monkeypatch.chdir(tmp_path)
+    yield Desk(tmp_path)
+    torch.set_num_threads(threads)
+    datasets.enable_progress_bars()
+    if bars:
+        diffusers.utils.logging.enable_progress_bar()
+
+
+def run_blocks(desk, path):
+    """Runs them all, and returns how many there are."""
+    run = {"bash": desk.run_bash, "python": desk.run_python}
+    blocks = blocks_of(path)
+    for language, content in blocks:
+        assert language in run, f"{path} has a block of {language or 'no language'}, which nothing runs"
+        try:
+            run[language](content)
+        except BaseException as error:
+            raise AssertionError(f"{path}: this block does not run\n\n{content}") from error
+    return len(blocks)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS)
+@pytest.mark.filterwarnings("ignore")
+def test_the_blocks_of_a_document_run_as_printed(path, desk):
+    desk.launches = path == "README.md"  # the first command of all; others would take long
+    if path in BEFORE:
+        desk.run_bash(BEFORE[path])
+    assert run_blocks(desk, path) == (ROOT / path).read_text().count("\n```") // 2
+
+
+def commands_in(text, pattern):
+    """`[script, options]` of the commands that a pattern finds in a text."""
+    found = [shlex.split(match[1], comments=True) for match in re.finditer(pattern, text, flags=re.MULTILINE)]
+    return [(script, options) for script, *options in found]
+
+
+IN_DOCSTRINGS = r"^ *(?:python|accelerate launch) ((?:training|benchmarks)/\w+\.py.*)$"
+IN_SENTENCES = r"`(?:python |accelerate launch )?((?:training|benchmarks)/\w+\.py(?: [^`]*)?)`"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_commands_in_docstrings_and_in_sentences_have_valid_options(desk):
+    """They are read and checked as those of the blocks, and end there."""
+    told = [command for script in SCRIPTS for command in commands_in(docstring_of(script), IN_DOCSTRINGS)]
+    assert len(told) > 15
+    told += [command for path in DOCUMENTS for command in commands_in((ROOT / path).read_text(), IN_SENTENCES)]
+    for script, options in sorted({(script, tuple(options)) for script, options in told}):
+        assert script in SCRIPTS
+        if script.startswith("training/") and options:
+            run_script(script, [*options, "--dry_run"])
+        elif options:
+            assert options_in(shlex.join(options)) <= options_in(run_script(script, ["--help"])), (script, options)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_options_in_sentences_are_those_of_a_script(desk):
+    known = set().union(*(options_in(run_script(script, ["--help"])) for script in SCRIPTS if is_command(script)))
+    for path in DOCUMENTS:
+        text = re.sub(r"^```.*?^```$", "", (ROOT / path).read_text(), flags=re.MULTILINE | re.DOTALL)
+        assert options_in(text) <= known, path
+
+
+def docstring_of(script):
+    return re.match(r'"""(.*?)"""', (ROOT / script).read_text(), flags=re.DOTALL)[1]
+
+
+def is_command(script):
+    return '__name__ == "__main__"' in (ROOT / script).read_text()
+
+
+def options_in(text):
+    return set(re.findall(r"(?<![\w-])--[a-z]\w*", text))
+
+
+def examples_in(path):
+    """Those of all docstrings of a file."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, documented)]
+    return [each for node in nodes for each in DocTestParser().get_examples(ast.get_docstring(node) or "")]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_examples_of_docstrings_run(desk):
+    schedule = ExtDDIMScheduler(timestep_spacing="trailing")
+    GuidedDiffusionPipeline(tiny_unet(num_classes=10), schedule).save_pretrained("runs/digits")
+    tokenizer = tiny_tokenizer()
+    parts = {"tokenizer": tokenizer, "text_encoder": tiny_clip(tokenizer)}
+    TextGuidedDiffusionPipeline(tiny_text_unet(), schedule, **parts).save_pretrained("runs/twemoji64")
+    with_examples = [path for path in sorted((ROOT / "diffusers_ext").glob("**/*.py")) if ">>> " in path.read_text()]
+    assert len(with_examples) >= 2
+    for path in with_examples:
+        names = {}
+        for example in examples_in(path):
+            printed = io.StringIO()
+            with contextlib.redirect_stdout(printed):
+                exec(compile(example.source, str(path), "single"), names)
+            assert printed.getvalue() == example.want, f"{path}: {example.source}"
