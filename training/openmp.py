@@ -8,7 +8,7 @@ core from the one that it waits for, and a step takes several times as long. `do
 import os
 
 
-# Of the order of 0.1 ms: longer than most of the waits within a step, and far shorter than a scheduler's time slice.
+# A fraction of a millisecond: longer than most waits within a step, and far shorter than a scheduler's time slice.
 SPIN_COUNT = 10_000
 
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():

@@ -40,3 +40,13 @@ def test_what_the_user_has_set_stays(given, expected):
         command, cwd=TRAINING, env=environment, capture_output=True, text=True, check=True, timeout=HUNG_AFTER
     )
     assert done.stdout == f"{expected} False\n"
+
+
+def test_a_script_that_is_imported_finds_it_too():
+    code = "import training, openmp; print(openmp.SPIN_COUNT)"
+    command = [sys.executable, "-c", code]
+    environment = os.environ | {"PYTHONPATH": str(TRAINING.parent)}
+    done = subprocess.run(
+        command, cwd="/", env=environment, capture_output=True, text=True, check=True, timeout=HUNG_AFTER
+    )
+    assert done.stdout == "10000\n"
