@@ -33,7 +33,7 @@ ROUNDED = (torch.float32, torch.float64)
 
 
 class OtherKernels(TorchDispatchMode):
-    """Moves what a kernel of `SUMS` gives by up to two units of rounding, the same for the same kind of call."""
+    """Moves what a kernel of `SUMS` gives by a unit of rounding or not, the same for the same kind of call."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -43,7 +43,7 @@ class OtherKernels(TorchDispatchMode):
         tensors = [value for value in (*args, *results) if isinstance(value, torch.Tensor)]
         if all(type(value) in (torch.Tensor, torch.nn.Parameter) and value.is_cpu for value in tensors):
             kinds = [(tuple(value.shape), value.data_ptr() % REGISTER_BYTES) for value in tensors]
-            units = zlib.crc32(repr((func, torch.get_num_threads(), kinds)).encode()) % 5 - 2
+            units = zlib.crc32(repr((func, torch.get_num_threads(), kinds)).encode()) % 3 - 1
             for value in results:
                 if isinstance(value, torch.Tensor) and value.dtype in ROUNDED:
                     value.mul_(1 + units * torch.finfo(value.dtype).eps)

@@ -42,8 +42,9 @@ def assert_same_weights(got: torch.nn.Module, expected: torch.nn.Module) -> None
 
 
 # The weights of a loaded network lie in a mapped file, at addresses that no allocator would give. A CPU may have other
-# kernels for them, which sum in another order: images in [0, 1] then differ by up to 8e-7 after a few steps in float32.
-ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+# kernels for them, which sum in another order: images in [0, 1] then differ by up to 8e-7 after a few steps in float32,
+# and by some times as much where they are guided.
+ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 
 def assert_same_output(got: torch.Tensor | np.ndarray, expected: torch.Tensor | np.ndarray) -> None:

@@ -6,6 +6,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from diffusers_ext import ExtDDIMScheduler, GuidedDiffusionPipeline, UNetModel, VAEModel
+from tiny import assert_same_output
 from tiny_vae import tiny_vae
 
 
@@ -80,7 +81,7 @@ def test_a_pipeline_with_a_vae_is_saved_whole(tmp_path):
     loaded.set_progress_bar_config(disable=True)
     noise = randn_tensor((2, 2, 8, 8), generator=torch.Generator().manual_seed(1))
     first, again = (p(latents=noise, num_inference_steps=3, output_type="pt").images for p in (pipe, loaded))
-    torch.testing.assert_close(again, first)
+    assert_same_output(again, first)
 
 
 @pytest.mark.parametrize(
