@@ -147,6 +147,20 @@ def test_transparent_pixels_show_the_background(kind):
         assert to_array(picture, "RGBA")[0, :, 3].tolist() == [255, 0]
 
 
+def test_a_transparent_colour_of_16_bits_is_found_in_the_8_that_pillow_keeps():
+    """Written by hand: Pillow writes no PNG of three channels in 16 bits."""
+
+    def chunk(kind, content):
+        return len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big")
+
+    pixels = np.array([[[65535, 0, 257], [25700, 25700, 25700]]], ">u2")
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", bytes([0, 0, 0, 2, 0, 0, 0, 1, 16, 2, 0, 0, 0]))
+    png += chunk(b"tRNS", pixels[0, 1].tobytes()) + chunk(b"IDAT", zlib.compress(b"\0" + pixels.tobytes()))
+    picture = open_picture(png + chunk(b"IEND", b""))
+    assert to_array(picture, "RGB", background=7).tolist() == [[[255, 0, 1], [7, 7, 7]]]
+    assert to_array(picture, "RGBA").tolist() == [[[255, 0, 1, 255], [100, 100, 100, 0]]]
+
+
 def test_photographs_are_turned_as_their_camera_was_held():
     """Orientation 6: the first row of the file is the right side of the picture."""
     upright = np.random.default_rng(0).integers(0, 65536, (6, 4)).astype(np.uint16)

@@ -125,7 +125,7 @@ def test_run_leaves_all_that_it_names(run):
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-4"]
     records = read_metrics(folder / "metrics.jsonl")
     assert [(record["step"], record["images"]) for record in records] == [(2, 8), (4, 16)]
-    # Ten rows of two pictures of 48 pixels, each with a margin, and the labels on their left.
+    # Ten rows of two pictures of 64 pixels, each with a margin, and the labels on their left.
     assert Image.open(folder / "samples.png").size[1] == 10 * 66 + 2
 
 
