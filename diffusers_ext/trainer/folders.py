@@ -114,7 +114,9 @@ def _entry(file: str | Path, path: str) -> list[Entry]:
         state = os.stat(file)
     except OSError:  # a link to nowhere
         return []
-    return [Entry(path, os.path.abspath(file), None, state.st_size, state.st_mtime_ns)] if S_ISREG(state.st_mode) else []
+    return (
+        [Entry(path, os.path.abspath(file), None, state.st_size, state.st_mtime_ns)] if S_ISREG(state.st_mode) else []
+    )
 
 
 def _is_hidden(name: str) -> bool:
