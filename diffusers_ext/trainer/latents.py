@@ -225,6 +225,7 @@ def prepare_latents(config: DataConfig, vae: ModelMixin | None) -> LatentData:
         (f"latents of {info.dataset_name} at {'x'.join(map(str, info.resolution))}, encoded by {info.vae}",),
         info.resize_mode,
         info,
+        rows=chosen,
     )
 
 

@@ -97,12 +97,12 @@ def load_run(trainer: "Trainer", folder: Path) -> dict[str, Any] | None:
         ValueError: if the checkpoint is of a run with other data or another objective.
     """
     saved, data = json.loads((folder / STATE_FILE).read_text()), trainer.data
-    _check_same_data(trainer, folder)
     if saved["num_images"] != data.num_images:
         raise ValueError(
             f"{folder} is of a run on {saved['num_images']} images, the data set {data.name} has {data.num_images}: give "
             "the same data, or start a new run in another --output_dir"
         )
+    _check_same_data(trainer, folder)
     if trainer.objective and not (folder / OBJECTIVE_FILE).exists():
         raise ValueError(f"{folder} has no {OBJECTIVE_FILE}, so it is of a run without one: give the same objective")
     trainer.accelerator.load_state(str(folder))
