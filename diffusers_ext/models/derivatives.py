@@ -17,17 +17,21 @@ from torch.autograd.forward_ad import unpack_dual
 
 
 def in_torch_func() -> bool:
-    """Whether a transform of `torch.func` is at work."""
-    return torch._C._are_functorch_transforms_active()
+    """Whether a transform of `torch.func` is at work eagerly; compiled, plain operators are taken anyway."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def is_batched(x: Tensor) -> bool:
     """Whether x may stand for many tensors at once, under one of PyTorch's two forms of vmap; such have no layout."""
+    if torch.compiler.is_compiling():  # which cannot look at x
+        return False
     return in_torch_func() or torch._C._functorch.is_legacy_batchedtensor(x)
 
 
 def needs_plain_operators(*inputs: Tensor) -> bool:
     """Whether the derivatives to come are none that a backward pass alone can give."""
+    if torch.compiler.is_compiling():
+        return False
     return in_torch_func() or any(unpack_dual(x).tangent is not None for x in inputs)
 
 
