@@ -14,8 +14,8 @@ from stock import stock_unet
 from tqdm.auto import trange
 
 from diffusers_ext import ExtDDPMScheduler, UNetModel
-from diffusers_ext.noising import add_noise
-from diffusers_ext.trainer.prepare import prepare_images
+from diffusers_ext.data.prepare import prepare_images
+from diffusers_ext.diffusion.noising import add_noise
 
 
 def networks(size: tuple[int, int], channels: int) -> dict[str, torch.nn.Module]:

@@ -15,7 +15,7 @@ from diffusers import DDPMPipeline
 from stock import StockTraining, stock_batch, stock_unet
 from tqdm.auto import trange
 
-from diffusers_ext.trainer.prepare import prepare_images
+from diffusers_ext.data.prepare import prepare_images
 
 
 def main(arguments: argparse.Namespace):

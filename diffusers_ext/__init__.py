@@ -7,7 +7,7 @@ Importing the package registers its classes with diffusers (see `diffusers_ext.r
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.guiders import BaseGuidance
 
-from diffusers_ext.guiders import ClassifierGuidance, ComposedGuidance, WeakModelGuidance
+from diffusers_ext.guidance.guiders import ClassifierGuidance, ComposedGuidance, WeakModelGuidance
 from diffusers_ext.models.classifier import NoisyClassifierModel
 from diffusers_ext.models.dit import DiTModel
 from diffusers_ext.models.unet import UNetModel

@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from diffusers_ext.noising import NoiseSchedule, posterior, predict_eps, training_target
+from diffusers_ext.diffusion.noising import NoiseSchedule, posterior, predict_eps, training_target
 
 
 VARIANCE = 0.25

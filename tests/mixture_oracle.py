@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from diffusers_ext import UNetModel
-from diffusers_ext.noising import NoiseLevel, predict_eps, training_target
+from diffusers_ext.diffusion.noising import NoiseLevel, predict_eps, training_target
 
 
 MEANS, STDS, WEIGHTS = ((-0.7, 0.4), (0.6, 0.3)), (0.35, 0.25), (0.3, 0.7)

@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import CLIPTextModel, PreTrainedModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from diffusers_ext import UNetModel
-from diffusers_ext.trainer.text_encoder import new_text_encoder, train_tokenizer
+from diffusers_ext.recipes.text_encoder import new_text_encoder, train_tokenizer
 
 
 COLOURS = ("red", "green", "blue", "white")

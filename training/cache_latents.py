@@ -24,10 +24,10 @@ from accelerate import Accelerator
 from diffusers import ModelMixin
 from tqdm.auto import tqdm
 
-from diffusers_ext.trainer.config import DataConfig, is_fast_at_bf16, set_threads
-from diffusers_ext.trainer.data import ImageData, mirror
-from diffusers_ext.trainer.identity import digest_of_images
-from diffusers_ext.trainer.latents import (
+from diffusers_ext.atomic_files import written_whole
+from diffusers_ext.data.identity import digest_of_images
+from diffusers_ext.data.image_table import ImageData, mirror
+from diffusers_ext.data.latent_cache import (
     DTYPE,
     LatentsInfo,
     downsampling,
@@ -38,9 +38,9 @@ from diffusers_ext.trainer.latents import (
     shard_path,
     write_info,
 )
-from diffusers_ext.trainer.options import option, run_script
-from diffusers_ext.trainer.prepare import data_options, prepare_images
-from diffusers_ext.whole_files import written_whole
+from diffusers_ext.data.prepare import data_options, prepare_images
+from diffusers_ext.options import option, run_script
+from diffusers_ext.trainer.config import DataConfig, is_fast_at_bf16, set_threads
 
 
 # What the shards that are there were made with, until all are.

@@ -26,17 +26,17 @@ from accelerate.utils import broadcast_object_list, gather_object
 from PIL import Image
 
 from diffusers_ext import GuidedDiffusionPipeline, NoisyClassifierModel
+from diffusers_ext.atomic_files import written_whole
 from diffusers_ext.draws import check_seed
-from diffusers_ext.guidance import guided_steps
-from diffusers_ext.metrics.evaluation import Evaluator, check_number
-from diffusers_ext.metrics.generate import (
+from diffusers_ext.evaluation.evaluator import Evaluator, check_number
+from diffusers_ext.evaluation.generate import (
     LARGEST_SEED_OF_SETS,
     default_of,
     generate_images,
     image_size_of,
     label_names_of,
 )
-from diffusers_ext.metrics.guidance_comparison import (
+from diffusers_ext.evaluation.guidance_comparison import (
     METHODS,
     UNGUIDED,
     UNGUIDED_TITLE,
@@ -51,7 +51,7 @@ from diffusers_ext.metrics.guidance_comparison import (
     markdown_table,
     why_missing,
 )
-from diffusers_ext.metrics.real import (
+from diffusers_ext.evaluation.real_images import (
     DataOptions,
     RealImages,
     features_for,
@@ -59,11 +59,11 @@ from diffusers_ext.metrics.real import (
     load_real_images,
     take_options_of_run,
 )
-from diffusers_ext.metrics.subject import generate_for, labels_for, load_pipeline
+from diffusers_ext.evaluation.subject import generate_for, labels_for, load_pipeline
+from diffusers_ext.figures import labelled_grid, save_picture
+from diffusers_ext.guidance.guided_denoiser import guided_steps
+from diffusers_ext.options import option, parse_config, refuse_below, run_script, to_command
 from diffusers_ext.trainer.config import is_fast_at_bf16, set_threads
-from diffusers_ext.trainer.figures import labelled_grid, save_picture
-from diffusers_ext.trainer.options import option, parse_config, refuse_below, run_script, to_command
-from diffusers_ext.whole_files import written_whole
 
 
 NUM_NEIGHBOURS = 5  # of precision and recall

@@ -26,12 +26,13 @@ from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from diffusers_ext.cards import Figure, add_figures
+from diffusers_ext.atomic_files import written_whole
+from diffusers_ext.data.captions import find_caption_column
 from diffusers_ext.draws import check_seed
-from diffusers_ext.metrics.evaluation import Evaluator, check_number, fit_svc, format_table
-from diffusers_ext.metrics.generate import LARGEST_SEED_OF_SETS, image_size_of, label_names_of, takes_prompts
-from diffusers_ext.metrics.likelihood import FIXED_VARIANCES, measure_bits_per_dim
-from diffusers_ext.metrics.real import (
+from diffusers_ext.evaluation.bits_per_dim import FIXED_VARIANCES, measure_bits_per_dim
+from diffusers_ext.evaluation.evaluator import Evaluator, check_number, fit_svc, format_table
+from diffusers_ext.evaluation.generate import LARGEST_SEED_OF_SETS, image_size_of, label_names_of, takes_prompts
+from diffusers_ext.evaluation.real_images import (
     DataOptions,
     RealImages,
     features_for,
@@ -39,11 +40,10 @@ from diffusers_ext.metrics.real import (
     take_options_of_run,
     to_data_config,
 )
-from diffusers_ext.metrics.subject import generate_for, is_image_folder, load_pipeline, read_image_folder
-from diffusers_ext.trainer.captions import find_caption_column
+from diffusers_ext.evaluation.subject import generate_for, is_image_folder, load_pipeline, read_image_folder
+from diffusers_ext.hub.cards import Figure, add_figures
+from diffusers_ext.options import option, parse_config, refuse_below, run_script, to_command
 from diffusers_ext.trainer.config import is_fast_at_bf16, set_threads
-from diffusers_ext.trainer.options import option, parse_config, refuse_below, run_script, to_command
-from diffusers_ext.whole_files import written_whole
 
 
 # Above these numbers of values an image, measures in pixels tell little and take long, so they must be asked for.

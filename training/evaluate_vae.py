@@ -22,20 +22,26 @@ from accelerate import PartialState
 from torch import Tensor
 
 from diffusers_ext import VAEModel
-from diffusers_ext.cards import Figure, add_figures
+from diffusers_ext.atomic_files import written_whole
+from diffusers_ext.diffusion.variational_bound import bits_per_dim
 from diffusers_ext.draws import check_seed
-from diffusers_ext.likelihood import bits_per_dim
-from diffusers_ext.metrics.evaluation import format_table
-from diffusers_ext.metrics.fit import drawn_order
+from diffusers_ext.evaluation.evaluator import format_table
+from diffusers_ext.evaluation.feature_training import drawn_order
+from diffusers_ext.evaluation.real_images import (
+    DataOptions,
+    RealImages,
+    features_for,
+    load_real_images,
+    take_options_of_run,
+)
+from diffusers_ext.hub.cards import Figure, add_figures
 from diffusers_ext.metrics.frechet import FeatureStatistics, frechet_distance
-from diffusers_ext.metrics.real import DataOptions, RealImages, features_for, load_real_images, take_options_of_run
 from diffusers_ext.metrics.reconstruction import psnr, ssim
 from diffusers_ext.models.vae_likelihood import vae_likelihood
+from diffusers_ext.options import option, parse_config, refuse_below, run_script, to_command
+from diffusers_ext.recipes.vae_objective import ACTIVE_VARIANCE, BINARIZATIONS, binarize
+from diffusers_ext.recipes.vae_scale import LatentStatistics
 from diffusers_ext.trainer.config import set_threads
-from diffusers_ext.trainer.options import option, parse_config, refuse_below, run_script, to_command
-from diffusers_ext.trainer.vae_latents import LatentStatistics
-from diffusers_ext.trainer.vae_objective import ACTIVE_VARIANCE, BINARIZATIONS, binarize
-from diffusers_ext.whole_files import written_whole
 
 
 LEVELS = 256  # of the pixels of `LabelledImages`

@@ -17,12 +17,12 @@ import yaml
 from torch import nn
 
 import diffusers_ext
-from diffusers_ext.saved_folder import SavedFolder, loading_lines
-from diffusers_ext.trainer.options import option, run_script
+from diffusers_ext.atomic_files import written_whole
+from diffusers_ext.hub.saved_folder import SavedFolder, loading_lines
+from diffusers_ext.options import option, run_script
 from diffusers_ext.trainer.posthoc_ema import is_of, list_snapshots, load_averages, reconstruct
 from diffusers_ext.trainer.run import save_whole
 from diffusers_ext.trainer.run_folder import CONFIG_FILE
-from diffusers_ext.whole_files import written_whole
 
 
 REPORT_FILE = "reconstruction.json"

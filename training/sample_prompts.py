@@ -15,10 +15,10 @@ from PIL import Image
 
 from diffusers_ext import TextGuidedDiffusionPipeline
 from diffusers_ext.draws import check_seed
-from diffusers_ext.guidance import check_guidance_scale
-from diffusers_ext.metrics.subject import load_pipeline
-from diffusers_ext.trainer.figures import labelled_grid, save_picture
-from diffusers_ext.trainer.options import option, refuse_below, run_script
+from diffusers_ext.evaluation.subject import load_pipeline
+from diffusers_ext.figures import labelled_grid, save_picture
+from diffusers_ext.guidance.guided_denoiser import check_guidance_scale
+from diffusers_ext.options import option, refuse_below, run_script
 
 
 @dataclass(frozen=True)

@@ -26,21 +26,21 @@ from diffusers import ModelMixin
 from torch import Tensor
 
 from diffusers_ext import DiffusionPipeline, ExtDDPMScheduler, NoisyClassifierModel
-from diffusers_ext.betas import BETA_SCHEDULES
+from diffusers_ext.data.batches import TIMESTEP_SAMPLINGS
+from diffusers_ext.data.image_table import ImageData
+from diffusers_ext.data.latent_cache import SampleSpace, fingerprint, load_vae, prepare_samples
+from diffusers_ext.data.stream import StreamData, make_batches
+from diffusers_ext.data.validation import ValidationBatches, prepare_validation
+from diffusers_ext.diffusion.betas import BETA_SCHEDULES
 from diffusers_ext.models.unet import refuse_unmatched_resolutions
+from diffusers_ext.options import option, refuse_unused, run_script, to_command
+from diffusers_ext.recipes.classifier_objective import ClassifierObjective, accuracy_by_level, save_accuracy
 from diffusers_ext.schedulers.levels import describe_path
-from diffusers_ext.trainer.batches import TIMESTEP_SAMPLINGS
-from diffusers_ext.trainer.classifier_objective import ClassifierObjective, accuracy_by_level, save_accuracy
 from diffusers_ext.trainer.config import TrainerConfig, resolve_for_machine
-from diffusers_ext.trainer.data import ImageData
 from diffusers_ext.trainer.ending import EndingCost, seconds_of
-from diffusers_ext.trainer.latents import SampleSpace, fingerprint, load_vae, prepare_samples
 from diffusers_ext.trainer.loop import Trainer
-from diffusers_ext.trainer.options import option, refuse_unused, run_script, to_command
 from diffusers_ext.trainer.progress import counted, counting_bar
 from diffusers_ext.trainer.run import describe_data, finish_run, make_accelerator, open_run, save_whole
-from diffusers_ext.trainer.stream import StreamData, make_batches
-from diffusers_ext.trainer.validation import ValidationBatches, prepare_validation
 
 
 PICTURES = {"accuracy.png": "accuracy by noise level; its numbers are in accuracy.csv"}

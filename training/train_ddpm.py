@@ -18,9 +18,11 @@ import openmp  # noqa: F401  before torch is loaded
 from diffusers import ModelMixin
 
 from diffusers_ext import ExtDDPMScheduler, GuidedDiffusionPipeline
-from diffusers_ext.trainer.config import resolve_for_machine
-from diffusers_ext.trainer.data import ImageData
-from diffusers_ext.trainer.denoising import (
+from diffusers_ext.data.image_table import ImageData
+from diffusers_ext.data.latent_cache import SampleSpace, load_vae
+from diffusers_ext.data.stream import StreamData
+from diffusers_ext.options import option, run_script, to_command
+from diffusers_ext.recipes.denoising import (
     DenoisingConfig,
     build_model,
     build_objective,
@@ -29,12 +31,10 @@ from diffusers_ext.trainer.denoising import (
     load_validation,
     refuse_unlearned_guidance,
 )
-from diffusers_ext.trainer.latents import SampleSpace, load_vae
+from diffusers_ext.recipes.sample_grids import draw_while_training, drawing_cost, save_and_draw
+from diffusers_ext.trainer.config import resolve_for_machine
 from diffusers_ext.trainer.loop import Trainer
-from diffusers_ext.trainer.options import option, run_script, to_command
 from diffusers_ext.trainer.run import describe_data, finish_run, make_accelerator, open_run
-from diffusers_ext.trainer.sampling import draw_while_training, drawing_cost, save_and_draw
-from diffusers_ext.trainer.stream import StreamData
 
 
 @dataclass(frozen=True)

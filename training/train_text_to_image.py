@@ -19,24 +19,24 @@ from accelerate import Accelerator
 from diffusers import ModelMixin
 
 from diffusers_ext import ExtDDPMScheduler, TextGuidedDiffusionPipeline
-from diffusers_ext.text import width_of
-from diffusers_ext.trainer.captions import captions_of, find_caption_column, with_texts
-from diffusers_ext.trainer.config import resolve_for_machine
-from diffusers_ext.trainer.data import ImageData
-from diffusers_ext.trainer.denoising import (
+from diffusers_ext.data.captions import captions_of, find_caption_column, with_texts
+from diffusers_ext.data.image_table import ImageData
+from diffusers_ext.data.latent_cache import SampleSpace, load_vae, prepare_samples
+from diffusers_ext.data.validation import prepare_validation
+from diffusers_ext.guidance.texts import width_of
+from diffusers_ext.options import run_script, to_command
+from diffusers_ext.recipes.denoising import (
     build_model,
     build_objective,
     build_scheduler,
     refuse_unlearned_guidance,
 )
-from diffusers_ext.trainer.latents import SampleSpace, load_vae, prepare_samples
+from diffusers_ext.recipes.sample_grids import draw_while_training, drawing_cost, save_and_draw
+from diffusers_ext.recipes.text_encoder import TextDenoiser
+from diffusers_ext.recipes.text_to_image import TextConfig, Texts
+from diffusers_ext.trainer.config import resolve_for_machine
 from diffusers_ext.trainer.loop import Trainer
-from diffusers_ext.trainer.options import run_script, to_command
 from diffusers_ext.trainer.run import describe_data, finish_run, make_accelerator, open_run
-from diffusers_ext.trainer.sampling import draw_while_training, drawing_cost, save_and_draw
-from diffusers_ext.trainer.text_encoder import TextDenoiser
-from diffusers_ext.trainer.text_to_image import TextConfig, Texts
-from diffusers_ext.trainer.validation import prepare_validation
 
 
 PICTURES = {

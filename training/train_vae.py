@@ -25,23 +25,17 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from diffusers_ext import VAEModel
+from diffusers_ext.data.batches import BatchOptions
+from diffusers_ext.data.image_table import ImageData
+from diffusers_ext.data.prepare import prepare_data
+from diffusers_ext.data.stream import StreamData, make_batches
+from diffusers_ext.data.validation import ValidationBatches, prepare_validation
 from diffusers_ext.models.vae import ARCHITECTURES
 from diffusers_ext.models.vae_discriminator import PatchDiscriminator
 from diffusers_ext.models.vae_likelihood import LIKELIHOODS
-from diffusers_ext.trainer.adversary import Adversary
-from diffusers_ext.trainer.batches import BatchOptions
-from diffusers_ext.trainer.config import TrainerConfig, resolve_for_machine
-from diffusers_ext.trainer.data import ImageData
-from diffusers_ext.trainer.ending import EndingCost, seconds_of
-from diffusers_ext.trainer.loop import Trainer
-from diffusers_ext.trainer.options import option, refuse_unused, run_script, to_command
-from diffusers_ext.trainer.prepare import prepare_data
-from diffusers_ext.trainer.progress import counted, counting_bar
-from diffusers_ext.trainer.run import describe_data, finish_run, make_accelerator, open_run, save_whole
-from diffusers_ext.trainer.stream import StreamData, make_batches
-from diffusers_ext.trainer.vae_figures import draw_pictures, pictures_of
-from diffusers_ext.trainer.vae_latents import LatentMoments, measure_latents, store_scale
-from diffusers_ext.trainer.vae_objective import (
+from diffusers_ext.options import option, refuse_unused, run_script, to_command
+from diffusers_ext.recipes.vae_figures import draw_pictures, pictures_of
+from diffusers_ext.recipes.vae_objective import (
     ACTIVE_VARIANCE,
     BINARIZATIONS,
     VAEObjective,
@@ -49,8 +43,14 @@ from diffusers_ext.trainer.vae_objective import (
     collapse_warning,
     discriminator_loss,
 )
-from diffusers_ext.trainer.vae_perceptual import load_perceptual
-from diffusers_ext.trainer.validation import ValidationBatches, prepare_validation
+from diffusers_ext.recipes.vae_perceptual import load_perceptual
+from diffusers_ext.recipes.vae_scale import LatentMoments, measure_latents, store_scale
+from diffusers_ext.trainer.adversary import Adversary
+from diffusers_ext.trainer.config import TrainerConfig, resolve_for_machine
+from diffusers_ext.trainer.ending import EndingCost, seconds_of
+from diffusers_ext.trainer.loop import Trainer
+from diffusers_ext.trainer.progress import counted, counting_bar
+from diffusers_ext.trainer.run import describe_data, finish_run, make_accelerator, open_run, save_whole
 
 
 MIN_MEASURED = 1000  # training images that the latents' scale is measured on, however short the time

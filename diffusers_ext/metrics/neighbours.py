@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffusers_ext.precision import to_float64
+from diffusers_ext.diffusion.precision import to_float64
 
 
 # Distances held at a time: 64 MB in float64, whatever the sizes of the sets.

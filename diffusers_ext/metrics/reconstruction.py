@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusers_ext.precision import to_float64
+from diffusers_ext.diffusion.precision import to_float64
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
     -log p(x)  <=  E_q[-log p(x | z)]  +  KL(q(z | x) || p(z))          the negative ELBO (Kingma & Welling 2013)
     nats           distortion             rate
 
-All in nats for a whole image, bits per dimension only by `diffusers_ext.likelihood.bits_per_dim`. Densities of pixels
+All in nats for a whole image, bits per dimension only by `diffusers_ext.diffusion.variational_bound.bits_per_dim`. Densities of pixels
 say nothing in bits per dimension: a pixel of 8 bits has a probability, and the discretised likelihoods (`levels=256`)
 give it. Those of "gaussian" and "laplace" are the masses between the pixel's neighbours; "bernoulli" is a probability
 where images are black or white, and for grey ones a mere cross-entropy.
@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusers_ext.likelihood import binned_log_prob
+from diffusers_ext.diffusion.precision import to_float64
+from diffusers_ext.diffusion.variational_bound import binned_log_prob
 from diffusers_ext.models.vae_posterior import DiagonalGaussian, widened
-from diffusers_ext.precision import to_float64
 
 
 LIKELIHOODS = ("bernoulli", "gaussian", "laplace")

@@ -9,9 +9,9 @@ from diffusers.guiders import AutoGuidance, BaseGuidance, ClassifierFreeZeroStar
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from diffusers_ext.guidance import asks_for_unconditional, classifier_free_guidance, without_notice
-from diffusers_ext.guiders import ClassifierGuidance, ComposedGuidance
-from diffusers_ext.labels import num_classes_of
+from diffusers_ext.guidance.guided_denoiser import asks_for_unconditional, classifier_free_guidance, without_notice
+from diffusers_ext.guidance.guiders import ClassifierGuidance, ComposedGuidance
+from diffusers_ext.guidance.labels import num_classes_of
 from diffusers_ext.latents import latent_scale
 from diffusers_ext.models.vae import VAEModel
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Generator, Tensor
 
-from diffusers_ext.noising import transition
+from diffusers_ext.diffusion.noising import transition
 from diffusers_ext.schedulers.gaussian import GaussianSchedulerMixin, draw_noise
 
 

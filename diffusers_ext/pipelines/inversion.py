@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from diffusers_ext.labels import Labels
+from diffusers_ext.guidance.labels import Labels
 from diffusers_ext.pipelines.checks import count_images
 from diffusers_ext.pipelines.image_inputs import ImageInput
 from diffusers_ext.schedulers.gaussian import GaussianSchedulerMixin

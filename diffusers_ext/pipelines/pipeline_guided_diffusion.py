@@ -11,8 +11,8 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Generator, Tensor
 
-from diffusers_ext.guidance import GuidedDenoiser, Interval
-from diffusers_ext.labels import LabelledMixin, Labels
+from diffusers_ext.guidance.guided_denoiser import GuidedDenoiser, Interval
+from diffusers_ext.guidance.labels import LabelledMixin, Labels
 from diffusers_ext.pipelines.checks import check_components, check_guider, choose_guider, count_images
 from diffusers_ext.pipelines.image_inputs import ImageInput
 from diffusers_ext.pipelines.inversion import InversionMixin

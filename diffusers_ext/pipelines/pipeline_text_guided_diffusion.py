@@ -12,14 +12,14 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Generator, Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from diffusers_ext.guidance import GuidedDenoiser, Interval, asks_for_unconditional
-from diffusers_ext.guiders import ClassifierGuidance, ComposedGuidance
+from diffusers_ext.guidance.guided_denoiser import GuidedDenoiser, Interval, asks_for_unconditional
+from diffusers_ext.guidance.guiders import ClassifierGuidance, ComposedGuidance
+from diffusers_ext.guidance.texts import TextEmbeds, encode_tokens, longest_text, masks_padding_by_default, tokenize
 from diffusers_ext.pipelines.checks import check_components, choose_guider, count_images
 from diffusers_ext.pipelines.image_inputs import ImageInput
 from diffusers_ext.pipelines.loading import FromPipeMixin, replaceable
 from diffusers_ext.pipelines.sampling import GuidedDiffusionPipelineOutput, SamplingMixin
-from diffusers_ext.pipelines.text_inputs import TextCondition, check_text_components, context_width
-from diffusers_ext.text import TextEmbeds, encode_tokens, longest_text, masks_padding_by_default, tokenize
+from diffusers_ext.pipelines.text_condition import TextCondition, check_text_components, context_width
 
 
 # Of classifier-free guidance where neither the call nor the pipeline says otherwise.

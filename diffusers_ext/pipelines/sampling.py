@@ -14,10 +14,10 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Generator, Tensor
 
+from diffusers_ext.diffusion.noising import predict_x0
 from diffusers_ext.draws import as_generators, draw_normal
-from diffusers_ext.guidance import GuidedDenoiser, Interval, guided_steps
+from diffusers_ext.guidance.guided_denoiser import GuidedDenoiser, Interval, guided_steps
 from diffusers_ext.latents import decode_latents
-from diffusers_ext.noising import predict_x0
 from diffusers_ext.pipelines.checks import check_outputs
 from diffusers_ext.pipelines.image_inputs import ImageInput, encode_image, mask_to_tensor
 from diffusers_ext.pipelines.inpainting import KnownPixels, check_resampling, mask_of_latents

@@ -2,7 +2,7 @@
 
 An algorithm is a linear map from (x_t, model output, clipped x_0, noise) to x_s. Its coefficients depend on the noise
 levels alone, so they are worked out once for every transition, in float64, by evaluating the formulas of
-`diffusers_ext.noising` at unit inputs; a step then is two or three fused tensor operations.
+`diffusers_ext.diffusion.noising` at unit inputs; a step then is two or three fused tensor operations.
 """
 
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffusers_ext.noising import NoiseLevel, NoiseSchedule, dynamic_threshold, output_eps, predict_x0
+from diffusers_ext.diffusion.noising import NoiseLevel, NoiseSchedule, dynamic_threshold, output_eps, predict_x0
 
 
 Factor = float | Tensor

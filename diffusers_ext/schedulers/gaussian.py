@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusers_ext.betas import make_betas, rescale_zero_terminal_snr
+from diffusers_ext.diffusion.betas import make_betas, rescale_zero_terminal_snr
+from diffusers_ext.diffusion.noising import PREDICTION_TYPES, NoiseSchedule, add_noise, check_betas, training_target
+from diffusers_ext.diffusion.timesteps import TIMESTEP_SPACINGS, check_timesteps, make_timesteps
 from diffusers_ext.draws import draw_normal
-from diffusers_ext.noising import PREDICTION_TYPES, NoiseSchedule, add_noise, check_betas, training_target
 from diffusers_ext.schedulers.coefficients import (
     CoefficientTable,
     Path,
@@ -21,7 +22,6 @@ from diffusers_ext.schedulers.coefficients import (
     wide,
 )
 from diffusers_ext.schedulers.sources import PATH_KEYS, read_model
-from diffusers_ext.timesteps import TIMESTEP_SPACINGS, check_timesteps, make_timesteps
 
 
 # Of these the classes of diffusers make the betas themselves; the others are handed to them as `trained_betas`.

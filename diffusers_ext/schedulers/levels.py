@@ -9,7 +9,7 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
-from diffusers_ext.noising import NoiseLevel, NoiseSchedule
+from diffusers_ext.diffusion.noising import NoiseLevel, NoiseSchedule
 from diffusers_ext.schedulers.scheduling_ddpm import ExtDDPMScheduler
 from diffusers_ext.schedulers.sources import PATH_KEYS
 

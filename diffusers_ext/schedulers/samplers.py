@@ -12,7 +12,7 @@ from diffusers import LCMScheduler, PNDMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
-from diffusers_ext.noising import PREDICTION_TYPES
+from diffusers_ext.diffusion.noising import PREDICTION_TYPES
 from diffusers_ext.schedulers.gaussian import GaussianSchedulerMixin
 from diffusers_ext.schedulers.levels import PATH_TOLERANCE, path_difference
 from diffusers_ext.schedulers.sources import PATH_KEYS, defaults_of, is_flow, kind_of_model

@@ -13,7 +13,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from torch import Tensor
 
-from diffusers_ext.noising import NoiseLevel, posterior, predict_x0
+from diffusers_ext.diffusion.noising import NoiseLevel, posterior, predict_x0
 from diffusers_ext.schedulers.coefficients import (
     CoefficientTable,
     Factor,
@@ -132,17 +132,17 @@ class ExtDDIMScheduler(InversionMixin, GaussianSchedulerMixin, DDIMScheduler):
     Args:
         num_train_timesteps: Length of the noising path the model was trained on.
         beta_start, beta_end: Ends of the schedules that are given by beta.
-        beta_schedule: One of `diffusers_ext.betas.BETA_SCHEDULES`.
+        beta_schedule: One of `diffusers_ext.diffusion.betas.BETA_SCHEDULES`.
         trained_betas: The betas themselves, shape `(num_train_timesteps,)`; they go before `beta_schedule`.
         clip_sample: Whether to clip the predicted x_0.
         set_alpha_to_one: Whether the clean end has alpha_bar 1, or that of timestep 0.
         steps_offset: Added to the timesteps of "leading".
-        prediction_type: One of `diffusers_ext.noising.PREDICTION_TYPES`.
+        prediction_type: One of `diffusers_ext.diffusion.noising.PREDICTION_TYPES`.
         thresholding: Whether to threshold the predicted x_0 dynamically; goes before `clip_sample`.
         dynamic_thresholding_ratio: Quantile of the magnitudes of x_0, for `thresholding`.
         clip_sample_range: Bound on |x_0|, for `clip_sample`.
         sample_max_value: Largest bound, for `thresholding`.
-        timestep_spacing: One of `diffusers_ext.timesteps.TIMESTEP_SPACINGS`.
+        timestep_spacing: One of `diffusers_ext.diffusion.timesteps.TIMESTEP_SPACINGS`.
         rescale_betas_zero_snr: Whether to rescale the path so that its last level holds no signal.
         beta_reference_timesteps: Length of the path that `beta_start` and `beta_end` were chosen for (1000 in the
             papers). If given, a path of another length keeps the range of noise levels of that one.

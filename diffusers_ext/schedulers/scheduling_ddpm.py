@@ -9,7 +9,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from torch import Tensor
 
-from diffusers_ext.noising import interpolated_log_std, posterior, transition_std
+from diffusers_ext.diffusion.noising import interpolated_log_std, posterior, transition_std
 from diffusers_ext.schedulers.coefficients import CoefficientTable, Path, Prediction, Transition, wide
 from diffusers_ext.schedulers.gaussian import (
     COMMON_BETA_SCHEDULES,
@@ -39,18 +39,18 @@ class ExtDDPMScheduler(GaussianSchedulerMixin, DDPMScheduler):
     Args:
         num_train_timesteps: Length of the noising path the model was trained on.
         beta_start, beta_end: Ends of the schedules that are given by beta.
-        beta_schedule: One of `diffusers_ext.betas.BETA_SCHEDULES`.
+        beta_schedule: One of `diffusers_ext.diffusion.betas.BETA_SCHEDULES`.
         trained_betas: The betas themselves, shape `(num_train_timesteps,)`; they go before `beta_schedule`.
         variance_type: Variance of the reverse transition: "fixed_small" is that of the posterior (beta tilde),
             "fixed_large" that of the noising transition (beta), "learned" a log variance from the model, in a second
             half of channels, "learned_range" an interpolation between the two by the model, in log, from -1 to 1.
         clip_sample: Whether to clip the predicted x_0.
-        prediction_type: One of `diffusers_ext.noising.PREDICTION_TYPES`.
+        prediction_type: One of `diffusers_ext.diffusion.noising.PREDICTION_TYPES`.
         thresholding: Whether to threshold the predicted x_0 dynamically; goes before `clip_sample`.
         dynamic_thresholding_ratio: Quantile of the magnitudes of x_0, for `thresholding`.
         clip_sample_range: Bound on |x_0|, for `clip_sample`.
         sample_max_value: Largest bound, for `thresholding`.
-        timestep_spacing: One of `diffusers_ext.timesteps.TIMESTEP_SPACINGS`.
+        timestep_spacing: One of `diffusers_ext.diffusion.timesteps.TIMESTEP_SPACINGS`.
         steps_offset: Added to the timesteps of "leading".
         rescale_betas_zero_snr: Whether to rescale the path so that its last level holds no signal.
         beta_reference_timesteps: Length of the path that `beta_start` and `beta_end` were chosen for (1000 in the

@@ -7,7 +7,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from diffusers_ext.noising import NoiseLevel, rotate
+from diffusers_ext.diffusion.noising import NoiseLevel, rotate
 from diffusers_ext.schedulers.coefficients import Prediction
 from diffusers_ext.schedulers.scheduling_ddim import ExtDDIMScheduler
 

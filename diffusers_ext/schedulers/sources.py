@@ -18,8 +18,8 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
-from diffusers_ext.betas import make_betas
-from diffusers_ext.noising import check_betas
+from diffusers_ext.diffusion.betas import make_betas
+from diffusers_ext.diffusion.noising import check_betas
 
 
 # What the model was trained on, whatever samples it.

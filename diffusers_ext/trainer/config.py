@@ -8,11 +8,11 @@ from typing import ClassVar, Literal
 import psutil
 import torch
 
+from diffusers_ext.data.images import LONGEST, RESIZE_MODES
 from diffusers_ext.draws import check_seed
+from diffusers_ext.options import option, refuse_unused
 from diffusers_ext.pixels import IMAGE_MODES
 from diffusers_ext.trainer.ema import power_function_exponent
-from diffusers_ext.trainer.images import LONGEST, RESIZE_MODES
-from diffusers_ext.trainer.options import option, refuse_unused
 from diffusers_ext.trainer.schedule import LR_SCHEDULERS, Budget, default_warmup_steps, parse_duration
 from diffusers_ext.trainer.trackers import tracker_names
 

@@ -14,27 +14,27 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from diffusers_ext.atomic_files import written_whole
+from diffusers_ext.data.batches import BatchOptions, derived_seed, seed_generators
+from diffusers_ext.data.identity import identify
+from diffusers_ext.data.image_table import ImageData
+from diffusers_ext.data.stream import StreamData, make_batches
+from diffusers_ext.data.validation import ValidationBatches
+from diffusers_ext.options import to_yaml
 from diffusers_ext.trainer.adversary import Adversary, frozen
-from diffusers_ext.trainer.batches import BatchOptions, derived_seed, seed_generators
 from diffusers_ext.trainer.checkpoints import all_or_none, find_for_all, remove_old, write_checkpoint
 from diffusers_ext.trainer.config import TrainerConfig
-from diffusers_ext.trainer.data import ImageData
 from diffusers_ext.trainer.ema import WeightAverage
 from diffusers_ext.trainer.ending import Ending, EndingCost
-from diffusers_ext.trainer.identity import identify
 from diffusers_ext.trainer.notes import notes_after, notes_before
-from diffusers_ext.trainer.options import to_yaml
 from diffusers_ext.trainer.posthoc_ema import AverageSnapshots
 from diffusers_ext.trainer.profiling import StepProfile
 from diffusers_ext.trainer.progress import WAITING, ProgressBar, SpeedWatch, TimeShares
 from diffusers_ext.trainer.run_folder import CONFIG_FILE, METRICS_FILE, MetricsLog, check_same_run
-from diffusers_ext.trainer.run_state import RunState, load_run, save_run
 from diffusers_ext.trainer.schedule import LearningRate
 from diffusers_ext.trainer.sharding import WholeModel, full, is_sharded
 from diffusers_ext.trainer.signals import StopRequest, catch_signals
-from diffusers_ext.trainer.stream import StreamData, make_batches
-from diffusers_ext.trainer.validation import ValidationBatches
-from diffusers_ext.whole_files import written_whole
+from diffusers_ext.trainer.state import RunState, load_run, save_run
 
 
 @contextmanager

@@ -22,8 +22,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from diffusers_ext.atomic_files import PARTIAL, written_whole
 from diffusers_ext.trainer.ema import WeightAverage, power_function_exponent
-from diffusers_ext.whole_files import PARTIAL, written_whole
 
 
 SNAPSHOT_FOLDER = "ema_snapshots"

@@ -14,14 +14,16 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from diffusers import DiffusionPipeline, ModelMixin
 
-from diffusers_ext import cards, hub
-from diffusers_ext.saved_folder import SavedFolder, loading_lines
+from diffusers_ext.data.image_table import ImageData, is_local
+from diffusers_ext.data.stream import StreamData
+from diffusers_ext.figures import draw_loss
+from diffusers_ext.hub import cards
+from diffusers_ext.hub import push as hub
+from diffusers_ext.hub.saved_folder import SavedFolder, loading_lines
+from diffusers_ext.options import to_yaml
 from diffusers_ext.trainer.checkpoints import list_checkpoints
 from diffusers_ext.trainer.config import TrainerConfig, resolve_for_machine, set_threads
-from diffusers_ext.trainer.data import ImageData, is_local
-from diffusers_ext.trainer.figures import draw_loss
 from diffusers_ext.trainer.loop import Trainer
-from diffusers_ext.trainer.options import to_yaml
 from diffusers_ext.trainer.run_folder import (
     CONFIG_FILE,
     METRICS_FILE,
@@ -31,7 +33,6 @@ from diffusers_ext.trainer.run_folder import (
     read_metrics,
 )
 from diffusers_ext.trainer.signals import Interrupted, sigterm_as_interrupt
-from diffusers_ext.trainer.stream import StreamData
 from diffusers_ext.trainer.trackers import installed_trackers
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import yaml
 
+from diffusers_ext.atomic_files import PARTIAL, written_whole
+from diffusers_ext.options import to_yaml
 from diffusers_ext.trainer.checkpoints import list_checkpoints
 from diffusers_ext.trainer.config import TrainerConfig
-from diffusers_ext.trainer.options import to_yaml
 from diffusers_ext.trainer.posthoc_ema import SNAPSHOT_FOLDER
-from diffusers_ext.whole_files import PARTIAL, written_whole
 
 
 CONFIG_FILE, METRICS_FILE = "train_config.yaml", "metrics.jsonl"

@@ -9,9 +9,9 @@ import warnings
 import matplotlib
 import torch
 
-from diffusers_ext.betas import make_betas, rescale_zero_terminal_snr
-from diffusers_ext.noising import NoiseSchedule
-from diffusers_ext.timesteps import TIMESTEP_SPACINGS, make_timesteps
+from diffusers_ext.diffusion.betas import make_betas, rescale_zero_terminal_snr
+from diffusers_ext.diffusion.noising import NoiseSchedule
+from diffusers_ext.diffusion.timesteps import TIMESTEP_SPACINGS, make_timesteps
 
 
 matplotlib.use("Agg")

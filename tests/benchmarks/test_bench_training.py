@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffusers_ext.trainer.prepare import prepare_images
+from diffusers_ext.data.prepare import prepare_images
 from runs import forget_accelerate
 from tiny import tiny_unet
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from devices import DEVICES, PRECISIONS, no_host_sync
+from diffusers_ext.data.prepare import prepare_images
+from diffusers_ext.recipes.denoising_objective import DenoisingObjective
 from diffusers_ext.schedulers import ExtDDIMScheduler
-from diffusers_ext.trainer.objective import DenoisingObjective
-from diffusers_ext.trainer.prepare import prepare_images
 from runs import forget_accelerate, metrics, saved, stop_before_step, trainer
 from tiny import tiny_unet
 

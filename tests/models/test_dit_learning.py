@@ -3,7 +3,7 @@
 import torch
 
 from diffusers_ext import DiTModel, ExtDDIMScheduler
-from diffusers_ext.noising import add_noise
+from diffusers_ext.diffusion.noising import add_noise
 
 
 # Two pictures of 4x4 patches of 2x2 pixels, each half +1 and half -1, which agree in half of the patches.

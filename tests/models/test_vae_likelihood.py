@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.distributions import Bernoulli, Laplace, MultivariateNormal, Normal, kl_divergence
 
-from diffusers_ext.likelihood import bits_per_dim
+from diffusers_ext.diffusion.variational_bound import bits_per_dim
 from diffusers_ext.models.vae import VAEModel
 from diffusers_ext.models.vae_likelihood import (
     discretized_log_prob,

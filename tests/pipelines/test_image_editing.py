@@ -7,8 +7,8 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteS
 from PIL import Image
 
 from diffusers_ext import ExtDDIMScheduler, ExtDDPMScheduler, GuidedDiffusionPipeline, UNetModel, VPredictionScheduler
+from diffusers_ext.diffusion.noising import predict_eps
 from diffusers_ext.latents import decode_latents, encode_latents
-from diffusers_ext.noising import predict_eps
 from diffusers_ext.pipelines.image_inputs import images_to_tensor, mask_to_tensor
 from diffusers_ext.pipelines.inversion import slerp
 from diffusers_ext.schedulers.levels import noise_level

@@ -245,7 +245,7 @@ def test_stable_diffusion_pipeline_makes_the_same_images(tmp_path):
 
 def test_text_that_is_too_long_is_cut_with_a_warning(caplog):
     pipe = text_pipeline()
-    logger = logging.getLogger("diffusers_ext.text")
+    logger = logging.getLogger("diffusers_ext.guidance.texts")
     logger.addHandler(caplog.handler)
     try:
         long = pipe.encode_prompt(["red dot red dot red dot red dot red dot", "red", "blue " * 9])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler, DDPMScheduler
 
-from diffusers_ext.noising import add_noise
+from diffusers_ext.diffusion.noising import add_noise
 from diffusers_ext.schedulers import (
     ExtDDIMInverseScheduler,
     ExtDDIMScheduler,

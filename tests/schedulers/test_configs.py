@@ -16,7 +16,7 @@ from diffusers import (
     HeunDiscreteScheduler,
 )
 
-from diffusers_ext.betas import BETA_SCHEDULES
+from diffusers_ext.diffusion.betas import BETA_SCHEDULES
 from diffusers_ext.schedulers import (
     ExtDDIMInverseScheduler,
     ExtDDIMScheduler,

@@ -21,8 +21,8 @@ from diffusers_ext import (
     GuidedDiffusionPipeline,
     VPredictionScheduler,
 )
-from diffusers_ext.metrics.subject import load_pipeline
-from diffusers_ext.noising import predict_eps
+from diffusers_ext.diffusion.noising import predict_eps
+from diffusers_ext.evaluation.subject import load_pipeline
 from diffusers_ext.schedulers.levels import noise_level
 from diffusers_ext.schedulers.samplers import check_sampler
 from diffusers_ext.schedulers.sources import MODEL_KEYS, has_betas

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from diffusers_ext.noising import PREDICTION_TYPES
+from diffusers_ext.diffusion.noising import PREDICTION_TYPES
 from diffusers_ext.schedulers import ExtDDIMScheduler, ExtDDPMScheduler, VPredictionScheduler
 from gaussian_oracle import VARIANCE, model_output, optimal_variance, output_std_ratio
 

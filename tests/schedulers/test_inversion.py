@@ -5,10 +5,10 @@ import torch
 from diffusers import DDIMInverseScheduler
 from sklearn.datasets import load_digits
 
-from diffusers_ext.betas import make_betas
-from diffusers_ext.noising import PREDICTION_TYPES, NoiseSchedule, add_noise
+from diffusers_ext.diffusion.betas import make_betas
+from diffusers_ext.diffusion.noising import PREDICTION_TYPES, NoiseSchedule, add_noise
+from diffusers_ext.diffusion.timesteps import TIMESTEP_SPACINGS
 from diffusers_ext.schedulers import ExtDDIMInverseScheduler, ExtDDIMScheduler, VPredictionScheduler
-from diffusers_ext.timesteps import TIMESTEP_SPACINGS
 from gaussian_oracle import VARIANCE, model_output
 
 

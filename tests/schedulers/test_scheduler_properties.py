@@ -8,10 +8,17 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from diffusers_ext.betas import BETA_SCHEDULES
-from diffusers_ext.noising import PREDICTION_TYPES, NoiseSchedule, add_noise, output_eps, predict_x0, training_target
+from diffusers_ext.diffusion.betas import BETA_SCHEDULES
+from diffusers_ext.diffusion.noising import (
+    PREDICTION_TYPES,
+    NoiseSchedule,
+    add_noise,
+    output_eps,
+    predict_x0,
+    training_target,
+)
+from diffusers_ext.diffusion.timesteps import TIMESTEP_SPACINGS
 from diffusers_ext.schedulers import ExtDDIMScheduler, ExtDDPMScheduler
-from diffusers_ext.timesteps import TIMESTEP_SPACINGS
 
 
 settings.register_profile("schedulers", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])

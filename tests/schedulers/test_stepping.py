@@ -7,14 +7,14 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
-from diffusers_ext.noising import add_noise
+from diffusers_ext.diffusion.noising import add_noise
+from diffusers_ext.diffusion.timesteps import TIMESTEP_SPACINGS
 from diffusers_ext.schedulers import (
     ExtDDIMInverseScheduler,
     ExtDDIMScheduler,
     ExtDDPMScheduler,
     VPredictionScheduler,
 )
-from diffusers_ext.timesteps import TIMESTEP_SPACINGS
 
 
 SAMPLERS = (ExtDDPMScheduler, ExtDDIMScheduler, VPredictionScheduler)

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
+from diffusers_ext.data.prepare import prepare_images
 from diffusers_ext.trainer.adversary import Adversary
-from diffusers_ext.trainer.prepare import prepare_images
 from runs import assert_same_run, metrics, saved, stop_before_step, trainer
 
 

@@ -5,10 +5,10 @@ import time
 import pytest
 import torch
 
+from diffusers_ext.data.prepare import prepare_images
+from diffusers_ext.recipes.sample_grids import fitting
 from diffusers_ext.trainer.ending import FINISHING_SECONDS, MARGIN, EndingCost, seconds_of
-from diffusers_ext.trainer.prepare import prepare_images
 from diffusers_ext.trainer.run_folder import read_metrics
-from diffusers_ext.trainer.sampling import fitting
 from runs import assert_same_run, trainer
 from training.train_ddpm import TrainConfig, main
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from diffusers_ext.data.prepare import prepare_images
 from diffusers_ext.trainer.config import TrainerConfig, resolve_for_machine
-from diffusers_ext.trainer.prepare import prepare_images
 from diffusers_ext.trainer.run import make_accelerator, open_run, save_whole
 from diffusers_ext.trainer.signals import Interrupted
 from runs import trainer

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 import psutil
 import pytest
 
+from diffusers_ext.data.prepare import prepare_images
 from diffusers_ext.trainer.checkpoints import (
     CheckpointError,
     find_checkpoint,
@@ -25,7 +26,6 @@ from diffusers_ext.trainer.checkpoints import (
     list_checkpoints,
     step_from_name,
 )
-from diffusers_ext.trainer.prepare import prepare_images
 from runs import CountedError, assert_same_run, forget_accelerate, trainer
 
 

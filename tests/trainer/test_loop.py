@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from diffusers_ext.data.prepare import prepare_images
 from diffusers_ext.trainer.loop import in_float32
-from diffusers_ext.trainer.prepare import prepare_images
 from diffusers_ext.trainer.run_folder import read_metrics
-from diffusers_ext.trainer.run_state import load_run
+from diffusers_ext.trainer.state import load_run
 from runs import (
     CountedError,
     assert_same_run,

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
+from diffusers_ext.data.prepare import prepare_images
 from diffusers_ext.trainer.config import TrainerConfig
-from diffusers_ext.trainer.prepare import prepare_images
 from runs import forget_accelerate, stop_before_step, trainer
 from training.train_vae import TrainVAEConfig
 

@@ -5,6 +5,7 @@ from safetensors.torch import load_file, save_file
 from scipy.integrate import quad
 from torch import nn
 
+from diffusers_ext.data.prepare import prepare_images
 from diffusers_ext.trainer.config import TrainerConfig
 from diffusers_ext.trainer.ema import WeightAverage, power_function_exponent
 from diffusers_ext.trainer.posthoc_ema import (
@@ -17,7 +18,6 @@ from diffusers_ext.trainer.posthoc_ema import (
     reconstruct,
     weighting_product,
 )
-from diffusers_ext.trainer.prepare import prepare_images
 from runs import assert_same_run, saved, stop_before_step, trainer
 
 

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from diffusers_ext.trainer.prepare import prepare_images
+from diffusers_ext.data.prepare import prepare_images
 from diffusers_ext.trainer.profiling import TRACED_STEPS
 from runs import assert_same_run, forget_accelerate, squared_error, trainer
 

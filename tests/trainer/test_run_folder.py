@@ -4,9 +4,9 @@ import json
 import pytest
 import yaml
 
+from diffusers_ext.options import to_yaml
+from diffusers_ext.recipes.networks import NetworkConfig
 from diffusers_ext.trainer.config import TrainerConfig
-from diffusers_ext.trainer.networks import NetworkConfig
-from diffusers_ext.trainer.options import to_yaml
 from diffusers_ext.trainer.run_folder import (
     MetricsLog,
     check_output_dir,

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from diffusers_ext.trainer.prepare import prepare_images
+from diffusers_ext.data.prepare import prepare_images
 from diffusers_ext.trainer.progress import WAITING, SpeedWatch, TimeShares
 from runs import squared_error, trainer
 

@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from diffusers_ext import ExtDDIMScheduler, GuidedDiffusionPipeline
+from diffusers_ext.data.prepare import prepare_images
+from diffusers_ext.recipes.sample_grids import draw_samples
 from diffusers_ext.trainer.adversary import Adversary
 from diffusers_ext.trainer.checkpoints import CheckpointError, find_for_all
-from diffusers_ext.trainer.prepare import prepare_images
-from diffusers_ext.trainer.sampling import draw_samples
 from runs import forget_accelerate, stop_before_step, trainer
 from tiny import tiny_unet
 

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from diffusers_ext import ExtDDIMScheduler, GuidedDiffusionPipeline, UNetModel
-from diffusers_ext.cards import write_card
-from diffusers_ext.trainer.options import parse_config
+from diffusers_ext.hub.cards import write_card
+from diffusers_ext.options import parse_config
 from environment import HUNG_AFTER
 
 
@@ -57,7 +57,7 @@ def save_pipeline(folder, num_classes=10, sample_size=8):
 
 def save_digits(folder, split, by_label=True):
     """scikit-learn's digits as files, in a subfolder for each label."""
-    from diffusers_ext.trainer.data import load_digits
+    from diffusers_ext.data.image_table import load_digits
 
     for index, row in enumerate(load_digits(split)):
         place = folder / (str(row["label"]) if by_label else "")

@@ -12,10 +12,10 @@ from diffusers.guiders import ClassifierFreeGuidance
 from PIL import Image
 
 from diffusers_ext import ExtDDIMScheduler, TextGuidedDiffusionPipeline
-from diffusers_ext.cards import write_card
-from diffusers_ext.metrics.real import DataOptions, load_real_images, take_options_of_run
-from diffusers_ext.metrics.subject import generate_for
-from diffusers_ext.trainer.latents import LatentsInfo, write_info
+from diffusers_ext.data.latent_cache import LatentsInfo, write_info
+from diffusers_ext.evaluation.real_images import DataOptions, load_real_images, take_options_of_run
+from diffusers_ext.evaluation.subject import generate_for
+from diffusers_ext.hub.cards import write_card
 from tiny_text import CAPTIONS, COLOURS, picture, save_pictures, tiny_clip, tiny_text_unet, tiny_tokenizer
 from training import evaluate
 

@@ -128,7 +128,7 @@ def test_a_model_that_was_saved_by_itself(tmp_path, capsys):
 
 
 def test_the_run_may_stand_first_on_the_command_line(capsys):
-    from diffusers_ext.trainer.options import parse_config
+    from diffusers_ext.options import parse_config
 
     config = parse_config(ReconstructConfig, ["runs/digits", "--ema_std", "0.07"], first="run")
     assert (config.run, config.ema_std) == ("runs/digits", 0.07)

@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 from diffusers_ext import DiffusionPipeline
+from diffusers_ext.data.prepare import prepare_data, prepare_stream
+from diffusers_ext.options import to_yaml
 from diffusers_ext.trainer.config import TrainerConfig
-from diffusers_ext.trainer.options import to_yaml
-from diffusers_ext.trainer.prepare import prepare_data, prepare_stream
 from diffusers_ext.trainer.run_folder import read_metrics
 from environment import HUNG_AFTER
 from runs import assert_same_run, metrics, stop_before_step, trainer

@@ -16,11 +16,11 @@ from diffusers_ext import (
     UNetModel,
     VAEModel,
 )
-from diffusers_ext.betas import make_betas
-from diffusers_ext.noising import NoiseSchedule
+from diffusers_ext.diffusion.betas import make_betas
+from diffusers_ext.diffusion.noising import NoiseSchedule
+from diffusers_ext.options import parse_config
+from diffusers_ext.recipes.classifier_objective import ClassifierObjective, accuracy_by_level
 from diffusers_ext.schedulers.levels import describe_path
-from diffusers_ext.trainer.classifier_objective import ClassifierObjective, accuracy_by_level
-from diffusers_ext.trainer.options import parse_config
 from diffusers_ext.trainer.run_folder import read_metrics
 from mixture_oracle import MEANS, STDS, WEIGHTS, MixtureClassifier
 from runs import metrics

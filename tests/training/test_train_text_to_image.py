@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from diffusers_ext import ExtDDIMScheduler, TextGuidedDiffusionPipeline, VAEModel
-from diffusers_ext.trainer.figures import labelled_grid
-from diffusers_ext.trainer.options import parse_config
+from diffusers_ext.figures import labelled_grid
+from diffusers_ext.options import parse_config
+from diffusers_ext.recipes.text_encoder import train_tokenizer
+from diffusers_ext.recipes.text_to_image import TextConfig, Texts
 from diffusers_ext.trainer.run_folder import read_metrics
-from diffusers_ext.trainer.text_encoder import train_tokenizer
-from diffusers_ext.trainer.text_to_image import TextConfig, Texts
 from environment import HUNG_AFTER
 from runs import assert_same_run, forget_accelerate
 from tiny_text import (

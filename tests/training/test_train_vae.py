@@ -11,12 +11,12 @@ from diffusers import AutoModel
 from PIL import Image
 
 from diffusers_ext import VAEModel
+from diffusers_ext.data.image_table import load_digits
+from diffusers_ext.data.prepare import prepare_images
+from diffusers_ext.evaluation.real_images import FEATURES_FILE
 from diffusers_ext.latents import encode_latents
 from diffusers_ext.metrics.features import FeatureClassifierModel
-from diffusers_ext.metrics.real import FEATURES_FILE
 from diffusers_ext.models.vae_likelihood import vae_likelihood
-from diffusers_ext.trainer.data import load_digits
-from diffusers_ext.trainer.prepare import prepare_images
 from diffusers_ext.trainer.run_folder import read_metrics
 from runs import assert_same_run, forget_accelerate
 from training.evaluate_vae import EvaluateVAEConfig, parse

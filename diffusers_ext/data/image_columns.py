@@ -1,0 +1,84 @@
+"""Columns that hold pictures without saying so, as pandas writes them: encoded bytes, or paths of files."""
+
+import io
+import itertools
+from pathlib import Path
+from typing import Any
+
+import datasets
+from PIL import Image
+
+from diffusers_ext.data.folders import picture_suffixes
+
+
+Rows = datasets.Dataset | datasets.IterableDataset
+_PROBED = 20  # rows in which a column's first value is looked for
+
+
+def with_image_columns(source: Rows, folder: Path | None = None) -> Rows:
+    """The rows with columns of encoded pictures, and of paths of pictures, as columns of images.
+
+    That are columns of bytes, or of structs of `bytes` and `path`, whose first value PIL opens; and, in a local folder,
+    columns of texts of which the first is the path of a picture that is there, absolute or below the folder. Rows that have
+    a column of images, or of arrays, stay as they are.
+
+    Args:
+        folder: In which the data set is; None for one on the Hub.
+    """
+    features = source.features
+    if features is None:
+        return source
+    if any(isinstance(each, datasets.Image | datasets.Array2D | datasets.Array3D) for each in features.values()):
+        return source
+    candidates = [name for name, feature in features.items() if _is_encoded(feature) or _is_text(feature)]
+    if not candidates:
+        return source
+    firsts = _first_values(source, candidates)
+    root = folder if folder is None or folder.is_dir() else folder.parent
+    for name, value in firsts.items():
+        if _is_encoded(features[name]) and _opens(value):
+            source = source.cast_column(name, datasets.Image())
+        elif root is not None and _is_text(features[name]) and _is_picture(root, value):
+            source = _from_paths(source, name, root)
+    return source
+
+
+def _is_encoded(feature: Any) -> bool:
+    if isinstance(feature, dict):
+        return "bytes" in feature and set(feature) <= {"bytes", "path"} and _is_encoded(feature["bytes"])
+    return isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary")
+
+
+def _is_text(feature: Any) -> bool:
+    return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
+
+
+def _first_values(source: Rows, names: list[str]) -> dict[str, Any]:
+    firsts: dict[str, Any] = {}
+    for row in itertools.islice(source.select_columns(names), _PROBED):
+        firsts = {name: value for name, value in row.items() if value is not None} | firsts
+    return firsts
+
+
+def _opens(value: Any) -> bool:
+    encoded = value["bytes"] if isinstance(value, dict) else value
+    if encoded is None:
+        return False
+    try:
+        Image.open(io.BytesIO(encoded)).close()
+    except Exception:  # a reader of some format raises what it likes on other data
+        return False
+    return True
+
+
+def _is_picture(root: Path, value: str) -> bool:
+    return Path(value).suffix.lower() in picture_suffixes() and len(value) < 1000 and (root / value).is_file()
+
+
+def _from_paths(source: Rows, name: str, root: Path) -> Rows:
+    def absolute(rows: dict[str, list]) -> dict[str, list]:
+        return {name: [value and {"path": str(root / value), "bytes": None} for value in rows[name]]}
+
+    root = root.absolute()
+    features = datasets.Features(source.features | {name: datasets.Image()})
+    return source.map(absolute, batched=True, features=features)

@@ -1,0 +1,347 @@
+"""Data as the latents of a VAE: encoded once and kept on disk, or at each batch.
+
+What is kept are the mean and the standard deviation of each latent, so that each look at an image draws its latents
+anew, as encoding at each batch does. Both ways draw by the same numbers of the batch, so that they give the same
+latents, but for the rounding to float16 of what is kept.
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+import yaml
+from diffusers import AutoModel, ModelMixin
+from torch import Tensor
+
+from diffusers_ext.atomic_files import written_whole
+from diffusers_ext.data.image_table import ImageData, PixelTable
+from diffusers_ext.data.label_columns import fair_share, read_labels
+from diffusers_ext.data.prepare import prepare_data
+from diffusers_ext.data.stream import StreamData
+from diffusers_ext.latents import latent_scale, normalize_latents
+from diffusers_ext.trainer.config import DataConfig, TrainerConfig
+
+
+LATENTS_FILE = "latents.yaml"
+# Of the columns of a shard, `pixels` has the mean and then the standard deviation, (height, width, 2 channels).
+DTYPE = np.dtype(np.float16)
+
+# What of a VAE's config has no influence on what its encoder gives.
+_NO_INFLUENCE = ("scaling_factor", "shift_factor", "sample_size", "force_upcast")
+
+
+@dataclass(frozen=True)
+class LatentsInfo:
+    """What `latents.yaml` says of the latents of one split.
+
+    Attributes:
+        dataset_name, dataset_config_name, dataset_split: Where the images are from.
+        resolution: (height, width) of the images.
+        resize_mode, pad_value, image_mode, white_value, max_train_samples, label_column: As for `DataConfig`.
+        latent_shape: Of one image, (channels, height, width).
+        num_images: How many; each has a second row, mirrored, if `random_flip`.
+        random_flip: See `num_images`.
+        id2label: Name of each label, or None.
+        vae: Where the VAE was loaded from.
+        vae_fingerprint: See `fingerprint`.
+        contents: A digest of the images; None if that was not kept.
+    """
+
+    dataset_name: str
+    dataset_config_name: str | None
+    dataset_split: str
+    resolution: tuple[int, int]
+    resize_mode: str
+    pad_value: int
+    image_mode: str | None
+    max_train_samples: int | None
+    label_column: str | None
+    latent_shape: tuple[int, int, int]
+    num_images: int
+    random_flip: bool
+    id2label: dict[int, str] | None
+    vae: str
+    vae_fingerprint: str
+    white_value: int | None = None
+    contents: str | None = None
+
+    @property
+    def rows_per_image(self) -> int:
+        return 2 if self.random_flip else 1
+
+
+def write_info(folder: Path, infos: dict[str, LatentsInfo]) -> None:
+    """Writes `latents.yaml`, whole or not at all: what the folder holds of each split."""
+    splits = {split: json.loads(json.dumps(dataclasses.asdict(info))) for split, info in infos.items()}
+    for split, info in infos.items():
+        splits[split]["id2label"] = info.id2label
+    with written_whole(folder / LATENTS_FILE) as partial:
+        partial.write_text(yaml.safe_dump({"splits": splits}, sort_keys=False, allow_unicode=True))
+
+
+def read_info(folder: str | Path) -> dict[str, LatentsInfo]:
+    """The splits that a folder of latents holds; none if it holds no latents."""
+    path = Path(folder) / LATENTS_FILE
+    if not path.is_file():
+        return {}
+    splits = yaml.safe_load(path.read_text())["splits"]
+    shapes = ("resolution", "latent_shape")
+    return {
+        split: LatentsInfo(**entry | {name: tuple(entry[name]) for name in shapes}) for split, entry in splits.items()
+    }
+
+
+def shard_path(folder: Path, split: str, number: int, count: int) -> Path:
+    return folder / f"{split}-{number:05}-of-{count:05}.parquet"
+
+
+@dataclass(frozen=True)
+class LatentData(ImageData):
+    """Latents from disk, in the place of images.
+
+    Attributes:
+        pixels: Float16, each row (height, width, 2 channels), the mean and the standard deviation.
+        info: What they are of.
+    """
+
+    info: LatentsInfo | None = None
+
+    def __len__(self) -> int:
+        return len(self.pixels) // self.info.rows_per_image
+
+    def read(self, rows: np.ndarray, places: np.ndarray, flipped: np.ndarray) -> np.ndarray:
+        """See `ImageData.read`. Mirrored images have rows of their own: latents cannot be mirrored."""
+        return self.pixels[rows * self.info.rows_per_image + flipped]
+
+    def digests(self) -> str:
+        """Of the images and of the VAE."""
+        return f"{self.info.contents}-{self.info.vae_fingerprint[:32]}"
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.info.latent_shape[1:]
+
+    @property
+    def channels(self) -> int:
+        return self.info.latent_shape[0]
+
+
+def load_vae(name: str) -> ModelMixin:
+    """An autoencoder by itself or of a pipeline, from a folder or the Hub, for encoding.
+
+    Raises:
+        ValueError: if there is none, if it is none of images, or if the scale of its latents was never measured.
+    """
+    try:
+        subfolder = "vae" if (Path(name) / "vae" / "config.json").is_file() else None
+        vae = AutoModel.from_pretrained(name, subfolder=subfolder)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--vae {name} cannot be loaded as an autoencoder: {error}") from error
+    if not hasattr(vae, "encode") or vae.config.get("latent_channels") is None:
+        raise ValueError(f"--vae {name} must be an autoencoder with latent_channels, got a {type(vae).__name__}")
+    if vae.config.get("architecture") == "mlp" or vae.config.get("dims", 2) != 2:
+        raise ValueError(f"--vae {name} must have latents with height and width, which a denoiser has room for")
+    latent_scale(vae, torch.empty(1, vae.config.latent_channels, 1, 1))  # refuses one that was never measured
+    return vae.eval().requires_grad_(False)
+
+
+def fingerprint(vae: ModelMixin) -> str:
+    """A hash of all that the latents of an image depend on: the weights, and the config but for the latents' scale."""
+    config = {name: value for name, value in vae.config.items() if name[0] != "_" and name not in _NO_INFLUENCE}
+    digest = hashlib.sha256(json.dumps([type(vae).__name__, config], sort_keys=True, default=str).encode())
+    for name, value in sorted(vae.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def downsampling(vae: ModelMixin) -> int:
+    """How many times smaller a side of the latents is than that of the image."""
+    return 2 ** (len(vae.config.get("block_out_channels", (0,))) - 1)
+
+
+@torch.no_grad()
+def latent_shape(vae: ModelMixin, size: tuple[int, int]) -> tuple[int, int, int]:
+    """(channels, height, width) of the latents of an image of (height, width).
+
+    Raises:
+        ValueError: if the VAE does not take images of that size.
+    """
+    images = torch.zeros(1, vae.config.in_channels, *size, device=vae.device, dtype=vae.dtype)
+    return tuple(vae.encode(images).latent_dist.mean.shape[1:])
+
+
+def prepare_latents(config: DataConfig, vae: ModelMixin | None) -> LatentData:
+    """The latents in the folder `config.dataset_name`.
+
+    Args:
+        vae: The one that is to decode what is made of them.
+
+    Raises:
+        ValueError: if the folder has no such split, if its latents are of another VAE or of images that were read in
+            another way than the options say, or if a shard is missing.
+    """
+    folder, splits = Path(config.dataset_name), read_info(config.dataset_name)
+    info = splits.get(config.dataset_split)
+    if info is None:
+        raise ValueError(
+            f"{folder} holds latents of the splits {', '.join(splits)}, got {config.dataset_split}: encode it by "
+            f"training/cache_latents.py --dataset_split {config.dataset_split} --output_dir {folder}"
+        )
+    if vae is None:
+        raise ValueError(f"{folder} holds latents: give the VAE that they are of, --vae {info.vae}")
+    if fingerprint(vae) != info.vae_fingerprint:
+        raise ValueError(
+            f"{folder} holds latents of another VAE than --vae: they were made by {info.vae}. Give that one, or encode the "
+            "images again by training/cache_latents.py"
+        )
+    _check_options(config, info, folder)
+    count = len(list(folder.glob(f"{config.dataset_split}-*.parquet")))
+    shards = [shard_path(folder, config.dataset_split, number, count) for number in range(count)]
+    table = datasets.load_dataset(
+        "parquet", data_files=[str(path) for path in shards], split="train", cache_dir=config.cache_dir
+    )
+    num_rows = info.num_images * info.rows_per_image
+    if len(table) != num_rows:
+        raise ValueError(
+            f"{folder} should hold {num_rows} rows of {config.dataset_split}, got {len(table)}: encode again"
+        )
+    each = info.rows_per_image
+    images = table.select(range(0, num_rows, each))  # without the mirrored ones
+    chosen = fair_share(images, config.max_train_samples or info.num_images, "label")
+    channels, height, width = info.latent_shape
+    shape = (height, width, 2 * channels)
+    labelled = info.id2label is not None and not config.unconditional
+    return LatentData(
+        PixelTable(table.select_columns(["pixels"]), shape, DTYPE, (chosen[:, None] * each + np.arange(each)).ravel()),
+        read_labels(images.select(chosen), "label")[0] if labelled else None,
+        info.id2label if labelled else None,
+        config.dataset_name,
+        (f"latents of {info.dataset_name} at {'x'.join(map(str, info.resolution))}, encoded by {info.vae}",),
+        info.resize_mode,
+        info,
+        rows=chosen,
+    )
+
+
+def _check_options(config: DataConfig, info: LatentsInfo, folder: Path) -> None:
+    """Refuses options of the images that the latents were not made with."""
+    if config.random_flip and not info.random_flip:
+        raise ValueError(f"random_flip needs mirrored latents, which {folder} has none of: encode with --random_flip")
+    defaults = {field.name: field.default for field in dataclasses.fields(DataConfig)}
+    for name in (
+        "resolution",
+        "resize_mode",
+        "pad_value",
+        "image_mode",
+        "white_value",
+        "label_column",
+        "dataset_config_name",
+    ):
+        asked, made = getattr(config, name), getattr(info, name)
+        asked = (asked[0], asked[-1]) if name == "resolution" and asked else asked
+        if asked not in (defaults[name], made):
+            raise ValueError(
+                f"{folder} holds latents made with {name} {made}, got {asked}: leave it out or encode again"
+            )
+    for name in ("num_classes", "label_names", "image_column"):
+        if getattr(config, name) is not None:
+            raise ValueError(
+                f"{name} was settled when the latents in {folder} were made: leave it out or encode again"
+            )
+
+
+class LatentEncoder:
+    """Turns a batch of images, or of latents' moments from disk, into latents drawn by the batch's own numbers.
+
+    Args:
+        vae: Which is moved to `device`.
+        cached: Whether the batches come from disk.
+    """
+
+    def __init__(self, vae: ModelMixin, device: torch.device, cached: bool):
+        self.vae, self.cached = vae.to(device), cached
+
+    def __call__(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.cached:
+            mean, std = batch["images"].float().chunk(2, dim=1)
+        else:
+            posterior = self.vae.encode(batch["images"].to(self.vae.dtype)).latent_dist
+            mean, std = posterior.mean.float(), posterior.std.float()
+        latents = normalize_latents(self.vae, mean + std * batch["latent_noise"])
+        return {name: value for name, value in batch.items() if name != "latent_noise"} | {"images": latents}
+
+
+@dataclass(frozen=True)
+class SampleSpace:
+    """What a denoiser is trained on: images, or their latents.
+
+    Attributes:
+        shape: Of a sample, (channels, height, width).
+        resolution: (height, width) of the images.
+        num_values: Of a channel of a pixel; None if they are continuous.
+        vae: Between images and latents; None for images.
+        cached: Whether the latents are on disk.
+    """
+
+    shape: tuple[int, int, int]
+    resolution: tuple[int, int]
+    num_values: int | None
+    vae: ModelMixin | None = None
+    cached: bool = False
+
+    @classmethod
+    def of(cls, data: ImageData | StreamData, vae: ModelMixin | None) -> "SampleSpace":
+        """That of a data set, with a VAE or none.
+
+        The VAE's `sample_size` becomes that of the images, which it is to decode.
+
+        Raises:
+            ValueError: if the VAE does not take these images.
+        """
+        if vae is None:
+            return cls((data.channels, *data.size), data.size, int(np.iinfo(data.dtype).max) + 1)
+        cached = isinstance(data, LatentData)
+        if not cached and data.channels != vae.config.in_channels:
+            raise ValueError(
+                f"--vae takes images of {vae.config.in_channels} channels, those of {data.name} have {data.channels}; see "
+                "--image_mode"
+            )
+        resolution = data.info.resolution if cached else data.size
+        shape = data.info.latent_shape if cached else latent_shape(vae, data.size)
+        vae.register_to_config(sample_size=resolution[0] if resolution[0] == resolution[1] else resolution)
+        return cls(shape, resolution, None, vae, cached)
+
+    @property
+    def batch_options(self) -> dict:
+        """Keywords of `BatchOptions`."""
+        if self.vae is None:
+            return {}
+        return {"latent_shape": self.shape, "noise_shape": (*self.shape[1:], self.shape[0])}
+
+    def encoder(self, device: torch.device) -> LatentEncoder | None:
+        """What a batch has to go through on its device; None for images."""
+        return None if self.vae is None else LatentEncoder(self.vae, device, self.cached)
+
+
+def prepare_samples(
+    config: TrainerConfig, vae: ModelMixin | None, multiple_of: int = 1, *, read_ahead: bool = False
+) -> ImageData | StreamData:
+    """The latents in a folder of them, or the images that the options ask for.
+
+    Args:
+        vae: The one that is trained with, or None for images.
+        multiple_of: Of what the sides of the samples are to be multiples.
+        read_ahead: See `prepare_data`.
+    """
+    if not read_info(config.dataset_name):
+        factor = 1 if vae is None else downsampling(vae)
+        return prepare_data(config, multiple_of * factor, read_ahead=read_ahead)
+    if config.streaming:
+        raise ValueError(f"{config.dataset_name} holds latents, which are read where they are: leave streaming out")
+    return prepare_latents(config, vae)

@@ -1,0 +1,191 @@
+"""The first pictures of a data set, from which it is decided how all of them are read."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+from PIL import Image
+
+from diffusers_ext.data.image_table import describe_fault, name_of_cell, read_cell
+from diffusers_ext.data.images import common_mode
+from diffusers_ext.pixels import IMAGE_MODES, WIDE, Whites, image_mode, looks_dark, lowest_white, wide_values
+
+
+@dataclass(frozen=True)
+class Probed:
+    """Of the first pictures that can be decoded.
+
+    Attributes:
+        sizes: (height, width) of each.
+        modes: How many there are of each mode (see `image_mode`); empty for a column of arrays.
+        largest: The largest value of each type of pixels but those of pictures of 8 bits.
+        array_dtype: Of a column of arrays, or None.
+        shape: Of the first array, as it is stored.
+    """
+
+    sizes: list[tuple[int, int]]
+    modes: Counter[str]
+    largest: dict[np.dtype, float]
+    array_dtype: str | None = None
+    shape: tuple[int, ...] = ()
+
+    @property
+    def channels_first(self) -> bool:
+        return is_channels_first(self.shape)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the pixels of a data set are read.
+
+    Attributes:
+        mode: PIL's mode, or None for arrays.
+        channels: Of a picture.
+        dtype: uint8 or uint16, in which they are kept.
+        whites: Which values are white.
+        white: That of most pictures, in their own range, which `pad_value` is in.
+        notes: One line for each decision that the user has not made.
+    """
+
+    mode: str | None
+    channels: int
+    dtype: str
+    whites: Whites
+    white: int
+    notes: tuple[str, ...]
+
+
+def probe(rows: Iterable[dict], feature: Any, column: str) -> Probed:
+    """What the first rows hold.
+
+    Args:
+        rows: The first rows, undecoded.
+        feature: What `datasets` knows of the column.
+
+    Raises:
+        ValueError: if none of them can be decoded.
+    """
+    array_dtype = None if isinstance(feature, datasets.Image) else feature.dtype
+    seen = Probed([], Counter(), {}, array_dtype)
+    shape, count, fault = (), 0, "the data set is empty"
+    for row in rows:
+        count += 1
+        try:
+            picture = read_cell(row[column], array_dtype)
+            mode = image_mode(picture) if isinstance(picture, Image.Image) else None
+        except Exception as error:  # a decoder raises what it likes on a damaged file
+            fault = f"{name_of_cell(row[column]) or f'row {count - 1}'}, {describe_fault(error)}"
+            continue
+        if mode is None:
+            shape = shape or picture.shape
+            picture = np.moveaxis(picture, 0, -1) if is_channels_first(picture.shape) else picture
+            seen.sizes.append(picture.shape[:2])
+        else:
+            seen.modes[mode] += 1
+            seen.sizes.append(picture.size[::-1])
+        if mode in (None, WIDE):
+            values = picture if mode is None else wide_values(picture)
+            largest = float(values.max())
+            if np.isfinite(largest):
+                seen.largest[values.dtype] = max(largest, seen.largest.get(values.dtype, 0))
+    if not seen.sizes:
+        raise ValueError(f"none of the first {count} images can be decoded; the last one: {fault}")
+    return Probed(seen.sizes, seen.modes, seen.largest, array_dtype, shape)
+
+
+def is_channels_first(shape: tuple[int, ...]) -> bool:
+    """Whether an array of three dimensions is (channels, height, width), by its shape.
+
+    It is if the first has the number of channels of a picture and the last has not; 2 and 4 are sides of a picture too,
+    if the others are as small.
+    """
+    if len(shape) != 3 or shape[2] <= max(IMAGE_MODES.values()):
+        return False
+    return shape[0] in (1, 3) or (shape[0] in (2, 4) and min(shape[1:]) >= 8)
+
+
+def decide_reading(seen: Probed, column: str, mode: str | None, white_value: int | None, pad_value: int) -> Reading:
+    """How all pictures of the data set are read.
+
+    Args:
+        mode: That the user asks for, or None.
+        white_value: See `Whites.found`.
+
+    Raises:
+        ValueError: if a mode is asked for where there are no pictures.
+    """
+    if mode is not None and not seen.modes:
+        raise ValueError(f"image_mode {mode} needs pictures, column {column!r} holds arrays")
+    whites = Whites.found(seen.largest, white_value)
+    own = {dtype: whites.of(dtype, largest) for dtype, largest in seen.largest.items()}
+    white = max(own.values(), default=255)
+    deep = any(dtype.kind == "f" for dtype in own) or white > 255
+    notes = _notes_on_range(seen, whites, white_value)
+    if not seen.modes:
+        shape = (*seen.shape[1:], seen.shape[0]) if seen.channels_first else seen.shape
+        if len(shape) == 3 and seen.shape[0] in IMAGE_MODES.values():
+            layout = "channels, height, width" if seen.channels_first else "height, width, channels"
+            notes.append(f"arrays of shape {seen.shape} are read as ({layout})")
+        channels = shape[2] if len(shape) == 3 else 1
+        return Reading(None, channels, "uint16" if deep else "uint8", whites, int(white), tuple(notes))
+    modes = seen.modes if deep else Counter("L" if name == WIDE else name for name in seen.modes.elements())
+    found = common_mode(modes.elements())
+    notes += _notes_on_mode(modes, found, mode, pad_value)
+    mode = mode or found
+    wide = mode == WIDE
+    return Reading(
+        mode,
+        IMAGE_MODES.get(mode, 1),
+        "uint16" if wide else "uint8",
+        whites,
+        int(white) if wide else 255,
+        tuple(notes),
+    )
+
+
+def _notes_on_range(seen: Probed, whites: Whites, white_value: int | None) -> list[str]:
+    notes, first = [], f"of the first {len(seen.sizes)} images"
+    for dtype, largest in seen.largest.items():
+        white, says = whites.of(dtype, largest), "--white_value says another"
+        if dtype in (np.uint8, bool):
+            continue
+        if white_value is not None:
+            notes.append(f"{white_value} is white in {dtype} pixels; the largest {first} is {largest:g}")
+        elif dtype.kind == "f":
+            notes.append(f"1 is white in {dtype} pixels, which are kept in 16 bits; {says}")
+        elif looks_dark(dtype, largest):
+            notes.append(
+                f"65535 is white in pixels of 16 bits, but the largest {first} is {largest:g}: they are dark, unless "
+                f"--white_value {lowest_white(largest)} says what is white"
+            )
+        elif dtype != np.uint16:
+            notes.append(f"{white} is white in {dtype} pixels, of which the largest {first} is {largest:g}; {says}")
+    return notes
+
+
+def _notes_on_mode(modes: Counter[str], found: str, asked: str | None, pad_value: int) -> list[str]:
+    total, mode = modes.total(), asked or found
+    with_alpha = sum(count for name, count in modes.items() if name.endswith("A"))
+    colour = any(name.startswith("RGB") for name in modes)
+    notes = []
+    if modes[WIDE] and mode != WIDE:
+        notes.append(f"{modes[WIDE]} of the first {total} images have more than 8 bits, and are read in 8")
+    elif mode == WIDE and modes[WIDE] < total:
+        notes.append(f"{total - modes[WIDE]} of the first {total} images have 8 bits, and are read as grey of 16")
+    lossless = ("RGB" if colour else "L") + ("A" if with_alpha else "")
+    if asked and asked != lossless and not modes[WIDE]:
+        notes.append(f"images are read as {asked}; the narrowest mode that loses nothing is {lossless}")
+    elif with_alpha and not mode.endswith("A"):
+        notes.append(
+            f"{with_alpha} of the first {total} images have an alpha channel: what is transparent shows {pad_value} "
+            f"(--pad_value); --image_mode {'RGBA' if colour else 'LA'} keeps it"
+        )
+    elif asked is None and 0 < with_alpha < total:
+        notes.append(
+            f"images are read with the alpha channel that {with_alpha} of the first {total} have; --image_mode "
+            f"{mode[:-1]} leaves it out"
+        )
+    return notes

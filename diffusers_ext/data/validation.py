@@ -1,0 +1,117 @@
+"""Images that training does not see, with the noise and the time at which the loss on them is taken each time."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusers_ext.data.batches import EPOCH, BatchMaker, BatchOptions
+from diffusers_ext.data.image_table import ImageData
+from diffusers_ext.data.prepare import prepare_data
+from diffusers_ext.data.stream import StreamData
+from diffusers_ext.trainer.config import TrainerConfig
+
+
+# Of its own and the same in every run, so that the curves of two runs can be compared.
+SEED = 7_640_891_576_956_012_809
+
+
+def prepare_validation(
+    config: TrainerConfig, data: ImageData | StreamData, prepare: Callable[..., ImageData] = prepare_data
+) -> ImageData | None:
+    """The held-out images that the options ask for, brought to the shape and the labels of the training's; or None.
+
+    Args:
+        config: With the `resolution` of `data`.
+        prepare: As `data` were made: `prepare_data`, or what takes the same arguments.
+
+    Raises:
+        ValueError: if they are other images: of another number of channels, or with labels that `data` does not have.
+    """
+    if config.validation_split is None:
+        return None
+    held_out = prepare(
+        dataclasses.replace(
+            config,
+            dataset_split=config.validation_split,
+            max_train_samples=config.max_validation_samples,
+            validation_split=None,
+            validation_steps=None,
+            max_validation_samples=None,
+            resize_mode="crop" if data.resize_mode == "random_crop" else data.resize_mode,
+            white_value=config.white_value or data.whites.integers,
+        ),
+        read_ahead=True,
+    )
+    what = f"the images of the split {config.validation_split!r}"
+    mine, theirs = (held_out.channels, held_out.dtype), (data.channels, data.dtype)
+    if mine != theirs:
+        raise ValueError(
+            f"{what} must be of {theirs[0]} channels in {theirs[1]}, as those trained on, got {mine[0]} in {mine[1]}; "
+            "--image_mode makes them the same"
+        )
+    if (held_out.id2label is None) != (data.id2label is None):
+        with_labels, without = ("training", "validation") if held_out.id2label is None else ("validation", "training")
+        raise ValueError(
+            f"the {with_labels} images have labels and the {without} images have none; see --unconditional"
+        )
+    if held_out.has_label_sets != data.has_label_sets:
+        with_sets = "validation" if held_out.has_label_sets else "training"
+        raise ValueError(f"the {with_sets} images alone have several labels each; see --label_column")
+    if held_out.id2label in (None, data.id2label) or data.texts is not None:  # captions need not be known ones
+        return held_out
+    # Where labels are names, each split numbers those that it has.
+    label2id = {name: label for label, name in data.id2label.items()}
+    if unknown := sorted(set(held_out.id2label.values()) - label2id.keys()):
+        raise ValueError(f"{what} have labels that are not trained on: {', '.join(unknown[:5])}")
+    numbers = np.array([label2id[held_out.id2label[label]] for label in sorted(held_out.id2label)])
+    if held_out.labels.ndim == 1:
+        labels = numbers[held_out.labels]
+    else:
+        labels = np.zeros((len(held_out), len(data.id2label)), bool)
+        labels[:, numbers] = held_out.labels
+    return dataclasses.replace(held_out, labels=labels, id2label=data.id2label)
+
+
+class ValidationBatches:
+    """Batches of held-out images, like those of `TrainingBatches`: each image once, in order, nothing of it random.
+
+    The times are evenly spread over [0, 1), in an order that has nothing to do with that of the images.
+
+    Args:
+        batch_size: Images at a time. The batches are the same for any number of processes, which share them out.
+        latent_shape, noise_shape: As for `BatchOptions`.
+    """
+
+    def __init__(
+        self,
+        data: ImageData,
+        batch_size: int,
+        latent_shape: tuple[int, ...] | None = None,
+        noise_shape: tuple[int, int, int] | None = None,
+    ):
+        self.data, self.batch_size = data, batch_size
+        shapes = {"latent_shape": latent_shape, "noise_shape": noise_shape}
+        options = BatchOptions(seed=SEED, batch_size=batch_size, timestep_sampling="uniform", **shapes)
+        self._maker = BatchMaker(options, data.pixels.shape, data.num_classes)
+
+    def __len__(self) -> int:
+        return -(-len(self.data) // self.batch_size)
+
+    def share(self, process_index: int = 0, num_processes: int = 1) -> Iterator[dict[str, Tensor]]:
+        """Every so-manieth batch; the last of all may be smaller than the others."""
+        order = self._maker.at(EPOCH, 0).permutation(len(self.data))
+        for number in range(process_index, len(self), num_processes):
+            positions = range(number * self.batch_size, min((number + 1) * self.batch_size, len(self.data)))
+            yield self._batch(positions) | {"time": torch.from_numpy((order[positions] + 0.5) / len(self.data))}
+
+    def _batch(self, positions: range) -> dict[str, Tensor]:
+        data, rows = self.data, np.asarray(positions)
+
+        def images(places, flipped):
+            return data.read(rows, np.full_like(places, 0.5), flipped)
+
+        batch = self._maker.make(positions, images, None if data.labels is None else data.labels[rows])
+        return data.with_condition(batch)

@@ -1,0 +1,155 @@
+"""Training objectives, stated as weights of |x_0 - x0_hat|^2 at a noise level, whatever the model outputs.
+
+    L = E_t[ w(t) |x_0 - x0_hat|^2 ]
+
+The weights differ between papers only in w; `x0_error_scale` carries each to the model's own output. The variational
+bound is such a loss too if the variances are fixed; with learned ones it is `bound_loss`.
+
+References:
+    Ho, Jain, Abbeel 2020, Denoising Diffusion Probabilistic Models, arXiv 2006.11239 (L_simple).
+    Nichol, Dhariwal 2021, Improved Denoising Diffusion Probabilistic Models, arXiv 2102.09672 (L_vlb, L_hybrid).
+    Hang et al. 2023, Efficient Diffusion Training via Min-SNR Weighting Strategy, arXiv 2303.09556.
+    Salimans, Ho 2022, Progressive Distillation for Fast Sampling of Diffusion Models, arXiv 2202.00512.
+    Choi et al. 2022, Perception Prioritized Training of Diffusion Models, arXiv 2204.00227 (P2).
+"""
+
+import torch
+from torch import Tensor
+
+from diffusers_ext.diffusion.noising import (
+    NoiseLevel,
+    NoiseSchedule,
+    output_coefficients,
+    training_target,
+    x0_error_scale,
+)
+from diffusers_ext.diffusion.reverse_chain import ReverseChain
+from diffusers_ext.diffusion.variational_bound import transition_nats
+
+
+LOSS_WEIGHTINGS = ("uniform", "simple", "min_snr", "truncated_snr", "snr_plus_one", "p2", "sample")
+
+# The weighting of each prediction type where none is given: that under which the model's outputs at all noise levels are of
+# one size. For the score, whose size is 1 / sigma, equal weights would train the cleanest levels alone.
+DEFAULT_WEIGHTINGS = {"epsilon": "uniform", "sample": "uniform", "v_prediction": "uniform", "score": "simple"}
+
+# What is minimised: a weighted squared error; the bound; the first for the mean and the second for the variance.
+OBJECTIVES = ("simple", "vlb", "hybrid")
+
+
+def loss_weight(
+    level: NoiseLevel, weighting: str, prediction_type: str, *, snr_gamma: float = 5.0, p2_gamma: float = 1.0
+) -> Tensor:
+    """The weight of the model's squared error |target - output|^2 at each noise level, of the level's shape.
+
+    | weighting | w, the weight of the squared error of x_0 | source |
+    |---|---|---|
+    | uniform | what makes the weight of the model's own error 1 | |
+    | simple | snr: every error of eps counts the same | L_simple, Ho et al. 2020 |
+    | min_snr | min(snr, snr_gamma) | Hang et al. 2023 |
+    | truncated_snr | max(snr, 1) | Salimans & Ho 2022 |
+    | snr_plus_one | snr + 1: every error of v counts the same | Salimans & Ho 2022 |
+    | p2 | snr / (1 + snr)^p2_gamma | Choi et al. 2022, with k = 1 |
+    | sample | 1: every error of x_0 counts the same | |
+
+    Raises:
+        ValueError: if `weighting` is none of `LOSS_WEIGHTINGS`.
+    """
+    snr = level.snr
+    match weighting:
+        case "uniform":
+            return snr.new_ones(snr.shape)
+        case "simple":
+            x0_weight = snr
+        case "min_snr":
+            x0_weight = snr.clamp(max=snr_gamma)
+        case "truncated_snr":
+            x0_weight = snr.clamp(min=1)
+        case "snr_plus_one":
+            x0_weight = snr + 1
+        case "p2":
+            x0_weight = snr / (1 + snr) ** p2_gamma
+        case "sample":
+            x0_weight = snr.new_ones(snr.shape)
+        case _:
+            raise ValueError(f"loss_weighting must be one of {', '.join(LOSS_WEIGHTINGS)}, got {weighting!r}")
+    return x0_weight * x0_error_scale(level, prediction_type)
+
+
+def trained_share(
+    schedule: NoiseSchedule, weighting: str, prediction_type: str, *, snr_gamma: float = 5.0, p2_gamma: float = 1.0
+) -> float:
+    """The share of the noise levels that the loss of an untrained model comes from, in (0, 1].
+
+    That is (sum L)^2 / (T sum L^2) for the loss L_t at each of T levels of a model that outputs zeros, on data of unit
+    variance: 1 if it is the same at all levels, 1 / T if it is all at one. Of a small share, the others learn little.
+    """
+    level = schedule.level(torch.arange(len(schedule)), torch.zeros(1, dtype=torch.float64))
+    a, b = output_coefficients(level, prediction_type)
+    weight = loss_weight(level, weighting, prediction_type, snr_gamma=snr_gamma, p2_gamma=p2_gamma)
+    loss = weight * (torch.as_tensor(a).square() + torch.as_tensor(b).square())
+    loss = (loss / loss.max()).nan_to_num(1.0)  # what is infinite has it all
+    return (loss.sum().square() / (len(schedule) * loss.square().sum())).item()
+
+
+def denoising_loss(
+    output: Tensor,
+    x0: Tensor,
+    eps: Tensor,
+    level: NoiseLevel,
+    prediction_type: str,
+    *,
+    weighting: str | None = None,
+    snr_gamma: float = 5.0,
+    p2_gamma: float = 1.0,
+) -> Tensor:
+    """The weighted squared error of each sample, averaged over its elements, at least in float32; shape `(batch,)`.
+
+    The weighting is that of `DEFAULT_WEIGHTINGS` if none is given.
+
+    Args:
+        output: What the model gave at `add_noise(x0, eps, level)`.
+        x0: Clean samples in [-1, 1], shape `(batch, ...)`, like `eps` and `output`.
+        level: Noise level of each sample.
+    """
+    if weighting is None:
+        weighting = DEFAULT_WEIGHTINGS[prediction_type]
+    target = training_target(x0, eps, level, prediction_type)
+    wide = torch.promote_types(target.dtype, torch.float32)
+    error = (output.to(wide) - target).square().flatten(1).mean(1)
+    if weighting == "uniform":
+        return error
+    weight = loss_weight(level, weighting, prediction_type, snr_gamma=snr_gamma, p2_gamma=p2_gamma)
+    return weight.flatten() * error
+
+
+def bound_loss(
+    output: Tensor,
+    x0: Tensor,
+    x_t: Tensor,
+    chain: ReverseChain,
+    timesteps: Tensor,
+    prediction_type: str,
+    variance: str = "learned_range",
+    *,
+    num_bins: int | None = 256,
+    detach_mean: bool = False,
+) -> Tensor:
+    """L_vlb from one timestep of each sample, in nats per dimension, shape `(batch,)` (Nichol & Dhariwal 2021).
+
+    That is the term of the bound at that timestep times their number, so that its mean over all timesteps is the bound
+    without the prior term L_T, on which no model has an influence.
+
+    Args:
+        output: What the model gave at `x_t`, with twice the channels if the variance is learned.
+        chain: Over all timesteps of the noising path.
+        timesteps: int64, shape `(batch,)`.
+        variance: One of `diffusers_ext.diffusion.reverse_chain.REVERSE_VARIANCES`.
+        num_bins: Number of values that the data can have, or None if they are continuous.
+        detach_mean: Whether gradients reach the variance alone, as in L_hybrid.
+    """
+    wide = output.to(torch.promote_types(x0.dtype, torch.float32))
+    nats = transition_nats(
+        wide, x0, x_t, chain, timesteps, prediction_type, variance, num_bins=num_bins, detach_mean=detach_mean
+    )
+    return len(chain) * nats.flatten(1).mean(1)

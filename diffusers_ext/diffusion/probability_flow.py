@@ -1,0 +1,212 @@
+"""The likelihood by the probability flow, the ODE whose marginals are those of the noising path (Song et al. 2020).
+
+Along the angle phi of the path, alpha = cos(phi) and sigma = sin(phi), the ODE is
+
+    dx / dphi = v(x, phi) = cos(phi) eps_hat - sin(phi) x0_hat
+
+(Salimans & Ho 2022, Appendix D), and the log density falls along a solution by the divergence of v. Between the
+timesteps of a discrete path the time is interpolated linearly in log phi, and the model is asked at fractional
+timesteps.
+
+A discrete path begins at a level with some noise, below which the model was not trained. So the flow gives the density
+of x at that level and, as in the variational bound, the decoder of the last transition the probability of the data
+given that x (see `diffusers_ext.diffusion.variational_bound`): a bound whose gap is that of one small step.
+
+References:
+    Song et al. 2020, Score-Based Generative Modeling through Stochastic Differential Equations, arXiv 2011.13456
+    (Section 4.3: probability flow; Skilling and Hutchinson's estimate of the divergence).
+    Salimans, Ho 2022, Progressive Distillation for Fast Sampling of Diffusion Models, arXiv 2202.00512.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from diffusers_ext.diffusion.noising import NoiseLevel, NoiseSchedule, output_eps, predict_x0, training_target
+from diffusers_ext.diffusion.reverse_chain import ReverseChain, check_variance, split_output
+from diffusers_ext.diffusion.variational_bound import Denoise, check_bins, decoder_nats, evaluate_transition
+from diffusers_ext.draws import draw_normal
+
+
+DIVERGENCES = ("hutchinson", "exact")
+
+
+class ContinuousPath:
+    """A discrete path as a function of the angle, for timesteps in [0, T - 1] that need not be whole.
+
+    Args:
+        schedule: The path; each step must add noise.
+    """
+
+    def __init__(self, schedule: NoiseSchedule):
+        self.log_angle = torch.atan2(schedule.sigma[:-1], schedule.alpha[:-1]).log()  # float64, shape (T,)
+        if not (self.log_angle.diff() > 0).all():
+            raise ValueError("the path must add noise at each of its steps, or time is no function of the noise level")
+
+    def angle(self, timestep: Tensor) -> Tensor:
+        """The angle at each timestep, float64, on the CPU."""
+        timestep = timestep.cpu().double()
+        low = timestep.floor().long().clamp(0, max(0, len(self.log_angle) - 2))
+        high = (low + 1).clamp(max=len(self.log_angle) - 1)
+        return torch.lerp(self.log_angle[low], self.log_angle[high], timestep - low).exp()
+
+    def timestep(self, angle: Tensor) -> Tensor:
+        """The timestep of each angle, float64, on the CPU."""
+        log_angle = angle.cpu().double().log()
+        high = torch.searchsorted(self.log_angle, log_angle).clamp(1, len(self.log_angle) - 1)
+        start, end = self.log_angle[high - 1], self.log_angle[high]
+        return high - 1 + (log_angle - start) / (end - start)
+
+
+@dataclass(frozen=True)
+class FlowTerms:
+    """The bound of each image by the flow, in nats of the whole image, shape `(batch,)`.
+
+    Attributes:
+        rate: log q(x_t1 | x_0) - log p(x_t1), t1 the cleanest timestep; the density of the second by the flow.
+        distortion: -log p(x_0 | x_t1).
+        num_dims: Values of an image.
+    """
+
+    rate: Tensor
+    distortion: Tensor
+    num_dims: int
+
+    @property
+    def total(self) -> Tensor:
+        return self.rate + self.distortion
+
+
+def flow_bound(
+    denoise: Denoise,
+    x0: Tensor,
+    chain: ReverseChain,
+    prediction_type: str,
+    variance: str = "fixed_large",
+    *,
+    num_bins: int | None = 256,
+    num_steps: int = 50,
+    divergence: str = "hutchinson",
+    num_probes: int = 1,
+    generator: Generator | list[Generator] | None = None,
+    noise: Tensor | None = None,
+) -> FlowTerms:
+    """The bound of each image by the probability flow from the cleanest timestep of `chain` to its noisiest.
+
+    Args:
+        denoise, x0, prediction_type, variance, num_bins: As in `variational_bound`; the timesteps that the model is
+            asked at are fractional, in the dtype of `x0`. `variance` is that of the last transition, to the data.
+        num_steps, divergence, num_probes: See `flow_log_density`.
+        generator: Source of the noise and of the probes. With a list, the terms of image i follow from generator i.
+        noise: The unit noise in x_t1 itself, of the shape of `x0`.
+
+    Raises:
+        ValueError: If `x0` does not fit the bins or an option is not known.
+    """
+    check_variance(chain, variance)
+    if num_bins is not None:
+        check_bins(x0, num_bins)
+    if noise is None:
+        noise = draw_normal(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
+    with torch.no_grad():
+        first = torch.zeros(len(x0), dtype=torch.int64)
+        x_t, step, p = evaluate_transition(denoise, x0, noise, chain, first, prediction_type, variance)
+        decoder = decoder_nats(x0, p, num_bins).flatten(1).sum(1)
+        log_q = -0.5 * (noise.square() + math.log(2 * math.pi)) - step.t.sigma.log()
+    log_p = flow_log_density(
+        denoise,
+        x_t,
+        ContinuousPath(chain.schedule),
+        (int(chain.timesteps[0]), int(chain.timesteps[-1])),
+        prediction_type,
+        num_steps=num_steps,
+        divergence=divergence,
+        num_probes=num_probes,
+        learned_variance=variance.startswith("learned"),
+        generator=generator,
+    )
+    return FlowTerms(log_q.flatten(1).sum(1) - log_p, decoder, x0[0].numel())
+
+
+def flow_log_density(
+    denoise: Denoise,
+    x: Tensor,
+    path: ContinuousPath,
+    timesteps: tuple[int, int],
+    prediction_type: str,
+    *,
+    num_steps: int = 50,
+    divergence: str = "hutchinson",
+    num_probes: int = 1,
+    learned_variance: bool = False,
+    generator: Generator | list[Generator] | None = None,
+) -> Tensor:
+    """log p(x) in nats at the first timestep, if at the second p is N(0, 1).
+
+    The classical Runge-Kutta method of order 4, with steps even in the log of the angle.
+
+    Args:
+        x: Shape `(batch, channels, ...)`.
+        timesteps: The one that `x` is at, and where the flow ends.
+        num_steps: Each asks the model four times.
+        divergence: "hutchinson" estimates it without bias from random signs (the probes), the same along the whole
+            solution; "exact" asks for one gradient for each value of an image, so for the smallest alone.
+        num_probes: Gradients for each evaluation of the model, for "hutchinson".
+        learned_variance: Whether the model's output has a second half of channels, for which the flow has no use.
+        generator: Source of the probes.
+
+    Returns: Shape `(batch,)`, in the dtype of `x`.
+    """
+    if divergence not in DIVERGENCES:
+        raise ValueError(f"divergence must be {' or '.join(map(repr, DIVERGENCES))}, got {divergence!r}")
+    for name, value in (("num_steps", num_steps), ("num_probes", num_probes)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if divergence == "hutchinson":
+        probes = [
+            draw_normal(x.shape, generator=generator, device=x.device, dtype=x.dtype).sign() for _ in range(num_probes)
+        ]
+        share = 1 / num_probes
+    else:
+        units = torch.eye(x[0].numel(), dtype=x.dtype, device=x.device)
+        probes, share = [unit.view_as(x[:1]).expand_as(x) for unit in units], 1.0
+
+    def slope(x: Tensor, angle: float) -> tuple[Tensor, Tensor]:
+        """v and its divergence."""
+        angle = torch.tensor([angle], dtype=torch.float64)
+        timestep = path.timestep(angle).to(x).expand(len(x))
+        level = NoiseLevel(*[value.to(x).view(1, *[1] * (x.ndim - 1)) for value in (angle.cos(), angle.sin())])
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            output, _ = split_output(
+                denoise(x, timestep).to(x.dtype), "learned" if learned_variance else "fixed_large"
+            )
+            v = velocity(output, x, level, prediction_type)
+            last = len(probes) - 1
+            grads = [torch.autograd.grad(v, x, probe, retain_graph=i < last)[0] for i, probe in enumerate(probes)]
+        parts = [(grad * probe).flatten(1).sum(1) for grad, probe in zip(grads, probes, strict=True)]
+        return v.detach(), share * torch.stack(parts).sum(0)
+
+    ends = path.angle(torch.tensor(timesteps)).log()
+    angles = torch.linspace(*ends.tolist(), num_steps + 1, dtype=torch.float64).exp().tolist()
+    total = x.new_zeros(len(x))
+    for start, end in zip(angles[:-1], angles[1:], strict=True):
+        width, middle = end - start, (start + end) / 2
+        v1, d1 = slope(x, start)
+        v2, d2 = slope(x + width / 2 * v1, middle)
+        v3, d3 = slope(x + width / 2 * v2, middle)
+        v4, d4 = slope(x + width * v3, end)
+        x = x + width / 6 * (v1 + 2 * v2 + 2 * v3 + v4)
+        total = total + width / 6 * (d1 + 2 * d2 + 2 * d3 + d4)
+    log_prior = -0.5 * (x.square() + math.log(2 * math.pi)).flatten(1).sum(1)
+    return log_prior + total
+
+
+def velocity(output: Tensor, x_t: Tensor, level: NoiseLevel, prediction_type: str) -> Tensor:
+    """The v that a model means by its output."""
+    if prediction_type == "v_prediction":
+        return output
+    x0_hat = predict_x0(output, x_t, level, prediction_type)
+    return training_target(x0_hat, output_eps(output, x_t, level, prediction_type), level, "v_prediction")

@@ -1,0 +1,333 @@
+"""The variational bound of a diffusion model, term by term.
+
+    -log p(x_0) <= L_T + sum of KL(q(x_s | x_t, x_0) || p(x_s | x_t)) - log p(x_0 | x_t1)
+
+over the transitions t -> s of a list of timesteps, the last of which, from t1, ends at the data (DDPM, Section 3.2,
+there for all timesteps). The first two parts are the rate, the last is the distortion. All are in nats; `bits_per_dim`
+is the only place where they become bits.
+
+Data are in [-1, 1]. Of images in b bits there are 2^b values, evenly spaced from -1 to 1, and the distortion is the
+probability of the bin around each: half-way to its neighbours, without end at the two outermost (DDPM, Section 3.3).
+Bits per dimension are then those that a lossless code of the images would take. For continuous data, `num_bins=None`,
+the distortion is a density, and bits per dimension compare with a differential entropy.
+
+References:
+    DDPM: Ho, Jain, Abbeel 2020, Denoising Diffusion Probabilistic Models, arXiv 2006.11239.
+    Bao et al. 2022, Analytic-DPM, arXiv 2201.06503 (optimal variances).
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from diffusers_ext.diffusion.noising import NoiseLevel, Normal, add_noise, normal_kl, posterior, predict_x0
+from diffusers_ext.diffusion.precision import to_float64
+from diffusers_ext.diffusion.reverse_chain import (
+    LEARNED_VARIANCES,
+    ReverseChain,
+    ReverseStep,
+    check_variance,
+    reverse_log_std,
+    reverse_transition,
+    split_output,
+)
+from diffusers_ext.draws import draw_normal
+
+
+Denoise = Callable[[Tensor, Tensor], Tensor]
+
+
+def transition_kl(x0: Tensor, x_t: Tensor, step: ReverseStep, p: Normal) -> Tensor:
+    """KL(q(x_s | x_t, x_0) || p) of each coordinate, in nats. Not for transition 0, whose cost is the distortion."""
+    return normal_kl(Normal(posterior(x0, x_t, step.t, step.s).mean, step.log_std_small.exp()), p)
+
+
+def decoder_nats(x0: Tensor, p: Normal, num_bins: int | None = 256) -> Tensor:
+    """The distortion -log p(x_0) of each coordinate, in nats, for the normal `p` that the last transition ends in.
+
+    Args:
+        x0: In [-1, 1]; with bins, at their centres (see `check_bins`).
+        num_bins: Number of values that a coordinate can have, 256 for 8 bits; None for the density of `p`.
+    """
+    if num_bins is None:
+        return 0.5 * ((x0 - p.mean) / p.std).square() + p.std.log() + 0.5 * math.log(2 * math.pi)
+    return -binned_log_prob(x0, p.mean, p.std, num_bins)
+
+
+def binned_log_prob(
+    x0: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    num_bins: int,
+    log_cdf: Callable[[Tensor], Tensor] = torch.special.log_ndtr,
+) -> Tensor:
+    """Log of the mass that a density has in the bin around each coordinate, in nats.
+
+    Args:
+        x0: In [-1, 1], at the centres of the bins.
+        mean, scale: Of the density.
+        log_cdf: Log of the distribution function at mean 0 and scale 1, of a density that is even.
+    """
+    half = 1 / (num_bins - 1)
+    z, half_width = (x0 - mean) / scale, half / scale
+    # Differences of the distribution function in its left tail, where they keep their digits.
+    left, right = log_cdf(-z.abs() - half_width), log_cdf(-z.abs() + half_width)
+    inner = right + (-(left - right).expm1()).log()
+    lowest, highest = log_cdf(z + half_width), log_cdf(half_width - z)
+    return torch.where(x0 < -1 + half, lowest, torch.where(x0 > 1 - half, highest, inner))
+
+
+def transition_nats(
+    output: Tensor,
+    x0: Tensor,
+    x_t: Tensor,
+    chain: ReverseChain,
+    index: Tensor,
+    prediction_type: str,
+    variance: str,
+    *,
+    num_bins: int | None = 256,
+    detach_mean: bool = False,
+) -> Tensor:
+    """What transition `index` of each sample costs, of each coordinate, in nats: the KL, or for index 0 the distortion.
+
+    Args:
+        output: The model's output at `x_t`, with twice the channels if the variance is learned.
+        index: int64, shape `(batch,)`.
+        variance: One of `diffusers_ext.diffusion.reverse_chain.REVERSE_VARIANCES`.
+        detach_mean: Whether gradients reach the variance alone.
+    """
+    step = chain.at(index, x0)
+    prediction, variance_output = split_output(output, variance)
+    x0_hat = predict_x0(prediction.detach() if detach_mean else prediction, x_t, step.t, prediction_type)
+    p = reverse_transition(x0_hat, x_t, step, reverse_log_std(step, variance, variance_output))
+    is_last = (index == 0).view(-1, *[1] * (x0.ndim - 1))
+    return torch.where(is_last, decoder_nats(x0, p, num_bins), transition_kl(x0, x_t, step, p))
+
+
+def prior_nats(x0: Tensor, level: NoiseLevel) -> Tensor:
+    """L_T of each coordinate, KL(q(x_T | x_0) || N(0, 1)), in nats; `level` is that of x_T."""
+    zero = torch.zeros_like(level.alpha)
+    return normal_kl(Normal(level.alpha * x0, level.sigma), Normal(zero, zero + 1))
+
+
+def bits_per_dim(nats: Tensor | float, num_dims: int) -> Tensor | float:
+    """Nats of a whole image as bits of one of its `num_dims` values."""
+    return nats / (num_dims * math.log(2))
+
+
+def check_bins(x0: Tensor, num_bins: int) -> None:
+    """Refuses data that are not at the centres of `num_bins` bins in [-1, 1].
+
+    Raises:
+        ValueError: If a value is further than a hundredth of a bin from all of them.
+    """
+    if num_bins < 2:
+        raise ValueError(f"num_bins must be at least 2, or None for continuous data, got {num_bins}")
+    x0 = to_float64(x0)
+    place = (x0 + 1) * (num_bins - 1) / 2
+    outside = ~((place - place.round()).abs() < 0.01) | (place.round() < 0) | (place.round() > num_bins - 1)
+    if outside.any():
+        raise ValueError(
+            f"x0 must hold {num_bins} values evenly spaced from -1 to 1, got {x0[outside].flatten()[0].item():.6g}: "
+            "give num_bins as the data have them, or None if they are continuous"
+        )
+
+
+@dataclass(frozen=True)
+class BoundTerms:
+    """The bound of each image, in nats of the whole image.
+
+    Attributes:
+        prior: L_T, shape `(batch,)`.
+        kl: KL of transition `index`, shape `(batch, terms)`.
+        decoder: -log p(x_0 | x_t1), shape `(batch,)`.
+        index: Which transitions, int64, shape `(batch, terms)`; never 0.
+        weight: How often each counts, shape `(batch, terms)`: 1 if there are all of them, or else what makes `rate` an
+            unbiased estimate.
+        num_dims: Values of an image.
+    """
+
+    prior: Tensor
+    kl: Tensor
+    decoder: Tensor
+    index: Tensor
+    weight: Tensor
+    num_dims: int
+
+    @property
+    def rate(self) -> Tensor:
+        return self.prior + (self.weight * self.kl).sum(1)
+
+    @property
+    def distortion(self) -> Tensor:
+        return self.decoder
+
+    @property
+    def total(self) -> Tensor:
+        return self.rate + self.distortion
+
+
+def evaluate_transition(
+    denoise: Denoise,
+    x0: Tensor,
+    eps: Tensor,
+    chain: ReverseChain,
+    index: Tensor,
+    prediction_type: str,
+    variance: str,
+    clip: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, ReverseStep, Normal]:
+    """x_t at transition `index` of each image, these transitions, and the model's p(x_s | x_t).
+
+    Raises:
+        ValueError: If the model's output does not have the shape that the variance needs.
+    """
+    step = chain.at(index, x0)
+    x_t = add_noise(x0, eps, step.t)
+    output = denoise(x_t, chain.timesteps[index].to(x0.device)).to(x0.dtype)
+    channels = x0.shape[1] * (2 if variance in LEARNED_VARIANCES else 1)
+    if output.shape != (len(x0), channels, *x0.shape[2:]):
+        raise ValueError(
+            f"the model's output must have shape {tuple(x0.shape)}, with twice the channels for a learned variance, got "
+            f"{tuple(output.shape)} for the variance {variance!r}"
+        )
+    prediction, variance_output = split_output(output, variance)
+    x0_hat = predict_x0(prediction, x_t, step.t, prediction_type)
+    x0_hat = x0_hat if clip is None else clip(x0_hat)
+    return x_t, step, reverse_transition(x0_hat, x_t, step, reverse_log_std(step, variance, variance_output))
+
+
+@torch.no_grad()
+def variational_bound(
+    denoise: Denoise,
+    x0: Tensor,
+    chain: ReverseChain,
+    prediction_type: str,
+    variance: str = "fixed_large",
+    *,
+    num_bins: int | None = 256,
+    num_terms: int | None = None,
+    clip: Callable[[Tensor], Tensor] | None = None,
+    generator: Generator | list[Generator] | None = None,
+    noise: Callable[[int], Tensor] | None = None,
+) -> BoundTerms:
+    """The variational bound of each image under the sampler that visits the timesteps of `chain`.
+
+    Args:
+        denoise: The model, from x_t and timesteps of shape `(batch,)` to its output.
+        x0: Images in [-1, 1], shape `(batch, channels, ...)`. The terms are computed in its dtype, for a bound to many
+            digits float64.
+        variance: One of `diffusers_ext.diffusion.reverse_chain.REVERSE_VARIANCES`.
+        num_bins: See `decoder_nats`; None for continuous data.
+        num_terms: Number of transitions looked at for each image, in [1, n - 1] for a chain of n, spread over the chain
+            at random and more where the log SNR changes more. By default all. The last transition and the prior are
+            always counted.
+        clip: What the sampler does to the predicted x_0, such as clamping it to [-1, 1].
+        generator: Source of the noise. With a list, the terms of image i follow from generator i alone.
+        noise: The unit noise of transition i itself, of the shape of `x0`, instead of a generator.
+
+    Raises:
+        ValueError: If `x0` does not fit the bins, `num_terms` is out of range or the variance is not known.
+    """
+    check_variance(chain, variance)
+    if num_bins is not None:
+        check_bins(x0, num_bins)
+    last = len(chain) - 1
+    if num_terms is not None and not 1 <= num_terms <= last:
+        raise ValueError(f"num_terms must be in [1, {last}], one less than the chain's timesteps, got {num_terms}")
+    index = torch.arange(1, len(chain)).expand(len(x0), -1)
+    weight = torch.ones(index.shape, dtype=torch.float64)
+    if num_terms is not None and num_terms < last:
+        index, weight = _spread(len(x0), num_terms, chain, generator)
+    draw = noise or (lambda i: draw_normal(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype))
+
+    def cost(column: int | None) -> Tensor:
+        at = torch.zeros(len(x0), dtype=torch.int64) if column is None else index[:, column]
+        x_t, step, p = evaluate_transition(denoise, x0, draw(int(at[0])), chain, at, prediction_type, variance, clip)
+        nats = decoder_nats(x0, p, num_bins) if column is None else transition_kl(x0, x_t, step, p)
+        return nats.flatten(1).sum(1)
+
+    decoder = cost(None)
+    kl = [cost(column) for column in range(index.shape[1])]
+    return BoundTerms(
+        prior=prior_nats(x0, chain.at_noise(x0)).flatten(1).sum(1),
+        kl=torch.stack(kl, dim=1) if kl else x0.new_zeros(len(x0), 0),
+        decoder=decoder,
+        index=index.to(x0.device),
+        weight=weight.to(x0),
+        num_dims=x0[0].numel(),
+    )
+
+
+@torch.no_grad()
+def optimal_variances(
+    denoise: Denoise,
+    batches: Iterable[Tensor],
+    chain: ReverseChain,
+    prediction_type: str,
+    *,
+    clip: Callable[[Tensor], Tensor] | None = None,
+    generator: Generator | None = None,
+    noise: Callable[[int], Tensor] | None = None,
+) -> Tensor:
+    """The reverse variances, one for each transition, under which these images have the smallest bound.
+
+    That is the posterior's variance plus the mean squared error of the predicted mean; for a perfect model it is what
+    Analytic-DPM computes from the score. Measure it on training images, since it is fitted to what it is measured on.
+
+    Args:
+        batches: Images in [-1, 1], each of shape `(batch, channels, ...)`.
+
+    Returns: float64, shape `(len(chain),)`, for `ReverseChain(schedule, timesteps, variances)`.
+    """
+    error, count = torch.zeros(len(chain), dtype=torch.float64), 0
+    for x0 in batches:
+        count += x0.numel()
+        for i in range(len(chain)):
+            eps = noise(i) if noise else draw_normal(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
+            at = torch.full((len(x0),), i)
+            x_t, step, p = evaluate_transition(denoise, x0, eps, chain, at, prediction_type, "fixed_small", clip)
+            q = posterior(x0, x_t, step.t, step.s)
+            error[i] += (q.mean - p.mean).square().sum().cpu().double()
+    if not count:
+        raise ValueError("batches must hold at least one image, got none")
+    schedule, every = chain.schedule, chain.timesteps
+    like = torch.zeros(1, dtype=torch.float64)
+    s = schedule.level(torch.cat([torch.tensor([-1]), every[:-1]]), like)
+    zero = torch.zeros_like(s.alpha)
+    return posterior(zero, zero, schedule.level(every, like), s).std.square() + error / count
+
+
+def _spread(
+    num_images: int, num_terms: int, chain: ReverseChain, generator: Generator | list[Generator] | None
+) -> tuple[Tensor, Tensor]:
+    """Transitions but for 0, one from each of `num_terms` even parts of a distribution over them, and their weights.
+
+    Half of it is even. The other half is in proportion to the change of log SNR, and so to the KL of a model whose error
+    in x_0 is some share of 1 / SNR: without it the few transitions with the most would make the estimate noisy.
+
+    Returns: int64 and float64, of shape `(images, terms)`.
+    """
+    if isinstance(generator, list):
+        uniform = torch.stack([_uniform(num_terms, generator=one) for one in generator])
+    else:
+        uniform = _uniform(num_images, num_terms, generator=generator)
+    level = chain.schedule.level(chain.timesteps, torch.zeros(1, dtype=torch.float64))
+    change = -level.snr.log().diff()
+    change = change.nan_to_num(posinf=0.0)  # to zero terminal SNR, which the even half has
+    probability = 0.5 / len(change) + 0.5 * change / change.sum().clamp(min=1e-300)
+    sums = (probability / probability.sum()).cumsum(0)
+    place = (torch.arange(num_terms) + uniform) / num_terms  # evenly distributed over [0, 1) taken together
+    drawn = torch.searchsorted(sums, place, right=True).clamp(max=len(change) - 1)
+    return 1 + drawn, probability.sum() / (num_terms * probability[drawn])
+
+
+def _uniform(*shape: int, generator: Generator | None) -> Tensor:
+    """Uniform in [0, 1), float64, on the CPU."""
+    device = torch.device("cpu") if generator is None else generator.device
+    dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+    return torch.rand(*shape, generator=generator, device=device, dtype=dtype).cpu().double()

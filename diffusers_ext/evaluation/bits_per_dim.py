@@ -1,0 +1,280 @@
+"""How many bits a pipeline's model takes for images that it was not trained on: the variational bound, in bits/dim."""
+
+import inspect
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch import Generator, Tensor
+from tqdm.auto import tqdm
+
+from diffusers_ext.diffusion.noising import dynamic_threshold
+from diffusers_ext.diffusion.probability_flow import flow_bound
+from diffusers_ext.diffusion.reverse_chain import LEARNED_VARIANCES, ReverseChain
+from diffusers_ext.diffusion.variational_bound import bits_per_dim, optimal_variances, variational_bound
+from diffusers_ext.evaluation.feature_training import LabelledImages, drawn_order
+from diffusers_ext.evaluation.generate import SEED_STRIDE, convert_channels, image_size_of, num_classes_of
+from diffusers_ext.schedulers import ExtDDPMScheduler
+
+
+# Fixed ones that can be asked for; the learned one follows from the model.
+FIXED_VARIANCES = ("fixed_small", "fixed_large", "optimal")
+
+# The rate is told for so many parts of the timesteps.
+NUM_PARTS = 20
+
+
+@dataclass(frozen=True)
+class LikelihoodModel:
+    """What of a pipeline has a likelihood: its network and the noising path, without guidance.
+
+    Args:
+        network: Called `network(x_t, timesteps, class_labels=...)`.
+        scheduler: With the path, the timesteps as set, and what becomes of the predicted x_0.
+        num_classes: Labels that the network takes, or None.
+        null_label: What stands for no label, or None.
+        variance_type: What the pipeline's scheduler says of the variance, if it does.
+    """
+
+    network: torch.nn.Module
+    scheduler: ExtDDPMScheduler
+    num_classes: int | None
+    null_label: int | None
+    variance_type: str | None
+
+    @classmethod
+    def of(cls, pipeline, num_steps: int | None = None) -> "LikelihoodModel":
+        """That of a pipeline in pixels, from nothing or from labels.
+
+        Args:
+            num_steps: Number of timesteps, spaced as the pipeline's scheduler does; all of the training's by default.
+
+        Raises:
+            ValueError: If the pipeline works in latents, from text, or not on a discrete Gaussian noising path.
+        """
+        name = type(pipeline).__name__
+        if getattr(pipeline, "vae", None) is not None:
+            raise ValueError(f"{name} makes latents, whose bits are not those of images: it has no bits_per_dim")
+        networks = [getattr(pipeline, part, None) for part in ("denoiser", "unet", "transformer")]
+        network = next((network for network in networks if isinstance(network, torch.nn.Module)), None)
+        if network is None or getattr(pipeline, "text_encoder", None) is not None:
+            raise ValueError(f"bits_per_dim needs a network that takes images and labels alone, {name} has none")
+        config = dict(pipeline.scheduler.config)
+        if "beta_schedule" not in config or "prediction_type" not in config:
+            raise ValueError(
+                f"bits_per_dim needs a discrete Gaussian noising path, {type(pipeline.scheduler).__name__} has none: "
+                "--scheduler DDPMScheduler if the model was trained on one"
+            )
+        scheduler = ExtDDPMScheduler.from_config(pipeline.scheduler.config)
+        if num_steps is not None:
+            scheduler.set_timesteps(num_steps)
+        null_label = getattr(pipeline, "null_label", None)
+        return cls(network, scheduler, num_classes_of(pipeline), null_label, config.get("variance_type"))
+
+    @property
+    def channels(self) -> int:
+        return self.network.config.in_channels
+
+    @property
+    def variance(self) -> str:
+        """The model's own kind of variance: learned, or that of its scheduler, or fixed_large if that has none."""
+        given = (self.variance_type or "fixed_large").removesuffix("_log")
+        if self.network.config.out_channels == 2 * self.channels:
+            return given if given in LEARNED_VARIANCES else "learned_range"
+        if given in LEARNED_VARIANCES:
+            raise ValueError(
+                f"variance_type {given!r} needs a network with twice the output channels of its {self.channels} input "
+                f"channels, got {self.network.config.out_channels}"
+            )
+        return given
+
+    @property
+    def clip(self) -> Callable[[Tensor], Tensor] | None:
+        """What the sampler does to the predicted x_0."""
+        config = self.scheduler.config
+        if config.thresholding:
+            return lambda x0: dynamic_threshold(x0, config.dynamic_thresholding_ratio, config.sample_max_value)
+        bound = config.clip_sample_range
+        return (lambda x0: x0.clamp(-bound, bound)) if config.clip_sample else None
+
+    def chain(self, variances: Tensor | None = None) -> ReverseChain:
+        return ReverseChain(self.scheduler.schedule, self.scheduler.timesteps.tolist(), variances)
+
+    def denoiser(self, labels: Tensor | None, variance: str) -> Callable[[Tensor, Tensor], Tensor]:
+        """The network in its own precision, without its variances if they are not asked for."""
+        dtype = next(self.network.parameters()).dtype
+        takes_labels = "class_labels" in inspect.signature(self.network.forward).parameters
+        more = {"class_labels": labels} if takes_labels else {}
+
+        def denoise(x_t: Tensor, timesteps: Tensor) -> Tensor:
+            output = self.network(x_t.to(dtype), timesteps, **more).sample
+            return output if variance in LEARNED_VARIANCES else output[:, : x_t.shape[1]]
+
+        return denoise
+
+
+@torch.no_grad()
+def measure_bits_per_dim(
+    pipeline,
+    images: LabelledImages,
+    *,
+    train: LabelledImages | None = None,
+    num_images: int = 1000,
+    num_steps: int | None = None,
+    num_terms: int | None = 100,
+    variance: str | None = None,
+    num_flow_steps: int | None = None,
+    batch_size: int = 64,
+    bf16: bool = False,
+    seed: int = 0,
+    show_progress: bool = True,
+) -> dict:
+    """The variational bound of images in 8 bits, without guidance; the processes share the images.
+
+    Each of the 256 values is a bin of a width of 2/255 on the scale of the model, and bits/dim is what a lossless code
+    of these images would take for each value of a pixel, whether or not the data use all 256. Image i of the set, and
+    its noise, depend on the seed and i alone.
+
+    Args:
+        pipeline: See `LikelihoodModel.of`.
+        images: Which it was not trained on, with labels if it takes them; otherwise the null label is given.
+        train: Images that it was trained on, for the variance "optimal", which is measured on `batch_size` of them.
+        num_images: How many of them, drawn by the seed; at most all.
+        num_steps: Timesteps of the sampler whose bound it is; all of the training's by default.
+        num_terms: How many of them are looked at for each image, see `variational_bound`; None for all.
+        variance: "fixed_small", "fixed_large" or "optimal"; by default the model's own.
+        num_flow_steps: Measure the bound by the probability flow too, in so many steps of four evaluations and gradients
+            of the network each; without clipping of the predicted x_0.
+        batch_size: Images at a time.
+        bf16: Run the network under bf16 autocast, but for the flow.
+        seed: Of the draw of images, the noise and the draw of terms.
+
+    Returns:
+        In bits/dim: `bits_per_dim`, its `standard_error` over images, `rate`, `distortion`, `prior` (L_T, a part of the
+        rate), and the rest of the rate by parts of the timesteps; `flow_bits_per_dim` and `flow_standard_error` if asked
+        for; and how it was measured.
+
+    Raises:
+        ValueError: If the pipeline has no such likelihood, or the images or their labels are not for it.
+    """
+    state = PartialState()
+    model = LikelihoodModel.of(pipeline, num_steps)
+    kind = model.variance if variance is None else variance
+    if variance is not None and variance not in FIXED_VARIANCES:
+        raise ValueError(f"variance must be one of {', '.join(FIXED_VARIANCES)}, or None, got {variance!r}")
+    size = image_size_of(pipeline)
+    if tuple(images.images.shape[2:]) != size:
+        raise ValueError(f"the network takes images of {size} (height, width), got {tuple(images.images.shape[2:])}")
+    order = drawn_order(len(images), seed)[:num_images].tolist()
+    by_label = model.num_classes is not None and len(images.label_names) > 0
+    if by_label and len(images.label_names) != model.num_classes:
+        raise ValueError(f"the network takes {model.num_classes} labels, the images have {len(images.label_names)}")
+    if model.num_classes is not None and not by_label and model.null_label is None:
+        raise ValueError("the network takes labels and none for no label, but the images have no labels")
+    chain = model.chain()
+    if len(chain) - 1 <= (num_terms or math.inf):
+        num_terms = None
+    precision = torch.autocast(state.device.type, torch.bfloat16) if bf16 else nullcontext()
+    wide = torch.float32 if state.device.type == "mps" else torch.float64
+
+    def prepare(source: LabelledImages, rows: list[int]) -> tuple[Tensor, Tensor | None]:
+        """Images in [-1, 1] and their labels, on the device."""
+        x0 = convert_channels(source.images[rows], model.channels).to(state.device, wide) * (2 / 255) - 1
+        if model.num_classes is None:
+            return x0, None
+        labels = source.labels[rows] if by_label else torch.full((len(rows),), model.null_label)
+        return x0, labels.to(state.device)
+
+    model.network.eval()
+    with precision:
+        if kind == "optimal":
+            if train is None:
+                raise ValueError("the variance 'optimal' is measured on training images: give train")
+            rows = drawn_order(len(train), seed)[:batch_size].tolist()
+            x0, labels = prepare(train, rows)
+            variances = optimal_variances(
+                model.denoiser(labels, kind),
+                *([x0], chain, model.scheduler.config.prediction_type),
+                clip=model.clip,
+                generator=torch.Generator().manual_seed(seed),
+            )
+            chain = model.chain(variances)
+        mine = order[state.process_index :: state.num_processes]
+        measured = []
+        progress = tqdm(
+            total=len(mine), desc="bits/dim", unit="image", disable=not (show_progress and state.is_main_process)
+        )
+        for start in range(0, len(mine), batch_size):
+            rows = mine[start : start + batch_size]
+            x0, labels = prepare(images, rows)
+            terms = variational_bound(
+                model.denoiser(labels, kind),
+                *(x0, chain, model.scheduler.config.prediction_type, kind),
+                num_terms=num_terms,
+                clip=model.clip,
+                # On the CPU, so that the noise is the same on every device.
+                generator=[Generator().manual_seed(seed * SEED_STRIDE + row) for row in rows],
+            )
+            part = torch.zeros(len(rows), NUM_PARTS, dtype=wide, device=x0.device)
+            part.scatter_add_(1, _part_of(terms.index, chain), terms.weight * terms.kl)
+            flow = torch.full_like(terms.total, math.nan)
+            if num_flow_steps is not None:
+                with torch.autocast(state.device.type, enabled=False):
+                    flow = flow_bound(
+                        model.denoiser(labels, kind),
+                        *(x0, chain, model.scheduler.config.prediction_type, kind),
+                        num_steps=num_flow_steps,
+                        generator=[Generator().manual_seed(seed * SEED_STRIDE + row) for row in rows],
+                    ).total
+            columns = torch.stack([terms.total, flow, terms.rate, terms.distortion, terms.prior], 1)
+            measured.append(bits_per_dim(torch.cat([columns, part], 1), terms.num_dims).cpu())
+            progress.update(len(rows))
+        progress.close()
+    measured = torch.cat(measured).tolist() if measured else []
+    if state.num_processes > 1:
+        measured = gather_object(measured)
+    # In one order whatever the number of processes, so that the sums are the same to the last digit.
+    measured = torch.tensor(sorted(measured), dtype=torch.float64)
+    total, flow, rate, distortion, prior, *parts = measured.mean(0).tolist()
+    errors = (measured.std(0) / math.sqrt(len(measured))).tolist() if len(measured) > 1 else [None, None]
+    transitions = torch.arange(1, len(chain))
+    place = _part_of(transitions, chain)
+    by_flow = {
+        "flow_bits_per_dim": flow,
+        "flow_standard_error": errors[1],
+        "num_flow_steps": num_flow_steps,
+    }
+    return {
+        "bits_per_dim": total,
+        "standard_error": errors[0],
+        "rate": rate,
+        "distortion": distortion,
+        "prior": prior,
+        **({} if num_flow_steps is None else by_flow),
+        "rate_by_timesteps": [
+            {
+                "first_timestep": int(chain.timesteps[transitions[place == part][0]]),
+                "last_timestep": int(chain.timesteps[transitions[place == part][-1]]),
+                "bits_per_dim": parts[part],
+            }
+            for part in place.unique().tolist()
+        ],
+        "num_images": len(measured),
+        "num_dims": model.channels * images.images[0, 0].numel(),
+        "num_bins": 256,
+        "num_steps": len(chain),
+        "num_terms": num_terms or len(chain) - 1,
+        "variance": kind,
+        "by_label": by_label,
+        "mixed_precision": "bf16" if bf16 else "no",
+        "seed": seed,
+    }
+
+
+def _part_of(index: Tensor, chain: ReverseChain) -> Tensor:
+    """Which of `NUM_PARTS` parts of the chain, that to the data left out, a transition is in."""
+    return (index - 1) * NUM_PARTS // max(1, len(chain) - 1)

@@ -1,0 +1,203 @@
+"""All measures of a set of images against a data set, as `training/evaluate.py` prints them."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffusers_ext.evaluation.feature_training import LabelledImages, drawn_order
+from diffusers_ext.metrics.features import FeatureClassifierModel
+from diffusers_ext.metrics.frechet import FeatureStatistics, frechet_distance
+from diffusers_ext.metrics.neighbours import nearest_distances, precision_recall
+
+
+# Below this probability of a chi-squared test, labels are taken to be in other proportions than the training images'.
+SAME_PROPORTIONS = 1e-3
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Measures sets of images against the real images `train`.
+
+    Images with labels that are in other proportions than those of the real ones, such as equally many of each class of a
+    data set of unequal classes, are compared with real ones weighted to the same proportions: the difference would
+    otherwise hide all others in the Fréchet distance.
+
+    Args:
+        train: The images that a generator was trained on.
+        features: A classifier of such images, or None for no measure that needs one.
+        num_reference: Real images that precision and recall compare with, drawn by `seed`; at most all of them. The
+            paper compares sets of equal size.
+        num_neighbours: The k of precision and recall.
+        in_pixels: Measure precision, recall and distances to the nearest training image in pixels too.
+        svc: A fitted classifier with scikit-learn's `predict`, of flattened pixels in [0, 1] (see `fit_svc`), or None.
+        seed: Of the draw of the reference.
+    """
+
+    train: LabelledImages
+    features: FeatureClassifierModel | None = None
+    num_reference: int = 1000
+    num_neighbours: int = 5
+    in_pixels: bool = True
+    svc: object | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("num_reference", "num_neighbours"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if len(self.train) <= self.num_neighbours:
+            raise ValueError(
+                f"num_neighbours must be smaller than the number of training images, {len(self.train)}, since precision "
+                f"and recall look at so many other images around each, got {self.num_neighbours}"
+            )
+        shape = tuple(self.train.images.shape[1:])
+        if self.features is not None and self.features.image_shape != shape:
+            raise ValueError(
+                f"the feature classifier takes images of (channels, height, width) {self.features.image_shape}, but"
+                f" those of the data set are {shape}: train one on them with training/train_features.py"
+            )
+        order = drawn_order(len(self.train), self.seed)
+        reference = order[: self.num_reference]
+        keep = {"_reference": reference}
+        if self.features is not None:
+            train_features, _ = self.features.measure(self.train.images)
+            keep["_statistics"] = FeatureStatistics(self.features.feature_dim).update(train_features)
+            keep["_features"] = train_features
+        for name, value in keep.items():
+            object.__setattr__(self, name, value)
+
+    def measure(self, images: Tensor, labels: Tensor | None = None) -> dict[str, float | int]:
+        """Every measure of these images.
+
+        Args:
+            images: uint8, of the shape of the real ones.
+            labels: The label asked for each image, if any was.
+
+        Returns:
+            `num_images`; in features: `frechet_distance` from all real images, `feature_precision`, `feature_recall`,
+            `label_accuracy` (share of the images to which the feature classifier gives the label asked for);
+            `reference_weighted`, True where the real images were weighted to the labels' proportions, see the class;
+            in pixels: `pixel_precision`, `pixel_recall`, `nearest_train_distance` (median Euclidean distance to the
+            nearest training image, pixels in [0, 1]), `svc_label_accuracy`. Those that do not apply are left out.
+
+        Raises:
+            ValueError: if the images have another shape than the real ones, or are too few for `num_neighbours`.
+        """
+        shape, real_shape = tuple(images.shape[1:]), tuple(self.train.images.shape[1:])
+        if shape != real_shape:
+            raise ValueError(
+                f"the images are {shape} (channels, height, width) but those of the data set are {real_shape}:"
+                " give the resolution and the preparation that the pipeline was trained with"
+            )
+        check_number(len(images), self.num_neighbours)
+        weights = self.weights_for(labels)
+        of_reference = None if weights is None else weights[self._reference]
+        result: dict[str, float | int] = {"num_images": len(images)}
+        if weights is not None:
+            result["reference_weighted"] = True
+        if self.features is not None:
+            features, given_labels = self.features.measure(images)
+            statistics, real = FeatureStatistics(self.features.feature_dim).update(features), self._statistics
+            if weights is not None:
+                real = FeatureStatistics.of_weighted(self._features, weights)
+            result["frechet_distance"] = frechet_distance(real, statistics)
+            near = precision_recall(self._features[self._reference], features, self.num_neighbours, of_reference)
+            result["feature_precision"], result["feature_recall"] = near
+            if labels is not None:
+                result["label_accuracy"] = _share_equal(given_labels, labels)
+        if self.in_pixels:
+            pixels = _pixels(images)
+            reference = _pixels(self.train.images[self._reference])
+            near = precision_recall(reference, pixels, self.num_neighbours, of_reference)
+            result["pixel_precision"], result["pixel_recall"] = near
+            distances = nearest_distances(pixels, _pixels(self.train.images))
+            result["nearest_train_distance"] = distances.median().item()
+        if self.svc is not None and labels is not None:
+            predicted = torch.as_tensor(self.svc.predict(_pixels(images).numpy()))
+            result["svc_label_accuracy"] = _share_equal(predicted, labels)
+        return result
+
+    def weights_for(self, labels: Tensor | None) -> Tensor | None:
+        """Weights by which the real images have the proportions of these labels, shape `(real images,)`, sum 1.
+
+        Returns:
+            None where they have them already, to within chance; where there are no labels; and where a label has no real
+            image that could be weighted.
+        """
+        if labels is None or not self.train.label_names or len(labels) == 0:
+            return None
+        num_labels = len(self.train.label_names)
+        theirs, ours = (torch.bincount(each, minlength=num_labels).double() for each in (labels, self.train.labels))
+        there = ours > 0
+        if theirs[~there].any() or there.sum() < 2:
+            return None
+        expected = ours[there] * (len(labels) / len(self.train))
+        statistic = ((theirs[there] - expected).square() / expected).sum()
+        # The upper tail of the chi-squared distribution.
+        if torch.special.gammaincc((there.sum() - 1) / 2, statistic / 2) >= SAME_PROPORTIONS:
+            return None
+        weights = torch.where(there, theirs / ours.clamp(min=1), 0.0)[self.train.labels]
+        # Of too few real images there is no covariance, and no recall of none.
+        if (weights > 0).sum() < 2 or not weights[self._reference].any():
+            return None
+        return weights / weights.sum()
+
+    def measure_held_out(self, held_out: LabelledImages, number: int) -> dict[str, float | int]:
+        """The same of at most `number` real images that no model has seen, drawn by the seed: what is possible."""
+        order = drawn_order(len(held_out), self.seed)[:number]
+        return self.measure(held_out.images[order], held_out.labels[order] if held_out.label_names else None)
+
+
+def check_number(num_images: int, num_neighbours: int, name: str = "num_images") -> None:
+    """Refuses sets of images that are too small to be measured.
+
+    Args:
+        name: Of the number, for the user.
+
+    Raises:
+        ValueError: saying how many are needed.
+    """
+    if num_images <= num_neighbours:
+        raise ValueError(
+            f"{name} must be at least {num_neighbours + 1}, got {num_images}: precision and recall look at the "
+            f"{num_neighbours} nearest other images around each (num_neighbours)"
+        )
+
+
+def fit_svc(train: LabelledImages):
+    """scikit-learn's support vector classifier with an RBF kernel, on pixels in [0, 1].
+
+    C = 10 for the default of 1: it reads held-out digits better.
+    """
+    from sklearn.svm import SVC
+
+    return SVC(kernel="rbf", C=10).fit(_pixels(train.images).numpy(), train.labels.numpy())
+
+
+def format_table(columns: dict[str, dict[str, float | int]]) -> str:
+    """Measures as lines and sets of images as columns, for people."""
+    names = list(dict.fromkeys(name for column in columns.values() for name in column))
+    width = max(len(name) for name in names)
+    lines = [" " * width + "".join(f"{title:>18}" for title in columns)]
+    for name in names:
+        cells = [_format(column.get(name)) for column in columns.values()]
+        lines.append(f"{name:<{width}}" + "".join(f"{cell:>18}" for cell in cells))
+    return "\n".join(lines)
+
+
+def _format(value: float | int | None) -> str:
+    if value is None or isinstance(value, float) and math.isnan(value):
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value) if isinstance(value, int) else f"{value:.4g}"
+
+
+def _pixels(images: Tensor) -> Tensor:
+    return images.flatten(1).double() / 255
+
+
+def _share_equal(a: Tensor, b: Tensor) -> float:
+    return (a == b).double().mean().item()

@@ -1,0 +1,1 @@
+"""How several predictions of a network become one, from labels and from texts."""

@@ -1,0 +1,285 @@
+"""Model cards of what a training run has saved.
+
+A card says only what is known: a line that nobody filled in is left out, and a figure carries what is needed to
+measure it again.
+"""
+
+import math
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from diffusers_ext.atomic_files import written_whole
+from diffusers_ext.hub.push import check_repo_id
+from diffusers_ext.hub.saved_folder import SavedFolder, loading_lines
+
+
+# Beside this module and not in the repository's `model_cards/`, since an installed package needs it too.
+CARD_TEMPLATE = Path(__file__).with_name("model_card_template.md")
+
+DEFAULT_LIMITATIONS = (
+    "It makes images like those it was trained on and shares their gaps and biases. It was not examined for copies of"
+    " training images beyond what Results says, nor for any use outside that data."
+)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured number, with what it takes to measure it again.
+
+    Args:
+        metric: What was measured, features and reference data included, such as "Fréchet distance, digits classifier".
+        value: The number; it must be finite.
+        num_samples: How many generated images it was measured on, or real ones for what needs no sampling.
+        sampler: The scheduler's class and its settings that matter; `None` where nothing is sampled.
+        num_inference_steps: Network calls for an image, guidance not counted; `None` where nothing is sampled.
+        command: The command that prints it.
+    """
+
+    metric: str
+    value: float
+    num_samples: int
+    sampler: str | None
+    num_inference_steps: int | None
+    command: str
+
+    def __post_init__(self):
+        if not math.isfinite(self.value):
+            raise ValueError(f"the value of {self.metric!r} must be finite, got {self.value}")
+        for name in ("num_samples", "num_inference_steps"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} of {self.metric!r} must be at least 1, got {getattr(self, name)}")
+        for name in ("metric", "sampler", "command"):
+            if getattr(self, name) is not None and not getattr(self, name).strip():
+                raise ValueError(f"a figure needs its {name}, so that it can be measured again; got an empty one")
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """How a model was trained. What is `None` is left out of the card.
+
+    Args:
+        command: The command line. An access token in it is written as `$HF_TOKEN`.
+        commit: The commit of the code, as `source_commit()` gives it.
+        seed: The run's seed.
+        num_steps: Optimizer steps.
+        seconds: Training time alone.
+        hardware: What it ran on, as `describe_machine()` gives it.
+        options_file: The file in the pipeline's folder that has every option.
+    """
+
+    command: str | None = None
+    commit: str | None = None
+    seed: int | None = None
+    num_steps: int | None = None
+    seconds: float | None = None
+    hardware: str | None = None
+    options_file: str | None = None
+
+
+def write_card(
+    folder: str | os.PathLike,
+    *,
+    data: str,
+    training: TrainingRun | None = None,
+    figures: Sequence[Figure] = (),
+    sample_grid: str | os.PathLike | None = None,
+    repo_id: str | None = None,
+    title: str | None = None,
+    dataset_id: str | None = None,
+    license: str = "unknown",
+    tags: Sequence[str] = (),
+    pipeline_tag: str = "unconditional-image-generation",
+    limitations: str = DEFAULT_LIMITATIONS,
+) -> Path:
+    """Writes the card of the pipeline or model saved in `folder`, `folder/README.md`, in place of any that is there.
+
+    Components, parameter counts and label names are read from the folder.
+
+    Args:
+        data: What it was trained on, in Markdown: source, number and size of the images, labels, preparation.
+        figures: What was measured; none at all is said so.
+        sample_grid: An image to show. One from outside the folder is copied into it.
+        repo_id: Where it is to be loaded from. The folder's own name stands in for it.
+        title: Heading; the last part of `repo_id` or of the folder's path unless given.
+        dataset_id: Id of the data set on the Hub, if it is there.
+        license: A licence identifier of the Hub, such as "mit" or "apache-2.0".
+        tags: Tags beside "diffusers" and "diffusers_ext".
+        pipeline_tag: The Hub's name of the task. It has none for images by label.
+        limitations: In Markdown.
+
+    Returns:
+        The path of the card.
+
+    Raises:
+        ValueError: if the folder holds no whole pipeline or model, or `dataset_id` is not a repo id.
+        FileNotFoundError: if `sample_grid` does not exist.
+    """
+    folder = Path(folder)
+    saved = SavedFolder.read(folder)
+    if dataset_id is not None:
+        check_repo_id(dataset_id)
+    training = training or TrainingRun()
+    title = title or Path(repo_id or folder.resolve()).name
+
+    card_data = ModelCardData(
+        license=license,
+        library_name="diffusers",
+        pipeline_tag=pipeline_tag,
+        tags=list(dict.fromkeys(["diffusers", "diffusers_ext", *tags])),
+        datasets=dataset_id,
+    )
+    _tell_figures(card_data, figures, title)
+    card = ModelCard.from_template(
+        card_data,
+        template_path=str(CARD_TEMPLATE),
+        title=title,
+        class_name=saved.class_name,
+        components=saved.components,
+        labels=saved.labels,
+        data=data.strip(),
+        training=_training_rows(training),
+        command=_without_tokens(training.command),
+        options_file=training.options_file,
+        results=_results(figures),
+        sample_grid=_inside(folder, sample_grid),
+        loading_lines=loading_lines(repo_id or folder.resolve().name, saved.class_name if saved.is_model else None),
+        limitations=limitations.strip(),
+    )
+    return _write_whole(card, folder / "README.md")
+
+
+def add_figures(folder: str | os.PathLike, figures: Sequence[Figure]) -> Path:
+    """Puts figures that were measured later into the card of `folder`, in place of those it has; the rest stays.
+
+    Raises:
+        FileNotFoundError: if `folder` has no card.
+        ValueError: if its card has no section "Results" followed by "Use", as those of `write_card` have.
+    """
+    path = Path(folder) / "README.md"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is no file: write the card by write_card first")
+    card = ModelCard.load(path)
+    before, heading, rest = card.text.partition("## Results\n")
+    _, next_heading, after = rest.partition("\n## Use\n")
+    if not (heading and next_heading):
+        raise ValueError(
+            f"{path} has no section '## Results' followed by '## Use' to put figures in: write it by write_card"
+        )
+    card.text = f"{before}{heading}\n{_results(figures)}\n{next_heading}{after}"
+    _tell_figures(card.data, figures, Path(folder).resolve().name)
+    return _write_whole(card, path)
+
+
+def _results(figures: Sequence[Figure]) -> str:
+    if not figures:
+        return "No figure was measured."
+    rows = ["| metric | value | samples | sampler | steps |", "|---|---|---|---|---|"]
+    for figure in figures:
+        cells = (figure.metric, f"{figure.value:.4g}", figure.num_samples, figure.sampler, figure.num_inference_steps)
+        rows.append(f"| {' | '.join('' if cell is None else str(cell) for cell in cells)} |")
+    commands = dict.fromkeys(_without_tokens(figure.command) for figure in figures)
+    return "\n".join([*rows, "", "Measured by:", "", "```bash", *commands, "```"])
+
+
+def _tell_figures(card_data: ModelCardData, figures: Sequence[Figure], title: str) -> None:
+    """The figures for the Hub's own tables, in the card's metadata."""
+    if not figures:
+        return
+    dataset_id = card_data.datasets if isinstance(card_data.datasets, str) else None
+    card_data.model_name = card_data.model_name or title
+    card_data.eval_results = [
+        EvalResult(
+            task_type=card_data.pipeline_tag,
+            dataset_type=dataset_id or "unknown",
+            dataset_name=dataset_id or "the data described in the card",
+            metric_type=re.sub(r"\W+", "_", figure.metric.lower()).strip("_"),
+            metric_name=figure.metric,
+            metric_value=figure.value,
+        )
+        for figure in figures
+    ]
+
+
+def _write_whole(card: ModelCard, path: Path) -> Path:
+    with written_whole(path) as partial:
+        partial.write_text(str(card), encoding="utf-8")
+    return path
+
+
+def describe_machine() -> str:
+    """Processor or GPUs, and the versions that decide speed and rounding, in one line."""
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        device = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
+    else:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        device = f"{cores} CPU cores ({platform.machine()})"
+    return f"{device}, Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def source_commit() -> str | None:
+    """The commit of the checkout that this package runs from, or `None` if it does not run from one.
+
+    " (changed)" is added if tracked files differ from that commit.
+    """
+    package = Path(__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(package), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        # An installed copy may lie inside a checkout of something else.
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != package.parent:
+            return None
+        git("ls-files", "--error-unmatch", str(Path(__file__).resolve()))
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + (" (changed)" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _training_rows(training: TrainingRun) -> dict[str, str | int]:
+    rows = {
+        "Commit": training.commit,
+        "Seed": training.seed,
+        "Optimizer steps": training.num_steps,
+        "Time": None if training.seconds is None else _duration(training.seconds),
+        "Hardware": training.hardware,
+    }
+    return {name: value for name, value in rows.items() if value is not None}
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
+
+
+def _without_tokens(command: str | None) -> str | None:
+    """A card is public and its commands are for running again, so a token in them becomes the variable that holds it."""
+    if command is None:
+        return None
+    command = re.sub(r"(--\w*token[= ])\S+", r"\1$HF_TOKEN", command.strip())
+    return re.sub(r"(?<![\w/-])hf_\w{16,}", "$HF_TOKEN", command)
+
+
+def _inside(folder: Path, image: str | os.PathLike | None) -> str | None:
+    """The path of `image` relative to `folder`, where it is copied to if it lies elsewhere."""
+    if image is None:
+        return None
+    image = Path(image)
+    if not image.is_file():
+        raise FileNotFoundError(f"sample_grid must be an image file, but {str(image)!r} does not exist")
+    if not image.resolve().is_relative_to(folder.resolve()):
+        image = Path(shutil.copy(image, folder / image.name))
+    return image.resolve().relative_to(folder.resolve()).as_posix()

@@ -1,0 +1,309 @@
+"""Options of a training script from one dataclass: names, types, defaults and help stand once.
+
+The command line wins over the YAML file given by `--config`, which wins over the defaults. Values of both go through
+the same conversion, so that `learning_rate: 1e-4`, which YAML reads as a string, means what it says.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import os
+import shlex
+import signal
+import sys
+import time
+import traceback
+import types
+import typing
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from diffusers_ext.foreign_options import explain_foreign
+
+
+Config = TypeVar("Config")
+
+OTHERS_WAIT_SECONDS = 10.0
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def option(default: Any, help: str, group: str | None = None, alias: str | None = None) -> Any:
+    """A dataclass field for `parse_config`.
+
+    Args:
+        help: One line.
+        group: The heading under which `--help` lists it; by default that of the field above it.
+        alias: A second name, such as that of a diffusers script.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "group": group, "alias": alias})
+
+
+def parse_config(cls: type[Config], arguments: list[str] | None = None, first: str | None = None) -> Config | None:
+    """Reads the command line, and the YAML file that `--config` names, into the dataclass `cls`.
+
+    Args:
+        cls: A dataclass whose fields are made by `option`.
+        arguments: The command line, `sys.argv[1:]` if None.
+        first: The option that may stand first on it without its name.
+
+    Returns:
+        The config; or None after `--dry_run`, which prints it as YAML instead.
+
+    Raises:
+        SystemExit: with code 2 and a line on stderr, if an option is unknown or a value does not fit. An unknown name
+            is answered with the near ones, and one of another trainer with what it is called here.
+    """
+    parser = _parser(cls)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if first is not None and arguments and not arguments[0].startswith("-"):
+        arguments = [f"--{first}", *arguments]
+    given, unknown = parser.parse_known_args(arguments)
+    given = vars(given)
+    if unknown:
+        names = [name.split("=")[0].lstrip("-") for name in unknown if name.startswith("--")]
+        parser.error(_unknown(names, cls, "--") if names else f"arguments without an option: {' '.join(unknown)}")
+    config_file, dry_run = given.pop("config", None), given.pop("dry_run", False)
+    try:
+        values = read_yaml(cls, config_file) if config_file else {}
+        config = cls(**(values | given))
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    if dry_run:
+        print(to_yaml(config), end="")
+        return None
+    return config
+
+
+def run_script(
+    cls: type[Config], main: Callable[[Config], Any], arguments: list[str] | None = None, first: str | None = None
+) -> None:
+    """Reads the options, as `parse_config` does, and calls `main` with them.
+
+    An error that this package or the script itself raises is meant for the user: it ends the script with its message as
+    a line on stderr. Any other error keeps its traceback.
+
+    Raises:
+        SystemExit: with code 1 after such an error; after an interrupt, which ends with a line too, with 128 and the number
+            of the signal.
+    """
+    config = parse_config(cls, arguments, first)
+    if config is None:
+        return
+    script = sys.modules[main.__module__].__file__
+    try:
+        main(config)
+    except KeyboardInterrupt as interrupt:
+        if _is_first_process():
+            print(f"\n{Path(script).name}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
+        raise SystemExit(128 + getattr(interrupt, "signal_number", signal.SIGINT)) from None
+    except Exception as error:
+        _let_the_first_process_speak()
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        raised_in = Path(frame.f_code.co_filename).resolve()
+        is_ours = _PACKAGE in raised_in.parents or raised_in == Path(script).resolve()
+        if not is_ours or not isinstance(error, ValueError | OSError | FloatingPointError):
+            raise
+        print(f"{Path(script).name}: error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
+
+
+def _is_first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _let_the_first_process_speak() -> None:
+    """Holds an error back in all processes but the first.
+
+    Mostly that has the same error, or it has one that this is the consequence of, a lost connection; and when a process
+    fails, the launcher ends the others.
+    """
+    if not _is_first_process():
+        time.sleep(OTHERS_WAIT_SECONDS)
+
+
+def refuse_unused(config: Any, names: Iterable[str], needed: str) -> None:
+    """Refuses options that do nothing here.
+
+    Args:
+        needed: What they have no meaning without.
+
+    Raises:
+        ValueError: if one of them is not what it is by default.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for name in names:
+        if getattr(config, name) != defaults[name]:
+            raise ValueError(f"{name} has no meaning without {needed}: give both or neither")
+
+
+def refuse_below(config: Any, lowest: int, *names: str) -> None:
+    """Refuses options that are smaller than what has a meaning; those left open are passed over.
+
+    Raises:
+        ValueError: with the option, what it must be and what it is.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < lowest:
+            raise ValueError(f"{name} must be at least {lowest}, got {value}")
+
+
+def read_yaml(cls: type, path: str | Path) -> dict[str, Any]:
+    """The options of a YAML file, converted to the types of the dataclass `cls`.
+
+    Raises:
+        ValueError: if the file is no mapping, if a key is no option (the near ones are named), or if a value is not of
+            the option's type.
+    """
+    content = yaml.safe_load(Path(path).read_text()) or {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a mapping of options to values, got {type(content).__name__}")
+    aliases = {field.metadata["alias"]: field.name for field in dataclasses.fields(cls)}
+    content = {aliases.get(key, key): value for key, value in content.items()}
+    hints = typing.get_type_hints(cls)
+    unknown = [str(key) for key in content if key not in hints]
+    if unknown:
+        raise ValueError(f"{path}: {_unknown(unknown, cls)}")
+    try:
+        return {key: _convert(key, value, hints[key]) for key, value in content.items()}
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def to_yaml(config: Any) -> str:
+    """The config as the YAML that `--config` reads back. Secrets (fields named `*_token`) are left out."""
+    values = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in dataclasses.asdict(config).items()
+        if not name.endswith("_token")
+    }
+    return yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=1000)
+
+
+# How a run was started, not what it is.
+_OF_ONE_START = ("overwrite_output_dir", "resume_from_checkpoint")
+
+
+def to_command(config: Any, script: str) -> str:
+    """The command line that makes the same run; secrets are left out."""
+    words = ["accelerate", "launch", script]
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value == field.default or value is None or field.name in _OF_ONE_START or field.name.endswith("_token"):
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{field.name}" if value else f"--no-{field.name}")
+        else:
+            words += [f"--{field.name}", *map(str, value if isinstance(value, tuple) else [value])]
+    return shlex.join(words)
+
+
+def _parser(cls: type) -> argparse.ArgumentParser:
+    parser = _Parser(
+        usage="%(prog)s [--OPTION VALUE ...]",  # the list of all of them would hide the message of an error
+        description=cls.__doc__,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=_HelpFormatter,
+    )
+    parser.add_argument("--config", metavar="FILE.yaml", help="read options from a YAML file; the command line wins")
+    parser.add_argument("--dry_run", action="store_true", help="print the options as resolved, as YAML, and end")
+    group, hints = parser, typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if field.metadata["group"]:
+            group = parser.add_argument_group(field.metadata["group"])
+        shown = field.default
+        if isinstance(shown, tuple):
+            shown = " ".join(map(str, shown))
+        default = "" if shown is None else f" (default: {shown})"
+        help = field.metadata["help"].replace("%", "%%") + default.replace("%", "%%")
+        alias = [f"--{field.metadata['alias']}"] if field.metadata["alias"] else []
+        keywords = _argument(field.name, hints[field.name])
+        group.add_argument(f"--{field.name}", *alias, dest=field.name, help=help, **keywords)
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        _let_the_first_process_speak()
+        super().error(message)
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=34)
+
+
+def _argument(name: str, hint: Any) -> dict[str, Any]:
+    kind = _without_none(hint)
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction}  # type=bool would read "False" as True
+    if typing.get_origin(kind) is Literal:
+        return {"choices": typing.get_args(kind)}
+    if typing.get_origin(kind) is tuple:
+        return {"type": typing.get_args(kind)[0], "nargs": "+", "action": _StoreTuple}
+    return {"type": kind}
+
+
+class _StoreTuple(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, tuple(values))
+
+
+def _without_none(hint: Any) -> Any:
+    """`X` for `X | None`."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):  # `Literal[...] | None` is the second
+        (hint,) = [part for part in typing.get_args(hint) if part is not type(None)]
+    return hint
+
+
+def _convert(name: str, value: Any, hint: Any) -> Any:
+    kind = _without_none(hint)
+    if value is None:
+        if kind is not hint:
+            return None
+        raise ValueError(f"{name} must have a value, got null")
+    origin = typing.get_origin(kind)
+    if origin is Literal:
+        if value is False and "no" in typing.get_args(kind):
+            return "no"  # YAML 1.1 reads a bare `no` as false
+        if value not in typing.get_args(kind):
+            raise ValueError(f"{name} must be one of {', '.join(typing.get_args(kind))}, got {value!r}")
+        return value
+    if origin is tuple:
+        return tuple(_convert(name, part, typing.get_args(kind)[0]) for part in _listed(value))
+    if kind is str and isinstance(value, str | int | float) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, bool) == (kind is bool) and isinstance(value, bool | int | float | str):
+        try:
+            converted = kind(value)
+        except ValueError:
+            converted = None
+        if converted is not None and (isinstance(value, str) or converted == value):
+            return converted
+    raise ValueError(f"{name} must be {_described(kind)}, got {value!r}")
+
+
+def _listed(value: Any) -> list:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _described(kind: type) -> str:
+    return {bool: "true or false", int: "an integer", float: "a number", str: "a text"}[kind]
+
+
+def _unknown(names: list[str], cls: type, prefix: str = "") -> str:
+    known = [field.name for field in dataclasses.fields(cls)]
+    parts = []
+    for name in names:
+        if explained := explain_foreign(name, known, prefix):
+            parts.append(f"unknown option {prefix}{name}; {explained}")
+            continue
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+        near = near or [other for other in known if name in other or other in name][:3]
+        hint = f"did you mean {' or '.join(prefix + other for other in near)}?" if near else "--help lists the options"
+        parts.append(f"unknown option {prefix}{name}; {hint}")
+    return "; ".join(parts)

@@ -1,0 +1,1 @@
+"""What each training script is made of: networks, objectives, pictures."""

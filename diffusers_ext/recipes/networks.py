@@ -1,0 +1,171 @@
+"""The options of a denoiser, and the network that they make."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from diffusers_ext.models.dit import PATCH_SIZES, DiTModel, dit_config
+from diffusers_ext.models.unet import UNetModel, refuse_unmatched_resolutions
+from diffusers_ext.options import option
+from diffusers_ext.trainer.config import TrainerConfig
+
+
+NETWORKS = ("unet", "dit")
+
+# The DiT that is made without options: small images, or latents, on a CPU.
+DEFAULT_DIT = {"hidden_size": 256, "num_layers": 6}
+MAX_PATCHES = 64  # that the patch size leaves, where it is left open
+HEAD_DIM = 64  # of the attention heads, where their number is left open
+
+
+@dataclass(frozen=True)
+class NetworkConfig(TrainerConfig):
+    """Options of a training run with a denoiser.
+
+    Raises:
+        ValueError: if options contradict one another, are out of range, or are those of another network.
+    """
+
+    model: Literal[NETWORKS] = option("unet", "kind of network: convolutions, or a transformer over patches", "model")
+    dropout: float = option(0.0, "share of the features dropped in each block")
+    block_out_channels: tuple[int, ...] = option(
+        (64, 128, 128), "channels at each resolution, the full one first", "unet"
+    )
+    layers_per_block: int = option(2, "residual blocks at each resolution")
+    attention_resolutions: tuple[int, ...] | None = option(
+        None, "sides of the maps with attention; by default the largest of at most 16"
+    )
+    attention_head_dim: int = option(64, "channels of an attention head")
+    dit_size: str | None = option(None, "a size of the paper, such as DiT-S/2, that the options below change", "dit")
+    patch_size: int | None = option(
+        None, f"side of the patches; by default the smallest that leaves at most {MAX_PATCHES} of them"
+    )
+    hidden_size: int | None = option(None, f"width of the tokens; by default {DEFAULT_DIT['hidden_size']}")
+    num_layers: int | None = option(None, f"number of blocks; by default {DEFAULT_DIT['num_layers']}")
+    num_attention_heads: int | None = option(None, f"attention heads; by default one for each {HEAD_DIM} of the width")
+    mlp_ratio: float = option(4.0, "width of the feed-forward layers, as a multiple of hidden_size")
+    qk_norm: bool = option(False, "normalise queries and keys, for long runs")
+    num_registers: int = option(0, "learned tokens beside those of the patches")
+
+    OPTIONS_OF_NETWORKS: ClassVar[dict[str, tuple[str, ...]]] = {
+        "unet": ("block_out_channels", "layers_per_block", "attention_resolutions", "attention_head_dim"),
+        "dit": (
+            *("dit_size", "patch_size", "hidden_size", "num_layers", "num_attention_heads"),
+            *("mlp_ratio", "qk_norm", "num_registers"),
+        ),
+    }
+    FIXED_ON_RESUME: ClassVar[frozenset[str]] = TrainerConfig.FIXED_ON_RESUME.union(
+        ("model", "dropout"), *OPTIONS_OF_NETWORKS.values()
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout:g}")
+        for network, names in self.OPTIONS_OF_NETWORKS.items():
+            for name in names:
+                if network != self.model and getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                    raise ValueError(f"{name} is an option of model {network}: leave it out for model {self.model}")
+        if self.model == "dit":
+            with torch.device("meta"):
+                DiTModel(sample_size=self.size_multiple, **self.dit_options(self.size_multiple))  # which checks them
+        for side in self.resolution or ():
+            if side % self.size_multiple:
+                near = side // self.size_multiple * self.size_multiple
+                near = " or ".join(str(other) for other in (near, near + self.size_multiple) if other)
+                raise ValueError(
+                    f"resolution must be a multiple of {self.size_multiple}, since {self._why_multiple()}, got {side}: "
+                    f"take {near}"
+                )
+
+    def dit_options(self, sample_size: int | tuple[int, int]) -> dict:
+        """Options of `DiTModel`, with those that were left open settled, for samples of that size."""
+        options = DEFAULT_DIT if self.dit_size is None else dit_config(self.dit_size)
+        given = {
+            name: getattr(self, name) for name in ("patch_size", "hidden_size", "num_layers", "num_attention_heads")
+        }
+        if self.hidden_size is not None:  # what follows from the width
+            options = {name: value for name, value in options.items() if name != "num_attention_heads"}
+        options = options | {name: value for name, value in given.items() if value is not None}
+        options.setdefault("patch_size", _default_patch_size(sample_size))
+        if "num_attention_heads" not in options:
+            width = options["hidden_size"]
+            options["num_attention_heads"] = next(n for n in range(max(width // HEAD_DIM, 1), 0, -1) if width % n == 0)
+        rest = ("mlp_ratio", "qk_norm", "num_registers", "dropout")
+        return options | {name: getattr(self, name) for name in rest}
+
+    @property
+    def size_multiple(self) -> int:
+        """What the sides of the samples must be multiples of."""
+        if self.model == "unet":
+            return 2 ** (len(self.block_out_channels) - 1)
+        return self.patch_size or (1 if self.dit_size is None else dit_config(self.dit_size)["patch_size"])
+
+    def check_sample(self, size: tuple[int, int], resolution: tuple[int, int]) -> None:
+        """Refuses samples that the network cannot halve or cut into patches, or has not the maps of that options name.
+
+        Args:
+            size: (height, width) of the samples: of the images, or of their latents.
+            resolution: (height, width) of the images.
+
+        Raises:
+            ValueError: if a side is no multiple of `size_multiple`, or no map has a side of `attention_resolutions`.
+        """
+        multiple = self.size_multiple
+        if any(side % multiple for side in size):
+            sizes = [f"{sides[0]}x{sides[1]}" for sides in (size, resolution)]
+            factor = max(1, round(resolution[0] / size[0]))
+            raise ValueError(
+                f"the sides of the latents must be multiples of {multiple}, since {self._why_multiple()}, got {sizes[0]} from "
+                f"images of {sizes[1]}: take a resolution that is a multiple of {multiple * factor}"
+            )
+
+        if self.model == "unet":
+            refuse_unmatched_resolutions(size, len(self.block_out_channels), self.attention_resolutions)
+
+    def _why_multiple(self) -> str:
+        if self.model == "dit":
+            return f"patch_size is {self.size_multiple}"
+        return f"block_out_channels has {len(self.block_out_channels)} widths and each but the last halves the images"
+
+
+def _default_patch_size(sample_size: int | tuple[int, int]) -> int:
+    height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+    fitting = [patch for patch in PATCH_SIZES if height % patch == width % patch == 0]
+    few = [patch for patch in fitting if height * width <= MAX_PATCHES * patch**2]
+    return few[0] if few else fitting[-1]
+
+
+def build_network(
+    config: NetworkConfig,
+    *,
+    sample_size: int | tuple[int, int],
+    in_channels: int,
+    out_channels: int,
+    num_classes: int | None,
+    cross_attention_dim: int | None = None,
+    pool_context: bool = False,
+    learned_unconditional: bool = True,
+) -> UNetModel | DiTModel:
+    """A new network with weights that follow from the seed."""
+    torch.manual_seed(config.seed)
+    common = {
+        "sample_size": sample_size,
+        "in_channels": in_channels,
+        "out_channels": out_channels,
+        "num_classes": num_classes,
+        "cross_attention_dim": cross_attention_dim,
+        "pool_context": pool_context,
+        "learned_unconditional": learned_unconditional,
+    }
+    if config.model == "dit":
+        return DiTModel(**common, **config.dit_options(sample_size))
+    return UNetModel(
+        **common,
+        block_out_channels=config.block_out_channels,
+        layers_per_block=config.layers_per_block,
+        attention_resolutions=config.attention_resolutions,
+        attention_head_dim=config.attention_head_dim,
+        dropout=config.dropout,
+    )

@@ -1,0 +1,270 @@
+"""Pictures that a pipeline makes of itself. They draw from their own generators, so that training is none the wiser."""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from diffusers_ext.figures import labelled_grid, save_picture
+from diffusers_ext.latents import decode_latents
+from diffusers_ext.recipes.denoising import DenoisingConfig
+from diffusers_ext.trainer.ending import EndingCost, seconds_of
+from diffusers_ext.trainer.loop import Trainer
+from diffusers_ext.trainer.progress import counting_bar
+from diffusers_ext.trainer.run import save_whole
+
+
+MAX_ROWS = 16
+MIN_STEPS = 10
+MAX_TRIAL_SHARE = 0.01  # of a run's time: a step that takes more is not taken again to know better how long it takes
+
+
+def draw_samples(
+    pipe: DiffusionPipeline,
+    path: Path,
+    *,
+    accelerator: Accelerator | None = None,
+    labels: Sequence[int] | None = None,
+    prompts: Sequence[str] | None = None,
+    names: Sequence[str] | None = None,
+    columns: int = 8,
+    seed: int = 0,
+    batch_size: int = 64,
+    **settings: Any,
+) -> Image.Image | None:
+    """A grid of samples with one row for each label or text, or of as many rows as columns without either.
+
+    Args:
+        accelerator: If given, all processes call this and share the samples; the main one draws them.
+        labels, prompts, names: Of the rows; more than 16 rows are not drawn.
+        seed: Picture i is made from seed `seed + i`.
+        settings: For the pipeline's call, such as `num_inference_steps` and `guidance_scale`.
+
+    Returns:
+        The grid, as saved; None in the other processes.
+    """
+    each, index, processes = _rows_of(labels, prompts), 0, 1
+    rows = columns if each is None else len(each)
+    number = rows * columns
+    if accelerator is not None:
+        index, processes = accelerator.process_index, accelerator.num_processes
+    share = -(-number // processes)
+    # Of one length in each process, as gathering takes it: those beyond the last are the first again.
+    mine = [place % number for place in range(index * share, (index + 1) * share)]
+    images = []
+    for start in range(0, share, batch_size):
+        places = mine[start : start + batch_size]
+        generators = [torch.Generator(pipe.device).manual_seed(seed + place) for place in places]
+        asked = _asked(each, [place // columns for place in places], is_text=prompts is not None)
+        images.append(pipe(**asked, generator=generators, output_type="pt", **settings).images.float())
+    images = torch.cat(images)
+    if accelerator is not None:
+        images = accelerator.gather(images.contiguous())
+        if not accelerator.is_main_process:
+            return None
+    images = images[:number].cpu().unflatten(0, (rows, columns))
+    grid = labelled_grid(images, names and names[:rows])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_picture(grid, path)
+    return grid
+
+
+def _rows_of(labels: Sequence[int] | None, prompts: Sequence[str] | None) -> list[int] | list[str] | None:
+    each = labels if prompts is None else prompts
+    return None if each is None else list(each)[:MAX_ROWS]
+
+
+def _asked(each: Sequence | None, rows: Sequence[int], *, is_text: bool) -> dict[str, Any]:
+    """What a pipeline is asked for by pictures in these rows."""
+    if each is None:
+        return {"batch_size": len(rows)}
+    return {"prompt" if is_text else "class_labels": [each[row] for row in rows]}
+
+
+def log_image(accelerator: Accelerator, name: str, image: Image.Image | None, step: int) -> None:
+    """Gives a picture to the trackers that take pictures. None, as in processes that have none, is no picture."""
+    for tracker in accelerator.trackers if image is not None else ():
+        match tracker.name:
+            case "tensorboard":
+                tracker.log_images({name: np.asarray(image)[None]}, step=step, dataformats="NHWC")
+            case "wandb" | "swanlab":
+                tracker.log_images({name: [image]}, step=step)
+            case "aim":
+                tracker.log_images({name: image}, step=step)
+            case "clearml":
+                tracker.log_images({name: np.asarray(image)}, step=step)
+
+
+def draw_denoising(
+    pipe: DiffusionPipeline,
+    path: Path,
+    *,
+    label: int | None = None,
+    prompt: str | None = None,
+    num_inference_steps: int,
+    columns: int = 8,
+    seed: int = 0,
+    **settings,
+) -> None:
+    """A strip with x_t above the predicted x_0, from the first step to the last at evenly spaced ones.
+
+    Those of a pipeline in latents are decoded.
+    """
+    last = num_inference_steps - 1
+    steps = sorted({round(place * last / max(columns - 1, 1)) for place in range(columns)})
+    asked = {"batch_size": 1} if label is None else {"class_labels": [label]}
+    asked = asked if prompt is None else {"prompt": [prompt]}
+    generator = [torch.Generator(pipe.device).manual_seed(seed)]
+    trajectory = pipe(
+        **asked,
+        generator=generator,
+        output_type="pt",
+        num_inference_steps=num_inference_steps,
+        trajectory_steps=steps,
+        **settings,
+    ).trajectory
+    x_t = torch.cat([noisy[:1] for _, noisy, _ in trajectory])
+    x0_hat = torch.cat([clean[:1] for _, _, clean in trajectory])
+    heads, names, rows = (
+        [f"t = {int(timestep)}" for timestep, _, _ in trajectory],
+        ["x_t", "predicted x_0"],
+        [x_t, x0_hat],
+    )
+    if getattr(pipe, "vae", None) is not None:
+        names = [f"{name}, decoded" for name in names]
+        with torch.no_grad():
+            rows = [decode_latents(pipe.vae, row) for row in rows]
+    save_picture(labelled_grid([(row.float() + 1) / 2 for row in rows], names, heads), path)
+
+
+def draw_while_training(
+    pipeline: Callable[[Trainer], AbstractContextManager[DiffusionPipeline]], rows: dict[str, Any], trainer: Trainer
+) -> None:
+    """Samples of the averaged weights, at `samples/step-STEP.png` and in the trackers; the processes share them.
+
+    Args:
+        pipeline: Gives the pipeline as it stands, with the averaged weights.
+        rows: `labels` or `prompts`, and `names`, of `draw_samples`.
+    """
+    path = trainer.output_dir / "samples" / f"step-{trainer.state.step:07}.png"
+    with pipeline(trainer) as pipe:
+        grid = draw_samples(pipe, path, accelerator=trainer.accelerator, **rows, **grid_settings(trainer.config))
+    log_image(trainer.accelerator, "samples", grid, trainer.state.step)
+
+
+def drawing_cost(
+    pipeline: Callable[[Trainer], AbstractContextManager[DiffusionPipeline]], rows: dict[str, Any], trainer: Trainer
+) -> EndingCost:
+    """Seconds of `save_and_draw`, from a few steps with the network as it is. Its arguments are those of that."""
+    config, accelerator = trainer.config, trainer.accelerator
+    each, is_text = _rows_of(rows.get("labels"), rows.get("prompts")), rows.get("prompts") is not None
+    number = (config.sample_columns if each is None else len(each)) * config.sample_columns
+    share = -(-number // accelerator.num_processes)
+    count = min(share, grid_settings(config)["batch_size"])
+    steps = config.num_inference_steps
+    # What is sampled in the end is loaded anew, and not compiled.
+    eager = torch.compiler.set_stance("force_eager") if config.compile else nullcontext()
+    with pipeline(trainer) as pipe, accelerator.autocast(), eager:
+
+        def seconds(places: int, num_inference_steps: int) -> float:
+            asked = _asked(each, [place // config.sample_columns for place in range(places)], is_text=is_text)
+            settings = {"guidance_scale": config.guidance_scale, "num_inference_steps": num_inference_steps}
+            return seconds_of(lambda: pipe(**asked, output_type="pt", **settings).images.cpu())
+
+        def seconds_of_batch(places: int) -> tuple[float, float]:
+            """Of a step, and of what is done once, such as decoding."""
+            first = seconds(places, 1)  # the first call of a shape makes ready what the next ones use
+            if first > MAX_TRIAL_SHARE * trainer.budget.max_seconds:
+                return first, 0.0
+            few = min(3, steps)
+            one = seconds(places, 1)
+            step = (seconds(places, few) - one) / (few - 1) if few > 1 else one
+            return max(step, 0.0), max(one - step, 0.0)
+
+        step, once = seconds_of_batch(count)
+        strip_step, _ = seconds_of_batch(1)
+    decoded = share + 2 * config.sample_columns  # the strip shows x_t and the predicted x_0
+    return EndingCost(fixed=once * decoded / count, scalable=steps * (step * share / count + strip_step))
+
+
+def save_and_draw(
+    pipeline: Callable[[Trainer], AbstractContextManager[DiffusionPipeline]],
+    rows: dict[str, Any],
+    trainer: Trainer,
+    **condition,
+) -> None:
+    """Saves the pipeline, and draws the sample grid, which the processes share, and the denoising strip, from it as saved.
+
+    In a run by time they are drawn in fewer steps, or with fewer columns, if the time is too short for all.
+
+    Args:
+        pipeline, rows: Of `draw_while_training`.
+        condition: `label` or `prompt` of `draw_denoising`.
+    """
+    config, accelerator, output_dir = trainer.config, trainer.accelerator, trainer.output_dir
+    with pipeline(trainer) as pipe:
+        if accelerator.is_main_process:
+            save_whole(pipe, output_dir)
+    accelerator.wait_for_everyone()
+    pipe = DiffusionPipeline.from_pretrained(output_dir).to(accelerator.device)
+    pipe.set_progress_bar_config(disable=True)
+    settings = grid_settings(config)
+    steps, columns = fitting(trainer.ending.share(), config.num_inference_steps, config.sample_columns)
+    if (steps, columns) != (config.num_inference_steps, config.sample_columns):
+        accelerator.print(
+            f"drawing with {steps} of {config.num_inference_steps} steps and {columns} of {config.sample_columns} "
+            "columns, to end within --max_train_time"
+        )
+    settings |= {"num_inference_steps": steps, "columns": columns}
+    each = _rows_of(rows.get("labels"), rows.get("prompts"))
+    number = (columns if each is None else len(each)) * columns
+    batches = math.ceil(math.ceil(number / accelerator.num_processes) / settings["batch_size"])
+    bar = counting_bar((batches + 1) * steps, "drawing: step", enabled=accelerator.is_main_process)
+
+    def count(*_):
+        bar.update()
+
+    with accelerator.autocast(), closing(bar):
+        grid = draw_samples(
+            pipe, output_dir / "samples.png", accelerator=accelerator, callback_on_step_end=count, **rows, **settings
+        )
+        log_image(accelerator, "samples", grid, trainer.state.step)
+        if accelerator.is_main_process:
+            draw_denoising(
+                pipe,
+                output_dir / "denoising.png",
+                **condition,
+                num_inference_steps=steps,
+                guidance_scale=config.guidance_scale,
+                seed=config.seed,
+                callback_on_step_end=count,
+            )
+    # Ends the last gathering everywhere: a process that leaves during it can hang in gloo's destructor.
+    accelerator.wait_for_everyone()
+
+
+def fitting(share: float, steps: int, columns: int) -> tuple[int, int]:
+    """Sampling steps and columns of a grid that take about this share of the time of all of them; at least a column.
+
+    First the steps become fewer, down to `MIN_STEPS`, with which a picture still shows something; then the columns.
+    """
+    fewer = max(math.floor(share * steps), min(MIN_STEPS, steps))
+    return fewer, max(1, min(columns, math.floor(columns * share * steps / fewer)))
+
+
+def grid_settings(config: DenoisingConfig) -> dict[str, Any]:
+    """What the options say of sample grids, for `draw_samples`."""
+    return {
+        "columns": config.sample_columns,
+        "seed": config.seed,
+        "batch_size": config.eval_batch_size or config.train_batch_size,
+        "num_inference_steps": config.num_inference_steps,
+        "guidance_scale": config.guidance_scale,
+    }

@@ -1,0 +1,204 @@
+"""The texts of a training run: its options, its tokenizer and encoder, and what a caption is to the network."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import datasets
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from diffusers_ext.data.batches import derived_seed
+from diffusers_ext.data.captions import EmbeddingTable, TokenTable, embed_captions
+from diffusers_ext.guidance.texts import longest_text, masks_padding_by_default
+from diffusers_ext.options import option
+from diffusers_ext.recipes.denoising import DenoisingConfig
+from diffusers_ext.recipes.sample_grids import MAX_ROWS
+from diffusers_ext.recipes.text_encoder import (
+    SMALLEST_VOCABULARY,
+    load_text_encoder,
+    longest_caption,
+    new_text_encoder,
+    train_tokenizer,
+)
+
+
+TEXT_CACHES, TEXT_CACHE_DTYPES = ("memory", "disk"), ("fp16", "fp32")
+LONGEST_BY_DEFAULT = 77  # tokens of a text for an encoder that is made for the run, as many as CLIP's
+NUM_PROMPTS = 8
+
+
+@dataclass(frozen=True)
+class TextConfig(DenoisingConfig):
+    """Train a Gaussian diffusion model on images and their captions."""
+
+    caption_column: str | None = option(
+        None, "column of the captions; by default one of a usual name, or else the names of the labels", "texts"
+    )
+    caption_dropout: float = option(0.1, "probability of training an image with an empty text, for guidance")
+    max_text_length: int | None = option(
+        None, "tokens at which a text is cut; by default all that the encoder takes, or that the captions need"
+    )
+    mask_padding: bool | None = option(
+        None, "hide the padding of a text from encoder and denoiser; by default no with CLIP and yes with others"
+    )
+    pool_context: bool = option(
+        True, "tell each block the mean of a text's hidden states too, and not only what attention finds in them"
+    )
+    pretrained_text_encoder: str | None = option(
+        None,
+        "encoder that stays as it is: a folder or name of transformers, or a pipeline that has one; each caption is "
+        "encoded once. Without it a text model of CLIP's kind is made and trained together with the denoiser",
+        "text encoder that stays as it is",
+        alias="text_encoder",
+    )
+    text_cache: Literal[TEXT_CACHES] = option("memory", "where encoded captions are while training; both write a file")
+    text_cache_dtype: Literal[TEXT_CACHE_DTYPES] = option("fp16", "numbers that encoded captions are kept in")
+    vocab_size: int = option(
+        2000, "at most so many different tokens, learned from the captions", "text encoder made for the run"
+    )
+    text_hidden_size: int = option(128, "width of the text encoder")
+    text_num_layers: int = option(2, "blocks of the text encoder")
+    text_num_attention_heads: int | None = option(None, "its attention heads; by default one for each 64 of the width")
+    validation_prompts: tuple[str, ...] | None = option(
+        None, f"texts of the sample grids; by default {NUM_PROMPTS} of the captions", "sampling of texts"
+    )
+    guidance_scale: float = option(4.0, "classifier-free guidance of the sample grids; 1 is none")
+
+    OF_NEW_ENCODER: ClassVar[tuple[str, ...]] = (
+        *("vocab_size", "text_hidden_size", "text_num_layers", "text_num_attention_heads"),
+    )
+    FIXED_ON_RESUME: ClassVar[frozenset[str]] = DenoisingConfig.FIXED_ON_RESUME.union(
+        "caption_column caption_dropout max_text_length mask_padding pool_context pretrained_text_encoder".split(),
+        ["text_cache_dtype"],
+        OF_NEW_ENCODER,
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.caption_dropout < 1:
+            raise ValueError(f"caption_dropout must be in [0, 1), got {self.caption_dropout:g}")
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in ("label_column", "num_classes", "label_names", "unconditional"):
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(f"{name} has no meaning here, where captions are the condition: see caption_column")
+        if self.streaming:
+            raise ValueError("streaming reads no captions ahead, which are cut into tokens beforehand: leave it out")
+        if self.pretrained_text_encoder is None:
+            for name in ("text_cache", "text_cache_dtype"):
+                if getattr(self, name) != defaults[name]:
+                    raise ValueError(f"{name} needs a pretrained_text_encoder: one that is trained is not kept")
+        else:
+            for name in self.OF_NEW_ENCODER:
+                if getattr(self, name) != defaults[name]:
+                    raise ValueError(
+                        f"{name} is of an encoder made for the run: leave it or pretrained_text_encoder out"
+                    )
+        if self.vocab_size < SMALLEST_VOCABULARY:
+            raise ValueError(f"vocab_size must be at least {SMALLEST_VOCABULARY}, got {self.vocab_size}")
+        if min(self.text_hidden_size, self.text_num_layers, self.text_heads) < 1:
+            raise ValueError("the sizes of the text encoder must be at least 1")
+        if self.max_text_length is not None and self.max_text_length < 1 + self.num_special_tokens:
+            raise ValueError(
+                f"max_text_length must be at least {1 + self.num_special_tokens}, for the tokens of start and end and one of "
+                f"the text, got {self.max_text_length}"
+            )
+        if self.text_hidden_size % self.text_heads:
+            raise ValueError(
+                f"text_hidden_size must be a multiple of text_num_attention_heads, got {self.text_hidden_size} and "
+                f"{self.text_heads}"
+            )
+        if self.validation_prompts is not None and not 1 <= len(self.validation_prompts) <= MAX_ROWS:
+            raise ValueError(
+                f"validation_prompts must be 1 to {MAX_ROWS} texts, a row each, got {len(self.validation_prompts)}"
+            )
+
+    @property
+    def num_special_tokens(self) -> int:
+        """Tokens beside those of a text, as far as they are known before the tokenizer is."""
+        return 2 if self.pretrained_text_encoder is None else 0
+
+    @property
+    def text_heads(self) -> int:
+        """Attention heads of a new encoder."""
+        if self.text_num_attention_heads is not None:
+            return self.text_num_attention_heads
+        width = self.text_hidden_size
+        return next(heads for heads in range(max(width // 64, 1), 0, -1) if width % heads == 0)
+
+    def for_data(self, caption_column: str) -> DenoisingConfig:
+        """The options by which images and captions are read: captions are labels with names."""
+        names = [field.name for field in dataclasses.fields(DenoisingConfig)]
+        values = {name: getattr(self, name) for name in names}
+        return DenoisingConfig(**values | {"label_column": caption_column})
+
+    def prompts_of(self, captions: Sequence[str]) -> list[str]:
+        """The texts of the sample grids."""
+        if self.validation_prompts is not None:
+            return list(self.validation_prompts)
+        places = np.linspace(0, len(captions) - 1, min(NUM_PROMPTS, len(captions)))
+        return [captions[round(place)] for place in places]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The way from a caption to what a denoiser attends to.
+
+    Attributes:
+        trained: Whether the encoder is trained with the denoiser.
+        max_length: Tokens at which a text is cut.
+        mask_padding: Whether encoder and denoiser look away from the padding.
+        longest: Tokens that the captions are padded to.
+    """
+
+    config: TextConfig
+    tokenizer: PreTrainedTokenizerBase
+    text_encoder: PreTrainedModel
+    trained: bool
+    max_length: int
+    mask_padding: bool
+
+    @classmethod
+    def of(cls, config: TextConfig, captions: Sequence[str]) -> "Texts":
+        """The encoder that the options name, or a new one whose tokens are learned from the captions."""
+        if config.pretrained_text_encoder is not None:
+            tokenizer, encoder = load_text_encoder(config.pretrained_text_encoder)
+            max_length = longest_text(tokenizer, encoder, config.max_text_length)
+        else:
+            tokenizer = train_tokenizer(captions, config.vocab_size, LONGEST_BY_DEFAULT)
+            # A multiple of 8 leaves prompts some room.
+            needed = min(-(-longest_caption(tokenizer, captions) // 8) * 8, LONGEST_BY_DEFAULT)
+            max_length = tokenizer.model_max_length = config.max_text_length or needed
+            torch.manual_seed(derived_seed(config.seed, 1))  # another seed than the denoiser's
+            encoder = new_text_encoder(
+                tokenizer,
+                hidden_size=config.text_hidden_size,
+                num_layers=config.text_num_layers,
+                num_attention_heads=config.text_heads,
+            )
+        mask_padding = masks_padding_by_default(encoder) if config.mask_padding is None else config.mask_padding
+        return cls(config, tokenizer, encoder, config.pretrained_text_encoder is None, max_length, mask_padding)
+
+    def table(self, captions: Sequence[str], device: torch.device) -> TokenTable | EmbeddingTable:
+        """What the captions are in a batch."""
+        # Padding that is seen must be as long as it will be when images are made; that which is not, need not.
+        length = self.max_length
+        if self.mask_padding:
+            length = min(length, max(longest_caption(self.tokenizer, captions), 3))
+        if self.trained:
+            return TokenTable(self.tokenizer, captions, length)
+        folder = Path(self.config.cache_dir or datasets.config.HF_DATASETS_CACHE) / "diffusers_ext"
+        path = embed_captions(
+            self.tokenizer,
+            self.text_encoder.to(device),
+            captions,
+            max_length=length,
+            mask_padding=self.mask_padding,
+            dtype=self.config.text_cache_dtype,
+            folder=folder,
+        )
+        self.text_encoder.to("cpu")  # until images are made
+        return EmbeddingTable(path, self.config.text_cache == "memory", self.mask_padding)

@@ -1,0 +1,167 @@
+import dataclasses
+import io
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffusers_ext.data.prepare import prepare_images
+from diffusers_ext.evaluation.real_images import (
+    DataOptions,
+    cached_features_folder,
+    find_held_out_split,
+    load_features,
+    load_real_images,
+    split_for_training,
+    train_and_save_features,
+)
+from diffusers_ext.evaluation.subject import labels_for
+
+
+def save_split(folder, split, pictures, names=("a", "b")):
+    labels = [names[index % len(names)] for index in range(len(pictures))]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
+    table = datasets.Dataset.from_dict({"image": pictures, "label": labels}, features=features)
+    folder.mkdir(exist_ok=True)
+    table.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
+def pictures(count, size, mode="RGB", seed=0):
+    pixels = np.random.default_rng(seed).integers(256, size=(count, *size, 3)).astype(np.uint8)
+    return [Image.fromarray(picture).convert(mode) for picture in pixels]
+
+
+@pytest.fixture
+def options(tmp_path):
+    return DataOptions(dataset_name=str(tmp_path / "data"), cache_dir=str(tmp_path / "datasets"))
+
+
+def test_images_are_those_that_the_trainer_prepares():
+    real = load_real_images(DataOptions(dataset_name="digits", resolution=(12, 10), pad_value=7))
+    trained_on = prepare_images("digits", resolution=(12, 10), pad_value=7)
+    np.testing.assert_array_equal(real.train.images.permute(0, 2, 3, 1), trained_on.pixels[np.arange(1500)])
+    np.testing.assert_array_equal(real.train.labels, trained_on.labels)
+    assert len(real.held_out) == 297 and real.held_out.images.shape[1:] == real.image_shape == (1, 12, 10)
+
+
+def test_held_out_images_are_prepared_like_the_training_images(tmp_path, options):
+    """Colour pictures of another size become what the training images are."""
+    save_split(tmp_path / "data", "train", pictures(20, (12, 8), "L"))
+    save_split(tmp_path / "data", "test", pictures(6, (24, 16), "RGB"))
+    real = load_real_images(options)
+    assert real.image_shape == (1, 12, 8)
+    assert real.held_out.images.shape == (6, 1, 12, 8)
+
+
+def test_without_a_held_out_split_a_tenth_of_the_images_tests_the_classifier(tmp_path, options):
+    save_split(tmp_path / "data", "train", pictures(20, (8, 8)))
+    real = load_real_images(options)
+    assert real.held_out is None
+    train, held_out = split_for_training(real, seed=0)
+    assert (len(train), len(held_out)) == (18, 2)
+    both = torch.cat([train.images, held_out.images]).flatten(1).int().sort(0).values
+    assert both.equal(real.train.images.flatten(1).int().sort(0).values)
+
+
+@pytest.mark.parametrize(
+    "used, expected", [("train", "validation"), ("validation", "test"), ("train[:50%]", "validation")]
+)
+def test_the_held_out_split_is_not_the_one_trained_on(tmp_path, used, expected):
+    for split in ("train", "test", "validation"):
+        save_split(tmp_path / "data", split, pictures(2, (8, 8)))
+    assert find_held_out_split(DataOptions(dataset_name=str(tmp_path / "data"), dataset_split=used)) == expected
+
+
+def test_labels_of_both_splits_have_the_same_ids(tmp_path, options):
+    """Names that one split lacks must not shift the ids of the others."""
+    save_split(tmp_path / "data", "train", pictures(6, (8, 8)), names=("ant", "bee", "cat"))
+    save_split(tmp_path / "data", "test", pictures(4, (8, 8)), names=("cat", "bee"))
+    real = load_real_images(options)
+    assert real.held_out.label_names == real.train.label_names == ["ant", "bee", "cat"]
+    assert real.held_out.labels.tolist() == [2, 1, 2, 1]
+
+
+def save_numbered(folder, split, labels):
+    cells = [{"bytes": encoded(picture), "path": None} for picture in pictures(len(labels), (8, 8))]
+    columns = {"image": cells, "label": labels}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    folder.mkdir(exist_ok=True)
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(folder / f"{split}.parquet")
+
+
+def encoded(picture):
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()
+
+
+def test_an_integer_means_the_same_label_in_splits_of_other_integers(tmp_path, options):
+    """2018 and 2020 are 0 and 1 of the training split alone, and 0 and 2 of a model that knows 2019 too."""
+    save_numbered(tmp_path / "data", "train", [2020, 2018, 2020])
+    save_numbered(tmp_path / "data", "test", [2020, 2020])
+    real = load_real_images(options)
+    assert (real.train.label_names, real.held_out.labels.tolist()) == (["2018", "2020"], [1, 1])
+    real = load_real_images(options, label_names=["2018", "2019", "2020"])
+    assert real.train.labels.tolist() == [2, 0, 2] and real.held_out.labels.tolist() == [2, 2]
+    assert real.held_out.label_names == real.train.label_names == ["2018", "2019", "2020"]
+    assert sorted(labels_for(real, 3, 6)[0]) == [0, 0, 2, 2, 2, 2]
+    assert load_real_images(options, label_names=["a", "b"]).train.label_names == ["2018", "2020"]  # another model's
+    save_numbered(tmp_path / "data", "test", [2020, 2019])
+    with pytest.raises(
+        ValueError, match="split test must have the labels of the training images, 2018, 2020, got 2019"
+    ):
+        load_real_images(options)
+
+
+def test_a_share_of_the_training_images_is_the_one_trained_on(options, tmp_path):
+    save_numbered(tmp_path / "data", "train", [0] * 20 + [1] * 10)
+    real = load_real_images(dataclasses.replace(options, max_train_samples=6))
+    trained_on = prepare_images(options.dataset_name, cache_dir=options.cache_dir, max_samples=6, with_labels=False)
+    np.testing.assert_array_equal(real.train.images.permute(0, 2, 3, 1), trained_on.pixels[np.arange(6)])
+    assert real.train.labels.bincount().tolist() == [4, 2]
+
+
+def test_sixteen_bits_become_eight(tmp_path, options):
+    values = np.array([0, 128, 129, 257, 65406, 65535], np.uint16)  # 257 is the value that 1 in 8 bits stands for
+    pixels = np.stack([np.tile(values, (6, 1))] * 4)
+    table = datasets.Dataset.from_dict({"image": [Image.fromarray(picture) for picture in pixels]})
+    (tmp_path / "data").mkdir()
+    table.cast_column("image", datasets.Image()).to_parquet(tmp_path / "data" / "train.parquet")
+    real = load_real_images(options)
+    assert real.train.images[0, 0, 0].tolist() == [0, 0, 1, 1, 254, 255]
+    assert not real.has_labels and real.train.labels.eq(-1).all()
+
+
+def test_the_kept_classifier_is_named_by_the_content(monkeypatch, tmp_path):
+    monkeypatch.setenv("DIFFUSERS_EXT_CACHE", str(tmp_path))
+    some = load_real_images(DataOptions(dataset_name="digits", max_train_samples=50))
+    folder = cached_features_folder(some)
+    assert folder == cached_features_folder(load_real_images(DataOptions(dataset_name="digits", max_train_samples=50)))
+    assert folder != cached_features_folder(load_real_images(DataOptions(dataset_name="digits", max_train_samples=51)))
+    some.train.labels[0] += 1
+    assert folder != cached_features_folder(some)
+
+
+def test_a_saved_classifier_tells_what_it_was_trained_on(tmp_path):
+    real = load_real_images(DataOptions(dataset_name="digits", max_train_samples=64))
+    about = train_and_save_features(real, tmp_path, num_epochs=1, show_progress=False)
+    model, loaded = load_features(tmp_path)
+    assert loaded == about and about["num_train_images"] == 64 and about["num_held_out_images"] == 297
+    _, labels = model.measure(real.held_out.images)
+    assert about["held_out_accuracy"] == pytest.approx(
+        (labels == real.held_out.labels).double().mean().item(), abs=1e-9
+    )
+
+
+def test_bad_input_is_refused(tmp_path, options):
+    save_split(tmp_path / "data", "train", pictures(4, (8, 8)))
+    save_split(tmp_path / "data", "test", pictures(4, (8, 8)), names=("a", "c"))
+    with pytest.raises(ValueError, match="split test must have the labels of the training images, a, b, got a, c"):
+        load_real_images(options)
+    with pytest.raises(
+        ValueError, match="is no folder of a feature classifier: make one with training/train_features"
+    ):
+        load_features(tmp_path)

@@ -1,0 +1,166 @@
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from diffusers_ext.hub.cards import Figure, TrainingRun, add_figures, describe_machine, source_commit, write_card
+from diffusers_ext.hub.saved_folder import loading_lines
+from tiny import save_run, tiny_unet
+
+
+FIGURE = Figure(
+    "Fréchet distance, digits classifier", 1.23456, 1000, "ExtDDIMScheduler", 50, "python evaluate.py runs/x"
+)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save_run(tmp_path / "my-digits")
+
+
+def test_card_says_what_is_known(folder):
+    run = TrainingRun(
+        "train.py --x", "0123abcd", seed=3, num_steps=400, seconds=200.4, hardware="2 CPU cores", options_file="o.yaml"
+    )
+    path = write_card(
+        folder,
+        data="Handwritten digits.",
+        training=run,
+        figures=[FIGURE],
+        sample_grid=folder / "samples.png",
+        repo_id="alice/my-digits",
+        dataset_id="alice/digits",
+        license="mit",
+        tags=["ddpm"],
+    )
+    text = path.read_text(encoding="utf-8")
+    for section in ("Overview", "Data", "Training", "Results", "Use", "Limitations"):
+        assert f"\n## {section}\n\n" in text
+    assert "![Samples](samples.png)" in text
+    assert "| Commit | 0123abcd |\n| Seed | 3 |\n| Optimizer steps | 400 |\n| Time | 3 min 20 s |\n" in text
+    assert "```bash\ntrain.py --x\n```\n\nEvery option is in [o.yaml](o.yaml).\n" in text
+    assert "| Fréchet distance, digits classifier | 1.235 | 1000 | ExtDDIMScheduler | 50 |\n" in text
+    assert "```bash\npython evaluate.py runs/x\n```" in text
+    assert f"```python\n{loading_lines('alice/my-digits')}\n```" in text
+
+    data = ModelCard.load(path).data
+    assert (data.license, data.library_name, data.datasets) == ("mit", "diffusers", "alice/digits")
+    assert data.tags == ["diffusers", "diffusers_ext", "ddpm"]
+    [result] = data.eval_results
+    assert (result.metric_name, result.metric_value) == (FIGURE.metric, FIGURE.value)
+
+
+def test_figures_can_be_added_later_and_again(folder):
+    """A card that gets its figures afterwards is the card that had them from the start."""
+    keywords = {"data": "Digits.", "training": TrainingRun("train.py --x", seed=3), "dataset_id": "alice/digits"}
+    expected = write_card(folder, figures=[FIGURE], **keywords).read_text(encoding="utf-8")
+    other = Figure("precision", 0.5, 10, "DDIMScheduler", 5, "evaluate.py other")
+    for figures in ([], [other]):
+        path = write_card(folder, figures=figures, **keywords)
+        assert add_figures(folder, [FIGURE]) == path
+        assert path.read_text(encoding="utf-8") == expected
+
+
+def test_figures_need_a_card_of_ours(folder):
+    with pytest.raises(FileNotFoundError, match="write the card by write_card first"):
+        add_figures(folder / "nowhere", [FIGURE])
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
+    with pytest.raises(ValueError, match="has no section '## Results' followed by '## Use'"):
+        add_figures(folder, [FIGURE])
+    assert (folder / "README.md").read_text() == "---\nlicense: mit\n---\n# Mine\n"
+
+
+def test_card_counts_the_parameters_of_each_component(folder):
+    expected = sum(parameter.numel() for parameter in tiny_unet(num_classes=2).parameters())
+    text = write_card(folder, data="Digits.").read_text(encoding="utf-8")
+    assert f"| `denoiser` | `diffusers_ext.UNetModel` | {expected:,} |" in text
+    assert "| `scheduler` | `diffusers_ext.ExtDDPMScheduler` |  |" in text
+
+
+def test_card_names_the_labels(folder):
+    assert "Labels: 0 zero, 1 one.\n" in write_card(folder, data="Digits.").read_text(encoding="utf-8")
+
+
+def test_card_invents_nothing(folder):
+    text = write_card(folder, data="Digits.").read_text(encoding="utf-8")
+    assert "No figure was measured." in text
+    assert "How it was trained was not recorded." in text
+    for absent in ("None", "model-index", "![", "| Seed", "```bash", "|---|---|---|---|"):
+        assert absent not in text
+    assert ModelCard(text).data.license == "unknown"
+
+
+@pytest.mark.parametrize(
+    "command, shown",
+    [
+        ("HF_TOKEN=hf_AbCdEfGhIjKlMnOpQrStUv train.py", "HF_TOKEN=$HF_TOKEN train.py"),
+        ("train.py --hub_token=short --seed 3", "train.py --hub_token=$HF_TOKEN --seed 3"),
+        ("train.py --hub_token short", "train.py --hub_token $HF_TOKEN"),
+        (
+            "train.py --hub_model_id alice/hf_digits_of_many_people",
+            "train.py --hub_model_id alice/hf_digits_of_many_people",
+        ),
+    ],
+)
+def test_card_hides_access_tokens(folder, command, shown):
+    text = write_card(folder, data="Digits.", training=TrainingRun(command)).read_text(encoding="utf-8")
+    assert f"```bash\n{shown}\n```" in text
+
+
+def test_card_takes_in_a_sample_grid_from_elsewhere(folder, tmp_path):
+    Image.new("L", (8, 8), 255).save(tmp_path / "grid.png")
+    text = write_card(folder, data="Digits.", sample_grid=tmp_path / "grid.png").read_text(encoding="utf-8")
+    assert "![Samples](grid.png)" in text
+    assert (folder / "grid.png").read_bytes() == (tmp_path / "grid.png").read_bytes()
+
+
+def test_card_errors(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="sample_grid must be an image file, but .*no.png' does not exist"):
+        write_card(folder, data="Digits.", sample_grid=folder / "no.png")
+    with pytest.raises(ValueError, match="a repo id must be 'name' or 'namespace/name', got '/data/digits'"):
+        write_card(folder, data="Digits.", dataset_id="/data/digits")
+    with pytest.raises(ValueError, match="must hold a saved pipeline or model, but has no model_index.json"):
+        write_card(tmp_path, data="Digits.")
+    assert not (folder / "README.md").exists() and not (tmp_path / "README.md").exists()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"value": float("nan")}, "must be finite, got nan"),
+        ({"num_samples": 0}, "num_samples of .* must be at least 1, got 0"),
+        ({"command": " "}, "a figure needs its command"),
+    ],
+)
+def test_figure_must_be_measured(change, message):
+    with pytest.raises(ValueError, match=message):
+        Figure(**{**vars(FIGURE), **change})
+
+
+def test_source_commit_is_that_of_this_checkout():
+    git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True)
+    if git.returncode == 0:
+        assert source_commit().removesuffix(" (changed)") == git.stdout.strip()
+    else:
+        assert source_commit() is None
+
+
+def test_describe_machine_names_torch():
+    assert f"torch {torch.__version__}" in describe_machine()
+
+
+def test_card_of_a_model_by_itself(tmp_path):
+    """A model that no pipeline holds gets a card and lines that load it too."""
+    model = tiny_unet()
+    model.save_pretrained(tmp_path)
+    figure = Figure("bits/dim", 1.5, 100, None, None, "measure.py")
+    text = write_card(tmp_path, data="Digits.", repo_id="alice/unet", figures=[figure]).read_text(encoding="utf-8")
+    assert f"| `model` | `diffusers_ext.UNetModel` | {sum(p.numel() for p in model.parameters()):,} |" in text
+    assert f"```python\n{loading_lines('alice/unet', 'UNetModel')}\n```" in text
+    assert "| bits/dim | 1.5 | 100 |  |  |\n" in text
+    (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="is of a UNetModel, but there are no weights beside it"):
+        write_card(tmp_path, data="Digits.")

@@ -1,0 +1,315 @@
+"""The loss of a batch, the timesteps it is drawn at, and the record it keeps."""
+
+import csv
+import warnings
+from collections import defaultdict, deque
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator, debug_launcher
+from safetensors.torch import load_file, save_file
+
+from diffusers_ext.diffusion.betas import make_betas, rescale_zero_terminal_snr
+from diffusers_ext.diffusion.losses import DEFAULT_WEIGHTINGS, bound_loss, denoising_loss
+from diffusers_ext.diffusion.noising import PREDICTION_TYPES, NoiseSchedule, add_noise
+from diffusers_ext.diffusion.reverse_chain import ReverseChain
+from diffusers_ext.recipes.denoising_objective import DenoisingObjective
+from runs import forget_accelerate
+
+
+def make_objective(num_timesteps=8, prediction_type="v_prediction", **settings):
+    return DenoisingObjective(NoiseSchedule(make_betas("cosine", num_timesteps)), prediction_type, **settings)
+
+
+def make_batch(seed, size=16):
+    generator = torch.Generator().manual_seed(seed)
+    images = 2 * torch.randint(256, (size, 1, 2, 3), generator=generator).float() / 255 - 1
+    noise = torch.randn(size, 1, 2, 3, generator=generator)
+    time = torch.rand(size, generator=generator, dtype=torch.float64)
+    return {"images": images, "noise": noise, "time": time}
+
+
+def model(sample, timesteps, class_labels=None):
+    """Wrong everywhere, and by how much depends on the timestep."""
+    return SimpleNamespace(sample=sample.sin() * (1 + timesteps.view(-1, 1, 1, 1)))
+
+
+def learned_model(sample, timesteps, class_labels=None):
+    return SimpleNamespace(sample=torch.cat([model(sample, timesteps).sample, sample.cos()], 1))
+
+
+def sample_losses(objective, batch, timesteps, network=model):
+    """Squared error and, with learned variance, bound of each sample, by the functions themselves."""
+    x0, eps = batch["images"], batch["noise"]
+    level = objective.schedule.level(timesteps, x0)
+    x_t = add_noise(x0, eps, level)
+    output = network(x_t, timesteps).sample
+    error = denoising_loss(output[:, :1], x0, eps, level, objective.prediction_type, **objective.weights)
+    if output.shape[1] == 1:
+        return error, None
+    chain = ReverseChain(objective.schedule)
+    return error, bound_loss(output, x0, x_t, chain, timesteps, objective.prediction_type)
+
+
+@pytest.mark.parametrize("objective", ["simple", "vlb", "hybrid"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction", "score"])
+def test_loss_is_the_mean_of_what_its_name_says(objective, prediction_type):
+    weighting = "uniform" if objective == "vlb" else "min_snr"
+    loss_of = make_objective(
+        prediction_type=prediction_type, objective=objective, weighting=weighting, vlb_weight=0.25
+    )
+    batch = make_batch(0)
+    network = model if objective == "simple" else learned_model
+    error, bound = sample_losses(loss_of, batch, (8 * batch["time"]).floor().long(), network)
+    expected = {"simple": lambda: error, "vlb": lambda: bound, "hybrid": lambda: error + 0.25 * bound}[objective]()
+    torch.testing.assert_close(loss_of(network, batch), expected.mean())
+
+
+def test_only_the_hybrids_squared_error_trains_the_mean():
+    batch, gradients = make_batch(0), {}
+    for objective in ("simple", "hybrid"):
+        output = learned_model(batch["images"], torch.arange(16)).sample.requires_grad_()
+        given = output[:, :1] if objective == "simple" else output
+        loss_of = make_objective(objective=objective)
+        loss_of(lambda *_, given=given, **__: SimpleNamespace(sample=given), batch).backward()
+        gradients[objective] = output.grad
+    assert torch.equal(gradients["simple"][:, 0], gradients["hybrid"][:, 0])
+    assert (gradients["hybrid"][:, 1] != 0).any() and (gradients["simple"][:, 1] == 0).all()
+
+
+def losses_by_position(objective, batches, length, network=model):
+    """The importance sampler as the paper has it, in plain Python: timesteps, probabilities and losses of each batch."""
+    history = defaultdict(lambda: deque(maxlen=10))
+    for batch in batches:
+        time = batch["time"].numpy()
+        if all(len(history[t]) == 10 for t in range(length)):
+            root = np.array([np.sqrt(np.mean(np.square(history[t]))) for t in range(length)])
+            probability = 0.999 * root / root.sum() + 0.001 / length
+        else:
+            probability = np.full(length, 1 / length)
+        sums = np.cumsum(probability)
+        timesteps = torch.tensor([int(np.sum(sums <= u * sums[-1])) for u in time])
+        losses = sample_losses(objective, batch, timesteps, network)[0].numpy()
+        for t, loss in zip(timesteps.tolist(), losses, strict=True):
+            history[t].append(float(loss))
+        yield timesteps, probability, losses
+
+
+@pytest.mark.parametrize("size, length", [(16, 8), (64, 3)])
+def test_importance_sampling_follows_the_last_ten_losses_of_each_timestep(size, length):
+    """Also where a batch holds more than ten of a timestep."""
+    objective = make_objective(length, importance_sampling=True)
+    batches = [make_batch(seed, size) for seed in range(40)]
+    uneven = 0
+    for batch, (timesteps, probability, losses) in zip(
+        batches, losses_by_position(objective, batches, length), strict=True
+    ):
+        torch.testing.assert_close(
+            objective.timestep_probabilities(), torch.from_numpy(probability).float(), rtol=1e-5, atol=0
+        )
+        given, weight = objective.sample_timesteps(batch["time"])
+        assert torch.equal(given, timesteps)
+        expected = 1 / (length * probability[timesteps])
+        np.testing.assert_allclose(weight.numpy(), expected, rtol=1e-5)
+        assert objective(model, batch).item() == pytest.approx((losses * expected).mean(), rel=1e-5)
+        uneven += probability.max() > 1.5 / length
+    assert uneven > 10
+    assert objective.loss_count.sum() == 40 * size
+
+
+def warm_objective(length=8, **settings):
+    objective = make_objective(length, importance_sampling=True, **settings)
+    for seed in range(20):
+        objective(model, make_batch(seed))
+    assert objective.timestep_probabilities().std() > 0
+    return objective
+
+
+def test_importance_sampling_leaves_the_expected_loss_and_takes_away_its_variance():
+    objective = warm_objective()
+    per_timestep = objective.loss_history.square().mean(1).sqrt().double()
+    time = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
+    timesteps, weight = objective.sample_timesteps(time)
+    drawn = per_timestep[timesteps] * weight
+    assert drawn.mean().item() == pytest.approx(per_timestep.mean().item(), rel=1e-3)
+    # A loss that is known at each timestep would be estimated without variance, but for the share that stays uniform.
+    assert drawn.std() < 0.02 * per_timestep.std()
+    assert set(timesteps.tolist()) == set(range(8))
+
+
+def test_evaluation_is_uniform_and_leaves_no_trace():
+    objective = warm_objective().eval()
+    before = {name: value.clone() for name, value in objective.state_dict().items()}
+    batch = make_batch(100)
+    timesteps = (8 * batch["time"]).floor().long()
+    torch.testing.assert_close(objective(model, batch), sample_losses(objective, batch, timesteps)[0].mean())
+    for name, value in objective.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    objective.train()
+    assert not torch.equal(objective.sample_timesteps(batch["time"])[0], timesteps)
+
+
+def test_state_goes_through_a_file_bit_by_bit(tmp_path):
+    first = warm_objective(objective="simple")
+    first.metrics()
+    first(model, make_batch(50))
+    save_file(first.state_dict(), tmp_path / "objective.safetensors")
+    second = make_objective(importance_sampling=True)
+    second.load_state_dict(load_file(tmp_path / "objective.safetensors"))
+    for seed in range(60, 65):
+        assert torch.equal(first(model, make_batch(seed)), second(model, make_batch(seed)))
+    assert first.metrics() == second.metrics() and first.curve() == second.curve()
+
+
+@pytest.mark.parametrize("objective", ["simple", "hybrid"])
+def test_metrics_are_the_means_by_quarter_since_the_last_report(objective):
+    loss_of = make_objective(100, objective=objective, weighting="min_snr")
+    network = model if objective == "simple" else learned_model
+    for seed in range(3):
+        loss_of(network, make_batch(seed))
+    loss_of.metrics()
+    batches = [make_batch(seed, 200) for seed in (7, 8)]
+    for batch in batches:
+        loss_of(network, batch)
+    metrics = loss_of.metrics()
+
+    times = torch.cat([batch["time"] for batch in batches])
+    pairs = [sample_losses(loss_of, batch, (100 * batch["time"]).floor().long(), network) for batch in batches]
+    error = torch.cat([pair[0] for pair in pairs])
+    plain = make_objective(100)
+    unweighted = torch.cat([sample_losses(plain, batch, (100 * batch["time"]).floor().long())[0] for batch in batches])
+    loss = error
+    if objective == "hybrid":
+        bound = torch.cat([pair[1] for pair in pairs])
+        loss = error + 1e-3 * bound
+        assert metrics.pop("vlb_bits_per_dim") == pytest.approx(bound.mean().item() / np.log(2), rel=1e-4)
+    expected = {}
+    for quarter in range(4):
+        here = (times * 4).floor() == quarter
+        expected[f"loss_q{quarter + 1}"] = loss[here].mean().item()
+        expected[f"error_q{quarter + 1}"] = unweighted[here].mean().item()
+    assert metrics == pytest.approx(expected, rel=1e-4)
+    assert loss_of.metrics() == {}
+
+
+def test_curve_has_the_loss_of_each_interval_over_its_log_snr(tmp_path):
+    objective = make_objective(100)
+    batch = make_batch(0, 2000)
+    objective(model, batch)
+    assert list(objective.draw(tmp_path)) == ["loss_by_snr.png"]
+    with (tmp_path / "loss_by_snr.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["first_timestep", "last_timestep", "log_snr", "error", "loss"]
+    assert len(rows) == 40 and rows[0]["first_timestep"] == "0" and rows[-1]["last_timestep"] == "99"
+    timesteps = (100 * batch["time"]).floor().long()
+    losses = sample_losses(objective, batch, timesteps)[0]
+    alpha_bar = torch.cumprod(1 - make_betas("cosine", 100), 0)
+    for row in rows:
+        first, last = int(row["first_timestep"]), int(row["last_timestep"])
+        here = (timesteps >= first) & (timesteps <= last)
+        assert float(row["loss"]) == float(row["error"]) == pytest.approx(losses[here].mean().item(), rel=1e-4)
+        log_snr = (alpha_bar / (1 - alpha_bar))[first : last + 1].log().mean().item()
+        assert float(row["log_snr"]) == pytest.approx(log_snr, rel=1e-6)
+    assert (tmp_path / "loss_by_snr.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_curve_forgets_what_came_before_the_last_reports(tmp_path):
+    objective = make_objective(1)
+    for _ in range(3):
+        objective(model, make_batch(0))
+        objective.metrics()
+    before = objective.curve()[0]["loss"]
+    for _ in range(60):
+        objective(lambda sample, *_, **__: SimpleNamespace(sample=0 * sample), make_batch(1))
+        objective.metrics()
+    blank = sample_losses(
+        objective, make_batch(1), torch.zeros(16, dtype=torch.int64), lambda x, _: SimpleNamespace(sample=0 * x)
+    )
+    assert objective.curve()[0]["loss"] == pytest.approx(blank[0].mean().item(), rel=0.02) != before
+
+
+def test_a_curve_of_nothing_is_not_drawn_and_zero_snr_has_no_place_on_it(tmp_path):
+    objective = make_objective()
+    assert objective.draw(tmp_path) == {} and not list(tmp_path.iterdir()) and objective.metrics() == {}
+    schedule = NoiseSchedule(rescale_zero_terminal_snr(make_betas("linear", 8)))
+    objective = DenoisingObjective(schedule, "v_prediction", objective="vlb")
+    loss = objective(learned_model, make_batch(0, 100))
+    assert torch.isfinite(loss)
+    assert [row["last_timestep"] for row in objective.curve()] == list(range(7))
+    objective.draw(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def train_on_a_part_of_each_batch(folder):
+    """What each of several processes does; leaves its states in the folder."""
+    forget_accelerate()  # of the process that this one was forked from
+    accelerator = Accelerator(cpu=True)
+    rank, number = accelerator.process_index, accelerator.num_processes
+    for importance_sampling in (True, False):
+        settings = {"objective": "hybrid", "importance_sampling": importance_sampling}
+        objective = make_objective(**settings, accelerator=accelerator)
+        for seed in range(30):
+            part = slice(rank * 16 // number, (rank + 1) * 16 // number)
+            objective(learned_model, {name: value[part] for name, value in make_batch(seed).items()})
+            if not importance_sampling and seed == 20:  # as at a checkpoint, from which the run goes on
+                objective.collect()
+                state = {name: value.clone() for name, value in objective.state_dict().items()}
+                objective = make_objective(**settings, accelerator=accelerator)
+                objective.load_state_dict(state)
+        if not importance_sampling:
+            objective.collect()
+        save_file(objective.state_dict(), folder / f"{importance_sampling}-{rank}-of-{number}.safetensors")
+
+
+def test_two_processes_keep_the_state_of_one(tmp_path):
+    """With importance sampling after each step; without it whenever they are collected, over a resume too."""
+    debug_launcher(train_on_a_part_of_each_batch, args=(tmp_path,), num_processes=2)
+    for importance_sampling in (True, False):
+        paths = [tmp_path / f"{importance_sampling}-{rank}-of-2.safetensors" for rank in range(2)]
+        first, second = map(load_file, paths)
+        alone = make_objective(objective="hybrid", importance_sampling=importance_sampling)
+        for seed in range(30):
+            alone(learned_model, make_batch(seed))
+        assert not importance_sampling or alone.timestep_probabilities().std() > 0
+        assert first.keys() == alone.state_dict().keys() and alone.recent_sums[:, 0].sum() > 0
+        for name, value in alone.state_dict().items():
+            assert torch.equal(first[name], second[name]), name
+            torch.testing.assert_close(first[name], value, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"objective": "elbo"}, "objective must be one of simple, vlb, hybrid, got 'elbo'"),
+        ({"weighting": "snr"}, "loss_weighting must be one of uniform, .*, got 'snr'"),
+        (
+            {"objective": "vlb", "weighting": "p2"},
+            "vlb is the bound itself, which no loss_weighting changes, got 'p2'",
+        ),
+        ({"objective": "hybrid", "vlb_weight": 0.0}, "vlb_weight must be positive, got 0"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_objective(**settings)
+
+
+def test_a_model_with_the_wrong_channels_is_refused():
+    with pytest.raises(ValueError, match=r"hybrid needs a model whose output has twice the channels of its input"):
+        make_objective(objective="hybrid")(model, make_batch(0))
+    with pytest.raises(ValueError, match=r"simple needs a model whose output has the channels of its input"):
+        make_objective()(learned_model, make_batch(0))
+
+
+def test_a_weighting_that_trains_few_levels_is_warned_of_and_is_nobodys_default():
+    schedule = NoiseSchedule(make_betas("linear", 1000))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        defaults = {name: DenoisingObjective(schedule, name).weights["weighting"] for name in PREDICTION_TYPES}
+    assert defaults == DEFAULT_WEIGHTINGS
+    with pytest.warns(
+        UserWarning, match="uniform with prediction_type score puts the loss on 0.7% .* score is simple"
+    ):
+        DenoisingObjective(schedule, "score", weighting="uniform")
