@@ -34,7 +34,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffusers_ext.data.latent_cache import SampleSpace
 from diffusers_ext.data.prepare import prepare_images
-from diffusers_ext.trainer.config import is_fast_at_bf16, resolve_for_machine
+from diffusers_ext.machine import is_fast_at_bf16
+from diffusers_ext.trainer.config import resolve_for_machine
 from diffusers_ext.trainer.loop import Trainer
 from diffusers_ext.trainer.run import make_accelerator
 from training.train_ddpm import TrainConfig, build_model, build_objective, build_scheduler

@@ -28,7 +28,7 @@ def steps_on_request(pipe, spin_count: str | None, threads: int, batch_size: int
     from training_step import OurStep
 
     from diffusers_ext import DiTModel
-    from diffusers_ext.trainer.config import is_fast_at_bf16
+    from diffusers_ext.machine import is_fast_at_bf16
 
     torch.manual_seed(0)
     widths = {"hidden_size": 256, "num_layers": 6, "num_attention_heads": 4, "patch_size": 2}  # that of docs/speed.md

@@ -25,6 +25,7 @@ from diffusers import ModelMixin
 from tqdm.auto import tqdm
 
 from diffusers_ext.atomic_files import written_whole
+from diffusers_ext.data.config import DataConfig
 from diffusers_ext.data.identity import digest_of_images
 from diffusers_ext.data.image_table import ImageData, mirror
 from diffusers_ext.data.latent_cache import (
@@ -39,8 +40,8 @@ from diffusers_ext.data.latent_cache import (
     write_info,
 )
 from diffusers_ext.data.prepare import data_options, prepare_images
+from diffusers_ext.machine import is_fast_at_bf16, set_threads
 from diffusers_ext.options import option, run_script
-from diffusers_ext.trainer.config import DataConfig, is_fast_at_bf16, set_threads
 
 
 # What the shards that are there were made with, until all are.

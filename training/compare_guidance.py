@@ -62,8 +62,8 @@ from diffusers_ext.evaluation.real_images import (
 from diffusers_ext.evaluation.subject import generate_for, labels_for, load_pipeline
 from diffusers_ext.figures import labelled_grid, save_picture
 from diffusers_ext.guidance.guided_denoiser import guided_steps
+from diffusers_ext.machine import is_fast_at_bf16, set_threads
 from diffusers_ext.options import option, parse_config, refuse_below, run_script, to_command
-from diffusers_ext.trainer.config import is_fast_at_bf16, set_threads
 
 
 NUM_NEIGHBOURS = 5  # of precision and recall

@@ -42,8 +42,8 @@ from diffusers_ext.evaluation.real_images import (
 )
 from diffusers_ext.evaluation.subject import generate_for, is_image_folder, load_pipeline, read_image_folder
 from diffusers_ext.hub.cards import Figure, add_figures
+from diffusers_ext.machine import is_fast_at_bf16, set_threads
 from diffusers_ext.options import option, parse_config, refuse_below, run_script, to_command
-from diffusers_ext.trainer.config import is_fast_at_bf16, set_threads
 
 
 # Above these numbers of values an image, measures in pixels tell little and take long, so they must be asked for.

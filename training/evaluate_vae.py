@@ -35,13 +35,13 @@ from diffusers_ext.evaluation.real_images import (
     take_options_of_run,
 )
 from diffusers_ext.hub.cards import Figure, add_figures
+from diffusers_ext.machine import set_threads
 from diffusers_ext.metrics.frechet import FeatureStatistics, frechet_distance
 from diffusers_ext.metrics.reconstruction import psnr, ssim
 from diffusers_ext.models.vae_likelihood import vae_likelihood
 from diffusers_ext.options import option, parse_config, refuse_below, run_script, to_command
 from diffusers_ext.recipes.vae_objective import ACTIVE_VARIANCE, BINARIZATIONS, binarize
 from diffusers_ext.recipes.vae_scale import LatentStatistics
-from diffusers_ext.trainer.config import set_threads
 
 
 LEVELS = 256  # of the pixels of `LabelledImages`

@@ -16,8 +16,8 @@ from accelerate import PartialState
 
 from diffusers_ext.draws import check_seed
 from diffusers_ext.evaluation.real_images import DataOptions, load_real_images, train_and_save_features
+from diffusers_ext.machine import set_threads
 from diffusers_ext.options import option, parse_config, refuse_below
-from diffusers_ext.trainer.config import set_threads
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from diffusers_ext.data.config import DataConfig
 from diffusers_ext.data.image_table import ImageData, load_source
 from diffusers_ext.data.label_columns import describe_feature, fair_share, find_label_column
 from diffusers_ext.data.latent_cache import read_info
 from diffusers_ext.guidance.texts import encode_tokens, tokenize
-from diffusers_ext.trainer.config import DataConfig
 
 
 # Where captions are looked for, in this order; `txt` is WebDataset's.

@@ -19,12 +19,12 @@ from diffusers import AutoModel, ModelMixin
 from torch import Tensor
 
 from diffusers_ext.atomic_files import written_whole
+from diffusers_ext.data.config import DataConfig, TrainingDataConfig
 from diffusers_ext.data.image_table import ImageData, PixelTable
 from diffusers_ext.data.label_columns import fair_share, read_labels
 from diffusers_ext.data.prepare import prepare_data
 from diffusers_ext.data.stream import StreamData
 from diffusers_ext.latents import latent_scale, normalize_latents
-from diffusers_ext.trainer.config import DataConfig, TrainerConfig
 
 
 LATENTS_FILE = "latents.yaml"
@@ -330,7 +330,7 @@ class SampleSpace:
 
 
 def prepare_samples(
-    config: TrainerConfig, vae: ModelMixin | None, multiple_of: int = 1, *, read_ahead: bool = False
+    config: TrainingDataConfig, vae: ModelMixin | None, multiple_of: int = 1, *, read_ahead: bool = False
 ) -> ImageData | StreamData:
     """The latents in a folder of them, or the images that the options ask for.
 

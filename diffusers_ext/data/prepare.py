@@ -8,6 +8,7 @@ from typing import Any
 
 import datasets
 
+from diffusers_ext.data.config import DataConfig, TrainingDataConfig
 from diffusers_ext.data.identity import HashedRows, hash_files
 from diffusers_ext.data.image_table import (
     PROBED_ROWS,
@@ -23,7 +24,6 @@ from diffusers_ext.data.images import LONGEST
 from diffusers_ext.data.label_columns import fair_share, find_stream_labels, read_labels
 from diffusers_ext.data.probing import decide_reading, probe
 from diffusers_ext.data.stream import StreamData
-from diffusers_ext.trainer.config import DataConfig, TrainerConfig
 
 
 # Pictures of one size get a border, rather than being enlarged, if that leaves them at least this share of a side.
@@ -31,7 +31,9 @@ PAD_FROM = 0.75
 DEFAULT_SHUFFLE_BUFFER = 1000
 
 
-def prepare_data(config: TrainerConfig, multiple_of: int = 1, *, read_ahead: bool = False) -> ImageData | StreamData:
+def prepare_data(
+    config: TrainingDataConfig, multiple_of: int = 1, *, read_ahead: bool = False
+) -> ImageData | StreamData:
     """The images that the options of a training script ask for; see `prepare_images` and `prepare_stream`.
 
     Args:

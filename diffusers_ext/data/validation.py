@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from diffusers_ext.data.batches import EPOCH, BatchMaker, BatchOptions
+from diffusers_ext.data.config import TrainingDataConfig
 from diffusers_ext.data.image_table import ImageData
 from diffusers_ext.data.prepare import prepare_data
 from diffusers_ext.data.stream import StreamData
-from diffusers_ext.trainer.config import TrainerConfig
 
 
 # Of its own and the same in every run, so that the curves of two runs can be compared.
@@ -19,7 +19,7 @@ SEED = 7_640_891_576_956_012_809
 
 
 def prepare_validation(
-    config: TrainerConfig, data: ImageData | StreamData, prepare: Callable[..., ImageData] = prepare_data
+    config: TrainingDataConfig, data: ImageData | StreamData, prepare: Callable[..., ImageData] = prepare_data
 ) -> ImageData | None:
     """The held-out images that the options ask for, brought to the shape and the labels of the training's; or None.
 

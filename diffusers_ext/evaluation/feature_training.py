@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm.auto import tqdm
 
+from diffusers_ext.machine import is_fast_at_bf16
 from diffusers_ext.metrics.features import FeatureClassifierModel
-from diffusers_ext.trainer.config import is_fast_at_bf16
 
 
 def drawn_order(count: int, seed: int) -> Tensor:

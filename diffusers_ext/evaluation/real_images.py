@@ -18,6 +18,7 @@ from huggingface_hub.constants import HF_HOME
 
 from diffusers_ext.atomic_files import written_whole
 from diffusers_ext.data.captions import count_missing, refuse_missing
+from diffusers_ext.data.config import DataConfig
 from diffusers_ext.data.image_table import ImageData, load_source, split_names
 from diffusers_ext.data.label_columns import find_label_column
 from diffusers_ext.data.latent_cache import read_info
@@ -26,7 +27,6 @@ from diffusers_ext.evaluation.feature_training import LabelledImages, accuracy, 
 from diffusers_ext.metrics.features import FeatureClassifierModel
 from diffusers_ext.options import option
 from diffusers_ext.pixels import DEFAULT_WHITES, IMAGE_MODES, Whites, to_range
-from diffusers_ext.trainer.config import DataConfig
 
 
 HELD_OUT_SPLITS = ("validation", "test", "valid", "val")

@@ -5,13 +5,12 @@ import os
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import psutil
 import torch
 
-from diffusers_ext.data.images import LONGEST, RESIZE_MODES
+from diffusers_ext.data.config import TrainingDataConfig
 from diffusers_ext.draws import check_seed
+from diffusers_ext.machine import available_cores, is_fast_at_bf16
 from diffusers_ext.options import option, refuse_unused
-from diffusers_ext.pixels import IMAGE_MODES
 from diffusers_ext.trainer.ema import power_function_exponent
 from diffusers_ext.trainer.schedule import LR_SCHEDULERS, Budget, default_warmup_steps, parse_duration
 from diffusers_ext.trainer.trackers import tracker_names
@@ -21,114 +20,13 @@ DEFAULT_VALIDATION_STEPS = 500
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """Which images, and how they are read.
-
-    Raises:
-        ValueError: if options contradict one another or are out of range.
-    """
-
-    dataset_name: str = option(
-        "digits",
-        "digits, a data set on the Hub, or a local folder or file: images (perhaps zipped), parquet, WebDataset tars, or what "
-        "save_to_disk wrote",
-        "data",
-        alias="train_data_dir",
-    )
-    dataset_config_name: str | None = option(None, "configuration of a data set that has several")
-    dataset_split: str = option("train", "split to train on, such as train or train[:90%]")
-    image_column: str | None = option(None, "column of the images; by default the only one that holds images")
-    label_column: str | None = option(
-        None,
-        "column of the labels; by default the class labels, or else one called label or cls; a column of lists, of labels or of "
-        "a 0 or 1 for each label, means several labels an image",
-    )
-    num_classes: int | None = option(
-        None, "how many labels there are, if they are the integers 0, 1, 2, ...; by default those that occur"
-    )
-    label_names: tuple[str, ...] | None = option(
-        None, "names of the labels 0, 1, 2, ..., or the integers that they are; by default the data set's own"
-    )
-    unconditional: bool = option(False, "leave the labels out")
-    resolution: tuple[int, ...] | None = option(
-        None, "side of the images in pixels, or height and width; by default their own"
-    )
-    resize_mode: Literal[("auto", *RESIZE_MODES)] = option(
-        "auto",
-        "how images get there: crop and random_crop scale them to cover, and cut in the middle or at random; pad centres "
-        "them on a border and never enlarges; stretch scales each side for itself. auto: pad if they are of one size and "
-        f"fill at least 3/4 of each side, else crop. Of what is longer random_crop keeps the middle, {LONGEST} times the side",
-    )
-    pad_value: int = option(0, "value of the border and behind transparent pixels, in the images' own range")
-    image_mode: Literal[tuple(IMAGE_MODES)] | None = option(
-        None,
-        "channels to read, in 8 bits; by default those of the first images: colour if any has it, alpha or more bits if most "
-        "have them",
-    )
-    white_value: int | None = option(
-        None,
-        "value that is white in pixels of more than 8 bits; by default 65535 for 16 bits, 1 for floats, and for other integers "
-        "the largest of 1, 8, 10, 12, 14 or 16 bits, by the first images",
-    )
-    random_flip: bool = option(False, "mirror every other image left to right, at random")
-    max_train_samples: int | None = option(
-        None, "use only so many images, of each label its share, always the same ones; of a stream the first"
-    )
-    max_bad_share: float = option(
-        0.01, "share of the images, rounded up to a whole one, that may fail to decode and be left out"
-    )
-    preprocessing_num_workers: int = option(1, "processes that decode the images, once")
-    cache_dir: str | None = option(None, "where `datasets` keeps what it reads and decodes")
-
-    # What the prepared images depend on.
-    DATA_OPTIONS: ClassVar[tuple[str, ...]] = tuple(
-        "dataset_config_name dataset_split image_column label_column num_classes label_names unconditional resolution "
-        "resize_mode pad_value image_mode white_value random_flip max_train_samples".split()
-    )
-
-    def __post_init__(self):
-        for name in ("max_train_samples", "num_classes", "preprocessing_num_workers"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.resolution is not None and (len(self.resolution) > 2 or min(self.resolution) < 1):
-            raise ValueError(
-                f"resolution must be one side or height and width, got {' '.join(map(str, self.resolution))}"
-            )
-        if self.white_value is not None and not 1 <= self.white_value <= 65535:
-            raise ValueError(f"white_value must be in [1, 65535], got {self.white_value}")
-        if not 0 <= self.max_bad_share < 1:
-            raise ValueError(f"max_bad_share must be in [0, 1), got {self.max_bad_share:g}")
-        names = self.label_names
-        if names is not None and (not names or len(set(names)) < len(names)):
-            raise ValueError(f"label_names must be different names, got {' '.join(names)}")
-        if self.num_classes and names and len(names) != self.num_classes:
-            raise ValueError(f"num_classes must be the number of label_names, got {self.num_classes} and {len(names)}")
-        if self.unconditional and (self.num_classes or names):
-            raise ValueError(
-                "num_classes and label_names have no meaning with unconditional, which leaves the labels out"
-            )
-
-    @property
-    def names_of_labels(self) -> tuple[str, ...] | None:
-        """Of 0, 1, 2, ..., if `label_names` or `num_classes` says so."""
-        return self.label_names or (tuple(map(str, range(self.num_classes))) if self.num_classes else None)
-
-
-@dataclass(frozen=True)
-class TrainerConfig(DataConfig):
+class TrainerConfig(TrainingDataConfig):
     """Options of a training run.
 
     Raises:
         ValueError: if options contradict one another or are out of range.
     """
 
-    streaming: bool = option(
-        False,
-        "read the images while training, for data sets too large to decode beforehand; labels must have known names",
-    )
-    shuffle_buffer: int | None = option(
-        None, "images that each reader of a stream holds, undecoded, to shuffle them; by default 1000"
-    )
     dataloader_num_workers: int | None = option(
         None, "processes that make batches; by default 0 on a CPU, else up to 4"
     )
@@ -200,12 +98,8 @@ class TrainerConfig(DataConfig):
     )
 
     logging_steps: int = option(20, "optimizer steps between the lines of metrics.jsonl", "watching")
-    validation_split: str | None = option(None, "split of held-out images to take the loss on")
     validation_steps: int | None = option(
         None, "optimizer steps between such losses; by default 500, and always at the end"
-    )
-    max_validation_samples: int | None = option(
-        None, "use only so many held-out images, of each label its share; of a stream the first"
     )
     save_images_steps: int | None = option(None, "optimizer steps between sample grids while training")
     profile: bool = option(
@@ -226,7 +120,7 @@ class TrainerConfig(DataConfig):
 
     DEFAULT_MAX_TRAIN_STEPS: ClassVar[int] = 1200
     # What a run that goes on must share with the run that it goes on with.
-    FIXED_ON_RESUME: ClassVar[frozenset[str]] = frozenset(DataConfig.DATA_OPTIONS).union(
+    FIXED_ON_RESUME: ClassVar[frozenset[str]] = frozenset(TrainingDataConfig.DATA_OPTIONS).union(
         "streaming shuffle_buffer seed use_ema ema_std ema_decay ema_warmup ema_snapshot_steps ema_stds".split()
     )
 
@@ -239,18 +133,14 @@ class TrainerConfig(DataConfig):
             "checkpoints_total_limit",
             "checkpoints_keep_every",
             "save_images_steps",
-            "shuffle_buffer",
             "num_threads",
             "validation_steps",
-            "max_validation_samples",
             "ema_snapshot_steps",
         ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("validation_steps", "max_validation_samples"):
-            if getattr(self, name) is not None and self.validation_split is None:
-                raise ValueError(f"{name} has no meaning without validation_split")
-        self._check_stream()
+        if self.validation_steps is not None and self.validation_split is None:
+            raise ValueError("validation_steps has no meaning without validation_split")
         if self.learning_rate <= 0 or self.max_grad_norm < 0 or (self.lr_warmup_steps or 0) < 0:
             raise ValueError(
                 "learning_rate must be positive, max_grad_norm and lr_warmup_steps not negative, got "
@@ -265,18 +155,6 @@ class TrainerConfig(DataConfig):
                 refuse_unused(self, [name], f"lr_scheduler {scheduler}")
         self._check_ema()
         self.budget()
-
-    def _check_stream(self):
-        if self.streaming and self.preprocessing_num_workers != 1:
-            raise ValueError(
-                "streaming decodes nothing beforehand: give dataloader_num_workers, not preprocessing_num_workers"
-            )
-        if self.streaming and self.validation_split and not self.max_validation_samples:
-            raise ValueError(
-                "validation_split with streaming needs max_validation_samples: so many images are read ahead"
-            )
-        if self.shuffle_buffer and not self.streaming:
-            raise ValueError("shuffle_buffer belongs to streaming; without it all images are shuffled")
 
     def _check_ema(self):
         if self.ema_std is not None and self.ema_decay is not None:
@@ -349,37 +227,3 @@ def resolve_for_machine(config: TrainerConfig) -> TrainerConfig:
     if config.output_dir is None:
         changes["output_dir"] = f"runs/{os.path.basename(os.path.abspath(config.dataset_name))}"
     return dataclasses.replace(config, **changes)
-
-
-def is_fast_at_bf16(device: str) -> bool:
-    """Whether bf16 is computed by the hardware: AMX or AVX-512 BF16 on a CPU, Ampere and later on CUDA."""
-    if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device != "cpu":
-        return False
-    if not hasattr(torch.cpu, "get_capabilities"):  # torch 2.6 has no public way to ask
-        return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
-
-
-def available_cores() -> list[int]:
-    """The cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
-
-
-def set_threads(num_threads: int | None, num_processes: int):
-    """Shares the cores out among the processes of this machine, unless a number is given.
-
-    `accelerate launch` sets OMP_NUM_THREADS=1 where the user has set nothing, which would leave all cores but one idle.
-    A number above 1 is the user's own and stays.
-    """
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_WORLD_SIZE" in os.environ
-    if num_threads is None and launched and os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        physical = psutil.cpu_count(logical=False) or len(available_cores())
-        num_here = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
-        num_threads = max(1, min(physical, len(available_cores())) // num_here)
-    if num_threads is not None:
-        torch.set_num_threads(num_threads)

@@ -20,9 +20,10 @@ from diffusers_ext.figures import draw_loss
 from diffusers_ext.hub import cards
 from diffusers_ext.hub import push as hub
 from diffusers_ext.hub.saved_folder import SavedFolder, loading_lines
+from diffusers_ext.machine import set_threads
 from diffusers_ext.options import to_yaml
 from diffusers_ext.trainer.checkpoints import list_checkpoints
-from diffusers_ext.trainer.config import TrainerConfig, resolve_for_machine, set_threads
+from diffusers_ext.trainer.config import TrainerConfig, resolve_for_machine
 from diffusers_ext.trainer.loop import Trainer
 from diffusers_ext.trainer.run_folder import (
     CONFIG_FILE,

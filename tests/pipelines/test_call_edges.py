@@ -69,7 +69,17 @@ DRAWS = {
         (seeded(0, 1, 2), ValueError, "generator must be one or one for each of 2 samples, got 3"),
         ([], ValueError, "got 0"),
     ],
-    ids=["a seed", "a large seed", "a bool", "a name", "seeds", "none among them", "one too few", "one too many", "none"],
+    ids=[
+        "a seed",
+        "a large seed",
+        "a bool",
+        "a name",
+        "seeds",
+        "none among them",
+        "one too few",
+        "one too many",
+        "none",
+    ],
 )
 def test_what_is_no_generator_for_each_sample_is_refused(draw, generator, error, message):
     with pytest.raises(error, match=re.escape(message)):

@@ -6,8 +6,9 @@ import torch
 from torch._dynamo.utils import counters
 
 from diffusers_ext.data.prepare import prepare_images
+from diffusers_ext.machine import available_cores, set_threads
 from diffusers_ext.models.unet import UNetBlock
-from diffusers_ext.trainer.config import TrainerConfig, available_cores, resolve_for_machine, set_threads
+from diffusers_ext.trainer.config import TrainerConfig, resolve_for_machine
 from runs import forget_accelerate, metrics, saved, trainer
 from tiny import tiny_unet
 

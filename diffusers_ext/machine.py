@@ -1,0 +1,40 @@
+"""What the machine is: its cores, and the precision that its hardware is fast at."""
+
+import os
+
+import psutil
+import torch
+
+
+def is_fast_at_bf16(device: str) -> bool:
+    """Whether bf16 is computed by the hardware: AMX or AVX-512 BF16 on a CPU, Ampere and later on CUDA."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device != "cpu":
+        return False
+    if not hasattr(torch.cpu, "get_capabilities"):  # torch 2.6 has no public way to ask
+        return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
+def available_cores() -> list[int]:
+    """The cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def set_threads(num_threads: int | None, num_processes: int):
+    """Shares the cores out among the processes of this machine, unless a number is given.
+
+    `accelerate launch` sets OMP_NUM_THREADS=1 where the user has set nothing, which would leave all cores but one idle.
+    A number above 1 is the user's own and stays.
+    """
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_WORLD_SIZE" in os.environ
+    if num_threads is None and launched and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        physical = psutil.cpu_count(logical=False) or len(available_cores())
+        num_here = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
+        num_threads = max(1, min(physical, len(available_cores())) // num_here)
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)

@@ -1,0 +1,113 @@
+"""Dependencies point one way, rooms are the ones that docs/architecture.md tells of, and no file grows two ideas."""
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import diffusers_ext
+
+
+PACKAGE = Path(diffusers_ext.__file__).parent
+ROOT = Path(__file__).parents[1]
+
+# Each room, a folder or a module of the package, and the rooms that it may import from.
+MAY_IMPORT = {
+    "atomic_files": "",
+    "draws": "",
+    "foreign_options": "",
+    "lettering": "",
+    "machine": "",
+    "pixels": "",
+    "options": "foreign_options",
+    "figures": "atomic_files lettering",
+    "latents": "",
+    "registration": "",
+    "diffusion": "draws",
+    "schedulers": "draws diffusion",
+    "models": "draws diffusion",
+    "guidance": "diffusion schedulers models",
+    "pipelines": "draws pixels diffusion schedulers models guidance latents",
+    "hub": "atomic_files",
+    "data": "atomic_files draws options pixels latents guidance",
+    "trainer": "atomic_files draws machine options figures hub data",
+    "metrics": "diffusion",
+    "evaluation": "__init__ atomic_files draws machine pixels options figures diffusion schedulers models guidance pipelines data metrics",
+    "recipes": "__init__ atomic_files draws machine options figures latents diffusion schedulers models guidance pipelines hub data trainer metrics evaluation",
+    "__init__": "registration diffusion schedulers models guidance pipelines",
+}
+LONGEST_FUNCTION = 80
+
+
+def _modules():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        yield path, ast.parse(path.read_text(encoding="utf-8"))
+
+
+def _imported(tree):
+    """The modules of the package that a module imports from, at its top or within a function."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "diffusers_ext":
+            names = (
+                [node.module] if node.module != "diffusers_ext" else [f"diffusers_ext.{a.name}" for a in node.names]
+            )
+            yield from names
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "diffusers_ext")
+
+
+def _room(path):
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def test_every_room_imports_only_what_lies_below_it():
+    wrong = []
+    for path, tree in _modules():
+        room = _room(path)
+        allowed = {room, *MAY_IMPORT[room].split()}
+        for name in _imported(tree):
+            target = name.split(".")[1] if "." in name else "__init__"
+            if target not in allowed:
+                wrong.append(f"{path.relative_to(PACKAGE)} imports {name}")
+    assert not wrong
+
+
+def test_the_rooms_can_be_put_in_an_order():
+    order = TopologicalSorter({room: below.split() for room, below in MAY_IMPORT.items()}).static_order()
+    assert set(order) == set(MAY_IMPORT)  # raises CycleError if there is a cycle
+
+
+def test_no_modules_import_each_other():
+    names = {}
+    for path, tree in _modules():
+        name = ".".join(["diffusers_ext", *path.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(".__init__")
+        # What a type checker alone imports is no import.
+        tree.body = [node for node in tree.body if not _is_type_checking(node)]
+        names[name] = set(_imported(tree)) - {name}
+    known = {name: {other for other in others if other in names} for name, others in names.items()}
+    list(TopologicalSorter(known).static_order())
+
+
+def _is_type_checking(node):
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def test_every_room_stands_in_the_description_of_the_architecture():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rooms = {_room(path) for path, _ in _modules()} - {"__init__"}
+    assert rooms == set(MAY_IMPORT) - {"__init__"}
+    assert not [room for room in rooms if f"`{room}`" not in text and f"`{room}/`" not in text]
+
+
+@pytest.mark.parametrize("folder", ["diffusers_ext", "training"])
+def test_no_function_is_longer_than_a_screen(folder):
+    long = []
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                docstring = ast.get_docstring(node, clean=False)
+                lines = node.end_lineno - node.lineno + 1 - (docstring.count("\n") + 1 if docstring else 0)
+                if lines > LONGEST_FUNCTION:
+                    long.append(f"{path.name}: {node.name} has {lines} lines")
+    assert not long
