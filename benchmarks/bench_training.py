@@ -1,7 +1,7 @@
 """Images a second of our training loop beside diffusers', with the same network; share of the convolution peak; memory.
 
-    PYTHONPATH=. python benchmarks/bench_training.py
-    PYTHONPATH=. python benchmarks/bench_training.py --dataset_name ../fashion_mnist --resolution 32 --rounds 10
+    PYTHONPATH=.:training python benchmarks/bench_training.py
+    PYTHONPATH=.:training python benchmarks/bench_training.py --dataset_name ../fashion_mnist --resolution 32 --rounds 10
 
 Both loops train diffusers' network and then ours, on the same prepared images, at the same precision and without labels,
 in one process. They take turns step by step, so that a machine that slows down slows both, and medians are compared. A step
