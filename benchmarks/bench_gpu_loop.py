@@ -1,6 +1,6 @@
 """The first seconds of `training/train_ddpm.py` on images of CIFAR-10's size: images a second as logged, and its time's shares.
 
-    PYTHONPATH=. python benchmarks/bench_gpu_loop.py FOLDER
+    PYTHONPATH=.:training python benchmarks/bench_gpu_loop.py FOLDER
 
 The images are noise, 32x32x3 with ten labels, in parquet. The script runs as users call it, once for so many seconds and
 once with `--profile`, which waits for the device at both ends of each part of a step. Without a GPU it is a few steps of a

@@ -1,6 +1,6 @@
 """Images a second of training steps on a GPU, ours beside diffusers', and their share of the card's measured peak.
 
-    PYTHONPATH=. python benchmarks/bench_gpu_training.py FOLDER peaks unet dit graphs profile
+    PYTHONPATH=.:training python benchmarks/bench_gpu_training.py FOLDER peaks unet dit graphs profile
 
 The networks are of the size for CIFAR-10: 32x32x3, in bf16 autocast, a U-Net of widths 128-256-256 and a DiT of width 384,
 12 blocks and patches of 2x2. What a step is stands in `training_step.py`; here batches are on the device from the start.
@@ -186,9 +186,11 @@ def profile_steps(folder: Path):
         record(folder, section, "ms a step", 1000 * wall)
         record(folder, section, "share of it in which the device works", min(1.0, total / wall))
         record(folder, section, "kernels a step", round(sum(number for _, number in kernels.values())))
-        for name, (seconds, number) in sorted(kernels.items(), key=lambda item: -item[1][0])[:15]:
+        longest = sorted(kernels.items(), key=lambda item: -item[1][0])[:15]
+        for rank, (name, (seconds, number)) in enumerate(longest, 1):
             row = {"ms a step": 1000 * seconds, "share": seconds / total, "calls a step": round(number)}
-            record(folder, section, name.replace("|", "/")[:90], row)
+            # Names that differ in their last template arguments alone are cut to the same one.
+            record(folder, section, f"{rank}. {name.replace('|', '/')[:150]}", row)
 
 
 def compile_once(network: str, whose: str, way: str):
