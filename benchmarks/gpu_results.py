@@ -6,10 +6,10 @@
 A run that is cut off leaves all figures that it had by then.
 """
 
+import argparse
 import json
 import os
 import platform
-import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -91,9 +91,13 @@ def report(results: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    if sys.argv[2:]:
-        section, name, value = sys.argv[2:]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="with gpu.json, which gets a table beside it")
+    parser.add_argument("figure", nargs="*", help="SECTION NAME VALUE of a number to add first")
+    arguments = parser.parse_args()
+    folder = arguments.folder
+    if arguments.figure:
+        section, name, value = arguments.figure
         record(folder, section, name, float(value))
     text = report(read(folder))
     write(folder / MARKDOWN_FILE, text)
