@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from diffusers import LMSDiscreteScheduler
 from diffusers.guiders import BaseGuidance
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
@@ -22,7 +21,7 @@ from diffusers_ext.pipelines.checks import check_outputs
 from diffusers_ext.pipelines.image_inputs import ImageInput, encode_image, mask_to_tensor
 from diffusers_ext.pipelines.inpainting import KnownPixels, check_resampling, mask_of_latents
 from diffusers_ext.schedulers.levels import noise_level
-from diffusers_ext.schedulers.samplers import check_sampler, check_timesteps
+from diffusers_ext.schedulers.samplers import check_sampler, check_timesteps, is_sampler
 
 
 class TrajectoryPoint(NamedTuple):
@@ -240,7 +239,7 @@ class SamplingMixin:
             )
         # The small number is for shares such as 0.29, of which 100 are 28.999... in floating point.
         first = (num_steps - int(num_steps * strength + 1e-6)) * order
-        if isinstance(scheduler, LMSDiscreteScheduler):
+        if is_sampler(scheduler, "LMSDiscreteScheduler"):
             # It counts the steps that it remembers from the start of its list, which so has to be the first visited one.
             scheduler.timesteps, scheduler.sigmas = scheduler.timesteps[first:], scheduler.sigmas[first:]
             return scheduler.timesteps

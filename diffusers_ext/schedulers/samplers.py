@@ -8,7 +8,6 @@ import inspect
 import warnings
 
 import numpy as np
-from diffusers import LCMScheduler, PNDMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
@@ -27,6 +26,11 @@ SPACING_TOLERANCE = 0.1
 
 # What a step is called with, beside options that it takes by name.
 STEP_ARGUMENTS = ("model_output", "timestep", "sample")
+
+
+def is_sampler(scheduler: SchedulerMixin, name: str) -> bool:
+    """Whether a scheduler is of the class of diffusers with this name, which to import takes long and may need SciPy."""
+    return any(cls.__name__ == name for cls in type(scheduler).__mro__)
 
 
 def check_sampler(scheduler: SchedulerMixin, user: str) -> None:
@@ -63,7 +67,7 @@ def check_sampler(scheduler: SchedulerMixin, user: str) -> None:
             f"for {', '.join(more)} too; take ExtDDIMScheduler or ExtDDPMScheduler"
         )
     _check_levels(scheduler, user)
-    if isinstance(scheduler, LCMScheduler):
+    if is_sampler(scheduler, "LCMScheduler"):
         warnings.warn(
             f"{name} is for models that were distilled to consistency: each step goes back to new noise from the predicted "
             "x_0, which of any other model has too little variance; if this model was not, take another scheduler",
@@ -85,7 +89,7 @@ def check_timesteps(scheduler: SchedulerMixin, num_inference_steps: int) -> None
                 f"{name} has {key} that are not finite with {num_inference_steps} steps: take another "
                 "num_inference_steps, timestep_spacing or scheduler"
             )
-    if isinstance(scheduler, PNDMScheduler):
+    if is_sampler(scheduler, "PNDMScheduler"):
         _check_spacing(scheduler)
     sigmas, order = getattr(scheduler, "sigmas", None), getattr(scheduler, "order", 1)
     if not isinstance(sigmas, Tensor) or len(sigmas) < len(scheduler.timesteps):
@@ -105,7 +109,7 @@ def check_timesteps(scheduler: SchedulerMixin, num_inference_steps: int) -> None
         )
 
 
-def _check_spacing(scheduler: PNDMScheduler) -> None:
+def _check_spacing(scheduler: SchedulerMixin) -> None:
     """Refuses timesteps that PNDM does not follow: it steps by T // n, whatever its list says."""
     length, number = scheduler.config.num_train_timesteps, scheduler.num_inference_steps
     step, listed = length // number, (length - 1) / max(number - 1, 1)
