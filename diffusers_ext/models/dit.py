@@ -303,7 +303,7 @@ class DiTModel(ModelMixin, ConfigMixin):
         """The same network as a `DiTTransformer2DModel` of diffusers; see `diffusers_ext.models.dit_conversion`."""
         from diffusers_ext.models.dit_conversion import from_diffusers
 
-        return from_diffusers(model)
+        return from_diffusers(cls, model)
 
     def to_diffusers(self) -> ModelMixin:
         """The same network as a `DiTTransformer2DModel` of diffusers; see `diffusers_ext.models.dit_conversion`."""

@@ -11,12 +11,15 @@ A model that was published as one embedding for all blocks, as the paper's are, 
 """
 
 import warnings
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers import DiTTransformer2DModel
 from torch import Tensor, nn
 
-from diffusers_ext.models.dit import DiTModel
+
+if TYPE_CHECKING:  # that module imports this one
+    from diffusers_ext.models.dit import DiTModel
 
 
 # Names of layers there and here, those of blocks within a block.
@@ -53,8 +56,8 @@ NEEDED_OF_OURS = {
 }
 
 
-def from_diffusers(model: DiTTransformer2DModel) -> DiTModel:
-    """The same network as a `DiTModel`, in the same dtype, on the same device and in the same mode.
+def from_diffusers(cls: type["DiTModel"], model: DiTTransformer2DModel) -> "DiTModel":
+    """The same network as a `cls`, `DiTModel`, in the same dtype, on the same device and in the same mode.
 
     Raises:
         TypeError: for a model of another kind.
@@ -86,7 +89,7 @@ def from_diffusers(model: DiTTransformer2DModel) -> DiTModel:
         if i and not shared:
             weights |= _prefixed(f"block_embeddings.{i - 1}.", embeddings[i])
 
-    ours = DiTModel(
+    ours = cls(
         sample_size=config.sample_size,
         patch_size=config.patch_size,
         in_channels=config.in_channels,
@@ -102,7 +105,7 @@ def from_diffusers(model: DiTTransformer2DModel) -> DiTModel:
     return _with_weights(ours, weights, model)
 
 
-def to_diffusers(model: DiTModel) -> DiTTransformer2DModel:
+def to_diffusers(model: "DiTModel") -> DiTTransformer2DModel:
     """The same network as diffusers' `DiTTransformer2DModel`, in the same dtype, on the same device and in the same mode.
 
     While training, that one drops a tenth of the labels by itself; in eval mode the two compute the same. It cannot say
