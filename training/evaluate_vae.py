@@ -42,6 +42,7 @@ from diffusers_ext.models.vae_likelihood import vae_likelihood
 from diffusers_ext.options import option, parse_config, refuse_below, run_script, to_command
 from diffusers_ext.recipes.vae_objective import ACTIVE_VARIANCE, BINARIZATIONS, binarize
 from diffusers_ext.recipes.vae_scale import LatentStatistics
+from diffusers_ext.sizes import as_size
 
 
 LEVELS = 256  # of the pixels of `LabelledImages`
@@ -136,8 +137,7 @@ def held_out_images(config: EvaluateVAEConfig, real: RealImages, vae: VAEModel) 
     """
     if real.held_out is None:
         raise ValueError(f"{real.name} has no split of images that were not trained on: name one by --held_out_split")
-    size = vae.config.sample_size
-    shape = (vae.config.in_channels, *((size, size) if isinstance(size, int) else size))
+    shape = (vae.config.in_channels, *as_size(vae.config.sample_size))
     if real.image_shape != shape:
         raise ValueError(
             f"the autoencoder takes images of (channels, height, width) {shape}, those of {real.name} are "

@@ -25,6 +25,7 @@ from diffusers_ext.data.label_columns import fair_share, read_labels
 from diffusers_ext.data.prepare import prepare_data
 from diffusers_ext.data.stream import StreamData
 from diffusers_ext.latents import latent_scale, normalize_latents
+from diffusers_ext.sizes import downsampling_factor
 
 
 LATENTS_FILE = "latents.yaml"
@@ -161,8 +162,8 @@ def fingerprint(vae: ModelMixin) -> str:
 
 
 def downsampling(vae: ModelMixin) -> int:
-    """How many times smaller a side of the latents is than that of the image."""
-    return 2 ** (len(vae.config.get("block_out_channels", (0,))) - 1)
+    """Ratio of an image's side to that of its latents."""
+    return downsampling_factor(vae.config.get("block_out_channels", (0,)))
 
 
 @torch.no_grad()

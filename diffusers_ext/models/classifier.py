@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from diffusers_ext.models.layers import AffineGroupNorm, TimestepEmbedding, attention, timestep_of_each
 from diffusers_ext.models.regional import RegionalCompilation
-from diffusers_ext.models.sizes import as_size, check_size
 from diffusers_ext.models.unet import (
     block_maker,
     check_options,
@@ -22,6 +21,7 @@ from diffusers_ext.models.unet import (
     stem,
     zero_residual_branches,
 )
+from diffusers_ext.sizes import as_size, check_size, downsampling_factor
 
 
 @dataclass
@@ -119,7 +119,7 @@ class NoisyClassifierModel(RegionalCompilation, ModelMixin, ConfigMixin):
         padding = (kernel[0] // 2, kernel[1] // 2)
         self.conv_in = nn.Conv2d(in_channels, block_out_channels[0], kernel, padding=padding)
         self.encoder, channels = make_encoder(block, block_out_channels, layers_per_block, kernel, factor)
-        num_positions = prod(side >> (len(block_out_channels) - 1) for side in size)
+        num_positions = prod(size) // downsampling_factor(block_out_channels) ** dims
         self.middle = block(channels[-1], channels[-1], len(block_out_channels) - 1, True)
         self.pool = AttentionPool(channels[-1], num_positions, attention_head_dim)
         self.out = nn.Linear(channels[-1], num_classes)

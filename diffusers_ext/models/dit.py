@@ -22,6 +22,7 @@ from diffusers_ext.models.layers import (
     register_skippable,
     timestep_of_each,
 )
+from diffusers_ext.sizes import as_size
 
 
 # Widths and depths of the paper (Table 1). The names end with the patch size: DiT-S/2, DiT-XL/4.
@@ -256,7 +257,7 @@ class DiTModel(ModelMixin, ConfigMixin):
         out_channels = in_channels if out_channels is None else out_channels
         self.register_to_config(out_channels=out_channels)  # a number, since pipelines read it
         self._check_config()
-        size = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
+        size = as_size(sample_size)
         _check_size(size, patch_size)
 
         self.grid = (size[0] // patch_size, size[1] // patch_size)

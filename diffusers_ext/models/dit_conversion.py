@@ -17,6 +17,8 @@ import torch
 from diffusers import DiTTransformer2DModel
 from torch import Tensor, nn
 
+from diffusers_ext.sizes import as_size
+
 
 if TYPE_CHECKING:  # that module imports this one
     from diffusers_ext.models.dit import DiTModel
@@ -120,11 +122,11 @@ def to_diffusers(model: "DiTModel") -> DiTTransformer2DModel:
         raise ValueError(
             "num_classes must be given, since diffusers' DiTTransformer2DModel always has labels, got None"
         )
-    side = config.sample_size if isinstance(config.sample_size, int) else config.sample_size[0]
-    if not isinstance(config.sample_size, int) and len(set(config.sample_size)) > 1:
+    height, width = as_size(config.sample_size)
+    if height != width:
         raise ValueError(
             "sample_size must be a square, since diffusers' DiTTransformer2DModel has no other, got "
-            f"{' x '.join(map(str, config.sample_size))}"
+            f"{height} x {width}"
         )
 
     if not config.learned_unconditional:
@@ -152,7 +154,7 @@ def to_diffusers(model: "DiTModel") -> DiTTransformer2DModel:
         out_channels=config.out_channels,
         num_layers=config.num_layers,
         dropout=config.dropout,
-        sample_size=side,
+        sample_size=height,
         patch_size=config.patch_size,
         num_embeds_ada_norm=config.num_classes,
         norm_eps=config.mlp_norm_eps,

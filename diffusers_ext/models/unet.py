@@ -26,7 +26,7 @@ from diffusers_ext.models.layers import (
     timestep_of_each,
 )
 from diffusers_ext.models.regional import RegionalCompilation
-from diffusers_ext.models.sizes import as_size, check_size
+from diffusers_ext.sizes import as_size, check_size
 
 
 @dataclass

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from diffusers_ext.draws import draw_normal
 from diffusers_ext.models.layers import Attention
 from diffusers_ext.models.regional import RegionalCompilation
-from diffusers_ext.models.sizes import as_size, check_size
 from diffusers_ext.models.vae_coders import ConvCoder, DenseCoder, VAEBlock
 from diffusers_ext.models.vae_likelihood import LIKELIHOODS, mean_of
 from diffusers_ext.models.vae_posterior import DiagonalGaussian
 from diffusers_ext.models.vae_tiling import apply_tiled
+from diffusers_ext.sizes import as_size, check_size, downsampling_factor
 
 
 ARCHITECTURES = ("conv", "mlp")
@@ -147,8 +147,8 @@ class VAEModel(RegionalCompilation, ModelMixin, ConfigMixin):
 
     @property
     def downsampling(self) -> int:
-        """How many times smaller a side of the latents is than that of the image."""
-        return 2 ** (len(self.config.block_out_channels) - 1)
+        """Ratio of an image's side to that of its latents."""
+        return downsampling_factor(self.config.block_out_channels)
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
