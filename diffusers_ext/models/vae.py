@@ -15,8 +15,7 @@ from diffusers_ext.draws import draw_normal
 from diffusers_ext.models.layers import Attention
 from diffusers_ext.models.regional import RegionalCompilation
 from diffusers_ext.models.vae_coders import ConvCoder, DenseCoder, VAEBlock
-from diffusers_ext.models.vae_likelihood import LIKELIHOODS, mean_of
-from diffusers_ext.models.vae_posterior import DiagonalGaussian
+from diffusers_ext.models.vae_likelihood import LIKELIHOODS, DiagonalGaussian, mean_of
 from diffusers_ext.models.vae_tiling import apply_tiled
 from diffusers_ext.sizes import as_size, check_size, downsampling_factor
 
