@@ -11,7 +11,7 @@ def as_size(size: int | Sequence[int], dims: int = 2, name: str = "sample_size")
     """
     sides = (size,) * dims if isinstance(size, int) else tuple(size)
     if len(sides) != dims or min(sides) < 1:
-        raise ValueError(f"{name} must be one positive number or {dims}, for dims={dims}, got {size}")
+        raise ValueError(f"{name} must be one positive number or one for each of {dims} axes, got {size}")
     return sides
 
 

@@ -1,4 +1,4 @@
-"""`DiTModel` from and to diffusers' `DiTTransformer2DModel`: the same weights in the other's form.
+"""Conversion of `DiTModel` from and to diffusers' `DiTTransformer2DModel`, with the same weights.
 
 Where the two differ:
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # that module imports this one
     from diffusers_ext.models.dit import DiTModel
 
 
-# Names of layers there and here, those of blocks within a block.
+# Names of layers in diffusers and here; those of blocks are within a block.
 LAYERS = {
     "pos_embed.proj": "patch_in",
     "proj_out_1": "modulation_out",
@@ -43,7 +43,7 @@ LAYERS_OF_EMBEDDINGS = {
     "class_embedder.embedding_table": "class_embedding",
 }
 
-# What a model must be to have a counterpart.
+# Options that a model must have to be convertible.
 NEEDED_OF_DIFFUSERS = {
     "norm_type": "ada_norm_zero",
     "activation_fn": "gelu-approximate",
@@ -110,8 +110,8 @@ def from_diffusers(cls: type["DiTModel"], model: DiTTransformer2DModel) -> "DiTM
 def to_diffusers(model: "DiTModel") -> DiTTransformer2DModel:
     """The same network as diffusers' `DiTTransformer2DModel`, in the same dtype, on the same device and in the same mode.
 
-    While training, that one drops a tenth of the labels by itself; in eval mode the two compute the same. It cannot say
-    that its null label was not trained (`learned_unconditional`), of which a warning is given.
+    In training mode, diffusers' model drops a tenth of the labels; in eval mode both compute the same. It has no option
+    for a null label that was not trained (`learned_unconditional`), of which a warning is given.
 
     Raises:
         ValueError: for options that `DiTTransformer2DModel` does not have.

@@ -158,7 +158,7 @@ class Bound(NamedTuple):
 
 
 class LikelihoodEstimate(NamedTuple):
-    """What is known of -log p(x) in nats, float64 (on the CPU for a device without it), shape `(batch,)` each.
+    """Bounds on -log p(x) in nats, float64 (on the CPU for a device without it), shape `(batch,)` each.
 
     Attributes:
         bound: The negative ELBO in its two terms, the distortion averaged over the draws.

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 import torch
 
 from diffusers_ext.models.dit import PATCH_SIZES, DiTModel, dit_config
+from diffusers_ext.models.layers import num_heads
 from diffusers_ext.models.unet import UNetModel, refuse_unmatched_resolutions
 from diffusers_ext.options import option
 from diffusers_ext.sizes import as_size, downsampling_factor
@@ -92,7 +93,7 @@ class NetworkConfig(TrainerConfig):
         options.setdefault("patch_size", _default_patch_size(sample_size))
         if "num_attention_heads" not in options:
             width = options["hidden_size"]
-            options["num_attention_heads"] = next(n for n in range(max(width // HEAD_DIM, 1), 0, -1) if width % n == 0)
+            options["num_attention_heads"] = num_heads(width, HEAD_DIM)
         rest = ("mlp_ratio", "qk_norm", "num_registers", "dropout")
         return options | {name: getattr(self, name) for name in rest}
 
