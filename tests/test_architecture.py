@@ -1,6 +1,7 @@
 """Dependencies point one way, rooms are the ones that docs/architecture.md tells of, and no file grows two ideas."""
 
 import ast
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -99,6 +100,14 @@ def test_every_room_stands_in_the_description_of_the_architecture():
     rooms = {_room(path) for path, _ in _modules()} - {"__init__"}
     assert rooms == set(MAY_IMPORT) - {"__init__"}
     assert not [room for room in rooms if f"`{room}`" not in text and f"`{room}/`" not in text]
+
+
+@pytest.mark.parametrize("document", ["CONTRIBUTING.md", "docs/architecture.md"])
+def test_files_that_a_document_names_exist(document):
+    named = set(re.findall(r"`([\w./]+(?:\.py|/))`", (ROOT / document).read_text(encoding="utf-8")))
+    assert len(named) >= 10
+    placeholders = {"schedulers/scheduling_NAME.py", "models/NAME.py"}
+    assert not [name for name in named - placeholders if not any((base / name).exists() for base in (ROOT, PACKAGE))]
 
 
 @pytest.mark.parametrize("folder", ["diffusers_ext", "training"])
