@@ -1,4 +1,4 @@
-"""Where random numbers come from: generators, and the seeds that make them."""
+"""Random numbers: generators, their seeds, and normal draws."""
 
 from collections.abc import Sequence
 
@@ -7,12 +7,12 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
 
-# Of 32 bits, which is what PyTorch's generator on CPUs keeps of a seed, and what NumPy's takes.
+# PyTorch's generator on CPUs keeps 32 bits of a seed, and NumPy's takes no more.
 LARGEST_SEED = 2**32 - 1
 
 
 def check_seed(seed: int, largest: int = LARGEST_SEED) -> None:
-    """Refuses a seed that would be cut to another one.
+    """Refuses a seed that generators would truncate to another one.
 
     Raises:
         ValueError: if it is not in [0, largest].
@@ -22,10 +22,10 @@ def check_seed(seed: int, largest: int = LARGEST_SEED) -> None:
 
 
 def as_generators(generator: Generator | Sequence[Generator] | None, count: int) -> Generator | list[Generator] | None:
-    """One source of random numbers for all of so many samples, or a list of one for each.
+    """Checks generators: one for a batch of `count` samples, or a list of one for each sample.
 
     Raises:
-        TypeError: for what is no generator, such as a seed.
+        TypeError: for anything but generators, such as a seed.
         ValueError: for a list of another length.
     """
     if generator is None or isinstance(generator, Generator):
@@ -54,7 +54,7 @@ def draw_normal(
 ) -> Tensor:
     """Standard normal numbers `(batch, ...)`; with a list, those of sample i are from generator i alone.
 
-    One generator is drawn from for the batch as a whole, as diffusers does.
+    A single generator is drawn from once for all of the batch, as in diffusers.
 
     Raises:
         TypeError, ValueError: of `as_generators`.

@@ -1,4 +1,4 @@
-"""Options by the names that other trainers give them, for the answer to one that a script does not know.
+"""Options by the names that other trainers give them, for the error about one that a script does not have.
 
 Those are diffusers' `examples/unconditional_image_generation` and `examples/text_to_image`, and lucidrains'
 `denoising_diffusion_pytorch`. Names that are accepted as they are stand as aliases beside the options themselves.
@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 
 class Foreign(NamedTuple):
-    """What stands for an option of another trainer.
+    """The counterpart of an option of another trainer.
 
     Args:
-        names: Options here, of which a script has at most one that is meant, in this order.
-        note: What to know of it, as a clause; or, without `names`, why there is none.
+        names: Options of this package; the first that a script has is the counterpart.
+        note: A hint, as a clause; or, without `names`, why there is none.
     """
 
     names: tuple[str, ...]
@@ -83,7 +83,7 @@ FOREIGN_OPTIONS = {
     "dim": Foreign(("hidden_size", "block_out_channels")),
     "dim_mults": Foreign(("block_out_channels",), "the channels themselves"),
     "self_condition": Foreign((), "it is not built in"),
-    # short names of many
+    # short names that are common
     "lr": Foreign(("learning_rate",)),
     "batch_size": Foreign(("train_batch_size", "eval_batch_size")),
     "epochs": Foreign(("num_train_epochs", "max_train_steps"), _STEPS),
@@ -97,7 +97,7 @@ FOREIGN_OPTIONS = {
 
 
 def explain_foreign(name: str, known: Collection[str], prefix: str = "") -> str | None:
-    """What an option of another trainer is called here, or why there is none, as a sentence's end; `None` if not known.
+    """The counterpart of another trainer's option, or why there is none, as the end of a sentence; `None` if not known.
 
     Args:
         name: As it was given, with underscores or hyphens.
@@ -109,7 +109,7 @@ def explain_foreign(name: str, known: Collection[str], prefix: str = "") -> str 
         return None
     here = next((other for other in foreign.names if other in known), None)
     if here is not None:
-        # A note of another option than this script has would mislead.
+        # The note on steps is about one option alone, and would be wrong of another.
         note = foreign.note if foreign.note != _STEPS or here == "max_train_steps" else ""
         return f"here it is {prefix}{here}" + (f": {note}" if note else "")
     is_training = "learning_rate" in known

@@ -12,7 +12,7 @@ ELLIPSIS = "…"
 def font_of(text: str, size: int) -> tuple[str, ImageFont.FreeTypeFont]:
     """The text and a font that has all of its letters: matplotlib's own, or else one that the machine has.
 
-    Letters that no font has stand as their escapes, such as \\u4e2d: not to be read, but not all the same box either.
+    Letters that no font has are written as escapes, such as \\u4e2d, rather than all as the same box.
     """
     letters = frozenset(text) - {"\n"}
     path = next((path for path in _fonts() if letters <= _letters(path)), None)
@@ -27,7 +27,7 @@ def font_of(text: str, size: int) -> tuple[str, ImageFont.FreeTypeFont]:
 
 
 def wrapped(text: str, font: ImageFont.FreeTypeFont, width: float, max_lines: int) -> str:
-    """The text in lines of at most a width in pixels, broken between words where that can be; what is left is cut."""
+    """The text in lines of at most a width in pixels, broken between words where possible; an ellipsis replaces what exceeds `max_lines`."""
     lines, line = [], ""
     for word in text.split():
         longer = f"{line} {word}".lstrip()
@@ -50,14 +50,14 @@ def wrapped(text: str, font: ImageFont.FreeTypeFont, width: float, max_lines: in
 
 
 def _start_of(word: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-    """As much of a word as fits, but at least a letter."""
+    """The longest start of a word that fits, of at least one letter."""
     end = next(end for end in range(len(word), 0, -1) if end == 1 or font.getlength(word[:end]) <= width)
     return word[:end]
 
 
 @cache
 def _fonts() -> tuple[str, ...]:
-    """Files of fonts, the one that every installation has first."""
+    """Files of fonts; first the one that comes with matplotlib."""
     import matplotlib
     from matplotlib import font_manager
 
@@ -68,6 +68,7 @@ def _fonts() -> tuple[str, ...]:
 
 @cache
 def _letters(path: str) -> frozenset[str]:
+    """The letters that a font has."""
     from matplotlib.ft2font import FT2Font
 
     try:

@@ -1,4 +1,4 @@
-"""What the machine is: its cores, and the precision that its hardware is fast at."""
+"""The machine: its cores, and the precision that its hardware is fast at."""
 
 import os
 

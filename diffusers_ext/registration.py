@@ -1,6 +1,6 @@
 """Makes this package known to diffusers, so that a pipeline saved with our classes loads through diffusers again.
 
-While it loads a pipeline, diffusers looks names up in two places:
+While it loads a pipeline, diffusers looks up two names:
 
     model_index.json["_class_name"]   an attribute of the module `diffusers`
     model_index.json[component]       `[library, class]`; `library` must be a key of `LOADABLE_CLASSES` and expose the
@@ -24,8 +24,8 @@ logger = logging.get_logger(__name__)
 
 LIBRARY = "diffusers_ext"
 
-# What a pipeline can be made of. `diffusers_ext` has to expose each of these by its name, since diffusers finds out how
-# to save and load a component by asking which of its library's base classes it derives from.
+# Base classes of a pipeline's components. `diffusers_ext` has to expose each of these by its name, since diffusers saves
+# and loads a component by the methods of the base class, among its library's, that it derives from.
 BASE_CLASSES = (ModelMixin, SchedulerMixin, DiffusionPipeline, BaseGuidance)
 
 

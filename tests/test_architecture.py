@@ -1,6 +1,7 @@
 """Dependencies point one way, rooms are the ones that docs/architecture.md tells of, and no file grows two ideas."""
 
 import ast
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -20,21 +21,22 @@ MAY_IMPORT = {
     "lettering": "",
     "machine": "",
     "pixels": "",
+    "sizes": "",
     "options": "foreign_options",
     "figures": "atomic_files lettering",
     "latents": "",
     "registration": "",
     "diffusion": "draws",
     "schedulers": "draws diffusion",
-    "models": "draws diffusion",
+    "models": "draws sizes diffusion",
     "guidance": "diffusion schedulers models",
-    "pipelines": "draws pixels diffusion schedulers models guidance latents",
+    "pipelines": "draws pixels sizes diffusion schedulers models guidance latents",
     "hub": "atomic_files",
-    "data": "atomic_files draws options pixels latents guidance",
+    "data": "atomic_files draws options pixels sizes latents guidance",
     "trainer": "atomic_files draws machine options figures hub data",
-    "metrics": "diffusion",
-    "evaluation": "__init__ atomic_files draws machine pixels options figures diffusion schedulers models guidance pipelines data metrics",
-    "recipes": "__init__ atomic_files draws machine options figures latents diffusion schedulers models guidance pipelines hub data trainer metrics evaluation",
+    "metrics": "diffusion sizes",
+    "evaluation": "__init__ atomic_files draws machine pixels sizes options figures diffusion schedulers models guidance pipelines data metrics",
+    "recipes": "__init__ atomic_files draws machine options figures latents sizes diffusion schedulers models guidance pipelines hub data trainer metrics evaluation",
     "__init__": "registration diffusion schedulers models guidance pipelines",
 }
 LONGEST_FUNCTION = 80
@@ -98,6 +100,14 @@ def test_every_room_stands_in_the_description_of_the_architecture():
     rooms = {_room(path) for path, _ in _modules()} - {"__init__"}
     assert rooms == set(MAY_IMPORT) - {"__init__"}
     assert not [room for room in rooms if f"`{room}`" not in text and f"`{room}/`" not in text]
+
+
+@pytest.mark.parametrize("document", ["CONTRIBUTING.md", "docs/architecture.md"])
+def test_files_that_a_document_names_exist(document):
+    named = set(re.findall(r"`([\w./]+(?:\.py|/))`", (ROOT / document).read_text(encoding="utf-8")))
+    assert len(named) >= 10
+    placeholders = {"schedulers/scheduling_NAME.py", "models/NAME.py"}
+    assert not [name for name in named - placeholders if not any((base / name).exists() for base in (ROOT, PACKAGE))]
 
 
 @pytest.mark.parametrize("folder", ["diffusers_ext", "training"])

@@ -34,7 +34,7 @@ from tiny_text import tiny_clip, tiny_text_unet, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
 WRITTEN = [path for folder in ("docs", "model_cards") for path in sorted((ROOT / folder).glob("**/*.md"))]
-DOCUMENTS = ["README.md", *(path.relative_to(ROOT).as_posix() for path in WRITTEN)]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", *(path.relative_to(ROOT).as_posix() for path in WRITTEN)]
 SCRIPTS = sorted(
     str(path.relative_to(ROOT)) for folder in ("training", "benchmarks") for path in ROOT.glob(f"{folder}/*.py")
 )

@@ -24,7 +24,7 @@ from accelerate import Accelerator
 from diffusers import ModelMixin
 from tqdm.auto import tqdm
 
-from diffusers_ext.atomic_files import written_whole
+from diffusers_ext.atomic_files import atomic_write
 from diffusers_ext.data.config import DataConfig
 from diffusers_ext.data.identity import digest_of_images
 from diffusers_ext.data.image_table import ImageData, mirror
@@ -192,7 +192,7 @@ def begin(
             "--output_dir, or give --overwrite_output_dir"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    with written_whole(plan_file) as partial:
+    with atomic_write(plan_file) as partial:
         partial.write_text(told)
 
 
@@ -233,7 +233,7 @@ def write_shard(path: Path, rows: Iterator[dict], data: ImageData) -> None:
     if data.id2label is not None:
         label = datasets.ClassLabel(names=[data.id2label[label] for label in range(data.num_classes)])
         features["label"] = datasets.List(label) if data.has_label_sets else label
-    with written_whole(path, sync=True) as partial:
+    with atomic_write(path, sync=True) as partial:
         datasets.Dataset.from_list(list(rows), features=datasets.Features(features)).to_parquet(partial)
 
 

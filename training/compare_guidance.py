@@ -26,7 +26,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from PIL import Image
 
 from diffusers_ext import GuidedDiffusionPipeline, NoisyClassifierModel
-from diffusers_ext.atomic_files import written_whole
+from diffusers_ext.atomic_files import atomic_write
 from diffusers_ext.draws import check_seed
 from diffusers_ext.evaluation.evaluator import Evaluator, check_number
 from diffusers_ext.evaluation.generate import (
@@ -427,7 +427,7 @@ class Results:
         )
         contents = {self.path: json.dumps(self.contents(), indent=2), self.path.with_suffix(".md"): text}
         for path, content in contents.items():
-            with written_whole(path) as partial:
+            with atomic_write(path) as partial:
                 partial.write_text(content + "\n")
         draw_comparison(self.shown, methods, self.path.with_suffix(".png"), self.held_out)
 

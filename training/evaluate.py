@@ -26,7 +26,7 @@ from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from diffusers_ext.atomic_files import written_whole
+from diffusers_ext.atomic_files import atomic_write
 from diffusers_ext.data.captions import find_caption_column
 from diffusers_ext.draws import check_seed
 from diffusers_ext.evaluation.bits_per_dim import FIXED_VARIANCES, measure_bits_per_dim
@@ -297,7 +297,7 @@ def report(config: EvaluateConfig, result: dict):
     folder = Path(config.pipeline) if Path(config.pipeline).is_dir() else Path()
     path = Path(config.output_file) if config.output_file else folder / "evaluation.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(json.dumps(result, indent=2) + "\n")
 
     columns = {"generated": result["generated"]}

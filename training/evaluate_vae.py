@@ -22,7 +22,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 from diffusers_ext import VAEModel
-from diffusers_ext.atomic_files import written_whole
+from diffusers_ext.atomic_files import atomic_write
 from diffusers_ext.diffusion.variational_bound import bits_per_dim
 from diffusers_ext.draws import check_seed
 from diffusers_ext.evaluation.evaluator import format_table
@@ -42,6 +42,7 @@ from diffusers_ext.models.vae_likelihood import vae_likelihood
 from diffusers_ext.options import option, parse_config, refuse_below, run_script, to_command
 from diffusers_ext.recipes.vae_objective import ACTIVE_VARIANCE, BINARIZATIONS, binarize
 from diffusers_ext.recipes.vae_scale import LatentStatistics
+from diffusers_ext.sizes import as_size
 
 
 LEVELS = 256  # of the pixels of `LabelledImages`
@@ -136,8 +137,7 @@ def held_out_images(config: EvaluateVAEConfig, real: RealImages, vae: VAEModel) 
     """
     if real.held_out is None:
         raise ValueError(f"{real.name} has no split of images that were not trained on: name one by --held_out_split")
-    size = vae.config.sample_size
-    shape = (vae.config.in_channels, *((size, size) if isinstance(size, int) else size))
+    shape = (vae.config.in_channels, *as_size(vae.config.sample_size))
     if real.image_shape != shape:
         raise ValueError(
             f"the autoencoder takes images of (channels, height, width) {shape}, those of {real.name} are "
@@ -204,7 +204,7 @@ def report(config: EvaluateVAEConfig, result: dict):
     folder = Path(config.model)
     path = Path(config.output_file) if config.output_file else folder / "evaluation.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(json.dumps(result, indent=2) + "\n")
     print(format_table({"held-out": {name: result[name] for name in METRICS}}))
     if result["elbo_bits_per_dim"] is None:

@@ -17,7 +17,7 @@ import yaml
 from torch import nn
 
 import diffusers_ext
-from diffusers_ext.atomic_files import written_whole
+from diffusers_ext.atomic_files import atomic_write
 from diffusers_ext.hub.saved_folder import SavedFolder, loading_lines
 from diffusers_ext.options import option, run_script
 from diffusers_ext.trainer.posthoc_ema import is_of, list_snapshots, load_averages, reconstruct
@@ -75,7 +75,7 @@ def main(config: ReconstructConfig) -> Path:
     load_averages(models[0], averages)
     output_dir.mkdir(parents=True, exist_ok=True)
     report = {"run": str(run), "step": step, "ema_std": config.ema_std, "misfit_of_weighting": misfit}
-    with written_whole(output_dir / REPORT_FILE) as partial:
+    with atomic_write(output_dir / REPORT_FILE) as partial:
         partial.write_text(json.dumps(report, indent=2) + "\n")
     if (run / CONFIG_FILE).is_file():  # so that evaluate.py knows the data
         write_config(run / CONFIG_FILE, output_dir, config.ema_std)
@@ -107,7 +107,7 @@ def write_config(source: Path, output_dir: Path, std: float) -> None:
     options = yaml.safe_load(source.read_text())
     options |= {"use_ema": True, "ema_std": std, "ema_decay": None, "ema_warmup": False}
     options["output_dir"] = str(output_dir)
-    with written_whole(output_dir / CONFIG_FILE) as partial:
+    with atomic_write(output_dir / CONFIG_FILE) as partial:
         partial.write_text(yaml.safe_dump(options, sort_keys=False, default_flow_style=None, width=1000))
 
 

@@ -36,6 +36,7 @@ from diffusers_ext.models.unet import refuse_unmatched_resolutions
 from diffusers_ext.options import option, refuse_unused, run_script, to_command
 from diffusers_ext.recipes.classifier_objective import ClassifierObjective, accuracy_by_level, save_accuracy
 from diffusers_ext.schedulers.levels import describe_path
+from diffusers_ext.sizes import downsampling_factor
 from diffusers_ext.trainer.config import TrainerConfig, resolve_for_machine
 from diffusers_ext.trainer.ending import EndingCost, seconds_of
 from diffusers_ext.trainer.loop import Trainer
@@ -116,7 +117,7 @@ class TrainClassifierConfig(TrainerConfig):
     @property
     def size_multiple(self) -> int:
         """What the sides of the samples must be multiples of."""
-        return 2 ** (len(self.block_out_channels) - 1)
+        return downsampling_factor(self.block_out_channels)
 
 
 def main(config: TrainClassifierConfig) -> Path:

@@ -45,6 +45,7 @@ from diffusers_ext.recipes.vae_objective import (
 )
 from diffusers_ext.recipes.vae_perceptual import load_perceptual
 from diffusers_ext.recipes.vae_scale import LatentMoments, measure_latents, store_scale
+from diffusers_ext.sizes import downsampling_factor
 from diffusers_ext.trainer.adversary import Adversary
 from diffusers_ext.trainer.config import TrainerConfig, resolve_for_machine
 from diffusers_ext.trainer.ending import EndingCost, seconds_of
@@ -170,7 +171,7 @@ class TrainVAEConfig(TrainerConfig):
 
     @property
     def size_multiple(self) -> int:
-        return 1 if self.architecture == "mlp" else 2 ** (len(self.block_out_channels) - 1)
+        return 1 if self.architecture == "mlp" else downsampling_factor(self.block_out_channels)
 
     @property
     def learns_scale(self) -> bool:

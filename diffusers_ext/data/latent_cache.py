@@ -18,13 +18,14 @@ import yaml
 from diffusers import AutoModel, ModelMixin
 from torch import Tensor
 
-from diffusers_ext.atomic_files import written_whole
+from diffusers_ext.atomic_files import atomic_write
 from diffusers_ext.data.config import DataConfig, TrainingDataConfig
 from diffusers_ext.data.image_table import ImageData, PixelTable
 from diffusers_ext.data.label_columns import fair_share, read_labels
 from diffusers_ext.data.prepare import prepare_data
 from diffusers_ext.data.stream import StreamData
 from diffusers_ext.latents import latent_scale, normalize_latents
+from diffusers_ext.sizes import downsampling_factor
 
 
 LATENTS_FILE = "latents.yaml"
@@ -80,7 +81,7 @@ def write_info(folder: Path, infos: dict[str, LatentsInfo]) -> None:
     splits = {split: json.loads(json.dumps(dataclasses.asdict(info))) for split, info in infos.items()}
     for split, info in infos.items():
         splits[split]["id2label"] = info.id2label
-    with written_whole(folder / LATENTS_FILE) as partial:
+    with atomic_write(folder / LATENTS_FILE) as partial:
         partial.write_text(yaml.safe_dump({"splits": splits}, sort_keys=False, allow_unicode=True))
 
 
@@ -161,8 +162,8 @@ def fingerprint(vae: ModelMixin) -> str:
 
 
 def downsampling(vae: ModelMixin) -> int:
-    """How many times smaller a side of the latents is than that of the image."""
-    return 2 ** (len(vae.config.get("block_out_channels", (0,))) - 1)
+    """Ratio of an image's side to that of its latents."""
+    return downsampling_factor(vae.config.get("block_out_channels", (0,)))
 
 
 @torch.no_grad()

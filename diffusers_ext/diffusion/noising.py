@@ -20,6 +20,7 @@ References:
     Saharia et al. 2022, Photorealistic Text-to-Image Diffusion Models (Imagen), arXiv 2205.11487.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -269,6 +270,13 @@ def dynamic_threshold(x0: Tensor, ratio: float, max_value: float) -> Tensor:
 def kl_weight(t: NoiseLevel, s: NoiseLevel) -> Tensor:
     """The w for which KL(q(x_s | x_t, x0) || q(x_s | x_t, x0_hat)) = w |x0 - x0_hat|^2, in nats (at eta = 1)."""
     return 0.5 * (s.snr - t.snr)
+
+
+def normal_log_prob(x: Tensor, mean: Tensor | float = 0.0, log_std: Tensor | None = None) -> Tensor:
+    """log N(x; mean, exp(log_std) ** 2) of each coordinate in nats; by default of the standard normal."""
+    z = x - mean if log_std is None else (x - mean) * torch.exp(-log_std)
+    log_prob = -0.5 * (z.square() + math.log(2 * math.pi))
+    return log_prob if log_std is None else log_prob - log_std
 
 
 def normal_kl(q: Normal, p: Normal) -> Tensor:

@@ -23,7 +23,15 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from diffusers_ext.diffusion.noising import NoiseLevel, Normal, add_noise, normal_kl, posterior, predict_x0
+from diffusers_ext.diffusion.noising import (
+    NoiseLevel,
+    Normal,
+    add_noise,
+    normal_kl,
+    normal_log_prob,
+    posterior,
+    predict_x0,
+)
 from diffusers_ext.diffusion.precision import to_float64
 from diffusers_ext.diffusion.reverse_chain import (
     LEARNED_VARIANCES,
@@ -53,7 +61,7 @@ def decoder_nats(x0: Tensor, p: Normal, num_bins: int | None = 256) -> Tensor:
         num_bins: Number of values that a coordinate can have, 256 for 8 bits; None for the density of `p`.
     """
     if num_bins is None:
-        return 0.5 * ((x0 - p.mean) / p.std).square() + p.std.log() + 0.5 * math.log(2 * math.pi)
+        return -normal_log_prob(x0, p.mean, p.std.log())
     return -binned_log_prob(x0, p.mean, p.std, num_bins)
 
 

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from diffusers_ext.draws import LARGEST_SEED
 from diffusers_ext.guidance.labels import NUM_CLASSES_KEYS
+from diffusers_ext.sizes import as_size, downsampling_factor
 
 
 # Seeds s and s + 1 share no image of a set of up to this many.
@@ -58,9 +59,9 @@ def image_size_of(pipeline) -> tuple[int, int]:
     for name in ("denoiser", "unet", "transformer"):
         size = getattr(getattr(getattr(pipeline, name, None), "config", None), "sample_size", None)
         if size is not None:
-            height, width = (size, size) if isinstance(size, int) else size
+            height, width = as_size(size)
             vae = getattr(pipeline, "vae", None)
-            scale = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+            scale = 1 if vae is None else downsampling_factor(vae.config.block_out_channels)
             return height * scale, width * scale
     raise ValueError(f"the size of the images of {type(pipeline).__name__} is not in its configs: give --resolution")
 

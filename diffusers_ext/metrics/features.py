@@ -12,6 +12,8 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from diffusers_ext.sizes import as_size
+
 
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions beside a shortcut, the first of them with a stride."""
@@ -105,9 +107,7 @@ class FeatureClassifierModel(ModelMixin, ConfigMixin):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """`(channels, height, width)` of the images that the model takes."""
-        size = self.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return self.config.in_channels, height, width
+        return self.config.in_channels, *as_size(self.config.sample_size)
 
     def feature_maps(self, sample: Tensor) -> list[Tensor]:
         """The activations after the first convolution and after each block, the finest first.

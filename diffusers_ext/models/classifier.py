@@ -6,22 +6,30 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from diffusers_ext.models.layers import AffineGroupNorm, TimestepEmbedding, attention, timestep_of_each
-from diffusers_ext.models.regional import RegionalCompilation
-from diffusers_ext.models.sizes import as_size, check_size
+from diffusers_ext.models.embeddings import TimestepEmbedding, timestep_of_each
+from diffusers_ext.models.layers import (
+    AffineGroupNorm,
+    attention,
+    convolution,
+    num_heads,
+    project_heads,
+    zero_,
+    zero_residual_branches,
+)
+from diffusers_ext.models.network import Network
 from diffusers_ext.models.unet import (
+    UNetBlock,
     block_maker,
     check_options,
     make_encoder,
     run_module,
     stem,
-    zero_residual_branches,
 )
+from diffusers_ext.sizes import as_size, check_size, downsampling_factor
 
 
 @dataclass
@@ -42,7 +50,7 @@ class AttentionPool(nn.Module):
 
     def __init__(self, channels: int, num_positions: int, head_dim: int = 64):
         super().__init__()
-        self.num_heads = next(n for n in range(max(channels // head_dim, 1), 0, -1) if channels % n == 0)
+        self.num_heads = num_heads(channels, head_dim)
         self.norm = AffineGroupNorm(channels)
         self.positions = nn.Parameter(torch.randn(num_positions + 1, channels) * channels**-0.5)
         self.to_q = nn.Linear(channels, channels)
@@ -53,13 +61,11 @@ class AttentionPool(nn.Module):
         """Shape `(batch, channels, height, width)` to `(batch, channels)`."""
         tokens = F.silu(self.norm(x)).flatten(2).transpose(1, 2)  # (batch, positions, channels)
         tokens = torch.cat([tokens.mean(1, keepdim=True), tokens], dim=1) + self.positions.to(tokens.dtype)
-        query = self.to_q(tokens[:, :1]).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        key, value = self.to_kv(tokens).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.to_out(attention(query, key, value).flatten(1))
+        return self.to_out(attention(*project_heads(self, tokens[:, :1], tokens)).flatten(1))
 
 
-class NoisyClassifierModel(RegionalCompilation, ModelMixin, ConfigMixin):
-    """Labels of noisy samples at any noise level: the way down of `UNetModel`, and pooling by attention.
+class NoisyClassifierModel(Network):
+    """Classifies noisy samples of any noise level: the encoder of `UNetModel`, then pooling by attention.
 
     `training/train_classifier.py` trains it; `diffusers_ext.ClassifierGuidance` guides by it.
 
@@ -72,14 +78,13 @@ class NoisyClassifierModel(RegionalCompilation, ModelMixin, ConfigMixin):
         dropout: Share of the features dropped in each residual block while training.
         dims: 2 for images, 1 for series.
         time_embedding_dim: As in `UNetModel`.
-        noise_schedule: What `diffusers_ext.schedulers.levels.describe_path` says of the noising path that it was
+        noise_schedule: Description by `diffusers_ext.schedulers.levels.describe_path` of the noising path that it was
             trained on, which a pipeline compares with its scheduler's.
 
     Raises:
         ValueError: if the sizes or options do not fit one another.
     """
 
-    _supports_gradient_checkpointing = True
     _no_split_modules = ["UNetBlock"]
     _repeated_blocks = ["UNetBlock"]
 
@@ -105,37 +110,33 @@ class NoisyClassifierModel(RegionalCompilation, ModelMixin, ConfigMixin):
         size = as_size(sample_size, dims)
         check_size(size, block_out_channels)
         embedding_dim = time_embedding_dim or 4 * block_out_channels[0]
-        kernel, factor = ((3, 3), (2, 2)) if dims == 2 else ((1, 3), (1, 2))
         block = block_maker(
             size,
             block_out_channels,
             attention_resolutions,
             embedding_dim=embedding_dim,
-            kernel=kernel,
+            dims=dims,
             head_dim=attention_head_dim,
             dropout=dropout,
         )
         self.time_embedding = TimestepEmbedding(embedding_dim, block_out_channels[0])
-        padding = (kernel[0] // 2, kernel[1] // 2)
-        self.conv_in = nn.Conv2d(in_channels, block_out_channels[0], kernel, padding=padding)
-        self.encoder, channels = make_encoder(block, block_out_channels, layers_per_block, kernel, factor)
-        num_positions = prod(side >> (len(block_out_channels) - 1) for side in size)
+        self.conv_in = convolution(in_channels, block_out_channels[0], dims)
+        self.encoder, channels = make_encoder(block, block_out_channels, layers_per_block, dims)
+        num_positions = prod(size) // downsampling_factor(block_out_channels) ** dims
         self.middle = block(channels[-1], channels[-1], len(block_out_channels) - 1, True)
         self.pool = AttentionPool(channels[-1], num_positions, attention_head_dim)
         self.out = nn.Linear(channels[-1], num_classes)
-        self.gradient_checkpointing = False
         self.initialize_weights()
 
     def initialize_weights(self):
         """Makes each residual branch and the logits start at zero: at first all labels are as likely."""
-        zero_residual_branches(self)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        zero_residual_branches(self, UNetBlock)
+        zero_(self.out)
 
     def forward(
         self, sample: Tensor, timestep: Tensor | float | int, return_dict: bool = True
     ) -> NoisyClassifierOutput | tuple[Tensor]:
-        """The labels that noisy samples are likely to have.
+        """Predicts the labels of noisy samples.
 
         Args:
             sample: x_t, shape `(batch, in_channels, *sample_size)`.

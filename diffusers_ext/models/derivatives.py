@@ -1,11 +1,11 @@
-"""Derivatives that a fast backward pass of one's own does not give: of higher order, forward-mode, batched.
+"""Derivatives that a hand-written backward pass does not support: of higher order, forward-mode, batched.
 
-A `torch.autograd.Function` of this package is there for the speed of loss.backward(). Whoever differentiates otherwise
-gets the derivatives of plain operators, which PyTorch knows all of:
+A `torch.autograd.Function` of this package makes loss.backward() fast. All other derivatives are those of plain operators,
+which PyTorch differentiates in every way:
 
 - within `torch.func` (grad, vjp, jvp, jacrev, jacfwd, hessian, vmap), and for inputs with a forward-mode tangent, the
   forward pass does not call the Function (`needs_plain_operators`);
-- in a backward pass that is to be differentiated in turn (`create_graph=True`), or that vmap makes for many gradients at
+- in a backward pass that will be differentiated itself (`create_graph=True`), or that vmap runs for many gradients at
   once (`is_grads_batched=True`), the Function calls `plain_gradients` (`backward_is_differentiated`).
 """
 
@@ -17,26 +17,26 @@ from torch.autograd.forward_ad import unpack_dual
 
 
 def in_torch_func() -> bool:
-    """Whether a transform of `torch.func` is at work eagerly; compiled, plain operators are taken anyway."""
+    """Whether a transform of `torch.func` is active in eager mode; compiled code uses plain operators anyway."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def is_batched(x: Tensor) -> bool:
-    """Whether x may stand for many tensors at once, under one of PyTorch's two forms of vmap; such have no layout."""
-    if torch.compiler.is_compiling():  # which cannot look at x
+    """Whether x is batched by either of PyTorch's two forms of vmap; such a tensor has no memory layout."""
+    if torch.compiler.is_compiling():  # the compiler cannot trace the calls below
         return False
     return in_torch_func() or torch._C._functorch.is_legacy_batchedtensor(x)
 
 
 def needs_plain_operators(*inputs: Tensor) -> bool:
-    """Whether the derivatives to come are none that a backward pass alone can give."""
+    """Whether derivatives of the inputs may be taken that a hand-written backward pass does not support."""
     if torch.compiler.is_compiling():
         return False
     return in_torch_func() or any(unpack_dual(x).tangent is not None for x in inputs)
 
 
 def backward_is_differentiated(grad: Tensor) -> bool:
-    """Asked in a backward pass of `grad`: whether its result is to be differentiated, or to be of many gradients."""
+    """Within a backward pass of `grad`, whether it will be differentiated itself, or is batched over gradients."""
     return torch.is_grad_enabled() or is_batched(grad)
 
 
@@ -47,11 +47,11 @@ def plain_gradients(
 
     Args:
         function: Of plain operators.
-        needed: For which of the inputs; the others get `None`.
-        grad: Of the result.
+        needed: Which of the inputs need a gradient; the others get `None`.
+        grad: Gradient of the output.
     """
     with torch.enable_grad():
-        # Views, since the gradient of an input is not to count the way through another input that was made of it.
+        # Views, since an input may have been computed from another one, which is no path of this function.
         views = [x.view_as(x) for x in inputs]
         output = function(*views)
     wanted = [view for view, need in zip(views, needed, strict=True) if need]

@@ -5,23 +5,24 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention import AttentionModuleMixin, FeedForward
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from diffusers_ext.models.derivatives import in_torch_func
+from diffusers_ext.models.embeddings import TimestepEmbedding, pooled_dim, position_embedding, timestep_of_each
 from diffusers_ext.models.layers import (
-    NO_NULL_LABEL,
-    TimestepEmbedding,
     attention,
     attention_bias,
-    pooled_dim,
+    project_heads,
     register_attention,
     register_skippable,
-    timestep_of_each,
+    zero_,
 )
+from diffusers_ext.models.network import Network, check_conditions, check_num_classes
+from diffusers_ext.sizes import as_size
 
 
 # Widths and depths of the paper (Table 1). The names end with the patch size: DiT-S/2, DiT-XL/4.
@@ -61,28 +62,6 @@ class DiTOutput(BaseOutput):
     sample: Tensor
 
 
-def position_embedding(size: tuple[int, int], base_size: tuple[int, int], dim: int, device=None) -> Tensor:
-    """Sines and cosines of columns, then of rows, at `dim // 4` frequencies each, from 1 down to nearly 1/10000.
-
-    Args:
-        size: Rows and columns of the grid of patches.
-        base_size: Rows and columns of the grid that the network was made for. Positions of another grid lie between
-            those of this one, so that the same place of an image has the same position.
-        dim: Width, a multiple of 4.
-
-    Returns:
-        float32, shape `(rows * columns, dim)`.
-    """
-    like = {"dtype": torch.float32 if str(device).startswith("mps") else torch.float64, "device": device}
-    frequencies = 10000.0 ** -(torch.arange(dim // 4, **like) / (dim // 4))
-    row, column = (
-        (torch.arange(n, **like) * (base / n))[:, None] * frequencies for n, base in zip(size, base_size, strict=True)
-    )
-    row = torch.cat([row.sin(), row.cos()], dim=-1)[:, None].expand(-1, size[1], -1)
-    column = torch.cat([column.sin(), column.cos()], dim=-1)[None].expand(size[0], -1, -1)
-    return torch.cat([column, row], dim=-1).flatten(0, 1).float()
-
-
 def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
     """Layer normalisation, then `(1 + scale) * x + shift`; tokens `(batch, tokens, dim)`, the others `(batch, dim)`."""
     return torch.addcmul(shift[:, None], F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale[:, None])
@@ -104,16 +83,14 @@ class DiTFeedForward(FeedForward):
 
 
 class DiTAttentionProcessor:
-    """How `DiTAttention` goes from tokens to tokens."""
+    """The computation of `DiTAttention`, as diffusers' hooks expect it."""
 
     _attention_backend = None  # set by diffusers' `set_attention_backend`
 
     def __call__(
         self, attn: "DiTAttention", hidden_states: Tensor, context: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
-        query = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-        key_value = attn.to_kv(hidden_states if context is None else context)
-        key, value = key_value.unflatten(-1, (2, attn.heads, -1)).permute(2, 0, 3, 1, 4)
+        query, key, value = project_heads(attn, hidden_states, hidden_states if context is None else context)
         if attn.norm_q is not None:
             query, key = attn.norm_q(query).to(value.dtype), attn.norm_k(key).to(value.dtype)
         out = attention(query, key, value, mask, self._attention_backend)
@@ -134,7 +111,7 @@ class DiTAttention(nn.Module, AttentionModuleMixin):
 
     def __init__(self, dim: int, heads: int, qk_norm: bool = False, context_dim: int | None = None):
         super().__init__()
-        self.heads, self.is_cross_attention = heads, context_dim is not None
+        self.num_heads, self.is_cross_attention = heads, context_dim is not None
         self.to_q = nn.Linear(dim, dim)
         self.to_kv = nn.Linear(dim if context_dim is None else context_dim, 2 * dim)
         self.norm_q = nn.LayerNorm(dim // heads, bias=False) if qk_norm else None
@@ -193,7 +170,7 @@ register_attention(DiTAttentionProcessor)
 register_skippable(DiTBlock)
 
 
-class DiTModel(ModelMixin, ConfigMixin):
+class DiTModel(Network):
     """A diffusion transformer: patches as tokens, with labels or a text as condition.
 
     Works as `transformer` of diffusers' `DiTPipeline`, as `denoiser` of `GuidedDiffusionPipeline`, and is converted from
@@ -202,7 +179,7 @@ class DiTModel(ModelMixin, ConfigMixin):
     Args:
         sample_size: Side of the square samples, or `(height, width)`; a multiple of `patch_size`. Other sizes that are
             such multiples can be given to `forward`: positions are then scaled to the grid of this one.
-        patch_size: Side of the square patches, in [1, 8]. Halving it makes four times as many tokens.
+        patch_size: Side of the square patches, in [1, 8]. Half the side makes four times the tokens.
         in_channels: Channels of the noisy sample.
         out_channels: Channels of the output; `None` for `in_channels`, twice that for a learned variance.
         hidden_size: Width of the tokens, a multiple of 4 and of `num_attention_heads`.
@@ -214,19 +191,18 @@ class DiTModel(ModelMixin, ConfigMixin):
         dropout: Share of the features dropped while training: of attention's outputs, and within feed-forward layers.
         qk_norm: Normalise queries and keys, which keeps attention's logits bounded in long runs.
         num_registers: Learned tokens that the others can attend to and that are dropped at the end (Darcet et al. 2023).
-        mlp_norm_eps: What the normalisation before feed-forward layers adds to the variance. diffusers' has 1e-5.
+        mlp_norm_eps: Added to the variance by the normalisation before feed-forward layers. diffusers has 1e-5.
         embedding_per_block: Give each block an embedding of timestep and label of its own, as diffusers' has it.
         pool_context: Add the mean of the context's tokens, through a linear layer, to the embedding of the timestep, so
-            that each block knows the text as a whole (as in Imagen, Saharia et al. 2022), and learns it sooner.
+            that each block is conditioned on the mean of the text (as in Imagen, Saharia et al. 2022), which trains faster.
         learned_unconditional: Whether the network was trained to predict without its label or text too, as dropping them
             in a share of the batches does. If not, pipelines refuse to guide by it, and labels must be given; after
-            training with such dropout, say so by `model.register_to_config(learned_unconditional=True)`.
+            training with such dropout, set it by `model.register_to_config(learned_unconditional=True)`.
 
     Raises:
         ValueError: if the sizes or options do not fit one another.
     """
 
-    _supports_gradient_checkpointing = True
     _no_split_modules = ["DiTBlock"]
     _repeated_blocks = ["DiTBlock"]
     _skip_layerwise_casting_patterns = ["patch_in", "norm", "time_embedding", "block_embeddings"]
@@ -256,7 +232,7 @@ class DiTModel(ModelMixin, ConfigMixin):
         out_channels = in_channels if out_channels is None else out_channels
         self.register_to_config(out_channels=out_channels)  # a number, since pipelines read it
         self._check_config()
-        size = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
+        size = as_size(sample_size)
         _check_size(size, patch_size)
 
         self.grid = (size[0] // patch_size, size[1] // patch_size)
@@ -290,7 +266,6 @@ class DiTModel(ModelMixin, ConfigMixin):
         )
         self.modulation_out = nn.Linear(hidden_size, 2 * hidden_size)
         self.patch_out = nn.Linear(hidden_size, patch_size**2 * out_channels)
-        self.gradient_checkpointing = False
         self.initialize_weights()
 
     @classmethod
@@ -303,7 +278,7 @@ class DiTModel(ModelMixin, ConfigMixin):
         """The same network as a `DiTTransformer2DModel` of diffusers; see `diffusers_ext.models.dit_conversion`."""
         from diffusers_ext.models.dit_conversion import from_diffusers
 
-        return from_diffusers(model)
+        return from_diffusers(cls, model)
 
     def to_diffusers(self) -> ModelMixin:
         """The same network as a `DiTTransformer2DModel` of diffusers; see `diffusers_ext.models.dit_conversion`."""
@@ -327,8 +302,7 @@ class DiTModel(ModelMixin, ConfigMixin):
         for block in self.transformer_blocks:
             zero += [block.modulation] if block.cross_attn is None else [block.modulation, block.cross_attn.to_out]
         for layer in zero:
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+            zero_(layer)
 
     def forward(
         self,
@@ -345,7 +319,7 @@ class DiTModel(ModelMixin, ConfigMixin):
             sample: x_t, shape `(batch, in_channels, height, width)`.
             timestep: One number for all samples, or one for each, shape `(batch,)`.
             class_labels: Integers in `[0, num_classes]`, shape `(batch,)`; `None` stands for the null label, and so does
-                1000 in a model of fewer labels, since diffusers' `DiTPipeline` says it so. Or sets of labels, multi-hot,
+                1000 in a model of fewer labels, which is the null label of diffusers' `DiTPipeline`. Or sets, multi-hot,
                 shape `(batch, num_classes)`.
             encoder_hidden_states: Context, shape `(batch, tokens, cross_attention_dim)`.
             encoder_attention_mask: 1 or True at the tokens of the context to attend to, shape `(batch, tokens)`.
@@ -370,11 +344,7 @@ class DiTModel(ModelMixin, ConfigMixin):
         if self.registers is not None:  # last, since smoothed energy guidance takes the first tokens for the image
             x = torch.cat([x, self.registers.to(x.dtype).expand(len(x), -1, -1)], dim=1)
         for i, block in enumerate(self.transformer_blocks):
-            args = (x, embeddings[i if self.block_embeddings else 0], encoder_hidden_states, mask)
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = self._gradient_checkpointing_func(block, *args)
-            else:
-                x = block(*args)
+            x = self.run(block, x, embeddings[i if self.block_embeddings else 0], encoder_hidden_states, mask)
         shift, scale = self.modulation_out(embeddings[0]).chunk(2, dim=-1)
         x = self.patch_out(modulated_norm(x[:, : grid[0] * grid[1]], scale, shift, 1e-6))
         x = x.unflatten(1, grid).unflatten(3, (patch, patch, -1))  # (batch, rows, columns, patch, patch, channels)
@@ -394,11 +364,7 @@ class DiTModel(ModelMixin, ConfigMixin):
                 f"sample must have shape (batch, {config.in_channels}, height, width), got {tuple(sample.shape)}"
             )
         _check_size(sample.shape[2:], config.patch_size)
-        if (context is None) != (config.cross_attention_dim is None):
-            raise ValueError(
-                "encoder_hidden_states must be given exactly if the model has cross-attention, got "
-                f"{'none' if context is None else tuple(context.shape)} for cross_attention_dim={config.cross_attention_dim}"
-            )
+        check_conditions(config, class_labels, context)
         if context is not None and (
             context.ndim != 3 or context.shape[::2] != (len(sample), config.cross_attention_dim)
         ):
@@ -407,11 +373,7 @@ class DiTModel(ModelMixin, ConfigMixin):
                 f"{tuple(context.shape)}"
             )
         if class_labels is None:
-            if config.num_classes is not None and not config.learned_unconditional:
-                raise ValueError(NO_NULL_LABEL)
             return None
-        if config.num_classes is None:
-            raise ValueError("class_labels were given to a model without labels: it was built with num_classes=None")
         if class_labels.shape == (len(sample), config.num_classes):
             return class_labels  # sets of labels
         if class_labels.shape != sample.shape[:1]:
@@ -420,7 +382,7 @@ class DiTModel(ModelMixin, ConfigMixin):
             )
         if config.num_classes < NULL_LABEL_OF_DIFFUSERS:
             class_labels = class_labels.masked_fill(class_labels == NULL_LABEL_OF_DIFFUSERS, config.num_classes)
-        # Elsewhere the embedding finds it out itself, and looking would stall the device, or is what vmap cannot do.
+        # On other devices the embedding checks the range itself, and a check here would wait for the device.
         if class_labels.device.type == "cpu" and not (torch.compiler.is_compiling() or in_torch_func()):
             last = config.num_classes if config.learned_unconditional else config.num_classes - 1
             outside = class_labels[(class_labels < 0) | (class_labels > last)]
@@ -449,12 +411,11 @@ class DiTModel(ModelMixin, ConfigMixin):
                 "mlp_ratio must be positive and num_registers not negative, got "
                 f"{config.mlp_ratio:g} and {config.num_registers}"
             )
-        if config.num_classes is not None and config.num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, or None for no labels, got {config.num_classes}")
+        check_num_classes(config.num_classes)
 
 
 def _check_size(size, patch_size: int):
-    if len(size) != 2 or any(side < patch_size or side % patch_size for side in size):
+    if any(side < patch_size or side % patch_size for side in size):
         raise ValueError(
             f"each side of the sample must be a multiple of patch_size ({patch_size}), got {' x '.join(map(str, size))}"
         )

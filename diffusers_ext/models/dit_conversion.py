@@ -1,4 +1,4 @@
-"""`DiTModel` from and to diffusers' `DiTTransformer2DModel`: the same weights in the other's form.
+"""Conversion of `DiTModel` from and to diffusers' `DiTTransformer2DModel`, with the same weights.
 
 Where the two differ:
 
@@ -11,15 +11,20 @@ A model that was published as one embedding for all blocks, as the paper's are, 
 """
 
 import warnings
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers import DiTTransformer2DModel
 from torch import Tensor, nn
 
-from diffusers_ext.models.dit import DiTModel
+from diffusers_ext.sizes import as_size
 
 
-# Names of layers there and here, those of blocks within a block.
+if TYPE_CHECKING:  # that module imports this one
+    from diffusers_ext.models.dit import DiTModel
+
+
+# Names of layers in diffusers and here; those of blocks are within a block.
 LAYERS = {
     "pos_embed.proj": "patch_in",
     "proj_out_1": "modulation_out",
@@ -38,7 +43,7 @@ LAYERS_OF_EMBEDDINGS = {
     "class_embedder.embedding_table": "class_embedding",
 }
 
-# What a model must be to have a counterpart.
+# Options that a model must have to be convertible.
 NEEDED_OF_DIFFUSERS = {
     "norm_type": "ada_norm_zero",
     "activation_fn": "gelu-approximate",
@@ -53,8 +58,8 @@ NEEDED_OF_OURS = {
 }
 
 
-def from_diffusers(model: DiTTransformer2DModel) -> DiTModel:
-    """The same network as a `DiTModel`, in the same dtype, on the same device and in the same mode.
+def from_diffusers(cls: type["DiTModel"], model: DiTTransformer2DModel) -> "DiTModel":
+    """The same network as a `cls`, `DiTModel`, in the same dtype, on the same device and in the same mode.
 
     Raises:
         TypeError: for a model of another kind.
@@ -86,7 +91,7 @@ def from_diffusers(model: DiTTransformer2DModel) -> DiTModel:
         if i and not shared:
             weights |= _prefixed(f"block_embeddings.{i - 1}.", embeddings[i])
 
-    ours = DiTModel(
+    ours = cls(
         sample_size=config.sample_size,
         patch_size=config.patch_size,
         in_channels=config.in_channels,
@@ -102,11 +107,11 @@ def from_diffusers(model: DiTTransformer2DModel) -> DiTModel:
     return _with_weights(ours, weights, model)
 
 
-def to_diffusers(model: DiTModel) -> DiTTransformer2DModel:
+def to_diffusers(model: "DiTModel") -> DiTTransformer2DModel:
     """The same network as diffusers' `DiTTransformer2DModel`, in the same dtype, on the same device and in the same mode.
 
-    While training, that one drops a tenth of the labels by itself; in eval mode the two compute the same. It cannot say
-    that its null label was not trained (`learned_unconditional`), of which a warning is given.
+    In training mode, diffusers' model drops a tenth of the labels; in eval mode both compute the same. It has no option
+    for a null label that was not trained (`learned_unconditional`), of which a warning is given.
 
     Raises:
         ValueError: for options that `DiTTransformer2DModel` does not have.
@@ -117,11 +122,11 @@ def to_diffusers(model: DiTModel) -> DiTTransformer2DModel:
         raise ValueError(
             "num_classes must be given, since diffusers' DiTTransformer2DModel always has labels, got None"
         )
-    side = config.sample_size if isinstance(config.sample_size, int) else config.sample_size[0]
-    if not isinstance(config.sample_size, int) and len(set(config.sample_size)) > 1:
+    height, width = as_size(config.sample_size)
+    if height != width:
         raise ValueError(
             "sample_size must be a square, since diffusers' DiTTransformer2DModel has no other, got "
-            f"{' x '.join(map(str, config.sample_size))}"
+            f"{height} x {width}"
         )
 
     if not config.learned_unconditional:
@@ -149,7 +154,7 @@ def to_diffusers(model: DiTModel) -> DiTTransformer2DModel:
         out_channels=config.out_channels,
         num_layers=config.num_layers,
         dropout=config.dropout,
-        sample_size=side,
+        sample_size=height,
         patch_size=config.patch_size,
         num_embeds_ada_norm=config.num_classes,
         norm_eps=config.mlp_norm_eps,

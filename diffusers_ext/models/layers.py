@@ -1,11 +1,10 @@
-"""What the networks of this package share: normalisation, attention, and embeddings of timesteps and labels.
+"""The layers that the networks share: normalisation, convolution and attention.
 
-The layers are written for the order in which memory is walked. Convolutions are fastest in channels_last, on CPUs and
+They are written for the order in which memory is read. Convolutions are fastest in channels_last, on CPUs and
 GPUs alike, so feature maps stay in that layout from the first layer to the last, and a feature map `(batch, channels,
 height, width)` is a sequence of tokens `(batch, height * width, channels)` without a copy.
 """
 
-import math
 from functools import partial
 
 import torch
@@ -34,7 +33,7 @@ from diffusers_ext.models.derivatives import (
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """A feature map in the layout that CPUs convolve fastest, on CPUs; vmap knows no layouts."""
+    """A feature map in channels_last, which is fastest to convolve on CPUs; on other devices, or under vmap, as it is."""
     if x.device.type != "cpu" or is_batched(x):
         return x
     return x.contiguous(memory_format=torch.channels_last)
@@ -52,7 +51,7 @@ def num_groups(channels: int) -> int:
 
 
 def _takes_own_backward(x: Tensor) -> bool:
-    """Whether the backward passes below are for x: eagerly, on CPUs."""
+    """Whether the hand-written backward passes below apply to x: in eager mode on CPUs."""
     return x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
@@ -172,6 +171,35 @@ class AffineGroupNorm(nn.Module):
         return group_norm(x, self.weight[None], self.bias[None], self.groups, self.eps)
 
 
+def convolution(in_channels: int, out_channels: int, dims: int, *, stride: int = 1, bias: bool = True) -> nn.Conv2d:
+    """A convolution over 3 positions of each of `dims` axes, padded by 1; series have a height of 1."""
+    kernel, strides, padding = ((3, 3), (stride, stride), (1, 1)) if dims == 2 else ((1, 3), (1, stride), (0, 1))
+    return nn.Conv2d(in_channels, out_channels, kernel, strides, padding, bias=bias)
+
+
+class Downsample(nn.Module):
+    """Halves the resolution by a strided convolution."""
+
+    def __init__(self, channels: int, dims: int):
+        super().__init__()
+        self.conv = convolution(channels, channels, dims, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """Doubles the resolution by repetition, followed by a convolution to the channels of that resolution."""
+
+    def __init__(self, channels: int, out_channels: int, dims: int):
+        super().__init__()
+        self.factor = (2.0, 2.0) if dims == 2 else (1.0, 2.0)
+        self.conv = convolution(channels, out_channels, dims)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=self.factor, mode="nearest"))
+
+
 class _Attention(torch.autograd.Function):
     """The CPU's fused attention, with a backward pass of matrix products in bfloat16.
 
@@ -217,8 +245,8 @@ class _Attention(torch.autograd.Function):
                 torch.baddbmm(unit, of_logits.mT, q, beta=0, alpha=scale),
                 torch.bmm(weights.mT, g),
             )
-            for whole, part in zip(grads, parts, strict=True):
-                whole[rows] = part.view(whole[rows].shape)
+            for full, part in zip(grads, parts, strict=True):
+                full[rows] = part.view(full[rows].shape)
         return grads
 
 
@@ -260,8 +288,26 @@ def attention(
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
+def num_heads(channels: int, head_dim: int) -> int:
+    """The number of attention heads of `head_dim` channels, or of the next larger size that divides `channels`."""
+    return next(n for n in range(max(channels // head_dim, 1), 0, -1) if channels % n == 0)
+
+
+def project_heads(layer: nn.Module, tokens: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value of an attention layer, shape `(batch, heads, tokens, head_dim)` each.
+
+    Args:
+        layer: With `num_heads` and the linear layers `to_q` and `to_kv`.
+        tokens: Those that attend, shape `(batch, tokens, channels)`.
+        context: Those that are attended to, shape `(batch, other_tokens, context_dim)`.
+    """
+    query = layer.to_q(tokens).unflatten(-1, (layer.num_heads, -1)).transpose(1, 2)
+    key, value = layer.to_kv(context).unflatten(-1, (2, layer.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    return query, key, value
+
+
 def attention_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """What masked attention adds to its logits: `(batch, tokens)`, true where to attend, to `(batch, 1, 1, tokens)`."""
+    """The bias of masked attention's logits: `(batch, tokens)`, true where to attend, to `(batch, 1, 1, tokens)`."""
     if mask is None:
         return None
     bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
@@ -269,7 +315,7 @@ def attention_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 class AttentionProcessor:
-    """How `Attention` goes from feature map to feature map; diffusers' hooks tell the kind of a layer by it."""
+    """The computation of `Attention`; diffusers' hooks identify the kind of a layer by its processor."""
 
     _attention_backend = None  # set by diffusers' `set_attention_backend`
 
@@ -279,8 +325,7 @@ class AttentionProcessor:
         shape = hidden_states.shape
         tokens = attn.norm(hidden_states).flatten(2).transpose(1, 2)  # (batch, height * width, channels)
         context = tokens if context is None else context
-        query = attn.to_q(tokens).unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
-        key, value = attn.to_kv(context).unflatten(-1, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        query, key, value = project_heads(attn, tokens, context)
         out = attention(query, key, value, mask, self._attention_backend).transpose(1, 2).flatten(2)
         return hidden_states + attn.to_out(out).transpose(1, 2).unflatten(2, shape[2:])
 
@@ -298,7 +343,7 @@ class Attention(nn.Module, AttentionModuleMixin):
 
     def __init__(self, channels: int, head_dim: int = 64, context_dim: int | None = None):
         super().__init__()
-        self.num_heads = next(n for n in range(max(channels // head_dim, 1), 0, -1) if channels % n == 0)
+        self.num_heads = num_heads(channels, head_dim)
         self.is_cross_attention = context_dim is not None
         self.norm = AffineGroupNorm(channels)
         self.to_q = nn.Linear(channels, channels)
@@ -311,17 +356,17 @@ class Attention(nn.Module, AttentionModuleMixin):
         return self.processor(self, hidden_states, context, mask)
 
 
-# What diffusers' guiders that skip layers or perturb attention look up. Written without `register`, which imports every
+# Registries in which diffusers' guiders look up the layers that they skip or perturb. Written without `register`, which imports every
 # transformer of diffusers.
 def register_skippable(block_class: type[nn.Module]) -> None:
-    """Says that a block may be left out: called `block(hidden_states, ...)`, it returns their like."""
+    """Lets guiders skip a block that maps `hidden_states`, its first argument, to a tensor of the same shape."""
     TransformerBlockRegistry._registry[block_class] = TransformerBlockMetadata(
         return_hidden_states_index=0, _cls=block_class
     )
 
 
 def register_attention(processor_class: type) -> None:
-    """Says what comes out where attention is left out: what went in."""
+    """Lets guiders skip attention, which then returns its `hidden_states` unchanged."""
     AttentionProcessorRegistry._registry[processor_class] = AttentionProcessorMetadata(
         skip_processor_output_fn=lambda attn, hidden_states, *args, **kwargs: hidden_states
     )
@@ -331,118 +376,20 @@ register_attention(AttentionProcessor)
 register_skippable(Attention)
 
 
-def timestep_of_each(timestep: Tensor | float | int, sample: Tensor) -> Tensor:
-    """The timestep of each sample on its device, shape `(batch,)`, from one number for all or one for each.
-
-    A number is written by the device itself: it would have to wait for a copy from the host, which no CUDA graph can hold.
-    """
-    if isinstance(timestep, Tensor):
-        return timestep.to(sample.device).expand(len(sample))
-    return torch.full((len(sample),), timestep, device=sample.device)
+def zero_(layer: nn.Module) -> None:
+    """Sets the weight and the bias of a layer to 0."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
 
 
-def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0, endpoint: bool = False) -> Tensor:
-    """Cosines and sines of the timestep at `dim // 2` frequencies from 1 down to `1 / max_period`.
+def zero_residual_branches(network: nn.Module, block_class: type[nn.Module]) -> None:
+    """Makes each residual branch start at zero, so that a deep network starts as easy to train as a shallow one.
 
     Args:
-        timesteps: Shape `(batch,)`, integers or, for samplers between them, floats.
-        dim: Even width of the embedding.
-        endpoint: Whether `1 / max_period` is the last of the frequencies, or the one that would come next.
-
-    Returns:
-        float32, shape `(batch, dim)`.
+        block_class: Residual blocks, whose last layer is `conv_2`; that of `Attention` is `to_out`.
     """
-    # Rounded in the order in which diffusers rounds, since a large timestep makes much of the last digit.
-    exponents = -math.log(max_period) * torch.arange(dim // 2, dtype=torch.float32, device=timesteps.device)
-    angles = timesteps.float()[:, None] * torch.exp(exponents / (dim // 2 - endpoint))
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
-
-
-# Of networks that were not trained without labels.
-NO_NULL_LABEL = (
-    "class_labels must be given: the model has no null label, since it was trained with a label on each image"
-)
-
-
-class TimestepEmbedding(nn.Module):
-    """Embeds timesteps and, added to them, class labels and texts; timesteps `(batch,)` to `(batch, dim)`.
-
-    Args:
-        dim: Width of the result.
-        frequency_dim: Width of the sinusoidal embedding.
-        num_classes: Labels are in `[0, num_classes]`, the last one the null label, which stands for "no label".
-        endpoint: Of `timestep_embedding`.
-        pooled_dim: Width of a context whose mean over the tokens is embedded too; `None` for none.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        frequency_dim: int,
-        num_classes: int | None = None,
-        endpoint: bool = False,
-        pooled_dim: int | None = None,
-    ):
-        super().__init__()
-        self.frequency_dim, self.endpoint = frequency_dim, endpoint
-        self.linear_1 = nn.Linear(frequency_dim, dim)
-        self.linear_2 = nn.Linear(dim, dim)
-        self.class_embedding = None if num_classes is None else nn.Embedding(num_classes + 1, dim)
-        self.context_embedding = None if pooled_dim is None else nn.Linear(pooled_dim, dim)
-
-    def forward(
-        self,
-        timesteps: Tensor,
-        class_labels: Tensor | None,
-        dtype: torch.dtype,
-        context: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        """Context `(batch, tokens, pooled_dim)` and mask `(batch, tokens)`, not 0 where there is a token, are pooled."""
-        embedding = timestep_embedding(timesteps, self.frequency_dim, endpoint=self.endpoint).to(dtype)
-        embedding = self.linear_2(F.silu(self.linear_1(embedding)))
-        if self.class_embedding is not None:
-            if class_labels is None:
-                class_labels = timesteps.new_full(
-                    timesteps.shape, self.class_embedding.num_embeddings - 1, dtype=torch.long
-                )
-            embedding = embedding + self.embed_labels(class_labels).to(embedding.dtype)
-        if self.context_embedding is not None:
-            embedding = embedding + self.context_embedding(mean_of_tokens(context, mask))
-        return embedding
-
-    def embed_labels(self, class_labels: Tensor) -> Tensor:
-        """Embeddings `(batch, dim)` of labels `(batch,)`, or of sets of them, multi-hot `(batch, num_classes)`.
-
-        That of a set is the sum of its labels', and that of the empty set is the null label's.
-        """
-        if class_labels.ndim == 1:
-            return self.class_embedding(class_labels)
-        weight = self.class_embedding.weight
-        if class_labels.shape[1] != len(weight) - 1:
-            raise ValueError(
-                f"class_labels must have shape (batch,), or (batch, {len(weight) - 1}) for sets of labels, got "
-                f"{tuple(class_labels.shape)}"
-            )
-        members = class_labels.to(weight.dtype)
-        none = 1 - members.amax(1, keepdim=True)
-        return torch.cat([members, none], dim=1) @ weight
-
-
-def mean_of_tokens(context: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean `(batch, dim)` of tokens `(batch, tokens, dim)`, of those whose mask `(batch, tokens)` is not 0."""
-    if mask is None:
-        return context.mean(1)
-    weight = mask.to(context.dtype)
-    return torch.einsum("btd,bt->bd", context, weight) / weight.sum(1, keepdim=True).clamp(min=1)
-
-
-def pooled_dim(pool_context: bool, cross_attention_dim: int | None) -> int | None:
-    """Width of the context that `TimestepEmbedding` pools, for the options of a model.
-
-    Raises:
-        ValueError: if there is no context to pool.
-    """
-    if pool_context and cross_attention_dim is None:
-        raise ValueError("pool_context needs a context: give cross_attention_dim, or leave pool_context out")
-    return cross_attention_dim if pool_context else None
+    for module in network.modules():
+        if isinstance(module, block_class):
+            zero_(module.conv_2)
+        elif isinstance(module, Attention):
+            zero_(module.to_out)

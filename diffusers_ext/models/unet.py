@@ -4,29 +4,29 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
+from diffusers_ext.models.embeddings import TimestepEmbedding, pooled_dim, timestep_of_each
 from diffusers_ext.models.layers import (
-    NO_NULL_LABEL,
     AffineGroupNorm,
     Attention,
-    TimestepEmbedding,
+    Downsample,
+    Upsample,
     attention_bias,
     channels_last,
     concatenate,
+    convolution,
     group_norm,
     num_groups,
-    pooled_dim,
     register_skippable,
-    timestep_of_each,
+    zero_,
+    zero_residual_branches,
 )
-from diffusers_ext.models.regional import RegionalCompilation
-from diffusers_ext.models.sizes import as_size, check_size
+from diffusers_ext.models.network import Network, check_conditions, check_num_classes
+from diffusers_ext.sizes import as_size, check_size
 
 
 @dataclass
@@ -44,7 +44,7 @@ class UNetBlock(nn.Module):
     Args:
         in_channels, out_channels: Channels before and after.
         embedding_dim: Width of the timestep's embedding.
-        kernel: Extent of the convolutions along height and width: (3, 3), or (1, 3) for 1-D data.
+        dims: 2 for images, 1 for series.
         head_dim: Channels of an attention head.
         self_attention: Whether positions attend to one another.
         context_dim: Width of the tokens that positions attend to across; `None` leaves cross-attention out.
@@ -57,19 +57,18 @@ class UNetBlock(nn.Module):
         out_channels: int,
         embedding_dim: int,
         *,
-        kernel: tuple[int, int] = (3, 3),
+        dims: int = 2,
         head_dim: int = 64,
         self_attention: bool = False,
         context_dim: int | None = None,
         dropout: float = 0.0,
     ):
         super().__init__()
-        padding = (kernel[0] // 2, kernel[1] // 2)
         self.norm_1 = AffineGroupNorm(in_channels)
-        self.conv_1 = nn.Conv2d(in_channels, out_channels, kernel, padding=padding, bias=False)  # the shift is one
+        self.conv_1 = convolution(in_channels, out_channels, dims, bias=False)  # the shift is one
         self.scale_shift = nn.Linear(embedding_dim, 2 * out_channels)
         self.norm_2_groups = num_groups(out_channels)
-        self.conv_2 = nn.Conv2d(out_channels, out_channels, kernel, padding=padding)
+        self.conv_2 = convolution(out_channels, out_channels, dims)
         self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
         self.dropout = nn.Dropout(dropout)
         self.attention = Attention(out_channels, head_dim) if self_attention else None
@@ -94,29 +93,6 @@ class UNetBlock(nn.Module):
 
 
 register_skippable(UNetBlock)
-
-
-class Downsample(nn.Module):
-    """Halves the resolution by a strided convolution."""
-
-    def __init__(self, channels: int, kernel: tuple[int, int], factor: tuple[int, int]):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, kernel, stride=factor, padding=(kernel[0] // 2, kernel[1] // 2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)
-
-
-class Upsample(nn.Module):
-    """Doubles the resolution by repetition, followed by a convolution to the channels of that resolution."""
-
-    def __init__(self, channels: int, out_channels: int, kernel: tuple[int, int], factor: tuple[int, int]):
-        super().__init__()
-        self.factor = tuple(float(f) for f in factor)
-        self.conv = nn.Conv2d(channels, out_channels, kernel, padding=(kernel[0] // 2, kernel[1] // 2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=self.factor, mode="nearest"))
 
 
 def block_maker(
@@ -177,15 +153,14 @@ def make_encoder(
     block: Callable[..., UNetBlock],
     block_out_channels: tuple[int, ...],
     layers_per_block: int,
-    kernel: tuple[int, int],
-    factor: tuple[int, int],
+    dims: int,
 ) -> tuple[nn.ModuleDict, list[int]]:
-    """The way down: modules named by level and place, and the channels of their input and of each of their outputs."""
+    """The encoder: modules named by level and index, and the channels of their input and of each of their outputs."""
     encoder, channels = nn.ModuleDict(), block_out_channels[0]
     all_channels = [channels]
     for level, width in enumerate(block_out_channels):
         if level > 0:
-            encoder[f"level{level}_down"] = Downsample(channels, kernel, factor)
+            encoder[f"level{level}_down"] = Downsample(channels, dims)
             all_channels.append(channels)
         for i in range(layers_per_block):
             encoder[f"level{level}_block{i}"] = block(channels, width, level)
@@ -194,35 +169,23 @@ def make_encoder(
     return encoder, all_channels
 
 
-def zero_residual_branches(network: nn.Module) -> None:
-    """Makes each residual branch start at zero, so that a deep network starts as easy to train as a shallow one."""
-    for module in network.modules():
-        if isinstance(module, UNetBlock | Attention):
-            last = module.conv_2 if isinstance(module, UNetBlock) else module.to_out
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
-
-
 def stem(conv_in: nn.Module, sample: Tensor) -> Tensor:
     """The first feature map of a sample of any dimension, in channels_last on CPUs, and so is every later one."""
     return channels_last(conv_in(sample.unsqueeze(2) if sample.ndim == 3 else sample))
 
 
 def run_module(
-    network: ModelMixin, module: nn.Module, x: Tensor, embedding: Tensor, context: Tensor | None, mask: Tensor | None
+    network: Network, module: nn.Module, x: Tensor, embedding: Tensor, context: Tensor | None, mask: Tensor | None
 ) -> Tensor:
-    """A module of the network, whose activations are computed again in the backward pass if they are not to be kept."""
-    args = (x, embedding, context, mask) if isinstance(module, UNetBlock) else (x,)
-    if network.gradient_checkpointing and torch.is_grad_enabled():
-        return network._gradient_checkpointing_func(module, *args)
-    return module(*args)
+    """Runs a module of a network: a block, which takes the conditions, or a change of resolution, which does not."""
+    return network.run(module, x, *((embedding, context, mask) if isinstance(module, UNetBlock) else ()))
 
 
-class UNetModel(RegionalCompilation, ModelMixin, ConfigMixin):
+class UNetModel(Network):
     """A U-Net with residual blocks, attention at its lower resolutions, and optional labels and context.
 
-    Built for speed where it runs: feature maps stay in channels_last on CPUs, attention heads are wide, and no
-    pass over memory is made twice; `docs/speed.md` has the figures beside diffusers' `UNet2DModel`.
+    Built for speed: feature maps stay in channels_last on CPUs, attention heads are wide, and passes over memory are few;
+    `docs/speed.md` has the figures beside diffusers' `UNet2DModel`.
 
     Args:
         sample_size: Side of the square images, or `(height, width)`; for 1-D data the length. Each must be a multiple
@@ -230,7 +193,7 @@ class UNetModel(RegionalCompilation, ModelMixin, ConfigMixin):
         in_channels: Channels of the noisy sample.
         out_channels: Channels of the output; twice `in_channels` for a learned variance.
         block_out_channels: Channels at each resolution, the full one first; each further one has half the side.
-        layers_per_block: Residual blocks at each resolution on the way down; one more on the way up.
+        layers_per_block: Residual blocks at each resolution of the encoder; one more in the decoder.
         attention_resolutions: Sides (the longer one) of the feature maps that get self-attention, for `sample_size`;
             `None` for the largest map of at most 16. The middle, at the lowest resolution, always has it.
         attention_head_dim: Channels of an attention head. Channels that it does not divide get the next larger size.
@@ -239,18 +202,17 @@ class UNetModel(RegionalCompilation, ModelMixin, ConfigMixin):
         dropout: Share of the features dropped in each residual block while training.
         dims: 2 for images, shape `(batch, channels, height, width)`; 1 for series, `(batch, channels, length)`.
         time_embedding_dim: Width of the embedding of timestep and label; `None` for four times the first width.
-        time_cond_proj_dim: `None`; diffusers' pipelines look here whether a network takes the guidance scale as an input.
+        time_cond_proj_dim: `None`; in diffusers' networks, the width of an embedding of the guidance scale.
         pool_context: Add the mean of the context's tokens, through a linear layer, to the embedding of the timestep, so
-            that each block knows the text as a whole (as in Imagen, Saharia et al. 2022), and learns it sooner.
+            that each block is conditioned on the mean of the text (as in Imagen, Saharia et al. 2022), which trains faster.
         learned_unconditional: Whether the network was trained to predict without its label or text too, as dropping them
             in a share of the batches does. If not, pipelines refuse to guide by it, and labels must be given; after
-            training with such dropout, say so by `model.register_to_config(learned_unconditional=True)`.
+            training with such dropout, set it by `model.register_to_config(learned_unconditional=True)`.
 
     Raises:
         ValueError: if the sizes or options do not fit one another.
     """
 
-    _supports_gradient_checkpointing = True
     _no_split_modules = ["UNetBlock"]
     _repeated_blocks = ["UNetBlock"]
 
@@ -282,16 +244,13 @@ class UNetModel(RegionalCompilation, ModelMixin, ConfigMixin):
         size = as_size(sample_size, dims)
         check_size(size, block_out_channels)
         embedding_dim = time_embedding_dim or 4 * block_out_channels[0]
-        kernel, factor = ((3, 3), (2, 2)) if dims == 2 else ((1, 3), (1, 2))
-        padding = (kernel[0] // 2, kernel[1] // 2)
-
         block = block_maker(
             size,
             block_out_channels,
             attention_resolutions,
             cross_attention_dim,
             embedding_dim=embedding_dim,
-            kernel=kernel,
+            dims=dims,
             head_dim=attention_head_dim,
             dropout=dropout,
         )
@@ -301,10 +260,10 @@ class UNetModel(RegionalCompilation, ModelMixin, ConfigMixin):
             num_classes,
             pooled_dim=pooled_dim(pool_context, cross_attention_dim),
         )
-        self.conv_in = nn.Conv2d(in_channels, block_out_channels[0], kernel, padding=padding)
+        self.conv_in = convolution(in_channels, block_out_channels[0], dims)
 
-        # Each module of the encoder leaves its output for one block of the decoder; names give level and place.
-        self.encoder, skip_channels = make_encoder(block, block_out_channels, layers_per_block, kernel, factor)
+        # Each module of the encoder leaves its output for one block of the decoder; names give level and index.
+        self.encoder, skip_channels = make_encoder(block, block_out_channels, layers_per_block, dims)
         self.decoder = nn.ModuleDict()
         channels = skip_channels[-1]
 
@@ -316,19 +275,17 @@ class UNetModel(RegionalCompilation, ModelMixin, ConfigMixin):
                 self.decoder[f"level{level}_block{i}"] = block(channels + skip_channels.pop(), width, level)
                 channels = width
             if level > 0:
-                self.decoder[f"level{level}_up"] = Upsample(channels, block_out_channels[level - 1], kernel, factor)
+                self.decoder[f"level{level}_up"] = Upsample(channels, block_out_channels[level - 1], dims)
                 channels = block_out_channels[level - 1]
 
         self.norm_out = AffineGroupNorm(channels)
-        self.conv_out = nn.Conv2d(channels, out_channels, kernel, padding=padding)
-        self.gradient_checkpointing = False
+        self.conv_out = convolution(channels, out_channels, dims)
         self.initialize_weights()
 
     def initialize_weights(self):
-        """Makes each residual branch and the output start at zero, so that the network starts as the identity's skips."""
-        zero_residual_branches(self)
-        nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)
+        """Makes each residual branch and the output start at zero, so that the network starts as its skips alone."""
+        zero_residual_branches(self, UNetBlock)
+        zero_(self.conv_out)
 
     @property
     def skippable_blocks(self) -> list[Attention]:
@@ -396,15 +353,7 @@ class UNetModel(RegionalCompilation, ModelMixin, ConfigMixin):
                 f"sample must have shape (batch, {config.in_channels}, {spatial}), got {tuple(sample.shape)}"
             )
         check_size(sample.shape[2:], config.block_out_channels)
-        if class_labels is not None and config.num_classes is None:
-            raise ValueError("class_labels were given to a model without labels: it was built with num_classes=None")
-        if class_labels is None and config.num_classes is not None and not config.learned_unconditional:
-            raise ValueError(NO_NULL_LABEL)
-        if (context is None) != (config.cross_attention_dim is None):
-            raise ValueError(
-                "encoder_hidden_states must be given exactly if the model has cross-attention, got "
-                f"{'none' if context is None else tuple(context.shape)} for cross_attention_dim={config.cross_attention_dim}"
-            )
+        check_conditions(config, class_labels, context)
 
 
 def check_options(in_channels, out_channels, block_out_channels, layers_per_block, head_dim, num_classes, dims):
@@ -417,5 +366,4 @@ def check_options(in_channels, out_channels, block_out_channels, layers_per_bloc
         )
     if block_out_channels[0] % 2:
         raise ValueError(f"the first of block_out_channels must be even, got {block_out_channels[0]}")
-    if num_classes is not None and num_classes < 1:
-        raise ValueError(f"num_classes must be at least 1, or None for no labels, got {num_classes}")
+    check_num_classes(num_classes)

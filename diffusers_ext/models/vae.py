@@ -5,20 +5,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from diffusers_ext.draws import draw_normal
-from diffusers_ext.models.layers import Attention
-from diffusers_ext.models.regional import RegionalCompilation
-from diffusers_ext.models.sizes import as_size, check_size
+from diffusers_ext.models.layers import zero_residual_branches
+from diffusers_ext.models.network import Network
 from diffusers_ext.models.vae_coders import ConvCoder, DenseCoder, VAEBlock
-from diffusers_ext.models.vae_likelihood import LIKELIHOODS, mean_of
-from diffusers_ext.models.vae_posterior import DiagonalGaussian
+from diffusers_ext.models.vae_likelihood import LIKELIHOODS, DiagonalGaussian, mean_of
 from diffusers_ext.models.vae_tiling import apply_tiled
+from diffusers_ext.sizes import as_size, check_size, downsampling_factor
 
 
 ARCHITECTURES = ("conv", "mlp")
@@ -33,18 +31,18 @@ class EncoderOutput(BaseOutput):
 
 @dataclass
 class DecoderOutput(BaseOutput):
-    """`sample` is the mean of p(x | z) in [-1, 1] up to what the network overshoots, shape `(batch, channels, *spatial)`."""
+    """`sample` is the mean of p(x | z) in [-1, 1] up to the network's overshoot, shape `(batch, channels, *spatial)`."""
 
     sample: Tensor
 
 
 @dataclass
 class VAEOutput(BaseOutput):
-    """What a forward pass gives.
+    """The output of a forward pass.
 
     Attributes:
         sample: Mean of p(x | z), shape `(batch, out_channels, *spatial)`.
-        parameters: What the likelihood takes, of the same shape: logits for "bernoulli", else the mean itself.
+        parameters: Parameters of p(x | z), of the same shape: logits for "bernoulli", else the mean itself.
         log_scale: Log of the likelihood's scale, shape `()`.
         mean, logvar: Of the posterior over the latents.
         latents: The z that was decoded.
@@ -58,12 +56,12 @@ class VAEOutput(BaseOutput):
     latents: Tensor | None = None
 
 
-class VAEModel(RegionalCompilation, ModelMixin, ConfigMixin):
+class VAEModel(Network):
     """A variational autoencoder: images to latents and back, with a likelihood.
 
     Latents are normalised for a denoiser as `(z - shift_factor) * scaling_factor`. `training/train_vae.py` measures
     both: it moves the mean into `latent_offset`, so that `shift_factor` is 0 and the formula is right too in pipelines
-    of diffusers that divide by `scaling_factor` and know no shift, such as `StableDiffusionPipeline` and `DiTPipeline`.
+    of diffusers that divide by `scaling_factor` and use no shift, such as `StableDiffusionPipeline` and `DiTPipeline`.
     Until it is measured, `scaling_factor` is 1, the latents as they are, and `shift_factor` is `None`.
 
     Args:
@@ -91,7 +89,6 @@ class VAEModel(RegionalCompilation, ModelMixin, ConfigMixin):
         ValueError: if the sizes or options do not fit one another.
     """
 
-    _supports_gradient_checkpointing = True
     _no_split_modules = ["VAEBlock"]
     _repeated_blocks = ["VAEBlock"]
 
@@ -134,21 +131,16 @@ class VAEModel(RegionalCompilation, ModelMixin, ConfigMixin):
         scale = torch.tensor(float(likelihood_scale)).log()
         self.log_scale = nn.Parameter(scale) if learn_scale else None
         self.use_slicing = self.use_tiling = False
-        self.gradient_checkpointing = False
         self.initialize_weights()
 
     def initialize_weights(self):
         """Makes each residual branch start at zero, so that a deep network starts as easy to train as a shallow one."""
-        for module in self.modules():
-            if isinstance(module, VAEBlock | Attention):
-                last = module.conv_2 if isinstance(module, VAEBlock) else module.to_out
-                nn.init.zeros_(last.weight)
-                nn.init.zeros_(last.bias)
+        zero_residual_branches(self, VAEBlock)
 
     @property
     def downsampling(self) -> int:
-        """How many times smaller a side of the latents is than that of the image."""
-        return 2 ** (len(self.config.block_out_channels) - 1)
+        """Ratio of an image's side to that of its latents."""
+        return downsampling_factor(self.config.block_out_channels)
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -193,17 +185,17 @@ class VAEModel(RegionalCompilation, ModelMixin, ConfigMixin):
         return_dict: bool = True,
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> DecoderOutput | tuple[Tensor]:
-        """The mean of p(x | z): images, in [-1, 1] as far as the network keeps to it.
+        """The mean of p(x | z): images in [-1, 1], up to the network's overshoot.
 
         Args:
             z: Latents as `encode` gives them, not normalised, shape `(batch, *latent_shape)`.
-            generator: Passed by diffusers' pipelines; nothing random happens here.
+            generator: Passed by diffusers' pipelines, and not used: decoding is deterministic.
         """
         sample = mean_of(self.config.likelihood, self.decode_parameters(z))
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def decode_parameters(self, z: Tensor) -> Tensor:
-        """What the likelihood takes: logits for "bernoulli", else the mean; shape `(batch, out_channels, *spatial)`."""
+        """The parameters of p(x | z): logits for "bernoulli", else the mean; shape `(batch, out_channels, *spatial)`."""
         self._check_latents(z)
         offset = self.config.latent_offset
         return self._by_slices(self._decode, z + offset if offset else z).to(self.dtype)
@@ -255,7 +247,7 @@ class VAEModel(RegionalCompilation, ModelMixin, ConfigMixin):
         self.use_slicing = False
 
     def enable_tiling(self, use_tiling: bool = True, tile_size: int | None = None, overlap: float = 0.25):
-        """Passes large samples through the network tile by tile; see `apply_tiled` for how that equals the whole.
+        """Passes large samples through the network tile by tile; see `apply_tiled` for how close that is to one pass.
 
         Args:
             tile_size: Side of a tile in pixels, a multiple of `downsampling`; by default `sample_size`.
@@ -285,7 +277,7 @@ class VAEModel(RegionalCompilation, ModelMixin, ConfigMixin):
 
     def _encode(self, x: Tensor) -> Tensor:
         if self.config.architecture == "mlp":
-            return self.encoder(x.flatten(1), self._run)
+            return self.encoder(x.flatten(1), self.run)
         if self.use_tiling:
             tiling = {"tile": self._tile, "overlap": self._overlap, "in_scale": self.downsampling}
             return apply_tiled(self._encode_tile, x, **tiling)
@@ -294,7 +286,7 @@ class VAEModel(RegionalCompilation, ModelMixin, ConfigMixin):
     def _decode(self, z: Tensor) -> Tensor:
         config = self.config
         if config.architecture == "mlp":
-            logits = self.decoder(z, self._run).unflatten(1, (-1, *as_size(config.sample_size, config.dims)))
+            logits = self.decoder(z, self.run).unflatten(1, (-1, *as_size(config.sample_size, config.dims)))
             return logits if config.likelihood == "bernoulli" else mean_of("bernoulli", logits)
         if self.use_tiling:
             tiling = {"tile": self._tile, "overlap": self._overlap, "out_scale": self.downsampling}
@@ -309,13 +301,8 @@ class VAEModel(RegionalCompilation, ModelMixin, ConfigMixin):
 
     def _in_2d(self, coder: ConvCoder, x: Tensor) -> Tensor:
         if self.config.dims == 1:
-            return coder(x.unsqueeze(2), self._run).squeeze(2)
-        return coder(x, self._run)
-
-    def _run(self, module: nn.Module, x: Tensor) -> Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return self._gradient_checkpointing_func(module, x)
-        return module(x)
+            return coder(x.unsqueeze(2), self.run).squeeze(2)
+        return coder(x, self.run)
 
     def _check_images(self, x: Tensor):
         config = self.config

@@ -1,24 +1,20 @@
-"""The halves of an autoencoder: what turns images into latents' means and variances, and what turns latents back."""
+"""The encoder and the decoder of an autoencoder, which are one class each for either direction."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusers_ext.models.layers import AffineGroupNorm, Attention, channels_last
-from diffusers_ext.models.unet import Downsample, Upsample
+from diffusers_ext.models.layers import AffineGroupNorm, Attention, Downsample, Upsample, channels_last, convolution
 
 
 class VAEBlock(nn.Module):
     """A residual block: normalisation, SiLU and convolution, twice; and attention over positions if asked for."""
 
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel: tuple[int, int] = (3, 3), self_attention: bool = False
-    ):
+    def __init__(self, in_channels: int, out_channels: int, dims: int, self_attention: bool = False):
         super().__init__()
-        padding = (kernel[0] // 2, kernel[1] // 2)
         self.norm_1 = AffineGroupNorm(in_channels)
-        self.conv_1 = nn.Conv2d(in_channels, out_channels, kernel, padding=padding)
+        self.conv_1 = convolution(in_channels, out_channels, dims)
         self.norm_2 = AffineGroupNorm(out_channels)
-        self.conv_2 = nn.Conv2d(out_channels, out_channels, kernel, padding=padding)
+        self.conv_2 = convolution(out_channels, out_channels, dims)
         self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
         self.attention = Attention(out_channels) if self_attention else None
 
@@ -52,29 +48,27 @@ class ConvCoder(nn.Module):
         mid_attention: bool,
     ):
         super().__init__()
-        kernel, factor = ((3, 3), (2, 2)) if dims == 2 else ((1, 3), (1, 2))
-        padding = (kernel[0] // 2, kernel[1] // 2)
         channels = widths[0]
-        self.conv_in = nn.Conv2d(in_channels, channels, kernel, padding=padding)
+        self.conv_in = convolution(in_channels, channels, dims)
 
         lowest = widths[0] if upward else widths[-1]
         middle = {
-            "middle_block0": VAEBlock(lowest, lowest, kernel, mid_attention),
-            "middle_block1": VAEBlock(lowest, lowest, kernel),
+            "middle_block0": VAEBlock(lowest, lowest, dims, mid_attention),
+            "middle_block1": VAEBlock(lowest, lowest, dims),
         }
         self.stack = nn.ModuleDict(middle if upward else {})
         for level, width in enumerate(widths):
             if level > 0 and upward:
-                self.stack[f"level{level}_up"] = Upsample(channels, width, kernel, factor)
+                self.stack[f"level{level}_up"] = Upsample(channels, width, dims)
                 channels = width
             elif level > 0:
-                self.stack[f"level{level}_down"] = Downsample(channels, kernel, factor)
+                self.stack[f"level{level}_down"] = Downsample(channels, dims)
             for block in range(num_blocks):
-                self.stack[f"level{level}_block{block}"] = VAEBlock(channels, width, kernel)
+                self.stack[f"level{level}_block{block}"] = VAEBlock(channels, width, dims)
                 channels = width
         self.stack.update({} if upward else middle)
         self.norm_out = AffineGroupNorm(channels)
-        self.conv_out = nn.Conv2d(channels, out_channels, kernel, padding=padding)
+        self.conv_out = convolution(channels, out_channels, dims)
 
     def forward(self, x: Tensor, run) -> Tensor:
         """Args: run: Calls a module on a feature map, with or without checkpointing."""

@@ -1,6 +1,6 @@
-"""A network that tells decoded images from real ones, patch by patch (Isola et al. 2017), and its losses.
+"""A patch discriminator of decoded and real images (Isola et al. 2017), and its losses.
 
-It is what makes an autoencoder's images sharp where the likelihood alone would blur (Esser et al. 2021, VQGAN).
+It makes an autoencoder's images sharp where the likelihood alone would blur them (Esser et al. 2021, VQGAN).
 """
 
 import torch
@@ -31,7 +31,7 @@ class PatchDiscriminator(nn.Module):
             # The last one keeps the side.
             wider, stride = width * min(2**number, 8), 2 if number < num_layers else 1
             layers.append(nn.Conv2d(channels, wider, 4, stride, padding=1, bias=False))
-            # Not by batches, as in the paper: its statistics would mix real images with decoded ones.
+            # Not batch normalisation, as in the paper: its statistics would mix real images with decoded ones.
             layers += [AffineGroupNorm(wider), nn.LeakyReLU(0.2)]
             channels = wider
         self.layers = nn.Sequential(*layers, nn.Conv2d(channels, 1, 4, padding=1))
@@ -41,7 +41,7 @@ class PatchDiscriminator(nn.Module):
 
     @staticmethod
     def smallest_side(num_layers: int) -> int:
-        """The least side of an image that leaves at least one logit."""
+        """The smallest side of an image that has at least one logit."""
         return 3 * 2**num_layers
 
     def forward(self, x: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ def hinge_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
 
 
 def adaptive_weight(loss: Tensor, adversarial_loss: Tensor, last_layer: Tensor) -> Tensor:
-    """How much the adversarial loss is to count, so that both gradients are of one size at the last layer (VQGAN).
+    """The weight of the adversarial loss with which both gradients have the same norm at the last layer (VQGAN).
 
     |grad loss| / (|grad adversarial_loss| + 1e-4),   at most 1e4
     """

@@ -1,28 +1,92 @@
-"""What a variational autoencoder's p(x | z) says of data, and the bounds on log p(x) that follow from it.
+"""The distributions of a variational autoencoder, q(z | x) and p(x | z), and the bounds on log p(x) from them.
 
     -log p(x)  <=  E_q[-log p(x | z)]  +  KL(q(z | x) || p(z))          the negative ELBO (Kingma & Welling 2013)
     nats           distortion             rate
 
-All in nats for a whole image, bits per dimension only by `diffusers_ext.diffusion.variational_bound.bits_per_dim`. Densities of pixels
-say nothing in bits per dimension: a pixel of 8 bits has a probability, and the discretised likelihoods (`levels=256`)
-give it. Those of "gaussian" and "laplace" are the masses between the pixel's neighbours; "bernoulli" is a probability
-where images are black or white, and for grey ones a mere cross-entropy.
+All are nats per image; `diffusers_ext.diffusion.variational_bound.bits_per_dim` converts them. Bits per dimension need a
+probability of each pixel, not a density: that of the discretised likelihoods (`levels=256`) is the mass of "gaussian" or
+"laplace" in the bin around the pixel's value. "bernoulli" is a probability where images are black or white, and for grey
+ones a cross-entropy.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffusers_ext.diffusion.noising import normal_log_prob
 from diffusers_ext.diffusion.precision import to_float64
 from diffusers_ext.diffusion.variational_bound import binned_log_prob
-from diffusers_ext.models.vae_posterior import DiagonalGaussian, widened
+from diffusers_ext.draws import draw_normal
 
 
 LIKELIHOODS = ("bernoulli", "gaussian", "laplace")
+
+
+class DiagonalGaussian:
+    """The posterior q(z | x) = N(mean, diag(exp(logvar))) over latents of any shape, and its prior.
+
+    The names are those of the distribution that diffusers' `AutoencoderKL` returns.
+
+    Args:
+        mean, logvar: Shape `(batch, *latent_shape)`; `logvar` is clamped to [-30, 20].
+        prior_mean: The prior is N(prior_mean, 1) for each latent.
+    """
+
+    def __init__(self, mean: Tensor, logvar: Tensor, prior_mean: float = 0.0):
+        self.mean, self.logvar, self.prior_mean = mean, logvar.clamp(-30.0, 20.0), prior_mean
+
+    @property
+    def std(self) -> Tensor:
+        return torch.exp(0.5 * self.logvar)
+
+    @property
+    def var(self) -> Tensor:
+        return torch.exp(self.logvar)
+
+    def sample(
+        self, generator: torch.Generator | list[torch.Generator] | None = None, noise: Tensor | None = None
+    ) -> Tensor:
+        """Latents mean + std * noise, with standard normal noise: the given one, or drawn with the generator."""
+        if noise is None:
+            noise = draw_normal(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
+        return self.mean + self.std * noise.to(self.mean.dtype)
+
+    def mode(self) -> Tensor:
+        return self.mean
+
+    def kl_per_latent(self, other: "DiagonalGaussian | None" = None) -> Tensor:
+        """KL divergence from the prior, or from `other`, of each latent by itself: nats, float32 or float64.
+
+        KL(N(m, v) || N(M, V)) = ((m - M)^2 / V + v / V - 1 - log(v / V)) / 2
+        """
+        mean, logvar = widened(self.mean), widened(self.logvar)
+        if other is None:
+            return 0.5 * ((mean - self.prior_mean).square() + torch.expm1(logvar) - logvar)
+        other_logvar = widened(other.logvar)
+        log_ratio = logvar - other_logvar
+        return 0.5 * ((mean - other.mean).square() * torch.exp(-other_logvar) + torch.expm1(log_ratio) - log_ratio)
+
+    def kl(self, other: "DiagonalGaussian | None" = None) -> Tensor:
+        """KL divergence from the prior, or from `other`: nats, shape `(batch,)`."""
+        return self.kl_per_latent(other).flatten(1).sum(1)
+
+    def nll(self, sample: Tensor, dims: Sequence[int] | None = None) -> Tensor:
+        """-log q(sample) in nats, summed over all axes but the first, or over `dims`."""
+        terms = -normal_log_prob(sample, self.mean, 0.5 * widened(self.logvar))
+        return terms.flatten(1).sum(1) if dims is None else terms.sum(list(dims))
+
+    def prior_log_prob(self, sample: Tensor) -> Tensor:
+        """log p(sample) under the prior in nats, shape `(batch,)`."""
+        return normal_log_prob(widened(sample), self.prior_mean).flatten(1).sum(1)
+
+
+def widened(x: Tensor) -> Tensor:
+    """At least float32: sums over thousands of values need more digits than bfloat16 has."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def mean_of(likelihood: str, parameters: Tensor) -> Tensor:
@@ -56,11 +120,10 @@ def log_likelihood(
     log_scale = widened(log_scale)
     if levels is not None:
         return discretized_log_prob(likelihood, x, parameters, log_scale, levels).flatten(1).sum(1)
-    scaled = (x - parameters) * torch.exp(-log_scale)
     if likelihood == "gaussian":
-        terms = -0.5 * scaled.square() - log_scale - 0.5 * math.log(2 * math.pi)
+        terms = normal_log_prob(x, parameters, log_scale)
     else:
-        terms = -scaled.abs() - log_scale - math.log(2)
+        terms = -((x - parameters) * torch.exp(-log_scale)).abs() - log_scale - math.log(2)
     return terms.flatten(1).sum(1)
 
 
@@ -95,7 +158,7 @@ class Bound(NamedTuple):
 
 
 class LikelihoodEstimate(NamedTuple):
-    """What is known of -log p(x) in nats, float64 (on the CPU for a device without it), shape `(batch,)` each.
+    """Bounds on -log p(x) in nats, float64 (on the CPU for a device without it), shape `(batch,)` each.
 
     Attributes:
         bound: The negative ELBO in its two terms, the distortion averaged over the draws.

@@ -22,6 +22,7 @@ from diffusers_ext.pipelines.image_inputs import ImageInput, encode_image, mask_
 from diffusers_ext.pipelines.inpainting import KnownPixels, check_resampling, mask_of_latents
 from diffusers_ext.schedulers.levels import noise_level
 from diffusers_ext.schedulers.samplers import check_sampler, check_timesteps, is_sampler
+from diffusers_ext.sizes import as_size
 
 
 class TrajectoryPoint(NamedTuple):
@@ -288,8 +289,7 @@ class SamplingMixin:
 
     def _latent_shape(self, batch_size: int) -> tuple[int, ...]:
         config = self.denoiser.config
-        size = (config.sample_size,) * self._dims if isinstance(config.sample_size, int) else tuple(config.sample_size)
-        return (batch_size, config.in_channels, *size)
+        return (batch_size, config.in_channels, *as_size(config.sample_size, self._dims))
 
     def _as_expected(self, output: Tensor, channels: int) -> Tensor:
         """Leaves a learned variance away for a scheduler that has no use for it."""

@@ -6,8 +6,10 @@ from typing import ClassVar, Literal
 import torch
 
 from diffusers_ext.models.dit import PATCH_SIZES, DiTModel, dit_config
+from diffusers_ext.models.layers import num_heads
 from diffusers_ext.models.unet import UNetModel, refuse_unmatched_resolutions
 from diffusers_ext.options import option
+from diffusers_ext.sizes import as_size, downsampling_factor
 from diffusers_ext.trainer.config import TrainerConfig
 
 
@@ -91,7 +93,7 @@ class NetworkConfig(TrainerConfig):
         options.setdefault("patch_size", _default_patch_size(sample_size))
         if "num_attention_heads" not in options:
             width = options["hidden_size"]
-            options["num_attention_heads"] = next(n for n in range(max(width // HEAD_DIM, 1), 0, -1) if width % n == 0)
+            options["num_attention_heads"] = num_heads(width, HEAD_DIM)
         rest = ("mlp_ratio", "qk_norm", "num_registers", "dropout")
         return options | {name: getattr(self, name) for name in rest}
 
@@ -99,7 +101,7 @@ class NetworkConfig(TrainerConfig):
     def size_multiple(self) -> int:
         """What the sides of the samples must be multiples of."""
         if self.model == "unet":
-            return 2 ** (len(self.block_out_channels) - 1)
+            return downsampling_factor(self.block_out_channels)
         return self.patch_size or (1 if self.dit_size is None else dit_config(self.dit_size)["patch_size"])
 
     def check_sample(self, size: tuple[int, int], resolution: tuple[int, int]) -> None:
@@ -131,7 +133,7 @@ class NetworkConfig(TrainerConfig):
 
 
 def _default_patch_size(sample_size: int | tuple[int, int]) -> int:
-    height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+    height, width = as_size(sample_size)
     fitting = [patch for patch in PATCH_SIZES if height % patch == width % patch == 0]
     few = [patch for patch in fitting if height * width <= MAX_PATCHES * patch**2]
     return few[0] if few else fitting[-1]

@@ -13,8 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from diffusers_ext.models.vae_discriminator import adaptive_weight, hinge_loss
-from diffusers_ext.models.vae_likelihood import log_likelihood
-from diffusers_ext.models.vae_posterior import DiagonalGaussian
+from diffusers_ext.models.vae_likelihood import DiagonalGaussian, log_likelihood
 from diffusers_ext.trainer.adversary import Adversary
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from diffusers_ext.models.vae import VAEModel
-from diffusers_ext.models.vae_posterior import DiagonalGaussian
+from diffusers_ext.models.vae_likelihood import DiagonalGaussian
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from diffusers_ext.atomic_files import written_whole
+from diffusers_ext.atomic_files import atomic_write
 from diffusers_ext.data.batches import BatchOptions, derived_seed, seed_generators
 from diffusers_ext.data.identity import identify
 from diffusers_ext.data.image_table import ImageData
@@ -198,7 +198,7 @@ class Trainer:
         )
         is_main = self.accelerator.is_main_process
         if is_main:
-            with written_whole(self.output_dir / CONFIG_FILE) as partial:
+            with atomic_write(self.output_dir / CONFIG_FILE) as partial:
                 partial.write_text(to_yaml(config))
             if self.snapshots:
                 self.snapshots.drop_after(state.step)

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from diffusers_ext.atomic_files import PARTIAL, written_whole
+from diffusers_ext.atomic_files import PARTIAL, atomic_write
 from diffusers_ext.trainer.ema import WeightAverage, power_function_exponent
 
 
@@ -76,7 +76,7 @@ class AverageSnapshots:
             path = self.folder / f"step-{step:07}-std-{_text(std)}.safetensors"
             try:
                 self.folder.mkdir(exist_ok=True)
-                with written_whole(path, sync=True) as partial:
+                with atomic_write(path, sync=True) as partial:
                     save_file(average.averages(), partial)
             except Exception as error:  # safetensors reports a full disk as an error of its own
                 raise OSError(f"the snapshot {path} could not be written ({error})") from error

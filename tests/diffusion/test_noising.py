@@ -15,6 +15,7 @@ from diffusers_ext.diffusion.noising import (
     interpolated_log_std,
     kl_weight,
     normal_kl,
+    normal_log_prob,
     output_eps,
     posterior,
     predict_eps,
@@ -260,6 +261,13 @@ def test_prediction_type_error_names_the_choices(schedule, batch):
     x0, eps, timesteps = batch
     with pytest.raises(ValueError, match="'epsilon', 'sample', 'v_prediction' or 'score', got 'noise'"):
         training_target(x0, eps, schedule.level(timesteps, x0), "noise")
+
+
+def test_normal_log_prob_is_that_of_torch():
+    x, mean, log_std = torch.randn(3, 1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = distributions.Normal(mean, log_std.exp()).log_prob(x)
+    torch.testing.assert_close(normal_log_prob(x, mean, log_std), expected)
+    torch.testing.assert_close(normal_log_prob(x), distributions.Normal(0.0, 1.0).log_prob(x))
 
 
 def test_normal_kl_is_that_of_torch_and_keeps_its_digits_for_nearly_equal_normals():

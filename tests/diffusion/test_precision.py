@@ -10,8 +10,7 @@ from diffusers_ext.diffusion.noising import NoiseSchedule
 from diffusers_ext.diffusion.precision import to_float64
 from diffusers_ext.diffusion.probability_flow import ContinuousPath
 from diffusers_ext.metrics.reconstruction import psnr, ssim
-from diffusers_ext.models.vae_likelihood import estimate_likelihood, log_likelihood
-from diffusers_ext.models.vae_posterior import DiagonalGaussian
+from diffusers_ext.models.vae_likelihood import DiagonalGaussian, estimate_likelihood, log_likelihood
 
 
 class WithoutFloat64(TorchDispatchMode):

@@ -6,7 +6,7 @@ from diffusers import UNet2DModel
 from diffusers.guiders import ClassifierFreeGuidance
 
 from diffusers_ext import ComposedGuidance, DiTModel, ExtDDIMScheduler, ExtDDPMScheduler, GuidedDiffusionPipeline
-from diffusers_ext.models.layers import TimestepEmbedding
+from diffusers_ext.models.embeddings import TimestepEmbedding
 from tiny import tiny_unet
 
 

@@ -55,7 +55,10 @@ def test_every_size_that_the_config_allows(config, shape):
     "config, message",
     [
         ({"sample_size": 15}, "multiple of 2, .* got 15 x 15"),
-        ({"sample_size": (16, 16, 16)}, "sample_size must be one positive number or 2"),
+        (
+            {"sample_size": (16, 16, 16)},
+            r"sample_size must be one positive number or one for each of 2 axes, got \(16, 16, 16\)",
+        ),
         ({"block_out_channels": (15, 32)}, "must be even, got 15"),
         ({"block_out_channels": ()}, "at least 1"),
         ({"num_classes": 0}, "num_classes must be at least 1"),

@@ -70,7 +70,10 @@ def test_every_size_that_the_config_allows(config, shape, latents):
     "config, message",
     [
         ({"sample_size": 15}, "sample_size must be a multiple of 2, .* got 15 x 15"),
-        ({"sample_size": (16, 16, 16)}, "sample_size must be one positive number or 2"),
+        (
+            {"sample_size": (16, 16, 16)},
+            r"sample_size must be one positive number or one for each of 2 axes, got \(16, 16, 16\)",
+        ),
         ({"block_out_channels": ()}, "block_out_channels must be one or more positive numbers"),
         ({"dims": 3}, "dims must be one of 1, 2, got 3"),
         ({"architecture": "vq"}, "architecture must be one of conv, mlp, got 'vq'"),
@@ -237,7 +240,9 @@ def test_tiling_is_off_until_asked_for_and_says_what_does_not_fit():
     assert large.shape == (1, 3, 32, 48) and large.isfinite().all()
     with pytest.raises(ValueError, match="tile_size must be a multiple of 2"):
         model.enable_tiling(tile_size=7)
-    with pytest.raises(ValueError, match=r"tile_size must be one positive number or 2, for dims=2, got \(8, 8, 8\)"):
+    with pytest.raises(
+        ValueError, match=r"tile_size must be one positive number or one for each of 2 axes, got \(8, 8, 8\)"
+    ):
         model.enable_tiling(tile_size=(8, 8, 8))
     with pytest.raises(ValueError, match=r"overlap must be in \[0, 1\), got 1"):
         model.enable_tiling(overlap=1.0)

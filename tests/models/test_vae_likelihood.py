@@ -7,12 +7,12 @@ from torch.distributions import Bernoulli, Laplace, MultivariateNormal, Normal, 
 from diffusers_ext.diffusion.variational_bound import bits_per_dim
 from diffusers_ext.models.vae import VAEModel
 from diffusers_ext.models.vae_likelihood import (
+    DiagonalGaussian,
     discretized_log_prob,
     estimate_likelihood,
     log_likelihood,
     vae_likelihood,
 )
-from diffusers_ext.models.vae_posterior import DiagonalGaussian
 
 
 def draw(*shape, seed=0):

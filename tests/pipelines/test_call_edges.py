@@ -20,7 +20,7 @@ from diffusers_ext import (
     WeakModelGuidance,
 )
 from diffusers_ext.draws import as_generators, check_seed
-from diffusers_ext.models.vae_posterior import DiagonalGaussian
+from diffusers_ext.models.vae_likelihood import DiagonalGaussian
 from tiny import tiny_unet
 from tiny_text import tiny_clip, tiny_text_unet, tiny_tokenizer
 

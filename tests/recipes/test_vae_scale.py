@@ -3,7 +3,7 @@ import torch
 
 from diffusers_ext.latents import encode_latents
 from diffusers_ext.models.vae import VAEModel
-from diffusers_ext.models.vae_posterior import DiagonalGaussian
+from diffusers_ext.models.vae_likelihood import DiagonalGaussian
 from diffusers_ext.recipes.vae_figures import (
     decoded,
     draw_pictures,

@@ -40,7 +40,7 @@ def test_blocks_of_many_widths_are_all_compiled(cls, kwargs):
 
 
 @torch.no_grad()
-def test_a_limit_of_the_callers_own_is_kept():
+def test_a_given_limit_of_compilations_is_kept():
     if "recompile_limit" not in inspect.signature(torch.compile).parameters:
         pytest.skip("torch.compile has no limit to set")
     model = UNetModel(sample_size=8, block_out_channels=WIDTHS, layers_per_block=1)

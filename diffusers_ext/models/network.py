@@ -1,0 +1,69 @@
+"""The base of the networks: recomputed activations, compilation by block, and the conditions that a network takes."""
+
+import inspect
+
+import torch
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+
+# A block is compiled anew for training and for sampling, and for a few sizes of batch or sample.
+COMPILATIONS_PER_BLOCK = 4
+
+
+class Network(ModelMixin, ConfigMixin):
+    """A model of diffusers that can recompute its activations and be compiled block by block."""
+
+    _supports_gradient_checkpointing = True
+    gradient_checkpointing = False
+
+    def run(self, module: nn.Module, *args) -> Tensor:
+        """Calls a module of the network; with gradient checkpointing, its activations are recomputed in backward."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(module, *args)
+        return module(*args)
+
+    def compile_repeated_blocks(self, *args, **kwargs) -> None:
+        """Compiles each block by itself (regional compilation of diffusers), in less time than all of the network takes.
+
+        Blocks of other widths, resolutions or layers need code of their own, and PyTorch gives up after 8 by default: it
+        then runs the rest uncompiled, or raises with `fullgraph=True`. Here the limit grows with the number of blocks,
+        in versions of PyTorch in which `torch.compile` has one.
+
+        Args:
+            args, kwargs: For `torch.compile`.
+        """
+        if "recompile_limit" in inspect.signature(torch.compile).parameters:
+            blocks = [module for module in self.modules() if type(module).__name__ in self._repeated_blocks]
+            kwargs.setdefault("recompile_limit", COMPILATIONS_PER_BLOCK * len(blocks))
+        super().compile_repeated_blocks(*args, **kwargs)
+
+
+def check_conditions(config, class_labels: Tensor | None, context: Tensor | None) -> None:
+    """Refuses labels and contexts that a denoiser was not built for, and their absence where it needs them.
+
+    Args:
+        config: Of the denoiser, with `num_classes`, `learned_unconditional` and `cross_attention_dim`.
+        class_labels, context: As in the denoiser's `forward`.
+
+    Raises:
+        ValueError: if one is missing, or given without need.
+    """
+    if (context is None) != (config.cross_attention_dim is None):
+        raise ValueError(
+            "encoder_hidden_states must be given exactly if the model has cross-attention, got "
+            f"{'none' if context is None else tuple(context.shape)} for cross_attention_dim={config.cross_attention_dim}"
+        )
+    if class_labels is not None and config.num_classes is None:
+        raise ValueError("class_labels were given to a model without labels: it was built with num_classes=None")
+    if class_labels is None and config.num_classes is not None and not config.learned_unconditional:
+        raise ValueError(
+            "class_labels must be given: the model has no null label, since it was trained with a label on each image"
+        )
+
+
+def check_num_classes(num_classes: int | None) -> None:
+    """Refuses a number of labels below 1; `None` stands for no labels."""
+    if num_classes is not None and num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1, or None for no labels, got {num_classes}")
