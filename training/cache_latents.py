@@ -58,20 +58,17 @@ class CacheConfig(DataConfig):
     vae: str | None = option(None, "autoencoder: a folder, a pipeline that has one, or a name on the Hub", "latents")
     output_dir: str | None = option(None, "folder of the latents; by default latents/NAME_OF_THE_DATA_SET")
     overwrite_output_dir: bool = option(False, "encode again what output_dir holds of this split")
-    batch_size: int = option(32, "images encoded at once")
-    shard_size: int = option(4096, "images of a shard")
+    batch_size: int = option(32, "images encoded at once", at_least=1)
+    shard_size: int = option(4096, "images of a shard", at_least=1)
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
         None, "precision of the encoder; by default bf16 where the hardware is fast at it"
     )
-    num_threads: int | None = option(None, "CPU threads of a process; by default the cores are shared out")
+    num_threads: int | None = option(None, "CPU threads of a process; by default the cores are shared out", at_least=1)
 
     def __post_init__(self):
         super().__post_init__()
         if self.vae is None:
             raise ValueError("vae must name the autoencoder to encode by, such as the output_dir of train_vae.py")
-        for name in ("batch_size", "shard_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.resize_mode == "random_crop":
             raise ValueError("resize_mode random_crop needs the images anew each time: latents are encoded once")
 

@@ -340,7 +340,7 @@ def test_what_cannot_be_evaluated_is_refused(tmp_path, features_folder):
         (["runs/x", "--num_images", "0"], "num_images must be at least 1, got 0"),
         (
             ["runs/x", "--num_likelihood_steps", "5"],
-            "num_likelihood_steps is of the likelihood, which is measured with",
+            "num_likelihood_steps has no meaning without bits_per_dim",
         ),
         (["runs/x", "--seed", "-1"], r"seed must be in \[0, 4293\], got -1"),
         (["runs/x", "--num_threads", "0"], "num_threads must be at least 1, got 0"),
