@@ -181,7 +181,7 @@ def main(config: TrainVAEConfig) -> Path:
             data,
             batch_options={"latent_shape": vae.latent_shape},
             on_images=partial(draw_while_training, config),
-            adversary=adversary,
+            step_hook=adversary,
             validation_data=held_out,
             ending_cost=partial(drawing_cost, config),
         )

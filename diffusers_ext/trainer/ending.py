@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from diffusers_ext.trainer.clock import max_over_processes
+
 
 if TYPE_CHECKING:
     from diffusers_ext.trainer.loop import Trainer
@@ -57,7 +59,9 @@ class Ending:
         if self._measure is None or math.isinf(budget.max_seconds):
             return []
         cost, before = self._measure(trainer), self._seconds_before()
-        fixed, scalable, before = trainer._greatest(cost.fixed + FINISHING_SECONDS, cost.scalable, before)
+        fixed, scalable, before = max_over_processes(
+            trainer.accelerator, cost.fixed + FINISHING_SECONDS, cost.scalable, before
+        )
         self._cost = EndingCost(MARGIN * fixed, MARGIN * scalable)
         needed = MARGIN * before + self._cost.fixed
         budget.reserved = min(needed + self._cost.scalable, MAX_RESERVED_SHARE * budget.max_seconds)
@@ -87,7 +91,6 @@ class Ending:
         if self._cost is None or not self._cost.scalable:
             return 1.0
         trainer, budget = self._trainer, self._trainer.budget
-        (now,) = trainer._greatest(trainer._now())
         # A run that was at its end when it was taken up again has its reserve once more.
-        left = max(budget.max_seconds - now, budget.reserved) - self._cost.fixed
+        left = max(budget.max_seconds - trainer.clock.agreed(), budget.reserved) - self._cost.fixed
         return min(1.0, max(0.0, left / self._cost.scalable))

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from diffusers_ext import ExtDDIMScheduler, GuidedDiffusionPipeline, UNetModel
+from diffusers_ext.draws import LARGEST_SEED
 from diffusers_ext.hub.cards import write_card
 from diffusers_ext.options import parse_config
 from environment import HUNG_AFTER
@@ -238,9 +239,17 @@ def test_a_data_set_of_one_label_is_measured_in_pixels(tmp_path, capsys):
             ["--model", "m", "--num_samples", "0"],
             "num_samples must be at least 1, got 0",
         ),
-        (evaluate_vae.EvaluateVAEConfig, ["--model", "m", "--seed", "-1"], "seed must be at least 0, got -1"),
+        (
+            evaluate_vae.EvaluateVAEConfig,
+            ["--model", "m", "--seed", "-1"],
+            f"seed must be in [0, {LARGEST_SEED}], got -1",
+        ),
         (sample_prompts.SampleConfig, ["--num_inference_steps", "0"], "num_inference_steps must be at least 1, got 0"),
-        (sample_prompts.SampleConfig, ["--guidance_scales", "nan"], "guidance_scales must be finite, got nan"),
+        (
+            sample_prompts.SampleConfig,
+            ["--guidance_scales", "nan"],
+            "guidance_scale must be finite and at least 0, got nan",
+        ),
         (train_features.FeaturesConfig, ["--num_train_epochs", "0"], "num_train_epochs must be at least 1, got 0"),
         (train_features.FeaturesConfig, ["--train_batch_size", "1"], "train_batch_size must be at least 2, got 1"),
         (train_features.FeaturesConfig, ["--learning_rate", "0"], "learning_rate must be positive, got 0"),
@@ -342,7 +351,7 @@ def test_what_cannot_be_evaluated_is_refused(tmp_path, features_folder):
             ["runs/x", "--num_likelihood_steps", "5"],
             "num_likelihood_steps has no meaning without bits_per_dim",
         ),
-        (["runs/x", "--seed", "-1"], r"seed must be in \[0, 4293\], got -1"),
+        (["runs/x", "--seed", "-1"], "seed must be in [0, 4293], got -1"),
         (["runs/x", "--num_threads", "0"], "num_threads must be at least 1, got 0"),
         (["runs/x", "--resolution", "0"], "resolution must be one side or height and width, got 0"),
         (["runs/x", "--max_train_samples", "-3"], "max_train_samples must be at least 1, got -3"),
