@@ -1,4 +1,4 @@
-"""Files that are there whole, or as they were before."""
+"""Atomic writing: a file is complete, or as it was before."""
 
 import os
 from collections.abc import Iterator
@@ -10,14 +10,14 @@ PARTIAL = ".partial-"  # begins the names of files that are being written
 
 
 @contextmanager
-def written_whole(path: str | Path, *, sync: bool = False) -> Iterator[Path]:
-    """Yields a path beside `path` to write to, which takes its place when that is done.
+def atomic_write(path: str | Path, *, sync: bool = False) -> Iterator[Path]:
+    """Yields a temporary path to write to, which is renamed to `path` when the block ends.
 
-    Whatever ends the writing leaves `path` as it was. The yielded name ends like the one of `path`, since libraries take
-    the format from it.
+    An exception, an interrupt or the end of the process leaves `path` as it was. The temporary file lies beside `path`
+    and has its suffix, since libraries infer the format from that.
 
     Args:
-        sync: Have the file on the disk before it takes the place, so that a crash of the machine leaves it whole too.
+        sync: Flush the file to disk before it is renamed, so that it is also complete after a crash of the machine.
     """
     path = Path(path)
     partial = path.with_name(PARTIAL + path.name)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from diffusers_ext.atomic_files import written_whole
+from diffusers_ext.atomic_files import atomic_write
 from diffusers_ext.lettering import font_of, wrapped
 
 
@@ -95,7 +95,7 @@ class _Text:
 
 def save_picture(picture: "Image.Image | Figure", path: Path) -> None:
     """Writes an image of PIL or a figure of matplotlib, whole or not at all."""
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         picture.save(partial) if isinstance(picture, Image.Image) else picture.savefig(partial, dpi=120)
 
 

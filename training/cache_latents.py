@@ -3,7 +3,7 @@
     python training/cache_latents.py --dataset_name path/to/twemoji64 --vae runs/vae --output_dir latents/twemoji64
     python training/train_ddpm.py --dataset_name latents/twemoji64 --vae runs/vae
 
-Writes shards of parquet, each whole or not at all. The processes share them out; a run that was stopped goes on with
+Writes shards of parquet, each atomically. The processes share them out; a run that was stopped goes on with
 those that are missing when the same command is given again. Other splits go into the same folder by `--dataset_split`.
 """
 
@@ -24,7 +24,7 @@ from accelerate import Accelerator
 from diffusers import ModelMixin
 from tqdm.auto import tqdm
 
-from diffusers_ext.atomic_files import written_whole
+from diffusers_ext.atomic_files import atomic_write
 from diffusers_ext.data.config import DataConfig
 from diffusers_ext.data.identity import digest_of_images
 from diffusers_ext.data.image_table import ImageData, mirror
@@ -81,7 +81,7 @@ def main(config: CacheConfig) -> Path:
     split = config.dataset_split
     folder = Path(config.output_dir or f"latents/{os.path.basename(os.path.abspath(config.dataset_name))}")
     if not split.replace("_", "").isalnum():
-        raise ValueError(f"dataset_split must be a whole split, whose name the shards bear, got {split}")
+        raise ValueError(f"dataset_split must be a split without a slice, whose name the shards bear, got {split}")
     vae = load_vae(config.vae).to(accelerator.device)
     with accelerator.local_main_process_first():
         data = prepare_images(
@@ -172,7 +172,7 @@ def begin(
     if split in done and done[split].contents is None:  # of a version that did not keep it
         done[split] = dataclasses.replace(done[split], contents=info.contents)
     made_with = dataclasses.asdict(info) | {"mixed_precision": precision, "shard_size": shard_size}
-    told = json.dumps(made_with, indent=2)
+    plan = json.dumps(made_with, indent=2)
     there = list(folder.glob(f"{split}-*-of-*.parquet"))
     if overwrite:
         for path in [*there, plan_file]:
@@ -181,7 +181,7 @@ def begin(
             write_info(folder, {name: other for name, other in done.items() if name != split})
     elif (
         (split in done and done[split] != info)
-        or (plan_file.exists() and plan_file.read_text() != told)
+        or (plan_file.exists() and plan_file.read_text() != plan)
         or not set(there) <= set(paths)  # of another shard_size
     ):
         raise ValueError(
@@ -189,8 +189,8 @@ def begin(
             "--output_dir, or give --overwrite_output_dir"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    with written_whole(plan_file) as partial:
-        partial.write_text(told)
+    with atomic_write(plan_file) as partial:
+        partial.write_text(plan)
 
 
 @torch.no_grad()
@@ -225,12 +225,12 @@ def encoded(
 
 
 def write_shard(path: Path, rows: Iterator[dict], data: ImageData) -> None:
-    """Writes a shard, whole or not at all."""
+    """Writes a shard atomically."""
     features = {"pixels": datasets.Value("binary")}
     if data.id2label is not None:
         label = datasets.ClassLabel(names=[data.id2label[label] for label in range(data.num_classes)])
         features["label"] = datasets.List(label) if data.has_label_sets else label
-    with written_whole(path, sync=True) as partial:
+    with atomic_write(path, sync=True) as partial:
         datasets.Dataset.from_list(list(rows), features=datasets.Features(features)).to_parquet(partial)
 
 

@@ -26,7 +26,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from PIL import Image
 
 from diffusers_ext import GuidedDiffusionPipeline, NoisyClassifierModel
-from diffusers_ext.atomic_files import written_whole
+from diffusers_ext.atomic_files import atomic_write
 from diffusers_ext.draws import check_seed
 from diffusers_ext.evaluation.evaluator import Evaluator, check_number
 from diffusers_ext.evaluation.generate import (
@@ -385,9 +385,9 @@ class Results:
         return next((row for row in self.rows if (row["method"], row["guidance_scale"], row["how"]) == wanted), None)
 
     def add(self, row: dict) -> None:
-        """A row in place of the one with the same method and scale."""
-        place = (row["method"], row["guidance_scale"])
-        self.rows = [other for other in self.rows if (other["method"], other["guidance_scale"]) != place]
+        """Adds a row; it replaces the one with the same method and scale."""
+        key = (row["method"], row["guidance_scale"])
+        self.rows = [other for other in self.rows if (other["method"], other["guidance_scale"]) != key]
         self.rows.append(json.loads(json.dumps(row)))
 
     def show(self, plan: list[tuple[str, float, dict]]) -> None:
@@ -410,7 +410,7 @@ class Results:
         return markdown_table(self.shown, methods, self.held_out)
 
     def save(self, methods: list[str]) -> None:
-        """Writes the three files, each of them whole or not at all."""
+        """Writes the three files, each of them atomically."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         made = self.made_with
         text = "\n".join(
@@ -428,7 +428,7 @@ class Results:
         )
         contents = {self.path: json.dumps(self.contents(), indent=2), self.path.with_suffix(".md"): text}
         for path, content in contents.items():
-            with written_whole(path) as partial:
+            with atomic_write(path) as partial:
                 partial.write_text(content + "\n")
         draw_comparison(self.shown, methods, self.path.with_suffix(".png"), self.held_out)
 

@@ -26,7 +26,7 @@ from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from diffusers_ext.atomic_files import written_whole
+from diffusers_ext.atomic_files import atomic_write
 from diffusers_ext.data.captions import find_caption_column
 from diffusers_ext.draws import check_seed
 from diffusers_ext.evaluation.bits_per_dim import FIXED_VARIANCES, measure_bits_per_dim
@@ -137,7 +137,7 @@ class EvaluateConfig(DataOptions):
     )
     num_flow_steps: int | None = option(
         None,
-        "measure the bound by the probability flow too, in so many steps; each asks the model four times",
+        "measure the bound by the probability flow too, in this number of steps; each asks the model four times",
         at_least=1,
         needs="bits_per_dim",
     )
@@ -175,7 +175,7 @@ def main(config: EvaluateConfig) -> dict | None:
         real = load_real_images(config, caption_column, None if pipeline is None else label_names_of(pipeline))
     for note in real.notes:
         state.print(note, flush=True)
-    # All of these before the images are generated, so that what is wrong here is told early.
+    # All of these before the images are generated, so that what is wrong here is said early.
     features, about_features = features_for(real, config.features, state)
     images, labels, sampling = None, None, None
     if pipeline is None:
@@ -302,11 +302,11 @@ def measure(evaluator: Evaluator, real: RealImages, images: Tensor, labels: Tens
 
 
 def report(config: EvaluateConfig, result: dict):
-    """Prints the measures and writes them, whole or not at all; the model card of a training run gets them too."""
+    """Prints the measures and writes them; the model card of a training run gets them too."""
     folder = Path(config.pipeline) if Path(config.pipeline).is_dir() else Path()
     path = Path(config.output_file) if config.output_file else folder / "evaluation.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(json.dumps(result, indent=2) + "\n")
 
     columns = {"generated": result["generated"]}

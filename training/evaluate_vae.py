@@ -22,7 +22,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 from diffusers_ext import VAEModel
-from diffusers_ext.atomic_files import written_whole
+from diffusers_ext.atomic_files import atomic_write
 from diffusers_ext.diffusion.variational_bound import bits_per_dim
 from diffusers_ext.draws import check_seed
 from diffusers_ext.evaluation.evaluator import format_table
@@ -203,11 +203,11 @@ def _distance(features, images: Tensor, decoded: Tensor) -> float:
 
 
 def report(config: EvaluateVAEConfig, result: dict):
-    """Prints the measures and writes them, whole or not at all; the model card of a training run gets them too."""
+    """Prints the measures and writes them; the model card of a training run gets them too."""
     folder = Path(config.model)
     path = Path(config.output_file) if config.output_file else folder / "evaluation.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(json.dumps(result, indent=2) + "\n")
     print(format_table({"held-out": {name: result[name] for name in METRICS}}))
     if result["elbo_bits_per_dim"] is None:

@@ -41,7 +41,7 @@ from diffusers_ext.trainer.config import TrainerConfig, resolve_for_machine
 from diffusers_ext.trainer.ending import EndingCost, seconds_of
 from diffusers_ext.trainer.loop import Trainer
 from diffusers_ext.trainer.progress import counted, counting_bar
-from diffusers_ext.trainer.run import describe_data, finish_run, make_accelerator, open_run, save_whole
+from diffusers_ext.trainer.run import describe_data, finish_run, make_accelerator, open_run, save_atomically
 
 
 PICTURES = {"accuracy.png": "accuracy by noise level; its numbers are in accuracy.csv"}
@@ -141,7 +141,7 @@ def main(config: TrainClassifierConfig) -> Path:
         count = num_batches_to_measure(trainer, held_out, trainer.ending.share())
         with trainer.averaged_model() as model:
             if accelerator.is_main_process:
-                save_whole(model, trainer.output_dir)
+                save_atomically(model, trainer.output_dir)
                 with closing(counting_bar(count, "measuring: batch")) as bar:
                     batches = counted(bar, images_to_measure(trainer, held_out, count))
                     rows = accuracy_by_level(model, batches, objective.schedule)
@@ -264,8 +264,8 @@ def measuring_cost(held_out: ImageData | None, objective: ClassifierObjective, t
 def describe_accuracy(rows: list[dict[str, float]], images: str) -> str:
     """The accuracy in a line."""
     picked = [rows[0], rows[len(rows) // 4], rows[len(rows) // 2], rows[-1]]
-    told = ", ".join(f"{row['accuracy']:.1%} at timestep {row['timestep']}" for row in picked)
-    return f"The label is the likeliest of {images} in {told}."
+    described = ", ".join(f"{row['accuracy']:.1%} at timestep {row['timestep']}" for row in picked)
+    return f"The label is the likeliest of {images} in {described}."
 
 
 if __name__ == "__main__":

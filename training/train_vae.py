@@ -50,7 +50,7 @@ from diffusers_ext.trainer.config import TrainerConfig, resolve_for_machine
 from diffusers_ext.trainer.ending import EndingCost, seconds_of
 from diffusers_ext.trainer.loop import Trainer
 from diffusers_ext.trainer.progress import counted, counting_bar
-from diffusers_ext.trainer.run import describe_data, finish_run, make_accelerator, open_run, save_whole
+from diffusers_ext.trainer.run import describe_data, finish_run, make_accelerator, open_run, save_atomically
 
 
 MIN_MEASURED = 1000  # training images that the latents' scale is measured on, however short the time
@@ -196,7 +196,7 @@ def main(config: TrainVAEConfig) -> Path:
                 moments = measure_latents(model, counted(bar, images_to_measure(trainer, number)), accelerator)
             store_scale(model, moments)
             if accelerator.is_main_process:
-                save_whole(model, trainer.output_dir)
+                save_atomically(model, trainer.output_dir)
         if accelerator.is_main_process:
             notes = [describe_data(config, data), *data.notes, describe_latents(model, moments)]
             print(f"{notes[-1]}\ndrawing pictures ...", flush=True)
@@ -284,12 +284,12 @@ def num_to_measure(trainer: Trainer, share: float = 1.0) -> int:
 
 
 def num_batches(trainer: Trainer, number: int) -> int:
-    """In which each process encodes its part of so many images."""
+    """Batches in which each process encodes its part of `number` images."""
     return math.ceil(number / (min(trainer.config.train_batch_size, number) * trainer.accelerator.num_processes))
 
 
 def images_to_measure(trainer: Trainer, number: int) -> Iterator[Tensor]:
-    """Batches of this process's part of so many training images, as the model is trained on them, but not flipped."""
+    """Batches of this process's part of `number` training images, as the model is trained on them, but not flipped."""
     config, data, accelerator = trainer.config, trainer.data, trainer.accelerator
     mine = (accelerator.process_index, accelerator.num_processes)
     if data.num_images is None or data.num_images > number:

@@ -63,11 +63,11 @@ class DataConfig:
     random_flip: bool = fixed_option(False, "mirror every other image left to right, at random")
     max_train_samples: int | None = fixed_option(
         None,
-        "use only so many images, of each label its share, always the same ones; of a stream the first",
+        "number of images to use, of each label its share, always the same ones; of a stream the first",
         at_least=1,
     )
     max_bad_share: float = option(
-        0.01, "share of the images, rounded up to a whole one, that may fail to decode and be left out"
+        0.01, "share of the images, rounded up to an integer number, that may fail to decode and be left out"
     )
     preprocessing_num_workers: int = option(1, "processes that decode the images, once", at_least=1)
     cache_dir: str | None = option(None, "where `datasets` keeps what it reads and decodes")
@@ -119,7 +119,7 @@ class TrainingDataConfig(DataConfig):
     validation_split: str | None = option(None, "split of held-out images to take the loss on")
     max_validation_samples: int | None = option(
         None,
-        "use only so many held-out images, of each label its share; of a stream the first",
+        "number of held-out images to use, of each label its share; of a stream the first",
         at_least=1,
         needs="validation_split",
     )

@@ -18,7 +18,7 @@ import yaml
 from diffusers import AutoModel, ModelMixin
 from torch import Tensor
 
-from diffusers_ext.atomic_files import written_whole
+from diffusers_ext.atomic_files import atomic_write
 from diffusers_ext.data.config import DataConfig, TrainingDataConfig
 from diffusers_ext.data.image_table import ImageData, PixelTable
 from diffusers_ext.data.label_columns import fair_share, read_labels
@@ -80,7 +80,7 @@ def write_info(folder: Path, infos: dict[str, LatentsInfo]) -> None:
     splits = {split: json.loads(json.dumps(dataclasses.asdict(info))) for split, info in infos.items()}
     for split, info in infos.items():
         splits[split]["id2label"] = info.id2label
-    with written_whole(folder / LATENTS_FILE) as partial:
+    with atomic_write(folder / LATENTS_FILE) as partial:
         partial.write_text(yaml.safe_dump({"splits": splits}, sort_keys=False, allow_unicode=True))
 
 

@@ -16,7 +16,7 @@ import yaml
 from accelerate import PartialState
 from huggingface_hub.constants import HF_HOME
 
-from diffusers_ext.atomic_files import written_whole
+from diffusers_ext.atomic_files import atomic_write
 from diffusers_ext.data.captions import count_missing, refuse_missing
 from diffusers_ext.data.config import DataConfig
 from diffusers_ext.data.image_table import ImageData, load_source, split_names
@@ -336,7 +336,7 @@ def train_and_save_features(real: RealImages, folder: Path, **settings) -> dict:
         # It goes first and comes last, so that a folder with this file is whole.
         Path(folder, FEATURES_FILE).unlink(missing_ok=True)
         model.save_pretrained(folder)
-        with written_whole(Path(folder, FEATURES_FILE)) as partial:
+        with atomic_write(Path(folder, FEATURES_FILE)) as partial:
             partial.write_text(json.dumps(about, indent=2) + "\n")
     return about
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from diffusers_ext.atomic_files import written_whole
+from diffusers_ext.atomic_files import atomic_write
 from diffusers_ext.hub.push import check_repo_id
 from diffusers_ext.hub.saved_folder import SavedFolder, loading_lines
 
@@ -210,7 +210,7 @@ def _tell_figures(card_data: ModelCardData, figures: Sequence[Figure], title: st
 
 
 def _write_whole(card: ModelCard, path: Path) -> Path:
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(str(card), encoding="utf-8")
     return path
 

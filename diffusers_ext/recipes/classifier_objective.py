@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from diffusers_ext.atomic_files import written_whole
+from diffusers_ext.atomic_files import atomic_write
 from diffusers_ext.diffusion.noising import NoiseSchedule, add_noise
 from diffusers_ext.figures import save_picture
 
@@ -111,7 +111,7 @@ def save_accuracy(rows: Sequence[dict[str, float]], folder: Path, *, num_classes
     """
     from matplotlib.figure import Figure  # not pyplot: no global state, no display
 
-    with written_whole(folder / "accuracy.csv") as partial, partial.open("w", newline="") as file:
+    with atomic_write(folder / "accuracy.csv") as partial, partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)

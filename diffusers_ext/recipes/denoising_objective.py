@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from diffusers_ext.atomic_files import written_whole
+from diffusers_ext.atomic_files import atomic_write
 from diffusers_ext.diffusion.losses import (
     DEFAULT_WEIGHTINGS,
     LOSS_WEIGHTINGS,
@@ -313,7 +313,7 @@ class DenoisingObjective(nn.Module):
         rows = self.curve()
         if not rows:
             return {}
-        with written_whole(Path(folder, "loss_by_snr.csv")) as partial, partial.open("w", newline="") as file:
+        with atomic_write(Path(folder, "loss_by_snr.csv")) as partial, partial.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)

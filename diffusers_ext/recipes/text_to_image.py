@@ -1,4 +1,4 @@
-"""The texts of a training run: its options, its tokenizer and encoder, and what a caption is to the network."""
+"""The texts of a training run: its options, its tokenizer and encoder, and the way from a caption to the network."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -63,7 +63,7 @@ class TextConfig(DenoisingConfig):
     )
     vocab_size: int = fixed_option(
         2000,
-        "at most so many different tokens, learned from the captions",
+        "number of different tokens at most, learned from the captions",
         "text encoder made for the run",
         at_least=SMALLEST_VOCABULARY,
     )
@@ -135,8 +135,8 @@ class TextConfig(DenoisingConfig):
         """The texts of the sample grids."""
         if self.validation_prompts is not None:
             return list(self.validation_prompts)
-        places = np.linspace(0, len(captions) - 1, min(NUM_PROMPTS, len(captions)))
-        return [captions[round(place)] for place in places]
+        indices = np.linspace(0, len(captions) - 1, min(NUM_PROMPTS, len(captions)))
+        return [captions[round(index)] for index in indices]
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ class TrainerConfig(TrainingDataConfig):
     max_grad_norm: float = option(1.0, "norm to clip gradients at; 0 for no clipping", at_least=0)
 
     use_ema: bool = fixed_option(
-        True, "average the weights; the average is what is sampled and saved", "average of the weights"
+        True, "average the weights; the average is what is sampled and saved", "EMA of the weights"
     )
     ema_std: float | None = fixed_option(
         None,
@@ -103,8 +103,10 @@ class TrainerConfig(TrainingDataConfig):
     num_threads: int | None = option(None, "CPU threads of a process; by default the cores are shared out", at_least=1)
 
     checkpointing_steps: int = option(1000, "optimizer steps between checkpoints", "checkpoints", at_least=1)
-    checkpoints_total_limit: int | None = option(2, "keep only the last so many", at_least=1)
-    checkpoints_keep_every: int | None = option(None, "keep, besides, those at multiples of so many steps", at_least=1)
+    checkpoints_total_limit: int | None = option(2, "number of the last checkpoints to keep", at_least=1)
+    checkpoints_keep_every: int | None = option(
+        None, "also keep the checkpoints at multiples of this number of steps", at_least=1
+    )
     resume_from_checkpoint: str | None = option(
         None, "go on from a checkpoint: latest, or a path; those beyond it are removed at the next save"
     )
@@ -171,7 +173,7 @@ class TrainerConfig(TrainingDataConfig):
     }
 
     def too_long_for(self, num_steps: int) -> list[str]:
-        """A line for each option that a run of so many optimizer steps is too short for."""
+        """A line for each option that a run of `num_steps` optimizer steps is too short for."""
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         # Left open, it is settled to a number by which most runs are not measured.
         defaults["validation_steps"] = DEFAULT_VALIDATION_STEPS

@@ -1,4 +1,4 @@
-"""What follows the training of a run by time: how long it takes is measured beforehand, and that time is kept free."""
+"""Reserves time for the work after the training, in a run that ends by time."""
 
 import math
 import time
@@ -23,11 +23,11 @@ COPIES_OF_WEIGHTS, BYTES_PER_SECOND = 10, 3e8
 
 @dataclass(frozen=True)
 class EndingCost:
-    """Seconds of what a script does after the training.
+    """Seconds of the work that a script does after the training.
 
     Attributes:
-        fixed: Of what is done in any case.
-        scalable: Of what may be done in part, such as sampling in fewer steps, if it is done in full.
+        fixed: Of the work that is done in any case.
+        scalable: Of the work that may be done in part, such as sampling in fewer steps, if it is done in full.
     """
 
     fixed: float = 0.0
@@ -42,12 +42,12 @@ def seconds_of(work: Callable[[], Any]) -> float:
 
 
 class Ending:
-    """Keeps a part of a run's time for what follows the training, and says how much of it can be done in that time.
+    """Reserves a part of a run's time for the work after the training, and says how much of that fits.
 
     Runs without a limit of time keep nothing, and do all of it.
 
     Args:
-        cost: Measures what the script does then, by doing a small part of it; called in every process.
+        cost: Measures that work by doing a small part of it; called in every process.
     """
 
     def __init__(self, trainer: "Trainer", cost: Callable[["Trainer"], EndingCost] | None):

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from diffusers_ext.atomic_files import written_whole
+from diffusers_ext.atomic_files import atomic_write
 from diffusers_ext.data.batches import BatchOptions, derived_seed, seed_generators
 from diffusers_ext.data.identity import identify
 from diffusers_ext.data.image_table import ImageData
@@ -180,7 +180,7 @@ class Trainer:
             pin_memory=accelerator.device.type == "cuda",
         )
         if accelerator.is_main_process:
-            with written_whole(self.output_dir / CONFIG_FILE) as partial:
+            with atomic_write(self.output_dir / CONFIG_FILE) as partial:
                 partial.write_text(to_yaml(config))
             if self.snapshots:
                 self.snapshots.drop_after(state.step)

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from diffusers_ext.atomic_files import PARTIAL, written_whole
+from diffusers_ext.atomic_files import PARTIAL, atomic_write
 from diffusers_ext.options import fixed_on_resume, to_yaml
 from diffusers_ext.trainer.checkpoints import list_checkpoints
 from diffusers_ext.trainer.config import TrainerConfig
@@ -111,7 +111,7 @@ class MetricsLog:
 
     def __init__(self, path: Path, step: int = 0):
         kept = [record for record in read_metrics(path) if record["step"] <= step] if step else []
-        with written_whole(path) as partial:
+        with atomic_write(path) as partial:
             partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
         self._path, self._file = path, path.open("ab", buffering=0)
 
