@@ -41,6 +41,6 @@ class StepHook:
             module: The main model, not wrapped.
             batch: As the main loss has left it.
 
-        Returns: A loss for the log, without a graph.
+        Returns: A loss without a graph, which the log has as `adversary_loss` and which must be finite.
         """
         raise NotImplementedError
