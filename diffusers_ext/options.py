@@ -15,7 +15,8 @@ import time
 import traceback
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -30,15 +31,63 @@ OTHERS_WAIT_SECONDS = 10.0
 _PACKAGE = Path(__file__).resolve().parent
 
 
-def option(default: Any, help: str, group: str | None = None, alias: str | None = None) -> Any:
-    """A dataclass field for `parse_config`.
+def option(
+    default: Any,
+    help: str,
+    group: str | None = None,
+    alias: str | None = None,
+    *,
+    at_least: float | None = None,
+    needs: str | dict[str, tuple[str, ...]] | None = None,
+    fixed_on_resume: bool = False,
+) -> Any:
+    """A dataclass field for `parse_config`, with the rules that `check_options` holds it to.
 
     Args:
         help: One line.
         group: The heading under which `--help` lists it; by default that of the field above it.
         alias: A second name, such as that of a diffusers script.
+        at_least: The smallest value. None is no value and always allowed.
+        needs: Another option that must be on for this one to have an effect; or that option with the values that it must
+            have, such as `{"lr_scheduler": ("polynomial",)}`.
+        fixed_on_resume: Whether a run that goes on from a checkpoint must have the same value as before.
     """
-    return dataclasses.field(default=default, metadata={"help": help, "group": group, "alias": alias})
+    rules = {"at_least": at_least, "needs": needs, "fixed_on_resume": fixed_on_resume}
+    return dataclasses.field(default=default, metadata={"help": help, "group": group, "alias": alias} | rules)
+
+
+# An option that belongs to a run from its first step to its last.
+fixed_option = partial(option, fixed_on_resume=True)
+
+
+def check_options(config: Any) -> None:
+    """Holds the options of a config to their rules. The first `__post_init__` of each config calls it.
+
+    Raises:
+        ValueError: if an option is below its minimum, or differs from its default where it has no effect.
+    """
+    for field in dataclasses.fields(config):
+        value, lowest, needs = getattr(config, field.name), field.metadata["at_least"], field.metadata["needs"]
+        if lowest is not None and value is not None and not value >= lowest:
+            raise ValueError(f"{field.name} must be at least {lowest}, got {value}")
+        if needs is not None and value != field.default and (missing := _missing(config, needs)):
+            raise ValueError(f"{field.name} has no meaning without {missing}: give both or neither")
+
+
+def _missing(config: Any, needs: str | dict[str, tuple[str, ...]]) -> str | None:
+    """The need in words, or None if the config meets it."""
+    if isinstance(needs, str):
+        return None if getattr(config, needs) else needs
+    ((name, accepted),) = needs.items()
+    if getattr(config, name) in accepted:
+        return None
+    *others, last = accepted
+    return f"{name} {', '.join(others)} or {last}" if others else f"{name} {last}"
+
+
+def fixed_on_resume(cls: type) -> frozenset[str]:
+    """The options that a run must share with the run that it goes on with."""
+    return frozenset(field.name for field in dataclasses.fields(cls) if field.metadata["fixed_on_resume"])
 
 
 def parse_config(cls: type[Config], arguments: list[str] | None = None, first: str | None = None) -> Config | None:
@@ -122,33 +171,6 @@ def _let_the_first_process_speak() -> None:
     """
     if not _is_first_process():
         time.sleep(OTHERS_WAIT_SECONDS)
-
-
-def refuse_unused(config: Any, names: Iterable[str], needed: str) -> None:
-    """Refuses options that do nothing here.
-
-    Args:
-        needed: What they have no meaning without.
-
-    Raises:
-        ValueError: if one of them is not what it is by default.
-    """
-    defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    for name in names:
-        if getattr(config, name) != defaults[name]:
-            raise ValueError(f"{name} has no meaning without {needed}: give both or neither")
-
-
-def refuse_below(config: Any, lowest: int, *names: str) -> None:
-    """Refuses options that are smaller than what has a meaning; those left open are passed over.
-
-    Raises:
-        ValueError: with the option, what it must be and what it is.
-    """
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and value < lowest:
-            raise ValueError(f"{name} must be at least {lowest}, got {value}")
 
 
 def read_yaml(cls: type, path: str | Path) -> dict[str, Any]:

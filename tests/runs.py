@@ -72,7 +72,7 @@ def trainer(
     model=None,
     dropout=0.2,
     on_images=None,
-    adversary=None,
+    step_hook=None,
     validation_data=None,
     cpu=True,
     ending_cost=None,
@@ -98,7 +98,7 @@ def trainer(
         model = Denoiser()
         model.dropout.p = dropout
     output_dir.mkdir(exist_ok=True)
-    more = {"on_images": on_images, "adversary": adversary, "validation_data": validation_data}
+    more = {"on_images": on_images, "step_hook": step_hook, "validation_data": validation_data}
     more["ending_cost"] = ending_cost
     return Trainer(config, accelerator, model, loss, data, **more)
 

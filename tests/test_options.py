@@ -8,7 +8,17 @@ import pytest
 import yaml
 
 from diffusers_ext.foreign_options import FOREIGN_OPTIONS
-from diffusers_ext.options import option, parse_config, read_yaml, run_script, to_command, to_yaml
+from diffusers_ext.options import (
+    check_options,
+    fixed_on_resume,
+    fixed_option,
+    option,
+    parse_config,
+    read_yaml,
+    run_script,
+    to_command,
+    to_yaml,
+)
 from diffusers_ext.recipes.text_to_image import TextConfig
 from diffusers_ext.trainer.signals import Interrupted
 from training import evaluate, train_ddpm, train_features, train_vae
@@ -29,6 +39,53 @@ class Config:
     def __post_init__(self):
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate:g}")
+
+
+@dataclass(frozen=True)
+class Ruled:
+    """Options that carry rules."""
+
+    steps: int | None = option(None, "steps", at_least=1)
+    kind: Literal["a", "b", "c"] = fixed_option("a", "kind")
+    weight: float = option(0.0, "weight", at_least=0, needs={"kind": ("a", "b")})
+    length: int = fixed_option(5, "length", needs={"kind": ("c",)})
+    start: int = option(0, "start", needs="steps")
+
+    def __post_init__(self):
+        check_options(self)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"weight": -0.5}, "weight must be at least 0, got -0.5"),
+        ({"weight": float("nan")}, "weight must be at least 0, got nan"),
+        ({"kind": "c", "weight": 1.0}, "weight has no meaning without kind a or b: give both or neither"),
+        ({"length": 6}, "length has no meaning without kind c: give both or neither"),
+        ({"start": 1}, "start has no meaning without steps: give both or neither"),
+    ],
+)
+def test_an_option_is_held_to_its_rules(values, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        Ruled(**values)
+
+
+def test_an_option_that_is_as_by_default_or_has_what_it_needs_passes():
+    Ruled()
+    Ruled(kind="c", length=6, weight=0.0)
+    Ruled(steps=1, start=1, weight=1.0)
+
+
+def test_a_subclass_has_the_rules_of_its_own_options_and_of_those_it_inherits():
+    @dataclass(frozen=True)
+    class More(Ruled):
+        seed: int = fixed_option(0, "seed", at_least=0)
+        kind: Literal["a", "b", "c"] = option("c", "kind")
+
+    assert fixed_on_resume(Ruled) == {"kind", "length"} and fixed_on_resume(More) == {"length", "seed"}
+    with pytest.raises(ValueError, match="seed must be at least 0, got -1"):
+        More(seed=-1)
 
 
 def write(path, text):

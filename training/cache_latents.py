@@ -3,7 +3,7 @@
     python training/cache_latents.py --dataset_name path/to/twemoji64 --vae runs/vae --output_dir latents/twemoji64
     python training/train_ddpm.py --dataset_name latents/twemoji64 --vae runs/vae
 
-Writes shards of parquet, each whole or not at all. The processes share them out; a run that was stopped goes on with
+Writes shards of parquet, each atomically. The processes share them out; a run that was stopped goes on with
 those that are missing when the same command is given again. Other splits go into the same folder by `--dataset_split`.
 """
 
@@ -58,20 +58,17 @@ class CacheConfig(DataConfig):
     vae: str | None = option(None, "autoencoder: a folder, a pipeline that has one, or a name on the Hub", "latents")
     output_dir: str | None = option(None, "folder of the latents; by default latents/NAME_OF_THE_DATA_SET")
     overwrite_output_dir: bool = option(False, "encode again what output_dir holds of this split")
-    batch_size: int = option(32, "images encoded at once")
-    shard_size: int = option(4096, "images of a shard")
+    batch_size: int = option(32, "images encoded at once", at_least=1)
+    shard_size: int = option(4096, "images of a shard", at_least=1)
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
         None, "precision of the encoder; by default bf16 where the hardware is fast at it"
     )
-    num_threads: int | None = option(None, "CPU threads of a process; by default the cores are shared out")
+    num_threads: int | None = option(None, "CPU threads of a process; by default the cores are shared out", at_least=1)
 
     def __post_init__(self):
         super().__post_init__()
         if self.vae is None:
             raise ValueError("vae must name the autoencoder to encode by, such as the output_dir of train_vae.py")
-        for name in ("batch_size", "shard_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.resize_mode == "random_crop":
             raise ValueError("resize_mode random_crop needs the images anew each time: latents are encoded once")
 
@@ -84,7 +81,7 @@ def main(config: CacheConfig) -> Path:
     split = config.dataset_split
     folder = Path(config.output_dir or f"latents/{os.path.basename(os.path.abspath(config.dataset_name))}")
     if not split.replace("_", "").isalnum():
-        raise ValueError(f"dataset_split must be a whole split, whose name the shards bear, got {split}")
+        raise ValueError(f"dataset_split must be a split without a slice, whose name the shards bear, got {split}")
     vae = load_vae(config.vae).to(accelerator.device)
     with accelerator.local_main_process_first():
         data = prepare_images(
@@ -175,7 +172,7 @@ def begin(
     if split in done and done[split].contents is None:  # of a version that did not keep it
         done[split] = dataclasses.replace(done[split], contents=info.contents)
     made_with = dataclasses.asdict(info) | {"mixed_precision": precision, "shard_size": shard_size}
-    told = json.dumps(made_with, indent=2)
+    plan = json.dumps(made_with, indent=2)
     there = list(folder.glob(f"{split}-*-of-*.parquet"))
     if overwrite:
         for path in [*there, plan_file]:
@@ -184,7 +181,7 @@ def begin(
             write_info(folder, {name: other for name, other in done.items() if name != split})
     elif (
         (split in done and done[split] != info)
-        or (plan_file.exists() and plan_file.read_text() != told)
+        or (plan_file.exists() and plan_file.read_text() != plan)
         or not set(there) <= set(paths)  # of another shard_size
     ):
         raise ValueError(
@@ -193,7 +190,7 @@ def begin(
         )
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(plan_file) as partial:
-        partial.write_text(told)
+        partial.write_text(plan)
 
 
 @torch.no_grad()
@@ -228,7 +225,7 @@ def encoded(
 
 
 def write_shard(path: Path, rows: Iterator[dict], data: ImageData) -> None:
-    """Writes a shard, whole or not at all."""
+    """Writes a shard atomically."""
     features = {"pixels": datasets.Value("binary")}
     if data.id2label is not None:
         label = datasets.ClassLabel(names=[data.id2label[label] for label in range(data.num_classes)])

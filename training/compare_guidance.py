@@ -63,7 +63,7 @@ from diffusers_ext.evaluation.subject import generate_for, labels_for, load_pipe
 from diffusers_ext.figures import labelled_grid, save_picture
 from diffusers_ext.guidance.guided_denoiser import guided_steps
 from diffusers_ext.machine import is_fast_at_bf16, set_threads
-from diffusers_ext.options import option, parse_config, refuse_below, run_script, to_command
+from diffusers_ext.options import option, parse_config, run_script, to_command
 
 
 NUM_NEIGHBOURS = 5  # of precision and recall
@@ -82,14 +82,16 @@ class CompareConfig(GuidanceOptions, DataOptions):
     )
     classifier: str | None = option(None, "folder of training/train_classifier.py, for classifier guidance")
     num_images: int = option(1000, "images of each method and scale, of each label its share in the training images")
-    num_inference_steps: int | None = option(None, "steps of the sampler; by default the run's or the pipeline's")
+    num_inference_steps: int | None = option(
+        None, "steps of the sampler; by default the run's or the pipeline's", at_least=1
+    )
     scheduler: str | None = option(None, "class of a scheduler of diffusers or diffusers_ext to sample with instead")
-    eval_batch_size: int = option(64, "images to generate at a time; the images do not depend on it")
+    eval_batch_size: int = option(64, "images to generate at a time; the images do not depend on it", at_least=1)
     mixed_precision: Literal["no", "bf16"] | None = option(
         None, "precision of the networks; by default bf16 where the hardware is fast at it"
     )
     seed: int = option(0, "image i is made from the seed 1 000 000 * seed + i, by every method")
-    num_threads: int | None = option(None, "CPU threads of a process; by default the cores are shared out")
+    num_threads: int | None = option(None, "CPU threads of a process; by default the cores are shared out", at_least=1)
     features: str | None = option(
         None,
         "folder of a classifier of training/train_features.py; by default one is trained on the data set, once, and kept",
@@ -110,7 +112,6 @@ class CompareConfig(GuidanceOptions, DataOptions):
             given = " ".join(f"{scale:g}" for scale in self.guidance_scales)
             raise ValueError(f"guidance_scales must be different numbers of at least 1, got {given}")
         check_number(self.num_images, NUM_NEIGHBOURS)
-        refuse_below(self, 1, "eval_batch_size", "num_inference_steps", "num_threads")
         check_seed(self.seed, LARGEST_SEED_OF_SETS)
         self.check_guidance()
 
@@ -384,9 +385,9 @@ class Results:
         return next((row for row in self.rows if (row["method"], row["guidance_scale"], row["how"]) == wanted), None)
 
     def add(self, row: dict) -> None:
-        """A row in place of the one with the same method and scale."""
-        place = (row["method"], row["guidance_scale"])
-        self.rows = [other for other in self.rows if (other["method"], other["guidance_scale"]) != place]
+        """Adds a row; it replaces the one with the same method and scale."""
+        key = (row["method"], row["guidance_scale"])
+        self.rows = [other for other in self.rows if (other["method"], other["guidance_scale"]) != key]
         self.rows.append(json.loads(json.dumps(row)))
 
     def show(self, plan: list[tuple[str, float, dict]]) -> None:
@@ -409,7 +410,7 @@ class Results:
         return markdown_table(self.shown, methods, self.held_out)
 
     def save(self, methods: list[str]) -> None:
-        """Writes the three files, each of them whole or not at all."""
+        """Writes the three files, each of them atomically."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         made = self.made_with
         text = "\n".join(

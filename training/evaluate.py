@@ -43,7 +43,7 @@ from diffusers_ext.evaluation.real_images import (
 from diffusers_ext.evaluation.subject import generate_for, is_image_folder, load_pipeline, read_image_folder
 from diffusers_ext.hub.cards import Figure, add_figures
 from diffusers_ext.machine import is_fast_at_bf16, set_threads
-from diffusers_ext.options import option, parse_config, refuse_below, run_script, to_command
+from diffusers_ext.options import option, parse_config, run_script, to_command
 
 
 # Above these numbers of values an image, measures in pixels tell little and take long, so they must be asked for.
@@ -76,26 +76,29 @@ class EvaluateConfig(DataOptions):
     num_images: int = option(
         1000,
         "images to generate; each label gets its share of them in the training images, each caption comes in turn",
+        at_least=1,
     )
-    num_inference_steps: int | None = option(None, "steps of the sampler; by default the run's or the pipeline's")
+    num_inference_steps: int | None = option(
+        None, "steps of the sampler; by default the run's or the pipeline's", at_least=1
+    )
     guidance_scale: float | None = option(None, "by default the run's or the pipeline's")
     caption_column: str | None = option(
         None, "column of the captions that texts are taken from; by default found as in training"
     )
     scheduler: str | None = option(None, "class of a scheduler of diffusers or diffusers_ext to sample with instead")
-    eval_batch_size: int = option(64, "images to generate at a time; the images do not depend on it")
+    eval_batch_size: int = option(64, "images to generate at a time; the images do not depend on it", at_least=1)
     mixed_precision: Literal["no", "bf16"] | None = option(
         None, "precision of the networks; by default bf16 where the hardware is fast at it"
     )
     seed: int = option(0, "image i is made from the seed 1 000 000 * seed + i")
-    num_threads: int | None = option(None, "CPU threads of a process; by default the cores are shared out")
+    num_threads: int | None = option(None, "CPU threads of a process; by default the cores are shared out", at_least=1)
 
     features: str | None = option(
         None,
         "folder of a classifier of training/train_features.py; by default one is trained on the data set, once, and kept",
         "how",
     )
-    num_neighbours: int = option(5, "k of precision and recall")
+    num_neighbours: int = option(5, "k of precision and recall", at_least=1)
     pixel_metrics: bool | None = option(None, "measure in pixels too; by default for images of up to 64x64x3 values")
     svc: bool | None = option(
         None,
@@ -108,23 +111,35 @@ class EvaluateConfig(DataOptions):
         "likelihood",
     )
     num_likelihood_images: int | None = option(
-        None, "held-out images to measure it on; 1000 if left open, at most all"
+        None,
+        "held-out images to measure it on; 1000 if left open, at most all",
+        at_least=1,
+        needs="bits_per_dim",
     )
     num_likelihood_steps: int | None = option(
-        None, "timesteps of the sampler whose bound it is; by default all that the model was trained on"
+        None,
+        "timesteps of the sampler whose bound it is; by default all that the model was trained on",
+        at_least=1,
+        needs="bits_per_dim",
     )
     num_likelihood_terms: int | None = option(
         None,
         "timesteps of these to look at for each image, drawn without bias; 100 if left open, more make the standard "
         "error smaller",
+        at_least=1,
+        needs="bits_per_dim",
     )
     likelihood_variance: Literal[FIXED_VARIANCES] | None = option(
         None,
         "variance of the sampler's steps; by default learned if the model learned it, else the scheduler's, else "
         "fixed_large; optimal is measured on a batch of training images",
+        needs="bits_per_dim",
     )
     num_flow_steps: int | None = option(
-        None, "measure the bound by the probability flow too, in so many steps; each asks the model four times"
+        None,
+        "measure the bound by the probability flow too, in this number of steps; each asks the model four times",
+        at_least=1,
+        needs="bits_per_dim",
     )
 
     output_file: str | None = option(
@@ -135,12 +150,6 @@ class EvaluateConfig(DataOptions):
         if self.pipeline is None:
             raise ValueError("say what to evaluate: evaluate.py PIPELINE, a folder or a name on the Hub")
         super().__post_init__()
-        likelihood = ["num_likelihood_images", "num_likelihood_steps", "num_likelihood_terms", "num_flow_steps"]
-        refuse_below(self, 1, "num_images", "eval_batch_size", "num_neighbours", "num_inference_steps", "num_threads")
-        refuse_below(self, 1, *likelihood)
-        for name in (*likelihood, "likelihood_variance"):
-            if getattr(self, name) is not None and not self.bits_per_dim:
-                raise ValueError(f"{name} is of the likelihood, which is measured with --bits_per_dim")
         check_seed(self.seed, LARGEST_SEED_OF_SETS)
 
 
@@ -166,7 +175,7 @@ def main(config: EvaluateConfig) -> dict | None:
         real = load_real_images(config, caption_column, None if pipeline is None else label_names_of(pipeline))
     for note in real.notes:
         state.print(note, flush=True)
-    # All of these before the images are generated, so that what is wrong here is told early.
+    # All of these before the images are generated, so that what is wrong here is said early.
     features, about_features = features_for(real, config.features, state)
     images, labels, sampling = None, None, None
     if pipeline is None:
@@ -293,7 +302,7 @@ def measure(evaluator: Evaluator, real: RealImages, images: Tensor, labels: Tens
 
 
 def report(config: EvaluateConfig, result: dict):
-    """Prints the measures and writes them, whole or not at all; the model card of a training run gets them too."""
+    """Prints the measures and writes them; the model card of a training run gets them too."""
     folder = Path(config.pipeline) if Path(config.pipeline).is_dir() else Path()
     path = Path(config.output_file) if config.output_file else folder / "evaluation.json"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -39,7 +39,7 @@ from diffusers_ext.machine import set_threads
 from diffusers_ext.metrics.frechet import FeatureStatistics, frechet_distance
 from diffusers_ext.metrics.reconstruction import psnr, ssim
 from diffusers_ext.models.vae_likelihood import vae_likelihood
-from diffusers_ext.options import option, parse_config, refuse_below, run_script, to_command
+from diffusers_ext.options import option, parse_config, run_script, to_command
 from diffusers_ext.recipes.vae_objective import ACTIVE_VARIANCE, BINARIZATIONS, binarize
 from diffusers_ext.recipes.vae_scale import LatentStatistics
 from diffusers_ext.sizes import as_size
@@ -69,9 +69,13 @@ class EvaluateVAEConfig(DataOptions):
     """Measure an autoencoder on held-out images: likelihood, closeness of what it decodes, and its latents."""
 
     model: str | None = option(None, "MODEL may also stand first, without --model", "what is measured")
-    num_images: int | None = option(None, "held-out images to measure on, drawn by the seed; by default all")
-    num_likelihood_images: int = option(1000, "of these, images to take the bounds on, which needs many passes")
-    num_samples: int = option(64, "draws of the importance-weighted bound")
+    num_images: int | None = option(
+        None, "held-out images to measure on, drawn by the seed; by default all", at_least=1
+    )
+    num_likelihood_images: int = option(
+        1000, "of these, images to take the bounds on, which needs many passes", at_least=1
+    )
+    num_samples: int = option(64, "draws of the importance-weighted bound", at_least=1)
     binarize: Literal[BINARIZATIONS] | None = option(
         None, "how images become black and white; by default as in training"
     )
@@ -79,16 +83,15 @@ class EvaluateVAEConfig(DataOptions):
         None,
         "folder of a classifier of training/train_features.py; by default one is trained on the data set and kept",
     )
-    eval_batch_size: int = option(64, "images at a time")
+    eval_batch_size: int = option(64, "images at a time", at_least=1)
     seed: int = option(0, "of all draws")
-    num_threads: int | None = option(None, "CPU threads; by default the cores are shared out")
+    num_threads: int | None = option(None, "CPU threads; by default the cores are shared out", at_least=1)
     output_file: str | None = option(None, "by default evaluation.json in MODEL")
 
     def __post_init__(self):
         if self.model is None:
             raise ValueError("say what to evaluate: evaluate_vae.py MODEL, a folder")
         super().__post_init__()
-        refuse_below(self, 1, "num_samples", "eval_batch_size", "num_images", "num_likelihood_images", "num_threads")
         check_seed(self.seed)
 
 
@@ -200,7 +203,7 @@ def _distance(features, images: Tensor, decoded: Tensor) -> float:
 
 
 def report(config: EvaluateVAEConfig, result: dict):
-    """Prints the measures and writes them, whole or not at all; the model card of a training run gets them too."""
+    """Prints the measures and writes them; the model card of a training run gets them too."""
     folder = Path(config.model)
     path = Path(config.output_file) if config.output_file else folder / "evaluation.json"
     path.parent.mkdir(parents=True, exist_ok=True)

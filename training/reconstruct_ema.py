@@ -21,7 +21,7 @@ from diffusers_ext.atomic_files import atomic_write
 from diffusers_ext.hub.saved_folder import SavedFolder, loading_lines
 from diffusers_ext.options import option, run_script
 from diffusers_ext.trainer.posthoc_ema import is_of, list_snapshots, load_averages, reconstruct
-from diffusers_ext.trainer.run import save_whole
+from diffusers_ext.trainer.run import save_atomically
 from diffusers_ext.trainer.run_folder import CONFIG_FILE
 
 
@@ -59,12 +59,12 @@ def main(config: ReconstructConfig) -> Path:
     step = snapshots[-1].step if config.step is None else config.step
     averages, misfit = reconstruct(snapshots, step, config.ema_std)
 
-    whole = getattr(diffusers_ext, saved.class_name if saved.is_model else "DiffusionPipeline").from_pretrained(run)
-    parts = [whole] if saved.is_model else whole.components.values()
+    loaded = getattr(diffusers_ext, saved.class_name if saved.is_model else "DiffusionPipeline").from_pretrained(run)
+    parts = [loaded] if saved.is_model else loaded.components.values()
     models = [part for part in parts if isinstance(part, nn.Module) and is_of(part, averages)]
     if not models and not saved.is_model:  # parts that were trained together, such as a denoiser and its text encoder
         prefixes = {name.partition(".")[0] for name in averages}
-        together = {name: part for name, part in whole.components.items() if name in prefixes}
+        together = {name: part for name, part in loaded.components.items() if name in prefixes}
         joint = nn.ModuleDict({name: part for name, part in together.items() if isinstance(part, nn.Module)})
         models = [joint] if is_of(joint, averages) else []
     if len(models) != 1:
@@ -79,7 +79,7 @@ def main(config: ReconstructConfig) -> Path:
         partial.write_text(json.dumps(report, indent=2) + "\n")
     if (run / CONFIG_FILE).is_file():  # so that evaluate.py knows the data
         write_config(run / CONFIG_FILE, output_dir, config.ema_std)
-    save_whole(whole, output_dir)
+    save_atomically(loaded, output_dir)
     print(
         f"average of std {config.ema_std:g} at step {step}, made of {len(snapshots)} snapshots; its weighting is off by "
         f"{misfit:.2%}; in {output_dir}\n\n{loading_lines(output_dir, saved.class_name if saved.is_model else None)}"

@@ -18,7 +18,7 @@ from diffusers_ext.draws import check_seed
 from diffusers_ext.evaluation.subject import load_pipeline
 from diffusers_ext.figures import labelled_grid, save_picture
 from diffusers_ext.guidance.guided_denoiser import check_guidance_scale
-from diffusers_ext.options import option, refuse_below, run_script
+from diffusers_ext.options import check_options, option, run_script
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class SampleConfig:
     prompts: tuple[str, ...] | None = option(None, "the texts, one for each row")
     negative_prompt: str | None = option(None, "what to lead away from, in place of the empty text")
     guidance_scales: tuple[float, ...] = option((1.0, 2.0, 4.0, 8.0), "one for each column; 1 is no guidance")
-    num_images_per_prompt: int = option(1, "pictures of a text at a scale, side by side")
-    num_inference_steps: int = option(50, "steps of the sampler")
+    num_images_per_prompt: int = option(1, "pictures of a text at a scale, side by side", at_least=1)
+    num_inference_steps: int = option(50, "steps of the sampler", at_least=1)
     seed: int = option(0, "picture k of each text is made from seed + k")
     output: str | None = option(None, "where to save the picture; by default RUN/guidance_scales.png")
 
@@ -39,7 +39,7 @@ class SampleConfig:
             raise ValueError("say which pipeline: sample_prompts.py RUN --prompts TEXT ...")
         if not self.prompts:
             raise ValueError("prompts must be given: --prompts TEXT ...")
-        refuse_below(self, 1, "num_images_per_prompt", "num_inference_steps")
+        check_options(self)
         check_seed(self.seed)
         if self.output is None and not Path(self.run).is_dir():
             raise ValueError("output must be given for a pipeline that is not in a folder")

@@ -33,15 +33,16 @@ from diffusers_ext.data.stream import StreamData, make_batches
 from diffusers_ext.data.validation import ValidationBatches, prepare_validation
 from diffusers_ext.diffusion.betas import BETA_SCHEDULES
 from diffusers_ext.models.unet import refuse_unmatched_resolutions
-from diffusers_ext.options import option, refuse_unused, run_script, to_command
+from diffusers_ext.options import fixed_option, option, run_script, to_command
 from diffusers_ext.recipes.classifier_objective import ClassifierObjective, accuracy_by_level, save_accuracy
+from diffusers_ext.recipes.denoising import beta_option
 from diffusers_ext.schedulers.levels import describe_path
 from diffusers_ext.sizes import downsampling_factor
 from diffusers_ext.trainer.config import TrainerConfig, resolve_for_machine
 from diffusers_ext.trainer.ending import EndingCost, seconds_of
 from diffusers_ext.trainer.loop import Trainer
 from diffusers_ext.trainer.progress import counted, counting_bar
-from diffusers_ext.trainer.run import describe_data, finish_run, make_accelerator, open_run, save_whole
+from diffusers_ext.trainer.run import describe_data, finish_run, make_accelerator, open_run, save_atomically
 
 
 PICTURES = {"accuracy.png": "accuracy by noise level; its numbers are in accuracy.csv"}
@@ -51,36 +52,38 @@ PICTURES = {"accuracy.png": "accuracy by noise level; its numbers are in accurac
 class TrainClassifierConfig(TrainerConfig):
     """Train a classifier of noisy images, for guiding a diffusion model by its gradient."""
 
-    block_out_channels: tuple[int, ...] = option(
+    block_out_channels: tuple[int, ...] = fixed_option(
         (64, 128, 128), "channels at each resolution, the full one first", "model"
     )
-    layers_per_block: int = option(1, "residual blocks at each resolution")
-    attention_resolutions: tuple[int, ...] | None = option(
+    layers_per_block: int = fixed_option(1, "residual blocks at each resolution")
+    attention_resolutions: tuple[int, ...] | None = fixed_option(
         None, "sides of the maps with attention; by default the largest of at most 16"
     )
-    attention_head_dim: int = option(64, "channels of an attention head")
-    dropout: float = option(0.1, "share of the features dropped in each residual block")
+    attention_head_dim: int = fixed_option(64, "channels of an attention head")
+    dropout: float = fixed_option(0.1, "share of the features dropped in each residual block")
 
-    pipeline: str | None = option(
+    pipeline: str | None = fixed_option(
         None,
         "take the noise levels of this pipeline, a folder or a name on the Hub, not those below; and its VAE, if it has one",
         "diffusion",
     )
-    vae: str | None = option(
+    vae: str | None = fixed_option(
         None,
         "autoencoder whose latents are classified: a folder, a pipeline that has one, or a name on the Hub; images are "
         "encoded at each batch unless dataset_name is a folder of training/cache_latents.py",
     )
-    num_train_timesteps: int = option(1000, "noise levels", alias="ddpm_num_steps")
-    beta_schedule: Literal[BETA_SCHEDULES] = option("cosine", "noise schedule", alias="ddpm_beta_schedule")
-    beta_start: float = option(1e-4, "first beta of linear, scaled_linear and sigmoid")
-    beta_end: float = option(0.02, "last beta of linear, scaled_linear and sigmoid")
-    rescale_betas_zero_snr: bool = option(False, "let the last level be pure noise")
-    timestep_sampling: Literal[TIMESTEP_SAMPLINGS] = option(
+    num_train_timesteps: int = fixed_option(1000, "noise levels", alias="ddpm_num_steps")
+    beta_schedule: Literal[BETA_SCHEDULES] = fixed_option("cosine", "noise schedule", alias="ddpm_beta_schedule")
+    beta_start: float = beta_option(1e-4, "first beta of linear, scaled_linear and sigmoid")
+    beta_end: float = beta_option(0.02, "last beta of linear, scaled_linear and sigmoid")
+    rescale_betas_zero_snr: bool = fixed_option(False, "let the last level be pure noise")
+    timestep_sampling: Literal[TIMESTEP_SAMPLINGS] = fixed_option(
         "stratified", "each image's level by itself, or evenly spread"
     )
 
-    max_measured_samples: int = option(2000, "images that the accuracy by noise level is measured on", "watching")
+    max_measured_samples: int = option(
+        2000, "images that the accuracy by noise level is measured on", "watching", at_least=1
+    )
 
     SCHEDULE_OPTIONS: ClassVar[tuple[str, ...]] = (
         "num_train_timesteps",
@@ -89,11 +92,6 @@ class TrainClassifierConfig(TrainerConfig):
         "beta_end",
         "rescale_betas_zero_snr",
     )
-    FIXED_ON_RESUME: ClassVar[frozenset[str]] = TrainerConfig.FIXED_ON_RESUME.union(
-        "block_out_channels layers_per_block attention_resolutions attention_head_dim dropout pipeline vae "
-        "timestep_sampling".split(),
-        SCHEDULE_OPTIONS,
-    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -101,10 +99,6 @@ class TrainClassifierConfig(TrainerConfig):
         changed = [name for name in self.SCHEDULE_OPTIONS if getattr(self, name) != defaults[name]]
         if self.pipeline is not None and changed:
             raise ValueError(f"pipeline and {changed[0]} both say which noise levels to train on: give one of them")
-        if self.beta_schedule not in ("linear", "scaled_linear", "sigmoid"):
-            refuse_unused(self, ["beta_start", "beta_end"], "beta_schedule linear, scaled_linear or sigmoid")
-        if self.max_measured_samples < 1:
-            raise ValueError(f"max_measured_samples must be at least 1, got {self.max_measured_samples}")
         if self.unconditional:
             raise ValueError("unconditional leaves the labels out, and a classifier learns them")
         for side in self.resolution or ():
@@ -148,7 +142,7 @@ def main(config: TrainClassifierConfig) -> Path:
         count = num_batches_to_measure(trainer, held_out, trainer.ending.share())
         with trainer.averaged_model() as model:
             if accelerator.is_main_process:
-                save_whole(model, trainer.output_dir)
+                save_atomically(model, trainer.output_dir)
                 with closing(counting_bar(count, "measuring: batch")) as bar:
                     batches = counted(bar, images_to_measure(trainer, held_out, count))
                     rows = accuracy_by_level(model, batches, objective.schedule)
@@ -271,8 +265,8 @@ def measuring_cost(held_out: ImageData | None, objective: ClassifierObjective, t
 def describe_accuracy(rows: list[dict[str, float]], images: str) -> str:
     """The accuracy in a line."""
     picked = [rows[0], rows[len(rows) // 4], rows[len(rows) // 2], rows[-1]]
-    told = ", ".join(f"{row['accuracy']:.1%} at timestep {row['timestep']}" for row in picked)
-    return f"The label is the likeliest of {images} in {told}."
+    described = ", ".join(f"{row['accuracy']:.1%} at timestep {row['timestep']}" for row in picked)
+    return f"The label is the likeliest of {images} in {described}."
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
 
 import openmp  # noqa: F401  before torch is loaded
 from diffusers import ModelMixin
@@ -21,7 +20,7 @@ from diffusers_ext import ExtDDPMScheduler, GuidedDiffusionPipeline
 from diffusers_ext.data.image_table import ImageData
 from diffusers_ext.data.latent_cache import SampleSpace, load_vae
 from diffusers_ext.data.stream import StreamData
-from diffusers_ext.options import option, run_script, to_command
+from diffusers_ext.options import fixed_option, run_script, to_command
 from diffusers_ext.recipes.denoising import (
     DenoisingConfig,
     build_model,
@@ -41,9 +40,9 @@ from diffusers_ext.trainer.run import describe_data, finish_run, make_accelerato
 class TrainConfig(DenoisingConfig):
     """Train a Gaussian diffusion model on images, by label if there are labels."""
 
-    label_dropout: float = option(0.1, "probability of training an image without its label, for guidance", "labels")
-
-    FIXED_ON_RESUME: ClassVar[frozenset[str]] = DenoisingConfig.FIXED_ON_RESUME | {"label_dropout"}
+    label_dropout: float = fixed_option(
+        0.1, "probability of training an image without its label, for guidance", "labels"
+    )
 
     def __post_init__(self):
         super().__post_init__()

@@ -17,7 +17,7 @@ from accelerate import PartialState
 from diffusers_ext.draws import check_seed
 from diffusers_ext.evaluation.real_images import DataOptions, load_real_images, train_and_save_features
 from diffusers_ext.machine import set_threads
-from diffusers_ext.options import option, parse_config, refuse_below
+from diffusers_ext.options import option, parse_config
 
 
 @dataclass(frozen=True)
@@ -27,25 +27,26 @@ class FeaturesConfig(DataOptions):
     output_dir: str | None = option(None, "folder of the model; by default runs/features-NAME_OF_THE_DATA_SET", "run")
     overwrite_output_dir: bool = option(False, "replace what output_dir holds")
     num_train_epochs: int | None = option(
-        None, "passes over the images; by default enough for 275 000 images, at most 20"
+        None,
+        "passes over the images; by default enough for 275 000 images, at most 20",
+        at_least=1,
     )
     train_batch_size: int | None = option(
-        None, "images of a step, over all processes; by default 128, or fewer for less than 3000 images"
+        None,
+        "images of a step, over all processes; by default 128, or fewer for less than 3000 images",
+        at_least=2,  # for batch normalisation
     )
     learning_rate: float = option(2e-3, "peak learning rate")
-    adam_weight_decay: float = option(0.05, "AdamW's weight decay")
+    adam_weight_decay: float = option(0.05, "AdamW's weight decay", at_least=0)
     random_flip: bool = option(False, "mirror every other image left to right, at random")
     mixed_precision: Literal["no", "bf16"] | None = option(
         None, "precision of the forward pass; by default bf16 where the hardware is fast at it"
     )
-    num_threads: int | None = option(None, "CPU threads of a process; by default the cores are shared out")
-    seed: int = option(0, "seed of the weights, the order and the flips")
+    num_threads: int | None = option(None, "CPU threads of a process; by default the cores are shared out", at_least=1)
+    seed: int = option(0, "seed of the weights, the order and the flips", at_least=0)
 
     def __post_init__(self):
         super().__post_init__()
-        refuse_below(self, 1, "num_train_epochs", "num_threads")
-        refuse_below(self, 2, "train_batch_size")  # for batch normalisation
-        refuse_below(self, 0, "seed", "adam_weight_decay")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate:g}")
 

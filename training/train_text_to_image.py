@@ -87,8 +87,8 @@ def main(config: TextConfig) -> Path:
         trainer.train()
         save_and_draw(pipeline, rows, trainer, prompt=rows["prompts"][0])
         if accelerator.is_main_process:
-            told = "\n\n".join([describe_data(config, data), *data.notes])
-            finish_run(trainer, command, told, PICTURES, pipeline_tag="text-to-image")
+            described = "\n\n".join([describe_data(config, data), *data.notes])
+            finish_run(trainer, command, described, PICTURES, pipeline_tag="text-to-image")
     return trainer.output_dir
 
 

@@ -33,7 +33,7 @@ from diffusers_ext.data.validation import ValidationBatches, prepare_validation
 from diffusers_ext.models.vae import ARCHITECTURES
 from diffusers_ext.models.vae_discriminator import PatchDiscriminator
 from diffusers_ext.models.vae_likelihood import LIKELIHOODS
-from diffusers_ext.options import option, refuse_unused, run_script, to_command
+from diffusers_ext.options import fixed_option, option, run_script, to_command
 from diffusers_ext.recipes.vae_figures import draw_pictures, pictures_of
 from diffusers_ext.recipes.vae_objective import (
     ACTIVE_VARIANCE,
@@ -51,76 +51,80 @@ from diffusers_ext.trainer.config import TrainerConfig, resolve_for_machine
 from diffusers_ext.trainer.ending import EndingCost, seconds_of
 from diffusers_ext.trainer.loop import Trainer
 from diffusers_ext.trainer.progress import counted, counting_bar
-from diffusers_ext.trainer.run import describe_data, finish_run, make_accelerator, open_run, save_whole
+from diffusers_ext.trainer.run import describe_data, finish_run, make_accelerator, open_run, save_atomically
 
 
 MIN_MEASURED = 1000  # training images that the latents' scale is measured on, however short the time
 PICTURED = 128  # images whose latents tell which of them to draw
+
+conv_option = partial(fixed_option, needs={"architecture": ("conv",)})
+mlp_option = partial(fixed_option, needs={"architecture": ("mlp",)})
+adversary_option = partial(fixed_option, needs="adversarial_weight")
 
 
 @dataclass(frozen=True)
 class TrainVAEConfig(TrainerConfig):
     """Train a variational autoencoder on images, for pictures of its own or as the first stage of a diffusion model."""
 
-    architecture: Literal[ARCHITECTURES] = option(
+    architecture: Literal[ARCHITECTURES] = fixed_option(
         "mlp", "fully connected with flat latents; or convolutional, as the first stage of a diffusion model", "model"
     )
-    block_out_channels: tuple[int, ...] = option(
+    block_out_channels: tuple[int, ...] = conv_option(
         (32, 64), "conv: channels at each resolution, the full one first; each further one halves the side"
     )
-    latent_channels: int = option(4, "conv: channels of the latents")
-    layers_per_block: int = option(1, "conv: residual blocks at each resolution; one more in the decoder")
-    mid_block_add_attention: bool = option(True, "conv: attention at the lowest resolution")
-    latent_dim: int = option(10, "mlp: number of latents")
-    hidden_dims: tuple[int, ...] = option((256, 256), "mlp: widths of the encoder's hidden layers")
+    latent_channels: int = conv_option(4, "conv: channels of the latents")
+    layers_per_block: int = conv_option(1, "conv: residual blocks at each resolution; one more in the decoder")
+    mid_block_add_attention: bool = conv_option(True, "conv: attention at the lowest resolution")
+    latent_dim: int = mlp_option(10, "mlp: number of latents")
+    hidden_dims: tuple[int, ...] = mlp_option((256, 256), "mlp: widths of the encoder's hidden layers")
 
-    likelihood: Literal[LIKELIHOODS] = option("gaussian", "p(x | z); laplace is L1", "loss")
-    likelihood_scale: float = option(0.1, "standard deviation of gaussian, b of laplace, for data in [-1, 1]")
-    learn_scale: bool | None = option(None, "learn that, from there on; by default yes but for bernoulli")
-    binarize: Literal[BINARIZATIONS] = option(
+    likelihood: Literal[LIKELIHOODS] = fixed_option("gaussian", "p(x | z); laplace is L1", "loss")
+    likelihood_scale: float = fixed_option(
+        0.1,
+        "standard deviation of gaussian, b of laplace, for data in [-1, 1]",
+        needs={"likelihood": ("gaussian", "laplace")},
+    )
+    learn_scale: bool | None = fixed_option(None, "learn that, from there on; by default yes but for bernoulli")
+    binarize: Literal[BINARIZATIONS] = fixed_option(
         "none", "black and white images: white above a half, or with the brightness as probability, drawn each time"
     )
-    kl_weight: float = option(1.0, "weight of the KL divergence; 1 for the variational bound")
-    kl_warmup_steps: int = option(0, "optimizer steps in which kl_weight rises from 0")
-    free_bits: float = option(0.0, "nats of each latent that are not pushed down, against collapse")
-    perceptual_network: str | None = option(
+    kl_weight: float = fixed_option(1.0, "weight of the KL divergence; 1 for the variational bound", at_least=0)
+    kl_warmup_steps: int = fixed_option(0, "optimizer steps in which kl_weight rises from 0", at_least=0)
+    free_bits: float = fixed_option(0.0, "nats of each latent that are not pushed down, against collapse", at_least=0)
+    perceptual_network: str | None = fixed_option(
         None, "add a perceptual loss: lpips, or the folder of a classifier of training/train_features.py"
     )
-    perceptual_weight: float = option(0.1, "weight of the perceptual loss")
-    adversarial_weight: float = option(0.0, "weight of a patch discriminator's judgement; 0 for none")
-    adversarial_adaptive: bool = option(True, "scale it to the gradient of the rest at the last layer")
-    adversarial_start_step: int = option(500, "optimizer steps before the discriminator begins to learn and to count")
-    adversarial_learning_rate: float = option(2e-4, "the discriminator's peak learning rate")
-    discriminator_channels: int = option(32, "channels of its first convolution")
-    discriminator_layers: int = option(2, "its convolutions that halve the side; a patch has 16, 34 or 70 pixels")
+    perceptual_weight: float = fixed_option(0.1, "weight of the perceptual loss", needs="perceptual_network")
+    adversarial_weight: float = fixed_option(
+        0.0, "weight of a patch discriminator's judgement; 0 for none", at_least=0
+    )
+    adversarial_adaptive: bool = adversary_option(True, "scale it to the gradient of the rest at the last layer")
+    adversarial_start_step: int = adversary_option(
+        500, "optimizer steps before the discriminator begins to learn and to count", at_least=0
+    )
+    adversarial_learning_rate: float = adversary_option(2e-4, "the discriminator's peak learning rate")
+    discriminator_channels: int = adversary_option(32, "channels of its first convolution")
+    discriminator_layers: int = adversary_option(
+        2, "its convolutions that halve the side; a patch has 16, 34 or 70 pixels"
+    )
 
-    sample_columns: int = option(8, "pictures in a row", "pictures")
+    sample_columns: int = option(8, "pictures in a row", "pictures", at_least=1)
     max_measured_samples: int = option(
-        20_000, "training images that the latents' scale is measured on; drawn at random if there are more"
+        20_000,
+        "training images that the latents' scale is measured on; drawn at random if there are more",
+        at_least=1,
     )
 
     DEFAULT_MAX_TRAIN_STEPS: ClassVar[int] = 3000
-    FIXED_ON_RESUME: ClassVar[frozenset[str]] = TrainerConfig.FIXED_ON_RESUME.union(
-        "architecture block_out_channels latent_channels layers_per_block mid_block_add_attention latent_dim hidden_dims "
-        "likelihood likelihood_scale learn_scale binarize kl_weight kl_warmup_steps free_bits perceptual_network "
-        "perceptual_weight adversarial_weight adversarial_adaptive adversarial_start_step adversarial_learning_rate "
-        "discriminator_channels discriminator_layers".split()
-    )
-
     NEEDS_STEPS: ClassVar[dict[str, str]] = TrainerConfig.NEEDS_STEPS | {
         "kl_warmup_steps": "the weight of the KL divergence does not reach kl_weight",
     }
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("kl_weight", "free_bits", "kl_warmup_steps", "adversarial_start_step", "adversarial_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name):g}")
-        for name in ("likelihood_scale", "perceptual_weight", "adversarial_learning_rate", "sample_columns"):
-            if getattr(self, name) <= 0:
+        for name in ("likelihood_scale", "perceptual_weight", "adversarial_learning_rate"):
+            if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name):g}")
-        if self.max_measured_samples < 1:
-            raise ValueError(f"max_measured_samples must be at least 1, got {self.max_measured_samples}")
         if self.learn_scale and self.likelihood == "bernoulli":
             raise ValueError("learn_scale has no meaning for likelihood bernoulli, which has no scale")
         if self.binarize != "none" and self.likelihood != "bernoulli":
@@ -128,7 +132,6 @@ class TrainVAEConfig(TrainerConfig):
                 f"binarize {self.binarize} needs --likelihood bernoulli, got {self.likelihood}: a density of two values has "
                 "no bound"
             )
-        self._check_ignored()
         smallest = PatchDiscriminator.smallest_side(self.discriminator_layers)
         for side in self.resolution or ():
             if side % self.size_multiple:
@@ -150,24 +153,6 @@ class TrainVAEConfig(TrainerConfig):
                 "run: the discriminator never begins, and adversarial_weight counts for nothing"
             )
         return lines
-
-    def _check_ignored(self):
-        """Refuses options that would do nothing."""
-        conv = ("block_out_channels", "latent_channels", "layers_per_block", "mid_block_add_attention")
-        adversarial = ("adversarial_adaptive", "adversarial_start_step", "adversarial_learning_rate")
-        needs = {
-            "--architecture conv": (self.architecture == "conv", conv),
-            "--architecture mlp": (self.architecture == "mlp", ("latent_dim", "hidden_dims")),
-            "--perceptual_network": (self.perceptual_network is not None, ("perceptual_weight",)),
-            "--adversarial_weight": (
-                self.adversarial_weight > 0,
-                (*adversarial, "discriminator_channels", "discriminator_layers"),
-            ),
-            "--likelihood gaussian or laplace": (self.likelihood != "bernoulli", ("likelihood_scale",)),
-        }
-        for needed, (given, names) in needs.items():
-            if not given:
-                refuse_unused(self, names, needed)
 
     @property
     def size_multiple(self) -> int:
@@ -197,7 +182,7 @@ def main(config: TrainVAEConfig) -> Path:
             data,
             batch_options={"latent_shape": vae.latent_shape},
             on_images=partial(draw_while_training, config),
-            adversary=adversary,
+            step_hook=adversary,
             validation_data=held_out,
             ending_cost=partial(drawing_cost, config),
         )
@@ -212,7 +197,7 @@ def main(config: TrainVAEConfig) -> Path:
                 moments = measure_latents(model, counted(bar, images_to_measure(trainer, number)), accelerator)
             store_scale(model, moments)
             if accelerator.is_main_process:
-                save_whole(model, trainer.output_dir)
+                save_atomically(model, trainer.output_dir)
         if accelerator.is_main_process:
             notes = [describe_data(config, data), *data.notes, describe_latents(model, moments)]
             print(f"{notes[-1]}\ndrawing pictures ...", flush=True)
@@ -300,12 +285,12 @@ def num_to_measure(trainer: Trainer, share: float = 1.0) -> int:
 
 
 def num_batches(trainer: Trainer, number: int) -> int:
-    """In which each process encodes its part of so many images."""
+    """Batches in which each process encodes its part of `number` images."""
     return math.ceil(number / (min(trainer.config.train_batch_size, number) * trainer.accelerator.num_processes))
 
 
 def images_to_measure(trainer: Trainer, number: int) -> Iterator[Tensor]:
-    """Batches of this process's part of so many training images, as the model is trained on them, but not flipped."""
+    """Batches of this process's part of `number` training images, as the model is trained on them, but not flipped."""
     config, data, accelerator = trainer.config, trainer.data, trainer.accelerator
     mine = (accelerator.process_index, accelerator.num_processes)
     if data.num_images is None or data.num_images > number:

@@ -1,10 +1,10 @@
 """The options that say which images are read, and how."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from diffusers_ext.data.images import LONGEST, RESIZE_MODES
-from diffusers_ext.options import option
+from diffusers_ext.options import check_options, fixed_option, option
 from diffusers_ext.pixels import IMAGE_MODES
 
 
@@ -23,61 +23,57 @@ class DataConfig:
         "data",
         alias="train_data_dir",
     )
-    dataset_config_name: str | None = option(None, "configuration of a data set that has several")
-    dataset_split: str = option("train", "split to train on, such as train or train[:90%]")
-    image_column: str | None = option(None, "column of the images; by default the only one that holds images")
-    label_column: str | None = option(
+    dataset_config_name: str | None = fixed_option(None, "configuration of a data set that has several")
+    dataset_split: str = fixed_option("train", "split to train on, such as train or train[:90%]")
+    image_column: str | None = fixed_option(None, "column of the images; by default the only one that holds images")
+    label_column: str | None = fixed_option(
         None,
         "column of the labels; by default the class labels, or else one called label or cls; a column of lists, of labels or of "
         "a 0 or 1 for each label, means several labels an image",
     )
-    num_classes: int | None = option(
-        None, "how many labels there are, if they are the integers 0, 1, 2, ...; by default those that occur"
+    num_classes: int | None = fixed_option(
+        None,
+        "how many labels there are, if they are the integers 0, 1, 2, ...; by default those that occur",
+        at_least=1,
     )
-    label_names: tuple[str, ...] | None = option(
+    label_names: tuple[str, ...] | None = fixed_option(
         None, "names of the labels 0, 1, 2, ..., or the integers that they are; by default the data set's own"
     )
-    unconditional: bool = option(False, "leave the labels out")
-    resolution: tuple[int, ...] | None = option(
+    unconditional: bool = fixed_option(False, "leave the labels out")
+    resolution: tuple[int, ...] | None = fixed_option(
         None, "side of the images in pixels, or height and width; by default their own"
     )
-    resize_mode: Literal[("auto", *RESIZE_MODES)] = option(
+    resize_mode: Literal[("auto", *RESIZE_MODES)] = fixed_option(
         "auto",
         "how images get there: crop and random_crop scale them to cover, and cut in the middle or at random; pad centres "
         "them on a border and never enlarges; stretch scales each side for itself. auto: pad if they are of one size and "
         f"fill at least 3/4 of each side, else crop. Of what is longer random_crop keeps the middle, {LONGEST} times the side",
     )
-    pad_value: int = option(0, "value of the border and behind transparent pixels, in the images' own range")
-    image_mode: Literal[tuple(IMAGE_MODES)] | None = option(
+    pad_value: int = fixed_option(0, "value of the border and behind transparent pixels, in the images' own range")
+    image_mode: Literal[tuple(IMAGE_MODES)] | None = fixed_option(
         None,
         "channels to read, in 8 bits; by default those of the first images: colour if any has it, alpha or more bits if most "
         "have them",
     )
-    white_value: int | None = option(
+    white_value: int | None = fixed_option(
         None,
         "value that is white in pixels of more than 8 bits; by default 65535 for 16 bits, 1 for floats, and for other integers "
         "the largest of 1, 8, 10, 12, 14 or 16 bits, by the first images",
     )
-    random_flip: bool = option(False, "mirror every other image left to right, at random")
-    max_train_samples: int | None = option(
-        None, "use only so many images, of each label its share, always the same ones; of a stream the first"
+    random_flip: bool = fixed_option(False, "mirror every other image left to right, at random")
+    max_train_samples: int | None = fixed_option(
+        None,
+        "number of images to use, of each label its share, always the same ones; of a stream the first",
+        at_least=1,
     )
     max_bad_share: float = option(
-        0.01, "share of the images, rounded up to a whole one, that may fail to decode and be left out"
+        0.01, "share of the images, rounded up to an integer number, that may fail to decode and be left out"
     )
-    preprocessing_num_workers: int = option(1, "processes that decode the images, once")
+    preprocessing_num_workers: int = option(1, "processes that decode the images, once", at_least=1)
     cache_dir: str | None = option(None, "where `datasets` keeps what it reads and decodes")
 
-    # What the prepared images depend on.
-    DATA_OPTIONS: ClassVar[tuple[str, ...]] = tuple(
-        "dataset_config_name dataset_split image_column label_column num_classes label_names unconditional resolution "
-        "resize_mode pad_value image_mode white_value random_flip max_train_samples".split()
-    )
-
     def __post_init__(self):
-        for name in ("max_train_samples", "num_classes", "preprocessing_num_workers"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_options(self)
         if self.resolution is not None and (len(self.resolution) > 2 or min(self.resolution) < 1):
             raise ValueError(
                 f"resolution must be one side or height and width, got {' '.join(map(str, self.resolution))}"
@@ -110,25 +106,26 @@ class TrainingDataConfig(DataConfig):
         ValueError: if options contradict one another or are out of range.
     """
 
-    streaming: bool = option(
+    streaming: bool = fixed_option(
         False,
         "read the images while training, for data sets too large to decode beforehand; labels must have known names",
     )
-    shuffle_buffer: int | None = option(
-        None, "images that each reader of a stream holds, undecoded, to shuffle them; by default 1000"
+    shuffle_buffer: int | None = fixed_option(
+        None,
+        "images that each reader of a stream holds, undecoded, to shuffle them; by default 1000",
+        at_least=1,
+        needs="streaming",
     )
     validation_split: str | None = option(None, "split of held-out images to take the loss on")
     max_validation_samples: int | None = option(
-        None, "use only so many held-out images, of each label its share; of a stream the first"
+        None,
+        "number of held-out images to use, of each label its share; of a stream the first",
+        at_least=1,
+        needs="validation_split",
     )
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("shuffle_buffer", "max_validation_samples"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.max_validation_samples is not None and self.validation_split is None:
-            raise ValueError("max_validation_samples has no meaning without validation_split")
         if self.streaming and self.preprocessing_num_workers != 1:
             raise ValueError(
                 "streaming decodes nothing beforehand: give dataloader_num_workers, not preprocessing_num_workers"
@@ -137,5 +134,3 @@ class TrainingDataConfig(DataConfig):
             raise ValueError(
                 "validation_split with streaming needs max_validation_samples: so many images are read ahead"
             )
-        if self.shuffle_buffer and not self.streaming:
-            raise ValueError("shuffle_buffer belongs to streaming; without it all images are shuffled")

@@ -25,7 +25,7 @@ from diffusers_ext.data.latent_cache import read_info
 from diffusers_ext.data.prepare import data_options, prepare_images
 from diffusers_ext.evaluation.feature_training import LabelledImages, accuracy, drawn_order, fit_feature_classifier
 from diffusers_ext.metrics.features import FeatureClassifierModel
-from diffusers_ext.options import option
+from diffusers_ext.options import check_options, option
 from diffusers_ext.pixels import DEFAULT_WHITES, IMAGE_MODES, Whites, to_range
 
 
@@ -69,6 +69,7 @@ class DataOptions:
     cache_dir: str | None = option(None, _HELP["cache_dir"])
 
     def __post_init__(self):
+        check_options(self)
         to_data_config(self, self.dataset_split or "train")  # which checks them
 
 

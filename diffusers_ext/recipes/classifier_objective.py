@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from diffusers_ext.atomic_files import atomic_write
 from diffusers_ext.diffusion.noising import NoiseSchedule, add_noise
 from diffusers_ext.figures import save_picture
+from diffusers_ext.recipes.running_sums import RunningSums
 
 
 NUM_LEVELS = 20  # of the accuracy curve
 
 
-class ClassifierObjective(nn.Module):
+class ClassifierObjective(RunningSums):
     """The mean cross-entropy of a batch in nats, each image at the noise level of its time.
 
     It trains nothing of its own. In training mode it counts how often the label is the likeliest, for the log.
@@ -28,36 +29,28 @@ class ClassifierObjective(nn.Module):
     """
 
     def __init__(self, schedule: NoiseSchedule, accelerator: Accelerator | None = None):
-        super().__init__()
-        self.schedule, self.accelerator = schedule, accelerator
-        # By quarter of the timesteps: labels right, and labels. Of all processes; and of this one since `collect`.
-        self.register_buffer("counts", torch.zeros(4, 2))
-        self.register_buffer("own_counts", torch.zeros(4, 2), persistent=False)
+        # By quarter of the timesteps: labels right, and labels.
+        super().__init__(accelerator, counts=(4, 2))
+        self.schedule = schedule
 
     def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         timesteps = (batch["time"] * len(self.schedule)).long()
         logits = noisy_logits(model, batch["images"], batch["noise"], timesteps, self.schedule)
         if self.training:
             with torch.no_grad():
-                right = (logits.argmax(1) == batch["labels"]).to(self.own_counts)
+                right = (logits.argmax(1) == batch["labels"]).to(self.counts)
                 quarter = timesteps * 4 // len(self.schedule)
-                self.own_counts.index_add_(0, quarter, torch.stack([right, torch.ones_like(right)], dim=1))
+                self.summand("counts").index_add_(0, quarter, torch.stack([right, torch.ones_like(right)], dim=1))
         return F.cross_entropy(logits, batch["labels"])
 
     def metrics(self) -> dict[str, float]:
         """Accuracy since the last call, `accuracy_q1` to `accuracy_q4` by quarter of the timesteps, the cleanest first."""
         self.collect()
         counts = self.counts.tolist()
-        self.counts.zero_()
+        self.clear()
         return {
             f"accuracy_q{number}": right / total for number, (right, total) in enumerate(counts, start=1) if total > 0
         }
-
-    def collect(self):
-        """Puts together what the processes have counted; all of them call it, before the state is saved."""
-        alone = self.accelerator is None or self.accelerator.num_processes == 1
-        self.counts += self.own_counts if alone else self.accelerator.reduce(self.own_counts, "sum")
-        self.own_counts.zero_()
 
 
 def noisy_logits(model: nn.Module, x0: Tensor, eps: Tensor, timesteps: Tensor, schedule: NoiseSchedule) -> Tensor:

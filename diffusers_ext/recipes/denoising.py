@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Literal
 
 from accelerate import Accelerator
 from diffusers import ModelMixin
@@ -18,7 +18,7 @@ from diffusers_ext.diffusion.noising import PREDICTION_TYPES
 from diffusers_ext.guidance.guided_denoiser import check_guidance_scale
 from diffusers_ext.models.dit import DiTModel
 from diffusers_ext.models.unet import UNetModel
-from diffusers_ext.options import option, refuse_unused
+from diffusers_ext.options import fixed_option, option
 from diffusers_ext.recipes.denoising_objective import DenoisingObjective
 from diffusers_ext.recipes.networks import NetworkConfig, build_network
 from diffusers_ext.schedulers import ExtDDIMScheduler, ExtDDPMScheduler
@@ -26,6 +26,9 @@ from diffusers_ext.trainer.run import describe_data
 
 
 SCHEDULERS = {"ddpm": ExtDDPMScheduler, "ddim": ExtDDIMScheduler}
+
+# Of the schedules that are given by their first and last beta.
+beta_option = partial(fixed_option, needs={"beta_schedule": ("linear", "scaled_linear", "sigmoid")})
 
 
 @dataclass(frozen=True)
@@ -36,33 +39,35 @@ class DenoisingConfig(NetworkConfig):
         ValueError: if options contradict one another or are out of range.
     """
 
-    vae: str | None = option(
+    vae: str | None = fixed_option(
         None,
         "autoencoder whose latents are trained on: a folder, a pipeline that has one, or a name on the Hub; images are "
         "encoded at each batch unless dataset_name is a folder of training/cache_latents.py",
         "latents",
     )
 
-    num_train_timesteps: int = option(1000, "noise levels", "diffusion", alias="ddpm_num_steps")
-    beta_schedule: Literal[BETA_SCHEDULES] = option("cosine", "noise schedule", alias="ddpm_beta_schedule")
-    beta_start: float = option(1e-4, "first beta of linear, scaled_linear and sigmoid")
-    beta_end: float = option(0.02, "last beta of linear, scaled_linear and sigmoid")
-    rescale_betas_zero_snr: bool = option(False, "let the last level be pure noise; not with epsilon")
-    prediction_type: Literal[PREDICTION_TYPES] = option("v_prediction", "what the model outputs")
-    objective: Literal[OBJECTIVES] = option(
+    num_train_timesteps: int = fixed_option(1000, "noise levels", "diffusion", alias="ddpm_num_steps")
+    beta_schedule: Literal[BETA_SCHEDULES] = fixed_option("cosine", "noise schedule", alias="ddpm_beta_schedule")
+    beta_start: float = beta_option(1e-4, "first beta of linear, scaled_linear and sigmoid")
+    beta_end: float = beta_option(0.02, "last beta of linear, scaled_linear and sigmoid")
+    rescale_betas_zero_snr: bool = fixed_option(False, "let the last level be pure noise; not with epsilon")
+    prediction_type: Literal[PREDICTION_TYPES] = fixed_option("v_prediction", "what the model outputs")
+    objective: Literal[OBJECTIVES] = fixed_option(
         "simple",
         "the squared error; the variational bound, with learned variance; or the first for the mean and the second for "
         "the variance",
     )
-    vlb_weight: float = option(1e-3, "weight of the bound, in nats per dimension, in hybrid")
-    loss_weighting: Literal[LOSS_WEIGHTINGS] | None = option(
+    vlb_weight: float = fixed_option(
+        1e-3, "weight of the bound, in nats per dimension, in hybrid", needs={"objective": ("hybrid",)}
+    )
+    loss_weighting: Literal[LOSS_WEIGHTINGS] | None = fixed_option(
         None,
         "weight of the noise levels in the squared error, see diffusers_ext.diffusion.losses; by default simple for score and "
         "uniform for the others",
     )
-    snr_gamma: float = option(5.0, "where min_snr cuts off")
-    p2_gamma: float = option(1.0, "exponent of p2")
-    timestep_sampling: Literal[(*TIMESTEP_SAMPLINGS, "importance")] = option(
+    snr_gamma: float = fixed_option(5.0, "where min_snr cuts off", needs={"loss_weighting": ("min_snr",)})
+    p2_gamma: float = fixed_option(1.0, "exponent of p2", needs={"loss_weighting": ("p2",)})
+    timestep_sampling: Literal[(*TIMESTEP_SAMPLINGS, "importance")] = fixed_option(
         "stratified",
         "each image's level by itself; evenly spread; or more often where the loss is large, with smaller weights",
     )
@@ -71,23 +76,18 @@ class DenoisingConfig(NetworkConfig):
     timestep_spacing: Literal["leading", "trailing", "linspace"] = option(
         "trailing", "timesteps that the scheduler visits"
     )
-    num_inference_steps: int = option(50, "steps of the sample grids", alias="ddpm_num_inference_steps")
+    num_inference_steps: int = option(50, "steps of the sample grids", alias="ddpm_num_inference_steps", at_least=1)
     guidance_scale: float = option(1.0, "classifier-free guidance of the sample grids; 1 is none")
-    sample_columns: int = option(8, "pictures in a row of the sample grids")
-    eval_batch_size: int | None = option(None, "pictures sampled at once; by default train_batch_size")
-
-    FIXED_ON_RESUME: ClassVar[frozenset[str]] = NetworkConfig.FIXED_ON_RESUME.union(
-        "vae num_train_timesteps beta_schedule beta_start beta_end rescale_betas_zero_snr prediction_type "
-        "objective vlb_weight loss_weighting snr_gamma p2_gamma timestep_sampling".split()
-    )
+    sample_columns: int = option(8, "pictures in a row of the sample grids", at_least=1)
+    eval_batch_size: int | None = option(None, "pictures sampled at once; by default train_batch_size", at_least=1)
 
     def __post_init__(self):
         super().__post_init__()
         if self.loss_weighting is None:  # resolved here, so that a run's options say what it was
             default = "uniform" if self.objective == "vlb" else DEFAULT_WEIGHTINGS.get(self.prediction_type, "uniform")
             object.__setattr__(self, "loss_weighting", default)
-        for name in ("num_inference_steps", "sample_columns", "eval_batch_size", "snr_gamma", "vlb_weight"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
+        for name in ("snr_gamma", "vlb_weight"):
+            if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         check_guidance_scale(self.guidance_scale)
         if self.objective == "vlb" and self.loss_weighting != "uniform":
@@ -99,15 +99,6 @@ class DenoisingConfig(NetworkConfig):
                 f"num_inference_steps must be at most num_train_timesteps ({self.num_train_timesteps}), got "
                 f"{self.num_inference_steps}"
             )
-        for name, value, names in (
-            ("loss_weighting", "min_snr", ["snr_gamma"]),
-            ("loss_weighting", "p2", ["p2_gamma"]),
-            ("objective", "hybrid", ["vlb_weight"]),
-        ):
-            if getattr(self, name) != value:
-                refuse_unused(self, names, f"{name} {value}")
-        if self.beta_schedule not in ("linear", "scaled_linear", "sigmoid"):
-            refuse_unused(self, ["beta_start", "beta_end"], "beta_schedule linear, scaled_linear or sigmoid")
 
     @property
     def learns_variance(self) -> bool:

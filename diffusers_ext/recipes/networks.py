@@ -1,14 +1,15 @@
 """The options of a denoiser, and the network that they make."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from functools import partial
+from typing import Literal
 
 import torch
 
 from diffusers_ext.models.dit import PATCH_SIZES, DiTModel, dit_config
 from diffusers_ext.models.layers import num_heads
 from diffusers_ext.models.unet import UNetModel, refuse_unmatched_resolutions
-from diffusers_ext.options import option
+from diffusers_ext.options import fixed_option
 from diffusers_ext.sizes import as_size, downsampling_factor
 from diffusers_ext.trainer.config import TrainerConfig
 
@@ -20,6 +21,9 @@ DEFAULT_DIT = {"hidden_size": 256, "num_layers": 6}
 MAX_PATCHES = 64  # that the patch size leaves, where it is left open
 HEAD_DIM = 64  # of the attention heads, where their number is left open
 
+unet_option = partial(fixed_option, needs={"model": ("unet",)})
+dit_option = partial(fixed_option, needs={"model": ("dit",)})
+
 
 @dataclass(frozen=True)
 class NetworkConfig(TrainerConfig):
@@ -29,46 +33,37 @@ class NetworkConfig(TrainerConfig):
         ValueError: if options contradict one another, are out of range, or are those of another network.
     """
 
-    model: Literal[NETWORKS] = option("unet", "kind of network: convolutions, or a transformer over patches", "model")
-    dropout: float = option(0.0, "share of the features dropped in each block")
-    block_out_channels: tuple[int, ...] = option(
+    model: Literal[NETWORKS] = fixed_option(
+        "unet", "kind of network: convolutions, or a transformer over patches", "model"
+    )
+    dropout: float = fixed_option(0.0, "share of the features dropped in each block")
+    block_out_channels: tuple[int, ...] = unet_option(
         (64, 128, 128), "channels at each resolution, the full one first", "unet"
     )
-    layers_per_block: int = option(2, "residual blocks at each resolution")
-    attention_resolutions: tuple[int, ...] | None = option(
+    layers_per_block: int = unet_option(2, "residual blocks at each resolution")
+    attention_resolutions: tuple[int, ...] | None = unet_option(
         None, "sides of the maps with attention; by default the largest of at most 16"
     )
-    attention_head_dim: int = option(64, "channels of an attention head")
-    dit_size: str | None = option(None, "a size of the paper, such as DiT-S/2, that the options below change", "dit")
-    patch_size: int | None = option(
+    attention_head_dim: int = unet_option(64, "channels of an attention head")
+    dit_size: str | None = dit_option(
+        None, "a size of the paper, such as DiT-S/2, that the options below change", "dit"
+    )
+    patch_size: int | None = dit_option(
         None, f"side of the patches; by default the smallest that leaves at most {MAX_PATCHES} of them"
     )
-    hidden_size: int | None = option(None, f"width of the tokens; by default {DEFAULT_DIT['hidden_size']}")
-    num_layers: int | None = option(None, f"number of blocks; by default {DEFAULT_DIT['num_layers']}")
-    num_attention_heads: int | None = option(None, f"attention heads; by default one for each {HEAD_DIM} of the width")
-    mlp_ratio: float = option(4.0, "width of the feed-forward layers, as a multiple of hidden_size")
-    qk_norm: bool = option(False, "normalise queries and keys, for long runs")
-    num_registers: int = option(0, "learned tokens beside those of the patches")
-
-    OPTIONS_OF_NETWORKS: ClassVar[dict[str, tuple[str, ...]]] = {
-        "unet": ("block_out_channels", "layers_per_block", "attention_resolutions", "attention_head_dim"),
-        "dit": (
-            *("dit_size", "patch_size", "hidden_size", "num_layers", "num_attention_heads"),
-            *("mlp_ratio", "qk_norm", "num_registers"),
-        ),
-    }
-    FIXED_ON_RESUME: ClassVar[frozenset[str]] = TrainerConfig.FIXED_ON_RESUME.union(
-        ("model", "dropout"), *OPTIONS_OF_NETWORKS.values()
+    hidden_size: int | None = dit_option(None, f"width of the tokens; by default {DEFAULT_DIT['hidden_size']}")
+    num_layers: int | None = dit_option(None, f"number of blocks; by default {DEFAULT_DIT['num_layers']}")
+    num_attention_heads: int | None = dit_option(
+        None, f"attention heads; by default one for each {HEAD_DIM} of the width"
     )
+    mlp_ratio: float = dit_option(4.0, "width of the feed-forward layers, as a multiple of hidden_size")
+    qk_norm: bool = dit_option(False, "normalise queries and keys, for long runs")
+    num_registers: int = dit_option(0, "learned tokens beside those of the patches")
 
     def __post_init__(self):
         super().__post_init__()
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout:g}")
-        for network, names in self.OPTIONS_OF_NETWORKS.items():
-            for name in names:
-                if network != self.model and getattr(self, name) != type(self).__dataclass_fields__[name].default:
-                    raise ValueError(f"{name} is an option of model {network}: leave it out for model {self.model}")
         if self.model == "dit":
             with torch.device("meta"):
                 DiTModel(sample_size=self.size_multiple, **self.dit_options(self.size_multiple))  # which checks them

@@ -18,7 +18,7 @@ from diffusers_ext.recipes.denoising import DenoisingConfig
 from diffusers_ext.trainer.ending import EndingCost, seconds_of
 from diffusers_ext.trainer.loop import Trainer
 from diffusers_ext.trainer.progress import counting_bar
-from diffusers_ext.trainer.run import save_whole
+from diffusers_ext.trainer.run import save_atomically
 
 
 MAX_ROWS = 16
@@ -211,7 +211,7 @@ def save_and_draw(
     config, accelerator, output_dir = trainer.config, trainer.accelerator, trainer.output_dir
     with pipeline(trainer) as pipe:
         if accelerator.is_main_process:
-            save_whole(pipe, output_dir)
+            save_atomically(pipe, output_dir)
     accelerator.wait_for_everyone()
     pipe = DiffusionPipeline.from_pretrained(output_dir).to(accelerator.device)
     pipe.set_progress_bar_config(disable=True)

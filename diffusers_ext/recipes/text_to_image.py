@@ -1,4 +1,4 @@
-"""The texts of a training run: its options, its tokenizer and encoder, and what a caption is to the network."""
+"""The texts of a training run: its options, its tokenizer and encoder, and the way from a caption to the network."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from diffusers_ext.data.batches import derived_seed
 from diffusers_ext.data.captions import EmbeddingTable, TokenTable, embed_captions
 from diffusers_ext.guidance.texts import longest_text, masks_padding_by_default
-from diffusers_ext.options import option
+from diffusers_ext.options import fixed_option, option
 from diffusers_ext.recipes.denoising import DenoisingConfig
 from diffusers_ext.recipes.sample_grids import MAX_ROWS
 from diffusers_ext.recipes.text_encoder import (
@@ -35,34 +35,43 @@ NUM_PROMPTS = 8
 class TextConfig(DenoisingConfig):
     """Train a Gaussian diffusion model on images and their captions."""
 
-    caption_column: str | None = option(
+    caption_column: str | None = fixed_option(
         None, "column of the captions; by default one of a usual name, or else the names of the labels", "texts"
     )
-    caption_dropout: float = option(0.1, "probability of training an image with an empty text, for guidance")
-    max_text_length: int | None = option(
+    caption_dropout: float = fixed_option(0.1, "probability of training an image with an empty text, for guidance")
+    max_text_length: int | None = fixed_option(
         None, "tokens at which a text is cut; by default all that the encoder takes, or that the captions need"
     )
-    mask_padding: bool | None = option(
+    mask_padding: bool | None = fixed_option(
         None, "hide the padding of a text from encoder and denoiser; by default no with CLIP and yes with others"
     )
-    pool_context: bool = option(
+    pool_context: bool = fixed_option(
         True, "tell each block the mean of a text's hidden states too, and not only what attention finds in them"
     )
-    pretrained_text_encoder: str | None = option(
+    pretrained_text_encoder: str | None = fixed_option(
         None,
         "encoder that stays as it is: a folder or name of transformers, or a pipeline that has one; each caption is "
         "encoded once. Without it a text model of CLIP's kind is made and trained together with the denoiser",
         "text encoder that stays as it is",
         alias="text_encoder",
     )
-    text_cache: Literal[TEXT_CACHES] = option("memory", "where encoded captions are while training; both write a file")
-    text_cache_dtype: Literal[TEXT_CACHE_DTYPES] = option("fp16", "numbers that encoded captions are kept in")
-    vocab_size: int = option(
-        2000, "at most so many different tokens, learned from the captions", "text encoder made for the run"
+    text_cache: Literal[TEXT_CACHES] = option(
+        "memory", "where encoded captions are while training; both write a file", needs="pretrained_text_encoder"
     )
-    text_hidden_size: int = option(128, "width of the text encoder")
-    text_num_layers: int = option(2, "blocks of the text encoder")
-    text_num_attention_heads: int | None = option(None, "its attention heads; by default one for each 64 of the width")
+    text_cache_dtype: Literal[TEXT_CACHE_DTYPES] = fixed_option(
+        "fp16", "numbers that encoded captions are kept in", needs="pretrained_text_encoder"
+    )
+    vocab_size: int = fixed_option(
+        2000,
+        "number of different tokens at most, learned from the captions",
+        "text encoder made for the run",
+        at_least=SMALLEST_VOCABULARY,
+    )
+    text_hidden_size: int = fixed_option(128, "width of the text encoder", at_least=1)
+    text_num_layers: int = fixed_option(2, "blocks of the text encoder", at_least=1)
+    text_num_attention_heads: int | None = fixed_option(
+        None, "its attention heads; by default one for each 64 of the width", at_least=1
+    )
     validation_prompts: tuple[str, ...] | None = option(
         None, f"texts of the sample grids; by default {NUM_PROMPTS} of the captions", "sampling of texts"
     )
@@ -70,11 +79,6 @@ class TextConfig(DenoisingConfig):
 
     OF_NEW_ENCODER: ClassVar[tuple[str, ...]] = (
         *("vocab_size", "text_hidden_size", "text_num_layers", "text_num_attention_heads"),
-    )
-    FIXED_ON_RESUME: ClassVar[frozenset[str]] = DenoisingConfig.FIXED_ON_RESUME.union(
-        "caption_column caption_dropout max_text_length mask_padding pool_context pretrained_text_encoder".split(),
-        ["text_cache_dtype"],
-        OF_NEW_ENCODER,
     )
 
     def __post_init__(self):
@@ -87,20 +91,12 @@ class TextConfig(DenoisingConfig):
                 raise ValueError(f"{name} has no meaning here, where captions are the condition: see caption_column")
         if self.streaming:
             raise ValueError("streaming reads no captions ahead, which are cut into tokens beforehand: leave it out")
-        if self.pretrained_text_encoder is None:
-            for name in ("text_cache", "text_cache_dtype"):
-                if getattr(self, name) != defaults[name]:
-                    raise ValueError(f"{name} needs a pretrained_text_encoder: one that is trained is not kept")
-        else:
+        if self.pretrained_text_encoder is not None:
             for name in self.OF_NEW_ENCODER:
                 if getattr(self, name) != defaults[name]:
                     raise ValueError(
                         f"{name} is of an encoder made for the run: leave it or pretrained_text_encoder out"
                     )
-        if self.vocab_size < SMALLEST_VOCABULARY:
-            raise ValueError(f"vocab_size must be at least {SMALLEST_VOCABULARY}, got {self.vocab_size}")
-        if min(self.text_hidden_size, self.text_num_layers, self.text_heads) < 1:
-            raise ValueError("the sizes of the text encoder must be at least 1")
         if self.max_text_length is not None and self.max_text_length < 1 + self.num_special_tokens:
             raise ValueError(
                 f"max_text_length must be at least {1 + self.num_special_tokens}, for the tokens of start and end and one of "
@@ -139,8 +135,8 @@ class TextConfig(DenoisingConfig):
         """The texts of the sample grids."""
         if self.validation_prompts is not None:
             return list(self.validation_prompts)
-        places = np.linspace(0, len(captions) - 1, min(NUM_PROMPTS, len(captions)))
-        return [captions[round(place)] for place in places]
+        indices = np.linspace(0, len(captions) - 1, min(NUM_PROMPTS, len(captions)))
+        return [captions[round(index)] for index in indices]
 
 
 @dataclass(frozen=True)

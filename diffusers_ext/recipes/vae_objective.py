@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from diffusers_ext.models.vae_discriminator import adaptive_weight, hinge_loss
 from diffusers_ext.models.vae_likelihood import DiagonalGaussian, log_likelihood
+from diffusers_ext.recipes.running_sums import RunningSums
 from diffusers_ext.trainer.adversary import Adversary
 
 
@@ -69,7 +70,7 @@ def collapse_warning(num_active: float, num_latents: int, rate: float) -> str | 
     )
 
 
-class VAEObjective(nn.Module):
+class VAEObjective(RunningSums):
     """The loss of a batch, as `Trainer` calls it. In evaluation mode: without free bits, warm-up and adversary.
 
     Args:
@@ -104,8 +105,16 @@ class VAEObjective(nn.Module):
         adversarial_weight: float = 1.0,
         adaptive: bool = True,
     ):
-        super().__init__()
-        self.accelerator, self.likelihood, self.binarization = accelerator, likelihood, binarization
+        super().__init__(
+            accelerator,
+            terms=len(TERMS),
+            count=(),
+            kl_sum=latent_shape[0],
+            mean_sum=latent_shape,
+            square_sum=latent_shape,
+        )
+        self.register_buffer("log_scale", torch.zeros(()))
+        self.likelihood, self.binarization = likelihood, binarization
         self.kl_weight, self.kl_warmup_steps, self.free_bits = kl_weight, kl_warmup_steps, free_bits
         self.perceptual_weight, self.adversarial_weight, self.adaptive = (
             perceptual_weight,
@@ -116,13 +125,6 @@ class VAEObjective(nn.Module):
         # Kept from `nn.Module`: neither a network's weights nor the model's belong into the objective's state.
         self._outside = {"perceptual": perceptual, "last_layer": last_layer}
         self._num_batches, self._warned = 0, False
-        # Sums since the last report, over the images of this process; in the main one of all, once they are collected.
-        self.register_buffer("terms", torch.zeros(len(TERMS)))
-        self.register_buffer("count", torch.zeros(()))
-        self.register_buffer("log_scale", torch.zeros(()))
-        self.register_buffer("kl_sum", torch.zeros(latent_shape[0]))
-        self.register_buffer("mean_sum", torch.zeros(latent_shape))
-        self.register_buffer("square_sum", torch.zeros(latent_shape))
 
     @property
     def step(self) -> int:
@@ -168,23 +170,24 @@ class VAEObjective(nn.Module):
     @torch.no_grad()
     def _take_note(self, terms: Tensor, mean: Tensor, kl_per_latent: Tensor, log_scale: Tensor):
         mean = mean.float()
-        self.terms += terms * len(mean)
-        self.count += len(mean)
         self.log_scale.copy_(log_scale)
-        self.kl_sum += kl_per_latent.transpose(0, 1).flatten(1).mean(1) * len(mean)
-        self.mean_sum += mean.sum(0)
-        self.square_sum += mean.square().sum(0)
+        self.summand("terms").add_(terms * len(mean))
+        self.summand("count").add_(len(mean))
+        self.summand("kl_sum").add_(kl_per_latent.transpose(0, 1).flatten(1).mean(1) * len(mean))
+        self.summand("mean_sum").add_(mean.sum(0))
+        self.summand("square_sum").add_(mean.square().sum(0))
 
     def metrics(self) -> dict[str, float]:
-        """What was seen since the last call, over all processes.
+        """Means since the last call, over all processes.
 
         Distortion and rate in nats an image, the latents' KL divergences in nats (averaged over the positions of a
         channel), and how many latents are active.
         """
+        self.collect()
         sums = torch.cat(
             [self.count[None], self.terms, self.kl_sum, self.mean_sum.flatten(), self.square_sum.flatten()]
         )
-        sums = self.accelerator.reduce(sums.double() if sums.device.type == "cpu" else sums, "sum")
+        sums = sums.double() if sums.device.type == "cpu" else sums
         count, (terms, kl, mean, square) = (
             sums[0],
             (sums[1:] / sums[0]).split([len(TERMS), len(self.kl_sum), *[self.mean_sum.numel()] * 2]),
@@ -192,7 +195,7 @@ class VAEObjective(nn.Module):
         num_active = (square - mean.square() > ACTIVE_VARIANCE).sum()
         packed = torch.cat([torch.stack([count, num_active.to(count), self.log_scale.exp().to(count)]), terms, kl])
         num_images, num_active, scale, *values = packed.tolist()
-        self._forget()
+        self.clear()
         terms, kl = dict(zip(TERMS, values[: len(TERMS)], strict=True)), values[len(TERMS) :]
         num_latents = self.mean_sum.numel()
         if num_images >= 100 and self.step >= self.kl_warmup_steps + STEPS_TO_WAKE and not self._warned:
@@ -209,22 +212,6 @@ class VAEObjective(nn.Module):
             **_by_latent(kl),
         }
 
-    def collect(self):
-        """Puts together what the processes have seen, in the main one; all of them call it, before the state is saved."""
-        if self.accelerator.num_processes > 1:
-            for sums in self._sums:
-                sums.copy_(self.accelerator.reduce(sums, "sum"))
-            if not self.accelerator.is_main_process:
-                self._forget()
-
-    @property
-    def _sums(self) -> tuple[Tensor, ...]:
-        return self.terms, self.count, self.kl_sum, self.mean_sum, self.square_sum
-
-    def _forget(self):
-        for sums in self._sums:
-            sums.zero_()
-
     def _has(self, term: str) -> bool:
         if term == "perceptual":
             return self._outside["perceptual"] is not None
@@ -240,8 +227,6 @@ class VAEObjective(nn.Module):
 
     def set_extra_state(self, state: Tensor):
         self._num_batches = int(state)
-        if not self.accelerator.is_main_process:  # whose sums were saved: they are counted once
-            self._forget()
 
 
 def _by_latent(kl: list[float]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What every training script shares: options, data, loop, averages of the weights, checkpoints and figures.
+"""The training loop that every script shares, with its options, EMA, checkpoints and log.
 
 Needs the extra `train`. Importing `diffusers_ext` does not import it.
 """

@@ -1,14 +1,16 @@
 """A second network that learns against the first, with an optimizer of its own."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 
+from diffusers_ext.trainer.hooks import StepHook
 
-class Adversary:
+
+class Adversary(StepHook):
     """A network whose loss is taken after that of the main one, on the same batch.
 
     The main network's loss may call `module`: gradients pass through it to the main network and none stays in it. What
@@ -26,6 +28,8 @@ class Adversary:
     Attributes:
         active: Whether it learns at the present step.
     """
+
+    name = "adversary"
 
     def __init__(
         self,
@@ -67,24 +71,27 @@ class Adversary:
         optimizer = torch.optim.AdamW(
             self.module.parameters(), lr=self.learning_rate, betas=self.betas, weight_decay=self.weight_decay
         )
+        self._accelerator = accelerator
         self.model, self.optimizer = accelerator.prepare(self.module, optimizer)
+        self.models = (self.model,)
 
     def begin_step(self, step: int, share_of_peak: float) -> None:
-        """Sets the learning rate of optimizer step `step`, and whether it is one."""
+        """Sets the learning rate, and whether this network learns at step `step`."""
         self.active = step >= self.start_step
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * share_of_peak
 
-    def learn(
-        self, accelerator: Accelerator, main: nn.Module, batch: dict[str, Tensor], max_grad_norm: float
-    ) -> Tensor:
-        """A forward and a backward pass, and the optimizer's step where accumulation ends. Gives the loss."""
-        with frozen(main):
-            apart = {name: value.detach() if isinstance(value, Tensor) else value for name, value in batch.items()}
-            loss = self.loss(self.model, apart)
-            accelerator.backward(loss)
-        if accelerator.sync_gradients:
-            accelerator.clip_grad_norm_(self.model.parameters(), max_grad_norm)
+    def around_loss(self) -> AbstractContextManager:
+        return frozen(self.module)
+
+    def after_backward(self, module: nn.Module, batch: dict[str, Tensor], max_grad_norm: float) -> Tensor:
+        """A forward and a backward pass, and the optimizer's step where accumulation ends."""
+        with frozen(module):
+            detached = {name: value.detach() if isinstance(value, Tensor) else value for name, value in batch.items()}
+            loss = self.loss(self.model, detached)
+            self._accelerator.backward(loss)
+        if self._accelerator.sync_gradients:
+            self._accelerator.clip_grad_norm_(self.model.parameters(), max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss.detach()

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there at all.
+"""Checkpoints, written atomically.
 
 One is written to a hidden folder, its files are listed with sizes and hashes in a manifest and forced to the disk, and
 only then is the folder renamed to `checkpoint-STEP`. Whatever interrupts that leaves the checkpoints before it as they
@@ -26,7 +26,7 @@ class CheckpointError(OSError):
 
 
 def write_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, save: Callable[[Path], None]) -> Path:
-    """Writes `OUTPUT_DIR/checkpoint-STEP`, whole or not at all. Every process calls it, at the same step.
+    """Writes `OUTPUT_DIR/checkpoint-STEP` atomically. Every process calls it, at the same step.
 
     Args:
         save: Writes this process's part into the folder it is given. Every process calls it.
@@ -103,7 +103,7 @@ def _failure(output_dir: Path, step: int, reason: str) -> str:
 
 
 def find_for_all(accelerator: Accelerator, output_dir: Path, request: str) -> tuple[Path | None, list[str]]:
-    """What `find_checkpoint` gives, the same in each process. Every process calls it; the main one reads the files.
+    """As `find_checkpoint`, with the same result in each process. Every process calls it; the main one reads the files.
 
     Raises:
         CheckpointError: in every process, where `find_checkpoint` raises it, or if one of them does not see the folder.
@@ -129,13 +129,13 @@ def find_checkpoint(output_dir: Path, request: str) -> tuple[Path | None, list[s
     """The checkpoint to go on from, and a line for each that was passed over.
 
     Args:
-        request: "latest" for the newest whole one in `output_dir`, or a path, or a name in `output_dir`.
+        request: "latest" for the newest complete one in `output_dir`, or a path, or a name in `output_dir`.
 
     Returns:
-        None instead of a path if "latest" finds no checkpoint at all, whole or not.
+        None instead of a path if "latest" finds no checkpoint at all, complete or not.
 
     Raises:
-        CheckpointError: if the named checkpoint is not whole, or if there are checkpoints and none of them is whole.
+        CheckpointError: if the named checkpoint is not complete, or if there are checkpoints and none of them is.
     """
     if request != "latest":
         path = next((path for path in (Path(request), output_dir / request) if path.is_dir()), None)
@@ -144,7 +144,7 @@ def find_checkpoint(output_dir: Path, request: str) -> tuple[Path | None, list[s
             raise CheckpointError(f"there is no checkpoint {request}; {output_dir} holds: {there}")
         fault = find_fault(path)
         if fault:
-            raise CheckpointError(f"{path} is not whole: {fault}")
+            raise CheckpointError(f"{path} is not complete: {fault}")
         return path, []
     passed_over = []
     for path in reversed(list_checkpoints(output_dir)):
@@ -153,12 +153,12 @@ def find_checkpoint(output_dir: Path, request: str) -> tuple[Path | None, list[s
             return path, passed_over
         passed_over.append(f"{path} passed over: {fault}")
     if passed_over:
-        raise CheckpointError(f"no checkpoint in {output_dir} is whole: {'; '.join(passed_over)}")
+        raise CheckpointError(f"no checkpoint in {output_dir} is complete: {'; '.join(passed_over)}")
     return None, []
 
 
 def find_fault(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None: every file of the manifest must be there with its size and hash."""
+    """The fault of a checkpoint, or None: every file of the manifest must be there with its size and hash."""
     try:
         files = json.loads((path / MANIFEST).read_text())["files"]
     except FileNotFoundError:
@@ -177,7 +177,7 @@ def find_fault(path: Path) -> str | None:
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """The folders `checkpoint-STEP`, whole or not, the oldest first."""
+    """The folders `checkpoint-STEP`, complete or not, the oldest first."""
     found = [path for path in output_dir.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
     return sorted(found, key=step_from_name)
 

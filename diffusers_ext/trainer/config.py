@@ -10,7 +10,7 @@ import torch
 from diffusers_ext.data.config import TrainingDataConfig
 from diffusers_ext.draws import check_seed
 from diffusers_ext.machine import available_cores, is_fast_at_bf16
-from diffusers_ext.options import option, refuse_unused
+from diffusers_ext.options import fixed_option, option
 from diffusers_ext.trainer.ema import power_function_exponent
 from diffusers_ext.trainer.schedule import LR_SCHEDULERS, Budget, default_warmup_steps, parse_duration
 from diffusers_ext.trainer.trackers import tracker_names
@@ -33,7 +33,7 @@ class TrainerConfig(TrainingDataConfig):
 
     output_dir: str | None = option(None, "folder of the run; by default runs/NAME_OF_THE_DATA_SET", "run")
     overwrite_output_dir: bool = option(False, "remove the run that output_dir holds and start over")
-    seed: int = option(0, "seed of the weights, the order, the noise and all else that is random")
+    seed: int = fixed_option(0, "seed of the weights, the order, the noise and all else that is random")
     max_train_steps: int | None = option(
         None, "optimizer steps of the run; by default 1200, if no max_train_time is given"
     )
@@ -43,43 +43,55 @@ class TrainerConfig(TrainingDataConfig):
         "of the data before it, and includes saving, validation and drawing at the end, for which at most a third is "
         "reserved; not an upload",
     )
-    train_batch_size: int = option(32, "images of one process in one forward pass")
-    gradient_accumulation_steps: int = option(1, "forward passes of one optimizer step")
+    train_batch_size: int = option(32, "images of one process in one forward pass", at_least=1)
+    gradient_accumulation_steps: int = option(1, "forward passes of one optimizer step", at_least=1)
 
     learning_rate: float = option(1e-3, "peak learning rate", "optimizer")
     lr_scheduler: Literal[LR_SCHEDULERS] = option(
         "cosine", "decay after the warm-up, over the steps or the time that the run has left"
     )
     lr_warmup_steps: int | None = option(
-        None, "optimizer steps of the linear warm-up; by default 100, but at most a tenth of the run"
+        None,
+        "optimizer steps of the linear warm-up; by default 100, but at most a tenth of the run",
+        at_least=0,
     )
-    lr_num_cycles: int = option(1, "cycles of cosine_with_restarts")
-    lr_power: float = option(1.0, "power of polynomial")
+    lr_num_cycles: int = option(1, "cycles of cosine_with_restarts", needs={"lr_scheduler": ("cosine_with_restarts",)})
+    lr_power: float = option(1.0, "power of polynomial", needs={"lr_scheduler": ("polynomial",)})
     adam_beta1: float = option(0.9, "AdamW's beta_1")
     adam_beta2: float = option(0.99, "AdamW's beta_2")
     adam_weight_decay: float = option(0.0, "AdamW's weight decay")
     adam_epsilon: float = option(1e-8, "AdamW's epsilon")
-    max_grad_norm: float = option(1.0, "norm to clip gradients at; 0 for no clipping")
+    max_grad_norm: float = option(1.0, "norm to clip gradients at; 0 for no clipping", at_least=0)
 
-    use_ema: bool = option(
-        True, "average the weights; the average is what is sampled and saved", "average of the weights"
+    use_ema: bool = fixed_option(
+        True, "average the weights; the average is what is sampled and saved", "EMA of the weights"
     )
-    ema_std: float | None = option(
-        None, "width of a power-function average, relative to the run's length; 0.1 unless ema_decay is given"
+    ema_std: float | None = fixed_option(
+        None,
+        "width of a power-function average, relative to the run's length; 0.1 unless ema_decay is given",
+        needs="use_ema",
     )
-    ema_decay: float | None = option(
-        None, "decay of an exponential average, instead of ema_std", alias="ema_max_decay"
+    ema_decay: float | None = fixed_option(
+        None,
+        "decay of an exponential average, instead of ema_std",
+        alias="ema_max_decay",
+        needs="use_ema",
     )
-    ema_warmup: bool = option(
-        False, "let the decay of an exponential average start low: min(decay, (1 + t) / (10 + t))"
+    ema_warmup: bool = fixed_option(
+        False,
+        "let the decay of an exponential average start low: min(decay, (1 + t) / (10 + t))",
+        needs="ema_decay",
     )
-    ema_snapshot_steps: int | None = option(
+    ema_snapshot_steps: int | None = fixed_option(
         None,
         "optimizer steps between snapshots of averages, from which training/reconstruct_ema.py makes any other width "
         "afterwards; a few dozen of them are enough, each as large as the model times the number of ema_stds",
+        at_least=1,
     )
-    ema_stds: tuple[float, ...] | None = option(
-        None, "widths of the averages that snapshots are taken of; by default 0.05 and 0.1"
+    ema_stds: tuple[float, ...] | None = fixed_option(
+        None,
+        "widths of the averages that snapshots are taken of; by default 0.05 and 0.1",
+        needs="ema_snapshot_steps",
     )
 
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
@@ -88,20 +100,25 @@ class TrainerConfig(TrainingDataConfig):
     channels_last: bool | None = option(None, "memory layout of the images; by default yes on CPUs and CUDA")
     compile: bool = option(False, "compile the model with torch.compile")
     gradient_checkpointing: bool = option(False, "save memory by computing activations twice")
-    num_threads: int | None = option(None, "CPU threads of a process; by default the cores are shared out")
+    num_threads: int | None = option(None, "CPU threads of a process; by default the cores are shared out", at_least=1)
 
-    checkpointing_steps: int = option(1000, "optimizer steps between checkpoints", "checkpoints")
-    checkpoints_total_limit: int | None = option(2, "keep only the last so many")
-    checkpoints_keep_every: int | None = option(None, "keep, besides, those at multiples of so many steps")
+    checkpointing_steps: int = option(1000, "optimizer steps between checkpoints", "checkpoints", at_least=1)
+    checkpoints_total_limit: int | None = option(2, "number of the last checkpoints to keep", at_least=1)
+    checkpoints_keep_every: int | None = option(
+        None, "also keep the checkpoints at multiples of this number of steps", at_least=1
+    )
     resume_from_checkpoint: str | None = option(
         None, "go on from a checkpoint: latest, or a path; those beyond it are removed at the next save"
     )
 
-    logging_steps: int = option(20, "optimizer steps between the lines of metrics.jsonl", "watching")
+    logging_steps: int = option(20, "optimizer steps between the lines of metrics.jsonl", "watching", at_least=1)
     validation_steps: int | None = option(
-        None, "optimizer steps between such losses; by default 500, and always at the end"
+        None,
+        "optimizer steps between such losses; by default 500, and always at the end",
+        at_least=1,
+        needs="validation_split",
     )
-    save_images_steps: int | None = option(None, "optimizer steps between sample grids while training")
+    save_images_steps: int | None = option(None, "optimizer steps between sample grids while training", at_least=1)
     profile: bool = option(
         False, "print what each part of the steps takes, and write a trace of three of them to OUTPUT_DIR/profile"
     )
@@ -119,52 +136,21 @@ class TrainerConfig(TrainingDataConfig):
     hub_private_repo: bool = option(False, "make the repository private")
 
     DEFAULT_MAX_TRAIN_STEPS: ClassVar[int] = 1200
-    # What a run that goes on must share with the run that it goes on with.
-    FIXED_ON_RESUME: ClassVar[frozenset[str]] = frozenset(TrainingDataConfig.DATA_OPTIONS).union(
-        "streaming shuffle_buffer seed use_ema ema_std ema_decay ema_warmup ema_snapshot_steps ema_stds".split()
-    )
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("train_batch_size", "gradient_accumulation_steps", "checkpointing_steps", "logging_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in (
-            "checkpoints_total_limit",
-            "checkpoints_keep_every",
-            "save_images_steps",
-            "num_threads",
-            "validation_steps",
-            "ema_snapshot_steps",
-        ):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.validation_steps is not None and self.validation_split is None:
-            raise ValueError("validation_steps has no meaning without validation_split")
-        if self.learning_rate <= 0 or self.max_grad_norm < 0 or (self.lr_warmup_steps or 0) < 0:
-            raise ValueError(
-                "learning_rate must be positive, max_grad_norm and lr_warmup_steps not negative, got "
-                f"{self.learning_rate:g}, {self.max_grad_norm:g} and {self.lr_warmup_steps}"
-            )
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be positive, got {self.learning_rate:g}")
         check_seed(self.seed)
         tracker_names(self.report_to)  # refuses unknown ones
         if self.overwrite_output_dir and self.resume_from_checkpoint:
             raise ValueError("overwrite_output_dir and resume_from_checkpoint contradict each other")
-        for scheduler, name in (("cosine_with_restarts", "lr_num_cycles"), ("polynomial", "lr_power")):
-            if self.lr_scheduler != scheduler:
-                refuse_unused(self, [name], f"lr_scheduler {scheduler}")
         self._check_ema()
         self.budget()
 
     def _check_ema(self):
         if self.ema_std is not None and self.ema_decay is not None:
             raise ValueError("ema_std and ema_decay are two kinds of average: give one of them")
-        if self.ema_warmup and self.ema_decay is None:
-            raise ValueError("ema_warmup belongs to an exponential average: give ema_decay, or leave ema_warmup out")
-        if not self.use_ema and (self.ema_std is not None or self.ema_decay is not None):
-            raise ValueError("ema_std and ema_decay have no meaning without use_ema")
-        if self.ema_stds is not None and self.ema_snapshot_steps is None:
-            raise ValueError("ema_stds are the averages that snapshots are taken of: give ema_snapshot_steps too")
         if len(set(self.ema_stds or ())) < len(self.ema_stds or ()):
             raise ValueError(f"ema_stds must be different widths, got {' '.join(map(str, self.ema_stds))}")
         for std in {self.ema_std, *(self.ema_stds or ())} - {None}:
@@ -187,7 +173,7 @@ class TrainerConfig(TrainingDataConfig):
     }
 
     def too_long_for(self, num_steps: int) -> list[str]:
-        """A line for each option that a run of so many optimizer steps is too short for."""
+        """A line for each option that a run of `num_steps` optimizer steps is too short for."""
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         # Left open, it is settled to a number by which most runs are not measured.
         defaults["validation_steps"] = DEFAULT_VALIDATION_STEPS

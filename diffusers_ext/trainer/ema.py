@@ -1,4 +1,4 @@
-"""Averages of the weights over the run, in float32 whatever the model's precision."""
+"""EMA of the weights, in float32 whatever the model's precision."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,10 +1,12 @@
-"""What follows the training of a run by time: how long it takes is measured beforehand, and that time is kept free."""
+"""Reserves time for the work after the training, in a run that ends by time."""
 
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from diffusers_ext.trainer.clock import max_over_processes
 
 
 if TYPE_CHECKING:
@@ -21,11 +23,11 @@ COPIES_OF_WEIGHTS, BYTES_PER_SECOND = 10, 3e8
 
 @dataclass(frozen=True)
 class EndingCost:
-    """Seconds of what a script does after the training.
+    """Seconds of the work that a script does after the training.
 
     Attributes:
-        fixed: Of what is done in any case.
-        scalable: Of what may be done in part, such as sampling in fewer steps, if it is done in full.
+        fixed: Of the work that is done in any case.
+        scalable: Of the work that may be done in part, such as sampling in fewer steps, if it is done in full.
     """
 
     fixed: float = 0.0
@@ -40,12 +42,12 @@ def seconds_of(work: Callable[[], Any]) -> float:
 
 
 class Ending:
-    """Keeps a part of a run's time for what follows the training, and says how much of it can be done in that time.
+    """Reserves a part of a run's time for the work after the training, and says how much of that fits.
 
     Runs without a limit of time keep nothing, and do all of it.
 
     Args:
-        cost: Measures what the script does then, by doing a small part of it; called in every process.
+        cost: Measures that work by doing a small part of it; called in every process.
     """
 
     def __init__(self, trainer: "Trainer", cost: Callable[["Trainer"], EndingCost] | None):
@@ -57,7 +59,9 @@ class Ending:
         if self._measure is None or math.isinf(budget.max_seconds):
             return []
         cost, before = self._measure(trainer), self._seconds_before()
-        fixed, scalable, before = trainer._greatest(cost.fixed + FINISHING_SECONDS, cost.scalable, before)
+        fixed, scalable, before = max_over_processes(
+            trainer.accelerator, cost.fixed + FINISHING_SECONDS, cost.scalable, before
+        )
         self._cost = EndingCost(MARGIN * fixed, MARGIN * scalable)
         needed = MARGIN * before + self._cost.fixed
         budget.reserved = min(needed + self._cost.scalable, MAX_RESERVED_SHARE * budget.max_seconds)
@@ -87,7 +91,6 @@ class Ending:
         if self._cost is None or not self._cost.scalable:
             return 1.0
         trainer, budget = self._trainer, self._trainer.budget
-        (now,) = trainer._greatest(trainer._now())
         # A run that was at its end when it was taken up again has its reserve once more.
-        left = max(budget.max_seconds - now, budget.reserved) - self._cost.fixed
+        left = max(budget.max_seconds - trainer.clock.agreed(), budget.reserved) - self._cost.fixed
         return min(1.0, max(0.0, left / self._cost.scalable))

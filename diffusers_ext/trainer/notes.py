@@ -1,4 +1,4 @@
-"""What a run says of options that do not fit together: before it trains, as far as it is known then, and afterwards."""
+"""Notes on options that do not fit the length of the run, before the training where that is known, and after it."""
 
 import math
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""Averages of any width, made after the run from snapshots of a few that were tracked during it.
+"""EMA of any width, made after the run from snapshots of a few that were tracked during it.
 
 Karras et al. 2023, "Analyzing and improving the training dynamics of diffusion models", arXiv 2312.02696, section 3.2. The
 power-function average of exponent gamma at step t is the integral of p(tau) theta(tau) over (0, t], with
@@ -6,7 +6,7 @@ power-function average of exponent gamma at step t is the integral of p(tau) the
     p(tau) = (gamma + 1) tau^gamma / t^(gamma + 1)
 
 and theta(tau) the weights after the step that tau lies in. So the weighting of a sum of snapshots is the sum of theirs,
-and what comes nearest to the weighting wanted is found by least squares, without a look at the weights. For whole t,
+and the nearest to the weighting wanted is found by least squares, without a look at the weights. For integer t,
 `WeightAverage` is that integral exactly, so that nothing is lost by treating steps as continuous.
 """
 
@@ -67,7 +67,7 @@ class AverageSnapshots:
             average.update(model)
 
     def write(self, step: int):
-        """Writes the averages as they stand after optimizer step `step`, each file whole or not at all.
+        """Writes the averages as they stand after optimizer step `step`, each file atomically.
 
         Raises:
             OSError: if a file cannot be written. The snapshots before it are untouched.
@@ -82,7 +82,7 @@ class AverageSnapshots:
                 raise OSError(f"the snapshot {path} could not be written ({error})") from error
 
     def save(self, folder: Path):
-        """Writes what a checkpoint needs beyond the sampled average."""
+        """Writes the averages that a checkpoint needs beyond the sampled one."""
         for std, average in self._own.items():
             save_file(average.state_dict(), folder / _state_file(std))
 
@@ -92,7 +92,7 @@ class AverageSnapshots:
             average.load_state_dict(load_file(folder / _state_file(std)))
 
     def drop_after(self, step: int):
-        """Removes the snapshots that the run, going on from `step`, will take again, and what was left half written."""
+        """Removes the snapshots that the run, going on from `step`, will take again, and files that were left incomplete."""
         for snapshot in list_snapshots(self.folder.parent):
             if snapshot.step > step:
                 snapshot.path.unlink()

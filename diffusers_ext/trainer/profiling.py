@@ -98,9 +98,9 @@ class StepProfile(TimeShares):
 
     def _table(self, total: float) -> list[str]:
         parts = {name: seconds for name, seconds in self._within.items() if name != "step"}
-        whole = self._within.get("step", 0.0)
+        total_of_steps = self._within.get("step", 0.0)
         rows = [(name, seconds, self._num_timed) for name, seconds in parts.items()]
-        rows.append(("rest of the step", whole - sum(parts.values()), self._num_timed))
+        rows.append(("rest of the step", total_of_steps - sum(parts.values()), self._num_timed))
         rows += [(name, seconds, 0) for name, seconds in self._between.items()]
         if self._traced_seconds > 0:
             rows.append(("traced steps", self._traced_seconds, 0))

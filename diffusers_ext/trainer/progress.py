@@ -17,7 +17,7 @@ Part = TypeVar("Part")
 
 
 class ProgressBar:
-    """A bar over the whole run that shows step, loss, images a second and the time left.
+    """A bar over the run that shows step, loss, images a second and the time left.
 
     Args:
         budget: The run's end, in steps or in time.

@@ -1,4 +1,4 @@
-"""The frame of a run: devices, the claim on its folder, and what it leaves behind."""
+"""The beginning and the end of a run: devices, its folder, the saved model, the card."""
 
 import math
 import shutil
@@ -54,7 +54,7 @@ def make_accelerator(config: TrainerConfig) -> Accelerator:
 
 @contextmanager
 def open_run(config: TrainerConfig, accelerator: Accelerator) -> Iterator[Callable[[TrainerConfig], None]]:
-    """Checks that the run may write where it is told to, before anything long begins.
+    """Checks that the run may write to its folder, before anything long begins.
 
     Yields a function that claims the folder for the config as resolved; until it is called, nothing is written.
     """
@@ -92,7 +92,7 @@ def open_run(config: TrainerConfig, accelerator: Accelerator) -> Iterator[Callab
 
 
 def _interrupted(output_dir: Path, opened: bool) -> str:
-    """What is kept, and how to go on."""
+    """A line that says which checkpoint is kept, and how to go on."""
     checkpoints = list_checkpoints(output_dir)
     if checkpoints and opened:
         return (
@@ -131,8 +131,8 @@ def describe_data(config: TrainerConfig, data: ImageData | StreamData) -> str:
     return f"{data.name}, split {config.dataset_split}: {count} images, {height}x{width} {channels}, {labels}"
 
 
-def save_whole(saved: DiffusionPipeline | ModelMixin, output_dir: Path) -> None:
-    """Saves a pipeline or a model so that a folder that has its `model_index.json` or `config.json` has all of it."""
+def save_atomically(saved: DiffusionPipeline | ModelMixin, output_dir: Path) -> None:
+    """Saves a pipeline or a model. A folder that has its `model_index.json` or `config.json` is complete."""
     index = "config.json" if isinstance(saved, ModelMixin) else "model_index.json"
     for left in output_dir.glob(f"{SAVING}*"):  # by a process that was killed
         shutil.rmtree(left)

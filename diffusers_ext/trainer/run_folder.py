@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from diffusers_ext.atomic_files import PARTIAL, atomic_write
-from diffusers_ext.options import to_yaml
+from diffusers_ext.options import fixed_on_resume, to_yaml
 from diffusers_ext.trainer.checkpoints import list_checkpoints
 from diffusers_ext.trainer.config import TrainerConfig
 from diffusers_ext.trainer.posthoc_ema import SNAPSHOT_FOLDER
@@ -93,7 +93,7 @@ def check_same_run(config: TrainerConfig, checkpoint: Path) -> list[str]:
     free = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint"}
     changed = [name for name in now if name not in free and before[name] != now[name]]
     for name in changed:
-        if name in config.FIXED_ON_RESUME:
+        if name in fixed_on_resume(type(config)):
             raise ValueError(
                 f"{checkpoint} is of a run with {name} {before[name]}, got {now[name]}: give the same {name}, or "
                 "start a new run in another --output_dir"

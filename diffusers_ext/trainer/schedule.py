@@ -7,7 +7,7 @@ import torch
 from diffusers.optimization import get_scheduler
 
 
-# The warm-up of a run that asks for none of its own: so many steps, and no more than this share of it.
+# The default warm-up: this number of steps, and no more than this share of the run.
 DEFAULT_WARMUP_STEPS, WARMUP_SHARE = 100, 0.1
 
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
@@ -51,7 +51,7 @@ class Budget:
         return self.max_seconds - self.reserved
 
     def progress(self, steps: int, seconds: float, start_steps: int = 0, start_seconds: float = 0.0) -> float:
-        """The share in [0, 1] of the way from a start to the end that is behind a run of so many steps and seconds."""
+        """The share in [0, 1] of the way from a start to the end that is behind a run after these steps and seconds."""
         by_steps = _share(steps, start_steps, self.max_steps)
         return min(1.0, max(by_steps, _share(seconds, start_seconds, self.end_seconds)))
 
@@ -102,7 +102,7 @@ class LearningRate:
         self._multiplier = curve.lr_lambdas[0]
 
     def is_warm(self, step: int, seconds: float) -> bool:
-        """Whether the warm-up is over when optimizer step `step` (from 0) begins, after so many seconds."""
+        """Whether the warm-up is over when optimizer step `step` (from 0) begins, `seconds` after the start."""
         return step >= self.warmup_steps or seconds >= self._warmup_seconds
 
     @property
@@ -110,7 +110,7 @@ class LearningRate:
         return self.warmup_share * self.budget.end_seconds
 
     def at(self, step: int, seconds: float, warmup_end: tuple[int, float] | None = None) -> float:
-        """The learning rate of optimizer step `step` (from 0), which begins after so many seconds.
+        """The learning rate of optimizer step `step` (from 0), which begins `seconds` after the start.
 
         Args:
             warmup_end: The step and the seconds with which the warm-up ended, from which the decay goes on; None while it
@@ -123,5 +123,5 @@ class LearningRate:
 
 
 def default_warmup_steps(max_steps: float) -> int:
-    """Optimizer steps of the warm-up of a run of so many, if it does not say how many."""
+    """Optimizer steps of the default warm-up of a run of `max_steps`."""
     return math.floor(min(DEFAULT_WARMUP_STEPS, WARMUP_SHARE * max_steps))

@@ -1,4 +1,4 @@
-"""Runs whose parameters are spread over the processes by FSDP2: what it takes all of them to read."""
+"""Runs whose parameters are sharded over the processes by FSDP2, and their full tensors."""
 
 import copy
 from collections.abc import Mapping
@@ -10,11 +10,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether each process has a part of the parameters only.
+    """Whether each process has only its shard of the parameters.
 
     Raises:
-        ValueError: if they are spread in another way than by FSDP2: the averages of the weights and the samples made
-            while training would be wrong or wait without end.
+        ValueError: if they are sharded in another way than by FSDP2: the EMA and the samples made while training would
+            be wrong or wait without end.
     """
     engine = accelerator.distributed_type
     if engine in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
@@ -27,17 +27,17 @@ def is_sharded(accelerator: Accelerator) -> bool:
 
 
 def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The whole of each tensor, in every process. Every process calls it."""
+    """The full tensors, in every process. Every process calls it."""
     return {name: full(value) for name, value in tensors.items()}
 
 
 def full(tensor: Tensor) -> Tensor:
-    """The whole of a tensor, in every process. Every process calls it."""
+    """The full tensor, in every process. Every process calls it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def scattered(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """This process's part of each of the whole tensors, spread as those of the same names are."""
+    """This process's shards of full tensors, sharded as those of the same names in `like` are."""
     return {
         name: distribute_tensor(value.to(like[name].device), like[name].device_mesh, like[name].placements)
         if isinstance(like.get(name), DTensor)
@@ -46,11 +46,11 @@ def scattered(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict
     }
 
 
-class WholeModel:
-    """A copy of a model with all of its parameters in every process, for evaluating and saving.
+class UnshardedModel:
+    """A copy of a sharded model with its full parameters in every process, for evaluating and saving.
 
     Args:
-        model: Before its parameters are spread. The copy waits on the CPU.
+        model: Before its parameters are sharded. The copy waits on the CPU.
     """
 
     def __init__(self, model: nn.Module):

@@ -1,22 +1,25 @@
-"""What a run has to remember: its state, saved beside that of its networks and optimizers, and loaded from there."""
+"""The parts of a checkpoint: the state of a run, its networks and optimizers, its EMA, its objective and its data."""
 
 import dataclasses
 import json
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from statistics import fmean
+from typing import Any
 
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from diffusers_ext.data.identity import IDENTITY_FILE, describe_change
-from diffusers_ext.data.stream import load_stream_state, save_stream_state
+from diffusers_ext.data.stream import save_stream_state
 from diffusers_ext.options import to_yaml
+from diffusers_ext.trainer.ema import WeightAverage
+from diffusers_ext.trainer.posthoc_ema import AverageSnapshots
 from diffusers_ext.trainer.run_folder import CONFIG_FILE
 from diffusers_ext.trainer.sharding import gathered, scattered
-
-
-if TYPE_CHECKING:
-    from diffusers_ext.trainer.loop import Trainer
 
 
 STATE_FILE, AVERAGE_FILE, OBJECTIVE_FILE = "run_state.json", "average.safetensors", "objective.safetensors"
@@ -28,7 +31,7 @@ class RunState:
 
     Attributes:
         step: Optimizer steps done.
-        position: Images looked at, by all processes together; the next batch starts there.
+        position: Images seen, by all processes together; the next batch starts there.
         num_images: Of the data set, on which the meaning of a position depends; None for a stream.
         seconds: Time of the run, from the first step on, over all its parts.
         warmup_steps, warmup_seconds: `step` and `seconds` when the warm-up of the learning rate ended; None and 0 before.
@@ -50,73 +53,117 @@ class RunState:
         """For `LearningRate.at`."""
         return None if self.warmup_steps is None else (self.warmup_steps, self.warmup_seconds)
 
+    def take_means(self) -> dict[str, float | None]:
+        """The means since the last line of the log; the next ones begin here."""
+        # With fp16's scaled loss a norm that is not finite is of a step that was left out, as a lower scale is sought.
+        norms = [norm for norm in self.norms if math.isfinite(norm)]
+        means = {"loss": fmean(self.losses), "grad_norm": fmean(norms) if norms else None}
+        if self.adversary_losses:
+            means["adversary_loss"] = fmean(self.adversary_losses)
+        self.losses, self.norms, self.adversary_losses = [], [], []
+        return means
 
-def save_run(trainer: "Trainer", folder: Path) -> None:
-    """Writes this process's part of a checkpoint. Every process calls it: gathering what is sharded takes all of them."""
-    accelerator = trainer.accelerator
+
+def save_run(
+    folder: Path,
+    accelerator: Accelerator,
+    *,
+    state: RunState,
+    config: Any,
+    identity: dict[str, Any],
+    stream: dict[str, Any] | None = None,
+    average: WeightAverage | None = None,
+    snapshots: AverageSnapshots | None = None,
+    objective: nn.Module | None = None,
+) -> None:
+    """Writes this process's part of a checkpoint. Every process calls it: gathering what is sharded takes all of them.
+
+    Args:
+        accelerator: Writes the models and optimizers that it has prepared, the gradient scaler and the random states.
+        state: Of the run.
+        config: Its options.
+        identity: Of its data, see `diffusers_ext.data.identity`.
+        stream: The position in a stream of images, of this process.
+        average: The EMA.
+        snapshots: The averages that snapshots are taken of.
+        objective: The loss, if it has buffers.
+    """
     accelerator.save_state(str(folder))
-    save_stream_state(trainer._stream.state, folder, accelerator.process_index)
-    average = gathered(trainer.average.state_dict()) if trainer.average else None
-    if hasattr(trainer.objective, "collect"):
-        trainer.objective.collect()
+    save_stream_state(stream, folder, accelerator.process_index)
+    tensors = {} if average is None else {AVERAGE_FILE: gathered(average.state_dict())}
+    if hasattr(objective, "collect"):
+        objective.collect()
     if not accelerator.is_main_process:
         return
-    (folder / STATE_FILE).write_text(json.dumps(dataclasses.asdict(trainer.state), indent=2) + "\n")
-    (folder / CONFIG_FILE).write_text(to_yaml(trainer.config))
-    (folder / IDENTITY_FILE).write_text(json.dumps(trainer.data_identity, ensure_ascii=False) + "\n")
-    if average:
-        save_file(average, folder / AVERAGE_FILE)
-    if trainer.snapshots:
-        trainer.snapshots.save(folder)
-    if trainer.objective:
-        state = trainer.objective.state_dict()
+    (folder / STATE_FILE).write_text(json.dumps(dataclasses.asdict(state), indent=2) + "\n")
+    (folder / CONFIG_FILE).write_text(to_yaml(config))
+    (folder / IDENTITY_FILE).write_text(json.dumps(identity, ensure_ascii=False) + "\n")
+    if objective is not None:
         # safetensors refuses tensors that share memory or lie in another order.
-        save_file({name: value.contiguous().clone() for name, value in state.items()}, folder / OBJECTIVE_FILE)
+        tensors[OBJECTIVE_FILE] = {name: value.contiguous().clone() for name, value in objective.state_dict().items()}
+    for name, values in tensors.items():
+        save_file(values, folder / name)
+    if snapshots is not None:
+        snapshots.save(folder)
 
 
-def _check_same_data(trainer: "Trainer", folder: Path) -> None:
-    """Refuses other data than those that the checkpoint's run is on."""
-    path = folder / IDENTITY_FILE
-    if not path.exists():
-        trainer.accelerator.print(
-            f"{folder} has no {IDENTITY_FILE}: it is not known whether the data are those of the run"
-        )
-        return
-    change = describe_change(json.loads(path.read_text()), trainer.data_identity)
-    if change:
-        raise ValueError(
-            f"{folder} is of a run on other data than {trainer.data.name} holds: {change}. Give the same data, or start a "
-            "new run in another --output_dir"
-        )
+def load_run(
+    folder: Path,
+    accelerator: Accelerator,
+    *,
+    state: RunState,
+    warmup_steps: int,
+    average: WeightAverage | None = None,
+    snapshots: AverageSnapshots | None = None,
+    objective: nn.Module | None = None,
+) -> None:
+    """Reads a checkpoint into what is given, which are the parts that `save_run` has written.
 
-
-def load_run(trainer: "Trainer", folder: Path) -> dict[str, Any] | None:
-    """Brings a trainer to where a checkpoint was written; gives the state of its stream of images, if it is one.
+    Args:
+        warmup_steps: At which the warm-up of the learning rate ended, for a checkpoint that does not have it.
 
     Raises:
-        ValueError: if the checkpoint is of a run with other data or another objective.
+        ValueError: if the checkpoint is of a run with another objective.
     """
-    saved, data = json.loads((folder / STATE_FILE).read_text()), trainer.data
-    if saved["num_images"] != data.num_images:
-        raise ValueError(
-            f"{folder} is of a run on {saved['num_images']} images, the data set {data.name} has {data.num_images}: give "
-            "the same data, or start a new run in another --output_dir"
-        )
-    _check_same_data(trainer, folder)
-    if trainer.objective and not (folder / OBJECTIVE_FILE).exists():
+    if objective is not None and not (folder / OBJECTIVE_FILE).exists():
         raise ValueError(f"{folder} has no {OBJECTIVE_FILE}, so it is of a run without one: give the same objective")
-    trainer.accelerator.load_state(str(folder))
+    accelerator.load_state(str(folder))
+    saved = json.loads((folder / STATE_FILE).read_text())
+    if saved["step"] > warmup_steps:
+        saved.setdefault("warmup_steps", warmup_steps)
     for name, value in saved.items():
-        setattr(trainer.state, name, value)
-    # A state without the step at which the warm-up ended is of a run whose warm-up was a number of steps.
-    warmup_steps = trainer.learning_rate.warmup_steps
-    if "warmup_steps" not in saved and trainer.state.step > warmup_steps:
-        trainer.state.warmup_steps = warmup_steps
-    if trainer.average:
-        average = scattered(load_file(folder / AVERAGE_FILE), like=trainer.average.state_dict())
-        trainer.average.load_state_dict(average)
-    if trainer.snapshots:
-        trainer.snapshots.load(folder)
-    if trainer.objective:
-        trainer.objective.load_state_dict(load_file(folder / OBJECTIVE_FILE))
-    return None if data.num_images is not None else load_stream_state(folder, trainer.accelerator.process_index)
+        setattr(state, name, value)
+    if average is not None:
+        average.load_state_dict(scattered(load_file(folder / AVERAGE_FILE), like=average.state_dict()))
+    if snapshots is not None:
+        snapshots.load(folder)
+    if objective is not None:
+        objective.load_state_dict(load_file(folder / OBJECTIVE_FILE))
+
+
+def check_same_data(folder: Path, name: str, num_images: int | None, identify: Callable[[], dict]) -> list[str]:
+    """Compares the data with those of the run that a checkpoint is from.
+
+    Args:
+        name: Of the data.
+        identify: Gives their identity, which takes long.
+
+    Returns: a line, if the checkpoint does not say.
+
+    Raises:
+        ValueError: if they differ.
+    """
+    path = folder / IDENTITY_FILE
+    if path.exists():
+        change = describe_change(json.loads(path.read_text()), identify())
+    else:
+        saved = json.loads((folder / STATE_FILE).read_text())["num_images"]
+        change = None if saved == num_images else f"it had {saved} images, and has {num_images}"
+    if change:
+        raise ValueError(
+            f"{folder} is of a run on other data than {name} holds: {change}. Give the same data, or start a new run in "
+            "another --output_dir"
+        )
+    if path.exists():
+        return []
+    return [f"{folder} has no {IDENTITY_FILE}: it is not known whether the data are those of the run"]

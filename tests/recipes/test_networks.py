@@ -1,7 +1,10 @@
+import dataclasses
+
 import pytest
 import torch
 
 from diffusers_ext import DiTModel, UNetModel
+from diffusers_ext.options import fixed_on_resume
 from diffusers_ext.recipes.networks import NetworkConfig, build_network
 
 
@@ -85,8 +88,11 @@ def test_every_option_of_a_dit_arrives():
     }
     config = build(model="dit", **settings).config
     assert {name: config[name] for name in settings} == settings
-    assert set(NetworkConfig.OPTIONS_OF_NETWORKS["dit"]) | {"dropout"} == set(settings) | {"dit_size"}
-    assert NetworkConfig.FIXED_ON_RESUME >= {"model", "dit_size", "layers_per_block", *settings}
+    of_dit = {
+        field.name for field in dataclasses.fields(NetworkConfig) if field.metadata["needs"] == {"model": ("dit",)}
+    }
+    assert of_dit | {"dropout"} == set(settings) | {"dit_size"}
+    assert fixed_on_resume(NetworkConfig) >= {"model", "dit_size", "layers_per_block", *settings}
 
 
 def test_the_weights_follow_from_the_seed():
@@ -99,12 +105,12 @@ def test_the_weights_follow_from_the_seed():
     [
         (
             {"model": "dit", "layers_per_block": 3},
-            "layers_per_block is an option of model unet: leave it out for model dit",
+            "layers_per_block has no meaning without model unet: give both or neither",
         ),
-        ({"model": "dit", "block_out_channels": (8, 16)}, "block_out_channels is an option of model unet"),
-        ({"patch_size": 2}, "patch_size is an option of model dit: leave it out for model unet"),
-        ({"qk_norm": True}, "qk_norm is an option of model dit"),
-        ({"dit_size": "DiT-S/2"}, "dit_size is an option of model dit"),
+        ({"model": "dit", "block_out_channels": (8, 16)}, "block_out_channels has no meaning without model unet"),
+        ({"patch_size": 2}, "patch_size has no meaning without model dit: give both or neither"),
+        ({"qk_norm": True}, "qk_norm has no meaning without model dit"),
+        ({"dit_size": "DiT-S/2"}, "dit_size has no meaning without model dit"),
         ({"model": "dit", "dit_size": "DiT-S"}, "the name must be one of DiT-S, .* got 'DiT-S'"),
         ({"model": "dit", "patch_size": 16}, r"patch_size must be in \[1, 8\], got 16"),
         ({"model": "dit", "num_attention_heads": 3}, r"hidden_size must be a multiple of num_attention_heads \(3\)"),

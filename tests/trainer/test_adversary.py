@@ -35,7 +35,7 @@ class Contest:
         return loss - 0.1 * self.adversary.module(batch["guess"]).mean() if self.adversary.active else loss
 
     def trainer(self, data, output_dir, **settings):
-        return trainer(data, output_dir, self, adversary=self.adversary, **settings)
+        return trainer(data, output_dir, self, step_hook=self.adversary, **settings)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -50,7 +50,7 @@ def test_both_networks_learn_as_in_the_loop_written_out(data, tmp_path, accumula
         batches.append({name: value.clone() for name, value in batch.items()})
         return batch
 
-    run.prepare_batch = note
+    run.to_device.prepare_batch = note
     run.train()
 
     main = trainer(data, tmp_path / "other", dropout=0.0).module
@@ -118,16 +118,16 @@ def test_no_gradient_crosses_to_the_other_network(data, tmp_path):
 
     contest = Contest(careless)
     run = contest.trainer(data, tmp_path / "run", max_train_steps=3)
-    learn = contest.adversary.learn
+    after_backward = contest.adversary.after_backward
 
     def watched(*args):
         assert all(p.grad is None for p in contest.adversary.module.parameters())
-        loss = learn(*args)
+        loss = after_backward(*args)
         for before, after in zip(seen[-1][2], main_grads(), strict=True):
             assert torch.equal(before, after)
         return loss
 
-    contest.adversary.learn = watched
+    contest.adversary.after_backward = watched
     run.train()
     assert len(seen) == 3 and not any(guess or kept for guess, kept, _ in seen)
     assert all(p.requires_grad for p in [*run.module.parameters(), *contest.adversary.module.parameters()])

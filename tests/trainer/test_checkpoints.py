@@ -59,10 +59,10 @@ def test_latest_passes_over_a_damaged_checkpoint_and_says_why(accelerator, tmp_p
     found, passed_over = find_checkpoint(tmp_path, "latest")
     assert found == tmp_path / "checkpoint-10"
     assert passed_over == [f"{tmp_path / 'checkpoint-20'} passed over: {reason}"]
-    with pytest.raises(CheckpointError, match=f"checkpoint-20 is not whole: {reason}"):
+    with pytest.raises(CheckpointError, match=f"checkpoint-20 is not complete: {reason}"):
         find_checkpoint(tmp_path, "checkpoint-20")
     DAMAGES[reason](tmp_path / "checkpoint-10")
-    with pytest.raises(CheckpointError, match=f"no checkpoint in .* is whole: .*{reason}.*{reason}"):
+    with pytest.raises(CheckpointError, match=f"no checkpoint in .* is complete: .*{reason}.*{reason}"):
         find_checkpoint(tmp_path, "latest")
 
 

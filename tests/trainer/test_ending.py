@@ -36,7 +36,7 @@ def test_the_steps_become_fewer_and_then_the_columns(share, steps, columns, expe
 
 def reserved(data, folder, budget, cost, **settings):
     run = trainer(data, folder, max_train_steps=None, max_train_time=budget, ending_cost=lambda run: cost, **settings)
-    run._start = time.perf_counter()
+    run.clock.start()
     return run, run.ending.reserve()
 
 
@@ -54,10 +54,10 @@ def test_what_the_ending_takes_is_kept_free_for_it(data, tmp_path):
 def test_a_short_run_keeps_a_third_and_does_what_fits_into_it(data, tmp_path):
     run, lines = reserved(data, tmp_path, "300s", EndingCost(fixed=18.0, scalable=1000.0))
     assert run.budget.reserved == 100.0 and len(lines) == 1
-    run._start -= 200
+    run.clock.start(200)
     fixed = MARGIN * (FINISHING_SECONDS + 18)
     assert run.ending.share() == pytest.approx((100 - fixed) / (MARGIN * 1000), abs=1e-3)
-    run._start -= 1000  # a run that is at its end already has as much
+    run.clock.start(1200)  # a run that is at its end already has as much
     assert run.ending.share() == pytest.approx((100 - fixed) / (MARGIN * 1000), abs=1e-3)
 
 
@@ -77,7 +77,7 @@ def test_runs_without_a_limit_of_time_measure_nothing(data, tmp_path):
 def test_the_held_out_loss_at_the_end_is_part_of_it(data, tmp_path):
     settings = {"validation_split": "test", "max_train_steps": None, "max_train_time": "1h"}
     run = trainer(data, tmp_path, validation_data=data, ending_cost=lambda run: EndingCost(), **settings)
-    run._start, calls, evaluate = time.perf_counter(), [], run.evaluate
+    calls, evaluate = [], run.evaluate
 
     def slow(max_batches=None):
         calls.append(max_batches)

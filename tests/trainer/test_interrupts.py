@@ -9,7 +9,7 @@ import pytest
 
 from diffusers_ext.data.prepare import prepare_images
 from diffusers_ext.trainer.config import TrainerConfig, resolve_for_machine
-from diffusers_ext.trainer.run import make_accelerator, open_run, save_whole
+from diffusers_ext.trainer.run import make_accelerator, open_run, save_atomically
 from diffusers_ext.trainer.signals import Interrupted
 from runs import trainer
 
@@ -53,7 +53,7 @@ def test_afterwards_it_names_the_checkpoint_and_a_save_that_it_falls_into_leaves
 
     def work(open_folder):
         open_folder()
-        save_whole(Slow(), tmp_path / "run")
+        save_atomically(Slow(), tmp_path / "run")
 
     try:
         error = interrupted(tmp_path / "run", work)

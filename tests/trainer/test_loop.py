@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from diffusers_ext.data.prepare import prepare_images
-from diffusers_ext.trainer.loop import in_float32
+from diffusers_ext.trainer.device_batches import in_float32
 from diffusers_ext.trainer.run_folder import read_metrics
 from diffusers_ext.trainer.state import load_run
 from runs import (
@@ -94,7 +94,8 @@ def test_an_objective_with_a_state_is_saved_resumed_and_reported(data, tmp_path)
         assert 1 + 0.1 * (record["seen"] - 6) < record["unweighted"] / record["loss"] < 1 + 0.1 * record["seen"]
     (tmp_path / "whole" / "checkpoint-12" / "objective.safetensors").unlink()
     with pytest.raises(ValueError, match="checkpoint-12 has no objective.safetensors.*: give the same objective"):
-        load_run(trainer(data, tmp_path / "whole", CountedError()), tmp_path / "whole" / "checkpoint-12")
+        run = trainer(data, tmp_path / "whole", CountedError())
+        load_run(tmp_path / "whole" / "checkpoint-12", run.accelerator, warmup_steps=2, **run._parts)
 
 
 def test_an_objective_with_parameters_to_train_is_refused(data, tmp_path):
@@ -183,7 +184,7 @@ def test_a_run_by_time_ends_in_time_with_its_decay_complete(data, tmp_path):
     run = trainer(
         data, tmp_path / "run", max_train_steps=None, max_train_time="1.5s", logging_steps=1, lr_scheduler="linear"
     )
-    run._now = lambda: run.state.step / 16  # a clock that no busy machine disturbs
+    run.clock.now = lambda: run.state.step / 16  # a clock that no busy machine disturbs
     run.train()
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert run.state.seconds == 1.5
@@ -247,7 +248,7 @@ def test_times_stay_below_1_where_there_is_no_float64():
 def test_16_bits_are_scaled_to_the_range_of_the_model(data, tmp_path):
     run = trainer(data, tmp_path / "run")
     for dtype, top in ((torch.uint8, 255), (torch.uint16, 65535)):
-        run._scale = 2 / top
+        run.to_device.scale = 2 / top
         pixels = torch.tensor([0, top], dtype=torch.int32).to(dtype).view(2, 1, 1, 1)
         images = run.to_device({"pixels": pixels, "noise": torch.zeros(2, 1, 1, 1)})["images"]
         torch.testing.assert_close(images.flatten(), torch.tensor([-1.0, 1.0]))

@@ -245,7 +245,7 @@ def test_a_run_that_starts_over_for_want_of_a_checkpoint_drops_all_snapshots(tmp
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"ema_stds": (0.05,)}, "give ema_snapshot_steps too"),
+        ({"ema_stds": (0.05,)}, "ema_stds has no meaning without ema_snapshot_steps"),
         ({"ema_stds": (0.05, 0.05), "ema_snapshot_steps": 5}, "ema_stds must be different widths, got 0.05 0.05"),
         ({"ema_stds": (0.05, 0.5), "ema_snapshot_steps": 5}, r"ema_std must be in \(0, 0.28\], got 0.5"),
         ({"ema_snapshot_steps": 0}, "ema_snapshot_steps must be at least 1, got 0"),

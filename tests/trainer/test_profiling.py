@@ -35,7 +35,7 @@ def test_table_says_where_the_time_went(data, tmp_path, capsys):
     output = capsys.readouterr().out
     rows = table(output)
     assert {"waiting for data", "forward and loss", "backward", "clipping of gradients", "optimizer"} < set(rows)
-    assert {"averages of the weights", "rest of the step", "making images", "saving", "tracing"} < set(rows)
+    assert {"EMA", "rest of the step", "making images", "saving", "tracing"} < set(rows)
     assert "adversary" not in rows
     assert rows["forward and loss"][1] > 30  # and longer on a busy machine, as each of these
     # Nine steps are timed part by part, three are traced.
@@ -56,7 +56,7 @@ def test_trace_has_the_parts_of_three_steps(data, tmp_path, capsys):
     assert f"trace of 3 steps in {tmp_path}/run/profile" in capsys.readouterr().out
     events = json.loads((tmp_path / "run" / "profile" / "profile_0.json").read_text())["traceEvents"]
     names = [event["name"] for event in events if event.get("cat") == "user_annotation"]
-    assert [names.count(name) for name in ("step", "backward", "averages of the weights")] == [3, 6, 3]
+    assert [names.count(name) for name in ("step", "backward", "EMA")] == [3, 6, 3]
     assert any("conv" in event["name"] for event in events if event.get("cat") == "cpu_op")
 
 

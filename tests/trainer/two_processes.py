@@ -64,7 +64,7 @@ def contest(data, folder, dropout=0.0, **settings):
     forget_accelerate()
     objective = Contest(Accelerator(cpu=True, gradient_accumulation_steps=2))
     held_out = prepare_images("digits", split="test", max_samples=11)
-    more = {"adversary": objective.adversary, "validation_data": held_out, "dropout": dropout}
+    more = {"step_hook": objective.adversary, "validation_data": held_out, "dropout": dropout}
     return trainer(data, folder, objective, **more, **SETTINGS | settings)
 
 
@@ -150,8 +150,8 @@ def by_time(data, folder):
     run = trainer(
         data, folder / "by-time", max_train_steps=None, max_train_time="1", checkpointing_steps=2, train_batch_size=2
     )
-    now, index = run._now, run.accelerator.process_index
-    run._now = lambda: now() + 0.3 * index
+    now, index = run.clock.now, run.accelerator.process_index
+    run.clock.now = lambda: now() + 0.3 * index
     run.train()
     weights = {name: value.contiguous() for name, value in run.module.state_dict().items()}
     save_file(weights, folder / f"by-time-{index}.safetensors")

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from diffusers_ext import ExtDDIMScheduler, GuidedDiffusionPipeline, UNetModel
+from diffusers_ext.draws import LARGEST_SEED
 from diffusers_ext.hub.cards import write_card
 from diffusers_ext.options import parse_config
 from environment import HUNG_AFTER
@@ -238,7 +239,11 @@ def test_a_data_set_of_one_label_is_measured_in_pixels(tmp_path, capsys):
             ["--model", "m", "--num_samples", "0"],
             "num_samples must be at least 1, got 0",
         ),
-        (evaluate_vae.EvaluateVAEConfig, ["--model", "m", "--seed", "-1"], "seed must be in [0, 4294967295], got -1"),
+        (
+            evaluate_vae.EvaluateVAEConfig,
+            ["--model", "m", "--seed", "-1"],
+            f"seed must be in [0, {LARGEST_SEED}], got -1",
+        ),
         (sample_prompts.SampleConfig, ["--num_inference_steps", "0"], "num_inference_steps must be at least 1, got 0"),
         (
             sample_prompts.SampleConfig,
@@ -344,7 +349,7 @@ def test_what_cannot_be_evaluated_is_refused(tmp_path, features_folder):
         (["runs/x", "--num_images", "0"], "num_images must be at least 1, got 0"),
         (
             ["runs/x", "--num_likelihood_steps", "5"],
-            "num_likelihood_steps is of the likelihood, which is measured with",
+            "num_likelihood_steps has no meaning without bits_per_dim",
         ),
         (["runs/x", "--seed", "-1"], "seed must be in [0, 4293], got -1"),
         (["runs/x", "--num_threads", "0"], "num_threads must be at least 1, got 0"),

@@ -123,7 +123,7 @@ def test_held_out_images_of_a_stream_are_the_first_ones_read_ahead(tars):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"shuffle_buffer": 10}, "shuffle_buffer belongs to streaming"),
+        ({"shuffle_buffer": 10}, "shuffle_buffer has no meaning without streaming"),
         ({"streaming": True, "shuffle_buffer": 0}, "shuffle_buffer must be at least 1, got 0"),
         ({"streaming": True, "preprocessing_num_workers": 2}, "streaming decodes nothing beforehand"),
         (

@@ -307,7 +307,7 @@ def test_tokenizer_goes_through_disk_and_is_the_same_each_time(tmp_path):
     [
         (["--label_column", "x"], "captions are the condition"),
         (["--unconditional"], "captions are the condition"),
-        (["--text_cache", "disk"], "needs a pretrained_text_encoder"),
+        (["--text_cache", "disk"], "text_cache has no meaning without pretrained_text_encoder"),
         (["--text_encoder", "x", "--vocab_size", "300"], "leave it or pretrained_text_encoder out"),
         (["--vocab_size", "100"], "at least 258"),
         (["--caption_dropout", "1"], r"in \[0, 1\)"),

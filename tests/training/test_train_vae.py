@@ -196,17 +196,20 @@ def test_latents_are_measured_on_each_training_image_once(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"kl_weight": -1.0}, "kl_weight must not be negative, got -1"),
+        ({"kl_weight": -1.0}, "kl_weight must be at least 0, got -1"),
         ({"likelihood_scale": 0.0}, "likelihood_scale must be positive, got 0"),
         ({"likelihood": "bernoulli", "learn_scale": True}, "learn_scale has no meaning"),
         ({"binarize": "threshold"}, "binarize threshold needs --likelihood bernoulli, got gaussian"),
         ({**CONV, "resolution": (9,)}, "resolution must be a multiple of 2, .* got 9"),
         ({"adversarial_weight": 1.0, "resolution": (8,)}, "needs images of at least 12 pixels, got 8"),
-        ({"latent_channels": 8}, "latent_channels has no meaning without --architecture conv"),
-        ({"architecture": "conv", "latent_dim": 2}, "latent_dim has no meaning without --architecture mlp"),
-        ({"perceptual_weight": 2.0}, "perceptual_weight has no meaning without --perceptual_network"),
-        ({"discriminator_layers": 3}, "discriminator_layers has no meaning without --adversarial_weight"),
-        ({"likelihood": "bernoulli", "likelihood_scale": 0.2}, "likelihood_scale has no meaning without --likelihood"),
+        ({"latent_channels": 8}, "latent_channels has no meaning without architecture conv"),
+        ({"architecture": "conv", "latent_dim": 2}, "latent_dim has no meaning without architecture mlp"),
+        ({"perceptual_weight": 2.0}, "perceptual_weight has no meaning without perceptual_network"),
+        ({"discriminator_layers": 3}, "discriminator_layers has no meaning without adversarial_weight"),
+        (
+            {"likelihood": "bernoulli", "likelihood_scale": 0.2},
+            "likelihood_scale has no meaning without likelihood gaussian or laplace",
+        ),
         ({"max_measured_samples": 0}, "max_measured_samples must be at least 1"),
     ],
 )
