@@ -49,7 +49,7 @@ def losses(model: torch.nn.Module, images: torch.Tensor, steps: int, batch_size:
 
 def main(dataset_name: str, steps: int, batch_size: int, learning_rate: float, threads: int, num_images: int):
     torch.set_num_threads(threads)
-    data = prepare_images(dataset_name, with_labels=False, multiple_of=4, max_samples=num_images)
+    data = prepare_images(dataset_name, unconditional=True, multiple_of=4, max_samples=num_images)
     images = torch.from_numpy(data.pixels[torch.arange(len(data)).numpy()]).permute(0, 3, 1, 2)
     curves = {
         name: losses(model, images, steps, batch_size, learning_rate)

@@ -22,7 +22,7 @@ from diffusers_ext.data.config import DataConfig
 from diffusers_ext.data.image_table import ImageData, load_source, split_names
 from diffusers_ext.data.label_columns import find_label_column
 from diffusers_ext.data.latent_cache import read_info
-from diffusers_ext.data.prepare import data_options, prepare_images
+from diffusers_ext.data.prepare import prepare_images
 from diffusers_ext.evaluation.feature_training import LabelledImages, accuracy, drawn_order, fit_feature_classifier
 from diffusers_ext.metrics.features import FeatureClassifierModel
 from diffusers_ext.options import option
@@ -260,9 +260,7 @@ def prepare_split(
     config = dataclasses.replace(to_data_config(options, split), max_train_samples=max_samples)
     if unconditional:
         config = dataclasses.replace(config, unconditional=True, num_classes=None, label_names=None)
-    return prepare_images(
-        config.dataset_name, num_proc=config.preprocessing_num_workers, share_by=share_by, **data_options(config)
-    )
+    return prepare_images(config, share_by=share_by)
 
 
 def to_data_config(options: DataOptions, split: str) -> DataConfig:

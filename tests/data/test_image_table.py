@@ -225,7 +225,7 @@ def test_a_part_of_the_images_has_of_each_label_its_share(parquet):
     assert np.bincount(data.labels).tolist() == [4, 2]
     assert data.notes == ("6 of 30 images are taken, of each label its share",)
     np.testing.assert_array_equal(images_of(data), everything.pixels[data.rows])
-    unlabelled = prepare_images(folder, max_samples=6, with_labels=False)
+    unlabelled = prepare_images(folder, max_samples=6, unconditional=True)
     assert (unlabelled.rows == data.rows).all()  # the same, whether or not the labels are used
 
 

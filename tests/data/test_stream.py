@@ -396,7 +396,7 @@ def test_labels_that_cannot_be_told_are_refused(tmp_path, files, settings, messa
     folder = write_tars(tmp_path / "data", [{"png": png(picture)} | files for picture in numbered(3)], 3)
     with pytest.raises(ValueError, match=message):
         prepare_stream(folder, **settings)
-    assert prepare_stream(folder, with_labels=False).num_classes is None
+    assert prepare_stream(folder, unconditional=True).num_classes is None
 
 
 def test_names_of_labels_are_read_and_others_are_refused(tmp_path):
