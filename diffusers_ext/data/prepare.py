@@ -1,33 +1,24 @@
-"""A data set, as named by the user, made ready for training. Whatever is decided on the way is said in a line."""
+"""A data set, as named by the user, made ready for training. Each decision on the way is said in a line."""
 
 import dataclasses
 import itertools
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import datasets
 
 from diffusers_ext.data.config import DataConfig, TrainingDataConfig
+from diffusers_ext.data.decoding import decode_rows
 from diffusers_ext.data.identity import HashedRows, hash_files
-from diffusers_ext.data.image_table import (
-    PROBED_ROWS,
-    Fit,
-    ImageData,
-    decode,
-    find_image_column,
-    open_source,
-    undecoded,
-)
-from diffusers_ext.data.images import LONGEST
+from diffusers_ext.data.image_columns import find_image_column, undecoded
+from diffusers_ext.data.image_table import ImageData
 from diffusers_ext.data.label_columns import fair_share, find_stream_labels, read_labels
-from diffusers_ext.data.probing import decide_reading, probe
-from diffusers_ext.data.sources import Source
+from diffusers_ext.data.probing import PROBED_ROWS, decide_fit
+from diffusers_ext.data.sources import Source, open_source
 from diffusers_ext.data.stream import StreamData
 
 
-# Pictures of one size get a border, rather than being enlarged, if that leaves them at least this share of a side.
-PAD_FROM = 0.75
 DEFAULT_SHUFFLE_BUFFER = 1000
 
 
@@ -59,8 +50,9 @@ def prepare_images(
     """Loads, decodes and fits the images of a data set, and reads their labels.
 
     Args:
-        config: Which images, and how they are read; or the name of a data set, with `options` of `DataConfig`, of which
-            `split`, `mode` and `max_samples` may be called so.
+        config: Which images, and how they are read; or the name of a data set.
+        options: Of `DataConfig`, to replace those of the config or of its defaults; `dataset_split`, `image_mode` and
+            `max_train_samples` are called `split`, `mode` and `max_samples` too.
         multiple_of: Without a `resolution` images of one size get a border up to the next multiple of this.
         read_ahead: Fetch no more than the first `max_train_samples` rows, in order, and keep them in memory.
         share_by: Column by whose values `max_train_samples` are shared; None for that of the labels.
@@ -69,8 +61,7 @@ def prepare_images(
         ValueError: if the data set has no images, if its labels are neither integers nor names, or if it must be said
             which column or size is meant.
     """
-    if isinstance(config, str):
-        config = DataConfig(config, **_by_full_names(options))
+    config = _with_options(config, options, DataConfig)
     source, notes, _ = _open(config, streaming=read_ahead)
     column = find_image_column(source, config.image_column)
     max_samples, chosen = config.max_train_samples, None
@@ -86,9 +77,9 @@ def prepare_images(
         source = source.select(chosen)
     labels = None if config.unconditional else read_labels(source, config.label_column, config.names_of_labels)
     first_rows = undecoded(source.select_columns([column]).select(range(min(len(source), PROBED_ROWS))), column)
-    how, decided = _decide(source, column, first_rows, config, multiple_of)
+    how, decided = decide_fit(first_rows, source.features[column], column, config, multiple_of)
     num_proc = config.preprocessing_num_workers
-    pixels, rows, bad = decode(source, column, how, max_bad_share=config.max_bad_share, num_proc=num_proc)
+    pixels, rows, bad = decode_rows(source, column, how, max_bad_share=config.max_bad_share, num_proc=num_proc)
     notes = [*notes, *decided]
     if bad:
         notes.append(f"{bad} of {len(rows) + bad} images could not be decoded and are left out")
@@ -99,8 +90,12 @@ def prepare_images(
     return dataclasses.replace(data, notes=(*data.notes, *_about_labels(data)))
 
 
-def _by_full_names(options: dict[str, Any]) -> dict[str, Any]:
-    return {_SHORT_NAMES.get(name, name): value for name, value in options.items()}
+def _with_options(
+    config: DataConfig | str, options: dict[str, Any], kind: Callable[..., DataConfig]
+) -> DataConfig | TrainingDataConfig:
+    """The config with these options in it, or a new one of a kind for the name of a data set."""
+    options = {_SHORT_NAMES.get(name, name): value for name, value in options.items()}
+    return kind(dataset_name=config, **options) if isinstance(config, str) else dataclasses.replace(config, **options)
 
 
 def _open(config: DataConfig, *, streaming: bool) -> Source:
@@ -131,8 +126,7 @@ def prepare_stream(config: TrainingDataConfig | str, *, multiple_of: int = 1, **
     Raises:
         ValueError: see `prepare_images`; and if the labels must be named.
     """
-    if isinstance(config, str):
-        config = TrainingDataConfig(config, streaming=True, **_by_full_names(options))
+    config = _with_options(config, options, partial(TrainingDataConfig, streaming=True))
     shuffle_buffer, max_samples = config.shuffle_buffer or DEFAULT_SHUFFLE_BUFFER, config.max_train_samples
     source, notes, files = _open(config, streaming=True)
     column = find_image_column(source, config.image_column)
@@ -142,7 +136,7 @@ def prepare_stream(config: TrainingDataConfig | str, *, multiple_of: int = 1, **
     # From another opening of it, so that the workers get one that nothing has been read from.
     again = undecoded(_open(config, streaming=True).rows, column).select_columns(columns)
     first_rows = HashedRows(itertools.islice(again, PROBED_ROWS), column)
-    how, decided = _decide(source, column, first_rows, config, multiple_of)
+    how, decided = decide_fit(first_rows, source.features[column], column, config, multiple_of)
     notes = [*notes, *decided]
     if max_samples is not None:
         notes.append(f"of a stream the first {max_samples} images are taken, whatever their labels")
@@ -162,78 +156,3 @@ def prepare_stream(config: TrainingDataConfig | str, *, multiple_of: int = 1, **
         notes=tuple(notes),
         contents=f"{first_rows.digest}-{hash_files(files)}",
     )
-
-
-def _decide(
-    source: datasets.Dataset | datasets.IterableDataset,
-    column: str,
-    first_rows: Iterable[dict],
-    config: DataConfig,
-    multiple_of: int,
-) -> tuple[Fit, list[str]]:
-    """How the images get to their shape, with a note for each decision that the user has not made."""
-    pad_value = config.pad_value
-    seen = probe(first_rows, source.features[column], column)
-    reading = decide_reading(seen, column, config.image_mode, config.white_value, pad_value)
-    if not 0 <= pad_value <= reading.white:
-        raise ValueError(
-            f"pad_value must be in the range of the images, [0, {reading.white}], of which {reading.white} is white, got "
-            f"{pad_value}"
-        )
-    size, resize_mode, note = _decide_fit(seen.sizes, config.resolution, multiple_of, config.resize_mode, pad_value)
-    if resize_mode == "random_crop" and any(_is_longer(of_one, size) for of_one in seen.sizes):
-        note += f", of the middle where they are longer than {LONGEST} times that"
-    how = Fit(
-        size,
-        reading.mode,
-        reading.channels,
-        reading.dtype,
-        resize_mode,
-        pad_value,
-        mode_was_found=config.image_mode is None,
-        whites=reading.whites,
-        white=reading.white,
-        array_dtype=seen.array_dtype,
-        channels_first=seen.channels_first,
-    )
-    return how, [*reading.notes, *([note] if note else [])]
-
-
-def _decide_fit(
-    sizes: list[tuple[int, int]],
-    resolution: tuple[int, ...] | None,
-    multiple_of: int,
-    resize_mode: str,
-    pad_value: int,
-) -> tuple[tuple[int, int], str, str | None]:
-    counts = Counter(sizes)
-    own, one_size = sizes[0], len(counts) == 1
-    if resolution is None:
-        if not one_size:
-            some = ", ".join(_text(size) for size in list(counts)[:4])
-            raise ValueError(f"the images are of several sizes ({some}, ...): give --resolution, one side or H W")
-        resolution = tuple(-(-side // multiple_of) * multiple_of for side in own)
-        resize_mode = "pad" if resize_mode == "auto" else resize_mode
-    size = (resolution[0], resolution[-1])
-    if resize_mode == "auto":
-        fills = all(PAD_FROM * target <= side <= target for side, target in zip(own, size, strict=True))
-        resize_mode = "pad" if one_size and fills else "crop"
-    if one_size and own == size:
-        return size, resize_mode, None
-    seen = f"{_text(own)} images" if one_size else f"images of several sizes ({_text(own)}, ...)"
-    done = {
-        "pad": f"centred on {_text(size)} with a border of {pad_value}",
-        "crop": f"scaled to cover {_text(size)} and cropped to it",
-        "random_crop": f"scaled to cover {_text(size)} and cropped to it at random places",
-        "stretch": f"stretched to {_text(size)}",
-    }
-    return size, resize_mode, f"{seen} are {done[resize_mode]} (--resize_mode {resize_mode})"
-
-
-def _is_longer(own: tuple[int, int], size: tuple[int, int]) -> bool:
-    ratio = own[0] * size[1] / (own[1] * size[0])
-    return max(ratio, 1 / ratio) > LONGEST
-
-
-def _text(size: tuple[int, int]) -> str:
-    return f"{size[0]}x{size[1]}"

@@ -15,9 +15,9 @@ import torch
 from huggingface_hub import HfApi
 from PIL import Image
 
-from diffusers_ext.data.batches import BatchOptions
+from diffusers_ext.data.batches import BatchOptions, make_batches
 from diffusers_ext.data.prepare import prepare_images, prepare_stream
-from diffusers_ext.data.stream import Division, StreamReader, load_stream_state, make_batches, save_stream_state
+from diffusers_ext.data.stream import Division, StreamReader, load_stream_state, save_stream_state
 
 
 RNG = np.random.default_rng(0)

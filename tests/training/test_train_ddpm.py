@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import diffusers_ext
-from diffusers_ext.data.image_table import load_digits
+from diffusers_ext.data.sources import load_digits
 from diffusers_ext.options import parse_config
 from diffusers_ext.trainer.run_folder import read_metrics
 from environment import HUNG_AFTER
