@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "hub": "atomic_files",
     "data": "atomic_files draws options pixels latents guidance",
     "trainer": "atomic_files draws machine options figures hub data",
-    "metrics": "diffusion",
+    "metrics": "pixels diffusion",
     "evaluation": "__init__ atomic_files draws machine pixels options figures diffusion schedulers models guidance pipelines data metrics",
     "recipes": "__init__ atomic_files draws machine options figures latents diffusion schedulers models guidance pipelines hub data trainer metrics evaluation",
     "__init__": "registration diffusion schedulers models guidance pipelines",
