@@ -16,6 +16,7 @@ from tqdm.auto import trange
 from diffusers_ext import ExtDDPMScheduler, UNetModel
 from diffusers_ext.data.prepare import prepare_images
 from diffusers_ext.diffusion.noising import add_noise
+from diffusers_ext.pixels import to_images
 
 
 def networks(size: tuple[int, int], channels: int) -> dict[str, torch.nn.Module]:
@@ -33,7 +34,7 @@ def losses(model: torch.nn.Module, images: torch.Tensor, steps: int, batch_size:
     for step in trange(steps):
         optimizer.param_groups[0]["lr"] = learning_rate * min(1, (step + 1) / 50)
         rows = torch.randint(len(images), (batch_size,), generator=generator)
-        x0 = images[rows].float() / 127.5 - 1
+        x0 = to_images(images[rows])
         noise = torch.randn(x0.shape, generator=generator)
         timesteps = torch.randint(1000, (batch_size,), generator=generator)
         with torch.autocast("cpu", torch.bfloat16):
@@ -49,7 +50,7 @@ def losses(model: torch.nn.Module, images: torch.Tensor, steps: int, batch_size:
 
 def main(dataset_name: str, steps: int, batch_size: int, learning_rate: float, threads: int, num_images: int):
     torch.set_num_threads(threads)
-    data = prepare_images(dataset_name, with_labels=False, multiple_of=4, max_samples=num_images)
+    data = prepare_images(dataset_name, unconditional=True, multiple_of=4, max_samples=num_images)
     images = torch.from_numpy(data.pixels[torch.arange(len(data)).numpy()]).permute(0, 3, 1, 2)
     curves = {
         name: losses(model, images, steps, batch_size, learning_rate)

@@ -20,9 +20,8 @@ import datasets
 import numpy as np
 from PIL import Image
 
-from diffusers_ext.data.batches import BatchOptions
+from diffusers_ext.data.batches import BatchOptions, make_batches
 from diffusers_ext.data.prepare import prepare_stream
-from diffusers_ext.data.stream import make_batches
 
 
 NUM_PICTURES = 1024  # different ones; each file has them again and again

@@ -197,7 +197,7 @@ def compare_memory(arguments: argparse.Namespace, folder: Path, data):
 
 def main(arguments: argparse.Namespace):
     torch.set_num_threads(arguments.threads)
-    data = prepare_images(arguments.dataset_name, with_labels=False, resolution=(arguments.resolution,))
+    data = prepare_images(arguments.dataset_name, unconditional=True, resolution=(arguments.resolution,))
     with tempfile.TemporaryDirectory() as folder:
         compare_speed(arguments, Path(folder), data)
         compare_memory(arguments, Path(folder), data)

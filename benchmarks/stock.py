@@ -10,6 +10,8 @@ from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
+from diffusers_ext.pixels import to_images
+
 
 def stock_unet(
     size: int | tuple[int, int],
@@ -63,4 +65,4 @@ class StockTraining:
 
 def stock_batch(pixels, rows: torch.Tensor) -> torch.Tensor:
     """Rows of a `PixelTable` as images in [-1, 1]."""
-    return torch.from_numpy(pixels[rows.numpy()]).permute(0, 3, 1, 2).float().contiguous() / 127.5 - 1
+    return to_images(torch.from_numpy(pixels[rows.numpy()]).permute(0, 3, 1, 2).contiguous())

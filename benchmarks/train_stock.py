@@ -21,7 +21,7 @@ from diffusers_ext.data.prepare import prepare_images
 def main(arguments: argparse.Namespace):
     torch.manual_seed(0)
     data = prepare_images(
-        arguments.dataset_name, resolution=(arguments.resolution,), mode=arguments.image_mode, with_labels=False
+        arguments.dataset_name, resolution=(arguments.resolution,), mode=arguments.image_mode, unconditional=True
     )
     model = stock_unet(arguments.resolution, data.channels)
     training = StockTraining(model, arguments.schedule_steps, bf16=arguments.bf16)

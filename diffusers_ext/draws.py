@@ -1,7 +1,9 @@
 """Random numbers: generators, their seeds, and normal draws."""
 
+import random
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
@@ -61,3 +63,44 @@ def draw_normal(
     """
     generator = as_generators(generator, shape[0])
     return randn_tensor(tuple(shape), generator=generator, device=device, dtype=dtype)
+
+
+class PositionRandom:
+    """Random numbers that depend on (seed, stream, position) only, by the counter of Philox (Salmon et al. 2011)."""
+
+    def __init__(self, seed: int):
+        self._philox = np.random.Philox(key=seed)
+        self._state = self._philox.state
+        self._generator = np.random.Generator(self._philox)
+
+    def at(self, stream: int, position: int, part: int = 0) -> np.random.Generator:
+        """The generator at the start of a position's numbers. It is one object: use it up before the next call.
+
+        Args:
+            position, part: Two numbers, where one does not say which it is.
+        """
+        # The lowest word counts the blocks of numbers drawn; the state is set since a new generator takes 6 times as long.
+        self._state["state"]["counter"][:] = 0, position, part, stream
+        self._philox.state = self._state
+        return self._generator
+
+
+def derived_seed(*parts: int) -> int:
+    """A 32-bit seed that depends on every bit of the parts; of a longer one torch's CPU generator drops the rest."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
+def seed_generators(seed: int, device: torch.device) -> None:
+    """Seeds the default generators: Python's, NumPy's, and torch's for the CPU and for one device.
+
+    As accelerate's `set_seed`; but where there is no GPU, `torch.manual_seed` notes the seed and the stack for each kind
+    of them that may appear later, which takes nearly all of its time.
+
+    Args:
+        seed: Of 32 bits.
+    """
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)

@@ -155,7 +155,7 @@ def draw_loss_by_snr(rows: Sequence[dict[str, float]], path: Path) -> None:
     """The loss over the noise level, the noise on the left; without weights too, if that differs.
 
     Args:
-        rows: With `log_snr`, `loss` and `error`, see `DenoisingObjective.curve`; and `vlb_bits_per_dim` if there is any.
+        rows: With `log_snr`, `loss` and `error`, see `LossRecord.curve`; and `vlb_bits_per_dim` if there is any.
     """
     from matplotlib.figure import Figure
 

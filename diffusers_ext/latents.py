@@ -78,7 +78,7 @@ def encode_latents(
 
 
 def decode_latents(vae: nn.Module, latents: Tensor) -> Tensor:
-    """Latents that a denoiser made to images, float32, in about [-1, 1]; `encode_latents` backwards.
+    """Latents of a denoiser to images, float32, in about [-1, 1]; `encode_latents` backwards.
 
     Raises:
         ValueError: if the scale of the latents was never measured.

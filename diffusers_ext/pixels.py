@@ -1,6 +1,12 @@
 """A picture to an array: how it is opened, what channels it has, and which of its values is white.
 
 Training, evaluation and pipelines read pictures by these functions, so that one picture is the same to all of them.
+
+An image has one name at each stage of its way:
+
+    pixels   as it is stored: uint8 or uint16, black is 0 and white the largest value of the type
+    images   as a network takes it: floating point in [-1, 1]; `to_images`
+    x0       the same in a formula, beside the noise eps and the noised x_t
 """
 
 import io
@@ -11,7 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import ExifTags, Image, ImageOps
+from torch import Tensor
 
 
 IMAGE_MODES = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4}
@@ -108,6 +116,11 @@ def to_range(values: np.ndarray, dtype: np.dtype, whites: Whites = DEFAULT_WHITE
     if values.dtype.kind == "f":
         return (values * (top / white)).round().astype(dtype)
     return ((values.astype(np.int64) * (2 * top) + white) // (2 * white)).astype(dtype)
+
+
+def to_images(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Pixels, uint8 or uint16 of any shape, to images in [-1, 1]."""
+    return pixels.to(dtype).mul_(2 / torch.iinfo(pixels.dtype).max).sub_(1)
 
 
 def open_picture(source: bytes | str | Path) -> Image.Image:

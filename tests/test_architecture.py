@@ -34,9 +34,9 @@ MAY_IMPORT = {
     "hub": "atomic_files",
     "data": "atomic_files draws options pixels sizes latents guidance",
     "trainer": "atomic_files draws machine options figures hub data",
-    "metrics": "diffusion sizes",
+    "metrics": "pixels diffusion sizes",
     "evaluation": "__init__ atomic_files draws machine pixels sizes options figures diffusion schedulers models guidance pipelines data metrics",
-    "recipes": "__init__ atomic_files draws machine options figures latents sizes diffusion schedulers models guidance pipelines hub data trainer metrics evaluation",
+    "recipes": "__init__ atomic_files draws machine pixels options figures latents sizes diffusion schedulers models guidance pipelines hub data trainer metrics evaluation",
     "__init__": "registration diffusion schedulers models guidance pipelines",
 }
 LONGEST_FUNCTION = 80

@@ -1,11 +1,22 @@
 import io
 import zlib
+from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
 from PIL import ExifTags, Image
 
-from diffusers_ext.pixels import MAX_PIXELS, Whites, image_mode, lowest_white, open_picture, to_array, to_range
+from diffusers_ext.pixels import (
+    MAX_PIXELS,
+    Whites,
+    image_mode,
+    lowest_white,
+    open_picture,
+    to_array,
+    to_images,
+    to_range,
+)
 
 
 RAMP = np.linspace(0, 65535, 16).astype(np.uint16)[None].repeat(2, 0)
@@ -198,3 +209,15 @@ def test_pictures_beyond_the_limit_of_pixels_are_refused_unless_allowed(monkeypa
     monkeypatch.setenv(MAX_PIXELS, "many")
     with pytest.raises(ValueError, match=f"{MAX_PIXELS} must be a number of pixels, got 'many'"):
         open_picture(file)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16])
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64])
+def test_pixels_of_either_type_are_images_from_minus_1_to_1(dtype, wide):
+    top = torch.iinfo(dtype).max
+    pixels = torch.arange(top + 1, dtype=torch.int32).to(dtype)
+    images = to_images(pixels, wide)
+    assert images.dtype == wide and images[0] == -1 and images[-1] == 1 and pixels.dtype == dtype
+    expected = [2 * Fraction(value, top) - 1 for value in (1, top // 3, top // 2)]
+    got = images[[1, top // 3, top // 2]]
+    torch.testing.assert_close(got, torch.tensor([float(value) for value in expected], dtype=wide), rtol=0, atol=1e-7)

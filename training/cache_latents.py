@@ -39,7 +39,7 @@ from diffusers_ext.data.latent_cache import (
     shard_path,
     write_info,
 )
-from diffusers_ext.data.prepare import data_options, prepare_images
+from diffusers_ext.data.prepare import prepare_images
 from diffusers_ext.machine import is_fast_at_bf16, set_threads
 from diffusers_ext.options import option, run_script
 
@@ -84,9 +84,7 @@ def main(config: CacheConfig) -> Path:
         raise ValueError(f"dataset_split must be a split without a slice, whose name the shards bear, got {split}")
     vae = load_vae(config.vae).to(accelerator.device)
     with accelerator.local_main_process_first():
-        data = prepare_images(
-            config.dataset_name, num_proc=config.preprocessing_num_workers, **data_options(config, downsampling(vae))
-        )
+        data = prepare_images(config, multiple_of=downsampling(vae))
     info = describe(config, data, vae)
     count = -(-len(data) // config.shard_size)
     paths = [shard_path(folder, split, number, count) for number in range(count)]

@@ -27,6 +27,7 @@ from PIL import Image
 
 from diffusers_ext import GuidedDiffusionPipeline, NoisyClassifierModel
 from diffusers_ext.atomic_files import atomic_write
+from diffusers_ext.data.identity import hash_weights
 from diffusers_ext.draws import check_seed
 from diffusers_ext.evaluation.evaluator import Evaluator, check_number
 from diffusers_ext.evaluation.generate import (
@@ -55,7 +56,6 @@ from diffusers_ext.evaluation.real_images import (
     DataOptions,
     RealImages,
     features_for,
-    hash_weights,
     load_real_images,
     take_options_of_run,
 )

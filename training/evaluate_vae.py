@@ -40,6 +40,7 @@ from diffusers_ext.metrics.frechet import FeatureStatistics, frechet_distance
 from diffusers_ext.metrics.reconstruction import psnr, ssim
 from diffusers_ext.models.vae_likelihood import vae_likelihood
 from diffusers_ext.options import option, parse_config, run_script, to_command
+from diffusers_ext.pixels import to_images
 from diffusers_ext.recipes.vae_objective import ACTIVE_VARIANCE, BINARIZATIONS, binarize
 from diffusers_ext.recipes.vae_scale import LatentStatistics
 from diffusers_ext.sizes import as_size
@@ -166,7 +167,7 @@ def measure(vae: VAEModel, images: Tensor, config: EvaluateVAEConfig, features=N
     bounds, closeness = [], []
     for start in range(0, len(images), config.eval_batch_size):
         rows = slice(start, start + config.eval_batch_size)
-        x = images[rows].to(vae.device).float() / 127.5 - 1
+        x = to_images(images[rows].to(vae.device))
         x = binarize(x, how, torch.randn(x.shape, generator=generator, device=x.device))
         posterior = vae.encode(x).latent_dist
         latents.update(posterior)

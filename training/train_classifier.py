@@ -26,10 +26,10 @@ from diffusers import ModelMixin
 from torch import Tensor
 
 from diffusers_ext import DiffusionPipeline, ExtDDPMScheduler, NoisyClassifierModel
-from diffusers_ext.data.batches import TIMESTEP_SAMPLINGS
+from diffusers_ext.data.batches import TIMESTEP_SAMPLINGS, make_batches
 from diffusers_ext.data.image_table import ImageData
 from diffusers_ext.data.latent_cache import SampleSpace, fingerprint, load_vae, prepare_samples
-from diffusers_ext.data.stream import StreamData, make_batches
+from diffusers_ext.data.stream import StreamData
 from diffusers_ext.data.validation import ValidationBatches, prepare_validation
 from diffusers_ext.diffusion.betas import BETA_SCHEDULES
 from diffusers_ext.models.unet import refuse_unmatched_resolutions

@@ -25,10 +25,10 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from diffusers_ext import VAEModel
-from diffusers_ext.data.batches import BatchOptions
+from diffusers_ext.data.batches import BatchOptions, make_batches
 from diffusers_ext.data.image_table import ImageData
 from diffusers_ext.data.prepare import prepare_data
-from diffusers_ext.data.stream import StreamData, make_batches
+from diffusers_ext.data.stream import StreamData
 from diffusers_ext.data.validation import ValidationBatches, prepare_validation
 from diffusers_ext.models.vae import ARCHITECTURES
 from diffusers_ext.models.vae_discriminator import PatchDiscriminator

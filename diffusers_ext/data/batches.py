@@ -7,10 +7,11 @@ nothing random needs to be saved.
 """
 
 import itertools
-import random
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,6 +19,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from diffusers_ext.data.image_table import ImageData
+from diffusers_ext.draws import PositionRandom
+
+
+if TYPE_CHECKING:
+    from diffusers_ext.data.stream import StreamData
 
 
 TIMESTEP_SAMPLINGS = ("uniform", "stratified")
@@ -27,47 +33,6 @@ TIMESTEP_SAMPLINGS = ("uniform", "stratified")
 _IMAGE, _STEP, EPOCH, WINDOW = range(4)
 # Order of the uniform numbers of an image; room is left so that a new use changes no old one.
 _FLIP, _DROP, _TIME, _CROP, _NUM_UNIFORM = 0, 1, 2, slice(3, 5), 8
-
-
-class PositionRandom:
-    """Random numbers that depend on (seed, stream, position) only, by the counter of Philox (Salmon et al. 2011)."""
-
-    def __init__(self, seed: int):
-        self._philox = np.random.Philox(key=seed)
-        self._state = self._philox.state
-        self._generator = np.random.Generator(self._philox)
-
-    def at(self, stream: int, position: int, part: int = 0) -> np.random.Generator:
-        """The generator at the start of a position's numbers. It is one object: use it up before the next call.
-
-        Args:
-            position, part: Two numbers, where one does not say which it is.
-        """
-        # The lowest word counts the blocks of numbers drawn; the state is set since a new generator takes 6 times as long.
-        self._state["state"]["counter"][:] = 0, position, part, stream
-        self._philox.state = self._state
-        return self._generator
-
-
-def derived_seed(*parts: int) -> int:
-    """A 32-bit seed that depends on every bit of the parts; of a longer one torch's CPU generator drops the rest."""
-    return int(np.random.SeedSequence(parts).generate_state(1)[0])
-
-
-def seed_generators(seed: int, device: torch.device) -> None:
-    """Seeds the default generators: Python's, NumPy's, and torch's for the CPU and for one device.
-
-    As accelerate's `set_seed`; but where there is no GPU, `torch.manual_seed` notes the seed and the stack for each kind
-    of them that may appear later, which takes nearly all of its time.
-
-    Args:
-        seed: Of 32 bits.
-    """
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)
-    if device.type != "cpu":
-        torch.get_device_module(device).manual_seed(seed)
 
 
 @dataclass(frozen=True)
@@ -111,7 +76,7 @@ class BatchMaker:
     A batch is a dict: `pixels`, uint8 or uint16, and `noise`, float32, both of shape `(batch, channels, height, width)` in
     channels_last; `time`, float64 in [0, 1), and `labels`, int64, both of shape `(batch,)`. With several labels an image
     `labels` are bool, shape `(batch, num_classes)`, and none of them is the null label. Without labels there is no
-    `labels`. With a `latent_shape` there is `latent_noise`, float32, shape `(batch, *latent_shape)`. In place of pixels
+    `labels`. With a `latent_shape` there is `latent_noise`, float32, shape `(batch, *latent_shape)`. Instead of pixels
     there can be what a VAE made of them (see `diffusers_ext.data.latent_cache`).
 
     Args:
@@ -142,8 +107,8 @@ class BatchMaker:
         """The batch at these positions.
 
         Args:
-            images: Takes a place to crop at for each image, shape `(batch, 2)` in [0, 1), and whether to flip it, shape
-                `(batch,)`; gives the pixels, shape `(batch, *shape)`.
+            images: Takes the top and left of a crop of each image, in [0, 1), shape `(batch, 2)`, and whether to flip it,
+                shape `(batch,)`; gives the pixels, shape `(batch, *shape)`.
             labels: int64, shape `(batch,)`; or bool, shape `(batch, num_classes)`; or None.
         """
         options = self.options
@@ -176,9 +141,9 @@ class BatchMaker:
 
     def _stratified(self, positions: range) -> np.ndarray:
         size = self.options.images_per_step
-        step, place = np.divmod(np.asarray(positions) - self.first_position, size)
+        step, index = np.divmod(np.asarray(positions) - self.first_position, size)
         first = self.first_position + int(step[0]) * size  # a batch lies within one optimizer step
-        return (self.at(_STEP, first).random() + place / size) % 1.0
+        return (self.at(_STEP, first).random() + index / size) % 1.0
 
     def at(self, stream: int, position: int, part: int = 0) -> np.random.Generator:
         """See `PositionRandom.at`."""
@@ -228,10 +193,65 @@ def _channels_first(array: np.ndarray) -> Tensor:
     return torch.from_numpy(array).permute(0, 3, 1, 2)
 
 
-def batch_stream(
-    batches: TrainingBatches | IterableDataset, *, num_workers: int = 0, pin_memory: bool = False
-) -> Iterator[dict[str, Tensor]]:
-    """Batches 0, 1, 2, ... without end, made ahead by the workers."""
+class Batches(Iterator[dict[str, Tensor]]):
+    """The batches of one process, without end, and where it stands if it reads a stream.
+
+    Args:
+        batches: As the loader gives them.
+        state: Of a stream, before the first of them; see `StreamData.batches`.
+    """
+
+    def __init__(self, batches: Iterator[dict[str, Any]], state: dict[str, Any] | None = None):
+        self._batches, self._state = batches, state
+        if state is not None:  # the readers' states come with the batches as JSON
+            self._state = state | {"readers": [reader and json.dumps(reader) for reader in state["readers"]]}
+
+    def __next__(self) -> dict[str, Tensor]:
+        batch = next(self._batches)
+        if self._state is not None:
+            if "error" in batch:
+                self._batches = iter(())  # ends the workers now and not when the error is forgotten
+                raise ValueError(batch["error"])
+            self._state["readers"][self._state["next_reader"]] = batch.pop("reader")
+            self._state["next_reader"] = (self._state["next_reader"] + 1) % len(self._state["readers"])
+        return batch
+
+    @property
+    def state(self) -> dict[str, Any] | None:
+        """JSON-able; what `make_batches` needs to go on after the batches taken so far. None without a stream."""
+        if self._state is None:
+            return None
+        readers = [state and json.loads(state) for state in self._state["readers"]]
+        return self._state | {"readers": readers}
+
+    @property
+    def passes(self) -> int | None:
+        """Times that all readers of this process have gone through their share of the stream. None without a stream."""
+        state = self.state
+        return None if state is None else min(reader["epoch"] if reader else 0 for reader in state["readers"])
+
+
+def make_batches(
+    data: "ImageData | StreamData",
+    options: BatchOptions,
+    *,
+    position: int = 0,
+    state: dict[str, Any] | None = None,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> Batches:
+    """The batches of one process of a run, from a position on, which starts an optimizer step.
+
+    Args:
+        state: Of a stream, as `Batches.state` was there; None for its beginning.
+
+    Raises:
+        ValueError: if the state is of another number of processes, workers or shards.
+    """
+    if isinstance(data, ImageData):
+        batches, state = TrainingBatches(data, options, first_position=position), None
+    else:
+        batches, state = data.batches(options, position, state, num_readers=max(1, num_workers))
     loader = DataLoader(
         batches,
         batch_size=None,
@@ -240,4 +260,4 @@ def batch_stream(
         pin_memory=pin_memory,
         prefetch_factor=4 if num_workers else None,
     )
-    return iter(loader)
+    return Batches(iter(loader), state)

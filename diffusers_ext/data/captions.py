@@ -4,7 +4,6 @@ Captions are read as labels with names: the label of an image is the number of i
 the null label, which dropout puts in, that of the empty text. A table says what each of them is to the network.
 """
 
-import hashlib
 import json
 import tempfile
 from collections.abc import Sequence
@@ -20,9 +19,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diffusers_ext.data.config import DataConfig
-from diffusers_ext.data.image_table import ImageData, load_source
+from diffusers_ext.data.identity import hash_weights
+from diffusers_ext.data.image_table import ImageData
 from diffusers_ext.data.label_columns import describe_feature, fair_share, find_label_column
 from diffusers_ext.data.latent_cache import read_info
+from diffusers_ext.data.sources import load_source
 from diffusers_ext.guidance.texts import encode_tokens, tokenize
 
 
@@ -61,7 +62,7 @@ def find_caption_column(config: DataConfig, name: str | None = None) -> str:
 
 def _find_column(source: datasets.Dataset, name: str | None) -> str:
     features = source.features
-    told = "its columns are: " + ", ".join(
+    columns = "its columns are: " + ", ".join(
         f"{column} ({describe_feature(feature)})" for column, feature in features.items()
     )
     texts = [column for column, feature in features.items() if _holds_text(feature)]
@@ -73,11 +74,11 @@ def _find_column(source: datasets.Dataset, name: str | None) -> str:
     if lists:
         raise ValueError(
             f"caption_column {lists[0]!r} holds lists of texts, and an image is trained with one: write a row for each text, "
-            f"or name a column of single ones; {told}"
+            f"or name a column of single ones; {columns}"
         )
     if name is not None:
         reason = "holds no text" if name in features else "is not in the data set"
-        raise ValueError(f"caption_column {name!r} {reason}; {told}")
+        raise ValueError(f"caption_column {name!r} {reason}; {columns}")
     try:
         labels = find_label_column(source)
     except ValueError:  # there are several
@@ -85,7 +86,7 @@ def _find_column(source: datasets.Dataset, name: str | None) -> str:
     if labels in texts:
         return labels
     raise ValueError(
-        f"the data set has no column of captions that is known by its name: name it with --caption_column; {told}"
+        f"the data set has no column of captions that is known by its name: name it with --caption_column; {columns}"
     )
 
 
@@ -139,7 +140,7 @@ class TokenTable:
         self._ids, self._mask = ids.to(torch.int32), mask.to(torch.uint8)
 
     def put_into(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The batch with `input_ids` and `attention_mask`, int64 of shape `(batch, tokens)`, in place of `labels`."""
+        """The batch with `input_ids` and `attention_mask`, int64 of shape `(batch, tokens)`, instead of `labels`."""
         rows = batch.pop("labels")
         return batch | {"input_ids": self._ids[rows].long(), "attention_mask": self._mask[rows].long()}
 
@@ -158,7 +159,7 @@ class EmbeddingTable:
         self._mask, self._states = np.load(mask_path(path)), None
 
     def put_into(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The batch with `encoder_hidden_states`, float32 of shape `(batch, tokens, width)`, in place of `labels`.
+        """The batch with `encoder_hidden_states`, float32 of shape `(batch, tokens, width)`, instead of `labels`.
 
         And with `encoder_attention_mask`, bool of shape `(batch, tokens)`, if the padding is hidden.
         """
@@ -200,11 +201,9 @@ def embed_captions(
     Returns: The path of the hidden states, `(captions + 1, tokens, width)`; see `mask_path` for that of the mask.
     """
     ids, mask = tokenize(tokenizer, [*captions, ""], max_length, full_length=True)
-    digest = hashlib.sha256(json.dumps([text_encoder.config.to_dict(), mask_padding, dtype], default=str).encode())
-    digest.update(ids.numpy().tobytes() + mask.numpy().tobytes())
-    for name, value in sorted(text_encoder.state_dict().items()):
-        digest.update(name.encode() + value.detach().float().cpu().contiguous().numpy().tobytes())
-    path = folder / f"text_embeddings-{digest.hexdigest()[:32]}.npy"
+    options = json.dumps([text_encoder.config.to_dict(), mask_padding, dtype], default=str).encode()
+    digest = hash_weights(text_encoder, options + ids.numpy().tobytes() + mask.numpy().tobytes())
+    path = folder / f"text_embeddings-{digest[:32]}.npy"
     if path.exists() and mask_path(path).exists():
         return path
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """Which files of a local folder are its data, and of which split: decided here, and not by words in the names of pictures.
 
 `datasets` takes any file or folder with a word such as `test` in its name for that split, and then reads no others. Here
-splits of pictures are folders; and of what is not used, the user is told how much it is and why.
+splits of pictures are folders; and a note says how much is not used, and why.
 """
 
 import hashlib
@@ -313,8 +313,8 @@ def divide_pictures(pictures: Sequence[Entry]) -> tuple[dict[str, list[Entry]], 
     paths = [entry.folders for entry in pictures]
     for depth in range(min(map(len, paths))):
         names = {path[depth] for path in paths}
-        told = {split_word(name) for name in names}
-        if all(map(split_named, names)) or (None not in told and len(told) > 1 and "train" in told):
+        said = {split_word(name) for name in names}
+        if all(map(split_named, names)) or (None not in said and len(said) > 1 and "train" in said):
             splits: dict[str, list[Entry]] = {}
             for entry, path in zip(pictures, paths, strict=True):
                 splits.setdefault(split_word(path[depth]), []).append(entry)

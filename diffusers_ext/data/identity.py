@@ -16,6 +16,8 @@ from diffusers_ext.data.folders import Entry
 
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from diffusers_ext.data.image_table import ImageData
     from diffusers_ext.data.stream import StreamData
 
@@ -67,6 +69,15 @@ def hash_files(entries: Sequence[Entry]) -> str:
             digest.update(file.read(_SAMPLED_BYTES))
             file.seek(max(0, file.seek(0, 2) - _SAMPLED_BYTES))
             digest.update(file.read(_SAMPLED_BYTES))
+    return digest.hexdigest()
+
+
+def hash_weights(model: "nn.Module", prefix: bytes = b"") -> str:
+    """SHA-256 of the names and values of a network's weights, in float32, after `prefix`: what else is to tell it apart."""
+    digest = hashlib.sha256(prefix)
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

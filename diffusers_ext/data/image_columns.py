@@ -1,4 +1,7 @@
-"""Columns that hold pictures without saying so, as pandas writes them: encoded bytes, or paths of files."""
+"""The column of the images: found among the others, and left undecoded.
+
+Columns may hold pictures without saying so, as pandas writes them: encoded bytes, or paths of files.
+"""
 
 import io
 import itertools
@@ -6,13 +9,44 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 from PIL import Image
 
 from diffusers_ext.data.folders import picture_suffixes
+from diffusers_ext.data.label_columns import describe_feature
 
 
 Rows = datasets.Dataset | datasets.IterableDataset
 _PROBED = 20  # rows in which a column's first value is looked for
+
+
+def find_image_column(source: Rows, name: str | None = None) -> str:
+    """The column that holds the images.
+
+    Raises:
+        ValueError: if there is none, if there are several and none is named, or if the named one holds no images.
+    """
+    found = {column: feature for column, feature in source.features.items() if _holds_images(feature)}
+    columns = ", ".join(f"{column} ({describe_feature(feature)})" for column, feature in source.features.items())
+    if name is not None and name not in found:
+        reason = "holds no images" if name in source.features else "is not in the data set"
+        raise ValueError(f"image_column {name!r} {reason}; its columns are: {columns}")
+    if not found:
+        raise ValueError(f"the data set has no column of images; its columns are: {columns}")
+    # Arrays of floats can be anything, so that they are images only where nothing else is.
+    likely = [column for column, feature in found.items() if not _is_float(feature)] or list(found)
+    if name is None and len(likely) > 1:
+        raise ValueError(f"several columns hold images ({', '.join(likely)}): name one with --image_column")
+    return name or likely[0]
+
+
+def undecoded(rows: Rows, column: str) -> Rows:
+    """The rows with the bytes or the paths of the images instead of the images."""
+    if isinstance(rows, datasets.IterableDataset):
+        return rows.decode(False)  # also what fetches and decodes in threads, as folders on the Hub do
+    if isinstance(rows.features[column], datasets.Image):
+        return rows.cast_column(column, datasets.Image(decode=False))
+    return rows
 
 
 def with_image_columns(source: Rows, folder: Path | None = None) -> Rows:
@@ -41,6 +75,17 @@ def with_image_columns(source: Rows, folder: Path | None = None) -> Rows:
         elif root is not None and _is_text(features[name]) and _is_picture(root, value):
             source = _from_paths(source, name, root)
     return source
+
+
+def _holds_images(feature: Any) -> bool:
+    arrays = datasets.Array2D | datasets.Array3D
+    return isinstance(feature, datasets.Image) or (
+        isinstance(feature, arrays) and np.dtype(feature.dtype).kind in "buif"
+    )
+
+
+def _is_float(feature: Any) -> bool:
+    return not isinstance(feature, datasets.Image) and np.dtype(feature.dtype).kind == "f"
 
 
 def _is_encoded(feature: Any) -> bool:

@@ -12,7 +12,7 @@ from diffusers_ext.pixels import IMAGE_MODES, WIDE
 
 RESIZE_MODES = ("crop", "random_crop", "pad", "stretch")
 
-# What is kept of a picture to crop at random is so many times as long as the size, at most.
+# What is kept of a picture to crop at random is at most this many times as long as the size.
 LONGEST = 4
 
 
@@ -35,7 +35,7 @@ def fit(array: np.ndarray, size: tuple[int, int], resize_mode: str, pad_value: i
     Args:
         array: uint8 or uint16, any number of channels.
         resize_mode: "crop" scales until the picture covers the size, and cuts what stands out, half on either side;
-            so does "random_crop", of which training takes another place each time (`cover` and `crop_at`). "pad" scales
+            so does "random_crop", which training does elsewhere each time (`cover` and `crop_at`). "pad" scales
             down, never up, until it fits into the size, and centres it on a border of `pad_value`. "stretch" scales
             height and width each for itself.
     """
@@ -75,9 +75,13 @@ def cover(array: np.ndarray, size: tuple[int, int], longest: int = LONGEST) -> n
     return _resize(array, kept, (left, top, right, bottom))
 
 
-def crop_at(array: np.ndarray, size: tuple[int, int], place: np.ndarray) -> np.ndarray:
-    """The part of the given (height, width) at a place, two numbers in [0, 1): each start is equally likely if they are."""
-    top, left = (int(u * (side - cut + 1)) for u, side, cut in zip(place, array.shape, size, strict=False))
+def crop_at(array: np.ndarray, size: tuple[int, int], start: np.ndarray) -> np.ndarray:
+    """A crop of the given (height, width).
+
+    Args:
+        start: Top and left in [0, 1), of which uniform ones make each start equally likely.
+    """
+    top, left = (int(u * (side - cut + 1)) for u, side, cut in zip(start, array.shape, size, strict=False))
     return array[top : top + size[0], left : left + size[1]]
 
 

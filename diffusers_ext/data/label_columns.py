@@ -1,16 +1,16 @@
 """Labels of a data set: their column, the integer of each row or the set of them, and the names of the integers."""
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow as pa
 
 from diffusers_ext.data.folders import sort_names
+from diffusers_ext.data.label_sets import LabelSets, cells_of, find_label_sets, first_names, member_of
 
 
 _NO_LABELS = "there are names for labels, but the data set has no labels: name their column with --label_column"
@@ -38,20 +38,15 @@ def find_label_column(source: datasets.Dataset | datasets.IterableDataset, name:
         name = (found + usual + sets)[0]
     if name not in features:
         raise ValueError(f"label_column {name!r} is not in the data set; its columns are {', '.join(features)}")
-    if not isinstance(_member(features[name]) or features[name], datasets.ClassLabel | datasets.Value):
+    if not isinstance(member_of(features[name]) or features[name], datasets.ClassLabel | datasets.Value):
         raise ValueError(
             f"label_column {name!r} must hold integers or names, or lists of them, got {describe_feature(features[name])}"
         )
     return name
 
 
-def _member(feature: Any) -> Any:
-    """What the lists of a column hold; None for a column of something else."""
-    return feature.feature if isinstance(feature, datasets.List | datasets.LargeList) else None
-
-
 def _members(features: datasets.Features) -> dict[str, Any]:
-    return {column: _member(feature) for column, feature in features.items()}
+    return {column: member_of(feature) for column, feature in features.items()}
 
 
 def _columns_of_class_labels(features: Mapping[str, Any]) -> list[str]:
@@ -86,7 +81,7 @@ def read_labels(
     if values.null_count:
         raise ValueError(f"label_column {name!r} must hold a label in every row, got {values.null_count} empty ones")
     values = values.to_pylist()
-    if _member(feature) is not None:
+    if member_of(feature) is not None:
         sets = find_label_sets(feature, name, label_names, values)
         return np.stack([sets.read(value) for value in values]), sets.id2label
     is_text = len(values) > 0 and all(isinstance(value, str) for value in values)
@@ -107,7 +102,9 @@ def read_labels(
     numbers = {cell: label for label, cell in enumerate(cells)}
     unknown = set(values) - numbers.keys()
     if unknown:
-        raise ValueError(f"label_column {name!r} holds {min(unknown)!r}, which is not in label_names ({_some(names)})")
+        raise ValueError(
+            f"label_column {name!r} holds {min(unknown)!r}, which is not in label_names ({first_names(names)})"
+        )
     labels = np.fromiter((numbers[value] for value in values), np.int64, len(values))
     return labels, {label: str(text) for label, text in enumerate(names)}
 
@@ -117,28 +114,8 @@ def _column(source: datasets.Dataset, name: str) -> pa.ChunkedArray:
     return values if hasattr(values, "to_pylist") else values[:]
 
 
-def _some(names: Iterable) -> str:
-    names = list(map(str, names))
-    return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
-
-
-def cells_of(label_names: Sequence[str], by_name: bool) -> tuple[str | int, ...]:
-    """What a cell of a column holds for each of the labels with these names.
-
-    Integers are the numbers of the names, or the names themselves where these are integers: `2018 2019`.
-
-    Args:
-        by_name: Whether the column holds names, and not integers.
-    """
-    if by_name:
-        return tuple(label_names)
-    if all(re.fullmatch(r"\d+", text, re.ASCII) for text in label_names):
-        return tuple(map(int, label_names))
-    return tuple(range(len(label_names)))
-
-
 def fair_share(source: datasets.Dataset, count: int, label_column: str | None = None) -> np.ndarray:
-    """Numbers of so many rows, in order: of each label its share, to one row, and of its rows those that a draw takes.
+    """Numbers of `count` rows, in order: of each label its share, to one row, and of its rows those that a draw takes.
 
     The draw is always the same, so that all runs on a data set take the same rows, and so does what measures them.
 
@@ -154,7 +131,7 @@ def fair_share(source: datasets.Dataset, count: int, label_column: str | None = 
         column = find_label_column(source, label_column)
     except ValueError:
         column = None
-    if column is not None and _member(source.features[column]) is None:
+    if column is not None and member_of(source.features[column]) is None:
         values = _column(source, column).combine_chunks().dictionary_encode()
         codes = np.asarray(values.indices.fill_null(-1))
         order = order[np.argsort(codes[order], kind="stable")]
@@ -165,125 +142,6 @@ def fair_share(source: datasets.Dataset, count: int, label_column: str | None = 
 
 def describe_feature(feature: Any) -> str:
     return feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
-
-
-@dataclass(frozen=True)
-class LabelSets:
-    """Several labels an image: how a cell tells them, and the names of all that there are.
-
-    Args:
-        column: Where they are.
-        names: Of 0, 1, 2, ...
-        form: What a cell is a list of: the labels' integers; their names; or a zero or a one for each of all labels.
-        ids: What stands for each label in a cell, if these are not its number or its name.
-    """
-
-    column: str
-    names: tuple[str, ...]
-    form: Literal["integers", "names", "zeros and ones"]
-    ids: tuple[int, ...] | None = None
-
-    dtype = np.dtype(bool)
-
-    @property
-    def id2label(self) -> dict[int, str]:
-        return dict(enumerate(self.names))
-
-    @cached_property
-    def _numbers(self) -> dict[str | int, int]:
-        """The label that each possible member of a cell is."""
-        cells = self.ids or (self.names if self.form == "names" else range(len(self.names)))
-        return {cell: label for label, cell in enumerate(cells)}
-
-    def read(self, value: Any) -> np.ndarray:
-        """Which labels a cell has, bool, shape `(labels,)`; an empty list has none, which is the null label.
-
-        Raises:
-            ValueError: if it is no list of the labels that there are, or has one of them twice.
-        """
-        number, row = len(self.names), np.zeros(len(self.names), bool)
-        if value is None:
-            raise ValueError(f"label_column {self.column!r} must hold a list in every row, got none; [] is no label")
-        if self.form == "zeros and ones":
-            if len(value) != number or any(each not in (0, 1) for each in value):
-                raise ValueError(
-                    f"label_column {self.column!r} must hold {number} zeros and ones in every row, got {value!r}"
-                )
-            row[:] = value
-            return row
-        labels = [self._numbers.get(each, -1) for each in value]
-        if -1 in labels:
-            accepted = f"integers in [0, {number - 1}]" if self.form == "integers" else "the label_names"
-            accepted = accepted if self.ids is None else f"the integers {_some(self.ids)}"
-            raise ValueError(f"label_column {self.column!r} must hold lists of {accepted}, got {value!r}")
-        if len(set(labels)) < len(labels):
-            raise ValueError(
-                f"label_column {self.column!r} must hold each label once, got {value!r}; zeros and ones that stand for all "
-                "labels are told from integers by a type of bool or float"
-            )
-        row[labels] = True
-        return row
-
-
-def find_label_sets(
-    feature: Any, column: str, label_names: Sequence[str] | None = None, values: Iterable[list] | None = None
-) -> LabelSets:
-    """How to read a column of lists of labels.
-
-    Lists of bool or float are zeros and ones; so are those of integers if all are of one length of at least 3 and hold
-    nothing else, since one of them has a number twice. Other integers are the labels'.
-
-    Args:
-        label_names: Of 0, 1, 2, ...; None for the data set's own.
-        values: All of the column, in which labels without known names are looked for; None for a stream.
-
-    Raises:
-        ValueError: if it cannot be known how many labels there are.
-    """
-    member, length = _member(feature), getattr(feature, "length", -1)
-    known, values = values is not None, list(values or ())
-    if isinstance(member, datasets.ClassLabel):
-        return LabelSets(column, tuple(label_names or member.names), "integers")
-    kind = member.dtype
-    integers = kind.startswith(("int", "uint"))
-    lengths = {length} if length > 0 else {len(value) for value in values if value is not None}
-    one_length = next(iter(lengths)) if len(lengths) == 1 else 0
-    if "string" in kind:
-        form = "names"
-    elif kind == "bool" or kind.startswith("float"):
-        form = "zeros and ones"
-    elif integers and one_length > 2 and all(set(value) <= {0, 1} for value in values if value is not None) and known:
-        form = "zeros and ones"
-    elif integers:
-        form = "integers"
-    else:
-        raise ValueError(f"label_column {column!r} must hold lists of integers or names, got lists of {kind}")
-    if label_names is not None:
-        cells = cells_of(label_names, by_name=form != "integers")
-        ids = cells if form == "integers" and cells != tuple(range(len(cells))) else None
-        return LabelSets(column, tuple(label_names), form, ids)
-    if form == "zeros and ones" and one_length:
-        return LabelSets(column, tuple(map(str, range(one_length))), form)
-    if not known:
-        give = "--label_names, all of them in order," if form == "names" else "--num_classes, the number of labels,"
-        raise ValueError(
-            f"label_column {column!r} holds lists of {form}, and a stream is not read ahead to find all labels: give {give} "
-            "or --unconditional"
-        )
-    if form == "zeros and ones":
-        raise ValueError(f"label_column {column!r} must hold lists of one length, got {sorted(lengths)[:5]}")
-    return _sets_that_occur(column, form, {each for value in values if value is not None for each in value} - {None})
-
-
-def _sets_that_occur(column: str, form: str, found: set) -> LabelSets:
-    if not found:
-        raise ValueError(f"label_column {column!r} holds no label in any row; see --unconditional")
-    if form == "names":
-        return LabelSets(column, tuple(sort_names(found)), form)
-    if min(found) < 0:
-        raise ValueError(f"label_column {column!r} must hold lists of integers from 0 on, got {min(found)}")
-    ids = tuple(sorted(found))
-    return LabelSets(column, tuple(map(str, ids)), form, None if ids == tuple(range(len(ids))) else ids)
 
 
 @dataclass(frozen=True)
@@ -325,7 +183,7 @@ class StreamLabels:
         first, last = min(self._numbers), max(self._numbers)
         accepted = f"an integer in [{first}, {last}]"
         if self.by_name or last - first >= len(self._numbers):
-            accepted = f"one of {_some(self._numbers)}" if not self.by_name else "one of the label_names"
+            accepted = f"one of {first_names(self._numbers)}" if not self.by_name else "one of the label_names"
         raise ValueError(f"label_column {self.column!r} must hold {accepted} in every row, got {value!r}")
 
 
@@ -346,7 +204,7 @@ def find_stream_labels(
             raise ValueError(_NO_LABELS)
         return None
     feature = source.features[name]
-    if _member(feature) is not None:
+    if member_of(feature) is not None:
         return find_label_sets(feature, name, label_names)
     if isinstance(feature, datasets.ClassLabel):
         names = tuple(feature.names) if label_names is None else tuple(label_names)

@@ -6,7 +6,6 @@ latents, but for the rounding to float16 of what is kept.
 """
 
 import dataclasses
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from diffusers_ext.atomic_files import atomic_write
 from diffusers_ext.data.config import DataConfig, TrainingDataConfig
+from diffusers_ext.data.identity import hash_weights
 from diffusers_ext.data.image_table import ImageData, PixelTable
 from diffusers_ext.data.label_columns import fair_share, read_labels
 from diffusers_ext.data.prepare import prepare_data
@@ -77,7 +77,7 @@ class LatentsInfo:
 
 
 def write_info(folder: Path, infos: dict[str, LatentsInfo]) -> None:
-    """Writes `latents.yaml`, whole or not at all: what the folder holds of each split."""
+    """Writes `latents.yaml`, what the folder holds of each split, atomically."""
     splits = {split: json.loads(json.dumps(dataclasses.asdict(info))) for split, info in infos.items()}
     for split, info in infos.items():
         splits[split]["id2label"] = info.id2label
@@ -103,7 +103,7 @@ def shard_path(folder: Path, split: str, number: int, count: int) -> Path:
 
 @dataclass(frozen=True)
 class LatentData(ImageData):
-    """Latents from disk, in the place of images.
+    """Latents from disk instead of images.
 
     Attributes:
         pixels: Float16, each row (height, width, 2 channels), the mean and the standard deviation.
@@ -115,7 +115,7 @@ class LatentData(ImageData):
     def __len__(self) -> int:
         return len(self.pixels) // self.info.rows_per_image
 
-    def read(self, rows: np.ndarray, places: np.ndarray, flipped: np.ndarray) -> np.ndarray:
+    def read(self, rows: np.ndarray, crops: np.ndarray, flipped: np.ndarray) -> np.ndarray:
         """See `ImageData.read`. Mirrored images have rows of their own: latents cannot be mirrored."""
         return self.pixels[rows * self.info.rows_per_image + flipped]
 
@@ -154,11 +154,7 @@ def load_vae(name: str) -> ModelMixin:
 def fingerprint(vae: ModelMixin) -> str:
     """A hash of all that the latents of an image depend on: the weights, and the config but for the latents' scale."""
     config = {name: value for name, value in vae.config.items() if name[0] != "_" and name not in _NO_INFLUENCE}
-    digest = hashlib.sha256(json.dumps([type(vae).__name__, config], sort_keys=True, default=str).encode())
-    for name, value in sorted(vae.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    return hash_weights(vae, json.dumps([type(vae).__name__, config], sort_keys=True, default=str).encode())
 
 
 def downsampling(vae: ModelMixin) -> int:

@@ -254,9 +254,9 @@ def _classified(
     while all(len(path) > common and path[common] == everywhere[0][common] for path in everywhere):
         common += 1
     depths = {len(path) - common for path in everywhere}
-    place = common if len(depths) > 1 else -1
+    level = common if len(depths) > 1 else -1
     labels = {
-        name: [None if len(path) == common else path[place] for path in paths] for name, paths in folders.items()
+        name: [None if len(path) == common else path[level] for path in paths] for name, paths in folders.items()
     }
     every = [label for split in labels.values() for label in split]
     names, loose, notes = set(every) - {None}, every.count(None), []
@@ -267,7 +267,7 @@ def _classified(
         labels = {name: [None] * len(split) for name, split in labels.items()}
     elif len(depths - {0}) > 1:
         notes.append(f"pictures lie at several depths: their classes are the topmost folders, {len(names)} of them")
-    elif place == -1 and max(depths) > 1:
+    elif level == -1 and max(depths) > 1:
         notes.append(f"pictures lie {max(depths)} folders deep: their classes are the innermost folders")
     return {
         name: _with_classes(entries, labels[name], captions, notes) for name, entries in divided.items() if entries

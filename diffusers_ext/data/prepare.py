@@ -1,34 +1,29 @@
-"""A data set, as named by the user, made ready for training. Whatever is decided on the way is said in a line."""
+"""A data set, as named by the user, made ready for training. Each decision on the way is said in a line."""
 
 import dataclasses
 import itertools
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import datasets
 
 from diffusers_ext.data.config import DataConfig, TrainingDataConfig
+from diffusers_ext.data.decoding import decode_rows
 from diffusers_ext.data.identity import HashedRows, hash_files
-from diffusers_ext.data.image_table import (
-    PROBED_ROWS,
-    Fit,
-    ImageData,
-    decode,
-    find_image_column,
-    load_source,
-    open_source,
-    undecoded,
-)
-from diffusers_ext.data.images import LONGEST
+from diffusers_ext.data.image_columns import find_image_column, undecoded
+from diffusers_ext.data.image_table import ImageData
 from diffusers_ext.data.label_columns import fair_share, find_stream_labels, read_labels
-from diffusers_ext.data.probing import decide_reading, probe
+from diffusers_ext.data.probing import PROBED_ROWS, decide_fit
+from diffusers_ext.data.sources import Source, open_source
 from diffusers_ext.data.stream import StreamData
 
 
-# Pictures of one size get a border, rather than being enlarged, if that leaves them at least this share of a side.
-PAD_FROM = 0.75
 DEFAULT_SHUFFLE_BUFFER = 1000
+
+
+# What options may be called where they stand in a call rather than on a command line.
+_SHORT_NAMES = {"split": "dataset_split", "mode": "image_mode", "max_samples": "max_train_samples"}
 
 
 def prepare_data(
@@ -37,109 +32,75 @@ def prepare_data(
     """The images that the options of a training script ask for; see `prepare_images` and `prepare_stream`.
 
     Args:
-        read_ahead: Read a stream's first `max_train_samples` images now, for those that are looked at again and again.
+        read_ahead: Read a stream's first `max_train_samples` images at once, for those that are looked at repeatedly.
     """
-    options = data_options(config, multiple_of)
-    if config.streaming and read_ahead:
-        return prepare_images(config.dataset_name, streaming=True, **options)
-    if config.streaming:
-        shuffle_buffer = config.shuffle_buffer or DEFAULT_SHUFFLE_BUFFER
-        return prepare_stream(config.dataset_name, shuffle_buffer=shuffle_buffer, **options)
-    return prepare_images(config.dataset_name, num_proc=config.preprocessing_num_workers, **options)
-
-
-def data_options(config: DataConfig, multiple_of: int = 1) -> dict[str, Any]:
-    """Keywords of `prepare_images` and `prepare_stream` that the options of a script stand for."""
-    return {
-        "config_name": config.dataset_config_name,
-        "split": config.dataset_split,
-        "image_column": config.image_column,
-        "label_column": config.label_column,
-        "label_names": config.names_of_labels,
-        "with_labels": not config.unconditional,
-        "resolution": config.resolution,
-        "multiple_of": multiple_of,
-        "resize_mode": config.resize_mode,
-        "pad_value": config.pad_value,
-        "mode": config.image_mode,
-        "white_value": config.white_value,
-        "max_samples": config.max_train_samples,
-        "max_bad_share": config.max_bad_share,
-        "cache_dir": config.cache_dir,
-    }
+    if config.streaming and not read_ahead:
+        return prepare_stream(config, multiple_of=multiple_of)
+    return prepare_images(config, multiple_of=multiple_of, read_ahead=config.streaming)
 
 
 def prepare_images(
-    name: str,
+    config: DataConfig | str,
     *,
-    config_name: str | None = None,
-    split: str = "train",
-    image_column: str | None = None,
-    label_column: str | None = None,
-    label_names: Sequence[str] | None = None,
-    with_labels: bool = True,
-    resolution: tuple[int, ...] | None = None,
     multiple_of: int = 1,
-    resize_mode: str = "auto",
-    pad_value: int = 0,
-    mode: str | None = None,
-    white_value: int | None = None,
-    max_samples: int | None = None,
-    max_bad_share: float = 0.01,
-    num_proc: int | None = None,
-    cache_dir: str | None = None,
-    streaming: bool = False,
+    read_ahead: bool = False,
     share_by: str | None = None,
+    **options: Any,
 ) -> ImageData:
     """Loads, decodes and fits the images of a data set, and reads their labels.
 
     Args:
-        name: `digits`, a data set on the Hub, or a local folder or file (see `LocalFolder`).
-        image_column, label_column: None to find them; see `find_image_column` and `find_label_column`.
-        label_names: See `read_labels`.
-        resolution: `(side,)` or `(height, width)`. None for the images' own size, which must then be one size, with a
-            border up to the next multiple of `multiple_of`.
-        resize_mode: One of `RESIZE_MODES` (see `fit`); "auto" pads images of one size that fill at least three quarters
-            of each side, and crops others.
-        pad_value: Value of the border and behind transparent pixels, in the images' own range.
-        mode: PIL mode to read images in, L, LA, RGB or RGBA, of 8 bits; None for what the first images say, see
-            `common_mode`.
-        white_value: What is white in pixels of more than 8 bits; None for what their type says, or else the first images,
-            see `Whites`.
-        max_samples: At most so many images; of each label its share (see `fair_share`).
-        max_bad_share: Share of the images that may fail to decode, rounded up to a whole image.
-        streaming: Fetch no more than the first `max_samples` rows, and keep them in memory.
-        share_by: Column by whose values `max_samples` are shared; None for that of the labels.
+        config: Which images, and how they are read; or the name of a data set.
+        options: Of `DataConfig`, to replace those of the config or of its defaults; `dataset_split`, `image_mode` and
+            `max_train_samples` are called `split`, `mode` and `max_samples` too.
+        multiple_of: Without a `resolution` images of one size get a border up to the next multiple of this.
+        read_ahead: Fetch no more than the first `max_train_samples` rows, in order, and keep them in memory.
+        share_by: Column by whose values `max_train_samples` are shared; None for that of the labels.
 
     Raises:
         ValueError: if the data set has no images, if its labels are neither integers nor names, or if it must be said
             which column or size is meant.
     """
-    source, notes, _ = open_source(name, config_name, split, cache_dir=cache_dir, streaming=streaming)
-    column = find_image_column(source, image_column)
-    chosen = None
-    if streaming:
+    config = _with_options(config, options, DataConfig)
+    source, notes, _ = _open(config, streaming=read_ahead)
+    column = find_image_column(source, config.image_column)
+    max_samples, chosen = config.max_train_samples, None
+    if read_ahead:
         rows = undecoded(source, column)
         source = datasets.Dataset.from_list(list(itertools.islice(rows, max_samples)), features=rows.features)
-        notes += (f"of the split {split}, which is read as a stream, these are the first {len(source)} images",)
+        notes += (
+            f"of the split {config.dataset_split}, which is read as a stream, these are the first {len(source)} images",
+        )
     elif max_samples is not None and max_samples < len(source):
-        chosen = fair_share(source, max_samples, share_by or label_column)
+        chosen = fair_share(source, max_samples, share_by or config.label_column)
         notes += (f"{len(chosen)} of {len(source)} images are taken, of each label its share",)
         source = source.select(chosen)
-    labels = read_labels(source, label_column, label_names) if with_labels else None
+    labels = None if config.unconditional else read_labels(source, config.label_column, config.names_of_labels)
     first_rows = undecoded(source.select_columns([column]).select(range(min(len(source), PROBED_ROWS))), column)
-    how, decided = _decide(
-        source, column, first_rows, resolution, multiple_of, resize_mode, pad_value, mode, white_value
-    )
-    pixels, rows, bad = decode(source, column, how, max_bad_share=max_bad_share, num_proc=num_proc)
+    how, decided = decide_fit(first_rows, source.features[column], column, config, multiple_of)
+    num_proc = config.preprocessing_num_workers
+    pixels, rows, bad = decode_rows(source, column, how, max_bad_share=config.max_bad_share, num_proc=num_proc)
     notes = [*notes, *decided]
     if bad:
         notes.append(f"{bad} of {len(rows) + bad} images could not be decoded and are left out")
     more = {"rows": rows if chosen is None else chosen[rows], "whites": how.whites, "white": how.white}
     if labels is None:
-        return ImageData(pixels, None, None, name, tuple(notes), how.resize_mode, **more)
-    data = ImageData(pixels, labels[0][rows], labels[1], name, tuple(notes), how.resize_mode, **more)
+        return ImageData(pixels, None, None, config.dataset_name, tuple(notes), how.resize_mode, **more)
+    data = ImageData(pixels, labels[0][rows], labels[1], config.dataset_name, tuple(notes), how.resize_mode, **more)
     return dataclasses.replace(data, notes=(*data.notes, *_about_labels(data)))
+
+
+def _with_options(
+    config: DataConfig | str, options: dict[str, Any], kind: Callable[..., DataConfig]
+) -> DataConfig | TrainingDataConfig:
+    """The config with these options in it, or a new one of a kind for the name of a data set."""
+    options = {_SHORT_NAMES.get(name, name): value for name, value in options.items()}
+    return kind(dataset_name=config, **options) if isinstance(config, str) else dataclasses.replace(config, **options)
+
+
+def _open(config: DataConfig, *, streaming: bool) -> Source:
+    where = config.dataset_name, config.dataset_config_name, config.dataset_split
+    return open_source(*where, streaming=streaming, cache_dir=config.cache_dir)
 
 
 def _about_labels(data: ImageData) -> list[str]:
@@ -157,136 +118,41 @@ def _about_labels(data: ImageData) -> list[str]:
     return notes
 
 
-def prepare_stream(
-    name: str,
-    *,
-    config_name: str | None = None,
-    split: str = "train",
-    image_column: str | None = None,
-    label_column: str | None = None,
-    label_names: Sequence[str] | None = None,
-    with_labels: bool = True,
-    resolution: tuple[int, ...] | None = None,
-    multiple_of: int = 1,
-    resize_mode: str = "auto",
-    pad_value: int = 0,
-    mode: str | None = None,
-    white_value: int | None = None,
-    max_samples: int | None = None,
-    max_bad_share: float = 0.01,
-    shuffle_buffer: int = DEFAULT_SHUFFLE_BUFFER,
-    cache_dir: str | None = None,
-) -> StreamData:
+def prepare_stream(config: TrainingDataConfig | str, *, multiple_of: int = 1, **options: Any) -> StreamData:
     """Opens a data set for reading it while it is used; see `prepare_images`, whose arguments these are.
 
-    What follows from the images follows from the first of them.
-
-    Args:
-        label_names: Needed for labels that `datasets` has no names of.
-        shuffle_buffer: Examples that a reader puts into a new order at a time.
+    What follows from the images follows from the first of them. Labels that `datasets` has no names of must be named.
 
     Raises:
         ValueError: see `prepare_images`; and if the labels must be named.
     """
-    if shuffle_buffer < 1:
-        raise ValueError(f"shuffle_buffer must be at least 1, got {shuffle_buffer}")
-    source, told, files = open_source(name, config_name, split, cache_dir=cache_dir, streaming=True)
-    column = find_image_column(source, image_column)
-    labels = find_stream_labels(source, label_column, label_names) if with_labels else None
+    config = _with_options(config, options, partial(TrainingDataConfig, streaming=True))
+    shuffle_buffer, max_samples = config.shuffle_buffer or DEFAULT_SHUFFLE_BUFFER, config.max_train_samples
+    source, notes, files = _open(config, streaming=True)
+    column = find_image_column(source, config.image_column)
+    labels = None if config.unconditional else find_stream_labels(source, config.label_column, config.names_of_labels)
     columns = [column] if labels is None else [column, labels.column]
     rows = undecoded(source, column).select_columns(columns)
     # From another opening of it, so that the workers get one that nothing has been read from.
-    again = load_source(name, config_name, split, cache_dir=cache_dir, streaming=True)
-    first_rows = HashedRows(itertools.islice(undecoded(again, column).select_columns(columns), PROBED_ROWS), column)
-    how, decided = _decide(
-        source, column, first_rows, resolution, multiple_of, resize_mode, pad_value, mode, white_value
-    )
-    notes = [*told, *decided]
+    again = undecoded(_open(config, streaming=True).rows, column).select_columns(columns)
+    first_rows = HashedRows(itertools.islice(again, PROBED_ROWS), column)
+    how, decided = decide_fit(first_rows, source.features[column], column, config, multiple_of)
+    notes = [*notes, *decided]
     if max_samples is not None:
         notes.append(f"of a stream the first {max_samples} images are taken, whatever their labels")
     if rows.num_shards == 1:
         notes.append(
             f"the stream is one shard: only {shuffle_buffer} images at a time are shuffled (--shuffle_buffer)"
         )
-    contents = f"{first_rows.digest}-{hash_files(files)}"
     return StreamData(
-        rows, column, how, labels, name, shuffle_buffer, max_bad_share, max_samples, tuple(notes), contents
+        source=rows,
+        image_column=column,
+        how=how,
+        labels=labels,
+        name=config.dataset_name,
+        shuffle_buffer=shuffle_buffer,
+        max_bad_share=config.max_bad_share,
+        max_samples=max_samples,
+        notes=tuple(notes),
+        contents=f"{first_rows.digest}-{hash_files(files)}",
     )
-
-
-def _decide(
-    source: datasets.Dataset | datasets.IterableDataset,
-    column: str,
-    first_rows: Iterable[dict],
-    resolution: tuple[int, ...] | None,
-    multiple_of: int,
-    resize_mode: str,
-    pad_value: int,
-    mode: str | None,
-    white_value: int | None,
-) -> tuple[Fit, list[str]]:
-    """How the images get to their shape, with a note for each decision that the user has not made."""
-    seen = probe(first_rows, source.features[column], column)
-    reading = decide_reading(seen, column, mode, white_value, pad_value)
-    if not 0 <= pad_value <= reading.white:
-        raise ValueError(
-            f"pad_value must be in the range of the images, [0, {reading.white}], of which {reading.white} is white, got "
-            f"{pad_value}"
-        )
-    size, resize_mode, note = _decide_fit(seen.sizes, resolution, multiple_of, resize_mode, pad_value)
-    if resize_mode == "random_crop" and any(_is_longer(of_one, size) for of_one in seen.sizes):
-        note += f", of the middle where they are longer than {LONGEST} times that"
-    how = Fit(
-        size,
-        reading.mode,
-        reading.channels,
-        reading.dtype,
-        resize_mode,
-        pad_value,
-        mode_was_found=mode is None,
-        whites=reading.whites,
-        white=reading.white,
-        array_dtype=seen.array_dtype,
-        channels_first=seen.channels_first,
-    )
-    return how, [*reading.notes, *([note] if note else [])]
-
-
-def _decide_fit(
-    sizes: list[tuple[int, int]],
-    resolution: tuple[int, ...] | None,
-    multiple_of: int,
-    resize_mode: str,
-    pad_value: int,
-) -> tuple[tuple[int, int], str, str | None]:
-    counts = Counter(sizes)
-    own, one_size = sizes[0], len(counts) == 1
-    if resolution is None:
-        if not one_size:
-            some = ", ".join(_text(size) for size in list(counts)[:4])
-            raise ValueError(f"the images are of several sizes ({some}, ...): give --resolution, one side or H W")
-        resolution = tuple(-(-side // multiple_of) * multiple_of for side in own)
-        resize_mode = "pad" if resize_mode == "auto" else resize_mode
-    size = (resolution[0], resolution[-1])
-    if resize_mode == "auto":
-        fills = all(PAD_FROM * target <= side <= target for side, target in zip(own, size, strict=True))
-        resize_mode = "pad" if one_size and fills else "crop"
-    if one_size and own == size:
-        return size, resize_mode, None
-    seen = f"{_text(own)} images" if one_size else f"images of several sizes ({_text(own)}, ...)"
-    done = {
-        "pad": f"centred on {_text(size)} with a border of {pad_value}",
-        "crop": f"scaled to cover {_text(size)} and cropped to it",
-        "random_crop": f"scaled to cover {_text(size)} and cropped to it at random places",
-        "stretch": f"stretched to {_text(size)}",
-    }
-    return size, resize_mode, f"{seen} are {done[resize_mode]} (--resize_mode {resize_mode})"
-
-
-def _is_longer(own: tuple[int, int], size: tuple[int, int]) -> bool:
-    ratio = own[0] * size[1] / (own[1] * size[0])
-    return max(ratio, 1 / ratio) > LONGEST
-
-
-def _text(size: tuple[int, int]) -> str:
-    return f"{size[0]}x{size[1]}"

@@ -1,4 +1,4 @@
-"""The first pictures of a data set, from which it is decided how all of them are read."""
+"""The first pictures of a data set, from which it is decided how all of them are read and get to their shape."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -9,9 +9,15 @@ import datasets
 import numpy as np
 from PIL import Image
 
-from diffusers_ext.data.image_table import describe_fault, name_of_cell, read_cell
-from diffusers_ext.data.images import common_mode
+from diffusers_ext.data.config import DataConfig
+from diffusers_ext.data.decoding import Fit, describe_fault, name_of_cell, read_cell
+from diffusers_ext.data.images import LONGEST, common_mode
 from diffusers_ext.pixels import IMAGE_MODES, WIDE, Whites, image_mode, looks_dark, lowest_white, wide_values
+
+
+PROBED_ROWS = 64
+# Pictures of one size get a border, rather than being enlarged, if that leaves them at least this share of a side.
+PAD_FROM = 0.75
 
 
 @dataclass(frozen=True)
@@ -189,3 +195,83 @@ def _notes_on_mode(modes: Counter[str], found: str, asked: str | None, pad_value
             f"{mode[:-1]} leaves it out"
         )
     return notes
+
+
+def decide_fit(
+    first_rows: Iterable[dict], feature: Any, column: str, config: DataConfig, multiple_of: int
+) -> tuple[Fit, list[str]]:
+    """How all images are read and get to their shape, with a note for each decision that the user has not made.
+
+    Args:
+        first_rows: Undecoded.
+        feature: What `datasets` knows of the column.
+        multiple_of: See `prepare_images`.
+
+    Raises:
+        ValueError: if none of the first images can be decoded, or if it must be said which mode, size or value is meant.
+    """
+    pad_value = config.pad_value
+    seen = probe(first_rows, feature, column)
+    reading = decide_reading(seen, column, config.image_mode, config.white_value, pad_value)
+    if not 0 <= pad_value <= reading.white:
+        raise ValueError(
+            f"pad_value must be in the range of the images, [0, {reading.white}], of which {reading.white} is white, got "
+            f"{pad_value}"
+        )
+    size, resize_mode, note = _decide_size(seen.sizes, config.resolution, multiple_of, config.resize_mode, pad_value)
+    if resize_mode == "random_crop" and any(_is_longer(of_one, size) for of_one in seen.sizes):
+        note += f", of the middle where they are longer than {LONGEST} times that"
+    how = Fit(
+        size,
+        reading.mode,
+        reading.channels,
+        reading.dtype,
+        resize_mode,
+        pad_value,
+        mode_was_found=config.image_mode is None,
+        whites=reading.whites,
+        white=reading.white,
+        array_dtype=seen.array_dtype,
+        channels_first=seen.channels_first,
+    )
+    return how, [*reading.notes, *([note] if note else [])]
+
+
+def _decide_size(
+    sizes: list[tuple[int, int]],
+    resolution: tuple[int, ...] | None,
+    multiple_of: int,
+    resize_mode: str,
+    pad_value: int,
+) -> tuple[tuple[int, int], str, str | None]:
+    counts = Counter(sizes)
+    own, one_size = sizes[0], len(counts) == 1
+    if resolution is None:
+        if not one_size:
+            some = ", ".join(_text(size) for size in list(counts)[:4])
+            raise ValueError(f"the images are of several sizes ({some}, ...): give --resolution, one side or H W")
+        resolution = tuple(-(-side // multiple_of) * multiple_of for side in own)
+        resize_mode = "pad" if resize_mode == "auto" else resize_mode
+    size = (resolution[0], resolution[-1])
+    if resize_mode == "auto":
+        fills = all(PAD_FROM * target <= side <= target for side, target in zip(own, size, strict=True))
+        resize_mode = "pad" if one_size and fills else "crop"
+    if one_size and own == size:
+        return size, resize_mode, None
+    seen = f"{_text(own)} images" if one_size else f"images of several sizes ({_text(own)}, ...)"
+    done = {
+        "pad": f"centred on {_text(size)} with a border of {pad_value}",
+        "crop": f"scaled to cover {_text(size)} and cropped to it",
+        "random_crop": f"scaled to cover {_text(size)} and cropped to it at random places",
+        "stretch": f"stretched to {_text(size)}",
+    }
+    return size, resize_mode, f"{seen} are {done[resize_mode]} (--resize_mode {resize_mode})"
+
+
+def _is_longer(own: tuple[int, int], size: tuple[int, int]) -> bool:
+    ratio = own[0] * size[1] / (own[1] * size[0])
+    return max(ratio, 1 / ratio) > LONGEST
+
+
+def _text(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"

@@ -1,9 +1,9 @@
 """Images that are read while the run goes on, from a data set that is too large to decode beforehand.
 
 The shards of a data set (files, or row groups of parquet) are put into a new order each epoch and divided among the
-readers: the workers of all processes. A reader takes its examples in windows: so many of them are read, undecoded, and
-put into an order that follows from (seed, reader, epoch, window). So its place is told by the place of its source at the
-window's start and a number, a run goes on exactly where it was, and what it has seen of the window is not decoded again.
+readers: the workers of all processes. A reader takes its examples in windows: some of them are read, undecoded, and put
+into an order that follows from (seed, reader, epoch, window). So its state is that of its source at the window's
+start and a number: a run resumes exactly where it was, and what it has seen of the window is not decoded again.
 """
 
 import itertools
@@ -17,29 +17,15 @@ from typing import Any
 import datasets
 import fsspec
 import numpy as np
-from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from diffusers_ext.data.batches import (
-    EPOCH,
-    WINDOW,
-    BatchMaker,
-    BatchOptions,
-    PositionRandom,
-    TrainingBatches,
-    batch_stream,
-)
-from diffusers_ext.data.image_table import (
-    Fit,
-    ImageData,
-    allowed_faults,
-    decode_one,
-    describe_fault,
-    mirror,
-    name_of_cell,
-)
+from diffusers_ext.data.batches import EPOCH, WINDOW, BatchMaker, BatchOptions
+from diffusers_ext.data.decoding import Fit, allowed_faults, decode_cell, describe_fault, name_of_cell
+from diffusers_ext.data.image_table import mirror
 from diffusers_ext.data.images import crop_at
-from diffusers_ext.data.label_columns import LabelSets, StreamLabels
+from diffusers_ext.data.label_columns import StreamLabels
+from diffusers_ext.data.label_sets import LabelSets
+from diffusers_ext.draws import PositionRandom
 from diffusers_ext.pixels import Whites
 
 
@@ -62,7 +48,7 @@ class StreamData:
         name: What the user called the data set.
         shuffle_buffer: Examples of a window.
         max_bad_share: Share of the images that may fail to decode.
-        max_samples: Only the first so many examples, or None.
+        max_samples: Only the first examples, of this number; or None.
         notes: One line for each decision that a user may want to know of.
         contents: A digest of its first images and its files.
     """
@@ -126,12 +112,42 @@ class StreamData:
         """Whether an image is known whose set of labels is empty; of a stream none is."""
         return False
 
+    def batches(
+        self, options: BatchOptions, position: int, state: dict[str, Any] | None, num_readers: int
+    ) -> tuple["StreamBatches", dict[str, Any]]:
+        """The batches of one process from a position on, and the state that they start in; see `make_batches`.
+
+        Args:
+            num_readers: Of the process.
+        """
+        division = Division(self, options.num_processes * num_readers)
+        start = {
+            "processes": options.num_processes,
+            "workers": num_readers,
+            "groups": division.num_groups,
+            "next_reader": 0,
+            "readers": [None] * num_readers,
+        }
+        if state is None:
+            state = start
+            if options.process_index == 0 and division.note():
+                print(division.note(), flush=True)
+        names = {"processes": "processes", "workers": "workers (--dataloader_num_workers)", "groups": "shards"}
+        for key, words in names.items():
+            if state[key] != start[key]:
+                raise ValueError(
+                    f"the checkpoint is of a stream with {state[key]} {words}, got {start[key]}: which examples are "
+                    f"behind is known only for the same number; give {state[key]}, or start a new run in another "
+                    "--output_dir"
+                )
+        return StreamBatches(self, options, position, state["next_reader"], state["readers"]), state
+
 
 class Division:
     """Which examples of a stream are whose: every epoch each of them is one reader's.
 
     Readers take whole shards, in an order of the epoch. If there are fewer shards than readers, or if only the first
-    `max_samples` examples count, each reader goes through all of them and keeps every so many-th.
+    `max_samples` examples count, each reader goes through all of them and keeps one example in `num_readers`.
 
     Attributes:
         num_groups: Shards, or groups of them.
@@ -253,9 +269,9 @@ class StreamReader:
             if chunk is None:
                 self._chunks, group = None, group + 1
                 continue
-            for place in range(len(chunk[data.image_column])):
+            for index in range(len(chunk[data.image_column])):
                 if self._division.keeps(number, state["epoch"], self._reader):
-                    rows.append({name: values[place] for name, values in chunk.items()})
+                    rows.append({name: values[index] for name, values in chunk.items()})
                 number += 1
         return rows, {"group": group, "source": self._opened.state_dict() if self._chunks else None, "number": number}
 
@@ -276,7 +292,7 @@ class StreamReader:
     def _decode(self, row: dict[str, Any]) -> np.ndarray | None:
         cell, state = row[self._data.image_column], self.state
         try:
-            picture = decode_one(cell, self._data.how)
+            picture = decode_cell(cell, self._data.how)
         except Exception as error:  # a decoder raises what it likes on a damaged file
             state["bad"] += 1
             if state["bad"] <= _NAMED_FAULTS:
@@ -301,7 +317,7 @@ class StreamReader:
 
 
 class StreamBatches(IterableDataset):
-    """Batches of one process from a stream; with workers, each of them gives every so many-th.
+    """Batches of one process from a stream; with n workers, each of them gives one batch in n.
 
     What a batch holds is said in `BatchMaker`; `reader` is besides that the state of the batch's reader after it, as JSON.
     Batch j of the run comes from reader j % workers of its process.
@@ -327,13 +343,13 @@ class StreamBatches(IterableDataset):
         first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
         if worker is not None:
             fsspec.asyn.reset_lock()  # its thread has not come along into this process
-        place, options = (self.next_reader + first) % step, self.options
+        index, options = (self.next_reader + first) % step, self.options
         reader = StreamReader(
             self.data,
             options.seed,
-            options.process_index * step + place,
+            options.process_index * step + index,
             options.num_processes * step,
-            self.states[place] if self.states else None,
+            self.states[index] if self.states else None,
         )
         examples = iter(reader)
         try:
@@ -350,96 +366,15 @@ class StreamBatches(IterableDataset):
             yield {"error": str(error)}
 
     def _stacking(self, pictures: tuple[np.ndarray, ...]) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-        def images(places: np.ndarray, flipped: np.ndarray) -> np.ndarray:
+        def images(crops: np.ndarray, flipped: np.ndarray) -> np.ndarray:
             cropped = pictures
             if self.data.resize_mode == "random_crop":
                 cropped = [
-                    crop_at(picture, self.data.size, place) for picture, place in zip(pictures, places, strict=True)
+                    crop_at(picture, self.data.size, crop) for picture, crop in zip(pictures, crops, strict=True)
                 ]
             return mirror(np.stack(cropped), flipped)
 
         return images
-
-
-class Batches(Iterator[dict[str, Tensor]]):
-    """The batches of one process, without end, and where it stands if it reads a stream.
-
-    Args:
-        batches: As the loader gives them.
-        state: Of a stream, before the first of them.
-    """
-
-    def __init__(self, batches: Iterator[dict[str, Any]], state: dict[str, Any] | None = None):
-        self._batches, self._state = batches, state
-
-    def __next__(self) -> dict[str, Tensor]:
-        batch = next(self._batches)
-        if self._state is not None:
-            if "error" in batch:
-                self._batches = iter(())  # ends the workers now and not when the error is forgotten
-                raise ValueError(batch["error"])
-            self._state["readers"][self._state["next_reader"]] = batch.pop("reader")
-            self._state["next_reader"] = (self._state["next_reader"] + 1) % len(self._state["readers"])
-        return batch
-
-    @property
-    def state(self) -> dict[str, Any] | None:
-        """JSON-able; what `make_batches` needs to go on after the batches taken so far. None without a stream."""
-        if self._state is None:
-            return None
-        readers = [state and json.loads(state) for state in self._state["readers"]]
-        return self._state | {"readers": readers}
-
-    @property
-    def passes(self) -> int | None:
-        """Times that all readers of this process have gone through their share of the stream. None without a stream."""
-        state = self.state
-        return None if state is None else min(reader["epoch"] if reader else 0 for reader in state["readers"])
-
-
-def make_batches(
-    data: ImageData | StreamData,
-    options: BatchOptions,
-    *,
-    position: int = 0,
-    state: dict[str, Any] | None = None,
-    num_workers: int = 0,
-    pin_memory: bool = False,
-) -> Batches:
-    """The batches of one process of a run, from a position on, which starts an optimizer step.
-
-    Args:
-        state: Of a stream, as `Batches.state` was there; None for its beginning.
-
-    Raises:
-        ValueError: if the state is of another number of processes, workers or shards.
-    """
-    loader = {"num_workers": num_workers, "pin_memory": pin_memory}
-    if isinstance(data, ImageData):
-        return Batches(batch_stream(TrainingBatches(data, options, first_position=position), **loader))
-    num_readers = max(1, num_workers)
-    division = Division(data, options.num_processes * num_readers)
-    start = {
-        "processes": options.num_processes,
-        "workers": num_readers,
-        "groups": division.num_groups,
-        "next_reader": 0,
-        "readers": [None] * num_readers,
-    }
-    if state is None:
-        state = start
-        if options.process_index == 0 and division.note():
-            print(division.note(), flush=True)
-    names = {"processes": "processes", "workers": "workers (--dataloader_num_workers)", "groups": "shards"}
-    for key, words in names.items():
-        if state[key] != start[key]:
-            raise ValueError(
-                f"the checkpoint is of a stream with {state[key]} {words}, got {start[key]}: which examples are behind "
-                f"is known only for the same number; give {state[key]}, or start a new run in another --output_dir"
-            )
-    batches = StreamBatches(data, options, position, state["next_reader"], state["readers"])
-    packed = [reader and json.dumps(reader) for reader in state["readers"]]
-    return Batches(batch_stream(batches, **loader), state | {"readers": packed})
 
 
 def save_stream_state(state: dict[str, Any] | None, folder: Path, process_index: int) -> None:

@@ -101,7 +101,7 @@ class ValidationBatches:
         return -(-len(self.data) // self.batch_size)
 
     def share(self, process_index: int = 0, num_processes: int = 1) -> Iterator[dict[str, Tensor]]:
-        """Every so-manieth batch; the last of all may be smaller than the others."""
+        """One batch in `num_processes`; the last of all may be smaller than the others."""
         order = self._maker.at(EPOCH, 0).permutation(len(self.data))
         for number in range(process_index, len(self), num_processes):
             positions = range(number * self.batch_size, min((number + 1) * self.batch_size, len(self.data)))
@@ -110,8 +110,8 @@ class ValidationBatches:
     def _batch(self, positions: range) -> dict[str, Tensor]:
         data, rows = self.data, np.asarray(positions)
 
-        def images(places, flipped):
-            return data.read(rows, np.full_like(places, 0.5), flipped)
+        def images(crops, flipped):
+            return data.read(rows, np.full_like(crops, 0.5), flipped)
 
         batch = self._maker.make(positions, images, None if data.labels is None else data.labels[rows])
         return data.with_condition(batch)

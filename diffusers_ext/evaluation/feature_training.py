@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from diffusers_ext.machine import is_fast_at_bf16
 from diffusers_ext.metrics.features import FeatureClassifierModel
+from diffusers_ext.pixels import to_images
 
 
 def drawn_order(count: int, seed: int) -> Tensor:
@@ -121,7 +122,7 @@ def fit_feature_classifier(
             if random_flip:
                 flip = torch.rand(len(images), generator=flips).lt(0.5).to(images.device)
                 images = torch.where(flip[:, None, None, None], images.flip(3), images)
-            sample = (images.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+            sample = to_images(images).contiguous(memory_format=torch.channels_last)
             with autocast:
                 loss = F.cross_entropy(model(sample), labels)
             accelerator.backward(loss)

@@ -19,10 +19,12 @@ from huggingface_hub.constants import HF_HOME
 from diffusers_ext.atomic_files import atomic_write
 from diffusers_ext.data.captions import count_missing, refuse_missing
 from diffusers_ext.data.config import DataConfig
-from diffusers_ext.data.image_table import ImageData, load_source, split_names
+from diffusers_ext.data.identity import hash_weights
+from diffusers_ext.data.image_table import ImageData
 from diffusers_ext.data.label_columns import find_label_column
 from diffusers_ext.data.latent_cache import read_info
-from diffusers_ext.data.prepare import data_options, prepare_images
+from diffusers_ext.data.prepare import prepare_images
+from diffusers_ext.data.sources import load_source, split_names
 from diffusers_ext.evaluation.feature_training import LabelledImages, accuracy, drawn_order, fit_feature_classifier
 from diffusers_ext.metrics.features import FeatureClassifierModel
 from diffusers_ext.options import check_options, option
@@ -261,9 +263,7 @@ def prepare_split(
     config = dataclasses.replace(to_data_config(options, split), max_train_samples=max_samples)
     if unconditional:
         config = dataclasses.replace(config, unconditional=True, num_classes=None, label_names=None)
-    return prepare_images(
-        config.dataset_name, num_proc=config.preprocessing_num_workers, share_by=share_by, **data_options(config)
-    )
+    return prepare_images(config, share_by=share_by)
 
 
 def to_data_config(options: DataOptions, split: str) -> DataConfig:
@@ -351,15 +351,6 @@ def load_features(folder: str | Path) -> tuple[FeatureClassifierModel, dict]:
     if not (folder / FEATURES_FILE).is_file():
         raise ValueError(f"{folder} is no folder of a feature classifier: make one with training/train_features.py")
     return FeatureClassifierModel.from_pretrained(folder).eval(), json.loads((folder / FEATURES_FILE).read_text())
-
-
-def hash_weights(model: FeatureClassifierModel) -> str:
-    """A name of the evaluator: numbers compare if they were made with the same one."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def cached_features_folder(real: RealImages) -> Path:

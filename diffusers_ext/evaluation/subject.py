@@ -17,7 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 from torch import Tensor
 
 import diffusers_ext
-from diffusers_ext.data.image_table import allowed_faults, describe_fault
+from diffusers_ext.data.decoding import allowed_faults, describe_fault
 from diffusers_ext.data.images import fit
 from diffusers_ext.evaluation.generate import (
     convert_channels,

@@ -12,6 +12,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from diffusers_ext.pixels import to_images
 from diffusers_ext.sizes import as_size
 
 
@@ -156,7 +157,7 @@ class FeatureClassifierModel(ModelMixin, ConfigMixin):
         labels = torch.empty(len(images), dtype=torch.int64)
         for start in range(0, len(images), batch_size):
             rows = slice(start, start + batch_size)
-            sample = images[rows].to(self.device).float() / 127.5 - 1
+            sample = to_images(images[rows].to(self.device))
             features[rows] = self.extract_features(sample.contiguous(memory_format=torch.channels_last))
             labels[rows] = self.classifier(features[rows].to(self.device)).argmax(1).cpu()
         self.train(training)

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from diffusers_ext.data.batches import derived_seed
 from diffusers_ext.data.captions import EmbeddingTable, TokenTable, embed_captions
+from diffusers_ext.draws import derived_seed
 from diffusers_ext.guidance.texts import longest_text, masks_padding_by_default
 from diffusers_ext.options import fixed_option, option
 from diffusers_ext.recipes.denoising import DenoisingConfig

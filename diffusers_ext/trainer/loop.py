@@ -13,11 +13,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from diffusers_ext.atomic_files import atomic_write
-from diffusers_ext.data.batches import BatchOptions, derived_seed, seed_generators
+from diffusers_ext.data.batches import BatchOptions, make_batches
 from diffusers_ext.data.identity import identify
 from diffusers_ext.data.image_table import ImageData
-from diffusers_ext.data.stream import StreamData, load_stream_state, make_batches
+from diffusers_ext.data.stream import StreamData, load_stream_state
 from diffusers_ext.data.validation import ValidationBatches
+from diffusers_ext.draws import derived_seed, seed_generators
 from diffusers_ext.options import to_yaml
 from diffusers_ext.trainer.checkpoints import all_or_none, find_for_all, remove_old, write_checkpoint
 from diffusers_ext.trainer.clock import RunClock, max_over_processes

@@ -14,7 +14,8 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from diffusers import DiffusionPipeline, ModelMixin
 
-from diffusers_ext.data.image_table import ImageData, is_local
+from diffusers_ext.data.image_table import ImageData
+from diffusers_ext.data.sources import is_local
 from diffusers_ext.data.stream import StreamData
 from diffusers_ext.figures import draw_loss
 from diffusers_ext.hub import cards

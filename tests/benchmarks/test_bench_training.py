@@ -39,7 +39,7 @@ def test_operations_are_those_of_the_layers_three_times_over(bench):
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_both_loops_take_turns(bench, tmp_path, channels_last):
     forget_accelerate()
-    data = prepare_images("digits", with_labels=False, max_samples=20)
+    data = prepare_images("digits", unconditional=True, max_samples=20)
     settings = {"unconditional": True, "train_batch_size": 2, "max_train_steps": 5, "mixed_precision": "no"}
     config = bench.TrainConfig(
         output_dir=str(tmp_path / "run"), num_threads=1, channels_last=channels_last, **settings

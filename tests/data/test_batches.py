@@ -8,16 +8,10 @@ import pytest
 import torch
 from accelerate.utils import set_seed
 
-from diffusers_ext.data.batches import (
-    BatchOptions,
-    PositionRandom,
-    TrainingBatches,
-    batch_stream,
-    derived_seed,
-    seed_generators,
-)
+from diffusers_ext.data.batches import BatchOptions, TrainingBatches, make_batches
 from diffusers_ext.data.image_table import ImageData
 from diffusers_ext.data.prepare import prepare_images
+from diffusers_ext.draws import PositionRandom, derived_seed, seed_generators
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +57,7 @@ def test_a_run_goes_on_at_a_position_as_if_it_had_never_stopped(digits):
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_workers_change_nothing(digits, num_workers):
     batches = TrainingBatches(digits, OPTIONS)
-    for number, batch in enumerate(islice(batch_stream(batches, num_workers=num_workers), 9)):
+    for number, batch in enumerate(islice(make_batches(digits, OPTIONS, num_workers=num_workers), 9)):
         assert_same(batch, batches[number])
 
 

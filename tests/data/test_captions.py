@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from diffusers_ext.data.captions import embed_captions, find_caption_column, mask_path
 from diffusers_ext.data.config import DataConfig
-from diffusers_ext.data.image_table import load_source
 from diffusers_ext.data.label_columns import fair_share
+from diffusers_ext.data.sources import load_source
 from diffusers_ext.guidance.texts import encode_tokens, longest_text, tokenize
 from diffusers_ext.recipes.text_encoder import TextDenoiser, load_text_encoder
 from diffusers_ext.recipes.text_to_image import TextConfig

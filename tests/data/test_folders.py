@@ -16,8 +16,8 @@ from PIL import Image, features
 from diffusers_ext.data.captions import find_caption_column
 from diffusers_ext.data.config import DataConfig
 from diffusers_ext.data.folders import split_word
-from diffusers_ext.data.image_table import load_source, split_names
 from diffusers_ext.data.prepare import prepare_images, prepare_stream
+from diffusers_ext.data.sources import load_source, split_names
 from diffusers_ext.evaluation.real_images import DataOptions, find_held_out_split
 
 

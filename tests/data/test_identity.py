@@ -79,7 +79,7 @@ def test_labels_that_are_renamed_reordered_added_or_given_to_others_are_named(ro
     assert change(before, swapped) == "its labels are in another order: label 0 was 'cat', and is 'dog'"
     more = dataclasses.replace(before, id2label={0: "cat", 1: "dog", 2: "fox"})
     assert change(before, more) == "it had 2 labels, and has 3 (with fox)"
-    assert change(before, prepare(root, with_labels=False)) == "it had 2 labels, and has no"
+    assert change(before, prepare(root, unconditional=True)) == "it had 2 labels, and has no"
     other = dataclasses.replace(before, labels=before.labels[::-1].copy())
     assert change(before, other) == "images have other labels than they had"
     many = dataclasses.replace(before, id2label={number: f"caption {number}" for number in range(2000)})

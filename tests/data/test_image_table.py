@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from diffusers_ext.data.image_table import load_digits
+from diffusers_ext.data.config import DataConfig
 from diffusers_ext.data.label_columns import fair_share, read_labels
 from diffusers_ext.data.prepare import prepare_images
+from diffusers_ext.data.sources import load_digits
 from training.train_ddpm import rows_of
 
 
@@ -41,6 +42,20 @@ def parquet(tmp_path):
 
 def images_of(data):
     return data.pixels[np.arange(len(data))]
+
+
+def test_options_in_a_config_and_in_the_call_are_the_same():
+    config = DataConfig("digits", dataset_split="test", max_train_samples=7, unconditional=True)
+    data = prepare_images(config)
+    others = [
+        prepare_images("digits", split="test", max_samples=7, unconditional=True),
+        prepare_images(DataConfig("digits", dataset_split="test"), max_train_samples=7, unconditional=True),
+    ]
+    for other in others:
+        assert len(other) == 7 and other.labels is None and other.notes == data.notes
+        np.testing.assert_array_equal(images_of(other), images_of(data))
+    with pytest.raises(TypeError, match="max_sample"):
+        prepare_images("digits", max_sample=7)
 
 
 def test_digits_are_scikit_learns():
@@ -225,7 +240,7 @@ def test_a_part_of_the_images_has_of_each_label_its_share(parquet):
     assert np.bincount(data.labels).tolist() == [4, 2]
     assert data.notes == ("6 of 30 images are taken, of each label its share",)
     np.testing.assert_array_equal(images_of(data), everything.pixels[data.rows])
-    unlabelled = prepare_images(folder, max_samples=6, with_labels=False)
+    unlabelled = prepare_images(folder, max_samples=6, unconditional=True)
     assert (unlabelled.rows == data.rows).all()  # the same, whether or not the labels are used
 
 

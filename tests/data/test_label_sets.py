@@ -10,10 +10,9 @@ from datasets import ClassLabel, List, Value
 from PIL import Image
 
 from diffusers_ext import GuidedDiffusionPipeline, UNetModel, VAEModel
-from diffusers_ext.data.batches import BatchOptions, TrainingBatches
+from diffusers_ext.data.batches import BatchOptions, TrainingBatches, make_batches
 from diffusers_ext.data.latent_cache import prepare_samples
 from diffusers_ext.data.prepare import prepare_images, prepare_stream
-from diffusers_ext.data.stream import make_batches
 from diffusers_ext.data.validation import prepare_validation
 from runs import forget_accelerate
 from training.cache_latents import CacheConfig

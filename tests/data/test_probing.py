@@ -310,7 +310,7 @@ def test_pictures_in_an_archive_are_read_like_others(tmp_path, folder, archive):
         (tmp_path / "zipped").mkdir()
         shutil.make_archive(str(tmp_path / "zipped" / "train"), "zip", path)
         path = str(tmp_path / "zipped")
-    for data in (prepare_images(path, mode="L"), prepare_images(path, mode="L", streaming=True)):
+    for data in (prepare_images(path, mode="L"), prepare_images(path, mode="L", read_ahead=True)):
         np.testing.assert_array_equal(data.pixels[[0, 1, 2]][..., 0], np.stack([RAMP_IN_8_BITS] * 3))
 
 

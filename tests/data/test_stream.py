@@ -15,9 +15,9 @@ import torch
 from huggingface_hub import HfApi
 from PIL import Image
 
-from diffusers_ext.data.batches import BatchOptions
+from diffusers_ext.data.batches import BatchOptions, make_batches
 from diffusers_ext.data.prepare import prepare_images, prepare_stream
-from diffusers_ext.data.stream import Division, StreamReader, load_stream_state, make_batches, save_stream_state
+from diffusers_ext.data.stream import Division, StreamReader, load_stream_state, save_stream_state
 
 
 RNG = np.random.default_rng(0)
@@ -396,7 +396,7 @@ def test_labels_that_cannot_be_told_are_refused(tmp_path, files, settings, messa
     folder = write_tars(tmp_path / "data", [{"png": png(picture)} | files for picture in numbered(3)], 3)
     with pytest.raises(ValueError, match=message):
         prepare_stream(folder, **settings)
-    assert prepare_stream(folder, with_labels=False).num_classes is None
+    assert prepare_stream(folder, unconditional=True).num_classes is None
 
 
 def test_names_of_labels_are_read_and_others_are_refused(tmp_path):

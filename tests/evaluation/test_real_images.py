@@ -119,7 +119,7 @@ def test_an_integer_means_the_same_label_in_splits_of_other_integers(tmp_path, o
 def test_a_share_of_the_training_images_is_the_one_trained_on(options, tmp_path):
     save_numbered(tmp_path / "data", "train", [0] * 20 + [1] * 10)
     real = load_real_images(dataclasses.replace(options, max_train_samples=6))
-    trained_on = prepare_images(options.dataset_name, cache_dir=options.cache_dir, max_samples=6, with_labels=False)
+    trained_on = prepare_images(options.dataset_name, cache_dir=options.cache_dir, max_samples=6, unconditional=True)
     np.testing.assert_array_equal(real.train.images.permute(0, 2, 3, 1), trained_on.pixels[np.arange(6)])
     assert real.train.labels.bincount().tolist() == [4, 2]
 

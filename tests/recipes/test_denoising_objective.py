@@ -107,31 +107,31 @@ def test_importance_sampling_follows_the_last_ten_losses_of_each_timestep(size, 
         batches, losses_by_position(objective, batches, length), strict=True
     ):
         torch.testing.assert_close(
-            objective.timestep_probabilities(), torch.from_numpy(probability).float(), rtol=1e-5, atol=0
+            objective.timestep_sampler.probabilities(), torch.from_numpy(probability).float(), rtol=1e-5, atol=0
         )
-        given, weight = objective.sample_timesteps(batch["time"])
+        given, weight = objective.timestep_sampler(batch["time"])
         assert torch.equal(given, timesteps)
         expected = 1 / (length * probability[timesteps])
         np.testing.assert_allclose(weight.numpy(), expected, rtol=1e-5)
         assert objective(model, batch).item() == pytest.approx((losses * expected).mean(), rel=1e-5)
         uneven += probability.max() > 1.5 / length
     assert uneven > 10
-    assert objective.loss_count.sum() == 40 * size
+    assert objective.timestep_sampler.loss_count.sum() == 40 * size
 
 
 def warm_objective(length=8, **settings):
     objective = make_objective(length, importance_sampling=True, **settings)
     for seed in range(20):
         objective(model, make_batch(seed))
-    assert objective.timestep_probabilities().std() > 0
+    assert objective.timestep_sampler.probabilities().std() > 0
     return objective
 
 
 def test_importance_sampling_leaves_the_expected_loss_and_takes_away_its_variance():
     objective = warm_objective()
-    per_timestep = objective.loss_history.square().mean(1).sqrt().double()
+    per_timestep = objective.timestep_sampler.loss_history.square().mean(1).sqrt().double()
     time = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
-    timesteps, weight = objective.sample_timesteps(time)
+    timesteps, weight = objective.timestep_sampler(time)
     drawn = per_timestep[timesteps] * weight
     assert drawn.mean().item() == pytest.approx(per_timestep.mean().item(), rel=1e-3)
     # A loss that is known at each timestep would be estimated without variance, but for the share that stays uniform.
@@ -148,7 +148,7 @@ def test_evaluation_is_uniform_and_leaves_no_trace():
     for name, value in objective.state_dict().items():
         assert torch.equal(value, before[name]), name
     objective.train()
-    assert not torch.equal(objective.sample_timesteps(batch["time"])[0], timesteps)
+    assert not torch.equal(objective.timestep_sampler(batch["time"])[0], timesteps)
 
 
 def test_state_goes_through_a_file_bit_by_bit(tmp_path):
@@ -160,7 +160,19 @@ def test_state_goes_through_a_file_bit_by_bit(tmp_path):
     second.load_state_dict(load_file(tmp_path / "objective.safetensors"))
     for seed in range(60, 65):
         assert torch.equal(first(model, make_batch(seed)), second(model, make_batch(seed)))
-    assert first.metrics() == second.metrics() and first.curve() == second.curve()
+    assert first.metrics() == second.metrics() and first.loss_record.curve() == second.loss_record.curve()
+
+
+def test_a_state_that_names_its_buffers_alone_is_loaded():
+    """As checkpoints have them in which the objective was one module."""
+    first, second = warm_objective(), make_objective(importance_sampling=True)
+    short = {name.rpartition(".")[2]: value for name, value in first.state_dict().items()}
+    assert short.keys() == {"recent_sums", "faded_sums", "loss_history", "loss_count"}
+    second.load_state_dict(short)
+    for name, value in second.state_dict().items():
+        assert torch.equal(value, first.state_dict()[name]), name
+    with pytest.raises(RuntimeError, match="Missing key.*timestep_sampler.loss_history"):
+        second.load_state_dict({name: value for name, value in short.items() if name != "loss_history"})
 
 
 @pytest.mark.parametrize("objective", ["simple", "hybrid"])
@@ -220,14 +232,14 @@ def test_curve_forgets_what_came_before_the_last_reports(tmp_path):
     for _ in range(3):
         objective(model, make_batch(0))
         objective.metrics()
-    before = objective.curve()[0]["loss"]
+    before = objective.loss_record.curve()[0]["loss"]
     for _ in range(60):
         objective(lambda sample, *_, **__: SimpleNamespace(sample=0 * sample), make_batch(1))
         objective.metrics()
     blank = sample_losses(
         objective, make_batch(1), torch.zeros(16, dtype=torch.int64), lambda x, _: SimpleNamespace(sample=0 * x)
     )
-    assert objective.curve()[0]["loss"] == pytest.approx(blank[0].mean().item(), rel=0.02) != before
+    assert objective.loss_record.curve()[0]["loss"] == pytest.approx(blank[0].mean().item(), rel=0.02) != before
 
 
 def test_a_curve_of_nothing_is_not_drawn_and_zero_snr_has_no_place_on_it(tmp_path):
@@ -237,7 +249,7 @@ def test_a_curve_of_nothing_is_not_drawn_and_zero_snr_has_no_place_on_it(tmp_pat
     objective = DenoisingObjective(schedule, "v_prediction", objective="vlb")
     loss = objective(learned_model, make_batch(0, 100))
     assert torch.isfinite(loss)
-    assert [row["last_timestep"] for row in objective.curve()] == list(range(7))
+    assert [row["last_timestep"] for row in objective.loss_record.curve()] == list(range(7))
     objective.draw(tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -272,8 +284,8 @@ def test_two_processes_keep_the_state_of_one(tmp_path):
         alone = make_objective(objective="hybrid", importance_sampling=importance_sampling)
         for seed in range(30):
             alone(learned_model, make_batch(seed))
-        assert not importance_sampling or alone.timestep_probabilities().std() > 0
-        assert first.keys() == alone.state_dict().keys() and alone.recent_sums[:, 0].sum() > 0
+        assert not importance_sampling or alone.timestep_sampler.probabilities().std() > 0
+        assert first.keys() == alone.state_dict().keys() and alone.loss_record.recent_sums[:, 0].sum() > 0
         for name, value in alone.state_dict().items():
             assert torch.equal(first[name], second[name]), name
             torch.testing.assert_close(first[name], value, rtol=1e-5, atol=1e-5)

@@ -58,7 +58,7 @@ def save_pipeline(folder, num_classes=10, sample_size=8):
 
 def save_digits(folder, split, by_label=True):
     """scikit-learn's digits as files, in a subfolder for each label."""
-    from diffusers_ext.data.image_table import load_digits
+    from diffusers_ext.data.sources import load_digits
 
     for index, row in enumerate(load_digits(split)):
         place = folder / (str(row["label"]) if by_label else "")

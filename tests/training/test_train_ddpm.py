@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import diffusers_ext
-from diffusers_ext.data.image_table import load_digits
+from diffusers_ext.data.sources import load_digits
 from diffusers_ext.options import parse_config
 from diffusers_ext.trainer.run_folder import read_metrics
 from environment import HUNG_AFTER
@@ -419,7 +419,7 @@ def test_a_hybrid_run_with_importance_sampling_resumes_bit_by_bit_and_is_sampled
     for name in ("model", "average", "objective"):
         one, two = (load_file(folder / "checkpoint-8" / f"{name}.safetensors") for folder in (whole, part))
         assert all(torch.equal(one[key], two[key]) for key in one), name
-    assert one["loss_count"].sum() == 8 * 16 and (one["loss_count"] >= 10).all()
+    assert one["timestep_sampler.loss_count"].sum() == 8 * 16 and (one["timestep_sampler.loss_count"] >= 10).all()
     logs = [read_metrics(folder / "metrics.jsonl") for folder in (whole, part)]
     for one, two in zip(*logs, strict=True):
         same = [name for name in one if "second" not in name]

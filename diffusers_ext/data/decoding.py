@@ -1,0 +1,185 @@
+"""From the cells of an image column to pixels of one shape: of one cell, or of all rows, once, into a table.
+
+A cell is undecoded: the bytes or the path of a picture's file, or an array. Its `pixels` are uint8 or uint16.
+"""
+
+import math
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+from datasets.utils.file_utils import xopen
+from PIL import Image
+
+from diffusers_ext.data.identity import hash_cell
+from diffusers_ext.data.image_columns import undecoded
+from diffusers_ext.data.image_table import PixelTable, RandomCropTable
+from diffusers_ext.data.images import cover, fit
+from diffusers_ext.pixels import DEFAULT_WHITES, Whites, image_mode, open_picture, to_array, to_range
+
+
+_CACHE_VERSION = 3  # part of the cache's key: raise it whenever the stored pixels change
+_DECODED = {
+    "pixels": datasets.Value("binary"),
+    "height": datasets.Value("int32"),
+    "width": datasets.Value("int32"),
+    "fault": datasets.Value("string"),
+    "file": datasets.Value("string"),
+    "digest": datasets.Value("binary"),  # of the picture's file
+}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How every picture is read and brought to one shape.
+
+    Attributes:
+        size: (height, width)
+        mode: PIL mode to read pictures in; None for arrays.
+        channels: Of a picture.
+        dtype: uint8 or uint16; its largest value is white.
+        resize_mode, pad_value: See `fit`; the latter in the images' own range, in which `white` is white.
+        mode_was_found: The mode was found on the first pictures, and not asked for: one that has colour, where they have
+            none, is a fault.
+        whites: Which values are white.
+        array_dtype: Of a column of arrays.
+        channels_first: Whether its arrays are (channels, height, width).
+    """
+
+    size: tuple[int, int]
+    mode: str | None
+    channels: int
+    dtype: str
+    resize_mode: str
+    pad_value: int
+    mode_was_found: bool = False
+    whites: Whites = DEFAULT_WHITES
+    white: int = 255
+    array_dtype: str | None = None
+    channels_first: bool = False
+
+    @property
+    def border(self) -> int:
+        """The pad value as `dtype` has it."""
+        return round(self.pad_value * int(np.iinfo(self.dtype).max) / self.white)
+
+
+def decode_cell(value: Any, how: Fit) -> np.ndarray:
+    """The picture of an undecoded cell, brought to its shape; to one that covers it with "random_crop".
+
+    Raises:
+        Exception: whatever a decoder raises on a damaged file.
+    """
+    picture = read_cell(value, how.array_dtype)
+    if isinstance(picture, Image.Image):
+        mode = image_mode(picture)
+        if how.mode_was_found and mode.startswith("RGB") and not how.mode.startswith("RGB"):
+            raise ValueError(
+                f"a picture of mode {mode}, where the first ones are all {how.mode}: give --image_mode to read all of them "
+                "alike"
+            )
+        picture = to_array(picture, how.mode, how.border, how.whites)
+    else:
+        picture = to_range(picture, np.dtype(how.dtype), how.whites)
+        picture = np.moveaxis(picture, 0, -1) if how.channels_first else picture
+        picture = picture if picture.ndim == 3 else picture[..., None]
+    if picture.shape[2] != how.channels:
+        raise ValueError(f"{picture.shape[2]} channels where the first row has {how.channels}")
+    if how.resize_mode == "random_crop":
+        return np.ascontiguousarray(cover(picture, how.size))
+    return fit(picture, how.size, how.resize_mode, how.border)
+
+
+def describe_fault(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def name_of_cell(value: Any) -> str | None:
+    """The file of an undecoded cell, if it is known."""
+    return value.get("path") if isinstance(value, dict) else None
+
+
+def read_cell(value: Any, array_dtype: str | None = None) -> Image.Image | np.ndarray:
+    """The decoded picture of an undecoded cell of an image column, or the array of one of arrays, as it is stored.
+
+    Args:
+        array_dtype: Of a column of arrays.
+    """
+    if value is None:
+        raise ValueError("the cell is empty")
+    if not isinstance(value, dict):
+        return np.asarray(value, array_dtype)
+    if value["bytes"] is not None:
+        return open_picture(value["bytes"])
+    if value["path"] is None:
+        raise ValueError("the cell has neither bytes nor a path")
+    if "://" not in value["path"]:
+        return open_picture(value["path"])
+    with xopen(value["path"], "rb") as file:  # in an archive, or on the Hub
+        return open_picture(file.read())
+
+
+def decode_rows(
+    source: datasets.Dataset, column: str, how: Fit, *, max_bad_share: float = 0.01, num_proc: int | None = None
+):
+    """Decodes and fits every row once, with a bar; `datasets` keeps the result where it keeps the data set.
+
+    A row that cannot be decoded is named on stderr and left out.
+
+    Args:
+        max_bad_share: Share of the rows that may fail, rounded up to a whole row.
+
+    Returns:
+        The pixels (`PixelTable`), the numbers of the rows that they come from, and the number of rows that fail.
+
+    Raises:
+        ValueError: if more than `max_bad_share` of the rows fail, or all of them.
+    """
+    bytes_per_row = int(np.prod(how.size)) * how.channels * np.dtype(how.dtype).itemsize
+    rows_per_chunk = int(np.clip(2**26 // bytes_per_row, 1, 1000))
+    table = undecoded(source.select_columns([column]), column).map(
+        _decode_batch,
+        batched=True,
+        batch_size=rows_per_chunk,
+        writer_batch_size=rows_per_chunk,
+        remove_columns=[column],
+        features=datasets.Features(_DECODED),
+        fn_kwargs={"column": column, "how": how, "version": _CACHE_VERSION},
+        num_proc=num_proc if num_proc and num_proc > 1 else None,
+        desc="decoding images",
+    )
+    faults = table.data.column("fault").to_pylist()
+    bad = [row for row, fault in enumerate(faults) if fault]
+    files = table.select(bad)["file"]
+    for row, file in list(zip(bad, files, strict=True))[:10]:
+        print(f"image {file or f'of row {row}'} left out: {faults[row]}", file=sys.stderr)
+    if len(bad) > allowed_faults(len(table), max_bad_share) or len(bad) == len(table):
+        raise ValueError(
+            f"{len(bad)} of {len(table)} images cannot be decoded, the first in {files[0] or f'row {bad[0]}'} "
+            f"({faults[bad[0]]}); at most a share of {max_bad_share:g} may fail (--max_bad_share)"
+        )
+    good = np.flatnonzero([not fault for fault in faults])
+    kind = RandomCropTable if how.resize_mode == "random_crop" else PixelTable
+    return kind(table, (*how.size, how.channels), np.dtype(how.dtype), good), good, len(bad)
+
+
+def _decode_batch(rows: dict[str, list], column: str, how: Fit, version: int) -> dict[str, list]:
+    done = {name: [] for name in _DECODED}
+    for value in rows[column]:
+        try:
+            picture, fault, file = decode_cell(value, how), "", ""
+        except Exception as error:  # a decoder raises what it likes on a damaged file
+            # A blank keeps the rows of one length, where they are.
+            picture, fault = np.zeros((*how.size, how.channels), how.dtype), describe_fault(error)
+            file = name_of_cell(value) or ""
+        cells = (picture.tobytes(), *picture.shape[:2], fault, file, hash_cell(value))
+        for name, cell in zip(_DECODED, cells, strict=True):
+            done[name].append(cell)
+    return done
+
+
+def allowed_faults(count: int, max_bad_share: float) -> int:
+    """How many of `count` images may fail: the share, rounded up, so that a single odd file does not end a run."""
+    return math.ceil(max_bad_share * count - 1e-9)  # 0.1 * 30 is above 3

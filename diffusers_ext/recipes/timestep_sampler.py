@@ -1,0 +1,82 @@
+"""Which timesteps a batch is trained at, and the weights that keep the expected loss as it is.
+
+The batch brings a `time` u in [0, 1) for each image, drawn one by one or stratified over an optimizer step (see
+`diffusers_ext.data.batches`). Uniform timesteps are floor(T u); importance sampling takes u through the inverse of the
+distribution of its timesteps instead, so that it keeps the stratification.
+
+Reference: Nichol, Dhariwal 2021, Improved Denoising Diffusion Probabilistic Models, arXiv 2102.09672, Section 3.3.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+# The second moment of the loss at a timestep is that of its last losses, of this number; until there are as many at each
+# timestep, timesteps are uniform.
+HISTORY_LENGTH = 10
+# Share of the timesteps that stay uniform, so that none whose losses happened to be small is never seen again.
+UNIFORM_SHARE = 0.001
+
+
+class UniformTimesteps(nn.Module):
+    """Each of T timesteps with probability 1 / T."""
+
+    def __init__(self, num_timesteps: int):
+        super().__init__()
+        self.num_timesteps = num_timesteps
+
+    def forward(self, time: Tensor) -> tuple[Tensor, Tensor]:
+        """Timesteps, and the weights 1 / (T p_t) of their losses.
+
+        Args:
+            time: In [0, 1), shape `(batch,)`.
+
+        Returns: int64 and float32, shape `(batch,)`.
+        """
+        return (time * self.num_timesteps).long(), torch.ones_like(time, dtype=torch.float32)
+
+
+class ImportanceTimesteps(UniformTimesteps):
+    """Timestep t with a probability p_t in proportion to the root of the second moment of its loss.
+
+    Uniform in evaluation mode. The history of the losses is in buffers.
+    """
+
+    def __init__(self, num_timesteps: int):
+        super().__init__(num_timesteps)
+        self.register_buffer("loss_history", torch.zeros(num_timesteps, HISTORY_LENGTH))
+        self.register_buffer("loss_count", torch.zeros(num_timesteps, dtype=torch.int64))
+
+    def forward(self, time: Tensor) -> tuple[Tensor, Tensor]:
+        uniform, ones = super().forward(time)
+        if not self.training:
+            return uniform, ones
+        probability = self.probabilities()
+        sums = probability.to(time.dtype).cumsum(0)
+        drawn = torch.searchsorted(sums / sums[-1], time, right=True).clamp(max=self.num_timesteps - 1)
+        timesteps = torch.where(self._is_warm(), drawn, uniform)
+        return timesteps, 1 / (self.num_timesteps * probability[timesteps])
+
+    def probabilities(self) -> Tensor:
+        """p_t of the next batch in training mode, float32, shape `(T,)`."""
+        root = self.loss_history.square().mean(1).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+        probability = (1 - UNIFORM_SHARE) * root / root.sum() + UNIFORM_SHARE / self.num_timesteps
+        return torch.where(self._is_warm(), probability, torch.full_like(probability, 1 / self.num_timesteps))
+
+    def _is_warm(self) -> Tensor:
+        return (self.loss_count >= HISTORY_LENGTH).all()
+
+    @torch.no_grad()
+    def update(self, timesteps: Tensor, loss: Tensor) -> None:
+        """Puts the losses, in their order, where the oldest at their timesteps are. Does not wait for the device."""
+        order = timesteps.argsort(stable=True)
+        timesteps, loss = timesteps[order], loss[order]
+        new = torch.zeros_like(self.loss_count).index_add_(0, timesteps, torch.ones_like(timesteps))
+        rank = torch.arange(len(timesteps), device=timesteps.device) - torch.searchsorted(timesteps, timesteps)
+        column = (self.loss_count[timesteps] + rank) % HISTORY_LENGTH
+        # Of more than fit, the last are kept; the others go to a row that is cut off, so that no cell is written twice.
+        row = torch.where(rank >= new[timesteps] - HISTORY_LENGTH, timesteps, len(new))
+        extended = torch.cat([self.loss_history, self.loss_history[:1]])
+        extended[row, column] = loss
+        self.loss_history.copy_(extended[:-1])
+        self.loss_count.add_(new)
