@@ -109,7 +109,7 @@ class TrainClassifierConfig(TrainerConfig):
 
     @property
     def size_multiple(self) -> int:
-        """What the sides of the samples must be multiples of."""
+        """The sides of the samples must be multiples of this."""
         return 2 ** (len(self.block_out_channels) - 1)
 
 

@@ -92,7 +92,7 @@ class NetworkConfig(TrainerConfig):
 
     @property
     def size_multiple(self) -> int:
-        """What the sides of the samples must be multiples of."""
+        """The sides of the samples must be multiples of this."""
         if self.model == "unet":
             return 2 ** (len(self.block_out_channels) - 1)
         return self.patch_size or (1 if self.dit_size is None else dit_config(self.dit_size)["patch_size"])
