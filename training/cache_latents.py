@@ -118,7 +118,7 @@ def _device() -> str:
 
 
 def describe(config: CacheConfig, data: ImageData, vae: ModelMixin) -> LatentsInfo:
-    """What the latents will be.
+    """The description of the latents, which is saved with them.
 
     Raises:
         ValueError: if the VAE does not take these images.

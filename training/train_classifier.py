@@ -110,7 +110,7 @@ class TrainClassifierConfig(TrainerConfig):
 
     @property
     def size_multiple(self) -> int:
-        """What the sides of the samples must be multiples of."""
+        """The sides of the samples must be multiples of this."""
         return downsampling_factor(self.block_out_channels)
 
 

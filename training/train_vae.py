@@ -342,7 +342,7 @@ def draw_while_training(config: TrainVAEConfig, trainer: Trainer, name: str | No
 
 
 def describe_latents(vae: VAEModel, moments: LatentMoments) -> str:
-    """What was measured of the latents, for the card, and a warning if they have collapsed."""
+    """The measured moments of the latents, for the card, and a warning if they have collapsed."""
     active = int((moments.mean_var > ACTIVE_VARIANCE).sum())
     lines = [
         f"Latents of shape {' x '.join(map(str, vae.latent_shape))}, measured on {moments.num_images} training images: mean "

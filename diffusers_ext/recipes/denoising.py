@@ -1,4 +1,4 @@
-"""What the scripts that train a denoiser share: options, data, network, scheduler, objective."""
+"""The options, data, network, scheduler and objective of the scripts that train a denoiser."""
 
 from dataclasses import dataclass
 from functools import partial

@@ -94,7 +94,7 @@ class NetworkConfig(TrainerConfig):
 
     @property
     def size_multiple(self) -> int:
-        """What the sides of the samples must be multiples of."""
+        """The sides of the samples must be multiples of this."""
         if self.model == "unet":
             return downsampling_factor(self.block_out_channels)
         return self.patch_size or (1 if self.dit_size is None else dit_config(self.dit_size)["patch_size"])

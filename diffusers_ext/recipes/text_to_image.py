@@ -179,7 +179,7 @@ class Texts:
         return cls(config, tokenizer, encoder, config.pretrained_text_encoder is None, max_length, mask_padding)
 
     def table(self, captions: Sequence[str], device: torch.device) -> TokenTable | EmbeddingTable:
-        """What the captions are in a batch."""
+        """The captions in the form in which a batch has them: tokens, or embeddings."""
         # Padding that is seen must be as long as it will be when images are made; that which is not, need not.
         length = self.max_length
         if self.mask_padding:

@@ -323,7 +323,7 @@ class Trainer:
         for name in losses[0]:
             self.values.add(name, torch.stack([of_batch[name] for of_batch in losses]).mean())
 
-    # What comes between steps.
+    # Between steps.
 
     def _report(self, is_last: bool):
         """Logs the means since the last report, and the loss on held-out images where that is due."""
@@ -394,8 +394,7 @@ class Trainer:
     @property
     def _parts(self) -> dict[str, Any]:
         """The parts of a checkpoint that `save_run` writes and `load_run` reads."""
-        names = ("state", "average", "snapshots", "objective")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in ("state", "average", "snapshots", "objective")}
 
     @cached_property
     def data_identity(self) -> dict[str, Any]:

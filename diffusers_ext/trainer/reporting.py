@@ -104,18 +104,10 @@ class RunLog:
             seconds: Of the run.
             shares: Of its time.
         """
-        means = state.take_means()
-        record = {
-            "step": state.step,
-            "images": state.position,
-            "epoch": epoch,
-            "loss": means.pop("loss"),
-            "grad_norm": means.pop("grad_norm"),
-            "learning_rate": learning_rate,
-            "seconds": round(seconds, 3),
-        }
-        record["images_per_second"] = round(self._bar.report(state.step, seconds, record["loss"]), 1)
-        record |= means | metrics
+        record = {"step": state.step, "images": state.position, "epoch": epoch} | state.take_means()
+        speed = self._bar.report(state.step, seconds, record["loss"])
+        record |= {"learning_rate": learning_rate, "seconds": round(seconds, 3), "images_per_second": round(speed, 1)}
+        record |= metrics
         if self._file:
             self._file.write(record)
         values = {name: value for name, value in record.items() if name != "step" and value is not None}
