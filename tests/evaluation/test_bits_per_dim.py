@@ -142,7 +142,7 @@ def test_what_has_no_bits_per_dim_is_refused():
     for pipeline, given, settings, message in [
         (latents, images, {}, "makes latents, whose bits are not those of images"),
         (
-            make_pipeline(diffusers.FlowMatchEulerDiscreteScheduler()),
+            diffusers.DDPMPipeline(make_pipeline().denoiser, diffusers.FlowMatchEulerDiscreteScheduler()),
             images,
             {},
             "FlowMatchEulerDiscreteScheduler has",
