@@ -1,4 +1,4 @@
-"""How many bits a pipeline's model takes for images that it was not trained on: the variational bound, in bits/dim."""
+"""The likelihood of held-out images under a pipeline's model, by the variational bound in bits/dim."""
 
 import inspect
 import math
@@ -16,8 +16,9 @@ from diffusers_ext.diffusion.noising import dynamic_threshold
 from diffusers_ext.diffusion.probability_flow import flow_bound
 from diffusers_ext.diffusion.reverse_chain import LEARNED_VARIANCES, ReverseChain
 from diffusers_ext.diffusion.variational_bound import bits_per_dim, optimal_variances, variational_bound
-from diffusers_ext.evaluation.feature_training import LabelledImages, drawn_order
-from diffusers_ext.evaluation.generate import SEED_STRIDE, convert_channels, image_size_of, num_classes_of
+from diffusers_ext.evaluation.generate import SEED_STRIDE
+from diffusers_ext.evaluation.labelled_images import LabelledImages, convert_channels, drawn_order
+from diffusers_ext.evaluation.pipeline_facts import image_size_of, num_labels_of
 from diffusers_ext.schedulers import ExtDDPMScheduler
 
 
@@ -30,14 +31,14 @@ NUM_PARTS = 20
 
 @dataclass(frozen=True)
 class LikelihoodModel:
-    """What of a pipeline has a likelihood: its network and the noising path, without guidance.
+    """The part of a pipeline that has a likelihood: its network and the noising path, without guidance.
 
     Args:
         network: Called `network(x_t, timesteps, class_labels=...)`.
-        scheduler: With the path, the timesteps as set, and what becomes of the predicted x_0.
-        num_classes: Labels that the network takes, or None.
-        null_label: What stands for no label, or None.
-        variance_type: What the pipeline's scheduler says of the variance, if it does.
+        scheduler: With the path, the timesteps as set, and the clipping of the predicted x_0.
+        num_classes: Number of labels that the network takes, or None.
+        null_label: The label that stands for none, or None.
+        variance_type: In the config of the pipeline's scheduler, or None.
     """
 
     network: torch.nn.Module
@@ -48,7 +49,7 @@ class LikelihoodModel:
 
     @classmethod
     def of(cls, pipeline, num_steps: int | None = None) -> "LikelihoodModel":
-        """That of a pipeline in pixels, from nothing or from labels.
+        """The model of a pipeline in pixels, unconditional or with labels.
 
         Args:
             num_steps: Number of timesteps, spaced as the pipeline's scheduler does; all of the training's by default.
@@ -73,7 +74,7 @@ class LikelihoodModel:
         if num_steps is not None:
             scheduler.set_timesteps(num_steps)
         null_label = getattr(pipeline, "null_label", None)
-        return cls(network, scheduler, num_classes_of(pipeline), null_label, config.get("variance_type"))
+        return cls(network, scheduler, num_labels_of(pipeline), null_label, config.get("variance_type"))
 
     @property
     def channels(self) -> int:
@@ -94,7 +95,7 @@ class LikelihoodModel:
 
     @property
     def clip(self) -> Callable[[Tensor], Tensor] | None:
-        """What the sampler does to the predicted x_0."""
+        """The clipping of the predicted x_0 in the sampler, or None."""
         config = self.scheduler.config
         if config.thresholding:
             return lambda x0: dynamic_threshold(x0, config.dynamic_thresholding_ratio, config.sample_max_value)
@@ -151,14 +152,14 @@ def measure_bits_per_dim(
 
     Args:
         pipeline: See `LikelihoodModel.of`.
-        images: Which it was not trained on, with labels if it takes them; otherwise the null label is given.
-        train: Images that it was trained on, for the variance "optimal", which is measured on `batch_size` of them.
-        num_images: How many of them, drawn by the seed; at most all.
+        images: Held-out images, with labels if the model takes them; without labels it is given the null label.
+        train: The training images; the variance "optimal" is measured on `batch_size` of them.
+        num_images: Number of images to measure, drawn by the seed; at most all.
         num_steps: Timesteps of the sampler whose bound it is; all of the training's by default.
-        num_terms: How many of them are looked at for each image, see `variational_bound`; None for all.
+        num_terms: Number of timesteps evaluated for each image, see `variational_bound`; None for all.
         variance: "fixed_small", "fixed_large" or "optimal"; by default the model's own.
-        num_flow_steps: Measure the bound by the probability flow too, in so many steps of four evaluations and gradients
-            of the network each; without clipping of the predicted x_0.
+        num_flow_steps: Measure the bound by the probability flow too, in this number of steps, each of four evaluations
+            and gradients of the network; without clipping of the predicted x_0.
         batch_size: Images at a time.
         bf16: Run the network under bf16 autocast, but for the flow.
         seed: Of the draw of images, the noise and the draw of terms.

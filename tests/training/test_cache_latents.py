@@ -16,7 +16,7 @@ from diffusers_ext import VAEModel
 from diffusers_ext.data.batches import BatchOptions
 from diffusers_ext.data.latent_cache import SampleSpace, fingerprint, load_vae, prepare_samples, read_info
 from diffusers_ext.data.stream import make_batches
-from diffusers_ext.evaluation.real_images import DataOptions, take_options_of_run
+from diffusers_ext.evaluation.options import DataOptions, take_options_of_run
 from diffusers_ext.trainer.run_folder import read_metrics
 from environment import HUNG_AFTER
 from runs import forget_accelerate

@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 from diffusers_ext import ExtDDIMScheduler, GuidedDiffusionPipeline, NoisyClassifierModel, UNetModel
-from diffusers_ext.evaluation.guidance_comparison import GuidanceOptions, call_settings, counted_calls, saved_share
-from diffusers_ext.evaluation.real_images import FEATURES_FILE
+from diffusers_ext.evaluation.feature_folders import FEATURES_FILE
+from diffusers_ext.evaluation.guidance_comparison import GuidanceOptions, call_settings, counted_calls
+from diffusers_ext.evaluation.guidance_results import saved_share
 from diffusers_ext.metrics.features import FeatureClassifierModel
 from diffusers_ext.schedulers.levels import describe_path
 from environment import HUNG_AFTER
@@ -118,12 +119,12 @@ def test_what_is_the_same_to_all_methods_is_made_once_and_shown_in_each_line(fol
 def test_the_picture_shows_images_that_were_measured(folders, compared):
     """A row without guidance and one for each method, of which the first is made here by the pipeline itself."""
     picture = np.asarray(Image.open(folders / "all" / "guidance_samples.png").convert("L"))
-    side, margin = 48, 2  # 8x8 images enlarged
-    assert picture.shape[0] == 7 * (side + margin) + margin + 20
+    side, margin = 64, 2  # 8x8 images enlarged
+    assert picture.shape[0] == 7 * (side + margin) + margin + 23
     pipe = GuidedDiffusionPipeline.from_pretrained(folders / "run")
     generators = [torch.Generator().manual_seed(i) for i in range(10)]
     images = pipe(list(range(10)), num_inference_steps=STEPS, generator=generators, output_type="np").images
-    tile = (images[3, ..., 0] * 255).repeat(6, 0).repeat(6, 1)
+    tile = (images[3, ..., 0] * 255).repeat(8, 0).repeat(8, 1)
     # Within one grey level: another batch size may have other kernels, whose rounding moves a value across a half.
     windows = np.lib.stride_tricks.sliding_window_view(picture[: 2 * side].astype(np.float32), (side, side))
     found = np.argwhere(np.abs(windows - tile).max((2, 3)) <= 1)

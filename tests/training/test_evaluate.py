@@ -79,7 +79,7 @@ def test_a_run_folder_is_measured_without_options(tmp_path, features_folder, cap
     card = (folder / "README.md").read_text()
     distance = f"{result['generated']['frechet_distance']:.4g}"
     assert f"| Fréchet distance in the features of a classifier of digits | {distance} | 200 |" in card
-    assert "evaluate.py --dataset_name digits" in card
+    assert "\npython training/evaluate.py --dataset_name digits" in card
     assert result == json.loads((folder / "evaluation.json").read_text())
     assert not list(folder.glob("*.tmp"))
     assert result["dataset_name"] == "digits" and result["num_train_images"] == 1500
@@ -208,7 +208,7 @@ def test_without_labels_only_pixels_are_measured_and_it_says_so(tmp_path, capsys
     assert result["features"] is None
     assert set(result["generated"]) == {"num_images", "pixel_precision", "pixel_recall", "nearest_train_distance"}
     assert "has no labels to train a feature classifier on, so only pixels are measured" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="--svc needs labels, and .* has none"):
+    with pytest.raises(ValueError, match="--svc needs labels, two or more, and .* has none"):
         run(images, "--dataset_name", data, "--cache_dir", tmp_path / "datasets", "--svc")
 
 
@@ -238,9 +238,13 @@ def test_a_data_set_of_one_label_is_measured_in_pixels(tmp_path, capsys):
             ["--model", "m", "--num_samples", "0"],
             "num_samples must be at least 1, got 0",
         ),
-        (evaluate_vae.EvaluateVAEConfig, ["--model", "m", "--seed", "-1"], "seed must be at least 0, got -1"),
+        (evaluate_vae.EvaluateVAEConfig, ["--model", "m", "--seed", "-1"], "seed must be in [0, 4294967295], got -1"),
         (sample_prompts.SampleConfig, ["--num_inference_steps", "0"], "num_inference_steps must be at least 1, got 0"),
-        (sample_prompts.SampleConfig, ["--guidance_scales", "nan"], "guidance_scales must be finite, got nan"),
+        (
+            sample_prompts.SampleConfig,
+            ["--guidance_scales", "nan"],
+            "guidance_scale must be finite and at least 0, got nan",
+        ),
         (train_features.FeaturesConfig, ["--num_train_epochs", "0"], "num_train_epochs must be at least 1, got 0"),
         (train_features.FeaturesConfig, ["--train_batch_size", "1"], "train_batch_size must be at least 2, got 1"),
         (train_features.FeaturesConfig, ["--learning_rate", "0"], "learning_rate must be positive, got 0"),
@@ -342,7 +346,7 @@ def test_what_cannot_be_evaluated_is_refused(tmp_path, features_folder):
             ["runs/x", "--num_likelihood_steps", "5"],
             "num_likelihood_steps is of the likelihood, which is measured with",
         ),
-        (["runs/x", "--seed", "-1"], r"seed must be in \[0, 4293\], got -1"),
+        (["runs/x", "--seed", "-1"], "seed must be in [0, 4293], got -1"),
         (["runs/x", "--num_threads", "0"], "num_threads must be at least 1, got 0"),
         (["runs/x", "--resolution", "0"], "resolution must be one side or height and width, got 0"),
         (["runs/x", "--max_train_samples", "-3"], "max_train_samples must be at least 1, got -3"),
