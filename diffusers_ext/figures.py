@@ -94,7 +94,7 @@ class _Text:
 
 
 def save_picture(picture: "Image.Image | Figure", path: Path) -> None:
-    """Writes an image of PIL or a figure of matplotlib, whole or not at all."""
+    """Writes an image of PIL or a figure of matplotlib; a file that is there is complete."""
     with atomic_write(path) as partial:
         picture.save(partial) if isinstance(picture, Image.Image) else picture.savefig(partial, dpi=120)
 
@@ -182,6 +182,6 @@ def _smoothed(values: np.ndarray) -> np.ndarray:
     """Means over a centred window of a twentieth of the curve, shorter at its ends."""
     half = max(1, len(values) // 40)
     sums = np.concatenate([[0.0], np.cumsum(values)])
-    places = np.arange(len(values))
-    low, high = np.maximum(places - half, 0), np.minimum(places + half + 1, len(values))
+    index = np.arange(len(values))
+    low, high = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
     return (sums[high] - sums[low]) / (high - low)

@@ -209,9 +209,9 @@ def to_yaml(config: Any) -> str:
 _OF_ONE_START = ("overwrite_output_dir", "resume_from_checkpoint")
 
 
-def to_command(config: Any, script: str) -> str:
+def to_command(config: Any, script: str, launcher: str = "accelerate launch") -> str:
     """The command line that makes the same run; secrets are left out."""
-    words = ["accelerate", "launch", script]
+    words = [*launcher.split(), script]
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if value == field.default or value is None or field.name in _OF_ONE_START or field.name.endswith("_token"):

@@ -132,6 +132,7 @@ def test_command_gives_the_same_config_without_secrets():
     config = Config(resolution=(8, 16), use_ema=False, output_dir="a b", hub_token="hf_secret")
     command = to_command(config, "train.py")
     assert command == "accelerate launch train.py --resolution 8 16 --no-use_ema --output_dir 'a b'"
+    assert to_command(config, "measure.py", launcher="python").startswith("python measure.py --resolution 8 16 ")
     assert "hub_token" not in yaml.safe_load(to_yaml(config))
 
 

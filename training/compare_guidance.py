@@ -24,45 +24,40 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from PIL import Image
+from torch import Tensor
 
 from diffusers_ext import GuidedDiffusionPipeline, NoisyClassifierModel
-from diffusers_ext.atomic_files import atomic_write
 from diffusers_ext.data.identity import hash_weights
 from diffusers_ext.draws import check_seed
-from diffusers_ext.evaluation.evaluator import Evaluator, check_number
-from diffusers_ext.evaluation.generate import (
-    LARGEST_SEED_OF_SETS,
-    default_of,
-    generate_images,
-    image_size_of,
-    label_names_of,
+from diffusers_ext.evaluation.evaluator import (
+    Evaluator,
+    can_measure_held_out,
+    check_number,
+    describe_left_out,
+    knows_labels,
 )
+from diffusers_ext.evaluation.feature_folders import features_for
+from diffusers_ext.evaluation.generate import LARGEST_SEED_OF_SETS, generate_images
 from diffusers_ext.evaluation.guidance_comparison import (
     METHODS,
     UNGUIDED,
     UNGUIDED_TITLE,
     GuidanceOptions,
     add_networks,
-    best_of,
     call_settings,
     counted_calls,
-    describe_best,
     describe_settings,
-    draw_comparison,
-    markdown_table,
     why_missing,
 )
-from diffusers_ext.evaluation.real_images import (
-    DataOptions,
-    RealImages,
-    features_for,
-    load_real_images,
-    take_options_of_run,
-)
+from diffusers_ext.evaluation.guidance_results import Results, best_of, describe_best
+from diffusers_ext.evaluation.options import DataOptions, take_options_of_run
+from diffusers_ext.evaluation.pipeline_facts import default_of, image_size_of, label_names_of
+from diffusers_ext.evaluation.real_images import RealImages, load_real_images
 from diffusers_ext.evaluation.subject import generate_for, labels_for, load_pipeline
 from diffusers_ext.figures import labelled_grid, save_picture
 from diffusers_ext.guidance.guided_denoiser import guided_steps
 from diffusers_ext.machine import is_fast_at_bf16, set_threads
+from diffusers_ext.metrics.features import FeatureClassifierModel
 from diffusers_ext.options import option, parse_config, run_script, to_command
 
 
@@ -125,58 +120,80 @@ def main(config: CompareConfig) -> dict | None:
     """Generates, measures, prints and writes. Returns what it wrote, on the main process, and None on the others."""
     state = PartialState()
     set_threads(config.num_threads, state.num_processes)
-    command = to_command(config, "training/compare_guidance.py")
+    command = to_command(config, "training/compare_guidance.py", launcher="python")
     pipe = load_for_comparison(config, state)
-    config = take_options_of_run(config, config.pipeline, ["num_inference_steps"])
-    if config.num_inference_steps is None:
-        config = dataclasses.replace(config, num_inference_steps=default_of(pipe, "num_inference_steps"))
-    if config.resolution is None:
-        config = dataclasses.replace(config, resolution=image_size_of(pipe))
+    config = complete(config, pipe)
     methods = available_methods(config, pipe, state)
-    with state.main_process_first():
-        real = load_real_images(config, label_names=label_names_of(pipe))
-    features, about_features = features_for(real, config.features, state)
-    if features is None or not real.has_labels:
-        raise ValueError(
-            f"{real.name} must have labels, which the images are asked for: name them with --label_column"
-        )
+    real, features, about_features = load_data(config, pipe, state)
     bf16 = is_fast_at_bf16(state.device.type) if config.mixed_precision is None else config.mixed_precision == "bf16"
-
     made_with = describe_set(config, pipe, real, about_features, bf16)
-    results = Results(config, made_with, command)
+    results, evaluator = Results(config.folder, made_with, command), None
     # From the main process, so that all of them leave out the same sets.
-    (results.rows,) = broadcast_object_list([results.load() if state.is_main_process else None])
-    evaluator = None
+    known = [results.load() if state.is_main_process and not config.overwrite else []]
+    (results.rows,) = broadcast_object_list(known)
     if state.is_main_process:
         evaluator = Evaluator(
             real.train, features, config.num_images, NUM_NEIGHBOURS, in_pixels=False, seed=config.seed
         )
-        if real.held_out is not None and len(real.held_out) > NUM_NEIGHBOURS:
+        if can_measure_held_out(real, NUM_NEIGHBOURS):
             results.held_out = evaluator.measure_held_out(real.held_out, config.num_images)
+
+    subject = Subject(config, pipe, real, bf16)
     plan = planned(config, methods, pipe)
     results.show(plan)
     for number, (method, scale, settings) in enumerate(plan, start=1):
-        how = describe_settings(settings) | hashes_of(method, pipe)
-        known = results.find(method, scale, how)
         title = f"{METHODS.get(method, UNGUIDED_TITLE)} at {scale:g} ({number} of {len(plan)})"
-        if known:
+        how = describe_settings(settings) | hashes_of(method, pipe)
+        if results.find(method, scale, how):
             state.print(f"{title}: in {results.path}", flush=True)
             continue
         state.print(title, flush=True)
-        row = measure(config, pipe, real, evaluator, settings, bf16)
-        row = {"method": method, "guidance_scale": scale, "how": how} | row
-        results.add(row)
+        measures = subject.measure(settings, evaluator)
+        results.add({"method": method, "guidance_scale": scale, "how": how} | measures)
         if state.is_main_process:
             results.save(methods)
     if not state.is_main_process:
         return None
     results.save(methods)
     print("\n".join([results.table(methods), "", *describe_best(results.shown, methods)]))
-    save_picture(
-        draw_best(config, pipe, real, results.shown, methods, bf16), results.path.with_name("guidance_samples.png")
-    )
+    save_picture(subject.draw_best(results.shown, methods), results.path.with_name("guidance_samples.png"))
     print(f"written to {results.path}, guidance.md, guidance.png and guidance_samples.png")
     return results.contents()
+
+
+def complete(config: CompareConfig, pipe: GuidedDiffusionPipeline) -> CompareConfig:
+    """The options, with what was left open as the training run or the pipeline has it."""
+    config = take_options_of_run(config, config.pipeline, ["num_inference_steps"])
+    if config.num_inference_steps is None:
+        config = dataclasses.replace(config, num_inference_steps=default_of(pipe, "num_inference_steps"))
+    if config.resolution is None:
+        config = dataclasses.replace(config, resolution=image_size_of(pipe))
+    return config
+
+
+def load_data(
+    config: CompareConfig, pipe: GuidedDiffusionPipeline, state: PartialState
+) -> tuple[RealImages, FeatureClassifierModel, dict]:
+    """The data set, and the classifier that its images are measured with; it is printed what cannot be measured.
+
+    Raises:
+        ValueError: if the images have no labels, or the classifier does not know them.
+    """
+    with state.main_process_first():
+        real = load_real_images(config.for_data(), config.held_out_split, label_names=label_names_of(pipe))
+    features, about = features_for(real, config.features, state)
+    if features is None or not real.has_labels:
+        raise ValueError(
+            f"{real.name} must have labels, which the images are asked for: name them with --label_column"
+        )
+    if not knows_labels(features, real.train):
+        raise ValueError(
+            f"features must be a classifier of the labels of {real.name}, which that in {about['folder']} does not know by "
+            "their names: leave --features out to have one trained"
+        )
+    for line in describe_left_out(real, features, NUM_NEIGHBOURS):
+        state.print(line, flush=True)
+    return real, features, about
 
 
 def load_for_comparison(config: CompareConfig, state: PartialState) -> GuidedDiffusionPipeline:
@@ -256,7 +273,7 @@ def planned(
 def describe_set(
     config: CompareConfig, pipe: GuidedDiffusionPipeline, real: RealImages, about_features: dict, bf16: bool
 ) -> dict:
-    """What all sets of images share."""
+    """The settings that all sets of images share."""
     scheduler = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
     return json.loads(
         json.dumps(
@@ -285,57 +302,62 @@ def hashes_of(method: str, pipe: GuidedDiffusionPipeline) -> dict[str, str]:
     return {} if network is None else {"network_sha256": hash_weights(network)}
 
 
-def measure(
-    config: CompareConfig,
-    pipe: GuidedDiffusionPipeline,
-    real: RealImages,
-    evaluator: Evaluator | None,
-    settings: dict[str, Any],
-    bf16: bool,
-) -> dict:
-    """The measures of a set of images, with the calls of each network an image. All processes share the images."""
-    start = time.perf_counter()
-    with counted_calls(pipe) as counts:
-        images, labels, _ = generate_for(
-            real,
-            pipe,
-            config.num_images,
-            num_inference_steps=config.num_inference_steps,
-            settings=settings,
-            batch_size=config.eval_batch_size,
-            bf16=bf16,
-            seed=config.seed,
-        )
-    everywhere = gather_object([counts])
-    calls = {name: sum(each[name] for each in everywhere) / config.num_images for name in counts}
-    if evaluator is None:
-        return {}
-    seconds = round(time.perf_counter() - start, 1)
-    return {"calls": calls, "seconds": seconds} | evaluator.measure(images, labels)
+@dataclass(frozen=True)
+class Subject:
+    """The pipeline that is compared with itself, guided in several ways, and the images it is measured against."""
 
+    config: CompareConfig
+    pipe: GuidedDiffusionPipeline
+    real: RealImages
+    bf16: bool
 
-def draw_best(
-    config: CompareConfig,
-    pipe: GuidedDiffusionPipeline,
-    real: RealImages,
-    rows: list[dict],
-    methods: list[str],
-    bf16: bool,
-) -> Image.Image:
-    """Images that were measured, the first of each label: without guidance, and by each method at its best scale."""
-    labels, asked = labels_for(real, pipe.num_classes, config.num_images)
-    labels = labels[: min(asked["num_asked"], MAX_COLUMNS)]  # the first of each label come first
-    names = pipe.config.id2label or {}
-    lines, titles = [], []
-    for method in (UNGUIDED, *methods):
-        best = best_of([row for row in rows if row["method"] == method])
-        if best is None:
-            continue
-        scale = best["guidance_scale"]
-        settings = {} if method == UNGUIDED else call_settings(method, scale, config, pipe)
-        with torch.autocast(pipe.device.type, torch.bfloat16, enabled=bf16):
-            images = generate_images(
-                pipe,
+    def measure(self, settings: dict[str, Any], evaluator: Evaluator | None) -> dict:
+        """The measures of a set of images, with the calls of each network an image. All processes share the images.
+
+        Args:
+            settings: Of the pipeline's call.
+            evaluator: On the main process; without one, nothing is returned.
+        """
+        start, config = time.perf_counter(), self.config
+        with counted_calls(self.pipe) as counts:
+            images, labels, _ = generate_for(
+                self.real,
+                self.pipe,
+                config.num_images,
+                num_inference_steps=config.num_inference_steps,
+                settings=settings,
+                batch_size=config.eval_batch_size,
+                bf16=self.bf16,
+                seed=config.seed,
+            )
+        everywhere = gather_object([counts])
+        calls = {name: sum(each[name] for each in everywhere) / config.num_images for name in counts}
+        if evaluator is None:
+            return {}
+        seconds = round(time.perf_counter() - start, 1)
+        return {"calls": calls, "seconds": seconds} | evaluator.measure(images, labels)
+
+    def draw_best(self, rows: list[dict], methods: list[str]) -> Image.Image:
+        """Images that were measured, the first of each label: without guidance, and by each method at its best scale."""
+        labels, asked = labels_for(self.real, self.pipe.num_classes, self.config.num_images)
+        labels = labels[: min(asked["num_asked"], MAX_COLUMNS)]  # the first of each label come first
+        names = self.pipe.config.id2label or {}
+        lines, titles = [], []
+        for method in (UNGUIDED, *methods):
+            best = best_of([row for row in rows if row["method"] == method])
+            if best is None:
+                continue
+            scale = best["guidance_scale"]
+            settings = {} if method == UNGUIDED else call_settings(method, scale, self.config, self.pipe)
+            lines.append(self._first_images(labels, settings) / 255)
+            titles.append(UNGUIDED_TITLE if method == UNGUIDED else f"{METHODS[method]}, {scale:g}")
+        return labelled_grid(lines, titles, [names.get(str(label), str(label)) for label in labels])
+
+    def _first_images(self, labels: list[int], settings: dict[str, Any]) -> Tensor:
+        config = self.config
+        with torch.autocast(self.pipe.device.type, torch.bfloat16, enabled=self.bf16):
+            return generate_images(
+                self.pipe,
                 range(len(labels)),
                 labels=labels,
                 num_inference_steps=config.num_inference_steps,
@@ -344,93 +366,6 @@ def draw_best(
                 seed=config.seed,
                 show_progress=False,
             )
-        lines.append(images / 255)
-        titles.append(UNGUIDED_TITLE if method == UNGUIDED else f"{METHODS[method]}, {scale:g}")
-    return labelled_grid(lines, titles, [names.get(str(label), str(label)) for label in labels])
-
-
-class Results:
-    """What has been measured, in `guidance.json`, with a table and a figure of it.
-
-    Args:
-        made_with: What all sets share.
-        command: That made them.
-    """
-
-    def __init__(self, config: CompareConfig, made_with: dict, command: str):
-        self.config, self.made_with, self.command = config, made_with, command
-        self.path = config.folder / "guidance.json"
-        self.rows, self.held_out, self._asked = [], None, set()
-
-    def load(self) -> list[dict]:
-        """What an earlier command has measured.
-
-        Raises:
-            ValueError: if it was with other images or another model.
-        """
-        if self.config.overwrite or not self.path.is_file():
-            return []
-        saved = json.loads(self.path.read_text())
-        before = saved["made_with"]
-        changed = [name for name, value in self.made_with.items() if before.get(name) != value]
-        if changed:
-            raise ValueError(
-                f"{self.path} is of another {changed[0]}, {before.get(changed[0])}, got {self.made_with[changed[0]]}: give "
-                "--overwrite to start over, or another --output_dir"
-            )
-        return saved["results"]
-
-    def find(self, method: str, scale: float, how: dict) -> dict | None:
-        wanted = (method, scale, json.loads(json.dumps(how)))
-        return next((row for row in self.rows if (row["method"], row["guidance_scale"], row["how"]) == wanted), None)
-
-    def add(self, row: dict) -> None:
-        """Adds a row; it replaces the one with the same method and scale."""
-        key = (row["method"], row["guidance_scale"])
-        self.rows = [other for other in self.rows if (other["method"], other["guidance_scale"]) != key]
-        self.rows.append(json.loads(json.dumps(row)))
-
-    def show(self, plan: list[tuple[str, float, dict]]) -> None:
-        """Puts into table and figure what this command asks for, of all that is kept."""
-        self._asked = {(method, scale) for method, scale, _ in plan}
-
-    @property
-    def shown(self) -> list[dict]:
-        return [row for row in self.rows if (row["method"], row["guidance_scale"]) in self._asked]
-
-    def contents(self) -> dict:
-        return {
-            "command": self.command,
-            "made_with": self.made_with,
-            "held_out": self.held_out,
-            "results": self.rows,
-        }
-
-    def table(self, methods: list[str]) -> str:
-        return markdown_table(self.shown, methods, self.held_out)
-
-    def save(self, methods: list[str]) -> None:
-        """Writes the three files, each of them atomically."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        made = self.made_with
-        text = "\n".join(
-            [
-                f"{made['num_images']} images of each by {made['scheduler_class']} in {made['num_inference_steps']} steps, "
-                f"image i of each from the same noise, labels {made['label_proportions']}. Right labels, Fréchet distance, "
-                f"precision and recall by the features of a classifier of real images of {Path(made['dataset_name']).name}.",
-                "",
-                self.table(methods),
-                "",
-                *(f"- {line}" for line in describe_best(self.shown, methods)),
-                "",
-                f"Made by `{self.command}`.",
-            ]
-        )
-        contents = {self.path: json.dumps(self.contents(), indent=2), self.path.with_suffix(".md"): text}
-        for path, content in contents.items():
-            with atomic_write(path) as partial:
-                partial.write_text(content + "\n")
-        draw_comparison(self.shown, methods, self.path.with_suffix(".png"), self.held_out)
 
 
 parse = partial(parse_config, CompareConfig, first="pipeline")

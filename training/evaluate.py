@@ -30,23 +30,27 @@ from diffusers_ext.atomic_files import atomic_write
 from diffusers_ext.data.captions import find_caption_column
 from diffusers_ext.draws import check_seed
 from diffusers_ext.evaluation.bits_per_dim import FIXED_VARIANCES, measure_bits_per_dim
-from diffusers_ext.evaluation.evaluator import Evaluator, check_number, fit_svc, format_table
-from diffusers_ext.evaluation.generate import LARGEST_SEED_OF_SETS, image_size_of, label_names_of, takes_prompts
-from diffusers_ext.evaluation.real_images import (
-    DataOptions,
-    RealImages,
-    features_for,
-    load_real_images,
-    take_options_of_run,
-    to_data_config,
+from diffusers_ext.evaluation.evaluator import (
+    Evaluator,
+    can_measure_held_out,
+    check_number,
+    describe_left_out,
+    fit_svc,
+    format_table,
 )
-from diffusers_ext.evaluation.subject import generate_for, is_image_folder, load_pipeline, read_image_folder
+from diffusers_ext.evaluation.feature_folders import features_for
+from diffusers_ext.evaluation.generate import LARGEST_SEED_OF_SETS
+from diffusers_ext.evaluation.image_folder import is_image_folder, read_image_folder
+from diffusers_ext.evaluation.options import DataOptions, take_options_of_run
+from diffusers_ext.evaluation.pipeline_facts import image_size_of, label_names_of, takes_prompts
+from diffusers_ext.evaluation.real_images import RealImages, load_real_images
+from diffusers_ext.evaluation.subject import generate_for, load_pipeline
 from diffusers_ext.hub.cards import Figure, add_figures
 from diffusers_ext.machine import is_fast_at_bf16, set_threads
 from diffusers_ext.options import option, parse_config, run_script, to_command
 
 
-# Above these numbers of values an image, measures in pixels tell little and take long, so they must be asked for.
+# Measures in pixels are slow and of little use for images of more values than these, and must then be asked for.
 PIXEL_METRICS_UP_TO = 64 * 64 * 3
 SVC_UP_TO = 16 * 16
 
@@ -162,31 +166,18 @@ def main(config: EvaluateConfig) -> dict | None:
     if not is_image_folder(config.pipeline):
         pipeline = load_pipeline(config.pipeline, config.scheduler).to(state.device)
     check_options(config, pipeline)
-    own_scale = getattr(pipeline, "guider", None) is not None  # the run's is not of its guider
-    of_sampling = [name for name in OPTIONS_OF_SAMPLING if not (own_scale and name == "guidance_scale")]
-    config = take_options_of_run(config, config.pipeline, of_sampling, of_data=["caption_column"])
-    if config.resolution is None and pipeline is not None:
-        config = dataclasses.replace(config, resolution=image_size_of(pipeline))
-    with state.main_process_first():
-        caption_column = None
-        if pipeline is not None and takes_prompts(pipeline):
-            data_config = to_data_config(config, config.dataset_split or "train")
-            caption_column = find_caption_column(data_config, config.caption_column)
-        real = load_real_images(config, caption_column, None if pipeline is None else label_names_of(pipeline))
-    for note in real.notes:
-        state.print(note, flush=True)
-    # All of these before the images are generated, so that what is wrong here is said early.
+    config = complete(config, pipeline)
+    real = load_data(config, pipeline, state)
+    # What can fail on account of the options or the data comes before the images are generated.
     features, about_features = features_for(real, config.features, state)
-    images, labels, sampling = None, None, None
+    for line in (*real.notes, *describe_left_out(real, features, config.num_neighbours)):
+        state.print(line, flush=True)
     if pipeline is None:
-        max_bad_share = 0.01 if config.max_bad_share is None else config.max_bad_share
-        images, labels = read_image_folder(config.pipeline, real, config.pad_value or 0, max_bad_share)
-        check_number(len(images), config.num_neighbours, f"the number of images in {config.pipeline}")
-    num_images = config.num_images if images is None else len(images)
+        images, labels, sampling = *read_images(config, real), None
+    num_images = len(images) if pipeline is None else config.num_images
     evaluator = make_evaluator(config, real, features, num_images) if state.is_main_process else None
     bf16 = is_fast_at_bf16(state.device.type) if config.mixed_precision is None else config.mixed_precision == "bf16"
     likelihood = get_bits_per_dim(config, real, pipeline, bf16) if config.bits_per_dim else None
-
     if pipeline is not None:
         images, labels, sampling = generate_for(
             real,
@@ -214,6 +205,38 @@ def main(config: EvaluateConfig) -> dict | None:
     }
     report(config, result)
     return result
+
+
+def complete(config: EvaluateConfig, pipeline: DiffusionPipeline | None) -> EvaluateConfig:
+    """The options, with what was left open as the training run or the pipeline has it."""
+    own_scale = getattr(pipeline, "guider", None) is not None  # the run's scale is not of its guider
+    of_sampling = [name for name in OPTIONS_OF_SAMPLING if not (own_scale and name == "guidance_scale")]
+    config = take_options_of_run(config, config.pipeline, of_sampling, of_data=["caption_column"])
+    if config.resolution is None and pipeline is not None:
+        config = dataclasses.replace(config, resolution=image_size_of(pipeline))
+    return config
+
+
+def load_data(config: EvaluateConfig, pipeline: DiffusionPipeline | None, state: PartialState) -> RealImages:
+    """The data set, with captions for a pipeline that makes images from texts."""
+    data, caption_column = config.for_data(), None
+    with state.main_process_first():
+        if pipeline is not None and takes_prompts(pipeline):
+            caption_column = find_caption_column(data, config.caption_column)
+        return load_real_images(
+            data,
+            config.held_out_split,
+            caption_column=caption_column,
+            label_names=None if pipeline is None else label_names_of(pipeline),
+        )
+
+
+def read_images(config: EvaluateConfig, real: RealImages) -> tuple[Tensor, Tensor | None]:
+    """The images of the folder that is measured, and their labels if they have some."""
+    data = config.for_data()
+    images, labels = read_image_folder(config.pipeline, real, data.pad_value, data.max_bad_share)
+    check_number(len(images), config.num_neighbours, f"the number of images in {config.pipeline}")
+    return images, labels
 
 
 def check_options(config: EvaluateConfig, pipeline: DiffusionPipeline | None) -> None:
@@ -270,7 +293,7 @@ def get_bits_per_dim(config: EvaluateConfig, real: RealImages, pipeline, bf16: b
 
 
 def make_evaluator(config: EvaluateConfig, real: RealImages, features, num_images: int) -> Evaluator:
-    """What measures so many images.
+    """The evaluator of this number of images.
 
     Raises:
         ValueError: if the data set is too small, or lacks what an option needs.
@@ -294,15 +317,15 @@ def make_evaluator(config: EvaluateConfig, real: RealImages, features, num_image
 
 
 def measure(evaluator: Evaluator, real: RealImages, images: Tensor, labels: Tensor | None) -> dict:
-    """The measures of the generated images, and the same of real images that no model has seen, as what is possible."""
+    """The measures of the generated images, and the same of real images that no model has seen: the best there is."""
     result = {"generated": evaluator.measure(images, labels)}
-    if real.held_out is not None and len(real.held_out) > evaluator.num_neighbours:
+    if can_measure_held_out(real, evaluator.num_neighbours):
         result["held_out"] = evaluator.measure_held_out(real.held_out, len(images))
     return result
 
 
 def report(config: EvaluateConfig, result: dict):
-    """Prints the measures and writes them; the model card of a training run gets them too."""
+    """Prints the measures and writes them to a file in one go; the model card of a training run gets them too."""
     folder = Path(config.pipeline) if Path(config.pipeline).is_dir() else Path()
     path = Path(config.output_file) if config.output_file else folder / "evaluation.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -373,7 +396,7 @@ def figures_of(config: EvaluateConfig, result: dict) -> list[Figure]:
         sampler += f", {sampling['guider']}"
     if sampling["labels"]:
         sampler += f", labels {sampling['labels']['proportions']}"
-    command = to_command(config, "training/evaluate.py")
+    command = to_command(config, "training/evaluate.py", launcher="python")
     known = {"dataset": Path(result["dataset_name"]).name, "k": result["num_neighbours"], "whose": "asked for"}
     asked = ""
     if captions := sampling["captions"]:
@@ -391,14 +414,21 @@ def figures_of(config: EvaluateConfig, result: dict) -> list[Figure]:
         for name, value in measures.items()
         if name in METRICS
     ]
-    if bound := result.get("likelihood"):
-        dataset, labels = Path(result["dataset_name"]).name, ", given their labels" if bound["by_label"] else ""
-        metric = f"bits/dim of held-out images of {dataset} in 8 bits{labels}, an upper bound"
-        sampler = f"ancestral, variance {bound['variance']}"
-        figures.append(
-            Figure(metric, bound["bits_per_dim"], bound["num_images"], sampler, bound["num_steps"], command)
-        )
+    if "likelihood" in result:
+        figures.append(figure_of_likelihood(result["likelihood"], known["dataset"], command))
     return figures
+
+
+def figure_of_likelihood(bound: dict, dataset: str, command: str) -> Figure:
+    labels = ", given their labels" if bound["by_label"] else ""
+    return Figure(
+        f"bits/dim of held-out images of {dataset} in 8 bits{labels}, an upper bound",
+        bound["bits_per_dim"],
+        bound["num_images"],
+        f"ancestral, variance {bound['variance']}",
+        bound["num_steps"],
+        command,
+    )
 
 
 parse = partial(parse_config, EvaluateConfig, first="pipeline")

@@ -26,14 +26,10 @@ from diffusers_ext.atomic_files import atomic_write
 from diffusers_ext.diffusion.variational_bound import bits_per_dim
 from diffusers_ext.draws import check_seed
 from diffusers_ext.evaluation.evaluator import format_table
-from diffusers_ext.evaluation.feature_training import drawn_order
-from diffusers_ext.evaluation.real_images import (
-    DataOptions,
-    RealImages,
-    features_for,
-    load_real_images,
-    take_options_of_run,
-)
+from diffusers_ext.evaluation.feature_folders import features_for
+from diffusers_ext.evaluation.labelled_images import drawn_order
+from diffusers_ext.evaluation.options import DataOptions, take_options_of_run
+from diffusers_ext.evaluation.real_images import RealImages, load_real_images
 from diffusers_ext.hub.cards import Figure, add_figures
 from diffusers_ext.machine import set_threads
 from diffusers_ext.metrics.frechet import FeatureStatistics, frechet_distance
@@ -106,7 +102,7 @@ def main(config: EvaluateVAEConfig) -> dict | None:
         raise ValueError(f"{config.model} is no folder of a VAEModel: it has no config.json")
     vae = VAEModel.from_pretrained(config.model).to(state.device).eval()
     with state.main_process_first():
-        real = load_real_images(config)
+        real = load_real_images(config.for_data(), config.held_out_split)
     images = held_out_images(config, real, vae)
     how = config.binarize or "none"
     features, about_features = (None, None) if how != "none" else features_for(real, config.features, state)
@@ -204,7 +200,7 @@ def _distance(features, images: Tensor, decoded: Tensor) -> float:
 
 
 def report(config: EvaluateVAEConfig, result: dict):
-    """Prints the measures and writes them; the model card of a training run gets them too."""
+    """Prints the measures and writes them to a file in one go; the model card of a training run gets them too."""
     folder = Path(config.model)
     path = Path(config.output_file) if config.output_file else folder / "evaluation.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -231,7 +227,7 @@ def figures_of(config: EvaluateVAEConfig, result: dict) -> list[Figure]:
         "dataset": Path(result["dataset_name"]).name,
         "latents": result["num_latents"],
     }
-    command = to_command(config, "training/evaluate_vae.py")
+    command = to_command(config, "training/evaluate_vae.py", launcher="python")
     return [
         Figure(
             METRICS[name].format(**names),

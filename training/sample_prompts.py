@@ -15,6 +15,7 @@ from PIL import Image
 
 from diffusers_ext import TextGuidedDiffusionPipeline
 from diffusers_ext.draws import check_seed
+from diffusers_ext.evaluation.generate import sample_images
 from diffusers_ext.evaluation.subject import load_pipeline
 from diffusers_ext.figures import labelled_grid, save_picture
 from diffusers_ext.guidance.guided_denoiser import check_guidance_scale
@@ -92,18 +93,20 @@ def draw_guidance_scales(
     Args:
         settings: For the pipeline's call.
     """
+    seeds = [seed + k for _ in prompts for k in range(columns)]
+    each = [prompt for prompt in prompts for _ in range(columns)]
     by_scale = []
     for scale in scales:
-        generators = [torch.Generator(pipe.device).manual_seed(seed + k) for _ in prompts for k in range(columns)]
-        images = pipe(
-            list(prompts),
+        (images,) = sample_images(
+            pipe,
+            seeds,
+            prompts=each,
+            batch_size=len(seeds),
+            device=pipe.device,
             guidance_scale=scale,
-            num_images_per_prompt=columns,
-            generator=generators,
-            output_type="pt",
             **settings,
-        ).images
-        by_scale.append(images.float().cpu().unflatten(0, (len(prompts), columns)))
+        )
+        by_scale.append(images.unflatten(0, (len(prompts), columns)))
     heads = [f"w = {scale:g}" if k == 0 else "" for scale in scales for k in range(columns)]
     return labelled_grid(torch.cat(by_scale, dim=1), list(prompts), heads)
 

@@ -3,7 +3,6 @@
 python training/train_features.py --dataset_name digits --output_dir runs/features-digits
 """
 
-import dataclasses
 import os
 import sys
 import time
@@ -15,7 +14,9 @@ import openmp  # noqa: F401  before torch is loaded
 from accelerate import PartialState
 
 from diffusers_ext.draws import check_seed
-from diffusers_ext.evaluation.real_images import DataOptions, load_real_images, train_and_save_features
+from diffusers_ext.evaluation.feature_folders import train_and_save_features
+from diffusers_ext.evaluation.options import DataOptions
+from diffusers_ext.evaluation.real_images import load_real_images
 from diffusers_ext.machine import set_threads
 from diffusers_ext.options import option, parse_config
 
@@ -52,11 +53,10 @@ class FeaturesConfig(DataOptions):
 
 
 def main(config: FeaturesConfig) -> dict:
-    """Trains, saves and tells the accuracy on held-out images."""
+    """Trains, saves and prints the accuracy on held-out images."""
     check_seed(config.seed)
-    if config.dataset_name is None:
-        config = dataclasses.replace(config, dataset_name="digits")
-    name = os.path.basename(os.path.abspath(config.dataset_name))
+    data = config.for_data()
+    name = os.path.basename(os.path.abspath(data.dataset_name))
     folder = Path(config.output_dir or f"runs/features-{name}")
     if folder.is_dir() and any(folder.iterdir()) and not config.overwrite_output_dir:
         raise ValueError(f"output_dir {folder} is not empty: give another one, or --overwrite_output_dir")
@@ -64,7 +64,7 @@ def main(config: FeaturesConfig) -> dict:
     state = PartialState()
     set_threads(config.num_threads, state.num_processes)
     with state.main_process_first():
-        real = load_real_images(config)
+        real = load_real_images(data, config.held_out_split)
     start = time.perf_counter()
     about = train_and_save_features(
         real,

@@ -1,4 +1,4 @@
-"""How many bits a pipeline's model takes for images that it was not trained on: the variational bound, in bits/dim."""
+"""The likelihood of held-out images under a pipeline's model, by the variational bound in bits/dim."""
 
 import inspect
 import math
@@ -16,28 +16,29 @@ from diffusers_ext.diffusion.noising import dynamic_threshold
 from diffusers_ext.diffusion.probability_flow import flow_bound
 from diffusers_ext.diffusion.reverse_chain import LEARNED_VARIANCES, ReverseChain
 from diffusers_ext.diffusion.variational_bound import bits_per_dim, optimal_variances, variational_bound
-from diffusers_ext.evaluation.feature_training import LabelledImages, drawn_order
-from diffusers_ext.evaluation.generate import SEED_STRIDE, convert_channels, image_size_of, num_classes_of
+from diffusers_ext.evaluation.generate import SEED_STRIDE
+from diffusers_ext.evaluation.labelled_images import LabelledImages, convert_channels, drawn_order
+from diffusers_ext.evaluation.pipeline_facts import image_size_of, num_labels_of
 from diffusers_ext.schedulers import ExtDDPMScheduler
 
 
 # Fixed ones that can be asked for; the learned one follows from the model.
 FIXED_VARIANCES = ("fixed_small", "fixed_large", "optimal")
 
-# The rate is told for so many parts of the timesteps.
+# The rate is reported by parts of the timesteps, of about equal numbers.
 NUM_PARTS = 20
 
 
 @dataclass(frozen=True)
 class LikelihoodModel:
-    """What of a pipeline has a likelihood: its network and the noising path, without guidance.
+    """The part of a pipeline that has a likelihood: its network and the noising path, without guidance.
 
     Args:
         network: Called `network(x_t, timesteps, class_labels=...)`.
-        scheduler: With the path, the timesteps as set, and what becomes of the predicted x_0.
-        num_classes: Labels that the network takes, or None.
-        null_label: What stands for no label, or None.
-        variance_type: What the pipeline's scheduler says of the variance, if it does.
+        scheduler: With the path, the timesteps as set, and the clipping of the predicted x_0.
+        num_classes: Number of labels that the network takes, or None.
+        null_label: The label that stands for none, or None.
+        variance_type: In the config of the pipeline's scheduler, or None.
     """
 
     network: torch.nn.Module
@@ -48,7 +49,7 @@ class LikelihoodModel:
 
     @classmethod
     def of(cls, pipeline, num_steps: int | None = None) -> "LikelihoodModel":
-        """That of a pipeline in pixels, from nothing or from labels.
+        """The model of a pipeline in pixels, unconditional or with labels.
 
         Args:
             num_steps: Number of timesteps, spaced as the pipeline's scheduler does; all of the training's by default.
@@ -73,7 +74,7 @@ class LikelihoodModel:
         if num_steps is not None:
             scheduler.set_timesteps(num_steps)
         null_label = getattr(pipeline, "null_label", None)
-        return cls(network, scheduler, num_classes_of(pipeline), null_label, config.get("variance_type"))
+        return cls(network, scheduler, num_labels_of(pipeline), null_label, config.get("variance_type"))
 
     @property
     def channels(self) -> int:
@@ -94,7 +95,7 @@ class LikelihoodModel:
 
     @property
     def clip(self) -> Callable[[Tensor], Tensor] | None:
-        """What the sampler does to the predicted x_0."""
+        """The clipping of the predicted x_0 in the sampler, or None."""
         config = self.scheduler.config
         if config.thresholding:
             return lambda x0: dynamic_threshold(x0, config.dynamic_thresholding_ratio, config.sample_max_value)
@@ -103,6 +104,16 @@ class LikelihoodModel:
 
     def chain(self, variances: Tensor | None = None) -> ReverseChain:
         return ReverseChain(self.scheduler.schedule, self.scheduler.timesteps.tolist(), variances)
+
+    def prepare(self, images: LabelledImages, rows: list[int], by_label: bool) -> tuple[Tensor, Tensor | None]:
+        """Images in [-1, 1], and their labels or the null label, on the device of this process."""
+        device = PartialState().device
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        x0 = convert_channels(images.images[rows], self.channels).to(device, dtype) * (2 / 255) - 1
+        if self.num_classes is None:
+            return x0, None
+        labels = images.labels[rows] if by_label else torch.full((len(rows),), self.null_label)
+        return x0, labels.to(device)
 
     def denoiser(self, labels: Tensor | None, variance: str) -> Callable[[Tensor, Tensor], Tensor]:
         """The network in its own precision, without its variances if they are not asked for."""
@@ -141,14 +152,14 @@ def measure_bits_per_dim(
 
     Args:
         pipeline: See `LikelihoodModel.of`.
-        images: Which it was not trained on, with labels if it takes them; otherwise the null label is given.
-        train: Images that it was trained on, for the variance "optimal", which is measured on `batch_size` of them.
-        num_images: How many of them, drawn by the seed; at most all.
+        images: Held-out images, with labels if the model takes them; without labels it is given the null label.
+        train: The training images; the variance "optimal" is measured on `batch_size` of them.
+        num_images: Number of images to measure, drawn by the seed; at most all.
         num_steps: Timesteps of the sampler whose bound it is; all of the training's by default.
-        num_terms: How many of them are looked at for each image, see `variational_bound`; None for all.
+        num_terms: Number of timesteps evaluated for each image, see `variational_bound`; None for all.
         variance: "fixed_small", "fixed_large" or "optimal"; by default the model's own.
-        num_flow_steps: Measure the bound by the probability flow too, in so many steps of four evaluations and gradients
-            of the network each; without clipping of the predicted x_0.
+        num_flow_steps: Measure the bound by the probability flow too, in this number of steps, each of four evaluations
+            and gradients of the network; without clipping of the predicted x_0.
         batch_size: Images at a time.
         bf16: Run the network under bf16 autocast, but for the flow.
         seed: Of the draw of images, the noise and the draw of terms.
@@ -163,106 +174,27 @@ def measure_bits_per_dim(
     """
     state = PartialState()
     model = LikelihoodModel.of(pipeline, num_steps)
-    kind = model.variance if variance is None else variance
-    if variance is not None and variance not in FIXED_VARIANCES:
-        raise ValueError(f"variance must be one of {', '.join(FIXED_VARIANCES)}, or None, got {variance!r}")
-    size = image_size_of(pipeline)
-    if tuple(images.images.shape[2:]) != size:
-        raise ValueError(f"the network takes images of {size} (height, width), got {tuple(images.images.shape[2:])}")
+    kind = _choose_variance(model, variance)
+    by_label = _check_images(model, images, image_size_of(pipeline))
     order = drawn_order(len(images), seed)[:num_images].tolist()
-    by_label = model.num_classes is not None and len(images.label_names) > 0
-    if by_label and len(images.label_names) != model.num_classes:
-        raise ValueError(f"the network takes {model.num_classes} labels, the images have {len(images.label_names)}")
-    if model.num_classes is not None and not by_label and model.null_label is None:
-        raise ValueError("the network takes labels and none for no label, but the images have no labels")
-    chain = model.chain()
-    if len(chain) - 1 <= (num_terms or math.inf):
-        num_terms = None
-    precision = torch.autocast(state.device.type, torch.bfloat16) if bf16 else nullcontext()
-    wide = torch.float32 if state.device.type == "mps" else torch.float64
-
-    def prepare(source: LabelledImages, rows: list[int]) -> tuple[Tensor, Tensor | None]:
-        """Images in [-1, 1] and their labels, on the device."""
-        x0 = convert_channels(source.images[rows], model.channels).to(state.device, wide) * (2 / 255) - 1
-        if model.num_classes is None:
-            return x0, None
-        labels = source.labels[rows] if by_label else torch.full((len(rows),), model.null_label)
-        return x0, labels.to(state.device)
-
     model.network.eval()
-    with precision:
+    with torch.autocast(state.device.type, torch.bfloat16) if bf16 else nullcontext():
+        chain = model.chain()
         if kind == "optimal":
-            if train is None:
-                raise ValueError("the variance 'optimal' is measured on training images: give train")
-            rows = drawn_order(len(train), seed)[:batch_size].tolist()
-            x0, labels = prepare(train, rows)
-            variances = optimal_variances(
-                model.denoiser(labels, kind),
-                *([x0], chain, model.scheduler.config.prediction_type),
-                clip=model.clip,
-                generator=torch.Generator().manual_seed(seed),
-            )
-            chain = model.chain(variances)
-        mine = order[state.process_index :: state.num_processes]
-        measured = []
-        progress = tqdm(
-            total=len(mine), desc="bits/dim", unit="image", disable=not (show_progress and state.is_main_process)
-        )
-        for start in range(0, len(mine), batch_size):
-            rows = mine[start : start + batch_size]
-            x0, labels = prepare(images, rows)
-            terms = variational_bound(
-                model.denoiser(labels, kind),
-                *(x0, chain, model.scheduler.config.prediction_type, kind),
-                num_terms=num_terms,
-                clip=model.clip,
-                # On the CPU, so that the noise is the same on every device.
-                generator=[Generator().manual_seed(seed * SEED_STRIDE + row) for row in rows],
-            )
-            part = torch.zeros(len(rows), NUM_PARTS, dtype=wide, device=x0.device)
-            part.scatter_add_(1, _part_of(terms.index, chain), terms.weight * terms.kl)
-            flow = torch.full_like(terms.total, math.nan)
-            if num_flow_steps is not None:
-                with torch.autocast(state.device.type, enabled=False):
-                    flow = flow_bound(
-                        model.denoiser(labels, kind),
-                        *(x0, chain, model.scheduler.config.prediction_type, kind),
-                        num_steps=num_flow_steps,
-                        generator=[Generator().manual_seed(seed * SEED_STRIDE + row) for row in rows],
-                    ).total
-            columns = torch.stack([terms.total, flow, terms.rate, terms.distortion, terms.prior], 1)
-            measured.append(bits_per_dim(torch.cat([columns, part], 1), terms.num_dims).cpu())
-            progress.update(len(rows))
-        progress.close()
-    measured = torch.cat(measured).tolist() if measured else []
+            chain = model.chain(_measure_variances(model, chain, train, by_label, batch_size, seed))
+        if num_terms is not None and num_terms >= len(chain) - 1:
+            num_terms = None
+        bound = ImageBound(model, chain, kind, num_terms, num_flow_steps, seed)
+        mine, measured = order[state.process_index :: state.num_processes], []
+        hidden = not (show_progress and state.is_main_process)
+        with tqdm(total=len(mine), desc="bits/dim", unit="image", disable=hidden) as progress:
+            for start in range(0, len(mine), batch_size):
+                rows = mine[start : start + batch_size]
+                measured += bound.of(*model.prepare(images, rows, by_label), rows).tolist()
+                progress.update(len(rows))
     if state.num_processes > 1:
         measured = gather_object(measured)
-    # In one order whatever the number of processes, so that the sums are the same to the last digit.
-    measured = torch.tensor(sorted(measured), dtype=torch.float64)
-    total, flow, rate, distortion, prior, *parts = measured.mean(0).tolist()
-    errors = (measured.std(0) / math.sqrt(len(measured))).tolist() if len(measured) > 1 else [None, None]
-    transitions = torch.arange(1, len(chain))
-    place = _part_of(transitions, chain)
-    by_flow = {
-        "flow_bits_per_dim": flow,
-        "flow_standard_error": errors[1],
-        "num_flow_steps": num_flow_steps,
-    }
-    return {
-        "bits_per_dim": total,
-        "standard_error": errors[0],
-        "rate": rate,
-        "distortion": distortion,
-        "prior": prior,
-        **({} if num_flow_steps is None else by_flow),
-        "rate_by_timesteps": [
-            {
-                "first_timestep": int(chain.timesteps[transitions[place == part][0]]),
-                "last_timestep": int(chain.timesteps[transitions[place == part][-1]]),
-                "bits_per_dim": parts[part],
-            }
-            for part in place.unique().tolist()
-        ],
+    return _summarize(measured, chain, num_flow_steps) | {
         "num_images": len(measured),
         "num_dims": model.channels * images.images[0, 0].numel(),
         "num_bins": 256,
@@ -275,6 +207,124 @@ def measure_bits_per_dim(
     }
 
 
+def _choose_variance(model: LikelihoodModel, variance: str | None) -> str:
+    kind = model.variance if variance is None else variance
+    if variance is not None and variance not in FIXED_VARIANCES:
+        raise ValueError(f"variance must be one of {', '.join(FIXED_VARIANCES)}, or None, got {variance!r}")
+    return kind
+
+
+def _check_images(model: LikelihoodModel, images: LabelledImages, size: tuple[int, int]) -> bool:
+    """Whether the network gets the labels of these images, which must be of its size and have its labels or none."""
+    if tuple(images.images.shape[2:]) != size:
+        raise ValueError(f"the network takes images of {size} (height, width), got {tuple(images.images.shape[2:])}")
+    by_label = model.num_classes is not None and len(images.label_names) > 0
+    if by_label and len(images.label_names) != model.num_classes:
+        raise ValueError(f"the network takes {model.num_classes} labels, the images have {len(images.label_names)}")
+    if model.num_classes is not None and not by_label and model.null_label is None:
+        raise ValueError("the network takes labels and none for no label, but the images have no labels")
+    return by_label
+
+
+def _measure_variances(
+    model: LikelihoodModel,
+    chain: ReverseChain,
+    train: LabelledImages | None,
+    by_label: bool,
+    number: int,
+    seed: int,
+) -> Tensor:
+    """The best variance of each step, on `number` training images that the seed draws."""
+    if train is None:
+        raise ValueError("the variance 'optimal' is measured on training images: give train")
+    rows = drawn_order(len(train), seed)[:number].tolist()
+    x0, labels = model.prepare(train, rows, by_label)
+    return optimal_variances(
+        model.denoiser(labels, "optimal"),
+        *([x0], chain, model.scheduler.config.prediction_type),
+        clip=model.clip,
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+@dataclass(frozen=True)
+class ImageBound:
+    """The terms of the bound of each image, with noise that depends on the seed and the image's row alone.
+
+    Args:
+        num_terms, num_flow_steps: See `measure_bits_per_dim`.
+    """
+
+    model: LikelihoodModel
+    chain: ReverseChain
+    variance: str
+    num_terms: int | None
+    num_flow_steps: int | None
+    seed: int
+
+    def of(self, x0: Tensor, labels: Tensor | None, rows: list[int]) -> Tensor:
+        """Bits/dim, shape `(batch, 5 + NUM_PARTS)`, on the CPU.
+
+        The columns: the bound, the bound by the flow (NaN if not asked for), the rate, the distortion, the prior, and the
+        rate of each part of the timesteps.
+        """
+        denoise = self.model.denoiser(labels, self.variance)
+        path = (x0, self.chain, self.model.scheduler.config.prediction_type, self.variance)
+        terms = variational_bound(
+            denoise, *path, num_terms=self.num_terms, clip=self.model.clip, generator=self._generators(rows)
+        )
+        by_part = torch.zeros(len(x0), NUM_PARTS, dtype=x0.dtype, device=x0.device)
+        by_part.scatter_add_(1, _part_of(terms.index, self.chain), terms.weight * terms.kl)
+        flow = torch.full_like(terms.total, math.nan)
+        if self.num_flow_steps is not None:
+            with torch.autocast(x0.device.type, enabled=False):
+                generators = self._generators(rows)
+                flow = flow_bound(denoise, *path, num_steps=self.num_flow_steps, generator=generators).total
+        columns = torch.stack([terms.total, flow, terms.rate, terms.distortion, terms.prior], 1)
+        return bits_per_dim(torch.cat([columns, by_part], 1), terms.num_dims).cpu()
+
+    def _generators(self, rows: list[int]) -> list[Generator]:
+        # On the CPU, so that the noise is the same on every device.
+        return [Generator().manual_seed(self.seed * SEED_STRIDE + row) for row in rows]
+
+
+def _summarize(measured: list[list[float]], chain: ReverseChain, num_flow_steps: int | None) -> dict:
+    """Means over the images, with their standard errors.
+
+    Args:
+        measured: The columns of `ImageBound.of`, a row for each image.
+    """
+    # Sorted, so that the sums are the same to the last digit whatever the number of processes.
+    columns = torch.tensor(sorted(measured), dtype=torch.float64)
+    total, flow, rate, distortion, prior, *parts = columns.mean(0).tolist()
+    errors = (columns.std(0) / math.sqrt(len(columns))).tolist() if len(columns) > 1 else [None, None]
+    result = {
+        "bits_per_dim": total,
+        "standard_error": errors[0],
+        "rate": rate,
+        "distortion": distortion,
+        "prior": prior,
+    }
+    if num_flow_steps is not None:
+        result |= {
+            "flow_bits_per_dim": flow,
+            "flow_standard_error": errors[1],
+            "num_flow_steps": num_flow_steps,
+        }
+    return result | {"rate_by_timesteps": _by_timesteps(parts, chain)}
+
+
+def _by_timesteps(parts: list[float], chain: ReverseChain) -> list[dict]:
+    """The rate of each part of the timesteps that has any."""
+    transitions = torch.arange(1, len(chain))
+    part_of = _part_of(transitions, chain)
+    rows = []
+    for part in part_of.unique().tolist():
+        timesteps = chain.timesteps[transitions[part_of == part]].tolist()
+        rows.append({"first_timestep": timesteps[0], "last_timestep": timesteps[-1], "bits_per_dim": parts[part]})
+    return rows
+
+
 def _part_of(index: Tensor, chain: ReverseChain) -> Tensor:
-    """Which of `NUM_PARTS` parts of the chain, that to the data left out, a transition is in."""
+    """Which of `NUM_PARTS` parts of the chain a transition is in; that to the data, 0, is in none."""
     return (index - 1) * NUM_PARTS // max(1, len(chain) - 1)

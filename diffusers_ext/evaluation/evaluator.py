@@ -6,17 +6,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffusers_ext.evaluation.feature_training import LabelledImages, drawn_order
+from diffusers_ext.evaluation.labelled_images import LabelledImages, drawn_order
+from diffusers_ext.evaluation.real_images import RealImages
 from diffusers_ext.metrics.features import FeatureClassifierModel
 from diffusers_ext.metrics.frechet import FeatureStatistics, frechet_distance
-from diffusers_ext.metrics.neighbours import nearest_distances, precision_recall
+from diffusers_ext.metrics.neighbours import PrecisionRecall, nearest_distances, precision_recall
 
 
 # Below this probability of a chi-squared test, labels are taken to be in other proportions than the training images'.
 SAME_PROPORTIONS = 1e-3
 
 
-@dataclass(frozen=True)
+@dataclass
 class Evaluator:
     """Measures sets of images against the real images `train`.
 
@@ -50,7 +51,7 @@ class Evaluator:
         if len(self.train) <= self.num_neighbours:
             raise ValueError(
                 f"num_neighbours must be smaller than the number of training images, {len(self.train)}, since precision "
-                f"and recall look at so many other images around each, got {self.num_neighbours}"
+                f"and recall look at that number of other images around each, got {self.num_neighbours}"
             )
         shape = tuple(self.train.images.shape[1:])
         if self.features is not None and self.features.image_shape != shape:
@@ -58,15 +59,10 @@ class Evaluator:
                 f"the feature classifier takes images of (channels, height, width) {self.features.image_shape}, but"
                 f" those of the data set are {shape}: train one on them with training/train_features.py"
             )
-        order = drawn_order(len(self.train), self.seed)
-        reference = order[: self.num_reference]
-        keep = {"_reference": reference}
+        self._reference = drawn_order(len(self.train), self.seed)[: self.num_reference]
         if self.features is not None:
-            train_features, _ = self.features.measure(self.train.images)
-            keep["_statistics"] = FeatureStatistics(self.features.feature_dim).update(train_features)
-            keep["_features"] = train_features
-        for name, value in keep.items():
-            object.__setattr__(self, name, value)
+            self._features, _ = self.features.measure(self.train.images)
+            self._statistics = FeatureStatistics(self.features.feature_dim).update(self._features)
 
     def measure(self, images: Tensor, labels: Tensor | None = None) -> dict[str, float | int]:
         """Every measure of these images.
@@ -77,7 +73,8 @@ class Evaluator:
 
         Returns:
             `num_images`; in features: `frechet_distance` from all real images, `feature_precision`, `feature_recall`,
-            `label_accuracy` (share of the images to which the feature classifier gives the label asked for);
+            `label_accuracy` (share of the images to which the feature classifier gives the label asked for, compared by
+            name), if it knows the labels of the real images;
             `reference_weighted`, True where the real images were weighted to the labels' proportions, see the class;
             in pixels: `pixel_precision`, `pixel_recall`, `nearest_train_distance` (median Euclidean distance to the
             nearest training image, pixels in [0, 1]), `svc_label_accuracy`. Those that do not apply are left out.
@@ -93,31 +90,39 @@ class Evaluator:
             )
         check_number(len(images), self.num_neighbours)
         weights = self.weights_for(labels)
-        of_reference = None if weights is None else weights[self._reference]
         result: dict[str, float | int] = {"num_images": len(images)}
         if weights is not None:
             result["reference_weighted"] = True
         if self.features is not None:
-            features, given_labels = self.features.measure(images)
-            statistics, real = FeatureStatistics(self.features.feature_dim).update(features), self._statistics
-            if weights is not None:
-                real = FeatureStatistics.of_weighted(self._features, weights)
-            result["frechet_distance"] = frechet_distance(real, statistics)
-            near = precision_recall(self._features[self._reference], features, self.num_neighbours, of_reference)
-            result["feature_precision"], result["feature_recall"] = near
-            if labels is not None:
-                result["label_accuracy"] = _share_equal(given_labels, labels)
+            result |= self._measure_in_features(images, labels, weights)
         if self.in_pixels:
-            pixels = _pixels(images)
-            reference = _pixels(self.train.images[self._reference])
-            near = precision_recall(reference, pixels, self.num_neighbours, of_reference)
-            result["pixel_precision"], result["pixel_recall"] = near
-            distances = nearest_distances(pixels, _pixels(self.train.images))
-            result["nearest_train_distance"] = distances.median().item()
+            result |= self._measure_in_pixels(images, weights)
         if self.svc is not None and labels is not None:
             predicted = torch.as_tensor(self.svc.predict(_pixels(images).numpy()))
             result["svc_label_accuracy"] = _share_equal(predicted, labels)
         return result
+
+    def _measure_in_features(self, images: Tensor, labels: Tensor | None, weights: Tensor | None) -> dict[str, float]:
+        features, classes = self.features.measure(images)
+        real = self._statistics if weights is None else FeatureStatistics.of_weighted(self._features, weights)
+        distance = frechet_distance(real, FeatureStatistics(self.features.feature_dim).update(features))
+        precision, recall = self._precision_recall(self._features, features, weights)
+        result = {"frechet_distance": distance, "feature_precision": precision, "feature_recall": recall}
+        if labels is not None and knows_labels(self.features, self.train):
+            result["label_accuracy"] = _share_equal(self.features.ids_among(self.train.label_names)[classes], labels)
+        return result
+
+    def _measure_in_pixels(self, images: Tensor, weights: Tensor | None) -> dict[str, float]:
+        pixels, real = _pixels(images), _pixels(self.train.images)
+        precision, recall = self._precision_recall(real, pixels, weights)
+        distance = nearest_distances(pixels, real).median().item()
+        return {"pixel_precision": precision, "pixel_recall": recall, "nearest_train_distance": distance}
+
+    def _precision_recall(self, real: Tensor, points: Tensor, weights: Tensor | None) -> PrecisionRecall:
+        reference = self._reference
+        return precision_recall(
+            real[reference], points, self.num_neighbours, None if weights is None else weights[reference]
+        )
 
     def weights_for(self, labels: Tensor | None) -> Tensor | None:
         """Weights by which the real images have the proportions of these labels, shape `(real images,)`, sum 1.
@@ -145,7 +150,7 @@ class Evaluator:
         return weights / weights.sum()
 
     def measure_held_out(self, held_out: LabelledImages, number: int) -> dict[str, float | int]:
-        """The same of at most `number` real images that no model has seen, drawn by the seed: what is possible."""
+        """The same of at most `number` real images that no model has seen, drawn by the seed: the best there is."""
         order = drawn_order(len(held_out), self.seed)[:number]
         return self.measure(held_out.images[order], held_out.labels[order] if held_out.label_names else None)
 
@@ -164,6 +169,36 @@ def check_number(num_images: int, num_neighbours: int, name: str = "num_images")
             f"{name} must be at least {num_neighbours + 1}, got {num_images}: precision and recall look at the "
             f"{num_neighbours} nearest other images around each (num_neighbours)"
         )
+
+
+def can_measure_held_out(real: RealImages, num_neighbours: int) -> bool:
+    """Whether there are enough images that a generator was not trained on."""
+    return real.held_out is not None and len(real.held_out) > num_neighbours
+
+
+def knows_labels(features: FeatureClassifierModel, train: LabelledImages) -> bool:
+    """Whether a feature classifier has a class for each label that these images have, by name."""
+    return set(train.labels.unique().tolist()) <= set(features.ids_among(train.label_names).tolist())
+
+
+def describe_left_out(real: RealImages, features: FeatureClassifierModel | None, num_neighbours: int) -> list[str]:
+    """Which measures are left out for want of images or labels, in lines."""
+    lines = []
+    if real.held_out is None:
+        lines.append(
+            f"{real.name} has no split of images that were not trained on, so no real ones are measured beside the "
+            "generated ones: name one by --held_out_split"
+        )
+    elif not can_measure_held_out(real, num_neighbours):
+        lines.append(
+            f"the held-out split of {real.name} is not measured beside the generated images: precision and recall take more "
+            f"images than num_neighbours, {num_neighbours}, got {len(real.held_out)}"
+        )
+    if features is not None and real.has_labels and not knows_labels(features, real.train):
+        lines.append(
+            f"the feature classifier does not know the labels of {real.name} by their names, so label_accuracy is left out"
+        )
+    return lines
 
 
 def fit_svc(train: LabelledImages):

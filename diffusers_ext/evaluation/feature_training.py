@@ -11,52 +11,13 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from diffusers_ext.evaluation.labelled_images import LabelledImages
 from diffusers_ext.machine import is_fast_at_bf16
 from diffusers_ext.metrics.features import FeatureClassifierModel
 from diffusers_ext.pixels import to_images
-
-
-def drawn_order(count: int, seed: int) -> Tensor:
-    """The order in which `count` examples are taken, which the seed draws: int64, shape `(count,)`."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-
-
-class LabelledImages(TensorDataset):
-    """8-bit images `(number, channels, height, width)`, their labels `(number,)`, and the labels' names.
-
-    Images without labels have the label -1 and no names.
-
-    Raises:
-        TypeError, ValueError: if the images are not uint8 of that shape, or a label is missing or out of range.
-    """
-
-    def __init__(self, images: Tensor, labels: Tensor, label_names: list[str]):
-        if images.dtype != torch.uint8:
-            raise TypeError(f"images must be uint8 in [0, 255], got {images.dtype}")
-        if images.ndim != 4:
-            raise ValueError(f"images must have shape (number, channels, height, width), got {tuple(images.shape)}")
-        if labels.shape != images.shape[:1]:
-            raise ValueError(f"labels must be one for each of the {len(images)} images, got {tuple(labels.shape)}")
-        if len(label_names) == 0:
-            if not labels.eq(-1).all():
-                raise ValueError("images without label_names must have the label -1")
-        elif len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(label_names):
-            raise ValueError(
-                f"labels must be in [0, {len(label_names) - 1}], got {int(labels.min())} to {int(labels.max())}"
-            )
-        super().__init__(images, labels)
-        self.label_names = list(label_names)
-
-    @property
-    def images(self) -> Tensor:
-        return self.tensors[0]
-
-    @property
-    def labels(self) -> Tensor:
-        return self.tensors[1]
 
 
 def fit_feature_classifier(
@@ -88,22 +49,12 @@ def fit_feature_classifier(
     Raises:
         ValueError: if there are too few images, or the loss is not finite.
     """
-    if len(train) < 2:
-        raise ValueError(f"training needs at least 2 images, got {len(train)}")
-    if num_epochs is None:
-        num_epochs = min(max(round(275_000 / len(train)), 1), 20)
-    if num_epochs < 1:
-        raise ValueError(f"num_epochs must be at least 1, got {num_epochs}")
-    if batch_size is None:
-        batch_size = min(max(len(train) // 24, 16), 128)
+    num_epochs, batch_size = _choose_length(len(train), num_epochs, batch_size)
     accelerator = Accelerator()
     # Batch normalisation needs at least two images.
     batch_size = max(2, min(batch_size, len(train)) // accelerator.num_processes)
-    autocast = torch.autocast(
-        accelerator.device.type,
-        torch.bfloat16,
-        enabled=is_fast_at_bf16(accelerator.device.type) if bf16 is None else bf16,
-    )
+    device = accelerator.device.type
+    autocast = torch.autocast(device, torch.bfloat16, enabled=is_fast_at_bf16(device) if bf16 is None else bf16)
     set_seed(seed)
     model = FeatureClassifierModel.for_images(tuple(train.images.shape[1:]), train.label_names)
     model = model.to(memory_format=torch.channels_last)
@@ -115,25 +66,38 @@ def fit_feature_classifier(
     schedule = get_cosine_schedule_with_warmup(optimizer, num_steps // 5, num_steps)
     flips = torch.Generator().manual_seed(seed + accelerator.process_index)
     hidden = not (show_progress and accelerator.is_local_main_process)
-    progress = tqdm(total=num_steps, desc="training the feature classifier", disable=hidden)
     model.train()
-    for epoch in range(1, num_epochs + 1):
-        for images, labels in loader:
-            if random_flip:
-                flip = torch.rand(len(images), generator=flips).lt(0.5).to(images.device)
-                images = torch.where(flip[:, None, None, None], images.flip(3), images)
-            sample = to_images(images).contiguous(memory_format=torch.channels_last)
-            with autocast:
-                loss = F.cross_entropy(model(sample), labels)
-            accelerator.backward(loss)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            progress.update()
-        if not math.isfinite(loss.item()):
-            raise ValueError(f"the loss is {loss.item()} after epoch {epoch}: lower learning_rate")
-    progress.close()
+    with tqdm(total=num_steps, desc="training the feature classifier", disable=hidden) as progress:
+        for epoch in range(1, num_epochs + 1):
+            for images, labels in loader:
+                images = _mirrored_at_random(images, flips) if random_flip else images
+                sample = to_images(images).contiguous(memory_format=torch.channels_last)
+                with autocast:
+                    loss = F.cross_entropy(model(sample), labels)
+                accelerator.backward(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+                progress.update()
+            if not math.isfinite(loss.item()):
+                raise ValueError(f"the loss is {loss.item()} after epoch {epoch}: lower learning_rate")
     return accelerator.unwrap_model(model, keep_fp32_wrapper=False).eval()
+
+
+def _choose_length(num_images: int, num_epochs: int | None, batch_size: int | None) -> tuple[int, int]:
+    """Epochs, and images of a step over all processes, with the defaults of `fit_feature_classifier`."""
+    if num_images < 2:
+        raise ValueError(f"training needs at least 2 images, got {num_images}")
+    if num_epochs is None:
+        num_epochs = min(max(round(275_000 / num_images), 1), 20)
+    if num_epochs < 1:
+        raise ValueError(f"num_epochs must be at least 1, got {num_epochs}")
+    return num_epochs, min(max(num_images // 24, 16), 128) if batch_size is None else batch_size
+
+
+def _mirrored_at_random(images: Tensor, generator: torch.Generator) -> Tensor:
+    flip = torch.rand(len(images), generator=generator).lt(0.5).to(images.device)
+    return torch.where(flip[:, None, None, None], images.flip(3), images)
 
 
 def accuracy(model: FeatureClassifierModel, data: LabelledImages) -> float:

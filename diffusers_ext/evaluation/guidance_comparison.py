@@ -1,18 +1,16 @@
-"""Ways to guide one pipeline, side by side: what each of them is at a scale, its network calls, a figure and a table.
+"""Ways to guide one pipeline: what each of them needs, what it is at a scale, and how many network calls it takes.
 
-`training/compare_guidance.py` is the command for it.
+`training/compare_guidance.py` compares them.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from diffusers.guiders import AdaptiveProjectedGuidance, AutoGuidance, BaseGuidance
 from torch import nn
 
-from diffusers_ext.figures import save_picture
 from diffusers_ext.guidance.guided_denoiser import INTERVAL_UNITS, with_named_blocks, without_notice
 from diffusers_ext.guidance.guiders import ClassifierGuidance, WeakModelGuidance
 from diffusers_ext.options import option
@@ -36,7 +34,7 @@ NETWORKS = ("denoiser", "weak_denoiser", "classifier")
 
 @dataclass(frozen=True)
 class GuidanceOptions:
-    """What the methods are set to, beside their scale."""
+    """The settings of the methods, beside their scale."""
 
     guidance_interval: tuple[float, ...] = option(
         (0.2, 0.8), "where CFG with interval guides, two numbers in interval_unit", "guidance"
@@ -53,7 +51,7 @@ class GuidanceOptions:
     )
 
     def check_guidance(self) -> None:
-        """Refuses what no method could do anything with; a pipeline looks at the interval.
+        """Refuses values out of range; the interval's are checked by the pipeline.
 
         Raises:
             ValueError: if an option is out of range.
@@ -93,7 +91,7 @@ def add_networks(
 
 
 def why_missing(method: str, pipe: GuidedDiffusionPipeline) -> str | None:
-    """What a method lacks with this pipeline, in a clause; `None` if nothing."""
+    """Why a method cannot be used with this pipeline, in a clause; `None` if it can."""
     if method == "classifier":
         return None if pipe.classifier is not None else "give --classifier, a folder of training/train_classifier.py"
     if method == "autoguidance" and pipe.weak_denoiser is not None:
@@ -152,13 +150,13 @@ def call_settings(
 
 def describe_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The same as JSON can hold it."""
-    told = dict(settings)
+    described = dict(settings)
     if isinstance(guider := settings.get("guider"), BaseGuidance):
         config = {
             name: value for name, value in guider.config.items() if not name.startswith("_") and value is not None
         }
-        told["guider"] = {"class": type(guider).__name__} | config
-    return told
+        described["guider"] = {"class": type(guider).__name__} | config
+    return described
 
 
 @contextmanager
@@ -184,110 +182,5 @@ def counted_calls(pipe: GuidedDiffusionPipeline) -> Iterator[dict[str, int]]:
             handle.remove()
 
 
-def rows_of(rows: Sequence[dict], method: str) -> list[dict]:
-    """The results of a method by rising scale, with the one without guidance, which is every method's at a scale of 1."""
-    return sorted((row for row in rows if row["method"] in (method, UNGUIDED)), key=lambda row: row["guidance_scale"])
-
-
-def best_of(rows: Sequence[dict]) -> dict | None:
-    """The result of least Fréchet distance, if there is any."""
-    return min(rows, key=lambda row: row["frechet_distance"], default=None)
-
-
-def num_calls(row: dict) -> float:
-    """Calls of all networks an image."""
-    return sum(row["calls"].values())
-
-
-def saved_share(rows: Sequence[dict]) -> float | None:
-    """Share of the network calls of classifier-free guidance that its interval saves, of the scales that both have."""
-    full, limited = (
-        {row["guidance_scale"]: num_calls(row) for row in rows if row["method"] == method}
-        for method in ("cfg", "cfg_interval")
-    )
-    both = full.keys() & limited.keys()
-    return 1 - sum(limited[scale] for scale in both) / sum(full[scale] for scale in both) if both else None
-
-
-def describe_best(rows: Sequence[dict], methods: Sequence[str]) -> list[str]:
-    """For each method the scale of least Fréchet distance, in a line; and what the interval saves."""
-    lines = []
-    for method in methods:
-        best = best_of(rows_of(rows, method))
-        if best is not None:
-            lines.append(
-                f"{METHODS[method]}: least Fréchet distance {best['frechet_distance']:.4g} at scale "
-                f"{best['guidance_scale']:g}, where {best['label_accuracy']:.1%} of the labels are right and an image takes "
-                f"{_calls(best)} network calls."
-            )
-    share = saved_share(rows)
-    if share is not None:
-        full, limited = (
-            min(row["frechet_distance"] for row in rows_of(rows, method)) for method in ("cfg", "cfg_interval")
-        )
-        verdict = "no worse than" if limited <= full else "worse than"
-        lines.append(
-            f"The interval saves {share:.1%} of the network calls of CFG; its least distance, {limited:.4g}, is {verdict} "
-            f"that of full CFG, {full:.4g}."
-        )
-    return lines
-
-
-def markdown_table(rows: Sequence[dict], methods: Sequence[str], held_out: dict | None = None) -> str:
-    """The measures of every method and scale."""
-    lines = [
-        "| guidance | scale | labels right | Fréchet distance | precision | recall | network calls an image |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    ordered = [row for row in rows if row["method"] == UNGUIDED]
-    for method in methods:
-        ordered += [row for row in rows_of(rows, method) if row["method"] == method]
-    for row in ordered:
-        title = METHODS.get(row["method"], UNGUIDED_TITLE)
-        lines.append(f"| {title} | {row['guidance_scale']:g} | {_measures(row)} | {_calls(row)} |")
-    if held_out is not None:
-        lines.append(f"| held-out real images | | {_measures(held_out)} | |")
-    return "\n".join(lines)
-
-
-def draw_comparison(rows: Sequence[dict], methods: Sequence[str], path: Path, held_out: dict | None = None) -> None:
-    """Label accuracy and Fréchet distance over the scale, a line for each method."""
-    from matplotlib.figure import Figure  # not pyplot: no global state, no display
-
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    panels = figure.subplots(1, 2)
-    measures = ("label_accuracy", "frechet_distance")
-    for number, method in enumerate(methods):
-        mine = rows_of(rows, method)
-        if not mine:
-            continue
-        label = f"{METHODS[method]} ({_calls(mine[-1])} calls)"
-        for axes, measure in zip(panels, measures, strict=True):
-            scales, values = zip(*((row["guidance_scale"], row[measure]) for row in mine), strict=True)
-            axes.plot(scales, values, marker=".", color=f"C{number}", label=label)
-    for axes, measure in zip(panels, measures, strict=True):
-        if held_out is not None:
-            axes.axhline(held_out[measure], color="grey", linestyle=":", label="held-out real images")
-        axes.set_xlabel("guidance scale")
-    panels[0].set_ylabel("share of the labels that a classifier of real images finds")
-    panels[1].set_ylabel("Fréchet distance in its features")
-    if all(row["frechet_distance"] > 0 for row in rows):
-        panels[1].set_yscale("log")
-    panels[1].legend(frameon=False, fontsize="small")
-    save_picture(figure, path)
-
-
 def _num_blocks(network: nn.Module) -> int:
     return len(getattr(with_named_blocks(network), "transformer_blocks", ()))
-
-
-def _calls(row: dict) -> str:
-    names = {"denoiser": "", "weak_denoiser": " weaker", "classifier": " classifier"}
-    return " + ".join(f"{row['calls'][name]:.4g}{word}" for name, word in names.items() if row["calls"].get(name))
-
-
-def _measures(row: dict) -> str:
-    return (
-        f"{row['label_accuracy']:.1%} | {row['frechet_distance']:.4g} | {row['feature_precision']:.3f} | "
-        f"{row['feature_recall']:.3f}"
-    )

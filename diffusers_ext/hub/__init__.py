@@ -1,1 +1,1 @@
-"""What a finished run shows and shares: the card, the saved folder, the push."""
+"""From a finished run to the Hub: the model card, the saved folder, the push."""

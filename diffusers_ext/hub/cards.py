@@ -100,7 +100,7 @@ def write_card(
     pipeline_tag: str = "unconditional-image-generation",
     limitations: str = DEFAULT_LIMITATIONS,
 ) -> Path:
-    """Writes the card of the pipeline or model saved in `folder`, `folder/README.md`, in place of any that is there.
+    """Writes the card of the pipeline or model saved in `folder`, `folder/README.md`, over any that is there.
 
     Components, parameter counts and label names are read from the folder.
 
@@ -129,7 +129,6 @@ def write_card(
         check_repo_id(dataset_id)
     training = training or TrainingRun()
     title = title or Path(repo_id or folder.resolve()).name
-
     card_data = ModelCardData(
         license=license,
         library_name="diffusers",
@@ -137,28 +136,27 @@ def write_card(
         tags=list(dict.fromkeys(["diffusers", "diffusers_ext", *tags])),
         datasets=dataset_id,
     )
-    _tell_figures(card_data, figures, title)
-    card = ModelCard.from_template(
-        card_data,
-        template_path=str(CARD_TEMPLATE),
-        title=title,
-        class_name=saved.class_name,
-        components=saved.components,
-        labels=saved.labels,
-        data=data.strip(),
-        training=_training_rows(training),
-        command=_without_tokens(training.command),
-        options_file=training.options_file,
-        results=_results(figures),
-        sample_grid=_inside(folder, sample_grid),
-        loading_lines=loading_lines(repo_id or folder.resolve().name, saved.class_name if saved.is_model else None),
-        limitations=limitations.strip(),
-    )
-    return _write_whole(card, folder / "README.md")
+    _put_into_metadata(card_data, figures, title)
+    sections = {
+        "title": title,
+        "class_name": saved.class_name,
+        "components": saved.components,
+        "labels": saved.labels,
+        "data": data.strip(),
+        "training": _training_rows(training),
+        "command": _without_tokens(training.command),
+        "options_file": training.options_file,
+        "results": _results(figures),
+        "sample_grid": _inside(folder, sample_grid),
+        "loading_lines": loading_lines(repo_id or folder.resolve().name, saved.class_name if saved.is_model else None),
+        "limitations": limitations.strip(),
+    }
+    card = ModelCard.from_template(card_data, template_path=str(CARD_TEMPLATE), **sections)
+    return _save(card, folder / "README.md")
 
 
 def add_figures(folder: str | os.PathLike, figures: Sequence[Figure]) -> Path:
-    """Puts figures that were measured later into the card of `folder`, in place of those it has; the rest stays.
+    """Replaces the figures in the card of `folder` by ones that were measured later; the rest stays.
 
     Raises:
         FileNotFoundError: if `folder` has no card.
@@ -175,8 +173,8 @@ def add_figures(folder: str | os.PathLike, figures: Sequence[Figure]) -> Path:
             f"{path} has no section '## Results' followed by '## Use' to put figures in: write it by write_card"
         )
     card.text = f"{before}{heading}\n{_results(figures)}\n{next_heading}{after}"
-    _tell_figures(card.data, figures, Path(folder).resolve().name)
-    return _write_whole(card, path)
+    _put_into_metadata(card.data, figures, Path(folder).resolve().name)
+    return _save(card, path)
 
 
 def _results(figures: Sequence[Figure]) -> str:
@@ -190,7 +188,7 @@ def _results(figures: Sequence[Figure]) -> str:
     return "\n".join([*rows, "", "Measured by:", "", "```bash", *commands, "```"])
 
 
-def _tell_figures(card_data: ModelCardData, figures: Sequence[Figure], title: str) -> None:
+def _put_into_metadata(card_data: ModelCardData, figures: Sequence[Figure], title: str) -> None:
     """The figures for the Hub's own tables, in the card's metadata."""
     if not figures:
         return
@@ -209,7 +207,7 @@ def _tell_figures(card_data: ModelCardData, figures: Sequence[Figure], title: st
     ]
 
 
-def _write_whole(card: ModelCard, path: Path) -> Path:
+def _save(card: ModelCard, path: Path) -> Path:
     with atomic_write(path) as partial:
         partial.write_text(str(card), encoding="utf-8")
     return path

@@ -1,4 +1,4 @@
-"""What a folder holds that something was saved to: a pipeline, or a single model."""
+"""The contents of a folder that a pipeline, or a single model, was saved to."""
 
 import json
 import math

@@ -1,10 +1,11 @@
 """A small image classifier whose penultimate layer gives the features of the Fréchet distance and of precision/recall.
 
-Features of a network that was trained on the very data set tell its classes and styles apart where those of a network
-trained on photographs may not, and they are made for any size and number of channels.
+Features of a network that was trained on the data set itself separate its classes and styles where those of a network
+trained on photographs may not, and there is one for any size and number of channels.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -109,6 +110,16 @@ class FeatureClassifierModel(ModelMixin, ConfigMixin):
     def image_shape(self) -> tuple[int, int, int]:
         """`(channels, height, width)` of the images that the model takes."""
         return self.config.in_channels, *as_size(self.config.sample_size)
+
+    def ids_among(self, label_names: Sequence[str]) -> Tensor:
+        """The id of each class among these names, int64, shape `(num_classes,)`; -1 for a class that is none of them.
+
+        Classes without names are taken to have these, in their order.
+        """
+        if self.config.label_names is None:
+            return torch.arange(self.config.num_classes)
+        ids = {name: label for label, name in enumerate(label_names)}
+        return torch.tensor([ids.get(name, -1) for name in self.config.label_names])
 
     def feature_maps(self, sample: Tensor) -> list[Tensor]:
         """The activations after the first convolution and after each block, the finest first.

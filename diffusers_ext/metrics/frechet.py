@@ -112,7 +112,7 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
 
     Warns:
         UserWarning: if there are no more samples than features; the covariance then has no full rank and the
-            distance, though defined, mostly tells how many samples there were.
+            distance, though defined, mostly depends on the number of samples.
 
     Raises:
         ValueError: if the numbers of features differ, or there are fewer than 2 samples.

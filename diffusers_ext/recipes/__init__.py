@@ -1,1 +1,1 @@
-"""What each training script is made of: networks, objectives, pictures."""
+"""The parts of the training scripts: networks, objectives, pictures."""

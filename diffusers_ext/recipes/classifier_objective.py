@@ -1,4 +1,4 @@
-"""What a classifier of noisy samples learns, and how often it is right at each noise level."""
+"""The objective of a classifier of noisy samples, and its accuracy at each noise level."""
 
 import csv
 from collections.abc import Iterable, Sequence

@@ -1,4 +1,7 @@
-"""Pictures that a pipeline makes of itself. They draw from their own generators, so that training is none the wiser."""
+"""Pictures of a training run's samples.
+
+They have generators of their own, so that the training draws the same random numbers without them.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,10 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from diffusers import DiffusionPipeline
 from PIL import Image
+from torch import Tensor
 
+from diffusers_ext.evaluation.generate import condition_of, sample_images, shared_by_processes
 from diffusers_ext.figures import labelled_grid, save_picture
 from diffusers_ext.latents import decode_latents
 from diffusers_ext.recipes.denoising import DenoisingConfig
@@ -30,7 +35,6 @@ def draw_samples(
     pipe: DiffusionPipeline,
     path: Path,
     *,
-    accelerator: Accelerator | None = None,
     labels: Sequence[int] | None = None,
     prompts: Sequence[str] | None = None,
     names: Sequence[str] | None = None,
@@ -41,8 +45,9 @@ def draw_samples(
 ) -> Image.Image | None:
     """A grid of samples with one row for each label or text, or of as many rows as columns without either.
 
+    All processes call this and share the samples; the main one draws them.
+
     Args:
-        accelerator: If given, all processes call this and share the samples; the main one draws them.
         labels, prompts, names: Of the rows; more than 16 rows are not drawn.
         seed: Picture i is made from seed `seed + i`.
         settings: For the pipeline's call, such as `num_inference_steps` and `guidance_scale`.
@@ -50,42 +55,31 @@ def draw_samples(
     Returns:
         The grid, as saved; None in the other processes.
     """
-    each, index, processes = _rows_of(labels, prompts), 0, 1
-    rows = columns if each is None else len(each)
-    number = rows * columns
-    if accelerator is not None:
-        index, processes = accelerator.process_index, accelerator.num_processes
-    share = -(-number // processes)
-    # Of one length in each process, as gathering takes it: those beyond the last are the first again.
-    mine = [place % number for place in range(index * share, (index + 1) * share)]
-    images = []
-    for start in range(0, share, batch_size):
-        places = mine[start : start + batch_size]
-        generators = [torch.Generator(pipe.device).manual_seed(seed + place) for place in places]
-        asked = _asked(each, [place // columns for place in places], is_text=prompts is not None)
-        images.append(pipe(**asked, generator=generators, output_type="pt", **settings).images.float())
-    images = torch.cat(images)
-    if accelerator is not None:
-        images = accelerator.gather(images.contiguous())
-        if not accelerator.is_main_process:
-            return None
-    images = images[:number].cpu().unflatten(0, (rows, columns))
-    grid = labelled_grid(images, names and names[:rows])
+    rows, each = _pictures_of(columns, labels, prompts)
+
+    def make(indices: range) -> Tensor:
+        asked = {name: [values[i] for i in indices] for name, values in each.items()}
+        seeds = [seed + i for i in indices]
+        return torch.cat([*sample_images(pipe, seeds, batch_size=batch_size, device=pipe.device, **asked, **settings)])
+
+    images = shared_by_processes(rows * columns, make)
+    if not PartialState().is_main_process:
+        return None
+    grid = labelled_grid(images.unflatten(0, (rows, columns)), names and names[:rows])
     path.parent.mkdir(parents=True, exist_ok=True)
     save_picture(grid, path)
     return grid
 
 
-def _rows_of(labels: Sequence[int] | None, prompts: Sequence[str] | None) -> list[int] | list[str] | None:
-    each = labels if prompts is None else prompts
-    return None if each is None else list(each)[:MAX_ROWS]
-
-
-def _asked(each: Sequence | None, rows: Sequence[int], *, is_text: bool) -> dict[str, Any]:
-    """What a pipeline is asked for by pictures in these rows."""
-    if each is None:
-        return {"batch_size": len(rows)}
-    return {"prompt" if is_text else "class_labels": [each[row] for row in rows]}
+def _pictures_of(
+    columns: int, labels: Sequence[int] | None = None, prompts: Sequence[str] | None = None
+) -> tuple[int, dict[str, list]]:
+    """The number of rows of a grid, and the `labels` or `prompts` of its pictures, row by row."""
+    of_rows = labels if prompts is None else prompts
+    if of_rows is None:
+        return columns, {}
+    of_rows = list(of_rows)[:MAX_ROWS]
+    return len(of_rows), {"labels" if prompts is None else "prompts": [row for row in of_rows for _ in range(columns)]}
 
 
 def log_image(accelerator: Accelerator, name: str, image: Image.Image | None, step: int) -> None:
@@ -118,13 +112,11 @@ def draw_denoising(
     Those of a pipeline in latents are decoded.
     """
     last = num_inference_steps - 1
-    steps = sorted({round(place * last / max(columns - 1, 1)) for place in range(columns)})
-    asked = {"batch_size": 1} if label is None else {"class_labels": [label]}
-    asked = asked if prompt is None else {"prompt": [prompt]}
-    generator = [torch.Generator(pipe.device).manual_seed(seed)]
+    steps = sorted({round(column * last / max(columns - 1, 1)) for column in range(columns)})
+    condition = condition_of(1, None if label is None else [label], None if prompt is None else [prompt])
     trajectory = pipe(
-        **asked,
-        generator=generator,
+        **condition,
+        generator=[torch.Generator(pipe.device).manual_seed(seed)],
         output_type="pt",
         num_inference_steps=num_inference_steps,
         trajectory_steps=steps,
@@ -155,7 +147,7 @@ def draw_while_training(
     """
     path = trainer.output_dir / "samples" / f"step-{trainer.state.step:07}.png"
     with pipeline(trainer) as pipe:
-        grid = draw_samples(pipe, path, accelerator=trainer.accelerator, **rows, **grid_settings(trainer.config))
+        grid = draw_samples(pipe, path, **rows, **grid_settings(trainer.config))
     log_image(trainer.accelerator, "samples", grid, trainer.state.step)
 
 
@@ -164,28 +156,27 @@ def drawing_cost(
 ) -> EndingCost:
     """Seconds of `save_and_draw`, from a few steps with the network as it is. Its arguments are those of that."""
     config, accelerator = trainer.config, trainer.accelerator
-    each, is_text = _rows_of(rows.get("labels"), rows.get("prompts")), rows.get("prompts") is not None
-    number = (config.sample_columns if each is None else len(each)) * config.sample_columns
-    share = -(-number // accelerator.num_processes)
+    num_rows, each = _pictures_of(config.sample_columns, rows.get("labels"), rows.get("prompts"))
+    share = -(-num_rows * config.sample_columns // accelerator.num_processes)
     count = min(share, grid_settings(config)["batch_size"])
     steps = config.num_inference_steps
     # What is sampled in the end is loaded anew, and not compiled.
     eager = torch.compiler.set_stance("force_eager") if config.compile else nullcontext()
     with pipeline(trainer) as pipe, accelerator.autocast(), eager:
 
-        def seconds(places: int, num_inference_steps: int) -> float:
-            asked = _asked(each, [place // config.sample_columns for place in range(places)], is_text=is_text)
+        def seconds(number: int, num_inference_steps: int) -> float:
+            condition = condition_of(number, **{name: values[:number] for name, values in each.items()})
             settings = {"guidance_scale": config.guidance_scale, "num_inference_steps": num_inference_steps}
-            return seconds_of(lambda: pipe(**asked, output_type="pt", **settings).images.cpu())
+            return seconds_of(lambda: pipe(**condition, output_type="pt", **settings).images.cpu())
 
-        def seconds_of_batch(places: int) -> tuple[float, float]:
+        def seconds_of_batch(number: int) -> tuple[float, float]:
             """Of a step, and of what is done once, such as decoding."""
-            first = seconds(places, 1)  # the first call of a shape makes ready what the next ones use
+            first = seconds(number, 1)  # the first call of a shape makes ready what the next ones use
             if first > MAX_TRIAL_SHARE * trainer.budget.max_seconds:
                 return first, 0.0
             few = min(3, steps)
-            one = seconds(places, 1)
-            step = (seconds(places, few) - one) / (few - 1) if few > 1 else one
+            one = seconds(number, 1)
+            step = (seconds(number, few) - one) / (few - 1) if few > 1 else one
             return max(step, 0.0), max(one - step, 0.0)
 
         step, once = seconds_of_batch(count)
@@ -223,18 +214,15 @@ def save_and_draw(
             "columns, to end within --max_train_time"
         )
     settings |= {"num_inference_steps": steps, "columns": columns}
-    each = _rows_of(rows.get("labels"), rows.get("prompts"))
-    number = (columns if each is None else len(each)) * columns
-    batches = math.ceil(math.ceil(number / accelerator.num_processes) / settings["batch_size"])
+    num_rows, _ = _pictures_of(columns, rows.get("labels"), rows.get("prompts"))
+    batches = math.ceil(math.ceil(num_rows * columns / accelerator.num_processes) / settings["batch_size"])
     bar = counting_bar((batches + 1) * steps, "drawing: step", enabled=accelerator.is_main_process)
 
     def count(*_):
         bar.update()
 
     with accelerator.autocast(), closing(bar):
-        grid = draw_samples(
-            pipe, output_dir / "samples.png", accelerator=accelerator, callback_on_step_end=count, **rows, **settings
-        )
+        grid = draw_samples(pipe, output_dir / "samples.png", callback_on_step_end=count, **rows, **settings)
         log_image(accelerator, "samples", grid, trainer.state.step)
         if accelerator.is_main_process:
             draw_denoising(
@@ -260,7 +248,7 @@ def fitting(share: float, steps: int, columns: int) -> tuple[int, int]:
 
 
 def grid_settings(config: DenoisingConfig) -> dict[str, Any]:
-    """What the options say of sample grids, for `draw_samples`."""
+    """The options of sample grids, as arguments of `draw_samples`."""
     return {
         "columns": config.sample_columns,
         "seed": config.seed,

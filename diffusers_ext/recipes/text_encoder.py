@@ -31,7 +31,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -
     """Byte-pair tokens of lower-case text (Sennrich et al. 2016), learned from the captions; any text can be written.
 
     Args:
-        vocab_size: At most so many tokens, the 256 bytes and two special ones included.
+        vocab_size: Largest number of tokens, the 256 bytes and two special ones included.
         max_length: Tokens at which a text is cut.
 
     Raises:

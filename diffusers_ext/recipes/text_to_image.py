@@ -135,8 +135,8 @@ class TextConfig(DenoisingConfig):
         """The texts of the sample grids."""
         if self.validation_prompts is not None:
             return list(self.validation_prompts)
-        indices = np.linspace(0, len(captions) - 1, min(NUM_PROMPTS, len(captions)))
-        return [captions[round(index)] for index in indices]
+        rows = np.linspace(0, len(captions) - 1, min(NUM_PROMPTS, len(captions)))
+        return [captions[round(row)] for row in rows]
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ class Texts:
         return cls(config, tokenizer, encoder, config.pretrained_text_encoder is None, max_length, mask_padding)
 
     def table(self, captions: Sequence[str], device: torch.device) -> TokenTable | EmbeddingTable:
-        """The captions in the form in which a batch has them: tokens, or embeddings."""
+        """The tokens or embeddings that stand for the captions in a batch."""
         # Padding that is seen must be as long as it will be when images are made; that which is not, need not.
         length = self.max_length
         if self.mask_padding:

@@ -1,4 +1,4 @@
-"""Pictures of an autoencoder: what comes back, what the prior makes, and what lies between and around the latents."""
+"""Pictures of an autoencoder: reconstructions, draws from the prior, interpolations and traversals of the latents."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def draw_pictures(vae: VAEModel, images: Tensor, folder: Path, *, columns: int =
     """Draws all of `pictures_of` into a folder.
 
     Args:
-        images: In [-1, 1], at least `columns`; the more there are, the better is known which latents tell most.
+        images: In [-1, 1], at least `columns`; the variance of the latents' means is taken over all of them.
         columns: Pictures in a row.
         seed: Of the draws from the prior.
     """
@@ -51,7 +51,7 @@ def draw_pictures(vae: VAEModel, images: Tensor, folder: Path, *, columns: int =
 
 
 def prior_title(vae: VAEModel) -> str:
-    """What draws from the prior are, and are not, for who sees them without knowing."""
+    """The title of a grid of draws from the prior; of feature maps it says why they show no objects."""
     if len(vae.latent_shape) == 1:
         return "decoded draws from the prior"
     return (
@@ -124,7 +124,7 @@ def manifold_latents(side: int, prior_mean: float = 0.0) -> Tensor:
 
 @torch.no_grad()
 def draw_manifold(vae: VAEModel, path: Path, *, side: int = 16) -> None:
-    """What the plane of a two-dimensional latent decodes to."""
+    """A grid of what the plane of a two-dimensional latent decodes to."""
     z = manifold_latents(side, -vae.config.latent_offset).to(vae.device, vae.dtype)
     save_picture(labelled_grid(decoded(vae, z.flatten(0, 1)).unflatten(0, (side, side))), path)
 

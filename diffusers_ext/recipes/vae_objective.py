@@ -1,4 +1,4 @@
-"""What a variational autoencoder is trained on, and what is watched meanwhile.
+"""The objective of a variational autoencoder, and the figures that are logged of it.
 
     loss = (distortion + kl_weight * rate) / dims  +  perceptual_weight * perceptual  +  weight * adversarial
 
@@ -26,7 +26,7 @@ ACTIVE_VARIANCE = 0.01
 COLLAPSED_BELOW = 0.1
 # Optimizer steps after the warm-up within which latents may still wake up.
 STEPS_TO_WAKE = 500
-# More latents than these are told by their least, median and greatest.
+# Of more latents than these, only the least, median and greatest KL divergence are logged.
 MAX_NAMED_LATENTS = 64
 
 TERMS = ("distortion", "rate", "perceptual", "adversarial", "adversarial_weight")
@@ -60,7 +60,7 @@ def free_bits_kl(kl_per_latent: Tensor, free_bits: float) -> Tensor:
 
 
 def collapse_warning(num_active: float, num_latents: int, rate: float) -> str | None:
-    """What to do if hardly any latents say anything of the image; None if enough of them do."""
+    """Advice where hardly any latents carry information about the image; None if enough of them do."""
     if num_active >= COLLAPSED_BELOW * num_latents:
         return None
     return (

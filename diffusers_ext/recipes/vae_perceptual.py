@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from diffusers_ext.evaluation.real_images import load_features
+from diffusers_ext.evaluation.feature_folders import load_features
 from diffusers_ext.metrics.features import FeatureClassifierModel
 
 

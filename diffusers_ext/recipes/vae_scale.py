@@ -12,7 +12,7 @@ from diffusers_ext.models.vae_likelihood import DiagonalGaussian
 
 @dataclass(frozen=True)
 class LatentMoments:
-    """What a set of images becomes under an encoder.
+    """Moments of the latents of a set of images.
 
     Attributes:
         mean, std: Of all values of all latents drawn from the posteriors.

@@ -18,7 +18,7 @@ from diffusers_ext.data.config import DataConfig
 from diffusers_ext.data.folders import split_word
 from diffusers_ext.data.prepare import prepare_images, prepare_stream
 from diffusers_ext.data.sources import load_source, split_names
-from diffusers_ext.evaluation.real_images import DataOptions, find_held_out_split
+from diffusers_ext.evaluation.real_images import find_held_out_split
 
 
 NUMBERS = itertools.count(1)
@@ -89,7 +89,7 @@ def test_folders_of_splits_without_classes_are_no_labels(write, train, held_out,
     for split in there:
         data = prepare(root, split=split)
         assert len(data) == 3 and data.labels is None and data.notes == ()
-    assert find_held_out_split(DataOptions(dataset_name=str(root))) == there[1]
+    assert find_held_out_split(DataConfig(dataset_name=str(root))) == there[1]
     with pytest.raises(ValueError, match="Unknown split 'extra': there are train"):
         prepare(root, split="extra")
 

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
+from diffusers_ext.data.config import DataConfig
 from diffusers_ext.data.prepare import prepare_images, prepare_stream
 from diffusers_ext.data.probing import is_channels_first
 from diffusers_ext.data.stream import StreamReader
-from diffusers_ext.evaluation.real_images import DataOptions, RealImages, load_real_images, to_labelled_images
-from diffusers_ext.evaluation.subject import read_image_folder
+from diffusers_ext.evaluation.image_folder import read_image_folder
+from diffusers_ext.evaluation.real_images import RealImages, load_real_images, to_labelled_images
 from diffusers_ext.pipelines.image_inputs import images_to_tensor
 
 
@@ -152,7 +153,7 @@ def test_12_bits_in_16_are_as_white_as_is_said_in_table_stream_and_evaluation(tm
     assert "--white_value 4095 says" in prepare_images(path).notes[0]
     for name, read in islice(ways_in(path, 1, white_value=4095), 4):
         np.testing.assert_allclose(read[..., 0], pixels / 4095, atol=0.51 / 255, err_msg=name)
-    real = load_real_images(DataOptions(dataset_name=path, white_value=4095, cache_dir=str(tmp_path / "cache")))
+    real = load_real_images(DataConfig(dataset_name=path, white_value=4095, cache_dir=str(tmp_path / "cache")))
     assert real.white == 4095
     np.testing.assert_allclose(real.train.images[:, 0] / 255, pixels / 4095, atol=0.51 / 255)
 
@@ -177,7 +178,7 @@ def test_held_out_images_are_as_white_as_those_trained_on(tmp_path):
         {"image": np.full((3, 4, 4), 1000).tolist()}, datasets.Features({"image": feature})
     )
     rows.to_parquet(folder / "test.parquet")
-    real = load_real_images(DataOptions(dataset_name=str(folder), cache_dir=str(tmp_path / "cache")))
+    real = load_real_images(DataConfig(dataset_name=str(folder), cache_dir=str(tmp_path / "cache")))
     assert real.train.images.unique().tolist() == [round(4000 / 4095 * 255)]
     assert real.held_out.images.unique().tolist() == [round(1000 / 4095 * 255)]
 

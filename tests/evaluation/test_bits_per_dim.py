@@ -10,7 +10,7 @@ from diffusers_ext.diffusion.probability_flow import flow_bound
 from diffusers_ext.diffusion.reverse_chain import ReverseChain
 from diffusers_ext.diffusion.variational_bound import bits_per_dim, variational_bound
 from diffusers_ext.evaluation.bits_per_dim import measure_bits_per_dim
-from diffusers_ext.evaluation.feature_training import LabelledImages
+from diffusers_ext.evaluation.labelled_images import LabelledImages
 
 
 SCHEDULE = {"num_train_timesteps": 12, "beta_schedule": "squaredcos_cap_v2", "timestep_spacing": "trailing"}

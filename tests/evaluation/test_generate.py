@@ -1,17 +1,14 @@
 import diffusers
 import pytest
 import torch
+from accelerate import PartialState, debug_launcher
 from PIL import Image
 
 from diffusers_ext import ExtDDIMScheduler, ExtDDPMScheduler, GuidedDiffusionPipeline, UNetModel
-from diffusers_ext.evaluation.generate import (
-    balanced_labels,
-    convert_channels,
-    default_of,
-    generate_images,
-    image_size_of,
-    num_classes_of,
-)
+from diffusers_ext.evaluation.generate import generate_images, shared_by_processes
+from diffusers_ext.evaluation.label_shares import balanced_labels
+from diffusers_ext.evaluation.labelled_images import convert_channels
+from diffusers_ext.evaluation.pipeline_facts import default_of, image_size_of, num_labels_of
 
 
 def make_pipeline(num_classes=3, scheduler=ExtDDPMScheduler, sample_size=8):
@@ -79,9 +76,9 @@ def test_labels_are_balanced(num_images, counts):
 
 
 def test_what_a_pipeline_says_of_itself():
-    assert num_classes_of(make_pipeline()) == 3
-    assert num_classes_of(make_pipeline(num_classes=None)) is None
-    assert num_classes_of(make_stock_pipeline()) is None
+    assert num_labels_of(make_pipeline()) == 3
+    assert num_labels_of(make_pipeline(num_classes=None)) is None
+    assert num_labels_of(make_stock_pipeline()) is None
     assert image_size_of(make_pipeline(sample_size=(8, 12))) == (8, 12)
     assert image_size_of(make_stock_pipeline()) == (8, 8)
     assert default_of(make_stock_pipeline(), "num_inference_steps") == 1000
@@ -112,3 +109,23 @@ def test_bad_input_is_refused():
     torch.nn.init.constant_(next(broken.denoiser.parameters()), torch.nan)
     with pytest.raises(ValueError, match="made NaN or infinity for images 3 to 4"):
         generate_images(broken, [3, 4], labels=[0] * 5, num_inference_steps=2, show_progress=False)
+
+
+def save_shares(folder):
+    state = PartialState(cpu=True)
+    for number in (1, 5):
+        made = []
+
+        def make(indices, made=made):
+            made.extend(indices)
+            return torch.tensor(indices).view(-1, 1, 1, 1).expand(-1, 1, 2, 2).to(torch.uint8)
+
+        images = shared_by_processes(number, make)
+        assert images.shape == (number, 1, 2, 2) and images[:, 0, 0, 0].tolist() == list(range(number))
+        (folder / f"{number}-{state.process_index}.txt").write_text(repr(made))
+
+
+def test_processes_share_the_images_also_where_some_have_none(tmp_path):
+    debug_launcher(save_shares, args=(tmp_path,), num_processes=2)
+    read = {path.stem: path.read_text() for path in tmp_path.iterdir()}
+    assert read == {"1-0": "[0]", "1-1": "[]", "5-0": "[0, 2, 4]", "5-1": "[1, 3]"}

@@ -7,16 +7,15 @@ import pytest
 import torch
 from PIL import Image
 
+from diffusers_ext.data.config import DataConfig
 from diffusers_ext.data.prepare import prepare_images
-from diffusers_ext.evaluation.real_images import (
-    DataOptions,
+from diffusers_ext.evaluation.feature_folders import (
     cached_features_folder,
-    find_held_out_split,
     load_features,
-    load_real_images,
     split_for_training,
     train_and_save_features,
 )
+from diffusers_ext.evaluation.real_images import find_held_out_split, load_real_images
 from diffusers_ext.evaluation.subject import labels_for
 
 
@@ -36,11 +35,11 @@ def pictures(count, size, mode="RGB", seed=0):
 
 @pytest.fixture
 def options(tmp_path):
-    return DataOptions(dataset_name=str(tmp_path / "data"), cache_dir=str(tmp_path / "datasets"))
+    return DataConfig(dataset_name=str(tmp_path / "data"), cache_dir=str(tmp_path / "datasets"))
 
 
 def test_images_are_those_that_the_trainer_prepares():
-    real = load_real_images(DataOptions(dataset_name="digits", resolution=(12, 10), pad_value=7))
+    real = load_real_images(DataConfig(dataset_name="digits", resolution=(12, 10), pad_value=7))
     trained_on = prepare_images("digits", resolution=(12, 10), pad_value=7)
     np.testing.assert_array_equal(real.train.images.permute(0, 2, 3, 1), trained_on.pixels[np.arange(1500)])
     np.testing.assert_array_equal(real.train.labels, trained_on.labels)
@@ -72,7 +71,7 @@ def test_without_a_held_out_split_a_tenth_of_the_images_tests_the_classifier(tmp
 def test_the_held_out_split_is_not_the_one_trained_on(tmp_path, used, expected):
     for split in ("train", "test", "validation"):
         save_split(tmp_path / "data", split, pictures(2, (8, 8)))
-    assert find_held_out_split(DataOptions(dataset_name=str(tmp_path / "data"), dataset_split=used)) == expected
+    assert find_held_out_split(DataConfig(dataset_name=str(tmp_path / "data"), dataset_split=used)) == expected
 
 
 def test_labels_of_both_splits_have_the_same_ids(tmp_path, options):
@@ -137,16 +136,16 @@ def test_sixteen_bits_become_eight(tmp_path, options):
 
 def test_the_kept_classifier_is_named_by_the_content(monkeypatch, tmp_path):
     monkeypatch.setenv("DIFFUSERS_EXT_CACHE", str(tmp_path))
-    some = load_real_images(DataOptions(dataset_name="digits", max_train_samples=50))
+    some = load_real_images(DataConfig(dataset_name="digits", max_train_samples=50))
     folder = cached_features_folder(some)
-    assert folder == cached_features_folder(load_real_images(DataOptions(dataset_name="digits", max_train_samples=50)))
-    assert folder != cached_features_folder(load_real_images(DataOptions(dataset_name="digits", max_train_samples=51)))
+    assert folder == cached_features_folder(load_real_images(DataConfig(dataset_name="digits", max_train_samples=50)))
+    assert folder != cached_features_folder(load_real_images(DataConfig(dataset_name="digits", max_train_samples=51)))
     some.train.labels[0] += 1
     assert folder != cached_features_folder(some)
 
 
 def test_a_saved_classifier_tells_what_it_was_trained_on(tmp_path):
-    real = load_real_images(DataOptions(dataset_name="digits", max_train_samples=64))
+    real = load_real_images(DataConfig(dataset_name="digits", max_train_samples=64))
     about = train_and_save_features(real, tmp_path, num_epochs=1, show_progress=False)
     model, loaded = load_features(tmp_path)
     assert loaded == about and about["num_train_images"] == 64 and about["num_held_out_images"] == 297

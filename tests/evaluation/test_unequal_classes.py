@@ -14,8 +14,10 @@ from PIL import Image
 
 from diffusers_ext import ExtDDIMScheduler, GuidedDiffusionPipeline, UNetModel
 from diffusers_ext.evaluation.evaluator import Evaluator
-from diffusers_ext.evaluation.generate import balanced_labels, describe_labels, proportional_labels
-from diffusers_ext.evaluation.real_images import FEATURES_FILE, LabelledImages, RealImages
+from diffusers_ext.evaluation.feature_folders import FEATURES_FILE
+from diffusers_ext.evaluation.label_shares import balanced_labels, describe_labels, proportional_labels
+from diffusers_ext.evaluation.labelled_images import LabelledImages
+from diffusers_ext.evaluation.real_images import RealImages
 from diffusers_ext.evaluation.subject import generate_for
 from diffusers_ext.hub.cards import write_card
 from diffusers_ext.metrics import FeatureStatistics

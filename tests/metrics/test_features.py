@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_ext.evaluation.feature_training import LabelledImages, accuracy, fit_feature_classifier
+from diffusers_ext.evaluation.feature_training import accuracy, fit_feature_classifier
+from diffusers_ext.evaluation.labelled_images import LabelledImages
 from diffusers_ext.metrics import FeatureClassifierModel
 from tiny import assert_same_output, assert_same_weights
 

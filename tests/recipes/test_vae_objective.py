@@ -260,7 +260,7 @@ def test_the_perceptual_distance_is_that_of_unit_features():
 
 
 def test_the_perceptual_loss_is_added_and_is_no_part_of_the_state(tmp_path):
-    from diffusers_ext.evaluation.real_images import FEATURES_FILE
+    from diffusers_ext.evaluation.feature_folders import FEATURES_FILE
 
     network = features()
     network.save_pretrained(tmp_path)

@@ -90,16 +90,14 @@ def main(folder, resume=True):
     by_time(data, folder)
 
     forget_accelerate()
-    accelerator = Accelerator(cpu=True)
+    Accelerator(cpu=True)
     for labels in (None, [0, 1, 2]):
         pipe = GuidedDiffusionPipeline(
             denoiser=tiny_unet(num_classes=3), scheduler=ExtDDIMScheduler(timestep_spacing="trailing")
         )
         pipe.set_progress_bar_config(disable=True)
         path = folder / f"samples-{labels is not None}.png"
-        draw_samples(
-            pipe, path, accelerator=accelerator, labels=labels, columns=3, batch_size=2, num_inference_steps=3
-        )
+        draw_samples(pipe, path, labels=labels, columns=3, batch_size=2, num_inference_steps=3)
     return data
 
 

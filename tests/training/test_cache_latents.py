@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from diffusers_ext import VAEModel
 from diffusers_ext.data.batches import BatchOptions, make_batches
 from diffusers_ext.data.latent_cache import SampleSpace, fingerprint, load_vae, prepare_samples, read_info
-from diffusers_ext.evaluation.real_images import DataOptions, take_options_of_run
+from diffusers_ext.evaluation.options import DataOptions, take_options_of_run
 from diffusers_ext.trainer.run_folder import read_metrics
 from environment import HUNG_AFTER
 from runs import forget_accelerate

@@ -12,8 +12,10 @@ from diffusers.guiders import ClassifierFreeGuidance
 from PIL import Image
 
 from diffusers_ext import ExtDDIMScheduler, TextGuidedDiffusionPipeline
+from diffusers_ext.data.config import DataConfig
 from diffusers_ext.data.latent_cache import LatentsInfo, write_info
-from diffusers_ext.evaluation.real_images import DataOptions, load_real_images, take_options_of_run
+from diffusers_ext.evaluation.options import take_options_of_run
+from diffusers_ext.evaluation.real_images import load_real_images
 from diffusers_ext.evaluation.subject import generate_for
 from diffusers_ext.hub.cards import write_card
 from tiny_text import CAPTIONS, COLOURS, picture, save_pictures, tiny_clip, tiny_text_unet, tiny_tokenizer
@@ -78,7 +80,7 @@ class Painter:
 @pytest.mark.parametrize("count", [7, 12, 30])
 def test_what_the_captions_ask_for_is_what_the_held_out_images_are(labelled, count):
     """Each caption in turn, with the labels of its picture, in the order in which held-out images are measured."""
-    real = load_real_images(DataOptions(dataset_name=labelled), "text")
+    real = load_real_images(DataConfig(dataset_name=labelled), caption_column="text")
     images, labels, sampling = generate_for(real, Painter(), count, batch_size=5, seed=3)
     order = torch.randperm(12, generator=torch.Generator().manual_seed(3)).repeat(3)[:count]
     assert images.equal(real.held_out.images[order]) and labels.equal(real.held_out.labels[order])
@@ -87,7 +89,7 @@ def test_what_the_captions_ask_for_is_what_the_held_out_images_are(labelled, cou
 
 def test_images_are_those_of_the_pipeline_called_by_hand(labelled):
     pipe = text_pipeline()
-    real = load_real_images(DataOptions(dataset_name=labelled), "text")
+    real = load_real_images(DataConfig(dataset_name=labelled), caption_column="text")
     images, _, sampling = generate_for(real, pipe, 3, num_inference_steps=2, batch_size=2, seed=1)
     texts, _ = real.captions.draw(3, 1)
     for i, text in enumerate(texts):
@@ -133,10 +135,10 @@ def test_captions_in_a_column_of_another_name_are_no_labels(tmp_path):
     for split, captions in (("train", TRAIN[:40]), ("test", ["red edge", "green edge"])):
         texts = [f"{number}: {caption}" for number, caption in enumerate(captions)]
         save_pictures(data, split, captions, [""] * len(captions), label=(datasets.Value("string"), texts))
-    options = DataOptions(dataset_name=str(data), cache_dir=str(tmp_path / "datasets"))
+    options = DataConfig(dataset_name=str(data), cache_dir=str(tmp_path / "datasets"))
     with pytest.raises(ValueError, match="must have the labels of the training images"):
         load_real_images(options)
-    real = load_real_images(options, "label")
+    real = load_real_images(options, caption_column="label")
     assert not real.has_labels and real.captions.texts == ("0: red edge", "1: green edge")
 
 
@@ -144,12 +146,12 @@ def test_a_split_of_which_some_images_have_captions_is_refused(tmp_path):
     data = tmp_path / "data"
     save_pictures(data, "train", TRAIN[:4], ["a", "b", "c", None])
     save_pictures(data, "test", TEST[:3], ["a", None, None])
-    options = DataOptions(dataset_name=str(data), cache_dir=str(tmp_path / "datasets"), max_train_samples=3)
+    options = DataConfig(dataset_name=str(data), cache_dir=str(tmp_path / "datasets"), max_train_samples=3)
     with pytest.raises(ValueError, match="caption_column 'text' is empty in 2 of 3 rows of the split test"):
-        load_real_images(options, "text")
+        load_real_images(options, caption_column="text")
     save_pictures(data, "test", TEST[:3], [None, None, None])
     one = dataclasses.replace(options, max_train_samples=1)  # a row that has a text
-    assert load_real_images(one, "text").captions.texts == ("b",)
+    assert load_real_images(one, caption_column="text").captions.texts == ("b",)
 
 
 def test_a_run_on_latents_is_measured_on_the_images_with_its_captions(labelled, tmp_path):

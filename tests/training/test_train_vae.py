@@ -13,7 +13,7 @@ from PIL import Image
 from diffusers_ext import VAEModel
 from diffusers_ext.data.prepare import prepare_images
 from diffusers_ext.data.sources import load_digits
-from diffusers_ext.evaluation.real_images import FEATURES_FILE
+from diffusers_ext.evaluation.feature_folders import FEATURES_FILE
 from diffusers_ext.latents import encode_latents
 from diffusers_ext.metrics.features import FeatureClassifierModel
 from diffusers_ext.models.vae_likelihood import vae_likelihood

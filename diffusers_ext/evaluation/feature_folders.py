@@ -1,0 +1,135 @@
+"""Feature classifiers on disk: trained for a data set, kept, and loaded to measure its images in their features."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from accelerate import PartialState
+from huggingface_hub.constants import HF_HOME
+
+from diffusers_ext.atomic_files import atomic_write
+from diffusers_ext.data.identity import hash_weights
+from diffusers_ext.evaluation.feature_training import accuracy, fit_feature_classifier
+from diffusers_ext.evaluation.labelled_images import LabelledImages, drawn_order
+from diffusers_ext.evaluation.real_images import RealImages
+from diffusers_ext.metrics.features import FeatureClassifierModel
+
+
+# What a folder of a trained feature classifier says of its training.
+FEATURES_FILE = "features.json"
+
+
+def split_for_training(real: RealImages, seed: int) -> tuple[LabelledImages, LabelledImages]:
+    """The images to train a classifier on, and others to test it on: the held-out split, or else a tenth."""
+    if real.held_out is not None:
+        return real.train, real.held_out
+    order = drawn_order(len(real.train), seed)
+    num_held_out = max(1, len(order) // 10)
+    held_out, train = [
+        LabelledImages(real.train.images[rows], real.train.labels[rows], real.train.label_names)
+        for rows in (order[:num_held_out], order[num_held_out:])
+    ]
+    return train, held_out
+
+
+def train_and_save_features(real: RealImages, folder: Path, **settings) -> dict:
+    """Trains a feature classifier, saves it, and measures how well it reads images that it was not trained on.
+
+    Args:
+        real: The data set, with labels.
+        folder: Where the model and `features.json` go.
+        settings: Of `fit_feature_classifier`.
+
+    Returns:
+        What `features.json` holds: `dataset_name`, `num_train_images`, `num_held_out_images`, `held_out_accuracy`.
+    """
+    if not real.can_be_classified:
+        raise ValueError(
+            f"{real.name} has {_how_many_labels(real)}, and a feature classifier is trained on two or more: name a column of "
+            "them with --label_column"
+        )
+    train, held_out = split_for_training(real, settings.get("seed", 0))
+    model = fit_feature_classifier(train, **settings)
+    about = {
+        "dataset_name": real.name,
+        "num_train_images": len(train),
+        "num_held_out_images": len(held_out),
+        "held_out_accuracy": accuracy(model, held_out),
+    }
+    if int(os.environ.get("RANK", 0)) == 0:
+        # Removed first and written last, so that a folder with this file is complete.
+        Path(folder, FEATURES_FILE).unlink(missing_ok=True)
+        model.save_pretrained(folder)
+        with atomic_write(Path(folder, FEATURES_FILE)) as partial:
+            partial.write_text(json.dumps(about, indent=2) + "\n")
+    return about
+
+
+def load_features(folder: str | Path) -> tuple[FeatureClassifierModel, dict]:
+    """A saved feature classifier, and the contents of its `features.json`.
+
+    Raises:
+        ValueError: if the folder is not one that `training/train_features.py` has made.
+    """
+    folder = Path(folder)
+    if not (folder / FEATURES_FILE).is_file():
+        raise ValueError(f"{folder} is no folder of a feature classifier: make one with training/train_features.py")
+    return FeatureClassifierModel.from_pretrained(folder).eval(), json.loads((folder / FEATURES_FILE).read_text())
+
+
+def cached_features_folder(real: RealImages) -> Path:
+    """Where the default feature classifier of a data set is kept: named by the pixels, the labels and their names."""
+    content = hashlib.sha256(b"fit 2")  # raise the number when `fit_feature_classifier` changes its defaults
+    train, held_out = split_for_training(real, seed=0)
+    for part in (train, held_out):
+        content.update(repr(tuple(part.images.shape)).encode())
+        content.update(part.images.numpy().tobytes())
+        content.update(part.labels.numpy().tobytes())
+    content.update(repr(real.train.label_names).encode())
+    shape = "x".join(map(str, real.image_shape))
+    slug = Path(os.path.abspath(real.name)).name
+    root = os.environ.get("DIFFUSERS_EXT_CACHE", os.path.join(HF_HOME, "diffusers_ext"))
+    return Path(root, "features", f"{slug}-{shape}-{content.hexdigest()[:12]}")
+
+
+def features_for(
+    real: RealImages, folder: str | Path | None, state: PartialState
+) -> tuple[FeatureClassifierModel, dict] | tuple[None, None]:
+    """The feature classifier to measure images of a data set in, and what is known of it.
+
+    Args:
+        folder: Of `training/train_features.py`; None for the one that is kept for this data set. It is trained if there
+            is none yet.
+
+    Returns:
+        On the device of `state`; None twice for a data set without labels, where no folder is given.
+
+    Raises:
+        ValueError: if the classifier takes images of another shape.
+    """
+
+    if folder is None and not real.can_be_classified:
+        state.print(
+            f"{real.name} has {_how_many_labels(real)} to train a feature classifier on, so only pixels are measured;"
+            " --features takes a classifier trained on other images of this size",
+            flush=True,
+        )
+        return None, None
+    given, folder = folder, Path(folder) if folder else cached_features_folder(real)
+    if given is None and not (folder / FEATURES_FILE).is_file():
+        state.print(f"training a feature classifier on {real.name}, kept in {folder}", flush=True)
+        train_and_save_features(real, folder)
+        state.wait_for_everyone()
+    model, about = load_features(folder)
+    if model.image_shape != real.image_shape:
+        raise ValueError(
+            f"the feature classifier {folder} takes images of (channels, height, width) {model.image_shape}, but those"
+            f" of {real.name} are {real.image_shape}: train one on them with training/train_features.py"
+        )
+    known = {"folder": str(folder), "dim": model.feature_dim, "sha256": hash_weights(model)}
+    return model.to(state.device), known | about
+
+
+def _how_many_labels(real: RealImages) -> str:
+    return "images of only one label" if real.has_labels else "no labels"

@@ -1,0 +1,53 @@
+"""Facts about a pipeline: its labels, the size of its images, the arguments of its call."""
+
+import inspect
+
+from diffusers import ModelMixin
+
+from diffusers_ext.guidance.labels import num_classes_of
+
+
+def num_labels_of(pipeline) -> int | None:
+    """The number of labels that a pipeline can be asked for, or None if it takes none."""
+    if "class_labels" not in parameters_of(pipeline):
+        return None
+    networks = [part for part in pipeline.components.values() if isinstance(part, ModelMixin)]
+    return next((number for number in map(num_classes_of, networks) if number), None)
+
+
+def label_names_of(pipeline) -> list[str] | None:
+    """Names of a pipeline's labels 0, 1, 2, ...; None if it has none."""
+    names = getattr(pipeline, "config", {}).get("id2label")
+    return [names[key] for key in sorted(names, key=int)] if names else None
+
+
+def takes_prompts(pipeline) -> bool:
+    """Whether a pipeline makes images from texts."""
+    return "prompt" in parameters_of(pipeline) and "class_labels" not in parameters_of(pipeline)
+
+
+def image_size_of(pipeline) -> tuple[int, int]:
+    """The (height, width) of the images that a pipeline makes, from the configs of its networks.
+
+    Raises:
+        ValueError: if they do not say it.
+    """
+    for name in ("denoiser", "unet", "transformer"):
+        size = getattr(getattr(getattr(pipeline, name, None), "config", None), "sample_size", None)
+        if size is not None:
+            height, width = (size, size) if isinstance(size, int) else size
+            vae = getattr(pipeline, "vae", None)
+            scale = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+            return height * scale, width * scale
+    raise ValueError(f"the size of the images of {type(pipeline).__name__} is not in its configs: give --resolution")
+
+
+def default_of(pipeline, name: str):
+    """The default of an argument of the pipeline's call, or None."""
+    parameter = parameters_of(pipeline).get(name)
+    return None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
+
+
+def parameters_of(pipeline) -> dict[str, inspect.Parameter]:
+    """The arguments of the pipeline's call, by name."""
+    return {name: p for name, p in inspect.signature(type(pipeline).__call__).parameters.items() if name != "self"}
