@@ -21,7 +21,7 @@ from diffusers_ext.models.layers import (
     register_skippable,
     zero_,
 )
-from diffusers_ext.models.network import Network, check_conditions, check_num_classes
+from diffusers_ext.models.network import Network, check_conditions, check_num_classes, check_shape
 from diffusers_ext.sizes import as_size
 
 
@@ -359,10 +359,7 @@ class DiTModel(Network):
 
     def _check_inputs(self, sample: Tensor, class_labels: Tensor | None, context: Tensor | None) -> Tensor | None:
         config = self.config
-        if sample.ndim != 4 or sample.shape[1] != config.in_channels:
-            raise ValueError(
-                f"sample must have shape (batch, {config.in_channels}, height, width), got {tuple(sample.shape)}"
-            )
+        check_shape(sample, config.in_channels)
         _check_size(sample.shape[2:], config.patch_size)
         check_conditions(config, class_labels, context)
         if context is not None and (

@@ -40,6 +40,17 @@ class Network(ModelMixin, ConfigMixin):
         super().compile_repeated_blocks(*args, **kwargs)
 
 
+def check_shape(sample: Tensor, channels: int, dims: int = 2, name: str = "sample") -> None:
+    """Refuses a sample that is not of shape `(batch, channels, *spatial)` with `dims` spatial axes.
+
+    Raises:
+        ValueError: with the shape that it must have; `name` is that of the sample.
+    """
+    if sample.ndim != dims + 2 or sample.shape[1] != channels:
+        spatial = "height, width" if dims == 2 else "length"
+        raise ValueError(f"{name} must have shape (batch, {channels}, {spatial}), got {tuple(sample.shape)}")
+
+
 def check_conditions(config, class_labels: Tensor | None, context: Tensor | None) -> None:
     """Refuses labels and contexts that a denoiser was not built for, and their absence where it needs them.
 

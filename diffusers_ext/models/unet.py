@@ -25,7 +25,7 @@ from diffusers_ext.models.layers import (
     zero_,
     zero_residual_branches,
 )
-from diffusers_ext.models.network import Network, check_conditions, check_num_classes
+from diffusers_ext.models.network import Network, check_conditions, check_num_classes, check_shape
 from diffusers_ext.sizes import as_size, check_size
 
 
@@ -347,11 +347,7 @@ class UNetModel(Network):
 
     def _check_inputs(self, sample: Tensor, class_labels: Tensor | None, context: Tensor | None):
         config = self.config
-        if sample.ndim != config.dims + 2 or sample.shape[1] != config.in_channels:
-            spatial = "height, width" if config.dims == 2 else "length"
-            raise ValueError(
-                f"sample must have shape (batch, {config.in_channels}, {spatial}), got {tuple(sample.shape)}"
-            )
+        check_shape(sample, config.in_channels, config.dims)
         check_size(sample.shape[2:], config.block_out_channels)
         check_conditions(config, class_labels, context)
 

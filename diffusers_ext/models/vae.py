@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from diffusers_ext.draws import draw_normal
 from diffusers_ext.models.layers import zero_residual_branches
-from diffusers_ext.models.network import Network
+from diffusers_ext.models.network import Network, check_shape
 from diffusers_ext.models.vae_coders import ConvCoder, DenseCoder, VAEBlock
 from diffusers_ext.models.vae_likelihood import LIKELIHOODS, DiagonalGaussian, mean_of
 from diffusers_ext.models.vae_tiling import apply_tiled
@@ -306,9 +306,7 @@ class VAEModel(Network):
 
     def _check_images(self, x: Tensor):
         config = self.config
-        if x.ndim != config.dims + 2 or x.shape[1] != config.in_channels:
-            spatial = "height, width" if config.dims == 2 else "length"
-            raise ValueError(f"x must have shape (batch, {config.in_channels}, {spatial}), got {tuple(x.shape)}")
+        check_shape(x, config.in_channels, config.dims, "x")
         if config.architecture == "conv":
             check_size(x.shape[2:], config.block_out_channels)
         elif tuple(x.shape[2:]) != as_size(config.sample_size, config.dims):
