@@ -8,7 +8,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from diffusers_ext.data.image_table import allowed_faults, describe_fault
+from diffusers_ext.data.decoding import allowed_faults, describe_fault
 from diffusers_ext.data.images import fit
 from diffusers_ext.evaluation.real_images import CHANNEL_MODES, RealImages
 from diffusers_ext.pixels import open_picture, to_array
