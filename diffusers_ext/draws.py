@@ -24,7 +24,7 @@ def check_seed(seed: int, largest: int = LARGEST_SEED) -> None:
 
 
 def as_generators(generator: Generator | Sequence[Generator] | None, count: int) -> Generator | list[Generator] | None:
-    """One source of random numbers for all of so many samples, or a list of one for each.
+    """One generator for all of `count` samples, or a list of one for each.
 
     Raises:
         TypeError: for what is no generator, such as a seed.
