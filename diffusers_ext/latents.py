@@ -1,4 +1,4 @@
-"""Between images and the latents that a denoiser is trained on: encoding, decoding, and the scale between the two.
+"""Images to the latents that a denoiser is trained on, and back: encoding, decoding, and the scale between the two.
 
     z_model = (z - shift) scale
 

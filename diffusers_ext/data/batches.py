@@ -37,12 +37,12 @@ _FLIP, _DROP, _TIME, _CROP, _NUM_UNIFORM = 0, 1, 2, slice(3, 5), 8
 
 @dataclass(frozen=True)
 class BatchOptions:
-    """What a run's batches are made of.
+    """Size, order and augmentation of a run's batches.
 
     Args:
         seed: Of the order, the noise and all else that is random.
         batch_size: Images of one process in one forward pass.
-        num_processes, process_index: Of how many processes this is which.
+        num_processes, process_index: Number of processes, and which of them this is.
         accumulation: Forward passes of an optimizer step.
         random_flip: Whether each image is mirrored left to right with probability 1/2.
         label_dropout: Probability that an image gets the null label `num_classes`, or loses all of its labels.
@@ -92,7 +92,7 @@ class BatchMaker:
         self._random = None
 
     def positions(self, number: int) -> range:
-        """Of the images of this process's batch with this number."""
+        """Positions in the run of the images of this process's batch with this number."""
         options = self.options
         batch = number * options.num_processes + options.process_index
         start = self.first_position + batch * options.batch_size
@@ -218,7 +218,7 @@ class Batches(Iterator[dict[str, Tensor]]):
 
     @property
     def state(self) -> dict[str, Any] | None:
-        """JSON-able; what `make_batches` needs to go on after the batches taken so far. None without a stream."""
+        """JSON-able, for `make_batches` to resume after the batches taken so far. None without a stream."""
         if self._state is None:
             return None
         readers = [state and json.loads(state) for state in self._state["readers"]]

@@ -33,7 +33,7 @@ _DECODED = {
 
 @dataclass(frozen=True)
 class Fit:
-    """How every picture is read and brought to one shape.
+    """The reading and resizing that bring every picture to one shape.
 
     Attributes:
         size: (height, width)
@@ -181,5 +181,5 @@ def _decode_batch(rows: dict[str, list], column: str, how: Fit, version: int) ->
 
 
 def allowed_faults(count: int, max_bad_share: float) -> int:
-    """How many of `count` images may fail: the share, rounded up, so that a single odd file does not end a run."""
+    """The number of `count` images that may fail: the share, rounded up, so that one damaged file does not end a run."""
     return math.ceil(max_bad_share * count - 1e-9)  # 0.1 * 30 is above 3

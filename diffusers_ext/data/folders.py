@@ -160,7 +160,7 @@ def digest_of(entries: Iterable[Entry], *more: object) -> str:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a folder holds.
+    """The files of a folder by kind.
 
     Attributes:
         pictures, metadata, captions: Where its data are pictures: they, the tables about them, and the texts beside them.
@@ -262,7 +262,7 @@ def saved_splits(root: Path) -> dict[str, list[Entry]]:
 
 
 def split_word(name: str) -> str | None:
-    """The split that a name tells of, as a word of its own in it."""
+    """The split that a name has as a separate word."""
     for split, words in SPLIT_WORDS.items():
         if re.search(rf"(^|[-._ 0-9])({'|'.join(words)})([-._ 0-9]|$)", name.lower()):
             return split

@@ -1,4 +1,4 @@
-"""Which data a run is of: their contents, their order and their labels, so that it goes on with the same ones only.
+"""Identity of the data of a run: contents, order and labels, so that it resumes with the same ones only.
 
 Contents are compared as they are in the files, and not by names, places or times: a folder may be moved or copied.
 """
@@ -73,7 +73,7 @@ def hash_files(entries: Sequence[Entry]) -> str:
 
 
 def hash_weights(model: "nn.Module", prefix: bytes = b"") -> str:
-    """SHA-256 of the names and values of a network's weights, in float32, after `prefix`: what else is to tell it apart."""
+    """SHA-256 of the names and values of a network's weights, in float32, after the bytes of `prefix`."""
     digest = hashlib.sha256(prefix)
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
@@ -99,7 +99,7 @@ class HashedRows(Iterator[dict[str, Any]]):
 
 
 def identify(data: "ImageData | StreamData") -> dict[str, Any]:
-    """What tells the data from others, as JSON.
+    """The identity of data, as JSON.
 
     Of images: their number; `contents`, whatever the order, and `parts`, of stretches in their order; `labels`, the names
     in the order of their ids, and `assigned`, the label of each image. Of a stream, which is not read beforehand: its
@@ -122,7 +122,7 @@ def identify(data: "ImageData | StreamData") -> dict[str, Any]:
 
 
 def _sum(digests: np.ndarray) -> str:
-    """Of all, in no order."""
+    """A digest of all images that does not depend on their order."""
     return digests.view(np.uint64).sum(axis=0, dtype=np.uint64).tobytes().hex()
 
 
@@ -131,13 +131,13 @@ def _parts(digests: np.ndarray) -> list[np.ndarray]:
 
 
 def digest_of_images(data: "ImageData") -> str:
-    """Of all contents in their order, as one text."""
+    """A digest of all contents in their order."""
     digests = data.digests()
     return digests if isinstance(digests, str) else _digest(digests.tobytes()).hex()
 
 
 def describe_change(before: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """What is not the same in two identities, or None."""
+    """The first difference between two identities in words, or None."""
     if before["num_images"] != now["num_images"]:
         return f"it had {before['num_images']} images, and has {now['num_images']}"
     if before["label_digest"] != now["label_digest"]:

@@ -190,7 +190,7 @@ class StreamLabels:
 def find_stream_labels(
     source: datasets.IterableDataset, name: str | None = None, label_names: Sequence[str] | None = None
 ) -> StreamLabels | LabelSets | None:
-    """How to read the labels of a stream; None if it has none.
+    """The names and the form of the labels of a stream; None if it has none.
 
     Args:
         name, label_names: See `read_labels`.

@@ -13,7 +13,7 @@ from diffusers_ext.data.folders import sort_names
 
 
 def member_of(feature: Any) -> Any:
-    """What the lists of a column hold; None for a column of something else."""
+    """The feature of the members of a column of lists; None for another column."""
     return feature.feature if isinstance(feature, datasets.List | datasets.LargeList) else None
 
 
@@ -46,7 +46,7 @@ class LabelSets:
         return {cell: label for label, cell in enumerate(cells)}
 
     def read(self, value: Any) -> np.ndarray:
-        """Which labels a cell has, bool, shape `(labels,)`; an empty list has none, which is the null label.
+        """The labels of a cell as a mask, bool, shape `(labels,)`; all False, the null label, for an empty list.
 
         Raises:
             ValueError: if it is no list of the labels that there are, or has one of them twice.
@@ -78,7 +78,7 @@ class LabelSets:
 def find_label_sets(
     feature: Any, column: str, label_names: Sequence[str] | None = None, values: Iterable[list] | None = None
 ) -> LabelSets:
-    """How to read a column of lists of labels.
+    """The form and the names of a column of lists of labels.
 
     Lists of bool or float are zeros and ones; so are those of integers if all are of one length of at least 3 and hold
     nothing else, since one of them has a number twice. Other integers are the labels'.
@@ -137,7 +137,7 @@ def _sets_that_occur(column: str, form: str, found: set) -> LabelSets:
 
 
 def cells_of(label_names: Sequence[str], by_name: bool) -> tuple[str | int, ...]:
-    """What a cell of a column holds for each of the labels with these names.
+    """The value in a cell that stands for each of the labels with these names.
 
     Integers are the numbers of the names, or the names themselves where these are integers: `2018 2019`.
 

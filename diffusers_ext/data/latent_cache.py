@@ -38,7 +38,7 @@ _NO_INFLUENCE = ("scaling_factor", "shift_factor", "sample_size", "force_upcast"
 
 @dataclass(frozen=True)
 class LatentsInfo:
-    """What `latents.yaml` says of the latents of one split.
+    """The entry of `latents.yaml` for the latents of one split.
 
     Attributes:
         dataset_name, dataset_config_name, dataset_split: Where the images are from.
@@ -120,7 +120,7 @@ class LatentData(ImageData):
         return self.pixels[rows * self.info.rows_per_image + flipped]
 
     def digests(self) -> str:
-        """Of the images and of the VAE."""
+        """A digest of the images and of the VAE."""
         return f"{self.info.contents}-{self.info.vae_fingerprint[:32]}"
 
     @property
@@ -276,7 +276,7 @@ class LatentEncoder:
 
 @dataclass(frozen=True)
 class SampleSpace:
-    """What a denoiser is trained on: images, or their latents.
+    """The space in which a denoiser is trained: images, or their latents.
 
     Attributes:
         shape: Of a sample, (channels, height, width).
@@ -294,7 +294,7 @@ class SampleSpace:
 
     @classmethod
     def of(cls, data: ImageData | StreamData, vae: ModelMixin | None) -> "SampleSpace":
-        """That of a data set, with a VAE or none.
+        """The space of a data set, with a VAE or without.
 
         The VAE's `sample_size` becomes that of the images, which it is to decode.
 
@@ -322,7 +322,7 @@ class SampleSpace:
         return {"latent_shape": self.shape, "noise_shape": (*self.shape[1:], self.shape[0])}
 
     def encoder(self, device: torch.device) -> LatentEncoder | None:
-        """What a batch has to go through on its device; None for images."""
+        """Encodes a batch on its device; None for images."""
         return None if self.vae is None else LatentEncoder(self.vae, device, self.cached)
 
 

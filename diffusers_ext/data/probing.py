@@ -22,7 +22,7 @@ PAD_FROM = 0.75
 
 @dataclass(frozen=True)
 class Probed:
-    """Of the first pictures that can be decoded.
+    """Statistics of the first pictures that can be decoded.
 
     Attributes:
         sizes: (height, width) of each.
@@ -45,7 +45,7 @@ class Probed:
 
 @dataclass(frozen=True)
 class Reading:
-    """How the pixels of a data set are read.
+    """Mode, type and range in which the pixels of a data set are read.
 
     Attributes:
         mode: PIL's mode, or None for arrays.
@@ -65,7 +65,7 @@ class Reading:
 
 
 def probe(rows: Iterable[dict], feature: Any, column: str) -> Probed:
-    """What the first rows hold.
+    """Statistics of the first rows.
 
     Args:
         rows: The first rows, undecoded.
@@ -114,7 +114,7 @@ def is_channels_first(shape: tuple[int, ...]) -> bool:
 
 
 def decide_reading(seen: Probed, column: str, mode: str | None, white_value: int | None, pad_value: int) -> Reading:
-    """How all pictures of the data set are read.
+    """Mode, type and range in which all pictures of the data set are read.
 
     Args:
         mode: That the user asks for, or None.
@@ -200,7 +200,7 @@ def _notes_on_mode(modes: Counter[str], found: str, asked: str | None, pad_value
 def decide_fit(
     first_rows: Iterable[dict], feature: Any, column: str, config: DataConfig, multiple_of: int
 ) -> tuple[Fit, list[str]]:
-    """How all images are read and get to their shape, with a note for each decision that the user has not made.
+    """The reading and resizing of all images, with a note for each decision that the user has not made.
 
     Args:
         first_rows: Undecoded.

@@ -1,4 +1,4 @@
-"""Images that are read while the run goes on, from a data set that is too large to decode beforehand.
+"""Images that are read during training, from a data set that is too large to decode beforehand.
 
 The shards of a data set (files, or row groups of parquet) are put into a new order each epoch and divided among the
 readers: the workers of all processes. A reader takes its examples in windows: some of them are read, undecoded, and put
@@ -29,7 +29,7 @@ from diffusers_ext.draws import PositionRandom
 from diffusers_ext.pixels import Whites
 
 
-# Shards beyond this number are put together: taking one out costs time in proportion to their number.
+# Shards beyond this number are grouped: taking one out costs time in proportion to their number.
 MAX_GROUPS = 256
 _NAMED_FAULTS = 10  # images of a reader's pass that are named when they cannot be decoded
 _JUDGED_FROM = 1000  # images, before which a share of bad ones says little
@@ -144,7 +144,7 @@ class StreamData:
 
 
 class Division:
-    """Which examples of a stream are whose: every epoch each of them is one reader's.
+    """The division of a stream among its readers: in each epoch every example is read by one of them.
 
     Readers take whole shards, in an order of the epoch. If there are fewer shards than readers, or if only the first
     `max_samples` examples count, each reader goes through all of them and keeps one example in `num_readers`.
@@ -182,7 +182,7 @@ class Division:
         return f"it has {self.num_groups} shards; more files, or fewer --dataloader_num_workers, save the reading"
 
     def note(self) -> str | None:
-        """What a user may want to know of it."""
+        """A line for the user if the readers cannot divide the stream by shards, or None."""
         if self.by_shards or self._num_readers == 1:
             return None
         return (
@@ -197,8 +197,8 @@ class StreamReader:
     Args:
         data: The stream.
         seed: Of the order.
-        reader, num_readers: Of how many readers this is which.
-        state: Where to go on; None for the beginning.
+        reader, num_readers: Which reader this is, and the number of them.
+        state: To resume from; None for the beginning.
 
     Attributes:
         state: JSON-able; where the reader stands, after the example that it gave last.

@@ -127,7 +127,7 @@ class DenoisingObjective(nn.Module):
     def losses(
         self, output: Tensor, x0: Tensor, eps: Tensor, x_t: Tensor, timesteps: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Of each sample: the squared error of the prediction, the loss, and the bound in nats per dimension or 0.
+        """Squared error of the prediction, loss, and bound in nats per dimension or 0, of each sample.
 
         Args:
             output: The model's output at `x_t`, which has `eps` in it.

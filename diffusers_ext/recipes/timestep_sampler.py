@@ -1,4 +1,4 @@
-"""Which timesteps a batch is trained at, and the weights that keep the expected loss as it is.
+"""Sampling of timesteps for training, with the importance weights that leave the expected loss unchanged.
 
 The batch brings a `time` u in [0, 1) for each image, drawn one by one or stratified over an optimizer step (see
 `diffusers_ext.data.batches`). Uniform timesteps are floor(T u); importance sampling takes u through the inverse of the
