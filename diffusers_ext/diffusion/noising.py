@@ -21,24 +21,35 @@ References:
 """
 
 import math
+import sys
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from diffusers_ext.diffusion.tables import DeviceTable, dtype_beside
+
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "score")
 
+# Variances of the reverse transition that a model says, in a second half of channels.
+LEARNED_VARIANCES = ("learned", "learned_range")
+
+
+# What scales a tensor: a number, or a tensor that broadcasts against it.
+Factor = float | Tensor
+
 
 class NoiseLevel(NamedTuple):
-    """One point on the path. Both scales broadcast against x_t."""
+    """One point on the path: floats, or tensors that broadcast against x_t."""
 
-    alpha: Tensor
-    sigma: Tensor
+    alpha: Factor
+    sigma: Factor
 
     @property
-    def snr(self) -> Tensor:
-        return (self.alpha / self.sigma).square()
+    def snr(self) -> Factor:
+        return (self.alpha / self.sigma) ** 2
 
 
 class Normal(NamedTuple):
@@ -74,7 +85,7 @@ class NoiseSchedule:
         self.alpha = log_alpha_bar.mul(0.5).exp()
         self.sigma = log_alpha_bar.expm1().neg().sqrt()
         # Rolled so that row t + 1 is timestep t: every valid index is then >= 0 and `index_select` refuses the rest.
-        self._tables = {(torch.device("cpu"), torch.float64): torch.stack([self.alpha, self.sigma], 1).roll(1, 0)}
+        self._table = DeviceTable(torch.stack([self.alpha, self.sigma], 1).roll(1, 0))
 
     def __len__(self) -> int:
         return len(self.alpha) - 1
@@ -96,28 +107,18 @@ class NoiseSchedule:
             ValueError: If a timestep is out of range (on an accelerator the kernel itself asserts it).
             TypeError: If `timesteps` are not integers.
         """
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        table = self._tables.get((like.device, dtype))
-        if table is None:
-            table = self._tables[(torch.device("cpu"), torch.float64)].to(like.device, dtype)
-            if type(table) is Tensor and not torch.compiler.is_compiling():  # not what tracing puts in its place
-                self._tables[(like.device, dtype)] = table
-        trailing = [1] * (like.ndim - 1)
         if isinstance(timesteps, Tensor):
             if timesteps.is_floating_point() and (timesteps.device.type != "cpu" or (timesteps % 1 != 0).any()):
                 raise TypeError(f"timesteps must be integers, got a tensor of {timesteps.dtype}")
-            rows = timesteps.to(like.device, torch.int64).reshape(-1) + 1
             try:
-                pair = table.index_select(0, rows)
+                return NoiseLevel(*self._table.gather(timesteps.to(like.device, torch.int64) + 1, like))
             except IndexError:
                 low, high = timesteps.min().item(), timesteps.max().item()
                 raise ValueError(f"timesteps must be in [-1, {len(self) - 1}], got {low} to {high}") from None
-        else:
-            if not -1 <= timesteps < len(self):
-                raise ValueError(f"timesteps must be in [-1, {len(self) - 1}], got {timesteps}")
-            pair = table.narrow(0, timesteps + 1, 1)
-        alpha, sigma = pair.view(-1, *trailing, 2).unbind(-1)
-        return NoiseLevel(alpha, sigma)
+        if not -1 <= timesteps < len(self):
+            raise ValueError(f"timesteps must be in [-1, {len(self) - 1}], got {timesteps}")
+        pair = self._table.on(like.device, dtype_beside(like)).narrow(0, timesteps + 1, 1)
+        return NoiseLevel(*pair.view(1, *[1] * (like.ndim - 1), 2).unbind(-1))
 
 
 def check_betas(betas: Tensor) -> Tensor:
@@ -138,13 +139,37 @@ def check_betas(betas: Tensor) -> Tensor:
 
 def add_noise(x0: Tensor, eps: Tensor, level: NoiseLevel) -> Tensor:
     """x_t ~ q(x_t | x_0) for the standard normal draw `eps` (DDPM, Eq. 4)."""
-    x_t = level.alpha * x0
-    # One new tensor rather than three: for large batches allocation costs more than arithmetic.
-    fits = x_t.shape == eps.shape and x_t.dtype == eps.dtype == level.sigma.dtype
-    return x_t.addcmul_(level.sigma, eps) if fits else x_t + level.sigma * eps
+    return weighted_sum((level.alpha, x0), (level.sigma, eps))
 
 
-def output_coefficients(level: NoiseLevel, prediction_type: str) -> tuple[Tensor | float, Tensor | float]:
+def weighted_sum(*terms: tuple[Factor, Tensor | None]) -> Tensor:
+    """The sum of factor times tensor over `terms`, with one pass over each and one new tensor.
+
+    For large batches allocation costs more than arithmetic. Factors are rounded to the precision of their tensors, but
+    to no less than float32. A term without a tensor is left out.
+    """
+    (factor, tensor), *rest = terms
+    total = in_precision_of(tensor, factor) * tensor
+    for factor, tensor in rest:
+        if tensor is None:
+            continue
+        factor = in_precision_of(tensor, factor)
+        if isinstance(factor, Tensor):
+            fits = total.shape == tensor.shape and total.dtype == tensor.dtype == factor.dtype
+            total = total.addcmul_(tensor, factor) if fits else total + factor * tensor
+        else:
+            total = total.add_(tensor, alpha=factor)
+    return total
+
+
+def in_precision_of(tensor: Tensor, factor: Factor) -> Factor:
+    """`factor` in the precision of `tensor`, but in no less than float32; a number as it is."""
+    if isinstance(factor, Tensor):
+        return factor.to(dtype_beside(tensor))
+    return factor
+
+
+def output_coefficients(level: NoiseLevel, prediction_type: str) -> tuple[Factor, Factor]:
     """The pair (a, b) for which a model of this prediction type outputs a x_0 + b eps.
 
     Every conversion between prediction types follows from this table, so a new type is one new line.
@@ -204,26 +229,22 @@ def posterior(
             at 0 it is the deterministic DDIM step.
         eps: The noise in `x_t`, where it is not to be the one that `x0` leaves (DDIM with a clipped `x0`).
     """
-    # A factor of at most 1 on sigma_s keeps the radicand below from going negative in floating point.
-    snr_ratio = (t.alpha * s.sigma / _nonzero(s.alpha * t.sigma)).square()  # snr_t / snr_s, also where s is clean
-    std = s.sigma * (eta * (1 - snr_ratio).clamp(min=0).sqrt())
+    std = posterior_std(t, s, eta)
     if eps is None:
         eps = predict_eps(x0, x_t, t)
-    return Normal(s.alpha * x0 + (s.sigma.square() - std.square()).sqrt() * eps, std)
+    return Normal(s.alpha * x0 + (s.sigma**2 - std**2) ** 0.5 * eps, std)
 
 
-def rotate(v: Tensor, x_t: Tensor, t: NoiseLevel, s: NoiseLevel) -> Tensor:
-    """The DDIM step of a v-prediction: x_t turned back by phi_t - phi_s (Salimans & Ho 2022, Appendix D).
-
-    Equal to `posterior(..., eta=0).mean` for the x_0 that `v` means, and free of divisions, so finite at snr_t = 0.
-    """
-    cos, sin = t.alpha * s.alpha + t.sigma * s.sigma, t.sigma * s.alpha - t.alpha * s.sigma
-    return cos * x_t - sin * v
+def posterior_std(t: NoiseLevel, s: NoiseLevel, eta: float | Tensor = 1.0) -> Factor:
+    """Standard deviation of `posterior`, for `eta=1` the square root of beta tilde (DDPM, Eq. 7; DDIM, Eq. 16)."""
+    snr_ratio = (t.alpha * s.sigma / _nonzero(s.alpha * t.sigma)) ** 2  # snr_t / snr_s, also where s is clean
+    # A factor of at most 1 on sigma_s keeps sigma_s^2 - std^2 from going negative in floating point.
+    return s.sigma * (eta * _at_least(0.0, 1 - snr_ratio) ** 0.5)
 
 
-def transition_std(t: NoiseLevel, s: NoiseLevel) -> Tensor:
+def transition_std(t: NoiseLevel, s: NoiseLevel) -> Factor:
     """Standard deviation of the noising transition q(x_t | x_s), for neighbours sqrt(beta_t) (DDPM, Eq. 2)."""
-    return (1 - (t.alpha / _nonzero(s.alpha)).square()).clamp(min=0).sqrt()
+    return _at_least(0.0, 1 - (t.alpha / _nonzero(s.alpha)) ** 2) ** 0.5
 
 
 def transition(x_s: Tensor, t: NoiseLevel, s: NoiseLevel) -> Normal:
@@ -253,6 +274,15 @@ def interpolated_log_std(output: Tensor, log_std_small: Tensor, log_std_large: T
         log_std_large: Log standard deviation of the noising transition (log sqrt(beta)).
     """
     return 0.5 * (log_std_large - log_std_small) * output + 0.5 * (log_std_large + log_std_small)
+
+
+def learned_log_std(variance: str, output: Tensor, log_std_small: Factor, log_std_large: Factor) -> Tensor:
+    """Log standard deviation of p(x_s | x_t) that a model means by its variance output, for `LEARNED_VARIANCES`.
+
+    Args:
+        output: The second half of the model's channels: a log variance for "learned", else as in `interpolated_log_std`.
+    """
+    return 0.5 * output if variance == "learned" else interpolated_log_std(output, log_std_small, log_std_large)
 
 
 def dynamic_threshold(x0: Tensor, ratio: float, max_value: float) -> Tensor:
@@ -286,6 +316,61 @@ def normal_kl(q: Normal, p: Normal) -> Tensor:
     return 0.5 * ((2 * log_ratio).expm1() - 2 * log_ratio + ((q.mean - p.mean) / p.std).square())
 
 
-def _nonzero(x: Tensor) -> Tensor:
+class Transition(NamedTuple):
+    """A step from the level t down to s in numbers: floats, or tensors that broadcast against x_t.
+
+    The formulas of this file are linear in x_t, x_0 and the model's output. Their factors are their values at unit
+    inputs, with which a step is a few sums:
+
+        x_0  = x0_of_x_t x_t + x0_of_output output        `predict_x0`
+        eps  = eps_of_x_t x_t + eps_of_output output      `output_eps`
+        eps  = left_of_x_t x_t + left_of_x0 x_0           `predict_eps`, the noise that an x_0 leaves
+        mean = mean_of_x0 x_0 + mean_of_x_t x_t           `posterior`
+    """
+
+    t: NoiseLevel
+    s: NoiseLevel
+    x0_of_x_t: Factor
+    x0_of_output: Factor
+    eps_of_x_t: Factor
+    eps_of_output: Factor
+    left_of_x_t: Factor
+    left_of_x0: Factor
+    mean_of_x0: Factor
+    mean_of_x_t: Factor
+    posterior_std: Factor
+    transition_std: Factor
+
+    @classmethod
+    def between(cls, t: NoiseLevel, s: NoiseLevel, prediction_type: str) -> "Transition":
+        one, zero = torch.ones_like(t.alpha), torch.zeros_like(t.alpha)
+        eps = output_eps(zero, one, t, prediction_type), output_eps(one, zero, t, prediction_type)
+        left = predict_eps(zero, one, t), predict_eps(one, zero, t)
+        return cls(
+            t,
+            s,
+            predict_x0(zero, one, t, prediction_type),
+            predict_x0(one, zero, t, prediction_type),
+            *[torch.where(t.sigma > 0, factor, 0.0) for factor in (*eps, *left)],  # finite at a level without noise
+            posterior(one, zero, t, s).mean,
+            posterior(zero, one, t, s).mean,
+            posterior_std(t, s),
+            transition_std(t, s),
+        )
+
+    @classmethod
+    def of(cls, numbers: Sequence[Factor]) -> "Transition":
+        """From the numbers in the order that `flatten` gives them."""
+        return cls(NoiseLevel(*numbers[:2]), NoiseLevel(*numbers[2:4]), *numbers[4:])
+
+    def flatten(self) -> list[Factor]:
+        return [*self.t, *self.s, *self[2:]]
+
+
+def _nonzero(x: Factor) -> Factor:
     # Products with an exact 0 stay 0 where a division by 0 would make them NaN.
-    return x.clamp(min=torch.finfo(x.dtype).tiny)
+    return _at_least(torch.finfo(x.dtype).tiny if isinstance(x, Tensor) else sys.float_info.min, x)
+
+
+def _at_least(bound: float, x: Factor) -> Factor:
+    return x.clamp(min=bound) if isinstance(x, Tensor) else max(bound, x)

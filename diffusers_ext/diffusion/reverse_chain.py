@@ -18,20 +18,21 @@ import torch
 from torch import Tensor
 
 from diffusers_ext.diffusion.noising import (
+    LEARNED_VARIANCES,
     NoiseLevel,
     NoiseSchedule,
     Normal,
-    interpolated_log_std,
+    learned_log_std,
     posterior,
+    posterior_std,
     transition_std,
 )
+from diffusers_ext.diffusion.tables import DeviceTable
 from diffusers_ext.diffusion.timesteps import check_timesteps
-from diffusers_ext.schedulers.coefficients import CoefficientTable
 
 
 # "optimal" needs a chain with variances of its own, as `optimal_variances` measures them.
-REVERSE_VARIANCES = ("fixed_small", "fixed_large", "learned", "learned_range", "optimal")
-LEARNED_VARIANCES = ("learned", "learned_range")
+REVERSE_VARIANCES = ("fixed_small", "fixed_large", *LEARNED_VARIANCES, "optimal")
 
 
 class ReverseStep(NamedTuple):
@@ -91,8 +92,7 @@ class ReverseChain:
         like = torch.zeros(1, dtype=torch.float64)
         t = schedule.level(self.timesteps, like)
         s = schedule.level(torch.cat([torch.tensor([-1]), self.timesteps[:-1]]), like)
-        zero = torch.zeros_like(t.alpha)
-        small, large = posterior(zero, zero, t, s).std, transition_std(t, s)
+        small, large = posterior_std(t, s), transition_std(t, s)
         small[0] = small[1] if len(small) > 1 else large[0]
         optimal = torch.full_like(small, math.nan)
         if variances is not None:
@@ -104,14 +104,15 @@ class ReverseChain:
                 )
             optimal = variances.sqrt()
         self.has_variances = variances is not None
-        self._table = CoefficientTable(ReverseStep(*t, *s, small.log(), large.log(), optimal.log()))
+        columns = ReverseStep(*t, *s, small.log(), large.log(), optimal.log())
+        self._table = DeviceTable(torch.stack(columns, dim=-1))
 
     def __len__(self) -> int:
         return len(self.timesteps)
 
     def at(self, index: Tensor, like: Tensor) -> ReverseStep:
         """Transitions `index`, int64, one or one for each sample, broadcasting against `like` and on its device."""
-        return self._table.gather(index, like)
+        return ReverseStep(*self._table.gather(index, like))
 
     def at_noise(self, like: Tensor) -> NoiseLevel:
         """The noisiest level, where sampling starts from N(0, 1)."""
@@ -130,18 +131,15 @@ def reverse_log_std(step: ReverseStep, variance: str, variance_output: Tensor | 
     """Log standard deviation of p(x_s | x_t), for each of `REVERSE_VARIANCES`.
 
     Args:
-        variance_output: Second half of the model's channels, for the learned ones: a log variance for "learned", -1 to
-            1 for the bounds of "learned_range".
+        variance_output: Second half of the model's channels, for the learned ones (`learned_log_std`).
     """
     match variance:
         case "fixed_small":
             return step.log_std_small
         case "fixed_large":
             return step.log_std_large
-        case "learned":
-            return 0.5 * variance_output
-        case "learned_range":
-            return interpolated_log_std(variance_output, step.log_std_small, step.log_std_large)
+        case "learned" | "learned_range":
+            return learned_log_std(variance, variance_output, step.log_std_small, step.log_std_large)
         case "optimal":
             return step.log_std_optimal
     raise ValueError(f"variance must be one of {', '.join(REVERSE_VARIANCES)}, got {variance!r}")

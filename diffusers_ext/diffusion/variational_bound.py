@@ -30,6 +30,7 @@ from diffusers_ext.diffusion.noising import (
     normal_kl,
     normal_log_prob,
     posterior,
+    posterior_std,
     predict_x0,
 )
 from diffusers_ext.diffusion.precision import to_float64
@@ -306,8 +307,7 @@ def optimal_variances(
     schedule, every = chain.schedule, chain.timesteps
     like = torch.zeros(1, dtype=torch.float64)
     s = schedule.level(torch.cat([torch.tensor([-1]), every[:-1]]), like)
-    zero = torch.zeros_like(s.alpha)
-    return posterior(zero, zero, schedule.level(every, like), s).std.square() + error / count
+    return posterior_std(schedule.level(every, like), s) ** 2 + error / count
 
 
 def _spread(

@@ -2,26 +2,28 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from diffusers_ext.diffusion.betas import make_betas, rescale_zero_terminal_snr
-from diffusers_ext.diffusion.noising import PREDICTION_TYPES, NoiseSchedule, add_noise, check_betas, training_target
+from diffusers_ext.diffusion.noising import (
+    PREDICTION_TYPES,
+    NoiseLevel,
+    NoiseSchedule,
+    Transition,
+    add_noise,
+    check_betas,
+    dynamic_threshold,
+    training_target,
+    weighted_sum,
+)
 from diffusers_ext.diffusion.timesteps import TIMESTEP_SPACINGS, check_timesteps, make_timesteps
 from diffusers_ext.draws import draw_normal
-from diffusers_ext.schedulers.coefficients import (
-    CoefficientTable,
-    Path,
-    Transition,
-    add_weighted,
-    clip_x0,
-    weighted_sum,
-    wide,
-)
 from diffusers_ext.schedulers.sources import PATH_KEYS, read_model
+from diffusers_ext.schedulers.transitions import Transitions
 
 
 # Of these the classes of diffusers make the betas themselves; the others are handed to them as `trained_betas`.
@@ -82,11 +84,8 @@ class GaussianSchedulerMixin:
         self.init_noise_sigma = 1.0
         self.custom_timesteps = False
         self.num_inference_steps = None
-        self._path = None
+        self._transitions = None
         self._visit(np.arange(config.num_train_timesteps)[::-1], device=None)
-
-    def _prepare(self, path: Path) -> None:
-        """Makes the tables that `step` will want, so that a compiled step finds them."""
 
     def _check_config(self, config) -> None:
         check_choice("prediction_type", config.prediction_type, PREDICTION_TYPES)
@@ -178,36 +177,26 @@ class GaussianSchedulerMixin:
     def _visit(self, descending: np.ndarray, device: str | torch.device | None) -> None:
         values = self._ordered(descending)
         self.timesteps = torch.tensor(values, device=device)
-        self._current_path(values)
+        self._current_transitions(values)
 
     def _ordered(self, descending: np.ndarray) -> list[int]:
         return descending.tolist()
 
     def previous_timestep(self, timestep: Tensor | int) -> Tensor:
         """The timestep after this one in sampling, the next lower listed one; -1 after the last."""
-        path = self._current_path()
-        if isinstance(timestep, Tensor):
-            known = path.host_timestep(timestep)
-            if known is None:
-                following = path.next_copies.on(timestep.device, torch.int64)
-                return following.index_select(0, timestep.reshape(-1)).view(timestep.shape)
-            timestep = known
-        if not 0 <= timestep < len(path.next):
-            raise ValueError(f"timestep must be in [0, {len(path.next) - 1}], got {timestep}")
-        return path.next[timestep]
+        return self._current_transitions().following(timestep)
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | int | None = None) -> Tensor:
         return sample
 
-    def _current_path(self, listed: list[int] | None = None) -> Path:
-        path = self._path
+    def _current_transitions(self, listed: list[int] | None = None) -> Transitions:
+        known = self._transitions
         if torch.compiler.is_compiling():
-            return path  # made by `set_timesteps`, outside of the graph
+            return known  # made by `set_timesteps`, outside of the graph
         # Pipelines replace `timesteps` and the config behind our back.
-        if path is None or path.timesteps is not self.timesteps or path.config is not self._internal_dict:
-            path = self._path = Path(self.timesteps, listed, self.schedule, self._internal_dict)
-            self._prepare(path)
-        return path
+        if known is None or known.timesteps is not self.timesteps or known.config is not self._internal_dict:
+            known = self._transitions = Transitions(self.timesteps, listed, self.schedule, self._internal_dict)
+        return known
 
     # Noising.
 
@@ -229,58 +218,42 @@ class GaussianSchedulerMixin:
     def __len__(self) -> int:
         return self.config.num_train_timesteps
 
-    # The arithmetic of a step.
+    # The parts of a step.
 
-    def _coefficients_at(
-        self, path: Path, table: CoefficientTable, timestep: Tensor | int, sample: Tensor
-    ) -> tuple[NamedTuple, bool]:
-        """The coefficients at `timestep`, and whether the host knows that nothing comes after it."""
-        if not torch.compiler.is_compiling():
-            known = path.host_timestep(timestep)
-            if known is not None:
-                if not 0 <= known < len(path.next_rows):
-                    raise ValueError(f"timestep must be in [0, {len(path.next_rows) - 1}], got {known}")
-                return table.row(known), path.next_rows[known] < 0
-        elif not isinstance(timestep, Tensor):
-            timestep = torch.full((1,), timestep, device=sample.device)
-        if timestep.numel() not in (1, len(sample)):
-            raise ValueError(
-                f"timestep must be one or one for each of the {len(sample)} samples, got shape {tuple(timestep.shape)}"
-            )
-        try:
-            return table.gather(timestep, sample), False
-        except IndexError:
-            raise ValueError(f"timestep must be in [0, {len(path.next_rows) - 1}], got {timestep.tolist()}") from None
+    def _transition(self, timestep: Tensor | int, sample: Tensor) -> Transition:
+        """The step from `timestep` to the next of the list; see `Transitions.at`."""
+        return self._current_transitions().at(timestep, sample)
 
-    def _advance(
-        self,
-        path: Path,
-        c: Transition,
-        terms: tuple[str, ...],
-        output: Tensor,
-        sample: Tensor,
-        noise: Tensor | None,
-        log_std: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """x_s and the predicted x_0, in float32 or wider and cast last.
+    def _predict_x0(self, at: Transition, output: Tensor, x_t: Tensor) -> Tensor:
+        """The x_0 that the model means, within the range that the config gives it."""
+        if self.config.prediction_type == "sample":
+            return self._clip(output, in_place=False)
+        return self._clip(weighted_sum((at.x0_of_x_t, x_t), (at.x0_of_output, output)))
 
-        Args:
-            terms: Which of x0, sample and output make up x_s; the coefficients of the others are 0.
-            noise: Unit noise, or None for none.
-            log_std: Log standard deviation by the model, of the shape of `sample`.
-        """
-        dtype = torch.promote_types(sample.dtype, output.dtype)
-        sample, output = wide(sample), wide(output)
-        if path.prediction_type == "sample":
-            x0 = clip_x0(output, path, owned=False)
-        else:
-            x0 = clip_x0(weighted_sum((c.x0_sample, sample), (c.x0_output, output)), path, owned=True)
-        tensors = {"x0": (c.prev_x0, x0), "sample": (c.prev_sample, sample), "output": (c.prev_output, output)}
-        prev_sample = weighted_sum(*[tensors[term] for term in terms])
-        if noise is not None:
-            noise = wide(noise) if log_std is None else log_std.exp().mul_(noise)
-            prev_sample = add_weighted(prev_sample, c.std, noise)
-        return prev_sample.to(dtype), x0.to(dtype)
+    def _predict_eps(self, at: Transition, output: Tensor, x_t: Tensor) -> Tensor:
+        """The noise in x_t that the model means."""
+        if self.config.prediction_type == "epsilon":
+            return output
+        return weighted_sum((at.eps_of_x_t, x_t), (at.eps_of_output, output))
+
+    def _clip(self, x0: Tensor, in_place: bool = True) -> Tensor:
+        config = self.config
+        if getattr(config, "thresholding", False):
+            return dynamic_threshold(x0, config.dynamic_thresholding_ratio, config.sample_max_value)
+        if config.clip_sample:
+            bound = config.clip_sample_range
+            return x0.clamp_(-bound, bound) if in_place else x0.clamp(-bound, bound)
+        return x0
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Float32 or wider, so that half precision rounds once, at the end."""
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+
+
+def has_no_noise(level: NoiseLevel) -> bool:
+    """Whether the host knows that a level is the clean end, or like it, to which no noise is added."""
+    return isinstance(level.sigma, float) and level.sigma == 0
 
 
 def check_output(

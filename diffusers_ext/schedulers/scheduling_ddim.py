@@ -3,119 +3,17 @@
 The paper's alpha is our alpha_bar.
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
-
-import numpy as np
 import torch
 from diffusers import DDIMScheduler
-from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from torch import Tensor
 
-from diffusers_ext.diffusion.noising import NoiseLevel, posterior, predict_x0
-from diffusers_ext.schedulers.coefficients import (
-    CoefficientTable,
-    Factor,
-    Path,
-    Prediction,
-    Transition,
-    clip_x0,
-    weighted_sum,
-    wide,
-)
-from diffusers_ext.schedulers.gaussian import GaussianSchedulerMixin, check_output, draw_noise
+from diffusers_ext.diffusion.noising import posterior_std, weighted_sum
+from diffusers_ext.schedulers.gaussian import check_output, draw_noise, has_no_noise, wide
+from diffusers_ext.schedulers.inversion import ReversibleMixin
 
 
-# Tables for so many values of eta are kept.
-MAX_TABLES = 8
-
-
-class Inversion(NamedTuple):
-    """Coefficients of the way back, from s to t.
-
-    eps = eps_sample model_input + eps_output output
-    x_0 = x0_sample x_s + x0_eps eps
-    x_t = alpha x_0 + sigma eps
-    """
-
-    eps_sample: Factor
-    eps_output: Factor
-    x0_sample: Factor
-    x0_eps: Factor
-    alpha: Factor
-    sigma: Factor
-
-
-class InversionMixin:
-    """The step from the cleaner to the noisier level, common to the sampler and to the inverse scheduler."""
-
-    def reverse_step(
-        self,
-        model_output: Tensor,
-        timestep: Tensor | int,
-        sample: Tensor,
-        return_dict: bool = True,
-        model_input: Tensor | None = None,
-    ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
-        """From x_s up to x_t: what `step` at `timestep` and `eta=0` undoes.
-
-        The model is evaluated at `timestep`, the level that is reached, as in diffusers' `DDIMInverseScheduler`. Its
-        input should be x_t; x_s stands in for it, and the error of that falls with the number of steps. If
-        `model_input` is x_t itself, `step` returns to x_s exactly as long as nothing is clipped.
-
-        Args:
-            model_output: The model's output, of the shape of `sample` or with twice the channels (the variance).
-            timestep: The level t to reach, one or one for each sample; s is the next lower timestep of the list, or
-                the clean end.
-            sample: x_s, shape `(batch, channels, ...)`.
-            model_input: What the model saw; `sample` by default.
-
-        Returns: `prev_sample` is x_t, `pred_original_sample` the predicted x_0.
-
-        Raises:
-            ValueError: If a shape does not fit or a timestep is out of range.
-        """
-        output, _ = check_output(model_output, sample, takes_variance=True)
-        path = self._current_path()
-        c, _ = self._coefficients_at(path, path.tables["inversion"], timestep, sample)
-        dtype = torch.promote_types(sample.dtype, output.dtype)
-        x_s, output = wide(sample), wide(output)
-        eps = weighted_sum((c.eps_output, output), (c.eps_sample, x_s if model_input is None else wide(model_input)))
-        x0 = clip_x0(weighted_sum((c.x0_sample, x_s), (c.x0_eps, eps)), path, owned=True)
-        x_t, x0 = weighted_sum((c.alpha, x0), (c.sigma, eps)).to(dtype), x0.to(dtype)
-        if not return_dict:
-            return x_t, x0
-        return DDIMSchedulerOutput(prev_sample=x_t, pred_original_sample=x0)
-
-    def invert(self, denoise: Callable[[Tensor, Tensor], Tensor], sample: Tensor, num_refinements: int = 0) -> Tensor:
-        """The x_T that deterministic sampling over `timesteps` takes to `sample`, up to the error of the steps.
-
-        Args:
-            denoise: The model, from x_t and a timestep to its output.
-            sample: Clean data, shape `(batch, channels, ...)`.
-            num_refinements: How often each step is repeated with its own result as the model's input (a fixed-point
-                iteration); each costs one more evaluation of the model and makes the round trip more exact.
-        """
-        for timestep in self.timesteps.sort().values:
-            x_t = sample
-            for _ in range(num_refinements + 1):
-                output = denoise(x_t, timestep)
-                x_t = self.reverse_step(output, timestep, sample, return_dict=False, model_input=x_t)[0]
-            sample = x_t
-        return sample
-
-    def _prepare_inversion(self, path: Path) -> None:
-        t, s = path.t, path.s
-        one, zero = torch.ones_like(t.alpha), torch.zeros_like(t.alpha)
-        output = Prediction.at(t, path.prediction_type)
-        x0 = [predict_x0(*pair, s, "epsilon") for pair in ((zero, one), (one, zero))]
-        path.tables["inversion"] = CoefficientTable(
-            Inversion(output.eps_sample, output.eps_output, *x0, t.alpha, t.sigma)
-        )
-
-
-class ExtDDIMScheduler(InversionMixin, GaussianSchedulerMixin, DDIMScheduler):
+class ExtDDIMScheduler(ReversibleMixin, DDIMScheduler):
     """`DDIMScheduler` that reads the next timestep from its list, with inversion and a step without a host sync.
 
     Takes every config key of diffusers' class, with its meaning and default. Where that class is right the result is
@@ -151,28 +49,6 @@ class ExtDDIMScheduler(InversionMixin, GaussianSchedulerMixin, DDIMScheduler):
         ValueError: If a value is unknown or out of range, or the prediction type is undefined at zero terminal SNR.
     """
 
-    @register_to_config
-    def __init__(
-        self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.0001,
-        beta_end: float = 0.02,
-        beta_schedule: str = "linear",
-        trained_betas: np.ndarray | Sequence[float] | None = None,
-        clip_sample: bool = True,
-        set_alpha_to_one: bool = True,
-        steps_offset: int = 0,
-        prediction_type: str = "epsilon",
-        thresholding: bool = False,
-        dynamic_thresholding_ratio: float = 0.995,
-        clip_sample_range: float = 1.0,
-        sample_max_value: float = 1.0,
-        timestep_spacing: str = "leading",
-        rescale_betas_zero_snr: bool = False,
-        beta_reference_timesteps: int | None = None,
-    ):
-        self._setup()
-
     def step(
         self,
         model_output: Tensor,
@@ -205,66 +81,32 @@ class ExtDDIMScheduler(InversionMixin, GaussianSchedulerMixin, DDIMScheduler):
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must be in [0, 1], got {eta}")
         output, _ = check_output(model_output, sample, takes_variance=True)
-        path = self._current_path()
-        reuse = path.clips and bool(use_clipped_model_output)
-        c, last = self._coefficients_at(path, self._table(path, eta, reuse), timestep, sample)
+        at = self._transition(timestep, sample)
+        x_t, prediction = wide(sample), wide(output)
+
+        x0 = self._predict_x0(at, prediction, x_t)
+        if use_clipped_model_output:
+            eps = weighted_sum((at.left_of_x_t, x_t), (at.left_of_x0, x0))
+        else:
+            eps = self._predict_eps(at, prediction, x_t)
         noise = None
-        if eta > 0 and not (last and path.ends_clean):
-            noise = draw_noise(output, generator, variance_noise)
-        prev_sample, x0 = self._advance(path, c, self._terms(path, reuse), output, sample, noise)
+        if eta > 0 and not has_no_noise(at.s):
+            noise = wide(draw_noise(output, generator, variance_noise))
+
+        # Eq. 12: the predicted x_0, the direction that points to x_t, and new noise.
+        std = eta * at.posterior_std
+        direction = (at.s.sigma**2 - std**2) ** 0.5
+        x_s = weighted_sum((at.s.alpha, x0), (direction, eps), (std, noise))
+
+        dtype = torch.promote_types(sample.dtype, output.dtype)
+        prev_sample, x0 = x_s.to(dtype), x0.to(dtype)
         if not return_dict:
             return prev_sample, x0
         return DDIMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=x0)
-
-    def _terms(self, path: Path, reuse: bool) -> tuple[str, ...]:
-        if not path.clips:
-            return "sample", "output"
-        if reuse:
-            return "x0", "sample"
-        return ("x0", "output") if path.prediction_type == "epsilon" else ("x0", "sample", "output")
-
-    def _prepare(self, path: Path) -> None:
-        self._table(path, 0.0, False)
-        self._prepare_inversion(path)
-
-    def _table(self, path: Path, eta: float, reuse: bool) -> CoefficientTable:
-        table = path.tables.get((eta, reuse))
-        if table is None:
-            table = CoefficientTable(self._transitions(path, eta, reuse))
-            if not torch.compiler.is_compiling():
-                if len(path.tables) > MAX_TABLES:
-                    path.tables.clear()
-                    self._prepare(path)
-                path.tables[(eta, reuse)] = table
-        return table
-
-    def _transitions(self, path: Path, eta: float, reuse: bool) -> Transition:
-        """The coefficients at every timestep: `posterior`, which is linear, at unit inputs."""
-        t, s = path.t, path.s
-        one, zero = torch.ones_like(t.alpha), torch.zeros_like(t.alpha)
-        output = Prediction.at(t, path.prediction_type)
-        std = posterior(zero, zero, t, s, eta).std
-        if reuse:
-            weights = posterior(one, zero, t, s, eta).mean, posterior(zero, one, t, s, eta).mean, zero
-        else:
-            of_x0 = posterior(one, zero, t, s, eta, eps=zero).mean
-            of_eps = posterior(zero, zero, t, s, eta, eps=one).mean
-            weights = of_x0, of_eps * output.eps_sample, of_eps * output.eps_output
-            if not path.clips:
-                weights = self._unclipped(t, s, eta, output, *weights)
-        return Transition(output.x0_sample, output.x0_output, *weights, std, zero, zero)
-
-    def _unclipped(
-        self, t: NoiseLevel, s: NoiseLevel, eta: float, output: Prediction, of_x0: Tensor, *rest: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The coefficients of x_0, x_t and the output, where x_0 is linear in the other two."""
-        of_sample, of_output = rest
-        return torch.zeros_like(of_x0), of_x0 * output.x0_sample + of_sample, of_x0 * output.x0_output + of_output
 
     def _get_variance(self, timestep: Tensor | int, prev_timestep: Tensor | int) -> Tensor:
         """The variance at `eta=1` of the transition between two timesteps; below 0 stands for the clean end."""
         like = torch.zeros((), device=timestep.device if isinstance(timestep, Tensor) else None)
         prev_timestep = prev_timestep.clamp(min=-1) if isinstance(prev_timestep, Tensor) else max(prev_timestep, -1)
         t, s = self.schedule.level(timestep, like), self.schedule.level(prev_timestep, like)
-        zero = torch.zeros_like(t.alpha)
-        return posterior(zero, zero, t, s).std.square().squeeze()
+        return (posterior_std(t, s) ** 2).squeeze()

@@ -1,5 +1,6 @@
 """Ancestral sampling of a Gaussian noising path (DDPM: Ho, Jain, Abbeel 2020, arXiv 2006.11239)."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,19 +10,31 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from torch import Tensor
 
-from diffusers_ext.diffusion.noising import interpolated_log_std, posterior, transition_std
-from diffusers_ext.schedulers.coefficients import CoefficientTable, Path, Prediction, Transition, wide
+from diffusers_ext.diffusion.noising import (
+    LEARNED_VARIANCES,
+    Factor,
+    Transition,
+    in_precision_of,
+    learned_log_std,
+    posterior_std,
+    transition_std,
+    weighted_sum,
+)
 from diffusers_ext.schedulers.gaussian import (
     COMMON_BETA_SCHEDULES,
     GaussianSchedulerMixin,
     check_choice,
     check_output,
     draw_noise,
+    has_no_noise,
+    wide,
 )
 
 
-VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
-LEARNED_VARIANCE_TYPES = ("learned", "learned_range")
+VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", *LEARNED_VARIANCES)
+
+# The lower bound of the standard deviation has no log at the last step, where it has no use either.
+SMALLEST_STD = 1e-10
 
 
 class ExtDDPMScheduler(GaussianSchedulerMixin, DDPMScheduler):
@@ -111,41 +124,33 @@ class ExtDDPMScheduler(GaussianSchedulerMixin, DDPMScheduler):
         Raises:
             ValueError: If a shape does not fit or a timestep is out of range.
         """
-        learned = self.variance_type in LEARNED_VARIANCE_TYPES
+        learned = self.variance_type in LEARNED_VARIANCES
         output, variance_output = check_output(model_output, sample, learned, self.variance_type)
-        path = self._current_path()
-        c, last = self._coefficients_at(path, path.tables["step"], timestep, sample)
-        noise, log_std = None, None
-        if not last:
-            noise = draw_noise(output, generator, variance_noise)
-            if learned:
-                log_std = self._log_std(wide(variance_output), c.log_std_small, c.log_std_large)
-        terms = ("x0", "sample") if path.clips else ("sample", "output")
-        prev_sample, x0 = self._advance(path, c, terms, output, sample, noise, log_std)
+        at = self._transition(timestep, sample)
+        x_t, prediction = wide(sample), wide(output)
+
+        x0 = self._predict_x0(at, prediction, x_t)
+        std, noise = 0.0, None
+        if not has_no_noise(at.s):
+            noise = wide(draw_noise(output, generator, variance_noise))
+            std = self._std(at, variance_output)
+
+        # Eq. 6: the mean of q(x_s | x_t, x_0), and new noise.
+        x_s = weighted_sum((at.mean_of_x0, x0), (at.mean_of_x_t, x_t), (std, noise))
+
+        dtype = torch.promote_types(sample.dtype, output.dtype)
+        prev_sample, x0 = x_s.to(dtype), x0.to(dtype)
         if not return_dict:
             return prev_sample, x0
         return DDPMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=x0)
 
-    def _prepare(self, path: Path) -> None:
-        t, s = path.t, path.s
-        one, zero = torch.ones_like(t.alpha), torch.zeros_like(t.alpha)
-        x0 = Prediction.at(t, path.prediction_type)
-        of_x0, of_sample = posterior(one, zero, t, s).mean, posterior(zero, one, t, s).mean
-        small, large = posterior(zero, zero, t, s).std, transition_std(t, s)
-        noisy = (path.next >= 0).double()
-        std = {"fixed_small": small, "fixed_large": large}.get(self.variance_type.removesuffix("_log"), one) * noisy
-        # The bounds only matter where noise is drawn, so a finite value may stand for the log of 0.
-        logs = [bound.clamp(min=1e-10).log() for bound in (small, large)]
-        if path.clips:
-            weights = of_x0, of_sample, zero
+    def _std(self, at: Transition, variance_output: Tensor | None) -> Factor:
+        """Standard deviation of p(x_s | x_t); 0 for samples at their last step."""
+        if variance_output is not None:
+            std = learned_std(self.variance_type, wide(variance_output), at.posterior_std, at.transition_std)
         else:
-            weights = zero, of_x0 * x0.x0_sample + of_sample, of_x0 * x0.x0_output
-        path.tables["step"] = CoefficientTable(Transition(x0.x0_sample, x0.x0_output, *weights, std, *logs))
-
-    def _log_std(self, output: Tensor, log_std_small: Tensor | float, log_std_large: Tensor | float) -> Tensor:
-        if self.variance_type == "learned":
-            return 0.5 * output
-        return interpolated_log_std(output, log_std_small, log_std_large)
+            std = at.transition_std if "large" in self.variance_type else at.posterior_std
+        return std * (at.s.sigma > 0) if isinstance(at.s.sigma, Tensor) else std
 
     def _get_variance(
         self, t: Tensor | int, predicted_variance: Tensor | None = None, variance_type: str | None = None
@@ -161,12 +166,18 @@ class ExtDDPMScheduler(GaussianSchedulerMixin, DDPMScheduler):
         check_choice("variance_type", variance_type, VARIANCE_TYPES)
         like = predicted_variance if predicted_variance is not None else torch.zeros(())
         t, s = self.schedule.level(t, like), self.schedule.level(self.previous_timestep(t), like)
-        zero = torch.zeros_like(t.alpha)
-        small, large = posterior(zero, zero, t, s).std, transition_std(t, s)
-        if variance_type in LEARNED_VARIANCE_TYPES:
+        small, large = posterior_std(t, s), transition_std(t, s)
+        if variance_type in LEARNED_VARIANCES:
             if predicted_variance is None:
                 raise ValueError(f"predicted_variance must be given for variance_type {variance_type!r}, got None")
-            if variance_type == "learned":
-                return predicted_variance.exp()
-            return (2 * interpolated_log_std(predicted_variance, small.clamp(min=1e-10).log(), large.log())).exp()
-        return (large if "large" in variance_type else small).square().squeeze()
+            return learned_std(variance_type, predicted_variance, small, large) ** 2
+        return ((large if "large" in variance_type else small) ** 2).squeeze()
+
+
+def learned_std(variance_type: str, output: Tensor, small: Factor, large: Factor) -> Tensor:
+    """The standard deviation that a model's variance output means, of its shape; see `learned_log_std`."""
+    logs = [
+        std.clamp(min=SMALLEST_STD).log() if isinstance(std, Tensor) else math.log(max(std, SMALLEST_STD))
+        for std in (small, large)
+    ]
+    return learned_log_std(variance_type, output, *[in_precision_of(output, log) for log in logs]).exp_()

@@ -3,12 +3,8 @@
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from diffusers.configuration_utils import register_to_config
-from torch import Tensor
 
-from diffusers_ext.diffusion.noising import NoiseLevel, rotate
-from diffusers_ext.schedulers.coefficients import Prediction
 from diffusers_ext.schedulers.scheduling_ddim import ExtDDIMScheduler
 
 
@@ -59,11 +55,3 @@ class VPredictionScheduler(ExtDDIMScheduler):
             rescale_betas_zero_snr=rescale_betas_zero_snr,
         )
         self._setup()
-
-    def _unclipped(
-        self, t: NoiseLevel, s: NoiseLevel, eta: float, output: Prediction, of_x0: Tensor, *rest: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        if eta > 0:
-            return super()._unclipped(t, s, eta, output, of_x0, *rest)
-        one, zero = torch.ones_like(t.alpha), torch.zeros_like(t.alpha)
-        return zero, rotate(zero, one, t, s), rotate(one, zero, t, s)

@@ -20,7 +20,6 @@ from diffusers_ext.diffusion.noising import (
     posterior,
     predict_eps,
     predict_x0,
-    rotate,
     training_target,
     transition_std,
     x0_error_scale,
@@ -188,13 +187,19 @@ def test_posterior_is_finite_where_a_scale_is_zero(betas, eta):
 
 
 @pytest.mark.parametrize("zero_snr", [False, True])
-def test_rotation_is_the_deterministic_step(batch, zero_snr):
+def test_the_deterministic_step_of_a_v_prediction_is_a_rotation(batch, zero_snr):
+    """By the angle between the levels (Salimans & Ho 2022, Appendix D), and finite where x_t holds no signal."""
     x0, eps, timesteps = batch
     betas = make_betas("linear", 1000)
     schedule = NoiseSchedule(rescale_zero_terminal_snr(betas) if zero_snr else betas)
     t, s = schedule.level(timesteps, x0), schedule.level(timesteps - 1, x0)
     v = training_target(x0, eps, t, "v_prediction")
-    torch.testing.assert_close(rotate(v, add_noise(x0, eps, t), t, s), add_noise(x0, eps, s))
+    x_t = add_noise(x0, eps, t)
+    cos, sin = t.alpha * s.alpha + t.sigma * s.sigma, t.sigma * s.alpha - t.alpha * s.sigma
+    predicted = [predict(v, x_t, t, "v_prediction") for predict in (predict_x0, output_eps)]
+    step = posterior(predicted[0], x_t, t, s, 0.0, eps=predicted[1])
+    torch.testing.assert_close(step.mean, cos * x_t - sin * v)
+    torch.testing.assert_close(step.mean, add_noise(x0, eps, s))
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
