@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from diffusers import LMSDiscreteScheduler
+from diffusers import LMSDiscreteScheduler, PNDMScheduler
 from diffusers.guiders import BaseGuidance
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
@@ -97,18 +97,18 @@ class SamplingMixin:
         mask = None if mask_image is None else mask_to_tensor(mask_image, self._dims).to(device)
         batch_size = self._count_images(condition, batch_size, latents=latents, image=x0, mask_image=mask)
         generator = as_generators(generator, batch_size)
-        visited = self._set_timesteps(num_inference_steps, timesteps, strength, device)
-        guide = guided_steps(guidance_interval, self.scheduler, visited)
+        scheduler, visited = self._set_timesteps(num_inference_steps, timesteps, strength, device)
+        guide = guided_steps(guidance_interval, scheduler, visited)
         self._check_guider(condition, guider, visited, guide)
-        denoise = self._denoiser(self.scheduler, guider, condition, batch_size, device, low_memory)
-        step_kwargs = self._step_kwargs(generator, eta, use_clipped_model_output, guider, guide)
+        denoise = self._denoiser(scheduler, guider, condition, batch_size, device, low_memory)
+        step_kwargs = self._step_kwargs(scheduler, generator, eta, use_clipped_model_output, guider, guide)
         wanted = self._trajectory_indices(trajectory_steps, len(visited))
 
-        x = self._start(batch_size, generator, latents, x0, strength, visited)
+        x = self._start(scheduler, batch_size, generator, latents, x0, strength, visited)
         known = None
         if mask is not None:
             spatial_mask = self._fitting_mask(mask, x0, pixels)
-            known = KnownPixels(x0.expand_as(x), spatial_mask, self.scheduler, generator)
+            known = KnownPixels(x0.expand_as(x), spatial_mask, scheduler, generator)
 
         guidance_scale = 1.0 if guidance_scale is None else guidance_scale
         self._guidance_scale, self._num_timesteps = guidance_scale, len(visited)
@@ -117,9 +117,9 @@ class SamplingMixin:
             for i, t in enumerate(visited):
                 for repeat in range(num_resample_steps):
                     output = denoise(x, t, i, len(visited), guide[i])
-                    step = self.scheduler.step(self._as_expected(output, x.shape[1]), t, x, **step_kwargs)
+                    step = scheduler.step(self._as_expected(scheduler, output, x.shape[1]), t, x, **step_kwargs)
                     if i in wanted and repeat == num_resample_steps - 1:
-                        trajectory.append(self._trajectory_point(t, x, output[:, : x.shape[1]], step))
+                        trajectory.append(self._trajectory_point(scheduler, t, x, output[:, : x.shape[1]], step))
                     x = step.prev_sample
                     if known is not None:
                         x = known.put_into(x, visited[i + 1] if i + 1 < len(visited) else None)
@@ -135,8 +135,10 @@ class SamplingMixin:
                             condition, given_guider, guidance_scale, guidance_rescale, classifier_scale
                         )
                         self._check_guider(condition, guider, visited, guide)
-                        step_kwargs = self._step_kwargs(generator, eta, use_clipped_model_output, guider, guide)
-                        denoise = self._denoiser(self.scheduler, guider, condition, batch_size, device, low_memory)
+                        step_kwargs = self._step_kwargs(
+                            scheduler, generator, eta, use_clipped_model_output, guider, guide
+                        )
+                        denoise = self._denoiser(scheduler, guider, condition, batch_size, device, low_memory)
 
         images = self._decode(x, output_type, pixels, mask)
         self.maybe_free_model_hooks()
@@ -215,9 +217,14 @@ class SamplingMixin:
         """The images as the denoiser knows them, and in pixels."""
         return encode_image(image, self.vae, self._latent_shape(1)[1:], device)
 
-    def _set_timesteps(self, num_inference_steps: int, timesteps, strength: float, device) -> Tensor:
-        """The timesteps to visit: the last ones, if it does not start from noise."""
+    def _set_timesteps(
+        self, num_inference_steps: int, timesteps, strength: float, device
+    ) -> tuple[SchedulerMixin, Tensor]:
+        """The scheduler of the call and the timesteps to visit: the last ones, if it does not start from noise."""
         scheduler, name = self.scheduler, type(self.scheduler).__name__
+        if strength < 1 and isinstance(scheduler, PNDMScheduler):
+            # Its Runge-Kutta steps are for the start from noise; from the middle its multistep rule goes alone.
+            scheduler = type(scheduler).from_config(scheduler.config, skip_prk_steps=True)
         options = {"num_inference_steps": num_inference_steps} if timesteps is None else {"timesteps": timesteps}
         if timesteps is not None and "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
             raise ValueError(f"{name} takes no timesteps; give num_inference_steps")
@@ -230,7 +237,13 @@ class SamplingMixin:
             ) from error
         check_timesteps(scheduler, num_steps)
         if strength == 1:
-            return scheduler.timesteps
+            return scheduler, scheduler.timesteps
+        if isinstance(scheduler, PNDMScheduler):
+            # Its list has the second timestep twice: the first step is made again with the mean of both predictions.
+            each = torch.cat([scheduler.timesteps[:1], scheduler.timesteps[2:]])
+            visited = each[num_steps - _num_visited(num_steps, strength) :]
+            scheduler.timesteps = torch.cat([visited[:2], visited[1:]])
+            return scheduler, scheduler.timesteps
         order = scheduler.order
         # Solvers of a higher order visit some timesteps in pairs, all but the last or the first.
         if len(scheduler.timesteps) not in (num_steps * order, num_steps * order - order + 1):
@@ -238,17 +251,16 @@ class SamplingMixin:
                 f"strength must be 1 for {name}, whose {len(scheduler.timesteps)} timesteps for {num_steps} steps cannot be "
                 f"entered in the middle, got {strength}; take DPMSolverMultistepScheduler or ExtDDIMScheduler"
             )
-        # The small number is for shares such as 0.29, of which 100 are 28.999... in floating point.
-        first = (num_steps - int(num_steps * strength + 1e-6)) * order
+        first = (num_steps - _num_visited(num_steps, strength)) * order
         if isinstance(scheduler, LMSDiscreteScheduler):
             # It counts the steps that it remembers from the start of its list, which so has to be the first visited one.
             scheduler.timesteps, scheduler.sigmas = scheduler.timesteps[first:], scheduler.sigmas[first:]
-            return scheduler.timesteps
+            return scheduler, scheduler.timesteps
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(first)
-        return scheduler.timesteps[first:]
+        return scheduler, scheduler.timesteps[first:]
 
-    def _start(self, batch_size: int, generator, latents, x0, strength: float, visited: Tensor) -> Tensor:
+    def _start(self, scheduler, batch_size: int, generator, latents, x0, strength: float, visited: Tensor) -> Tensor:
         """x_T from noise, or the level of the first visited timestep from an image."""
         # In float32 whatever the network's precision: a sum of many small steps.
         shape, device = self._latent_shape(batch_size), visited.device
@@ -259,14 +271,20 @@ class SamplingMixin:
         else:
             noise = latents.to(device, torch.float32)
         if strength == 1:
-            return noise * self.scheduler.init_noise_sigma
+            return noise * scheduler.init_noise_sigma
         x0 = x0.expand(shape)
-        return self.scheduler.add_noise(x0, noise, visited[:1]) if len(visited) else x0
+        return scheduler.add_noise(x0, noise, visited[:1]) if len(visited) else x0
 
     def _step_kwargs(
-        self, generator, eta: float, reuse_clipped: bool | None, guider: BaseGuidance | None, guide: list[bool]
+        self,
+        scheduler,
+        generator,
+        eta: float,
+        reuse_clipped: bool | None,
+        guider: BaseGuidance | None,
+        guide: list[bool],
     ) -> dict[str, Any]:
-        accepted = inspect.signature(self.scheduler.step).parameters
+        accepted = inspect.signature(scheduler.step).parameters
         if reuse_clipped is None:
             guided = guider is not None and guider._enabled and any(guide)
             reuse = guided and bool(self.config.get("clip_guided_noise"))
@@ -275,8 +293,8 @@ class SamplingMixin:
         given = {"generator": generator, "eta": eta, "use_clipped_model_output": reuse}
         for name, asked, neutral in (("eta", eta, 0), ("use_clipped_model_output", reuse_clipped, None)):
             if asked and name not in accepted:
-                scheduler = type(self.scheduler).__name__
-                raise ValueError(f"{name} must be {neutral} for {scheduler}, which has none, got {asked}")
+                kind = type(scheduler).__name__
+                raise ValueError(f"{name} must be {neutral} for {kind}, which has none, got {asked}")
         return {name: value for name, value in given.items() if name in accepted}
 
     @staticmethod
@@ -292,18 +310,19 @@ class SamplingMixin:
         size = (config.sample_size,) * self._dims if isinstance(config.sample_size, int) else tuple(config.sample_size)
         return (batch_size, config.in_channels, *size)
 
-    def _as_expected(self, output: Tensor, channels: int) -> Tensor:
+    @staticmethod
+    def _as_expected(scheduler, output: Tensor, channels: int) -> Tensor:
         """Leaves a learned variance away for a scheduler that has no use for it."""
         # A config keeps the keys of the scheduler that it came from, whether or not the class knows them.
-        known = inspect.signature(type(self.scheduler).__init__).parameters
-        learned = "variance_type" in known and str(self.scheduler.config.variance_type).startswith("learned")
+        known = inspect.signature(type(scheduler).__init__).parameters
+        learned = "variance_type" in known and str(scheduler.config.variance_type).startswith("learned")
         # Solvers of diffusers use no variance, and keep 3 channels of what they get, whatever the data.
         if learned and "algorithm_type" in known:
             if channels > 3:
-                name = type(self.scheduler).__name__
+                name = type(scheduler).__name__
                 raise ValueError(
                     f"{name} takes no learned variance for {channels} channels, got variance_type="
-                    f"{self.scheduler.config.variance_type!r}; make it by {name}.from_config(config, variance_type=None)"
+                    f"{scheduler.config.variance_type!r}; make it by {name}.from_config(config, variance_type=None)"
                 )
             learned = False
         return output if learned else output[:, :channels]
@@ -314,12 +333,12 @@ class SamplingMixin:
             raise ValueError(f"mask_image must have the size of image, {sizes[0]}, got {sizes[1]}")
         return mask if self.vae is None else mask_of_latents(mask, tuple(x0.shape[2:]))
 
-    def _trajectory_point(self, t: Tensor, x_t: Tensor, output: Tensor, step) -> TrajectoryPoint:
+    def _trajectory_point(self, scheduler, t: Tensor, x_t: Tensor, output: Tensor, step) -> TrajectoryPoint:
         x0_hat = getattr(step, "pred_original_sample", None)
-        variance_preserving = torch.as_tensor(self.scheduler.init_noise_sigma).item() == 1
-        if x0_hat is None and variance_preserving and hasattr(self.scheduler, "alphas_cumprod"):
-            level = noise_level(self.scheduler, t, x_t)
-            x0_hat = predict_x0(output, x_t, level, self.scheduler.config.prediction_type)
+        variance_preserving = torch.as_tensor(scheduler.init_noise_sigma).item() == 1
+        if x0_hat is None and variance_preserving and hasattr(scheduler, "alphas_cumprod"):
+            level = noise_level(scheduler, t, x_t)
+            x0_hat = predict_x0(output, x_t, level, scheduler.config.prediction_type)
         return TrajectoryPoint(t.item(), x_t, x0_hat)
 
     def _decode(
@@ -338,3 +357,8 @@ class SamplingMixin:
         if output_type == "np":
             return images
         return self.image_processor.numpy_to_pil(images)
+
+
+def _num_visited(num_steps: int, strength: float) -> int:
+    # The small number is for shares such as 0.29, of which 100 are 28.999... in floating point.
+    return int(num_steps * strength + 1e-6)
