@@ -194,7 +194,7 @@ def test_what_is_missing_is_said():
         with pytest.raises(
             ValueError, match="needs class_labels to guide to, one for each image, none of them the null"
         ):
-            sample(pipeline(), labels, classifier_scale=1.0)
+            sample(pipeline(), labels, classifier_scale=1.0, generator=None)
     with pytest.raises(ValueError, match="classifier_scale must be finite and at least 0, got -1"):
         sample(pipeline(), classifier_scale=-1.0)
     with pytest.raises(ValueError, match="classifier must have the denoiser's 3 labels, got 5"):

@@ -267,8 +267,11 @@ def test_guiders_with_more_than_numbers_are_saved_too(tmp_path, guider, labels):
 @pytest.mark.parametrize(
     "kwargs, message",
     [
-        ({"guidance_scale": float("nan")}, "guidance_scale must be finite, got nan"),
-        ({"guidance_scale": float("inf"), "classifier_scale": 1.0}, "guidance_scale must be finite, got inf"),
+        ({"guidance_scale": float("nan")}, "guidance_scale must be finite and at least 0, got nan"),
+        (
+            {"guidance_scale": float("inf"), "classifier_scale": 1.0},
+            "guidance_scale must be finite and at least 0, got inf",
+        ),
         ({"guider": ClassifierFreeGuidance(float("nan"))}, "must have a finite guidance_scale, got nan"),
         ({"guider": ClassifierFreeZeroStarGuidance(2.0, guidance_rescale=0.5)}, "zeros, has no standard deviation"),
         (
@@ -321,9 +324,9 @@ def test_a_scale_is_not_ignored_for_the_guider_of_the_pipeline():
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: ClassifierGuidance(1.0, float("nan")), "guidance_scale must be finite, got nan"),
+        (lambda: ClassifierGuidance(1.0, float("nan")), "guidance_scale must be finite and at least 0, got nan"),
         (lambda: ClassifierGuidance(1.0, guidance_rescale=1.5), r"guidance_rescale must be in \[0, 1\], got 1.5"),
-        (lambda: WeakModelGuidance(float("inf")), "guidance_scale must be finite, got inf"),
+        (lambda: WeakModelGuidance(float("inf")), "guidance_scale must be finite and at least 0, got inf"),
         (lambda: WeakModelGuidance(guidance_rescale=-0.1), r"guidance_rescale must be in \[0, 1\], got -0.1"),
         (lambda: ComposedGuidance(2.0), r"guidance_rescale must be in \[0, 1\], got 2.0"),
     ],
