@@ -55,10 +55,11 @@ from diffusers_ext.evaluation.pipeline_facts import default_of, image_size_of, l
 from diffusers_ext.evaluation.real_images import RealImages, load_real_images
 from diffusers_ext.evaluation.subject import generate_for, labels_for, load_pipeline
 from diffusers_ext.figures import labelled_grid, save_picture
-from diffusers_ext.guidance.guided_denoiser import guided_steps
+from diffusers_ext.guidance.guiding import choose_guider, guided_steps
 from diffusers_ext.machine import is_fast_at_bf16, set_threads
 from diffusers_ext.metrics.features import FeatureClassifierModel
 from diffusers_ext.options import option, parse_config, run_script, to_command
+from diffusers_ext.pipelines.label_condition import LabelCondition
 
 
 NUM_NEIGHBOURS = 5  # of precision and recall
@@ -236,22 +237,18 @@ def available_methods(config: CompareConfig, pipe: GuidedDiffusionPipeline, stat
             state.print(f"{METHODS[method]} is left out: {reason}", flush=True)
     if not methods:
         raise ValueError("none of the methods can guide this pipeline")
-    labels = pipe.label_tensor([0])
+    condition = LabelCondition(pipe, [0])
     pipe.scheduler.set_timesteps(config.num_inference_steps)
     for method in methods:
         settings = call_settings(method, max(config.guidance_scales) + 1, config, pipe)
-        guider = pipe._choose_guider(
-            labels,
-            settings.get("guider"),
-            settings.get("guidance_scale"),
-            settings.get("guidance_rescale", 0.0),
-            0.0,
+        guider = choose_guider(
+            settings.get("guider"), settings.get("guidance_scale"), settings.get("guidance_rescale", 0.0)
         )
         # Now, and not hours later when it is its turn.
         guide = guided_steps(settings.get("guidance_interval"), pipe.scheduler, pipe.scheduler.timesteps)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # said once more when it is
-            pipe._check_guider(labels, guider, pipe.scheduler.timesteps, guide)
+            condition.check(guider, pipe.scheduler.timesteps, guide)
     return methods
 
 

@@ -11,10 +11,11 @@ from typing import Any, Literal
 from diffusers.guiders import AdaptiveProjectedGuidance, AutoGuidance, BaseGuidance
 from torch import nn
 
-from diffusers_ext.guidance.guided_denoiser import INTERVAL_UNITS, with_named_blocks, without_notice
+from diffusers_ext.guidance.guided_denoiser import with_named_blocks
 from diffusers_ext.guidance.guiders import ClassifierGuidance, WeakModelGuidance
+from diffusers_ext.guidance.guiding import INTERVAL_UNITS, without_notice
 from diffusers_ext.options import option
-from diffusers_ext.pipelines.checks import check_components
+from diffusers_ext.pipelines.components import check_components
 from diffusers_ext.pipelines.pipeline_guided_diffusion import GuidedDiffusionPipeline
 from diffusers_ext.schedulers.levels import PATH_TOLERANCE, describe_path, path_difference
 

@@ -1,14 +1,13 @@
 """How several predictions of a network become one: diffusers' guiders, run by hand.
 
 A guider of diffusers (`diffusers.guiders`) says which predictions it needs, prepares the network for each of them, and
-combines them. What stands here is the loop between, for pipelines that are not modular. Guiders of ours, which look at
-more than predictions, stand in `diffusers_ext.guidance.guiders`.
+combines them. Here is the loop between, for pipelines that are not modular. Guiders of ours, which look at more than
+predictions, are in `diffusers_ext.guidance.guiders`; which guider acts, and in which steps, in
+`diffusers_ext.guidance.guiding`.
 """
 
-import logging
 import math
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from typing import NamedTuple
@@ -17,7 +16,6 @@ import torch
 from diffusers.guiders import (
     AutoGuidance,
     BaseGuidance,
-    ClassifierFreeGuidance,
     PerturbedAttentionGuidance,
     SkipLayerGuidance,
     SmoothedEnergyGuidance,
@@ -32,18 +30,12 @@ from diffusers_ext.guidance.labels import num_classes_of
 from diffusers_ext.schedulers.levels import noise_level
 
 
-# What an interval can be given in, besides fractions of the steps.
-INTERVAL_UNITS = ("steps", "sigma", "timestep")
-
-Interval = tuple[float, float] | Mapping[str, tuple[float, float]]
-
-
 # Guiders that change the network for a prediction of its own, beside the conditional and the unconditional one.
 PERTURBING_APART = (SkipLayerGuidance, PerturbedAttentionGuidance, SmoothedEnergyGuidance)
 
 
 class StepContext(NamedTuple):
-    """What a guider of ours may look at in a step, besides predictions."""
+    """A step as guiders of this package see it, besides the predictions."""
 
     x_t: Tensor
     timestep: Tensor
@@ -62,17 +54,6 @@ class StepContext(NamedTuple):
         return noise_level(self.scheduler, self.timestep, self.x_t)
 
 
-@contextmanager
-def without_notice() -> Iterator[None]:
-    """Makes guiders without diffusers' notice that they may change, which is for users who name one themselves."""
-    notice = logging.getLogger("diffusers.guiders.guider_utils")
-    before, notice.disabled = notice.disabled, True
-    try:
-        yield
-    finally:
-        notice.disabled = before
-
-
 def check_guidance_scale(guidance_scale: float) -> None:
     """Refuses a weight of the condition with which guidance would lead away from it, or nowhere.
 
@@ -87,22 +68,10 @@ def check_guidance_scale(guidance_scale: float) -> None:
         )
 
 
-def classifier_free_guidance(guidance_scale: float, guidance_rescale: float = 0.0) -> ClassifierFreeGuidance | None:
-    """The guider for a scale, where 1 is the conditional prediction alone (Ho & Salimans 2022, with w = scale - 1).
-
-    At a scale of 1 there is nothing to guide: `None`, so that a step costs one call of the network.
-
-    Args:
-        guidance_rescale: In [0, 1], how far the result gets the standard deviation of the conditional prediction
-            back (Lin et al. 2023, arXiv 2305.08891, Section 3.4).
-
-    Raises:
-        ValueError: if the scale is not finite or is negative.
-    """
-    check_guidance_scale(guidance_scale)
-    if guidance_scale == 1.0:
-        return None
-    return ClassifierFreeGuidance(guidance_scale=float(guidance_scale), guidance_rescale=float(guidance_rescale))
+def check_guidance_rescale(guidance_rescale: float) -> None:
+    """Refuses a share of the standard deviation to get back that is not in [0, 1]."""
+    if not 0 <= guidance_rescale <= 1:
+        raise ValueError(f"guidance_rescale must be in [0, 1], got {guidance_rescale}")
 
 
 class GuidedDenoiser:
@@ -113,9 +82,9 @@ class GuidedDenoiser:
         scheduler: That samples.
         guider: Or `None` for the conditional prediction alone.
         conditions: Pairs (conditional, unconditional) of tensors by name, each of shape `(batch, ...)`.
+            `class_labels` may be those of the classifier alone: a network without labels does not get them.
         channels: Channels of the prediction. Further ones, of a learned variance, are not guided: they stay those of
             the conditional prediction.
-        class_labels: What a classifier is to see, shape `(batch,)`.
         classifier, weak_denoiser: For guiders that use them.
         low_memory: Call the network once for each prediction, instead of once for all.
     """
@@ -128,14 +97,13 @@ class GuidedDenoiser:
         conditions: dict[str, tuple[Tensor, Tensor]],
         channels: int,
         *,
-        class_labels: Tensor | None = None,
         classifier: nn.Module | None = None,
         weak_denoiser: nn.Module | None = None,
         low_memory: bool = False,
     ):
         self.denoiser, self.scheduler, self.guider = denoiser, scheduler, guider
         self.conditions, self.channels, self.low_memory = conditions, channels, low_memory
-        self.class_labels, self.classifier, self.weak_denoiser = class_labels, classifier, weak_denoiser
+        self.classifier, self.weak_denoiser = classifier, weak_denoiser
         self.changes_model = guider is not None and type(guider).prepare_models is not BaseGuidance.prepare_models
         if self.changes_model:
             _list_indices(guider)
@@ -146,7 +114,7 @@ class GuidedDenoiser:
         Args:
             x: As the scheduler has it, shape `(batch, channels, ...)`.
             timestep: One for all samples.
-            step, num_steps: Place among the steps of the sampler.
+            step, num_steps: Index of the step, and the number of steps of the sampler.
             guide: Whether the guider acts in this step; if not, it costs the one call that no guider costs.
 
         Returns:
@@ -174,9 +142,8 @@ class GuidedDenoiser:
         guider._enabled = enabled and guide
         sees = hasattr(guider, "see")
         if sees:
-            guider.see(
-                StepContext(x, timestep, self.scheduler, self.class_labels, self.classifier, self.weak_denoiser)
-            )
+            labels, _ = self.conditions.get("class_labels", (None, None))
+            guider.see(StepContext(x, timestep, self.scheduler, labels, self.classifier, self.weak_denoiser))
         try:
             yield
         finally:
@@ -195,7 +162,7 @@ class GuidedDenoiser:
         return outputs
 
     def _call_of(self, batch) -> tuple[nn.Module, str | None]:
-        """What neighbours must share to be predicted in one call: the network, and how it is changed for them."""
+        """The network of a prediction, and the name of how it is changed for it; neighbours that share both are one call."""
         name = getattr(batch, BaseGuidance._identifier_key)
         plain = isinstance(self.guider, PERTURBING_APART) and name in ("pred_cond", "pred_uncond")
         apart = self.low_memory or (self.changes_model and not plain)
@@ -204,7 +171,7 @@ class GuidedDenoiser:
     def _predict(
         self, network: nn.Module, x: Tensor, timestep: Tensor, conditions: dict[str, Tensor], copies: int = 1
     ) -> Tensor:
-        if network is self.weak_denoiser and num_classes_of(network) is None:
+        if "class_labels" in conditions and num_classes_of(network) is None:
             conditions = {name: value for name, value in conditions.items() if name != "class_labels"}
         conditions = {
             name: value.to(network.dtype) if value.is_floating_point() else value for name, value in conditions.items()
@@ -222,13 +189,13 @@ class GuidedDenoiser:
             return
         hookable = with_named_blocks(network)
         before = _num_hooks(hookable)
-        # Guiders tell the perturbed prediction by the number of those before it. Without an unconditional one it is one
+        # Guiders know the perturbed prediction by the number of those before it. Without an unconditional one it is one
         # less, and diffusers 0.42 then perturbs nothing; so the number is what it would be with all of them.
-        place = guider._input_predictions.index(name)
-        guider._count_prepared = place
+        index = guider._input_predictions.index(name)
+        guider._count_prepared = index
         try:
             guider.prepare_models(hookable)
-            if guider._count_prepared == place:  # SmoothedEnergyGuidance of diffusers 0.42 does not count
+            if guider._count_prepared == index:  # SmoothedEnergyGuidance of diffusers 0.42 does not count
                 guider._count_prepared += 1
                 guider.prepare_models(hookable)
             if _is_perturbed(guider, name) and _num_hooks(hookable) == before:
@@ -258,65 +225,6 @@ def prepare_inputs(guider: BaseGuidance, conditions: dict[str, tuple[Tensor, Ten
             "modality_scale as they are"
         )
     return batches
-
-
-def asks_for_unconditional(guider: BaseGuidance, timesteps: Tensor, guide: Sequence[bool]) -> bool:
-    """Whether in any of the steps in which it acts a guider asks for a prediction without the condition."""
-    for step, (timestep, acts) in enumerate(zip(timesteps, guide, strict=True)):
-        if not acts:
-            continue
-        guider.set_state(step=step, num_inference_steps=len(timesteps), timestep=timestep)
-        if any(getattr(batch, guider._identifier_key) == "pred_uncond" for batch in prepare_inputs(guider, {})):
-            return True
-    return False
-
-
-def guided_steps(interval: Interval | None, scheduler: SchedulerMixin, timesteps: Tensor) -> list[bool]:
-    """In which of the steps guidance acts (limited interval: Kynkaanniemi et al. 2024, arXiv 2404.07724).
-
-    Args:
-        interval: `(start, stop)` as fractions of the steps, start included, as diffusers' guiders have them. Or by
-            name, with both ends included: `{"sigma": (low, high)}` for sigma / alpha, the paper's noise level, or
-            `{"timestep": (low, high)}`.
-
-    Raises:
-        ValueError: if the interval is out of order or out of range, or of an unknown unit.
-    """
-    if interval is None:
-        return [True] * len(timesteps)
-    by_name = interval if isinstance(interval, Mapping) else {"steps": interval}
-    if len(by_name) != 1 or next(iter(by_name)) not in INTERVAL_UNITS:
-        raise ValueError(
-            f"guidance_interval must be (start, stop) or of one of the units {', '.join(INTERVAL_UNITS)}, such as "
-            f"{{'sigma': (0.2, 5.0)}}, got {interval!r}"
-        )
-    (unit, bounds), *_ = by_name.items()
-    largest = 1.0 if unit == "steps" else float("inf")
-    try:
-        low, high = map(float, bounds)
-    except (TypeError, ValueError):
-        low = high = float("nan")
-    if not 0 <= low <= high <= largest:
-        limit = " in [0, 1]" if unit == "steps" else " of at least 0"
-        raise ValueError(
-            f"guidance_interval must be two numbers{limit}, the smaller one first, got {bounds!r} ({unit})"
-        )
-    if unit == "steps":
-        first, end = int(low * len(timesteps)), int(high * len(timesteps))
-        guide = [first <= i < end for i in range(len(timesteps))]
-    else:
-        values = timesteps.tolist()
-        if unit == "sigma":
-            like = torch.zeros(1, dtype=torch.float64)
-            levels = [noise_level(scheduler, t, like) for t in timesteps.cpu()]
-            values = [(level.sigma / level.alpha).item() for level in levels]
-        guide = [low <= value <= high for value in values]
-    if guide and low < high and not any(guide):
-        warnings.warn(
-            f"guidance_interval holds none of the {len(guide)} steps, so that none is guided: got {bounds!r} ({unit})",
-            stacklevel=4,
-        )
-    return guide
 
 
 def with_named_blocks(model: nn.Module) -> nn.Module:

@@ -16,23 +16,22 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
 
 from diffusers_ext.diffusion.noising import add_to_score
-from diffusers_ext.guidance.guided_denoiser import StepContext, check_guidance_scale
+from diffusers_ext.guidance.guided_denoiser import StepContext, check_guidance_rescale, check_guidance_scale
 from diffusers_ext.schedulers.levels import PATH_TOLERANCE, describe_path, path_difference
 
 
 class _ContextGuidance(BaseGuidance):
     """A guider that looks at the step's context, within its share of the steps."""
 
-    _context: StepContext | None = None
-
-    def _check_scales(self) -> None:
-        rescale = self.guidance_rescale
-        check_guidance_scale(getattr(self, "guidance_scale", 1.0))
-        if not 0 <= rescale <= 1:
-            raise ValueError(f"guidance_rescale must be in [0, 1], got {rescale}")
+    def __init__(self, guidance_scale: float = 1.0, guidance_rescale: float = 0.0, *start_stop_enabled):
+        super().__init__(*start_stop_enabled)
+        check_guidance_scale(guidance_scale)
+        check_guidance_rescale(guidance_rescale)
+        self.guidance_scale, self.guidance_rescale = guidance_scale, guidance_rescale
+        self._context: StepContext | None = None
 
     def see(self, context: StepContext | None) -> None:
-        """What the predictions of the next `forward` belong to; `None` after it."""
+        """Gives the step that the predictions of the next `forward` belong to; `None` after it."""
         self._context = context
 
     def check_pipeline(self, pipe, labels: Tensor | None) -> None:
@@ -99,12 +98,10 @@ class ClassifierGuidance(_ContextGuidance):
         stop: float = 1.0,
         enabled: bool = True,
     ):
-        super().__init__(start, stop, enabled)
+        super().__init__(guidance_scale, guidance_rescale, start, stop, enabled)
         if not (math.isfinite(classifier_scale) and classifier_scale >= 0):
             raise ValueError(f"classifier_scale must be finite and at least 0, got {classifier_scale}")
-        self.classifier_scale, self.guidance_scale = classifier_scale, guidance_scale
-        self.guidance_rescale = guidance_rescale
-        self._check_scales()
+        self.classifier_scale = classifier_scale
 
     def check_pipeline(self, pipe, labels: Tensor | None) -> None:
         if pipe.classifier is None:
@@ -167,9 +164,7 @@ class WeakModelGuidance(_ContextGuidance):
         stop: float = 1.0,
         enabled: bool = True,
     ):
-        super().__init__(start, stop, enabled)
-        self.guidance_scale, self.guidance_rescale = guidance_scale, guidance_rescale
-        self._check_scales()
+        super().__init__(guidance_scale, guidance_rescale, start, stop, enabled)
 
     def check_pipeline(self, pipe, labels: Tensor | None) -> None:
         if pipe.weak_denoiser is None:
@@ -196,7 +191,7 @@ class ComposedGuidance(_ContextGuidance):
 
         null + sum over labels of weight * (label's prediction - null)
 
-    What a pipeline does with `class_labels` that have weights. A step costs as many predictions as the image with the
+    A pipeline uses it for `class_labels` that have weights. A step costs as many predictions as the image with the
     most labels has, and one; but where the weights of each image add up to 1, that of the null label, which has no part
     in the sum then, is left out.
 
@@ -212,10 +207,8 @@ class ComposedGuidance(_ContextGuidance):
 
     @register_to_config
     def __init__(self, guidance_rescale: float = 0.0):
-        super().__init__()
-        self.guidance_rescale = guidance_rescale
-        self._check_scales()
-        self._data, self._places, self._needs_null = None, [], True
+        super().__init__(guidance_rescale=guidance_rescale)
+        self._data, self._slots, self._needs_null = None, [], True
 
     def check_pipeline(self, pipe, labels: Tensor | None) -> None:
         if labels is None or not labels.is_floating_point():
@@ -233,10 +226,10 @@ class ComposedGuidance(_ContextGuidance):
     def prepare_inputs(self, data: dict[str, tuple[Tensor, Tensor]]) -> list:
         if data is not self._data:  # as it is in each step of a call, and to count labels waits for the device
             self._data = data
-            self._places, self._needs_null = _places_of_labels(*data["class_labels"])
+            self._slots, self._needs_null = _slots_of_labels(*data["class_labels"])
         batches = []
-        for place, (labels, _) in enumerate(self._places):
-            batches.append(self._prepare_batch(data, 0, f"pred_label_{place}"))
+        for slot, (labels, _) in enumerate(self._slots):
+            batches.append(self._prepare_batch(data, 0, f"pred_label_{slot}"))
             batches[-1].class_labels = labels
         if self._needs_null:
             batches.append(self._prepare_batch(data, 1, "pred_uncond"))
@@ -246,7 +239,7 @@ class ComposedGuidance(_ContextGuidance):
         first = pred_labels["pred_label_0"]
         base = first if pred_uncond is None else pred_uncond  # any base will do for weights that add up to 1
         pred = base
-        for (_, weights), label in zip(self._places, pred_labels.values(), strict=True):
+        for (_, weights), label in zip(self._slots, pred_labels.values(), strict=True):
             pred = pred + weights.view(-1, *[1] * (label.ndim - 1)) * (label - base)
         if self.guidance_rescale > 0:
             pred = rescale_noise_cfg(pred, first, self.guidance_rescale)
@@ -254,16 +247,16 @@ class ComposedGuidance(_ContextGuidance):
 
     @property
     def num_conditions(self) -> int:
-        return len(self._places) + self._needs_null
+        return len(self._slots) + self._needs_null
 
 
-def _places_of_labels(weights: Tensor, null: Tensor) -> tuple[list[tuple[Tensor, Tensor]], bool]:
-    """For each place among an image's labels, in the order of their ids, the label and the weight that each image has
-    there, both of shape `(batch,)`; and whether the null label has a part in the weighted sum.
+def _slots_of_labels(weights: Tensor, null: Tensor) -> tuple[list[tuple[Tensor, Tensor]], bool]:
+    """The k-th label of each image and its weight, both of shape `(batch,)`, for each k up to the most labels of an image;
+    and whether the null label has a part in the weighted sum.
 
     Args:
         weights: Shape `(batch, num_classes)`.
-        null: The null label, shape `(batch,)`. It fills the places of an image with fewer labels, at a weight of 0.
+        null: The null label, shape `(batch,)`. An image with fewer labels has it instead, at a weight of 0.
     """
     most = max(int((weights != 0).sum(1).max()), 1)
     order = (weights == 0).int().argsort(dim=1, stable=True)[:, :most]
@@ -292,9 +285,9 @@ def _check_path(classifier: nn.Module, scheduler: SchedulerMixin) -> None:
     path = classifier.config.get("noise_schedule")
     if path is None:
         warnings.warn(
-            "the classifier's config has no noise_schedule, so that nobody knows whether it was trained on the noise "
-            "levels of this scheduler; set it by describe_path(scheduler)",
-            stacklevel=5,
+            "the classifier's config has no noise_schedule, so that it may have been trained on other noise "
+            "levels than this scheduler's; set it by describe_path(scheduler)",
+            stacklevel=8,
         )
         return
     if not hasattr(scheduler, "alphas_cumprod"):

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.get_logger(__name__)
 
-# Encoders that see their padding unless told otherwise.
+# Encoders that see their padding by default.
 SEE_PADDING = ("clip_text_model", "clip")
 
 # A tokenizer without a limit of its own has this as its limit or more, and its texts are cut at `DEFAULT_LENGTH`.
@@ -27,7 +27,7 @@ DEFAULT_LENGTH = 256
 
 
 class TextEmbeds(NamedTuple):
-    """What a denoiser attends to.
+    """Hidden states of texts, as a denoiser attends to them.
 
     `states`: shape `(texts, tokens, width)`; `mask`: true where to attend to, shape `(texts, tokens)`, or `None` for
     everywhere.
@@ -44,11 +44,11 @@ class TextEmbeds(NamedTuple):
         return TextEmbeds(*(None if part is None else part.repeat_interleave(count, dim=0) for part in self))
 
     def expand(self, count: int) -> "TextEmbeds":
-        """One text as so many, or as many as there are already."""
+        """One text repeated `count` times; `count` texts stay as they are."""
         return TextEmbeds(*(None if part is None else part.expand(count, *part.shape[1:]) for part in self))
 
     def padded(self, length: int, with_mask: bool) -> "TextEmbeds":
-        """At least so many tokens, of which those that are added are masked; with a mask if asked for or needed."""
+        """At least `length` tokens, of which those that are added are masked; with a mask if asked for or needed."""
         states, mask = self
         missing = length - states.shape[1]
         if mask is None and (with_mask or missing > 0):
@@ -66,6 +66,13 @@ def width_of(text_encoder: PreTrainedModel) -> int:
         if getattr(config, name, None):
             return getattr(config, name)
     return config.get_text_config().hidden_size
+
+
+def context_width(denoiser: nn.Module) -> int | None:
+    """Width of what a denoiser attends to, or `None` if it attends to nothing."""
+    config = denoiser.config
+    # diffusers' U-Nets may bring another width to their own.
+    return config.get("encoder_hid_dim") or config.get("cross_attention_dim")
 
 
 def masks_padding_by_default(text_encoder: PreTrainedModel) -> bool:
@@ -109,7 +116,7 @@ def tokenize(
     texts, padding = list(texts), tokenizer.pad_token_id
     if padding is None:
         raise ValueError("the tokenizer has no token to pad with: set its pad_token, to its eos_token for example")
-    whole = tokenizer(texts, padding=False, truncation=False, verbose=False).input_ids
+    uncut = tokenizer(texts, padding=False, truncation=False, verbose=False).input_ids
     # Padded here, since some tokenizers make no mask, and to all of them a text without tokens is nothing but padding.
     cut = tokenizer(texts, padding=False, truncation=True, max_length=max_length).input_ids
     cut = [tokens or [padding] for tokens in cut]
@@ -120,7 +127,7 @@ def tokenize(
         first = length - len(tokens) if tokenizer.padding_side == "left" else 0
         input_ids[row, first : first + len(tokens)] = torch.tensor(tokens)
         mask[row, first : first + len(tokens)] = 1
-    too_long = [(text, ids) for text, ids in zip(texts, whole, strict=True) if len(ids) > max_length]
+    too_long = [(text, ids) for text, ids in zip(texts, uncut, strict=True) if len(ids) > max_length]
     if too_long:  # one warning, and not one for each caption of a data set
         text, ids = too_long[0]
         lost = tokenizer.decode(ids[max_length - 1 : -1], skip_special_tokens=True)

@@ -45,25 +45,22 @@ def images_to_tensor(image: ImageInput, channels: int, dims: int = 2, name: str 
     return 2 * _to_unit_range(image, channels, dims, name) - 1
 
 
-def encode_image(
-    image: ImageInput, vae: nn.Module | None, sample_shape: tuple[int, ...], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Images as a denoiser knows them, shape `(batch, *sample_shape)`, and in pixels, in [-1, 1].
+def encode_pixels(pixels: Tensor, vae: nn.Module | None, sample_shape: tuple[int, ...]) -> Tensor:
+    """Images as a denoiser knows them, shape `(batch, *sample_shape)`.
 
     Args:
+        pixels: From `images_to_tensor`.
         vae: Of the denoiser, if it is one of latents.
         sample_shape: (channels, *spatial) of the denoiser's samples.
 
     Raises:
         ValueError: if the images do not have the size that the denoiser takes.
     """
-    channels, *size = sample_shape
-    pixels = images_to_tensor(image, channels if vae is None else vae.config.in_channels, len(size)).to(device)
-    got = list(pixels.shape[2:])
+    size, got = list(sample_shape[1:]), list(pixels.shape[2:])
     if vae is None:
         if got != size:
             raise ValueError(f"image must be of the model's size, {_times(size)}, got {_times(got)}: resize it first")
-        return pixels, pixels
+        return pixels
     factors = [side // latent_side for side, latent_side in zip(got, size, strict=True)]
     x0 = encode_latents(vae, pixels) if all(factors) else None
     if x0 is None or list(x0.shape[2:]) != size or any(f * s != g for f, s, g in zip(factors, size, got, strict=True)):
@@ -72,11 +69,11 @@ def encode_image(
             f"image must be of a size whose latents are the denoiser's {_times(size)}, got {_times(got)}, whose latents "
             f"are {latents}: resize it first"
         )
-    return x0, pixels
+    return x0
 
 
 def mask_to_tensor(mask: ImageInput, dims: int = 2, name: str = "mask_image") -> Tensor:
-    """What to make anew as 1 and what to keep as 0, float32, shape `(batch, 1, *spatial)`.
+    """A mask, 1 where to make the image anew and 0 where to keep it, float32, shape `(batch, 1, *spatial)`.
 
     Args:
         mask: As `images_to_tensor` takes them, with one channel or none, or bool; from half of white on the pixel is to be

@@ -10,7 +10,7 @@ from diffusers_ext.schedulers.gaussian import GaussianSchedulerMixin, draw_noise
 
 
 class KnownPixels:
-    """What is known of a sample: clean values where `mask` is 0.
+    """The known part of a sample: clean values where `mask` is 0.
 
     Args:
         x0: Clean samples, shape `(batch, channels, *spatial)`; only what is known of them counts.

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from diffusers_ext.guidance.labels import Labels
-from diffusers_ext.pipelines.checks import count_images
-from diffusers_ext.pipelines.image_inputs import ImageInput
+from diffusers_ext.pipelines.image_inputs import ImageInput, encode_pixels
+from diffusers_ext.pipelines.label_condition import LabelCondition, Labels
+from diffusers_ext.pipelines.outputs import to_images
+from diffusers_ext.pipelines.sampling import count_images
 from diffusers_ext.schedulers.gaussian import GaussianSchedulerMixin
 from diffusers_ext.schedulers.scheduling_ddim import ExtDDIMScheduler
 from diffusers_ext.schedulers.scheduling_ddim_inverse import ExtDDIMInverseScheduler
@@ -45,14 +46,14 @@ class InversionMixin:
         inverse = ExtDDIMInverseScheduler.from_config(self._path_config())
         device = self._execution_device
         inverse.set_timesteps(num_inference_steps, device=device)
-        x0, _ = self._encode(image, device)
-        labels = None if class_labels is None else self.label_tensor(class_labels)
-        batch_size = count_images(1, class_labels=labels, image=x0)
-        if labels is not None and labels.is_floating_point():
+        condition = LabelCondition(self, class_labels)
+        if condition.weighted:
             raise ValueError("class_labels must be labels to invert, not weights of them")
-        if labels is not None and self.denoiser_num_classes is None:
+        if condition.labels is not None and self.denoiser_num_classes is None:
             raise ValueError("class_labels would do nothing: the denoiser takes none; leave them out")
-        predict = self._denoiser(inverse, None, labels, batch_size, device)
+        x0 = encode_pixels(self._to_pixels(image, device), self.vae, self._sample_shape)
+        batch_size = count_images(1, **condition.per_image, image=x0)
+        predict = self._denoiser(inverse, None, condition, batch_size, device)
         latents = inverse.invert(
             lambda x, t: predict(x, t)[:, : x.shape[1]], x0.expand(batch_size, *x0.shape[1:]), num_refinements
         )
@@ -90,7 +91,8 @@ class InversionMixin:
         """
         if num_images < 2:
             raise ValueError(f"num_images must be at least 2, the two ends, got {num_images}")
-        if class_labels is not None and len(self.label_tensor(class_labels)) != 1:
+        condition = LabelCondition(self, class_labels)
+        if condition.labels is not None and len(condition.labels) != 1:
             raise ValueError("class_labels must be one label for all images of an interpolation")
         ends = [
             self.invert(image, class_labels, num_inference_steps=num_inference_steps, num_refinements=num_refinements)
@@ -102,11 +104,10 @@ class InversionMixin:
         x = slerp(*ends, torch.linspace(0, 1, num_images, device=device))
         sampler = ExtDDIMScheduler.from_config(self._path_config())
         sampler.set_timesteps(num_inference_steps, device=device)
-        labels = None if class_labels is None else self.label_tensor(class_labels)
-        predict = self._denoiser(sampler, None, labels, num_images, device)
+        predict = self._denoiser(sampler, None, condition, num_images, device)
         for t in sampler.timesteps:
             x = sampler.step(predict(x, t), t, x).prev_sample
-        images = self._decode(x, output_type)
+        images = to_images(x, self.vae, output_type)
         self.maybe_free_model_hooks()
         return images
 

@@ -1,4 +1,4 @@
-"""What diffusers looks for in a pipeline's class when it loads one, or makes one from another."""
+"""How diffusers loads a pipeline of this package, or makes one from another."""
 
 import inspect
 from collections.abc import Callable, Sequence

@@ -5,22 +5,19 @@ from typing import Any
 
 import torch
 from diffusers.guiders import BaseGuidance
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Generator, Tensor
 
-from diffusers_ext.guidance.guided_denoiser import GuidedDenoiser, Interval
-from diffusers_ext.guidance.labels import LabelledMixin, Labels
-from diffusers_ext.pipelines.checks import check_components, check_guider, choose_guider, count_images
+from diffusers_ext.guidance.guiding import Interval
+from diffusers_ext.pipelines.components import check_components
 from diffusers_ext.pipelines.image_inputs import ImageInput
 from diffusers_ext.pipelines.inversion import InversionMixin
+from diffusers_ext.pipelines.label_condition import LabelCondition, LabelledMixin, Labels
 from diffusers_ext.pipelines.loading import FromPipeMixin, replaceable
-from diffusers_ext.pipelines.sampling import GuidedDiffusionPipelineOutput, SamplingMixin, TrajectoryPoint
-
-
-__all__ = ["GuidedDiffusionPipeline", "GuidedDiffusionPipelineOutput", "TrajectoryPoint"]
+from diffusers_ext.pipelines.outputs import GuidedDiffusionPipelineOutput
+from diffusers_ext.pipelines.sampling import CallOptions, SamplingMixin
 
 
 class GuidedDiffusionPipeline(LabelledMixin, InversionMixin, SamplingMixin, FromPipeMixin, DiffusionPipeline):
@@ -80,7 +77,6 @@ class GuidedDiffusionPipeline(LabelledMixin, InversionMixin, SamplingMixin, From
         # JSON turns the keys into strings, and so does this, so that a saved pipeline equals the loaded one.
         self.register_to_config(id2label=None if id2label is None else {str(k): v for k, v in id2label.items()})
         self.register_to_config(clip_guided_noise=clip_guided_noise)
-        self.image_processor = VaeImageProcessor()
 
     @torch.no_grad()
     def __call__(
@@ -156,8 +152,7 @@ class GuidedDiffusionPipeline(LabelledMixin, InversionMixin, SamplingMixin, From
         Raises:
             ValueError: if an argument does not fit the model, the scheduler or another argument.
         """
-        return self._sample(
-            None if class_labels is None else self.label_tensor(class_labels),
+        options = CallOptions(
             batch_size=batch_size,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
@@ -181,41 +176,4 @@ class GuidedDiffusionPipeline(LabelledMixin, InversionMixin, SamplingMixin, From
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             trajectory_steps=trajectory_steps,
         )
-
-    # What the labels are to the call.
-
-    def _choose_guider(self, labels, guider, guidance_scale, guidance_rescale, classifier_scale):
-        return choose_guider(self, guider, guidance_scale, guidance_rescale, classifier_scale, labels)
-
-    def _count_images(self, labels, batch_size, **tensors):
-        return count_images(batch_size, labels, **tensors)
-
-    def _check_guider(self, labels, guider, timesteps, guide):
-        check_guider(self, guider, labels, timesteps, guide)
-
-    def _conditions(self, labels: Tensor | None, batch_size: int, device) -> dict[str, tuple[Tensor, Tensor]]:
-        """Pairs of labels and null labels, each of shape `(batch,)`, or multi-hot or weights `(batch, num_classes)`."""
-        if self.denoiser_num_classes is None:
-            return {}
-        if labels is None and self.null_label is None:
-            raise ValueError(f"class_labels must be given: the model has {self.num_classes} labels and no null label")
-        null = torch.full((batch_size,), self.null_label or 0, device=device)
-        if labels is None:
-            return {"class_labels": (null, null)}
-        labels = labels.to(device).expand(batch_size, *labels.shape[1:])
-        return {"class_labels": (labels, torch.zeros_like(labels) if labels.dtype == torch.bool else null)}
-
-    def _denoiser(
-        self, scheduler, guider, labels: Tensor | None, batch_size: int, device, low_memory: bool = False
-    ) -> GuidedDenoiser:
-        return GuidedDenoiser(
-            self.denoiser,
-            scheduler,
-            guider,
-            self._conditions(labels, batch_size, device),
-            self.denoiser.config.in_channels,
-            class_labels=None if labels is None else labels.to(device).expand(batch_size, *labels.shape[1:]),
-            classifier=self.classifier,
-            weak_denoiser=self.weak_denoiser,
-            low_memory=low_memory,
-        )
+        return self._sample(LabelCondition(self, class_labels), options)

@@ -5,21 +5,20 @@ from typing import Any
 
 import torch
 from diffusers.guiders import BaseGuidance
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Generator, Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from diffusers_ext.guidance.guided_denoiser import GuidedDenoiser, Interval, asks_for_unconditional
-from diffusers_ext.guidance.guiders import ClassifierGuidance, ComposedGuidance
+from diffusers_ext.guidance.guiding import Interval
 from diffusers_ext.guidance.texts import TextEmbeds, encode_tokens, longest_text, masks_padding_by_default, tokenize
-from diffusers_ext.pipelines.checks import check_components, choose_guider, count_images
+from diffusers_ext.pipelines.components import check_text_components
 from diffusers_ext.pipelines.image_inputs import ImageInput
 from diffusers_ext.pipelines.loading import FromPipeMixin, replaceable
-from diffusers_ext.pipelines.sampling import GuidedDiffusionPipelineOutput, SamplingMixin
-from diffusers_ext.pipelines.text_condition import TextCondition, check_text_components, context_width
+from diffusers_ext.pipelines.outputs import GuidedDiffusionPipelineOutput
+from diffusers_ext.pipelines.sampling import CallOptions, SamplingMixin
+from diffusers_ext.pipelines.text_condition import TextCondition, texts_or_embeds
 
 
 # Of classifier-free guidance where neither the call nor the pipeline says otherwise.
@@ -74,8 +73,7 @@ class TextGuidedDiffusionPipeline(SamplingMixin, FromPipeMixin, DiffusionPipelin
         clip_guided_noise: bool = False,
     ):
         super().__init__()
-        check_text_components(denoiser, tokenizer, text_encoder, weak_denoiser, max_text_length)
-        check_components(denoiser, vae, None, weak_denoiser)
+        check_text_components(denoiser, tokenizer, text_encoder, vae, weak_denoiser, max_text_length)
         self.register_modules(
             denoiser=denoiser,
             scheduler=scheduler,
@@ -88,7 +86,6 @@ class TextGuidedDiffusionPipeline(SamplingMixin, FromPipeMixin, DiffusionPipelin
         self.register_to_config(
             max_text_length=max_text_length, mask_padding=mask_padding, clip_guided_noise=clip_guided_noise
         )
-        self.image_processor = VaeImageProcessor()
 
     @torch.no_grad()
     def __call__(
@@ -146,21 +143,19 @@ class TextGuidedDiffusionPipeline(SamplingMixin, FromPipeMixin, DiffusionPipelin
         Raises:
             ValueError: if an argument does not fit the model, the scheduler or another argument.
         """
-        condition = TextCondition.of(
-            prompt=self._given("prompt", prompt, prompt_embeds, prompt_attention_mask),
-            negative=self._given(
+        condition = TextCondition(
+            self,
+            texts_or_embeds("prompt", prompt, prompt_embeds, prompt_attention_mask),
+            texts_or_embeds(
                 "negative_prompt", negative_prompt, negative_prompt_embeds, negative_prompt_attention_mask
             ),
-            encode=self.encode_prompt,
-            num_images_per_prompt=num_images_per_prompt,
-            width=context_width(self.denoiser),
+            num_images_per_prompt,
         )
-        if guidance_scale is None and guider is None and self.guider is None and condition.can_guide(self):
+        if guidance_scale is None and guider is None and self.guider is None and condition.can_guide:
             guidance_scale = DEFAULT_GUIDANCE_SCALE
         if isinstance(generator, list | tuple):
             condition.check_count("generator", len(generator))
-        return self._sample(
-            condition,
+        options = CallOptions(
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             generator=generator,
@@ -182,6 +177,7 @@ class TextGuidedDiffusionPipeline(SamplingMixin, FromPipeMixin, DiffusionPipelin
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             trajectory_steps=trajectory_steps,
         )
+        return self._sample(condition, options)
 
     @property
     def max_text_length(self) -> int:
@@ -214,62 +210,3 @@ class TextGuidedDiffusionPipeline(SamplingMixin, FromPipeMixin, DiffusionPipelin
         ids, mask = tokenize(self.tokenizer, prompt, self.max_text_length, full_length=not self.mask_padding)
         device = self._execution_device
         return encode_tokens(self.text_encoder, ids.to(device), mask.to(device), self.mask_padding)
-
-    # What the texts are to the call.
-
-    @staticmethod
-    def _given(name: str, text, embeds: Tensor | None, mask: Tensor | None) -> str | list[str] | TextEmbeds | None:
-        if text is not None and embeds is not None:
-            raise ValueError(f"{name} and {name}_embeds must not both be given")
-        if embeds is None and mask is not None:
-            raise ValueError(f"{name}_attention_mask belongs to {name}_embeds, which are not given")
-        if embeds is not None:
-            return TextEmbeds(embeds, mask)
-        texts = [text] if isinstance(text, str) else text
-        are_texts = isinstance(texts, list | tuple) and len(texts) and all(isinstance(each, str) for each in texts)
-        if texts is not None and not are_texts:
-            raise ValueError(f"{name} must be a text or a list of texts, got {text!r}")
-        return texts
-
-    def _choose_guider(self, condition, guider, guidance_scale, guidance_rescale, classifier_scale):
-        return choose_guider(self, guider, guidance_scale, guidance_rescale, classifier_scale, None)
-
-    def _count_images(self, condition, batch_size, **tensors):
-        return count_images(batch_size, prompt=condition.prompt.states, **tensors)
-
-    def _check_guider(self, condition, guider, timesteps, guide):
-        if isinstance(guider, ClassifierGuidance | ComposedGuidance):
-            raise ValueError(f"{type(guider).__name__} is for labels, and this pipeline has texts")
-        if hasattr(guider, "check_pipeline"):
-            guider.check_pipeline(self, None)
-        needed = guider is not None and asks_for_unconditional(guider, timesteps, guide)
-        # A callback may end the guidance that there was.
-        if condition.has_negative and not (needed or condition.needs_negative):
-            raise ValueError(
-                "negative_prompt needs guidance, which this call has none of: give a guidance_scale other than 1, or a "
-                "guider that looks at the unconditional prediction, in some of the steps"
-            )
-        if needed and not condition.can_guide(self) and not self.knows_empty_text:
-            raise ValueError(
-                "guidance needs a text to lead away from that the denoiser knows, and it was trained without empty texts "
-                "(caption_dropout was 0): give a negative_prompt that is not empty, or a guidance_scale of 1"
-            )
-        if needed and not condition.can_guide(self):
-            raise ValueError(
-                "guidance needs something to lead away from: give negative_prompt_embeds together with prompt_embeds, or "
-                "a pipeline with a tokenizer and a text_encoder, which encodes the empty text"
-            )
-        condition.needs_negative |= needed
-
-    def _denoiser(
-        self, scheduler, guider, condition: TextCondition, batch_size: int, device, low_memory: bool = False
-    ) -> GuidedDenoiser:
-        return GuidedDenoiser(
-            self.denoiser,
-            scheduler,
-            guider,
-            condition.pairs(batch_size, device, self.denoiser.dtype),
-            self.denoiser.config.in_channels,
-            weak_denoiser=self.weak_denoiser,
-            low_memory=low_memory,
-        )

@@ -1,54 +1,110 @@
-"""The way from noise to images that the pipelines share: any scheduler, any guider, in pixels or in latents."""
+"""The call that the pipelines share: its options, and the loop from noise to images, with any scheduler and any guider."""
 
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 from diffusers.guiders import BaseGuidance
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from diffusers.utils import BaseOutput
-from PIL import Image
 from torch import Generator, Tensor
 
-from diffusers_ext.diffusion.noising import predict_x0
 from diffusers_ext.draws import as_generators, draw_normal
-from diffusers_ext.guidance.guided_denoiser import GuidedDenoiser, Interval, guided_steps
-from diffusers_ext.latents import decode_latents
-from diffusers_ext.pipelines.checks import check_outputs
-from diffusers_ext.pipelines.image_inputs import ImageInput, encode_image, mask_to_tensor
+from diffusers_ext.guidance.guided_denoiser import GuidedDenoiser
+from diffusers_ext.guidance.guiding import Interval, choose_guider, guided_steps
+from diffusers_ext.latents import latent_scale
+from diffusers_ext.pipelines.image_inputs import ImageInput, encode_pixels, images_to_tensor, mask_to_tensor
 from diffusers_ext.pipelines.inpainting import KnownPixels, check_resampling, mask_of_latents
-from diffusers_ext.schedulers.levels import noise_level
-from diffusers_ext.schedulers.samplers import check_sampler, check_timesteps, is_sampler
+from diffusers_ext.pipelines.outputs import GuidedDiffusionPipelineOutput, TrajectoryPoint, to_images
+from diffusers_ext.schedulers.samplers import check_sampler, set_timesteps
 from diffusers_ext.sizes import as_size
 
 
-class TrajectoryPoint(NamedTuple):
-    """What a step saw: `x_t` and the clean sample predicted from it, each on the scale of the model, [-1, 1] for data.
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
-    `x0_hat` is `None` for a scheduler that works on another scale of x_t and does not say what it predicted.
+
+class Condition(Protocol):
+    """The labels or texts that the images of a call are to show."""
+
+    weighted: bool  # whether it has weights of labels
+    per_image: dict[str, Tensor | None]  # its tensors by the names of their arguments, each of one image or of all
+
+    def check(self, guider: BaseGuidance | None, timesteps: Tensor, guide: Sequence[bool]) -> None:
+        """Refuses a guider that it, or the components, do not suffice for in the steps in which it acts."""
+
+    def inputs(self, batch_size: int, device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
+        """Pairs of conditional and unconditional inputs of the network, by name, each of shape `(batch, ...)`."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class CallOptions:
+    """The arguments that the calls of all pipelines have, as `GuidedDiffusionPipeline` describes them.
+
+    Raises:
+        ValueError: if they do not fit one another, whatever the pipeline.
     """
 
-    timestep: int | float
-    x_t: Tensor
-    x0_hat: Tensor | None
+    batch_size: int = 1
+    num_inference_steps: int | None
+    guidance_scale: float | None
+    generator: Generator | list[Generator] | None
+    latents: Tensor | None
+    image: ImageInput | None
+    strength: float | None
+    mask_image: ImageInput | None
+    num_resample_steps: int
+    guider: BaseGuidance | None
+    guidance_rescale: float
+    guidance_interval: Interval | None
+    classifier_scale: float = 0.0
+    timesteps: list[int] | None
+    eta: float
+    use_clipped_model_output: bool | None
+    low_memory: bool
+    output_type: str
+    return_dict: bool
+    callback_on_step_end: Callable[[Any, int, Tensor, dict], dict] | None
+    callback_on_step_end_tensor_inputs: Sequence[str]
+    trajectory_steps: Sequence[int] | None
 
+    def __post_init__(self):
+        if self.output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {self.output_type!r}")
+        if self.image is None:
+            given = [name for name in ("strength", "mask_image") if getattr(self, name) is not None]
+            if given:
+                raise ValueError(f"{' and '.join(given)} must be given together with an image")
+        if not 0 <= self.noise_share <= 1:
+            raise ValueError(f"strength must be in [0, 1], got {self.strength}")
+        if self.latents is not None and self.noise_share < 1:
+            raise ValueError("latents must not be given together with an image and a strength below 1: they are noise")
 
-@dataclass
-class GuidedDiffusionPipelineOutput(BaseOutput):
-    """Images of the asked type and, for the asked steps, points of the trajectory."""
+    @property
+    def noise_share(self) -> float:
+        """How far back to noise the call starts: `strength`, or what it is by default; 1 is noise alone."""
+        if self.strength is not None:
+            return self.strength
+        return 1.0 if self.image is None or self.mask_image is not None else 0.8
 
-    images: list[Image.Image] | np.ndarray | Tensor
-    trajectory: list[TrajectoryPoint] | None = None
+    def wanted_steps(self, num_steps: int) -> set[int]:
+        """Indices of the steps that belong to the trajectory.
+
+        Raises:
+            ValueError: for one that there is not.
+        """
+        wanted = set(self.trajectory_steps or ())
+        outside = sorted(i for i in wanted if not 0 <= i < num_steps)
+        if outside:
+            raise ValueError(f"trajectory_steps must be in [0, {num_steps - 1}], got {outside}")
+        return wanted
 
 
 class SamplingMixin:
-    """The call of a pipeline with a `denoiser`, a `scheduler`, and perhaps a `vae`, once it knows its condition.
+    """The call of a pipeline under a condition: labels or texts.
 
-    What the condition is - labels, texts - is the pipeline's own: the methods that look at it raise
-    `NotImplementedError` here.
+    The pipeline has a `denoiser` and a `scheduler`, and a `vae`, a `guider` and a `weak_denoiser`, which may be `None`.
     """
 
     _callback_tensor_inputs = ["latents"]
@@ -59,127 +115,96 @@ class SamplingMixin:
             check_sampler(value, type(self).__name__)
         super().__setattr__(name, value)
 
-    def _sample(
-        self,
-        condition: Any,
-        *,
-        batch_size: int = 1,
-        num_inference_steps: int,
-        guidance_scale: float | None,
-        generator: Generator | list[Generator] | None,
-        latents: Tensor | None,
-        image: ImageInput | None,
-        strength: float | None,
-        mask_image: ImageInput | None,
-        num_resample_steps: int,
-        guider: BaseGuidance | None,
-        guidance_rescale: float,
-        guidance_interval: Interval | None,
-        classifier_scale: float = 0.0,
-        timesteps: list[int] | None,
-        eta: float,
-        use_clipped_model_output: bool | None,
-        low_memory: bool,
-        output_type: str,
-        return_dict: bool,
-        callback_on_step_end: Callable[[Any, int, Tensor, dict], dict] | None,
-        callback_on_step_end_tensor_inputs: Sequence[str],
-        trajectory_steps: Sequence[int] | None,
-    ) -> GuidedDiffusionPipelineOutput | tuple:
-        """Generates a batch of images; the arguments are those of `GuidedDiffusionPipeline`."""
-        check_outputs(self, output_type, callback_on_step_end_tensor_inputs)
-        given_guider = guider
-        strength = self._strength(strength, image, mask_image, latents)
-        check_resampling(num_resample_steps, mask_image is not None, self.scheduler)
+    def _sample(self, condition: Condition, call: CallOptions) -> GuidedDiffusionPipelineOutput | tuple:
+        """Generates a batch of images."""
+        self._check_outputs(call)
+        if call.num_resample_steps != 1:
+            check_resampling(call.num_resample_steps, call.mask_image is not None, self.scheduler)
         device = self._execution_device
-        guider = self._choose_guider(condition, given_guider, guidance_scale, guidance_rescale, classifier_scale)
-        x0, pixels = (None, None) if image is None else self._encode(image, device)
-        mask = None if mask_image is None else mask_to_tensor(mask_image, self._dims).to(device)
-        batch_size = self._count_images(condition, batch_size, latents=latents, image=x0, mask_image=mask)
-        generator = as_generators(generator, batch_size)
-        visited = self._set_timesteps(num_inference_steps, timesteps, strength, device)
-        guide = guided_steps(guidance_interval, self.scheduler, visited)
-        self._check_guider(condition, guider, visited, guide)
-        denoise = self._denoiser(self.scheduler, guider, condition, batch_size, device, low_memory)
-        step_kwargs = self._step_kwargs(generator, eta, use_clipped_model_output, guider, guide)
-        wanted = self._trajectory_indices(trajectory_steps, len(visited))
+        pixels = None if call.image is None else self._to_pixels(call.image, device)
+        mask = None if call.mask_image is None else self._to_mask(call.mask_image, pixels)
+        batch_size = count_images(
+            call.batch_size, **condition.per_image, latents=call.latents, image=pixels, mask_image=mask
+        )
+        generator = as_generators(call.generator, batch_size)
+        scheduler, timesteps = set_timesteps(
+            self.scheduler, call.num_inference_steps, call.timesteps, call.noise_share, device
+        )
+        num_steps, guide = len(timesteps), guided_steps(call.guidance_interval, scheduler, timesteps)
+        wanted, used = call.wanted_steps(num_steps), _channels_for_step(scheduler, self._sample_shape[0])
 
-        x = self._start(batch_size, generator, latents, x0, strength, visited)
+        def guided_by(guidance_scale: float | None) -> tuple[GuidedDenoiser, dict[str, Any]]:
+            """The network under the guider of this scale, and the options of the scheduler's step under it."""
+            guider = self.guider if call.guider is None else call.guider
+            guider = choose_guider(
+                guider, guidance_scale, call.guidance_rescale, call.classifier_scale, weighted=condition.weighted
+            )
+            condition.check(guider, timesteps, guide)
+            denoise = self._denoiser(scheduler, guider, condition, batch_size, device, call.low_memory)
+            is_guided = guider is not None and guider._enabled and any(guide)
+            reuse_clipped = is_guided and bool(self.config.get("clip_guided_noise"))
+            return denoise, _step_options(scheduler, generator, call, reuse_clipped)
+
+        denoise, step_options = guided_by(call.guidance_scale)
+        x0 = None if pixels is None else encode_pixels(pixels, self.vae, self._sample_shape)
+        shape, start = (batch_size, *self._sample_shape), x0 if call.noise_share < 1 else None
+        x = _noisy_start(scheduler, shape, generator, call.latents, start, timesteps)
         known = None
         if mask is not None:
-            spatial_mask = self._fitting_mask(mask, x0, pixels)
-            known = KnownPixels(x0.expand_as(x), spatial_mask, self.scheduler, generator)
+            spatial_mask = mask if self.vae is None else mask_of_latents(mask, self._sample_shape[1:])
+            known = KnownPixels(x0.expand_as(x), spatial_mask, scheduler, generator)
 
-        guidance_scale = 1.0 if guidance_scale is None else guidance_scale
-        self._guidance_scale, self._num_timesteps = guidance_scale, len(visited)
-        trajectory = []
-        with self.progress_bar(total=len(visited) * num_resample_steps) as bar:
-            for i, t in enumerate(visited):
-                for repeat in range(num_resample_steps):
-                    output = denoise(x, t, i, len(visited), guide[i])
-                    step = self.scheduler.step(self._as_expected(output, x.shape[1]), t, x, **step_kwargs)
-                    if i in wanted and repeat == num_resample_steps - 1:
-                        trajectory.append(self._trajectory_point(t, x, output[:, : x.shape[1]], step))
+        scale = 1.0 if call.guidance_scale is None else call.guidance_scale
+        self._guidance_scale, self._num_timesteps, trajectory = scale, num_steps, []
+        with self.progress_bar(total=num_steps * call.num_resample_steps) as bar:
+            for i, t in enumerate(timesteps):
+                for times_left in reversed(range(call.num_resample_steps)):
+                    output = denoise(x, t, i, num_steps, guide[i])
+                    step = scheduler.step(output[:, :used], t, x, **step_options)
+                    if i in wanted and not times_left:
+                        trajectory.append(TrajectoryPoint.of_step(scheduler, t, x, output, step))
                     x = step.prev_sample
                     if known is not None:
-                        x = known.put_into(x, visited[i + 1] if i + 1 < len(visited) else None)
-                        x = known.renoise(x, t) if repeat < num_resample_steps - 1 else x
+                        x = known.put_into(x, timesteps[i + 1] if i + 1 < num_steps else None)
+                        x = known.renoise(x, t) if times_left else x
                     bar.update()
 
-                if callback_on_step_end is not None:
-                    returned = callback_on_step_end(self, i, t, {"latents": x})
+                if call.callback_on_step_end is not None:
+                    returned = call.callback_on_step_end(self, i, t, {"latents": x})
                     x = (returned or {}).get("latents", x)
-                    if self._guidance_scale != guidance_scale:
-                        guidance_scale = self._guidance_scale
-                        guider = self._choose_guider(
-                            condition, given_guider, guidance_scale, guidance_rescale, classifier_scale
-                        )
-                        self._check_guider(condition, guider, visited, guide)
-                        step_kwargs = self._step_kwargs(generator, eta, use_clipped_model_output, guider, guide)
-                        denoise = self._denoiser(self.scheduler, guider, condition, batch_size, device, low_memory)
+                    if self._guidance_scale != scale:
+                        scale = self._guidance_scale
+                        denoise, step_options = guided_by(scale)
 
-        images = self._decode(x, output_type, pixels, mask)
+        images = to_images(x, self.vae, call.output_type, pixels, mask)
         self.maybe_free_model_hooks()
-        if not return_dict:
-            return (images,) if trajectory_steps is None else (images, trajectory)
-        return GuidedDiffusionPipelineOutput(
-            images=images, trajectory=None if trajectory_steps is None else trajectory
-        )
-
-    # What depends on the condition.
-
-    def _choose_guider(
-        self,
-        condition: Any,
-        guider: BaseGuidance | None,
-        guidance_scale: float | None,
-        guidance_rescale: float,
-        classifier_scale: float,
-    ) -> BaseGuidance | None:
-        """The guider of a call: the one given, or the pipeline's, or what the short forms mean."""
-        raise NotImplementedError
-
-    def _count_images(self, condition: Any, batch_size: int, **tensors: Tensor | None) -> int:
-        """The number of images that the condition and the other arguments agree on."""
-        raise NotImplementedError
-
-    def _check_guider(self, condition: Any, guider: BaseGuidance | None, timesteps: Tensor, guide: list[bool]) -> None:
-        """Refuses a guider that the components or the condition do not suffice for in the steps in which it acts."""
-        raise NotImplementedError
+        trajectory = None if call.trajectory_steps is None else trajectory
+        if not call.return_dict:
+            return (images,) if trajectory is None else (images, trajectory)
+        return GuidedDiffusionPipelineOutput(images=images, trajectory=trajectory)
 
     def _denoiser(
         self,
         scheduler: SchedulerMixin,
         guider: BaseGuidance | None,
-        condition: Any,
+        condition: Condition,
         batch_size: int,
         device: torch.device,
         low_memory: bool = False,
     ) -> GuidedDenoiser:
         """The network under its condition and guider."""
-        raise NotImplementedError
+        return GuidedDenoiser(
+            self.denoiser,
+            scheduler,
+            guider,
+            condition.inputs(batch_size, device),
+            self._sample_shape[0],
+            classifier=getattr(self, "classifier", None),
+            weak_denoiser=self.weak_denoiser,
+            low_memory=low_memory,
+        )
 
-    # What a callback may look at while the pipeline is called, under diffusers' names.
+    # For callbacks, under diffusers' names.
 
     @property
     def guidance_scale(self) -> float:
@@ -191,149 +216,147 @@ class SamplingMixin:
         """Number of steps, and so of calls of a callback, in this call or the last."""
         return self._num_timesteps
 
-    # What the call is made of, in its order.
+    # Shapes and images.
 
     @property
     def _dims(self) -> int:
         return self.denoiser.config.get("dims", 2)
 
-    def _strength(self, strength: float | None, image, mask_image, latents) -> float:
-        if image is None:
-            given = [name for name, value in (("strength", strength), ("mask_image", mask_image)) if value is not None]
-            if given:
-                raise ValueError(f"{' and '.join(given)} must be given together with an image")
-            return 1.0
-        if strength is None:
-            strength = 0.8 if mask_image is None else 1.0
-        if not 0 <= strength <= 1:
-            raise ValueError(f"strength must be in [0, 1], got {strength}")
-        if latents is not None and strength < 1:
-            raise ValueError("latents must not be given together with an image and a strength below 1: they are noise")
-        return strength
-
-    def _encode(self, image: ImageInput, device) -> tuple[Tensor, Tensor]:
-        """The images as the denoiser knows them, and in pixels."""
-        return encode_image(image, self.vae, self._latent_shape(1)[1:], device)
-
-    def _set_timesteps(self, num_inference_steps: int, timesteps, strength: float, device) -> Tensor:
-        """The timesteps to visit: the last ones, if it does not start from noise."""
-        scheduler, name = self.scheduler, type(self.scheduler).__name__
-        options = {"num_inference_steps": num_inference_steps} if timesteps is None else {"timesteps": timesteps}
-        if timesteps is not None and "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
-            raise ValueError(f"{name} takes no timesteps; give num_inference_steps")
-        num_steps = num_inference_steps if timesteps is None else len(timesteps)
-        try:
-            scheduler.set_timesteps(**options, device=device)
-        except (ValueError, IndexError) as error:
-            raise ValueError(
-                f"{name} cannot make {num_steps} steps; take another number or scheduler: {error}"
-            ) from error
-        check_timesteps(scheduler, num_steps)
-        if strength == 1:
-            return scheduler.timesteps
-        order = scheduler.order
-        # Solvers of a higher order visit some timesteps in pairs, all but the last or the first.
-        if len(scheduler.timesteps) not in (num_steps * order, num_steps * order - order + 1):
-            raise ValueError(
-                f"strength must be 1 for {name}, whose {len(scheduler.timesteps)} timesteps for {num_steps} steps cannot be "
-                f"entered in the middle, got {strength}; take DPMSolverMultistepScheduler or ExtDDIMScheduler"
-            )
-        # The small number is for shares such as 0.29, of which 100 are 28.999... in floating point.
-        first = (num_steps - int(num_steps * strength + 1e-6)) * order
-        if is_sampler(scheduler, "LMSDiscreteScheduler"):
-            # It counts the steps that it remembers from the start of its list, which so has to be the first visited one.
-            scheduler.timesteps, scheduler.sigmas = scheduler.timesteps[first:], scheduler.sigmas[first:]
-            return scheduler.timesteps
-        if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(first)
-        return scheduler.timesteps[first:]
-
-    def _start(self, batch_size: int, generator, latents, x0, strength: float, visited: Tensor) -> Tensor:
-        """x_T from noise, or the level of the first visited timestep from an image."""
-        # In float32 whatever the network's precision: a sum of many small steps.
-        shape, device = self._latent_shape(batch_size), visited.device
-        if latents is None:
-            noise = draw_normal(shape, generator=generator, device=device, dtype=torch.float32)
-        elif latents.shape != shape:
-            raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}")
-        else:
-            noise = latents.to(device, torch.float32)
-        if strength == 1:
-            return noise * self.scheduler.init_noise_sigma
-        x0 = x0.expand(shape)
-        return self.scheduler.add_noise(x0, noise, visited[:1]) if len(visited) else x0
-
-    def _step_kwargs(
-        self, generator, eta: float, reuse_clipped: bool | None, guider: BaseGuidance | None, guide: list[bool]
-    ) -> dict[str, Any]:
-        accepted = inspect.signature(self.scheduler.step).parameters
-        if reuse_clipped is None:
-            guided = guider is not None and guider._enabled and any(guide)
-            reuse = guided and bool(self.config.get("clip_guided_noise"))
-        else:
-            reuse = reuse_clipped
-        given = {"generator": generator, "eta": eta, "use_clipped_model_output": reuse}
-        for name, asked, neutral in (("eta", eta, 0), ("use_clipped_model_output", reuse_clipped, None)):
-            if asked and name not in accepted:
-                scheduler = type(self.scheduler).__name__
-                raise ValueError(f"{name} must be {neutral} for {scheduler}, which has none, got {asked}")
-        return {name: value for name, value in given.items() if name in accepted}
-
-    @staticmethod
-    def _trajectory_indices(trajectory_steps, num_steps: int) -> set[int]:
-        indices = set(trajectory_steps or ())
-        outside = sorted(i for i in indices if not 0 <= i < num_steps)
-        if outside:
-            raise ValueError(f"trajectory_steps must be in [0, {num_steps - 1}], got {outside}")
-        return indices
-
-    def _latent_shape(self, batch_size: int) -> tuple[int, ...]:
+    @property
+    def _sample_shape(self) -> tuple[int, ...]:
+        """`(channels, *spatial)` of what the denoiser makes."""
         config = self.denoiser.config
-        return (batch_size, config.in_channels, *as_size(config.sample_size, self._dims))
+        return (config.in_channels, *as_size(config.sample_size, self._dims))
 
-    def _as_expected(self, output: Tensor, channels: int) -> Tensor:
-        """Leaves a learned variance away for a scheduler that has no use for it."""
-        # A config keeps the keys of the scheduler that it came from, whether or not the class knows them.
-        known = inspect.signature(type(self.scheduler).__init__).parameters
-        learned = "variance_type" in known and str(self.scheduler.config.variance_type).startswith("learned")
-        # Solvers of diffusers use no variance, and keep 3 channels of what they get, whatever the data.
-        if learned and "algorithm_type" in known:
-            if channels > 3:
-                name = type(self.scheduler).__name__
-                raise ValueError(
-                    f"{name} takes no learned variance for {channels} channels, got variance_type="
-                    f"{self.scheduler.config.variance_type!r}; make it by {name}.from_config(config, variance_type=None)"
-                )
-            learned = False
-        return output if learned else output[:, :channels]
+    def _to_pixels(self, image: ImageInput, device: torch.device) -> Tensor:
+        channels = self._sample_shape[0] if self.vae is None else self.vae.config.in_channels
+        return images_to_tensor(image, channels, self._dims).to(device)
 
-    def _fitting_mask(self, mask: Tensor, x0: Tensor, pixels: Tensor) -> Tensor:
+    def _to_mask(self, mask_image: ImageInput, pixels: Tensor) -> Tensor:
+        mask = mask_to_tensor(mask_image, self._dims).to(pixels.device)
         if mask.shape[2:] != pixels.shape[2:]:
             sizes = ["x".join(map(str, tensor.shape[2:])) for tensor in (pixels, mask)]
             raise ValueError(f"mask_image must have the size of image, {sizes[0]}, got {sizes[1]}")
-        return mask if self.vae is None else mask_of_latents(mask, tuple(x0.shape[2:]))
+        return mask
 
-    def _trajectory_point(self, t: Tensor, x_t: Tensor, output: Tensor, step) -> TrajectoryPoint:
-        x0_hat = getattr(step, "pred_original_sample", None)
-        variance_preserving = torch.as_tensor(self.scheduler.init_noise_sigma).item() == 1
-        if x0_hat is None and variance_preserving and hasattr(self.scheduler, "alphas_cumprod"):
-            level = noise_level(self.scheduler, t, x_t)
-            x0_hat = predict_x0(output, x_t, level, self.scheduler.config.prediction_type)
-        return TrajectoryPoint(t.item(), x_t, x0_hat)
+    def _check_outputs(self, call: CallOptions) -> None:
+        """Refuses outputs that the pipeline cannot give."""
+        vae, config = self.vae, self.scheduler.config
+        channels = self._sample_shape[0] if vae is None else vae.config.out_channels
+        if call.output_type == "pil" and (channels not in (1, 3, 4) or self._dims != 2):
+            raise ValueError(
+                f"output_type must be 'np' or 'pt' for this model: 'pil' is for images of 1, 3 or 4 channels, and its "
+                f"samples have {channels} channels and {self._dims} dimensions"
+            )
+        unknown = [
+            name for name in call.callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs
+        ]
+        if unknown:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs must be among {self._callback_tensor_inputs}, got {unknown}"
+            )
+        if vae is None:
+            return
+        latent_scale(vae, torch.empty(1, self._sample_shape[0], *[1] * self._dims))
+        bound = config.get("clip_sample_range", 1.0)
+        if config.get("clip_sample") and bound <= 1:
+            warnings.warn(
+                f"the scheduler clips what it predicts to [-{bound:g}, {bound:g}], which is the range of images and not of "
+                "latents: make it with clip_sample=False",
+                stacklevel=5,
+            )
 
-    def _decode(
-        self, x: Tensor, output_type: str, pixels: Tensor | None = None, mask: Tensor | None = None
-    ) -> list[Image.Image] | np.ndarray | Tensor:
-        if output_type == "latent":
-            return x
-        if self.vae is not None:
-            x = decode_latents(self.vae, x)
-            if mask is not None:  # what is known is known in pixels, which the way through latents changes
-                x = torch.where(mask.bool(), x, pixels)
-        x = (x / 2 + 0.5).clamp(0, 1)
-        if output_type == "pt":
-            return x
-        images = x.movedim(1, -1).cpu().numpy()
-        if output_type == "np":
-            return images
-        return self.image_processor.numpy_to_pil(images)
+
+def count_images(batch_size: int, **tensors: Tensor | None) -> int:
+    """The number of images that the arguments of a call agree on; one of an argument stands for any number.
+
+    Raises:
+        ValueError: if they differ.
+    """
+    given = {"batch_size": batch_size} if batch_size != 1 else {}
+    for name, value in tensors.items():
+        # Noise is not shared: one start noise means one image.
+        if value is not None and (len(value) != 1 or name == "latents"):
+            given[name] = len(value)
+    if len(set(given.values())) > 1:
+        each = ", ".join(f"{name} has {count}" for name, count in given.items())
+        raise ValueError(f"the number of images must be the same everywhere, but {each}")
+    size = next(iter(given.values()), 1)
+    if size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {size}")
+    return size
+
+
+def _channels_for_step(scheduler: SchedulerMixin, channels: int) -> int | None:
+    """Channels of a network's output that the scheduler's step takes: those of the sample, or all, with a learned variance.
+
+    Raises:
+        ValueError: if the scheduler would misread a learned variance.
+    """
+    # A config keeps the keys of the scheduler that it came from, whether or not the class knows them.
+    known = inspect.signature(type(scheduler).__init__).parameters
+    if "variance_type" not in known or not str(scheduler.config.variance_type).startswith("learned"):
+        return channels
+    if "algorithm_type" not in known:
+        return None
+    # Solvers of diffusers use no variance, and keep 3 channels of what they get, whatever the data.
+    if channels > 3:
+        name = type(scheduler).__name__
+        raise ValueError(
+            f"{name} takes no learned variance for {channels} channels, got variance_type="
+            f"{scheduler.config.variance_type!r}; make it by {name}.from_config(config, variance_type=None)"
+        )
+    return channels
+
+
+def _step_options(
+    scheduler: SchedulerMixin,
+    generator: Generator | list[Generator] | None,
+    call: CallOptions,
+    reuse_clipped: bool,
+) -> dict[str, Any]:
+    """Options of the scheduler's step, of those that it has.
+
+    Args:
+        reuse_clipped: Whether DDIM uses the clipped x_0 where the call does not say it.
+
+    Raises:
+        ValueError: if the call asks for one that it has not.
+    """
+    accepted = inspect.signature(scheduler.step).parameters
+    asked = call.use_clipped_model_output
+    for name, value, neutral in (("eta", call.eta, 0), ("use_clipped_model_output", asked, None)):
+        if value and name not in accepted:
+            kind = type(scheduler).__name__
+            raise ValueError(f"{name} must be {neutral} for {kind}, which has none, got {value}")
+    reuse = reuse_clipped if asked is None else asked
+    options = {"generator": generator, "eta": call.eta, "use_clipped_model_output": reuse}
+    return {name: value for name, value in options.items() if name in accepted}
+
+
+def _noisy_start(
+    scheduler: SchedulerMixin,
+    shape: tuple[int, ...],
+    generator: Generator | list[Generator] | None,
+    latents: Tensor | None,
+    x0: Tensor | None,
+    timesteps: Tensor,
+) -> Tensor:
+    """x_T from noise, or from clean samples the level of the first timestep; float32, whatever the network's precision,
+    since sampling is a sum of many small steps.
+
+    Args:
+        latents: The noise, of unit variance, if it is given.
+        x0: Clean samples to start from, one or as many as `shape` says, on the scale of the denoiser; `None` for noise.
+    """
+    device = timesteps.device
+    if latents is None:
+        noise = draw_normal(shape, generator=generator, device=device, dtype=torch.float32)
+    elif latents.shape != shape:
+        raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}")
+    else:
+        noise = latents.to(device, torch.float32)
+    if x0 is None:
+        return noise * scheduler.init_noise_sigma
+    x0 = x0.expand(shape)
+    return scheduler.add_noise(x0, noise, timesteps[:1]) if len(timesteps) else x0

@@ -1,122 +1,69 @@
 """The texts of a call: how many images of each, what to lead away from, and whether it all fits the network."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from diffusers.guiders import BaseGuidance
+from torch import Tensor
 
-from diffusers_ext.guidance.texts import TextEmbeds, longest_text, width_of
-from diffusers_ext.pipelines.checks import refuse_wrapped
-
-
-def context_width(denoiser: nn.Module) -> int | None:
-    """Width of what a denoiser attends to, or `None` if it attends to nothing."""
-    config = denoiser.config
-    # diffusers' U-Nets may bring another width to their own.
-    return config.get("encoder_hid_dim") or config.get("cross_attention_dim")
+from diffusers_ext.guidance.guiders import ClassifierGuidance, ComposedGuidance
+from diffusers_ext.guidance.guiding import asks_for_unconditional
+from diffusers_ext.guidance.texts import TextEmbeds, context_width
 
 
-def check_text_components(
-    denoiser: nn.Module,
-    tokenizer: PreTrainedTokenizerBase | None,
-    text_encoder: PreTrainedModel | None,
-    weak_denoiser: nn.Module | None,
-    max_text_length: int | None,
-) -> None:
-    """Refuses components that do not fit one another.
+class TextCondition:
+    """The texts of a call.
+
+    Args:
+        pipe: A pipeline with `encode_prompt` and `knows_empty_text`.
+        prompt: What the images show: texts or their embeddings.
+        negative: What to lead away from: one text, or one for each of `prompt`; `None` for the empty text.
+        num_images_per_prompt: Images of each prompt, which come one after the other.
 
     Raises:
-        ValueError: with what differs.
-    """
-    for name, network in {"denoiser": denoiser, "text_encoder": text_encoder, "weak_denoiser": weak_denoiser}.items():
-        refuse_wrapped(name, network)
-    width = context_width(denoiser)
-    if width is None:
-        raise ValueError(
-            f"denoiser must have cross-attention to look at texts, got a {type(denoiser).__name__} with "
-            "cross_attention_dim=None"
-        )
-    if (tokenizer is None) != (text_encoder is None):
-        raise ValueError("tokenizer and text_encoder must be given together or not at all, got one of them")
-    if text_encoder is None:
-        if max_text_length is not None:
-            raise ValueError(f"max_text_length has no meaning without a text_encoder, got {max_text_length}")
-    else:
-        if width_of(text_encoder) != width:
-            raise ValueError(
-                f"text_encoder must have hidden states of the denoiser's cross_attention_dim, {width}, got "
-                f"{width_of(text_encoder)}"
-            )
-        longest_text(tokenizer, text_encoder, max_text_length)
-    if weak_denoiser is not None and context_width(weak_denoiser) != width:
-        raise ValueError(
-            f"weak_denoiser must have the denoiser's cross_attention_dim, {width}, got {context_width(weak_denoiser)}"
-        )
-
-
-@dataclass
-class TextCondition:
-    """What the images of a call are to look like, and what not.
-
-    Attributes:
-        prompt: Of each image.
-        negative: Of each image, or of all; `None` for the empty text.
-        negative_is_empty: Whether that is the empty text for any of the images, said in words.
-        encode: Gives the embeddings of texts.
-        needs_negative: Whether any step asks for the unconditional prediction.
+        ValueError: if they do not fit one another or the width of the denoiser's context.
     """
 
-    prompt: TextEmbeds
-    negative: TextEmbeds | None
-    encode: Callable[[list[str]], TextEmbeds]
-    negative_is_empty: bool = False
-    needs_negative: bool = False
-    _empty: TextEmbeds | None = None
+    weighted = False  # as labels can be
 
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
+        pipe,
         prompt: list[str] | TextEmbeds | None,
         negative: list[str] | TextEmbeds | None,
-        encode: Callable[[list[str]], TextEmbeds],
         num_images_per_prompt: int,
-        width: int,
-    ) -> "TextCondition":
-        """From texts or embeddings as they are given to a call.
-
-        Raises:
-            ValueError: if they do not fit one another or the width of the denoiser's context.
-        """
+    ):
         if prompt is None:
             raise ValueError("prompt or prompt_embeds must be given; an empty text stands for no text")
         if num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}")
-        embeds = _embeds("prompt", prompt, encode, width)
+        self.pipe = pipe
+        width = context_width(pipe.denoiser)
+        embeds = _embeds("prompt", prompt, pipe.encode_prompt, width)
         count = len(embeds.states)
-        is_empty = isinstance(negative, list) and not all(text.strip() for text in negative)
+        negative_is_text = negative is not None and not isinstance(negative, TextEmbeds)
+        self.negative_is_empty = negative_is_text and not all(text.strip() for text in negative)
         if negative is not None:
             given = negative.states if isinstance(negative, TextEmbeds) else negative
             if len(given) not in (1, count):
                 raise ValueError(f"negative_prompt must be one or one for each of {count} prompts, got {len(given)}")
-            negative = _embeds("negative_prompt", negative, encode, width)
+            negative = _embeds("negative_prompt", negative, pipe.encode_prompt, width)
             negative = negative.expand(count).repeat_interleave(num_images_per_prompt)
-        return cls(embeds.repeat_interleave(num_images_per_prompt), negative, encode, is_empty)
+        self.prompt, self.negative = embeds.repeat_interleave(num_images_per_prompt), negative
+        self.per_image = {"prompt": self.prompt.states}
+        self._empty: TextEmbeds | None = None
+        # Whether any step asks for the unconditional prediction, or did before a callback changed the guidance.
+        self._needs_negative = False
 
     @property
-    def has_negative(self) -> bool:
-        """Whether the call says what to lead away from."""
-        return self.negative is not None
-
-    def can_guide(self, pipe) -> bool:
+    def can_guide(self) -> bool:
         """Whether there is, or can be made, something to lead away from that the denoiser knows."""
-        if not pipe.knows_empty_text and (self.negative is None or self.negative_is_empty):
+        if not self.pipe.knows_empty_text and (self.negative is None or self.negative_is_empty):
             return False
-        return self.has_negative or pipe.text_encoder is not None
+        return self.negative is not None or self.pipe.text_encoder is not None
 
     def check_count(self, name: str, count: int) -> None:
-        """Refuses so many of an argument that must be there once for each image."""
+        """Refuses an argument that must be given once for each image, and is given `count` times."""
         images = len(self.prompt.states)
         if count != images:
             raise ValueError(
@@ -124,14 +71,46 @@ class TextCondition:
                 f"{count}"
             )
 
-    def pairs(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
-        """What the network is called with, for the conditional and for the unconditional prediction."""
+    def check(self, guider: BaseGuidance | None, timesteps: Tensor, guide: Sequence[bool]) -> None:
+        """Refuses a guider that the components or the texts do not suffice for, and a negative text without one.
+
+        Args:
+            guide: In which of the steps it acts.
+
+        Raises:
+            ValueError: with what is missing.
+        """
+        if isinstance(guider, ClassifierGuidance | ComposedGuidance):
+            raise ValueError(f"{type(guider).__name__} is for labels, and this pipeline has texts")
+        if hasattr(guider, "check_pipeline"):
+            guider.check_pipeline(self.pipe, None)
+        needed = guider is not None and asks_for_unconditional(guider, timesteps, guide)
+        # A callback may end the guidance that there was.
+        if self.negative is not None and not (needed or self._needs_negative):
+            raise ValueError(
+                "negative_prompt needs guidance, which this call has none of: give a guidance_scale other than 1, or a "
+                "guider that looks at the unconditional prediction, in some of the steps"
+            )
+        if needed and not self.can_guide and not self.pipe.knows_empty_text:
+            raise ValueError(
+                "guidance needs a text to lead away from that the denoiser knows, and it was trained without empty texts "
+                "(caption_dropout was 0): give a negative_prompt that is not empty, or a guidance_scale of 1"
+            )
+        if needed and not self.can_guide:
+            raise ValueError(
+                "guidance needs something to lead away from: give negative_prompt_embeds together with prompt_embeds, or "
+                "a pipeline with a tokenizer and a text_encoder, which encodes the empty text"
+            )
+        self._needs_negative |= needed
+
+    def inputs(self, batch_size: int, device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
+        """Pairs of the embeddings of texts and negative texts, and of their masks where tokens are masked."""
         positive = negative = self.prompt
-        if self.needs_negative:
+        if self._needs_negative:
             if self.negative is None and self._empty is None:
-                self._empty = self.encode([""])
+                self._empty = self.pipe.encode_prompt([""])
             negative = self._empty if self.negative is None else self.negative
-        both = [embeds.to(device, dtype).expand(batch_size) for embeds in (positive, negative)]
+        both = [embeds.to(device, self.pipe.denoiser.dtype).expand(batch_size) for embeds in (positive, negative)]
         # Those of one pass have the same number of tokens; what is added to the shorter ones is masked.
         length = max(embeds.states.shape[1] for embeds in both)
         with_mask = any(embeds.mask is not None or embeds.states.shape[1] < length for embeds in both)
@@ -140,6 +119,27 @@ class TextCondition:
         if with_mask:
             pairs["encoder_attention_mask"] = tuple(embeds.mask for embeds in both)
         return pairs
+
+
+def texts_or_embeds(
+    name: str, text: str | Sequence[str] | None, embeds: Tensor | None, mask: Tensor | None
+) -> Sequence[str] | TextEmbeds | None:
+    """An argument of a call that is given as texts or as their embeddings; `None` if it is not given.
+
+    Raises:
+        ValueError: if it is given in both ways, or as something else.
+    """
+    if text is not None and embeds is not None:
+        raise ValueError(f"{name} and {name}_embeds must not both be given")
+    if embeds is None and mask is not None:
+        raise ValueError(f"{name}_attention_mask belongs to {name}_embeds, which are not given")
+    if embeds is not None:
+        return TextEmbeds(embeds, mask)
+    texts = [text] if isinstance(text, str) else text
+    are_texts = isinstance(texts, list | tuple) and len(texts) and all(isinstance(each, str) for each in texts)
+    if texts is not None and not are_texts:
+        raise ValueError(f"{name} must be a text or a list of texts, got {text!r}")
+    return texts
 
 
 def _embeds(name: str, given: list[str] | TextEmbeds, encode: Callable, width: int) -> TextEmbeds:

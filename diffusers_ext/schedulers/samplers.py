@@ -1,4 +1,4 @@
-"""Whether a scheduler, of this package or of diffusers, can sample a model of ours, and with these timesteps.
+"""Schedulers, of this package or of diffusers, as samplers of a model of ours: which can be, and with which timesteps.
 
 All is read from what the scheduler does: its levels, its timesteps, what its step asks for. A list of names would not
 know the next class of diffusers.
@@ -8,6 +8,7 @@ import inspect
 import warnings
 
 import numpy as np
+import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
@@ -75,7 +76,66 @@ def check_sampler(scheduler: SchedulerMixin, user: str) -> None:
         )
 
 
-def check_timesteps(scheduler: SchedulerMixin, num_inference_steps: int) -> None:
+def set_timesteps(
+    scheduler: SchedulerMixin,
+    num_inference_steps: int | None,
+    timesteps: list[int] | None,
+    strength: float,
+    device: torch.device,
+) -> tuple[SchedulerMixin, Tensor]:
+    """The scheduler that samples, set to a number of steps or to given timesteps, and the timesteps to visit.
+
+    Args:
+        scheduler: Of the pipeline. It is the one that samples, but for PNDM from an image.
+        strength: Share of the steps to make, the last ones, in [0, 1].
+
+    Raises:
+        ValueError: if the scheduler cannot make these steps, or cannot begin in their middle.
+    """
+    if strength < 1 and is_sampler(scheduler, "PNDMScheduler"):
+        # Its Runge-Kutta steps are for the start from noise; from the middle its multistep rule goes alone.
+        scheduler = type(scheduler).from_config(scheduler.config, skip_prk_steps=True)
+    num_steps = num_inference_steps if timesteps is None else len(timesteps)
+    _set_all(scheduler, num_steps, timesteps, device)
+    if strength == 1:
+        return scheduler, scheduler.timesteps
+    # The small number is for shares such as 0.29, of which 100 are 28.999... in floating point.
+    first = num_steps - int(num_steps * strength + 1e-6)
+    if is_sampler(scheduler, "PNDMScheduler"):
+        # Its list has the second timestep twice: the first step is made again with the mean of both predictions.
+        each = torch.cat([scheduler.timesteps[:1], scheduler.timesteps[2:]])[first:]
+        scheduler.timesteps = torch.cat([each[:2], each[1:]])
+        return scheduler, scheduler.timesteps
+    order = scheduler.order
+    # Solvers of a higher order visit some timesteps in pairs, all but the last or the first.
+    if len(scheduler.timesteps) not in (num_steps * order, num_steps * order - order + 1):
+        raise ValueError(
+            f"strength must be 1 for {type(scheduler).__name__}, whose {len(scheduler.timesteps)} timesteps for {num_steps} "
+            f"steps cannot be entered in the middle, got {strength}; take DPMSolverMultistepScheduler or ExtDDIMScheduler"
+        )
+    first *= order
+    if is_sampler(scheduler, "LMSDiscreteScheduler"):
+        # It counts the steps that it remembers from the start of its list, which so has to be the first visited one.
+        scheduler.timesteps, scheduler.sigmas = scheduler.timesteps[first:], scheduler.sigmas[first:]
+        return scheduler, scheduler.timesteps
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(first)
+    return scheduler, scheduler.timesteps[first:]
+
+
+def _set_all(scheduler: SchedulerMixin, num_steps: int, timesteps: list[int] | None, device: torch.device) -> None:
+    name = type(scheduler).__name__
+    if timesteps is not None and "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
+        raise ValueError(f"{name} takes no timesteps; give num_inference_steps")
+    options = {"num_inference_steps": num_steps} if timesteps is None else {"timesteps": timesteps}
+    try:
+        scheduler.set_timesteps(**options, device=device)
+    except (ValueError, IndexError) as error:
+        raise ValueError(f"{name} cannot make {num_steps} steps; take another number or scheduler: {error}") from error
+    _check_timesteps(scheduler, num_steps)
+
+
+def _check_timesteps(scheduler: SchedulerMixin, num_inference_steps: int) -> None:
     """Refuses timesteps, as set, at which the scheduler has no numbers or is at another level than the model is told.
 
     Raises:

@@ -7,7 +7,8 @@ from diffusers.schedulers import DDIMScheduler, DDPMScheduler, EulerDiscreteSche
 
 from diffusers_ext import ClassifierGuidance, ExtDDIMScheduler, ExtDDPMScheduler
 from diffusers_ext.diffusion.noising import PREDICTION_TYPES, add_to_score, output_eps, predict_x0, training_target
-from diffusers_ext.guidance.guided_denoiser import GuidedDenoiser, guided_steps
+from diffusers_ext.guidance.guided_denoiser import GuidedDenoiser
+from diffusers_ext.guidance.guiding import guided_steps
 from diffusers_ext.schedulers.levels import describe_path, noise_level, path_difference
 from mixture_oracle import MEANS, STDS, MixtureClassifier, MixtureDenoiser, log_density
 
@@ -32,7 +33,6 @@ def guided_score(guider, scheduler, x_t, labels, timestep):
         guider,
         {"class_labels": (labels, nulls)},
         channels=2,
-        class_labels=labels,
         classifier=MixtureClassifier(scheduler),
     )
     output = denoise(x_t, torch.tensor(timestep))
@@ -100,9 +100,8 @@ def test_sampling_by_the_exact_classifier_gives_the_labels_law(cls, prediction_t
         MixtureDenoiser.make(scheduler, num_classes=None),
         scheduler,
         ClassifierGuidance(1.0),
-        {},
+        {"class_labels": (labels, labels)},  # the classifier's alone
         channels=2,
-        class_labels=labels,
         classifier=MixtureClassifier(scheduler, torch.float32),
     )
     generator = {} if cls is ExtDDIMScheduler else {"generator": torch.Generator().manual_seed(1)}

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline
+from diffusers.guiders import AutoGuidance
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from diffusers_ext import (
@@ -20,7 +21,9 @@ from diffusers_ext import (
     WeakModelGuidance,
 )
 from diffusers_ext.draws import as_generators, check_seed
+from diffusers_ext.guidance.guiding import choose_guider
 from diffusers_ext.models.vae_likelihood import DiagonalGaussian
+from diffusers_ext.pipelines.label_condition import LabelCondition
 from tiny import tiny_unet
 from tiny_text import tiny_clip, tiny_text_unet, tiny_tokenizer
 
@@ -141,15 +144,51 @@ def test_a_scale_below_none_is_refused_by_all_that_take_one(scale):
 def test_a_negative_weight_is_what_a_negative_scale_would_be():
     """At a weight of -1, `null - (label - null)`."""
     pipe = pipeline(2)
-    label, null = (pipe._conditions(torch.tensor([n]), 1, "cpu")["class_labels"][0] for n in (1, 2))
+    label, null = (torch.tensor([n]) for n in (1, 2))
     x, t = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor(500)
     with torch.no_grad():
         of_label, of_null = (pipe.denoiser(x, t, labels).sample for labels in (label, null))
-    weights = pipe.label_tensor({1: -1.0})
-    guider = pipe._choose_guider(weights, None, None, 0.0, 0.0)
+    weights = LabelCondition(pipe, {1: -1.0})
+    guider = choose_guider(None, weighted=weights.weighted)
     with torch.no_grad():
         got = pipe._denoiser(pipe.scheduler, guider, weights, 1, "cpu")(x, t)
     torch.testing.assert_close(got, 2 * of_null - of_label)
+
+
+def with_a_vae():
+    vae = VAEModel(16, 1, 1, (8, 16), 1)
+    vae.register_to_config(shift_factor=0.0, scaling_factor=1.0)
+    return GuidedDiffusionPipeline(tiny_unet(2), ExtDDIMScheduler(timestep_spacing="trailing"), vae)
+
+
+def with_a_transformer():
+    denoiser = DiTModel(8, 2, 1, hidden_size=16, num_layers=1, num_attention_heads=2, num_classes=2)
+    return GuidedDiffusionPipeline(denoiser, ExtDDIMScheduler(timestep_spacing="trailing"))
+
+
+def with_a_classifier():
+    pipe = pipeline(2)
+    return GuidedDiffusionPipeline(pipe.denoiser, pipe.scheduler, classifier=NoisyClassifierModel(8, 1, 2, (8, 16), 1))
+
+
+@pytest.mark.parametrize(
+    "make, options, message",
+    [
+        (lambda: pipeline(2), {"guidance_scale": 2.0, "guidance_interval": (0.0, 0.1)}, "none of the 3 steps"),
+        (with_a_vae, {}, "the range of images and not of latents"),
+        (with_a_classifier, {"classifier_scale": 1.0}, "has no noise_schedule"),
+        (
+            with_a_transformer,
+            {"guider": AutoGuidance(2.0, auto_guidance_layers=[0], dropout=0.5)},
+            "with a dropout below 1",
+        ),
+    ],
+)
+def test_a_warning_of_a_call_points_at_the_call(make, options, message):
+    pipe = make()
+    with pytest.warns(UserWarning, match=message) as warned:
+        pipe(class_labels=1, num_inference_steps=3, output_type="pt", **options)
+    assert {each.filename for each in warned if re.search(message, str(each.message))} == {__file__}
 
 
 COMPONENTS = {

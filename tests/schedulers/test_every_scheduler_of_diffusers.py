@@ -258,12 +258,68 @@ def test_zero_terminal_snr_works_in_the_schedulers_that_read_it():
         check_sampler(getattr(diffusers, name).from_config(config), "a test")
 
 
+class CurvedDenoiser(PointDenoiser):
+    """Of a noise that changes on the way, so that rules of different orders end at different pictures."""
+
+    def forward(self, sample, timestep, return_dict=True):
+        return UNet2DOutput(sample=sample.sin()) if return_dict else (sample.sin(),)
+
+
+def by_the_multistep_rule(x, timesteps, alpha_bar):
+    """Adams-Bashforth of rising order on DDIM's transfer, the first step by the mean of both ends' noise (PLMS)."""
+    alpha_bar = torch.cat([alpha_bar.double(), alpha_bar[:1].double()])  # at -1, the end, diffusers has that of 0
+    weights = [(1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24)]
+    distance = timesteps[0] - timesteps[1] if len(timesteps) > 1 else timesteps[0] + 1
+
+    def transfer(x, eps, t):
+        (alpha_t, alpha_s), s = alpha_bar[[t, max(t - distance, -1)]].sqrt(), max(t - distance, -1)
+        sigma_t, sigma_s = (1 - alpha_bar[[t, s]]).sqrt()
+        return alpha_s * (x - sigma_t * eps) / alpha_t + sigma_s * eps
+
+    past = []
+    for t in timesteps:
+        past = [x.sin(), *past[:3]]
+        if len(past) == 1 and len(timesteps) > 1:
+            x = transfer(x, (x.sin() + transfer(x, x.sin(), t).sin()) / 2, t)
+        else:
+            x = transfer(x, sum(w * eps for w, eps in zip(weights[len(past) - 1], past, strict=True)), t)
+    return x
+
+
 @pytest.mark.parametrize("skip_prk_steps", [False, True])
-def test_pndm_starts_from_noise_only(skip_prk_steps):
-    pipe = point_pipeline(diffusers.PNDMScheduler.from_config(PATH.config, skip_prk_steps=skip_prk_steps))
-    assert error_of(pipe, 20, 1.0) < 0.1
-    with pytest.raises(ValueError, match="strength must be 1 for PNDMScheduler, .* got 0.6; take DPMSolver"):
-        error_of(pipe, 20, 0.6)
+@pytest.mark.parametrize("taken", [1, 2, 3, 7])
+def test_pndm_goes_by_its_multistep_rule_from_an_image(taken, skip_prk_steps):
+    scheduler = diffusers.PNDMScheduler.from_config(PATH.config, skip_prk_steps=skip_prk_steps)
+    pipe = GuidedDiffusionPipeline(CurvedDenoiser(), scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    out = pipe(
+        num_inference_steps=10,
+        image=torch.full((1, 3, 4, 4), 0.7),
+        strength=taken / 10,
+        generator=torch.Generator().manual_seed(0),
+        output_type="latent",
+        trajectory_steps=[0],
+    )
+    timesteps = list(range(999, 0, -100))[-taken:]
+    assert out.trajectory[0].timestep == timesteps[0]
+    expected = by_the_multistep_rule(out.trajectory[0].x_t.double(), timesteps, scheduler.alphas_cumprod)
+    torch.testing.assert_close(out.images.double(), expected, rtol=1e-4, atol=1e-4)  # of float32's levels
+
+
+@pytest.mark.parametrize("skip_prk_steps", [False, True])
+def test_pndm_is_right_at_every_strength_and_stays_the_users_own(skip_prk_steps):
+    scheduler = diffusers.PNDMScheduler.from_config(PATH.config, skip_prk_steps=skip_prk_steps)
+    pipe, config = point_pipeline(scheduler), dict(scheduler.config)
+    for steps, strength in ((20, 1.0), (20, 0.6), (20, 0.05), (20, 0.0), (2, 0.5), (1, 0.0), (20, 1.0)):
+        assert error_of(pipe, steps, strength) < 0.1
+        assert pipe.scheduler is scheduler and dict(scheduler.config) == config
+
+    def stop(*_):
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        pipe(image=torch.full((1, 3, 4, 4), 0.9), strength=0.5, callback_on_step_end=stop)
+    assert pipe.scheduler is scheduler and dict(scheduler.config) == config
 
 
 def test_pndm_refuses_few_steps_and_a_list_that_it_does_not_follow():
@@ -272,6 +328,8 @@ def test_pndm_refuses_few_steps_and_a_list_that_it_does_not_follow():
     for steps in (4, 5, 7):
         with pytest.raises(ValueError, match=f"PNDMScheduler steps by {1000 // steps} timesteps with {steps} steps"):
             error_of(pipe, steps, 1.0)
+        with pytest.raises(ValueError, match=f"PNDMScheduler steps by {1000 // steps} timesteps with {steps} steps"):
+            error_of(pipe, steps, 0.6)
     with pytest.raises(ValueError, match="PNDMScheduler cannot make 2 steps; take another number or scheduler"):
         error_of(pipe, 2, 1.0)
 

@@ -1,0 +1,128 @@
+"""Components of a pipeline that must fit one another."""
+
+from collections.abc import Sequence
+
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from diffusers_ext.guidance.labels import num_classes_of
+from diffusers_ext.guidance.texts import context_width, longest_text, width_of
+from diffusers_ext.models.vae import VAEModel
+
+
+def check_components(
+    denoiser: nn.Module,
+    vae: nn.Module | None = None,
+    classifier: nn.Module | None = None,
+    weak_denoiser: nn.Module | None = None,
+) -> None:
+    """Refuses components that do not fit the denoiser.
+
+    Raises:
+        ValueError: with what differs.
+    """
+    components = {"denoiser": denoiser, "vae": vae, "classifier": classifier, "weak_denoiser": weak_denoiser}
+    for name, network in components.items():
+        _refuse_wrapped(name, network)
+    in_channels, num_classes = denoiser.config.in_channels, num_classes_of(denoiser)
+    if vae is not None:
+        _check_vae(vae, denoiser)
+    if weak_denoiser is not None:
+        for key in ("in_channels", "sample_size"):
+            theirs, ours = weak_denoiser.config[key], denoiser.config[key]
+            if _size(theirs, 2) != _size(ours, 2):
+                raise ValueError(f"weak_denoiser must have the denoiser's {key}, {ours}, got {theirs}")
+        if num_classes_of(weak_denoiser) not in (None, num_classes):
+            raise ValueError(
+                f"weak_denoiser must have no labels or the denoiser's {num_classes}, got {num_classes_of(weak_denoiser)}"
+            )
+    if classifier is not None:
+        if classifier.config.in_channels != in_channels:
+            raise ValueError(
+                f"classifier must take the denoiser's {in_channels} channels, got {classifier.config.in_channels}"
+            )
+        dims = denoiser.config.get("dims", 2)
+        theirs, ours = (_size(network.config.sample_size, dims) for network in (classifier, denoiser))
+        if theirs != ours:
+            raise ValueError(f"classifier must take the denoiser's size, {_text(ours)}, got {_text(theirs)}")
+        if num_classes is not None and num_classes_of(classifier) != num_classes:
+            raise ValueError(
+                f"classifier must have the denoiser's {num_classes} labels, got {num_classes_of(classifier)}"
+            )
+
+
+def check_text_components(
+    denoiser: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    text_encoder: PreTrainedModel | None,
+    vae: nn.Module | None,
+    weak_denoiser: nn.Module | None,
+    max_text_length: int | None,
+) -> None:
+    """Refuses components of a pipeline of texts that do not fit one another.
+
+    Raises:
+        ValueError: with what differs.
+    """
+    check_components(denoiser, vae, weak_denoiser=weak_denoiser)
+    _refuse_wrapped("text_encoder", text_encoder)
+    width = context_width(denoiser)
+    if width is None:
+        raise ValueError(
+            f"denoiser must have cross-attention to look at texts, got a {type(denoiser).__name__} with "
+            "cross_attention_dim=None"
+        )
+    if (tokenizer is None) != (text_encoder is None):
+        raise ValueError("tokenizer and text_encoder must be given together or not at all, got one of them")
+    if text_encoder is None:
+        if max_text_length is not None:
+            raise ValueError(f"max_text_length has no meaning without a text_encoder, got {max_text_length}")
+    else:
+        if width_of(text_encoder) != width:
+            raise ValueError(
+                f"text_encoder must have hidden states of the denoiser's cross_attention_dim, {width}, got "
+                f"{width_of(text_encoder)}"
+            )
+        longest_text(tokenizer, text_encoder, max_text_length)
+    if weak_denoiser is not None and context_width(weak_denoiser) != width:
+        raise ValueError(
+            f"weak_denoiser must have the denoiser's cross_attention_dim, {width}, got {context_width(weak_denoiser)}"
+        )
+
+
+def _refuse_wrapped(name: str, network: nn.Module | None) -> None:
+    """Refuses what spreads a network over devices; a compiled network is one like any other."""
+    if isinstance(network, DataParallel | DistributedDataParallel):
+        raise ValueError(
+            f"{name} must be the network itself, got it in a {type(network).__name__}: give its .module, or "
+            "accelerator.unwrap_model of it. To sample on several devices, start a process with a pipeline for each"
+        )
+
+
+def _check_vae(vae: nn.Module, denoiser: nn.Module) -> None:
+    channels, config = denoiser.config.in_channels, vae.config
+    if config.get("architecture") == "mlp":
+        raise ValueError("vae must have latents with room for a denoiser, got a fully connected one, whose are flat")
+    if config.latent_channels != channels:
+        raise ValueError(
+            f"vae must have latents of the denoiser's {channels} channels, got latent_channels={config.latent_channels}"
+        )
+    vae = getattr(vae, "_orig_mod", vae)  # of a compiled one
+    if not isinstance(vae, VAEModel):
+        return  # those of diffusers have a sample_size that says nothing of what they are used for
+    got, expected = vae.latent_shape[1:], _size(denoiser.config.sample_size, denoiser.config.get("dims", 2))
+    if got != expected:
+        raise ValueError(
+            f"vae must have latents of the denoiser's size, {_text(expected)}, got {_text(got)} for its images of "
+            f"{_text(_size(config.sample_size, config.dims))}; if it is to decode images of another size than it was "
+            "trained on, say so by vae.register_to_config(sample_size=...)"
+        )
+
+
+def _size(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
+    return (value,) * dims if isinstance(value, int) else tuple(value)
+
+
+def _text(size: tuple[int, ...]) -> str:
+    return "x".join(map(str, size))
