@@ -191,6 +191,20 @@ def test_a_warning_of_a_call_points_at_the_call(make, options, message):
     assert {each.filename for each in warned if re.search(message, str(each.message))} == {__file__}
 
 
+def test_a_guider_that_cannot_act_is_refused_before_a_network_is_called():
+    pipe, called = with_a_vae(), []
+    for network in (pipe.denoiser, pipe.vae.encoder):
+        network.register_forward_pre_hook(lambda *_: called.append(1))
+    picture = torch.full((1, 1, 16, 16), 0.5)
+    with pytest.raises(ValueError, match="needs class_labels to guide to"):
+        sample(pipe, image=picture, guidance_scale=2.0)
+    with pytest.raises(ValueError, match="mask_image must have the size of image, 16x16, got 8x8"):
+        sample(pipe, class_labels=1, image=picture, mask_image=torch.ones(1, 1, 8, 8))
+    assert not called
+    sample(pipe, class_labels=1, image=picture)
+    assert called
+
+
 COMPONENTS = {
     "denoiser": lambda: UNetModel(8, 1, 1, (8, 16), 1),
     "weak_denoiser": lambda: DiTModel(8, 2, 1, hidden_size=16, num_layers=1, num_attention_heads=2),
