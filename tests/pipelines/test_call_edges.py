@@ -1,5 +1,7 @@
 """What a call is given at its edges: generators, scales, and networks in other modules."""
 
+import dataclasses
+import inspect
 import re
 
 import pytest
@@ -24,6 +26,7 @@ from diffusers_ext.draws import as_generators, check_seed
 from diffusers_ext.guidance.guiding import choose_guider
 from diffusers_ext.models.vae_posterior import DiagonalGaussian
 from diffusers_ext.pipelines.label_condition import LabelCondition
+from diffusers_ext.pipelines.sampling import CallOptions
 from tiny import tiny_unet
 from tiny_text import tiny_clip, tiny_text_unet, tiny_tokenizer
 
@@ -203,6 +206,23 @@ def test_a_guider_that_cannot_act_is_refused_before_a_network_is_called():
     assert not called
     sample(pipe, class_labels=1, image=picture)
     assert called
+
+
+LABELS = {"class_labels"}
+TEXTS = {"prompt", "num_images_per_prompt", "prompt_embeds", "prompt_attention_mask"}
+TEXTS |= {"negative_prompt", "negative_prompt_embeds", "negative_prompt_attention_mask"}
+
+
+@pytest.mark.parametrize(
+    "cls, own, without",
+    [
+        (GuidedDiffusionPipeline, LABELS, set()),
+        (TextGuidedDiffusionPipeline, TEXTS, {"batch_size", "classifier_scale"}),
+    ],
+)
+def test_every_argument_of_a_call_is_one_of_its_options_or_of_its_condition(cls, own, without):
+    arguments = set(inspect.signature(cls.__call__).parameters) - {"self"}
+    assert arguments - own == {field.name for field in dataclasses.fields(CallOptions)} - without
 
 
 COMPONENTS = {
