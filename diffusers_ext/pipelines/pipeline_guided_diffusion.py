@@ -152,28 +152,4 @@ class GuidedDiffusionPipeline(LabelledMixin, InversionMixin, SamplingMixin, From
         Raises:
             ValueError: if an argument does not fit the model, the scheduler or another argument.
         """
-        options = CallOptions(
-            batch_size=batch_size,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            generator=generator,
-            latents=latents,
-            image=image,
-            strength=strength,
-            mask_image=mask_image,
-            num_resample_steps=num_resample_steps,
-            guider=guider,
-            guidance_rescale=guidance_rescale,
-            guidance_interval=guidance_interval,
-            classifier_scale=classifier_scale,
-            timesteps=timesteps,
-            eta=eta,
-            use_clipped_model_output=use_clipped_model_output,
-            low_memory=low_memory,
-            output_type=output_type,
-            return_dict=return_dict,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            trajectory_steps=trajectory_steps,
-        )
-        return self._sample(LabelCondition(self, class_labels), options)
+        return self._sample(LabelCondition(self, class_labels), CallOptions.of(locals()))

@@ -155,29 +155,7 @@ class TextGuidedDiffusionPipeline(SamplingMixin, FromPipeMixin, DiffusionPipelin
             guidance_scale = DEFAULT_GUIDANCE_SCALE
         if isinstance(generator, list | tuple):
             condition.check_count("generator", len(generator))
-        options = CallOptions(
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            generator=generator,
-            latents=latents,
-            image=image,
-            strength=strength,
-            mask_image=mask_image,
-            num_resample_steps=num_resample_steps,
-            guider=guider,
-            guidance_rescale=guidance_rescale,
-            guidance_interval=guidance_interval,
-            timesteps=timesteps,
-            eta=eta,
-            use_clipped_model_output=use_clipped_model_output,
-            low_memory=low_memory,
-            output_type=output_type,
-            return_dict=return_dict,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            trajectory_steps=trajectory_steps,
-        )
-        return self._sample(condition, options)
+        return self._sample(condition, CallOptions.of(locals()))
 
     @property
     def max_text_length(self) -> int:

@@ -2,8 +2,8 @@
 
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import torch
@@ -68,6 +68,11 @@ class CallOptions:
     callback_on_step_end: Callable[[Any, int, Tensor, dict], dict] | None
     callback_on_step_end_tensor_inputs: Sequence[str]
     trajectory_steps: Sequence[int] | None
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> "CallOptions":
+        """From the arguments of a pipeline's call by their names, without those that only this pipeline has."""
+        return cls(**{field.name: arguments[field.name] for field in fields(cls) if field.name in arguments})
 
     def __post_init__(self):
         if self.output_type not in OUTPUT_TYPES:

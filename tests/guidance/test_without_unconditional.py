@@ -168,6 +168,7 @@ def test_texts_are_guided_away_from_a_text_that_the_model_knows_alone():
         {"guidance_scale": 3.0},
         {"guidance_scale": 3.0, "negative_prompt": ""},
         {"guidance_scale": 3.0, "negative_prompt": " "},
+        {"guidance_scale": 3.0, "negative_prompt": ("",)},
         {"guider": ClassifierFreeGuidance(2.0)},
     ):
         with pytest.raises(ValueError, match=r"trained without empty texts \(caption_dropout was 0\)"):

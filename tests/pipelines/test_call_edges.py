@@ -1,5 +1,7 @@
 """What a call is given at its edges: generators, scales, and networks in other modules."""
 
+import dataclasses
+import inspect
 import re
 
 import pytest
@@ -24,6 +26,7 @@ from diffusers_ext.draws import as_generators, check_seed
 from diffusers_ext.guidance.guiding import choose_guider
 from diffusers_ext.models.vae_likelihood import DiagonalGaussian
 from diffusers_ext.pipelines.label_condition import LabelCondition
+from diffusers_ext.pipelines.sampling import CallOptions
 from tiny import tiny_unet
 from tiny_text import tiny_clip, tiny_text_unet, tiny_tokenizer
 
@@ -189,6 +192,37 @@ def test_a_warning_of_a_call_points_at_the_call(make, options, message):
     with pytest.warns(UserWarning, match=message) as warned:
         pipe(class_labels=1, num_inference_steps=3, output_type="pt", **options)
     assert {each.filename for each in warned if re.search(message, str(each.message))} == {__file__}
+
+
+def test_a_guider_that_cannot_act_is_refused_before_a_network_is_called():
+    pipe, called = with_a_vae(), []
+    for network in (pipe.denoiser, pipe.vae.encoder):
+        network.register_forward_pre_hook(lambda *_: called.append(1))
+    picture = torch.full((1, 1, 16, 16), 0.5)
+    with pytest.raises(ValueError, match="needs class_labels to guide to"):
+        sample(pipe, image=picture, guidance_scale=2.0)
+    with pytest.raises(ValueError, match="mask_image must have the size of image, 16x16, got 8x8"):
+        sample(pipe, class_labels=1, image=picture, mask_image=torch.ones(1, 1, 8, 8))
+    assert not called
+    sample(pipe, class_labels=1, image=picture)
+    assert called
+
+
+LABELS = {"class_labels"}
+TEXTS = {"prompt", "num_images_per_prompt", "prompt_embeds", "prompt_attention_mask"}
+TEXTS |= {"negative_prompt", "negative_prompt_embeds", "negative_prompt_attention_mask"}
+
+
+@pytest.mark.parametrize(
+    "cls, own, without",
+    [
+        (GuidedDiffusionPipeline, LABELS, set()),
+        (TextGuidedDiffusionPipeline, TEXTS, {"batch_size", "classifier_scale"}),
+    ],
+)
+def test_every_argument_of_a_call_is_one_of_its_options_or_of_its_condition(cls, own, without):
+    arguments = set(inspect.signature(cls.__call__).parameters) - {"self"}
+    assert arguments - own == {field.name for field in dataclasses.fields(CallOptions)} - without
 
 
 COMPONENTS = {
