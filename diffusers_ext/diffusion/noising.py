@@ -20,6 +20,7 @@ References:
     Saharia et al. 2022, Photorealistic Text-to-Image Diffusion Models (Imagen), arXiv 2205.11487.
 """
 
+import math
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -110,7 +111,7 @@ class NoiseSchedule:
             if timesteps.is_floating_point() and (timesteps.device.type != "cpu" or (timesteps % 1 != 0).any()):
                 raise TypeError(f"timesteps must be integers, got a tensor of {timesteps.dtype}")
             try:
-                return NoiseLevel(*self._table.gather(timesteps.to(like.device, torch.int64) + 1, like))
+                return NoiseLevel(*self._table.gather(timesteps.long() + 1, like))
             except IndexError:
                 low, high = timesteps.min().item(), timesteps.max().item()
                 raise ValueError(f"timesteps must be in [-1, {len(self) - 1}], got {low} to {high}") from None
@@ -163,7 +164,7 @@ def weighted_sum(*terms: tuple[Factor, Tensor | None]) -> Tensor:
 
 def in_precision_of(tensor: Tensor, factor: Factor) -> Factor:
     """`factor` in the precision of `tensor`, but in no less than float32; a number as it is."""
-    if isinstance(factor, Tensor):
+    if isinstance(factor, Tensor) and factor.dtype != dtype_beside(tensor):
         return factor.to(dtype_beside(tensor))
     return factor
 
@@ -294,6 +295,11 @@ def dynamic_threshold(x0: Tensor, ratio: float, max_value: float) -> Tensor:
     bound = torch.quantile(x0.abs().flatten(1), ratio, dim=1).clamp(1, max_value)
     bound = bound.view(-1, *[1] * (x0.ndim - 1))
     return x0.clamp(-bound, bound) / bound
+
+
+def normal_log_prob(z: Tensor, log_std: Factor = 0.0) -> Tensor:
+    """Log density of a Gaussian at mean + std z, in nats, of each coordinate."""
+    return -0.5 * (z.square() + math.log(2 * math.pi)) - log_std
 
 
 def kl_weight(t: NoiseLevel, s: NoiseLevel) -> Tensor:

@@ -18,13 +18,19 @@ References:
     Salimans, Ho 2022, Progressive Distillation for Fast Sampling of Diffusion Models, arXiv 2202.00512.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
 
-from diffusers_ext.diffusion.noising import NoiseLevel, NoiseSchedule, output_eps, predict_x0, training_target
+from diffusers_ext.diffusion.noising import (
+    NoiseLevel,
+    NoiseSchedule,
+    normal_log_prob,
+    output_eps,
+    predict_x0,
+    training_target,
+)
 from diffusers_ext.diffusion.reverse_chain import ReverseChain, check_variance, split_output
 from diffusers_ext.diffusion.variational_bound import Denoise, check_bins, decoder_nats, evaluate_transition
 from diffusers_ext.draws import draw_normal
@@ -114,7 +120,7 @@ def flow_bound(
         first = torch.zeros(len(x0), dtype=torch.int64)
         x_t, step, p = evaluate_transition(denoise, x0, noise, chain, first, prediction_type, variance)
         decoder = decoder_nats(x0, p, num_bins).flatten(1).sum(1)
-        log_q = -0.5 * (noise.square() + math.log(2 * math.pi)) - step.t.sigma.log()
+        log_q = normal_log_prob(noise, step.t.sigma.log())
     log_p = flow_log_density(
         denoise,
         x_t,
@@ -200,8 +206,7 @@ def flow_log_density(
         v4, d4 = slope(x + width * v3, end)
         x = x + width / 6 * (v1 + 2 * v2 + 2 * v3 + v4)
         total = total + width / 6 * (d1 + 2 * d2 + 2 * d3 + d4)
-    log_prior = -0.5 * (x.square() + math.log(2 * math.pi)).flatten(1).sum(1)
-    return log_prior + total
+    return normal_log_prob(x).flatten(1).sum(1) + total
 
 
 def velocity(output: Tensor, x_t: Tensor, level: NoiseLevel, prediction_type: str) -> Tensor:

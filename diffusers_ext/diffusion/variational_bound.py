@@ -28,6 +28,7 @@ from diffusers_ext.diffusion.noising import (
     Normal,
     add_noise,
     normal_kl,
+    normal_log_prob,
     posterior,
     posterior_std,
     predict_x0,
@@ -61,7 +62,7 @@ def decoder_nats(x0: Tensor, p: Normal, num_bins: int | None = 256) -> Tensor:
         num_bins: Number of values that a coordinate can have, 256 for 8 bits; None for the density of `p`.
     """
     if num_bins is None:
-        return 0.5 * ((x0 - p.mean) / p.std).square() + p.std.log() + 0.5 * math.log(2 * math.pi)
+        return -normal_log_prob((x0 - p.mean) / p.std, p.std.log())
     return -binned_log_prob(x0, p.mean, p.std, num_bins)
 
 

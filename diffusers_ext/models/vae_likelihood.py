@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffusers_ext.diffusion.noising import normal_log_prob
 from diffusers_ext.diffusion.precision import to_float64
 from diffusers_ext.diffusion.variational_bound import binned_log_prob
 from diffusers_ext.models.vae_posterior import DiagonalGaussian, widened
@@ -58,7 +59,7 @@ def log_likelihood(
         return discretized_log_prob(likelihood, x, parameters, log_scale, levels).flatten(1).sum(1)
     scaled = (x - parameters) * torch.exp(-log_scale)
     if likelihood == "gaussian":
-        terms = -0.5 * scaled.square() - log_scale - 0.5 * math.log(2 * math.pi)
+        terms = normal_log_prob(scaled, log_scale)
     else:
         terms = -scaled.abs() - log_scale - math.log(2)
     return terms.flatten(1).sum(1)

@@ -1,11 +1,11 @@
 """The encoder's answer: a Gaussian over latents with a mean and a variance for each of them."""
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from diffusers_ext.diffusion.noising import normal_log_prob
 from diffusers_ext.draws import draw_normal
 
 
@@ -60,13 +60,12 @@ class DiagonalGaussian:
     def nll(self, sample: Tensor, dims: Sequence[int] | None = None) -> Tensor:
         """-log q(sample) in nats, summed over all axes but the first, or over `dims`."""
         logvar = widened(self.logvar)
-        terms = 0.5 * (math.log(2 * math.pi) + logvar + (sample - self.mean).square() * torch.exp(-logvar))
+        terms = -normal_log_prob((sample - self.mean) * torch.exp(-0.5 * logvar), 0.5 * logvar)
         return terms.flatten(1).sum(1) if dims is None else terms.sum(list(dims))
 
     def prior_log_prob(self, sample: Tensor) -> Tensor:
         """log p(sample) under the prior in nats, shape `(batch,)`."""
-        terms = math.log(2 * math.pi) + (widened(sample) - self.prior_mean).square()
-        return -0.5 * terms.flatten(1).sum(1)
+        return normal_log_prob(widened(sample) - self.prior_mean).flatten(1).sum(1)
 
 
 def widened(x: Tensor) -> Tensor:
