@@ -111,7 +111,7 @@ class NoiseSchedule:
             if timesteps.is_floating_point() and (timesteps.device.type != "cpu" or (timesteps % 1 != 0).any()):
                 raise TypeError(f"timesteps must be integers, got a tensor of {timesteps.dtype}")
             try:
-                return NoiseLevel(*self._table.gather(timesteps.to(like.device, torch.int64) + 1, like))
+                return NoiseLevel(*self._table.gather(timesteps.long() + 1, like))
             except IndexError:
                 low, high = timesteps.min().item(), timesteps.max().item()
                 raise ValueError(f"timesteps must be in [-1, {len(self) - 1}], got {low} to {high}") from None
@@ -164,7 +164,7 @@ def weighted_sum(*terms: tuple[Factor, Tensor | None]) -> Tensor:
 
 def in_precision_of(tensor: Tensor, factor: Factor) -> Factor:
     """`factor` in the precision of `tensor`, but in no less than float32; a number as it is."""
-    if isinstance(factor, Tensor):
+    if isinstance(factor, Tensor) and factor.dtype != dtype_beside(tensor):
         return factor.to(dtype_beside(tensor))
     return factor
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from diffusers_ext.diffusion.betas import make_betas, rescale_zero_terminal_snr
@@ -249,6 +250,14 @@ class GaussianSchedulerMixin:
 def wide(tensor: Tensor) -> Tensor:
     """Float32 or wider, so that half precision rounds once, at the end."""
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+
+
+def as_output(
+    cls: type[BaseOutput], prev_sample: Tensor, x0: Tensor, dtype: torch.dtype, return_dict: bool
+) -> BaseOutput | tuple[Tensor, Tensor]:
+    """The results of a step, rounded to `dtype`, as diffusers' classes of that name hold them or as a pair."""
+    prev_sample, x0 = prev_sample.to(dtype), x0.to(dtype)
+    return cls(prev_sample=prev_sample, pred_original_sample=x0) if return_dict else (prev_sample, x0)
 
 
 def has_no_noise(level: NoiseLevel) -> bool:

@@ -9,7 +9,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from torch import Tensor
 
 from diffusers_ext.diffusion.noising import weighted_sum
-from diffusers_ext.schedulers.gaussian import GaussianSchedulerMixin, check_output, wide
+from diffusers_ext.schedulers.gaussian import GaussianSchedulerMixin, as_output, check_output, wide
 
 
 class ReversibleMixin(GaussianSchedulerMixin):
@@ -72,11 +72,7 @@ class ReversibleMixin(GaussianSchedulerMixin):
         x0 = self._clip(weighted_sum((1 / at.s.alpha, x_s), (-at.s.sigma / at.s.alpha, eps)))
         x_t = weighted_sum((at.t.alpha, x0), (at.t.sigma, eps))
 
-        dtype = torch.promote_types(sample.dtype, output.dtype)
-        x_t, x0 = x_t.to(dtype), x0.to(dtype)
-        if not return_dict:
-            return x_t, x0
-        return DDIMSchedulerOutput(prev_sample=x_t, pred_original_sample=x0)
+        return as_output(DDIMSchedulerOutput, x_t, x0, torch.promote_types(sample.dtype, output.dtype), return_dict)
 
     def invert(self, denoise: Callable[[Tensor, Tensor], Tensor], sample: Tensor, num_refinements: int = 0) -> Tensor:
         """The x_T that deterministic sampling over `timesteps` takes to `sample`, up to the error of the steps.

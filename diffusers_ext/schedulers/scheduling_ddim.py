@@ -9,7 +9,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from torch import Tensor
 
 from diffusers_ext.diffusion.noising import posterior_std, weighted_sum
-from diffusers_ext.schedulers.gaussian import check_output, draw_noise, has_no_noise, wide
+from diffusers_ext.schedulers.gaussian import as_output, check_output, draw_noise, has_no_noise, wide
 from diffusers_ext.schedulers.inversion import ReversibleMixin
 
 
@@ -98,11 +98,7 @@ class ExtDDIMScheduler(ReversibleMixin, DDIMScheduler):
         direction = (at.s.sigma**2 - std**2) ** 0.5
         x_s = weighted_sum((at.s.alpha, x0), (direction, eps), (std, noise))
 
-        dtype = torch.promote_types(sample.dtype, output.dtype)
-        prev_sample, x0 = x_s.to(dtype), x0.to(dtype)
-        if not return_dict:
-            return prev_sample, x0
-        return DDIMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=x0)
+        return as_output(DDIMSchedulerOutput, x_s, x0, torch.promote_types(sample.dtype, output.dtype), return_dict)
 
     def _get_variance(self, timestep: Tensor | int, prev_timestep: Tensor | int) -> Tensor:
         """The variance at `eta=1` of the transition between two timesteps; below 0 stands for the clean end."""

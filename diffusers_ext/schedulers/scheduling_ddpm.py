@@ -23,6 +23,7 @@ from diffusers_ext.diffusion.noising import (
 from diffusers_ext.schedulers.gaussian import (
     COMMON_BETA_SCHEDULES,
     GaussianSchedulerMixin,
+    as_output,
     check_choice,
     check_output,
     draw_noise,
@@ -138,11 +139,7 @@ class ExtDDPMScheduler(GaussianSchedulerMixin, DDPMScheduler):
         # Eq. 6: the mean of q(x_s | x_t, x_0), and new noise.
         x_s = weighted_sum((at.mean_of_x0, x0), (at.mean_of_x_t, x_t), (std, noise))
 
-        dtype = torch.promote_types(sample.dtype, output.dtype)
-        prev_sample, x0 = x_s.to(dtype), x0.to(dtype)
-        if not return_dict:
-            return prev_sample, x0
-        return DDPMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=x0)
+        return as_output(DDPMSchedulerOutput, x_s, x0, torch.promote_types(sample.dtype, output.dtype), return_dict)
 
     def _std(self, at: Transition, variance_output: Tensor | None) -> Factor:
         """Standard deviation of p(x_s | x_t); 0 for samples at their last step."""

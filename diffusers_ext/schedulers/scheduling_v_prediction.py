@@ -1,4 +1,4 @@
-"""Sampling of models that predict v (Salimans & Ho 2022, arXiv 2202.00512), by rotation."""
+"""Sampling of models that predict v (Salimans & Ho 2022, arXiv 2202.00512)."""
 
 from collections.abc import Sequence
 
@@ -11,8 +11,8 @@ from diffusers_ext.schedulers.scheduling_ddim import ExtDDIMScheduler
 class VPredictionScheduler(ExtDDIMScheduler):
     """`ExtDDIMScheduler` for v-prediction with zero terminal SNR and "trailing" timesteps.
 
-    The defaults are those that Lin et al. 2023 (arXiv 2305.08891) recommend, and the deterministic step is a rotation
-    of (x_t, v) by the angle between the levels (Salimans & Ho 2022, Appendix D): no division, so nothing grows where
+    The defaults are those that Lin et al. 2023 (arXiv 2305.08891) recommend. The deterministic step of a v-prediction is
+    a rotation of (x_t, v) by the angle between the levels (Salimans & Ho 2022, Appendix D), so nothing grows where
     alpha_bar_T = 0. Of another scheduler's config it takes all that belongs to the model, such as Stable Diffusion
     2.1-v's `rescale_betas_zero_snr=False`, and what was set explicitly of the rest. A config that does not say
     "v_prediction" means "epsilon", as everywhere in diffusers.
