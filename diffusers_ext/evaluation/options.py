@@ -39,6 +39,7 @@ class DataOptions(left_open(DataConfig, leave_out=("unconditional", "random_flip
     """The options of `DataConfig` that say how images are prepared, each of them None if left open, and the held-out split."""
 
     dataset_name: str | None = option(None, "digits, a data set on the Hub, or a local folder", "data")
+    dataset_split: str | None = option(None, "split that the model was trained on; train if left open")
     resize_mode: Literal["auto", "crop", "pad", "stretch"] | None = option(
         None, "how images get there, as in training; auto if left open"
     )
