@@ -103,7 +103,7 @@ def test_it_is_measured_on_held_out_images(run, tmp_path):
     assert 0 < result["ssim"] < 1 and result["frechet_distance"] > 0 and result["active_latents"] == 2
     card = (run / "README.md").read_text()
     assert "negative importance-weighted bound of 64 draws, bits/dim" in card and "PSNR of reconstructions, dB" in card
-    assert "accelerate launch training/evaluate_vae.py" in card and f"--model {run}" in card
+    assert "python training/evaluate_vae.py" in card and f"--model {run}" in card
 
 
 def test_evaluation_says_what_is_missing(run, tmp_path):
