@@ -217,7 +217,9 @@ def test_options_that_the_disk_has_no_room_for_leave_those_of_before(data, tmp_p
 def test_other_data_are_refused_on_resume(data, tmp_path):
     trainer(data, tmp_path / "run", max_train_steps=3).train()
     other = prepare_images("digits", max_samples=21)
-    with pytest.raises(ValueError, match="other data than digits holds: it had 20 images, and has 21. Give the same data"):
+    with pytest.raises(
+        ValueError, match="other data than digits holds: it had 20 images, and has 21. Give the same data"
+    ):
         trainer(other, tmp_path / "run", resume_from_checkpoint="latest").train()
 
 
