@@ -188,7 +188,7 @@ def output_coefficients(level: NoiseLevel, prediction_type: str) -> tuple[Factor
 
 
 def training_target(x0: Tensor, eps: Tensor, level: NoiseLevel, prediction_type: str) -> Tensor:
-    """What the model is trained to output at `add_noise(x0, eps, level)`."""
+    """The output that the model is trained towards at `add_noise(x0, eps, level)`."""
     a, b = output_coefficients(level, prediction_type)
     return a * x0 + b * eps
 

@@ -36,7 +36,7 @@ REVERSE_VARIANCES = ("fixed_small", "fixed_large", *LEARNED_VARIANCES, "optimal"
 
 
 class ReverseStep(NamedTuple):
-    """What is known of the transition t -> s before the model is asked; each broadcasts against x_t.
+    """The transition t -> s as far as it does not depend on the model; each entry broadcasts against x_t.
 
     The log standard deviations are those of the posterior, of the noising transition, and the chain's own.
     """

@@ -101,7 +101,7 @@ def transition_nats(
     num_bins: int | None = 256,
     detach_mean: bool = False,
 ) -> Tensor:
-    """What transition `index` of each sample costs, of each coordinate, in nats: the KL, or for index 0 the distortion.
+    """The cost of transition `index` of each sample, for each coordinate, in nats: the KL, or for index 0 the distortion.
 
     Args:
         output: The model's output at `x_t`, with twice the channels if the variance is learned.

@@ -1,4 +1,4 @@
-"""What the schedulers of a Gaussian noising path share: config, timesteps, noising and the arithmetic of a step."""
+"""The common part of the schedulers of a Gaussian noising path: config, timesteps, noising, arithmetic of a step."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -44,7 +44,7 @@ class GaussianSchedulerMixin:
 
     @classmethod
     def extract_init_dict(cls, config_dict: Mapping[str, Any], **kwargs) -> tuple[dict, dict, dict]:
-        """What `from_config` hands to `__init__`: also what the source was left to by default, if it is the model's.
+        """The keys that `from_config` hands to `__init__`: also those of the model that the source left at their defaults.
 
         Raises:
             ValueError: If the config is that of a model of another path.

@@ -136,7 +136,7 @@ def _set_all(scheduler: SchedulerMixin, num_steps: int, timesteps: list[int] | N
 
 
 def _check_timesteps(scheduler: SchedulerMixin, num_inference_steps: int) -> None:
-    """Refuses timesteps, as set, at which the scheduler has no numbers or is at another level than the model is told.
+    """Refuses timesteps, as set, at which the scheduler has no numbers or is at another level than that of the timestep that the model gets.
 
     Raises:
         ValueError: with what to do.
@@ -154,17 +154,17 @@ def _check_timesteps(scheduler: SchedulerMixin, num_inference_steps: int) -> Non
     sigmas, order = getattr(scheduler, "sigmas", None), getattr(scheduler, "order", 1)
     if not isinstance(sigmas, Tensor) or len(sigmas) < len(scheduler.timesteps):
         return
-    told = scheduler.timesteps[::order].cpu().double().numpy()  # between them are points of the solver's own
+    asked = scheduler.timesteps[::order].cpu().double().numpy()  # between them are points of the solver's own
     alpha_bar = scheduler.alphas_cumprod.cpu().double().numpy()
     with np.errstate(divide="ignore"):
         levels = np.log1p(-alpha_bar) - np.log(alpha_bar)
-        at = 2 * np.log(sigmas[::order][: len(told)].cpu().double().numpy())
-    distance = np.abs(np.interp(at, levels, np.arange(len(levels))) - told)
+        at = 2 * np.log(sigmas[::order][: len(asked)].cpu().double().numpy())
+    distance = np.abs(np.interp(at, levels, np.arange(len(levels))) - asked)
     worst = distance.argmax()
     if distance[worst] > max(4, LEVEL_TOLERANCE * len(levels)):
         raise ValueError(
-            f"{name} would tell the model the timestep {told[worst]:.4g} where its own level of noise is that of another, "
-            f"{told[worst] + distance[worst]:.4g} or {told[worst] - distance[worst]:.4g}: it is set for a model of another "
+            f"{name} would give the model the timestep {asked[worst]:.4g} where its own level of noise is that of another, "
+            f"{asked[worst] + distance[worst]:.4g} or {asked[worst] - distance[worst]:.4g}: it is set for a model of another "
             "conditioning (interpolation_type or timestep_type of its config)"
         )
 

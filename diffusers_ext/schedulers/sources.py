@@ -1,4 +1,4 @@
-"""What a scheduler's config says of the network it was made for, whichever class of diffusers wrote it.
+"""The kind of network that a scheduler's config was made for, whichever class of diffusers wrote it.
 
 A network of ours was trained on a Gaussian variance-preserving path: on betas. Of the classes of diffusers, those that
 take `beta_schedule` have such a path, and their configs can be read here; the others need a network of another kind.
@@ -39,7 +39,7 @@ MODEL_KEYS = (
 # What diffusers means where a class has no such key.
 MEANT_BY_ABSENCE = {"rescale_betas_zero_snr": False, "prediction_type": "epsilon"}
 
-# The kind of model by a part of the scheduler's name. It decides nothing, and is only told in errors.
+# The kind of model by a part of the scheduler's name. It decides nothing, and only stands in errors.
 KINDS = (
     ("CMStochastic", "a consistency model"),
     ("ConsistencyDecoder", "a consistency decoder"),

@@ -355,7 +355,7 @@ def test_timesteps_that_are_not_finite_are_refused():
 def test_timesteps_of_another_conditioning_are_refused(options):
     pipe = point_pipeline(diffusers.EulerDiscreteScheduler.from_config(PATH.config, **options))
     with pytest.raises(
-        ValueError, match="EulerDiscreteScheduler would tell the model the timestep .* another conditioning"
+        ValueError, match="EulerDiscreteScheduler would give the model the timestep .* another conditioning"
     ):
         error_of(pipe, 20, 1.0)
 
