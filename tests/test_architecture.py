@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "pipelines": "draws pixels sizes diffusion schedulers models guidance latents",
     "hub": "atomic_files",
     "data": "atomic_files draws options pixels sizes latents guidance",
-    "trainer": "atomic_files draws machine options figures hub data",
+    "trainer": "atomic_files draws machine pixels options figures hub data",
     "metrics": "pixels diffusion sizes",
     "evaluation": "__init__ atomic_files draws machine pixels sizes options figures diffusion schedulers models guidance pipelines data metrics",
     "recipes": "__init__ atomic_files draws machine pixels options figures latents sizes diffusion schedulers models guidance pipelines hub data trainer metrics evaluation",

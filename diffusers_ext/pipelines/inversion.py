@@ -5,7 +5,7 @@ from torch import Tensor
 
 from diffusers_ext.pipelines.image_inputs import ImageInput, encode_pixels
 from diffusers_ext.pipelines.label_condition import LabelCondition, Labels
-from diffusers_ext.pipelines.outputs import to_images
+from diffusers_ext.pipelines.outputs import decode_images
 from diffusers_ext.pipelines.sampling import count_images
 from diffusers_ext.schedulers.gaussian import GaussianSchedulerMixin
 from diffusers_ext.schedulers.scheduling_ddim import ExtDDIMScheduler
@@ -107,7 +107,7 @@ class InversionMixin:
         predict = self._denoiser(sampler, None, condition, num_images, device)
         for t in sampler.timesteps:
             x = sampler.step(predict(x, t), t, x).prev_sample
-        images = to_images(x, self.vae, output_type)
+        images = decode_images(x, self.vae, output_type)
         self.maybe_free_model_hooks()
         return images
 

@@ -45,7 +45,7 @@ class GuidedDiffusionPipelineOutput(BaseOutput):
     trajectory: list[TrajectoryPoint] | None = None
 
 
-def to_images(
+def decode_images(
     x: Tensor, vae: nn.Module | None, output_type: str, pixels: Tensor | None = None, mask: Tensor | None = None
 ) -> list[Image.Image] | np.ndarray | Tensor:
     """Samples as the sampler left them to images of the asked type.

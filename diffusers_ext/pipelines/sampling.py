@@ -17,7 +17,7 @@ from diffusers_ext.guidance.guiding import Interval, choose_guider, guided_steps
 from diffusers_ext.latents import latent_scale
 from diffusers_ext.pipelines.image_inputs import ImageInput, encode_pixels, images_to_tensor, mask_to_tensor
 from diffusers_ext.pipelines.inpainting import KnownPixels, check_resampling, mask_of_latents
-from diffusers_ext.pipelines.outputs import GuidedDiffusionPipelineOutput, TrajectoryPoint, to_images
+from diffusers_ext.pipelines.outputs import GuidedDiffusionPipelineOutput, TrajectoryPoint, decode_images
 from diffusers_ext.schedulers.samplers import check_sampler, set_timesteps
 from diffusers_ext.sizes import as_size
 
@@ -181,7 +181,7 @@ class SamplingMixin:
                         scale = self._guidance_scale
                         denoise, step_options = guided_by(scale)
 
-        images = to_images(x, self.vae, call.output_type, pixels, mask)
+        images = decode_images(x, self.vae, call.output_type, pixels, mask)
         self.maybe_free_model_hooks()
         trajectory = None if call.trajectory_steps is None else trajectory
         if not call.return_dict:

@@ -6,12 +6,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from diffusers_ext.pixels import to_images
+
 
 class ToDevice:
     """Moves a batch to the device, scales its `pixels` to `images` in [-1, 1], and prepares it for the objective.
 
     Args:
-        dtype: Of the pixels, "uint8" or "uint16".
         prepare_batch: Applied on the device, such as encoding the images; without gradients, in the run's precision.
         channels_last: Leave the memory layout of images and noise as it is; otherwise they become contiguous.
     """
@@ -19,13 +20,11 @@ class ToDevice:
     def __init__(
         self,
         accelerator: Accelerator,
-        dtype: str,
         prepare_batch: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
         *,
         channels_last: bool = True,
     ):
         self._accelerator, self._channels_last = accelerator, channels_last
-        self.scale = 2 / torch.iinfo(torch.uint16 if dtype == "uint16" else torch.uint8).max
         self.prepare_batch = prepare_batch
 
     def __call__(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -38,7 +37,7 @@ class ToDevice:
         batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
         if "pixels" in batch:
             images = batch.pop("pixels")
-            batch["images"] = images if images.is_floating_point() else images.float().mul_(self.scale).sub_(1)
+            batch["images"] = images if images.is_floating_point() else to_images(images)
         return batch
 
     def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -114,7 +114,7 @@ class Trainer:
             random_flip=config.random_flip,
             **(batch_options or {}),
         )
-        self.to_device = ToDevice(accelerator, data.dtype, prepare_batch, channels_last=config.channels_last)
+        self.to_device = ToDevice(accelerator, prepare_batch, channels_last=config.channels_last)
         self.validation = None
         if validation_data is not None:
             shapes = {name: getattr(self.batch_options, name) for name in ("latent_shape", "noise_shape")}
