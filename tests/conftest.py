@@ -6,6 +6,7 @@ Two options look for tests that rest on what another machine may do otherwise:
     python -m pytest --other-kernels    # sums are rounded by shape and address, see other_kernels.py
 """
 
+import os
 import random
 import sys
 import tempfile
@@ -27,6 +28,15 @@ assert not {"huggingface_hub", "torch"} & sys.modules.keys()
 _hf_home = tempfile.TemporaryDirectory(prefix="diffusers_ext_tests_")
 _hub = LocalHub({"hf_token_of_alice": "alice", "hf_token_of_bob": "bob"}).__enter__()
 environment.settle(_hub.url, _hf_home.name)
+
+
+def compute_in_one_thread():
+    """In a fork, which has none of the threads that OpenMP believes to have, and would wait for them without end."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+
+
+os.register_at_fork(after_in_child=compute_in_one_thread)
 
 
 def pytest_addoption(parser):

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 
 import psutil
 import pytest
+import torch
 
 from diffusers_ext.data.prepare import prepare_images
 from diffusers_ext.trainer.checkpoints import (
@@ -27,6 +28,15 @@ from diffusers_ext.trainer.checkpoints import (
     step_from_name,
 )
 from runs import CountedError, assert_same_run, forget_accelerate, trainer
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """As the forks compute, see `conftest.py`: sums in several parts would be other ones in the last bit."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="module")
