@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from diffusers_ext.diffusion.noising import (
+    PREDICTION_TYPES,
     NoiseLevel,
     NoiseSchedule,
     output_coefficients,
@@ -31,7 +32,7 @@ LOSS_WEIGHTINGS = ("uniform", "simple", "min_snr", "truncated_snr", "snr_plus_on
 
 # The weighting of each prediction type where none is given: that under which the model's outputs at all noise levels are of
 # one size. For the score, whose size is 1 / sigma, equal weights would train the cleanest levels alone.
-DEFAULT_WEIGHTINGS = {"epsilon": "uniform", "sample": "uniform", "v_prediction": "uniform", "score": "simple"}
+DEFAULT_WEIGHTINGS = {name: "simple" if name == "score" else "uniform" for name in PREDICTION_TYPES}
 
 # What is minimised: a weighted squared error; the bound; the first for the mean and the second for the variance.
 OBJECTIVES = ("simple", "vlb", "hybrid")

@@ -4,11 +4,12 @@ Schedulers, training losses and likelihood bounds all speak through the names in
 package is written once.
 
     alpha_t, sigma_t   scales of the signal and of the noise
-    alpha_bar_t        alpha_t ** 2, the table that diffusers calls `alphas_cumprod`
+    alpha_bar_t        alpha_t ** 2 / (alpha_t ** 2 + sigma_t ** 2), the table that diffusers calls `alphas_cumprod`
     beta_t             variance that the single step from t - 1 to t adds
     snr_t              alpha_t ** 2 / sigma_t ** 2
     t, s               two noise levels, s the cleaner: snr_s >= snr_t
-    phi_t              angle of the path, alpha_t = cos(phi_t), sigma_t = sin(phi_t)
+    h_t                scale of the path, sqrt(alpha_t ** 2 + sigma_t ** 2), 1 where it preserves the variance
+    phi_t              angle of the path, alpha_t = h_t cos(phi_t), sigma_t = h_t sin(phi_t)
 
 Levels are float32 or wider whatever the data, so half-precision data promote and are to be cast back last.
 
@@ -18,6 +19,8 @@ References:
     Nichol, Dhariwal 2021, Improved Denoising Diffusion Probabilistic Models, arXiv 2102.09672.
     Salimans, Ho 2022, Progressive Distillation for Fast Sampling of Diffusion Models, arXiv 2202.00512.
     Saharia et al. 2022, Photorealistic Text-to-Image Diffusion Models (Imagen), arXiv 2205.11487.
+    Song et al. 2020, Score-Based Generative Modeling through Stochastic Differential Equations, arXiv 2011.13456.
+    Lipman et al. 2022, Flow Matching for Generative Modeling, arXiv 2210.02747.
 """
 
 import math
@@ -31,7 +34,7 @@ from torch import Tensor
 from diffusers_ext.diffusion.tables import DeviceTable, dtype_beside
 
 
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "score")
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "score", "flow")
 
 # Variances of the reverse transition that a model says, in a second half of channels.
 LEARNED_VARIANCES = ("learned", "learned_range")
@@ -51,6 +54,11 @@ class NoiseLevel(NamedTuple):
     def snr(self) -> Factor:
         return (self.alpha / self.sigma) ** 2
 
+    @property
+    def scale(self) -> Factor:
+        """sqrt(alpha^2 + sigma^2), the standard deviation of x_t for data of unit variance."""
+        return (self.alpha**2 + self.sigma**2) ** 0.5
+
 
 class Normal(NamedTuple):
     """A Gaussian with independent coordinates, N(mean, std ** 2)."""
@@ -65,16 +73,22 @@ class Normal(NamedTuple):
 class NoiseSchedule:
     """A discrete variance-preserving path, given by the variances of its single steps (DDPM, Eq. 4).
 
+    `from_levels` makes one of any levels, and `diffusers_ext.diffusion.paths.PathSchedule` one of a continuous path.
+
     Args:
         betas: Variance added by each step, shape `(T,)`, each finite and in [0, 1].
         final_alpha_bar: `alpha_bar` at the clean end of the path, which timestep -1 names; in (0, 1].
 
     Attributes:
         alpha, sigma: Float64 tables on the CPU, shape `(T + 1,)`; index -1 is the clean end.
+        preserves_variance: Whether alpha^2 + sigma^2 = 1 at all levels.
+        first_label: See `labels`.
 
     Raises:
         ValueError: If `betas` is no such table.
     """
+
+    first_label = 0
 
     def __init__(self, betas: Tensor, final_alpha_bar: float = 1.0):
         betas = check_betas(betas)
@@ -82,8 +96,34 @@ class NoiseSchedule:
         log_alpha_bar = torch.log1p(-betas).cumsum(0)
         clean_end = torch.tensor([final_alpha_bar], dtype=torch.float64).log()
         log_alpha_bar = torch.cat([log_alpha_bar, clean_end])  # last, so that index -1 finds it
-        self.alpha = log_alpha_bar.mul(0.5).exp()
-        self.sigma = log_alpha_bar.expm1().neg().sqrt()
+        self._set_levels(log_alpha_bar.mul(0.5).exp(), log_alpha_bar.expm1().neg().sqrt(), preserves_variance=True)
+
+    @classmethod
+    def from_levels(cls, alpha: Tensor, sigma: Tensor) -> "NoiseSchedule":
+        """A path through given levels, each noisier than the one before it, and from there to the data.
+
+        Args:
+            alpha, sigma: Shape `(T,)`, finite and not negative; sigma above 0.
+
+        Raises:
+            ValueError: If they are no such tables.
+        """
+        alpha, sigma = (torch.as_tensor(table, dtype=torch.float64, device="cpu") for table in (alpha, sigma))
+        if alpha.ndim != 1 or not len(alpha) or alpha.shape != sigma.shape:
+            raise ValueError(
+                f"alpha and sigma must have shape (T,) with T >= 1, got {tuple(alpha.shape)} and {tuple(sigma.shape)}"
+            )
+        if not ((alpha >= 0) & alpha.isfinite() & (sigma > 0) & sigma.isfinite()).all():
+            raise ValueError("alpha must be finite and at least 0, and sigma finite and above 0, at all levels")
+        if not (alpha / sigma).diff().lt(0).all():
+            raise ValueError("levels must be from the cleanest to the noisiest: alpha / sigma must fall")
+        clean_end = torch.tensor([1.0, 0.0], dtype=torch.float64)
+        schedule = cls.__new__(cls)
+        schedule._set_levels(torch.cat([alpha, clean_end[:1]]), torch.cat([sigma, clean_end[1:]]))
+        return schedule
+
+    def _set_levels(self, alpha: Tensor, sigma: Tensor, preserves_variance: bool = False) -> None:
+        self.alpha, self.sigma, self.preserves_variance = alpha, sigma, preserves_variance
         # Rolled so that row t + 1 is timestep t: every valid index is then >= 0 and `index_select` refuses the rest.
         self._table = DeviceTable(torch.stack([self.alpha, self.sigma], 1).roll(1, 0))
 
@@ -92,8 +132,26 @@ class NoiseSchedule:
 
     @property
     def alpha_bar(self) -> Tensor:
-        """alpha ** 2, shape `(T + 1,)`."""
-        return self.alpha.square()
+        """alpha ** 2 of the path at unit scale, shape `(T + 1,)`."""
+        return self.alpha.square() if self.preserves_variance else (self.alpha / self.scale).square()
+
+    @property
+    def scale(self) -> Tensor:
+        """sqrt(alpha^2 + sigma^2), shape `(T + 1,)`."""
+        return torch.ones_like(self.alpha) if self.preserves_variance else torch.hypot(self.alpha, self.sigma)
+
+    @property
+    def betas(self) -> Tensor:
+        """Variances of the single steps of the path at unit scale, shape `(T,)`; they make the path at that scale again.
+
+        With them as `trained_betas` every scheduler of a variance-preserving path samples a network that sees x_t / h_t.
+        """
+        log_alpha_bar = self.alpha_bar[:-1].log()
+        return -torch.cat([log_alpha_bar[:1], log_alpha_bar.diff()]).expm1()
+
+    def labels(self, timesteps: Tensor) -> Tensor:
+        """What a network is given for these timesteps: they themselves, or on some paths counted from 1."""
+        return timesteps + self.first_label if self.first_label else timesteps
 
     def level(self, timesteps: Tensor | int, like: Tensor) -> NoiseLevel:
         """The noise level at each timestep, broadcasting against `like`.
@@ -179,10 +237,12 @@ def output_coefficients(level: NoiseLevel, prediction_type: str) -> tuple[Factor
             return 0.0, 1.0
         case "sample":
             return 1.0, 0.0
-        case "v_prediction":  # Salimans & Ho 2022, Appendix D
-            return -level.sigma, level.alpha
+        case "v_prediction":  # Salimans & Ho 2022, Appendix D: the derivative by the angle, of the path at unit scale
+            return -level.sigma / level.scale, level.alpha / level.scale
         case "score":  # gradient of log q(x_t | x_0)
             return 0.0, -1.0 / level.sigma
+        case "flow":  # Lipman et al. 2022: the derivative by the time of the linear path
+            return -1.0, 1.0
     names = ", ".join(repr(name) for name in PREDICTION_TYPES[:-1])
     raise ValueError(f"prediction_type must be {names} or {PREDICTION_TYPES[-1]!r}, got {prediction_type!r}")
 
@@ -237,14 +297,21 @@ def posterior(
 
 def posterior_std(t: NoiseLevel, s: NoiseLevel, eta: float | Tensor = 1.0) -> Factor:
     """Standard deviation of `posterior`, for `eta=1` the square root of beta tilde (DDPM, Eq. 7; DDIM, Eq. 16)."""
-    snr_ratio = (t.alpha * s.sigma / _nonzero(s.alpha * t.sigma)) ** 2  # snr_t / snr_s, also where s is clean
     # A factor of at most 1 on sigma_s keeps sigma_s^2 - std^2 from going negative in floating point.
-    return s.sigma * (eta * _at_least(0.0, 1 - snr_ratio) ** 0.5)
+    return s.sigma * (eta * _new_share(t, s) ** 0.5)
 
 
 def transition_std(t: NoiseLevel, s: NoiseLevel) -> Factor:
-    """Standard deviation of the noising transition q(x_t | x_s), for neighbours sqrt(beta_t) (DDPM, Eq. 2)."""
-    return _at_least(0.0, 1 - (t.alpha / _nonzero(s.alpha)) ** 2) ** 0.5
+    """Standard deviation of the noising transition q(x_t | x_s), for neighbours sqrt(beta_t) (DDPM, Eq. 2).
+
+    Its square is sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2, on any path.
+    """
+    return t.sigma * _new_share(t, s) ** 0.5
+
+
+def _new_share(t: NoiseLevel, s: NoiseLevel) -> Factor:
+    """The share of the noise at t that comes after s, 1 - snr_t / snr_s, also where s is clean."""
+    return _at_least(0.0, 1 - (t.alpha * s.sigma / _nonzero(s.alpha * t.sigma)) ** 2)
 
 
 def transition(x_s: Tensor, t: NoiseLevel, s: NoiseLevel) -> Normal:

@@ -1,12 +1,12 @@
 """The likelihood by the probability flow, the ODE whose marginals are those of the noising path (Song et al. 2020).
 
-Along the angle phi of the path, alpha = cos(phi) and sigma = sin(phi), the ODE is
+Along the angle phi of the path, alpha = h cos(phi) and sigma = h sin(phi), the ODE of u = x / h is
 
-    dx / dphi = v(x, phi) = cos(phi) eps_hat - sin(phi) x0_hat
+    du / dphi = v(u, phi) = cos(phi) eps_hat - sin(phi) x0_hat
 
-(Salimans & Ho 2022, Appendix D), and the log density falls along a solution by the divergence of v. Between the
-timesteps of a discrete path the time is interpolated linearly in log phi, and the model is asked at fractional
-timesteps.
+(Salimans & Ho 2022, Appendix D), for every Gaussian path, and the log density of u falls along a solution by the
+divergence of v. The model is asked at fractional timesteps, between those of a discrete path at what `ContinuousTime`
+interpolates.
 
 A discrete path begins at a level with some noise, below which the model was not trained. So the flow gives the density
 of x at that level and, as in the variational bound, the decoder of the last transition the probability of the data
@@ -18,6 +18,7 @@ References:
     Salimans, Ho 2022, Progressive Distillation for Fast Sampling of Diffusion Models, arXiv 2202.00512.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -25,45 +26,18 @@ from torch import Generator, Tensor
 
 from diffusers_ext.diffusion.noising import (
     NoiseLevel,
-    NoiseSchedule,
     normal_log_prob,
     output_eps,
     predict_x0,
     training_target,
 )
+from diffusers_ext.diffusion.paths import ContinuousTime
 from diffusers_ext.diffusion.reverse_chain import ReverseChain, check_variance, split_output
 from diffusers_ext.diffusion.variational_bound import Denoise, check_bins, decoder_nats, evaluate_transition
 from diffusers_ext.draws import draw_normal
 
 
 DIVERGENCES = ("hutchinson", "exact")
-
-
-class ContinuousPath:
-    """A discrete path as a function of the angle, for timesteps in [0, T - 1] that need not be whole.
-
-    Args:
-        schedule: The path; each step must add noise.
-    """
-
-    def __init__(self, schedule: NoiseSchedule):
-        self.log_angle = torch.atan2(schedule.sigma[:-1], schedule.alpha[:-1]).log()  # float64, shape (T,)
-        if not (self.log_angle.diff() > 0).all():
-            raise ValueError("the path must add noise at each of its steps, or time is no function of the noise level")
-
-    def angle(self, timestep: Tensor) -> Tensor:
-        """The angle at each timestep, float64, on the CPU."""
-        timestep = timestep.cpu().double()
-        low = timestep.floor().long().clamp(0, max(0, len(self.log_angle) - 2))
-        high = (low + 1).clamp(max=len(self.log_angle) - 1)
-        return torch.lerp(self.log_angle[low], self.log_angle[high], timestep - low).exp()
-
-    def timestep(self, angle: Tensor) -> Tensor:
-        """The timestep of each angle, float64, on the CPU."""
-        log_angle = angle.cpu().double().log()
-        high = torch.searchsorted(self.log_angle, log_angle).clamp(1, len(self.log_angle) - 1)
-        start, end = self.log_angle[high - 1], self.log_angle[high]
-        return high - 1 + (log_angle - start) / (end - start)
 
 
 @dataclass(frozen=True)
@@ -124,7 +98,7 @@ def flow_bound(
     log_p = flow_log_density(
         denoise,
         x_t,
-        ContinuousPath(chain.schedule),
+        ContinuousTime(chain.schedule),
         (int(chain.timesteps[0]), int(chain.timesteps[-1])),
         prediction_type,
         num_steps=num_steps,
@@ -139,7 +113,7 @@ def flow_bound(
 def flow_log_density(
     denoise: Denoise,
     x: Tensor,
-    path: ContinuousPath,
+    path: ContinuousTime,
     timesteps: tuple[int, int],
     prediction_type: str,
     *,
@@ -149,7 +123,7 @@ def flow_log_density(
     learned_variance: bool = False,
     generator: Generator | list[Generator] | None = None,
 ) -> Tensor:
-    """log p(x) in nats at the first timestep, if at the second p is N(0, 1).
+    """log p(x) in nats at the first timestep, if at the second p is N(0, h^2), h the scale of the path there.
 
     The classical Runge-Kutta method of order 4, with steps even in the log of the angle.
 
@@ -179,34 +153,40 @@ def flow_log_density(
         units = torch.eye(x[0].numel(), dtype=x.dtype, device=x.device)
         probes, share = [unit.view_as(x[:1]).expand_as(x) for unit in units], 1.0
 
-    def slope(x: Tensor, angle: float) -> tuple[Tensor, Tensor]:
+    def slope(u: Tensor, angle: float) -> tuple[Tensor, Tensor]:
         """v and its divergence."""
         angle = torch.tensor([angle], dtype=torch.float64)
-        timestep = path.timestep(angle).to(x).expand(len(x))
-        level = NoiseLevel(*[value.to(x).view(1, *[1] * (x.ndim - 1)) for value in (angle.cos(), angle.sin())])
+        timestep = path.timestep(angle)
+        scale = path.scale(timestep)
+        level = NoiseLevel(
+            *[value.to(u).view(1, *[1] * (u.ndim - 1)) for value in (scale * angle.cos(), scale * angle.sin())]
+        )
         with torch.enable_grad():
-            x = x.detach().requires_grad_()
+            u = u.detach().requires_grad_()
+            x = u * scale.to(u)
             output, _ = split_output(
-                denoise(x, timestep).to(x.dtype), "learned" if learned_variance else "fixed_large"
+                denoise(x, path.labels(timestep).to(u).expand(len(u))).to(u.dtype),
+                "learned" if learned_variance else "fixed_large",
             )
             v = velocity(output, x, level, prediction_type)
             last = len(probes) - 1
-            grads = [torch.autograd.grad(v, x, probe, retain_graph=i < last)[0] for i, probe in enumerate(probes)]
+            grads = [torch.autograd.grad(v, u, probe, retain_graph=i < last)[0] for i, probe in enumerate(probes)]
         parts = [(grad * probe).flatten(1).sum(1) for grad, probe in zip(grads, probes, strict=True)]
         return v.detach(), share * torch.stack(parts).sum(0)
 
-    ends = path.angle(torch.tensor(timesteps)).log()
-    angles = torch.linspace(*ends.tolist(), num_steps + 1, dtype=torch.float64).exp().tolist()
-    total = x.new_zeros(len(x))
+    times = torch.tensor(timesteps, dtype=torch.float64)
+    angles = torch.linspace(*path.angle(times).log().tolist(), num_steps + 1, dtype=torch.float64).exp().tolist()
+    scale = path.scale(times[:1]).item()
+    u, total = x / scale, x.new_zeros(len(x))
     for start, end in zip(angles[:-1], angles[1:], strict=True):
         width, middle = end - start, (start + end) / 2
-        v1, d1 = slope(x, start)
-        v2, d2 = slope(x + width / 2 * v1, middle)
-        v3, d3 = slope(x + width / 2 * v2, middle)
-        v4, d4 = slope(x + width * v3, end)
-        x = x + width / 6 * (v1 + 2 * v2 + 2 * v3 + v4)
+        v1, d1 = slope(u, start)
+        v2, d2 = slope(u + width / 2 * v1, middle)
+        v3, d3 = slope(u + width / 2 * v2, middle)
+        v4, d4 = slope(u + width * v3, end)
+        u = u + width / 6 * (v1 + 2 * v2 + 2 * v3 + v4)
         total = total + width / 6 * (d1 + 2 * d2 + 2 * d3 + d4)
-    return normal_log_prob(x).flatten(1).sum(1) + total
+    return normal_log_prob(u).flatten(1).sum(1) + total - math.log(scale) * x[0].numel()
 
 
 def velocity(output: Tensor, x_t: Tensor, level: NoiseLevel, prediction_type: str) -> Tensor:

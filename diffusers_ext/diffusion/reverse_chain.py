@@ -115,7 +115,7 @@ class ReverseChain:
         return ReverseStep(*self._table.gather(index, like))
 
     def at_noise(self, like: Tensor) -> NoiseLevel:
-        """The noisiest level, where sampling starts from N(0, 1)."""
+        """The noisiest level, where sampling starts from N(0, h^2), h its scale."""
         return self.schedule.level(int(self.timesteps[-1]), like)
 
 

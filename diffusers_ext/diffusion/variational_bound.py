@@ -118,9 +118,8 @@ def transition_nats(
 
 
 def prior_nats(x0: Tensor, level: NoiseLevel) -> Tensor:
-    """L_T of each coordinate, KL(q(x_T | x_0) || N(0, 1)), in nats; `level` is that of x_T."""
-    zero = torch.zeros_like(level.alpha)
-    return normal_kl(Normal(level.alpha * x0, level.sigma), Normal(zero, zero + 1))
+    """L_T of each coordinate, KL(q(x_T | x_0) || N(0, h_T^2)), in nats; `level` is that of x_T and h_T its scale."""
+    return normal_kl(Normal(level.alpha * x0, level.sigma), Normal(torch.zeros_like(level.alpha), level.scale))
 
 
 def bits_per_dim(nats: Tensor | float, num_dims: int) -> Tensor | float:
@@ -197,7 +196,7 @@ def evaluate_transition(
     """
     step = chain.at(index, x0)
     x_t = add_noise(x0, eps, step.t)
-    output = denoise(x_t, chain.timesteps[index].to(x0.device)).to(x0.dtype)
+    output = denoise(x_t, chain.schedule.labels(chain.timesteps[index]).to(x0.device)).to(x0.dtype)
     channels = x0.shape[1] * (2 if variance in LEARNED_VARIANCES else 1)
     if output.shape != (len(x0), channels, *x0.shape[2:]):
         raise ValueError(

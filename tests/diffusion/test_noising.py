@@ -264,7 +264,7 @@ def test_kl_sum_with_the_exact_denoiser_converges_at_first_order():
 
 def test_prediction_type_error_names_the_choices(schedule, batch):
     x0, eps, timesteps = batch
-    with pytest.raises(ValueError, match="'epsilon', 'sample', 'v_prediction' or 'score', got 'noise'"):
+    with pytest.raises(ValueError, match="'v_prediction', 'score' or 'flow', got 'noise'"):
         training_target(x0, eps, schedule.level(timesteps, x0), "noise")
 
 

@@ -7,8 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from diffusers_ext.diffusion.noising import NoiseSchedule
+from diffusers_ext.diffusion.paths import ContinuousTime
 from diffusers_ext.diffusion.precision import to_float64
-from diffusers_ext.diffusion.probability_flow import ContinuousPath
 from diffusers_ext.metrics.reconstruction import psnr, ssim
 from diffusers_ext.models.vae_likelihood import DiagonalGaussian, estimate_likelihood, log_likelihood
 
@@ -24,7 +24,7 @@ class WithoutFloat64(TorchDispatchMode):
         return result
 
 
-PATH = ContinuousPath(NoiseSchedule(torch.linspace(1e-4, 0.02, 10)))
+PATH = ContinuousTime(NoiseSchedule(torch.linspace(1e-4, 0.02, 10)))
 
 
 @pytest.fixture

@@ -17,7 +17,8 @@ from diffusers_ext.diffusion.noising import (
     predict_eps,
     training_target,
 )
-from diffusers_ext.diffusion.probability_flow import ContinuousPath, flow_bound, flow_log_density
+from diffusers_ext.diffusion.paths import ContinuousTime
+from diffusers_ext.diffusion.probability_flow import flow_bound, flow_log_density
 from diffusers_ext.diffusion.reverse_chain import ReverseChain, reverse_log_std
 from diffusers_ext.diffusion.timesteps import make_timesteps
 from diffusers_ext.diffusion.variational_bound import (
@@ -244,7 +245,7 @@ def test_flow_of_a_network_has_its_exact_divergence(schedule):
         output = model(x_t, timesteps).sample
         return torch.cat([output, output], 1)
 
-    path = ContinuousPath(schedule)
+    path = ContinuousTime(schedule)
     x = torch.randn(1, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     settings = {"num_steps": 4, "divergence": "exact", "learned_variance": True}
     given = flow_log_density(denoise, x, path, (0, 999), "v_prediction", **settings)
@@ -307,7 +308,7 @@ def test_some_of_the_terms_estimate_all_without_bias(schedule, images):
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_flow_of_gaussian_data_gives_their_entropy(beta_schedule, prediction_type):
     schedule = NoiseSchedule(make_betas(beta_schedule, 1000))
-    path = ContinuousPath(schedule)
+    path = ContinuousTime(schedule)
 
     def answer(x_t, timesteps):
         angle = path.angle(timesteps).view(-1, 1, 1, 1)
@@ -329,7 +330,7 @@ def test_flow_of_gaussian_data_gives_their_entropy(beta_schedule, prediction_typ
 
 def test_flow_from_zero_terminal_snr_ends_at_pure_noise():
     schedule = NoiseSchedule(rescale_zero_terminal_snr(make_betas("linear", 1000)))
-    path = ContinuousPath(schedule)
+    path = ContinuousTime(schedule)
     assert path.angle(torch.tensor([999])).item() == pytest.approx(math.pi / 2, abs=1e-12)
 
     def answer(x_t, timesteps):
@@ -348,7 +349,7 @@ def test_flow_from_zero_terminal_snr_ends_at_pure_noise():
 def test_flow_finds_the_density_of_correlated_data_and_random_signs_its_mean(schedule):
     """Two coordinates of correlation 0.9, so that the divergence estimated from random signs varies."""
     covariance = torch.tensor([[0.3, 0.18], [0.18, 0.3]], dtype=torch.float64) * torch.tensor([1.0])
-    path, eye = ContinuousPath(schedule), torch.eye(2, dtype=torch.float64)
+    path, eye = ContinuousTime(schedule), torch.eye(2, dtype=torch.float64)
 
     def answer(x_t, timesteps):
         angle = path.angle(timesteps[:1])
@@ -394,5 +395,5 @@ def test_what_has_no_bound_is_refused(schedule, images):
     with pytest.raises(ValueError, match="divergence must be 'hutchinson' or 'exact', got 'trace'"):
         flow_bound(random_model, images, chain, "epsilon", "learned_range", divergence="trace")
     with pytest.raises(ValueError, match="must add noise at each of its steps"):
-        ContinuousPath(NoiseSchedule(torch.tensor([0.1, 0.0, 0.2])))
+        ContinuousTime(NoiseSchedule(torch.tensor([0.1, 0.0, 0.2])))
     check_bins(images, 256)

@@ -197,7 +197,7 @@ def test_bad_values_are_refused(cls, config, message):
 
 @pytest.mark.parametrize("cls", [ExtDDPMScheduler, ExtDDIMScheduler, ExtDDIMInverseScheduler])
 def test_unknown_prediction_type_is_refused(cls):
-    names = "epsilon, sample, v_prediction, score"
+    names = "epsilon, sample, v_prediction, score, flow"
     with pytest.raises(ValueError, match=f"prediction_type must be one of {names}, got 'flow_prediction'"):
         cls(prediction_type="flow_prediction")
 
