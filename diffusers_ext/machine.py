@@ -2,7 +2,6 @@
 
 import os
 
-import psutil
 import torch
 
 
@@ -18,6 +17,14 @@ def is_fast_at_bf16(device: str) -> bool:
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
+def fast_precision(device: str) -> torch.dtype:
+    """The precision that a network runs fastest in under autocast: bfloat16 where the hardware has it, float16 on other
+    accelerators of CUDA, or else float32."""
+    if is_fast_at_bf16(device):
+        return torch.bfloat16
+    return torch.float16 if device == "cuda" else torch.float32
+
+
 def available_cores() -> list[int]:
     """The cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
@@ -31,6 +38,8 @@ def set_threads(num_threads: int | None, num_processes: int):
     `accelerate launch` sets OMP_NUM_THREADS=1 where the user has set nothing, which would leave all cores but one idle.
     A number above 1 is the user's own and stays.
     """
+    import psutil  # of the extra for training, which pipelines do without
+
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_WORLD_SIZE" in os.environ
     if num_threads is None and launched and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         physical = psutil.cpu_count(logical=False) or len(available_cores())

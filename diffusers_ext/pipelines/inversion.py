@@ -54,9 +54,10 @@ class InversionMixin:
         x0 = encode_pixels(self._to_pixels(image, device), self.vae, self._sample_shape)
         batch_size = count_images(1, **condition.per_image, image=x0)
         predict = self._denoiser(inverse, None, condition, batch_size, device)
-        latents = inverse.invert(
-            lambda x, t: predict(x, t)[:, : x.shape[1]], x0.expand(batch_size, *x0.shape[1:]), num_refinements
-        )
+        with self._precision():
+            latents = inverse.invert(
+                lambda x, t: predict(x, t)[:, : x.shape[1]], x0.expand(batch_size, *x0.shape[1:]), num_refinements
+            )
         self.maybe_free_model_hooks()
         return latents
 

@@ -152,4 +152,6 @@ class GuidedDiffusionPipeline(LabelledMixin, InversionMixin, SamplingMixin, From
         Raises:
             ValueError: if an argument does not fit the model, the scheduler or another argument.
         """
-        return self._sample(LabelCondition(self, class_labels), CallOptions.of(locals()))
+        call = CallOptions.of(locals())
+        with self._precision():
+            return self._sample(LabelCondition(self, class_labels), call)

@@ -155,7 +155,9 @@ class TextGuidedDiffusionPipeline(SamplingMixin, FromPipeMixin, DiffusionPipelin
             guidance_scale = DEFAULT_GUIDANCE_SCALE
         if isinstance(generator, list | tuple):
             condition.check_count("generator", len(generator))
-        return self._sample(condition, CallOptions.of(locals()))
+        call = CallOptions.of(locals())
+        with self._precision():
+            return self._sample(condition, call)
 
     @property
     def max_text_length(self) -> int:

@@ -24,6 +24,7 @@ from diffusers_ext import (
 )
 from diffusers_ext.draws import as_generators, check_seed
 from diffusers_ext.guidance.guiding import choose_guider
+from diffusers_ext.machine import fast_precision, is_fast_at_bf16
 from diffusers_ext.models.vae_likelihood import DiagonalGaussian
 from diffusers_ext.pipelines.label_condition import LabelCondition
 from diffusers_ext.pipelines.sampling import CallOptions
@@ -287,3 +288,35 @@ def test_a_network_in_data_parallel_computes_what_it_does_alone(make):
     with torch.no_grad():
         alone, wrapped = (each(*inputs, return_dict=False)[0] for each in (network, DataParallel(network)))
     assert torch.equal(alone, wrapped)
+
+
+def precisions_of(pipe):
+    """The dtypes of the outputs of the denoiser in calls that follow."""
+    seen = []
+    pipe.denoiser.conv_out.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    return seen
+
+
+def test_under_autocast_the_networks_run_in_half_precision_and_the_steps_do_not():
+    pipe = pipeline(num_classes=3)
+    options = {"class_labels": [0, 2], "guidance_scale": 2.0, "output_type": "latent"}
+    exact = sample(pipe, generator=seeded(1, 2), **options)
+    seen = precisions_of(pipe)
+    assert pipe.enable_autocast(torch.bfloat16) == torch.bfloat16
+    fast = sample(pipe, generator=seeded(1, 2), **options)
+    assert set(seen) == {torch.bfloat16} and fast.dtype == torch.float32
+    assert all(weight.dtype == torch.float32 for weight in pipe.denoiser.parameters())
+    assert 0 < (fast - exact).abs().max() < 0.1  # of values up to 3; bf16 has 3 digits
+    pipe.disable_autocast()
+    seen.clear()
+    torch.testing.assert_close(sample(pipe, generator=seeded(1, 2), **options), exact)
+    assert set(seen) == {torch.float32}
+
+
+def test_the_precision_by_default_is_what_the_machine_is_fast_at():
+    assert pipeline().enable_autocast() == fast_precision("cpu")
+    assert fast_precision("cpu") == (torch.bfloat16 if is_fast_at_bf16("cpu") else torch.float32)
+    with pytest.raises(
+        ValueError, match="dtype must be torch.bfloat16, torch.float16 or torch.float32, got torch.int8"
+    ):
+        pipeline().enable_autocast(torch.int8)
