@@ -43,6 +43,10 @@ class LatentChain(NamedTuple):
     posteriors: tuple[DiagonalGaussian, ...]
     priors: tuple[DiagonalGaussian, ...]
 
+    def mode(self) -> tuple[Tensor, ...]:
+        """The latents, as `decode` takes them; of an encoder that did not draw, the mean of each given that above."""
+        return self.latents
+
     def kl_per_latent(self) -> tuple[Tensor, ...]:
         """KL divergence of each latent of each level from its prior in nats, shaped like the latents."""
         return tuple(q.kl_per_latent(p) for q, p in zip(self.posteriors, self.priors, strict=True))
