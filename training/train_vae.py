@@ -154,6 +154,11 @@ class TrainVAEConfig(TrainerConfig):
                 f"binarize {self.binarize} needs --likelihood bernoulli, got {self.likelihood}: a density of two values has "
                 "no bound"
             )
+        if self.level_channels is not None and self.latent_channels != type(self).latent_channels:
+            raise ValueError(
+                "give latent_channels, the same for all levels, or level_channels, and not both, got "
+                f"{self.latent_channels} and {' '.join(map(str, self.level_channels))}"
+            )
         if self.level_channels is not None and len(self.level_channels) != self.num_levels:
             raise ValueError(
                 f"level_channels must be one number for each of {self.num_levels} levels, from the top, got "

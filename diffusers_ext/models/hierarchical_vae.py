@@ -142,12 +142,12 @@ class HierarchicalVAEModel(AutoencoderNetwork):
         self.initialize_weights()
 
     def initialize_weights(self):
-        """Makes each residual branch start at zero, each prior as the standard normal and each posterior as its prior."""
+        """Makes each residual branch start at zero, and each prior as the standard normal."""
         zero_residual_branches(self, VAEBlock)
         for level in self.top_down:
-            for layer in [level.posterior_out] if level.is_top else [level.posterior_out, level.prior_out]:
-                nn.init.zeros_(layer.weight)
-                nn.init.zeros_(layer.bias)
+            if not level.is_top:
+                nn.init.zeros_(level.prior_out.weight)
+                nn.init.zeros_(level.prior_out.bias)
 
     @property
     def num_latents(self) -> int:
