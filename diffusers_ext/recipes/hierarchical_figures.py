@@ -68,5 +68,6 @@ def recalled(vae: HierarchicalVAEModel, images: Tensor) -> tuple[list[Tensor], l
 
 
 def _numbers(vae: HierarchicalVAEModel, upper: int) -> str:
-    numbers = [str(level.number) for level in vae.levels[:upper]]
-    return f"level {numbers[0]}" if upper == 1 else f"levels {numbers[0]} to {numbers[-1]}"
+    """The numbers of the upper levels in words: "level 3", "levels 3 and 2", "levels 4, 3 and 2"."""
+    *others, last = [str(level.number) for level in vae.levels[:upper]]
+    return f"levels {', '.join(others)} and {last}" if others else f"level {last}"

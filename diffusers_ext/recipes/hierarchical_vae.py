@@ -92,7 +92,7 @@ class LevelStatistics:
         self.sums = [torch.zeros(level.shape, dtype=torch.float64) for level in vae.levels]
 
     def update(self, chain: LatentChain) -> None:
-        """Adds a batch, of latents drawn from the posteriors."""
+        """Adds a batch: what each level spends given the latents above it in the chain."""
         kl = [part.detach().cpu().double().sum(0) for part in chain.kl_per_latent()]
         self.sums = [total + part for total, part in zip(self.sums, kl, strict=True)]
         self.count += len(chain.latents[0])

@@ -146,11 +146,13 @@ def test_measured_rates_are_those_of_draws_and_a_level_that_is_not_used_is_named
 
 
 def test_rows_hold_one_more_level_each():
-    """The first pictures of all rows are one; where only the lowest level is drawn, pictures differ least."""
     vae = model()
     rows, names = held_fixed(vae, 5, torch.Generator().manual_seed(0))
     assert names == ["all levels drawn", "level 2 held fixed"]
-    torch.testing.assert_close(rows[0][0], rows[1][0])
+    torch.testing.assert_close(rows[0][0], rows[1][0])  # that whose latents are held
+    deep = HierarchicalVAEModel(8, 1, 1, (8,), num_levels=4)
+    names = held_fixed(deep, 2)[1][1:]
+    assert names == ["level 4 held fixed", "levels 4 and 3 held fixed", "levels 4, 3 and 2 held fixed"]
     assert all(row.shape == (5, 1, 8, 8) and row.min() >= 0 and row.max() <= 1 for row in rows)
 
 
