@@ -10,6 +10,7 @@ from diffusers.guiders import BaseGuidance
 from diffusers_ext.guidance.guiders import ClassifierGuidance, ComposedGuidance, WeakModelGuidance
 from diffusers_ext.models.classifier import NoisyClassifierModel
 from diffusers_ext.models.dit import DiTModel
+from diffusers_ext.models.hierarchical_vae import HierarchicalVAEModel
 from diffusers_ext.models.unet import UNetModel
 from diffusers_ext.models.vae import VAEModel
 from diffusers_ext.pipelines.pipeline_guided_diffusion import GuidedDiffusionPipeline
@@ -33,6 +34,7 @@ __all__ = [
     "ExtDDIMScheduler",
     "ExtDDPMScheduler",
     "GuidedDiffusionPipeline",
+    "HierarchicalVAEModel",
     "NoisyClassifierModel",
     "TextGuidedDiffusionPipeline",
     "UNetModel",

@@ -11,6 +11,20 @@ import torch
 from torch import Generator, Tensor, nn
 
 
+def check_one_level(vae: nn.Module, name: str = "vae") -> None:
+    """Refuses an autoencoder with several levels of latents, such as `HierarchicalVAEModel`.
+
+    Raises:
+        ValueError: with what to take instead; `name` is that of the autoencoder.
+    """
+    if vae.config.get("num_levels") is not None:
+        raise ValueError(
+            f"{name} must have latents of one level, which a denoiser is trained on, got a {type(vae).__name__}: its levels "
+            "have a prior of their own, by which it makes images itself (.sample). Train a VAEModel instead, by "
+            "training/train_vae.py --architecture conv"
+        )
+
+
 def latent_scale(vae: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
     """Shift and scale of the latents of `vae`, float32, broadcasting against `like`.
 
@@ -18,8 +32,9 @@ def latent_scale(vae: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
         like: Latents, shape `(batch, latent_channels, ...)`.
 
     Raises:
-        ValueError: if the scale was never measured, or is not a positive finite number.
+        ValueError: if the scale was never measured, or is not a positive finite number; or if there are several levels.
     """
+    check_one_level(vae)
     config = vae.config
     scale, shift = config.get("scaling_factor"), config.get("shift_factor")
     if scale is None or not getattr(vae, "is_measured", True):
@@ -64,6 +79,7 @@ def encode_latents(
     Raises:
         ValueError: if the scale of the latents was never measured.
     """
+    check_one_level(vae)
     posterior = vae.encode(images.to(vae.dtype)).latent_dist
     if not sample:
         return normalize_latents(vae, posterior.mode())

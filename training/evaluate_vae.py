@@ -3,8 +3,8 @@
     python training/evaluate_vae.py runs/digits-vae
     python training/evaluate_vae.py runs/fashion-vae --num_images 1000 --num_samples 64
 
-MODEL is the folder of a run of training/train_vae.py, or any folder of a `VAEModel` with --dataset_name. The bound on
--log p(x) with its two terms and the importance-weighted bound are in nats an image, and in bits a value of a pixel where
+MODEL is the folder of a run of training/train_vae.py, or any folder of a `VAEModel` or a `HierarchicalVAEModel` with
+--dataset_name. The bound on -log p(x) with its two terms (the rate by level too, where there are several) and the importance-weighted bound are in nats an image, and in bits a value of a pixel where
 that means something; how close the decoded images are, in PSNR, SSIM and the Fréchet distance in the features of a
 classifier. What a training run says in train_config.yaml need not be said again.
 """
@@ -21,7 +21,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from diffusers_ext import VAEModel
+from diffusers_ext import HierarchicalVAEModel, VAEModel
 from diffusers_ext.atomic_files import atomic_write
 from diffusers_ext.diffusion.variational_bound import bits_per_dim
 from diffusers_ext.draws import check_seed
@@ -37,6 +37,7 @@ from diffusers_ext.metrics.reconstruction import psnr, ssim
 from diffusers_ext.models.vae_likelihood import vae_likelihood
 from diffusers_ext.options import option, parse_config, run_script, to_command
 from diffusers_ext.pixels import to_images
+from diffusers_ext.recipes.hierarchical_vae import LevelStatistics
 from diffusers_ext.recipes.vae_objective import ACTIVE_VARIANCE, BINARIZATIONS, binarize
 from diffusers_ext.recipes.vae_scale import LatentStatistics
 from diffusers_ext.sizes import as_size
@@ -59,6 +60,7 @@ METRICS = {
     "frechet_distance": "Fréchet distance of reconstructions from their images, features of a classifier of {dataset}",
     "active_latents": "active latents of {latents}",
 }
+RATE_OF_LEVEL = "rate_of_level_{number}_nats"
 
 
 @dataclass(frozen=True)
@@ -98,9 +100,7 @@ def main(config: EvaluateVAEConfig) -> dict | None:
     state = PartialState()
     set_threads(config.num_threads, state.num_processes)
     given, config = config, take_options_of_run(config, config.model, ["binarize"])
-    if not Path(config.model, "config.json").is_file():
-        raise ValueError(f"{config.model} is no folder of a VAEModel: it has no config.json")
-    vae = VAEModel.from_pretrained(config.model).to(state.device).eval()
+    vae = load_autoencoder(config.model).to(state.device).eval()
     with state.main_process_first():
         real = load_real_images(config.for_data(), config.held_out_split)
     images = held_out_images(config, real, vae)
@@ -120,7 +120,7 @@ def main(config: EvaluateVAEConfig) -> dict | None:
         "num_images": len(images),
         "num_likelihood_images": min(len(images), config.num_likelihood_images),
         "num_samples": config.num_samples,
-        "latent_shape": list(vae.latent_shape),
+        "latent_shape": [list(level.shape) for level in vae.levels] if has_levels(vae) else list(vae.latent_shape),
         "features": about_features,
         **measure(vae, images, config, features),
         "seconds": round(time.perf_counter() - start, 1),
@@ -129,7 +129,28 @@ def main(config: EvaluateVAEConfig) -> dict | None:
     return result
 
 
-def held_out_images(config: EvaluateVAEConfig, real: RealImages, vae: VAEModel) -> Tensor:
+def load_autoencoder(folder: str) -> VAEModel | HierarchicalVAEModel:
+    """An autoencoder of ours.
+
+    Raises:
+        ValueError: if the folder has none.
+    """
+    path = Path(folder, "config.json")
+    if not path.is_file():
+        raise ValueError(f"{folder} is no folder of a VAEModel or HierarchicalVAEModel: it has no config.json")
+    name = json.loads(path.read_text()).get("_class_name")
+    classes = {each.__name__: each for each in (VAEModel, HierarchicalVAEModel)}
+    if name not in classes:
+        raise ValueError(f"{folder} is no folder of a {' or '.join(classes)}: it has a {name}")
+    return classes[name].from_pretrained(folder)
+
+
+def has_levels(vae: VAEModel | HierarchicalVAEModel) -> bool:
+    """Whether its latents are of several levels."""
+    return isinstance(vae, HierarchicalVAEModel)
+
+
+def held_out_images(config: EvaluateVAEConfig, real: RealImages, vae: VAEModel | HierarchicalVAEModel) -> Tensor:
     """uint8, shape `(number, channels, height, width)`.
 
     Raises:
@@ -148,19 +169,21 @@ def held_out_images(config: EvaluateVAEConfig, real: RealImages, vae: VAEModel) 
 
 
 @torch.no_grad()
-def measure(vae: VAEModel, images: Tensor, config: EvaluateVAEConfig, features=None) -> dict[str, float | int | None]:
+def measure(
+    vae: VAEModel | HierarchicalVAEModel, images: Tensor, config: EvaluateVAEConfig, features=None
+) -> dict[str, float | int | None]:
     """Every measure of these images, uint8.
 
     Returns:
         `elbo_nats` with its terms `distortion_nats` and `rate_nats`, and `iwae_nats`, all of them upper bounds on
         -log p(x), averaged over images; the same two bounds in `..._bits_per_dim`, None for grey images under
         "bernoulli"; `psnr` (dB) and `ssim`, averaged over images; `frechet_distance`, None without features;
-        `active_latents`.
+        `active_latents`; with levels of latents, the rate of each too.
     """
     how, num_dims = config.binarize or "none", images[0].numel()
     generator = torch.Generator(vae.device).manual_seed(config.seed)
-    latents, decoded = LatentStatistics(vae.latent_shape), torch.empty_like(images)
-    bounds, closeness = [], []
+    latents = LevelStatistics(vae) if has_levels(vae) else LatentStatistics(vae.latent_shape)
+    decoded, bounds, closeness = torch.empty_like(images), [], []
     for start in range(0, len(images), config.eval_batch_size):
         rows = slice(start, start + config.eval_batch_size)
         x = to_images(images[rows].to(vae.device))
@@ -174,24 +197,47 @@ def measure(vae: VAEModel, images: Tensor, config: EvaluateVAEConfig, features=N
             chunk_size = max(1, ROWS_AT_ONCE // len(x))
             settings = {"num_samples": config.num_samples, "chunk_size": chunk_size, "generator": generator}
             estimate = vae_likelihood(vae, x[:left], levels=LEVELS, **settings)
-            bounds.append(torch.stack([*estimate.bound, estimate.importance_weighted]).cpu())
-    distortion, rate, iwae = torch.cat(bounds, dim=1).mean(1).tolist()
+            bounds.append(torch.stack([*estimate.bound, estimate.importance_weighted, *estimate.rates]).cpu())
+    distortion, rate, iwae, *rates = torch.cat(bounds, dim=1).mean(1).tolist()
     mean_psnr, mean_ssim = torch.cat(closeness, dim=1).mean(1).tolist()
     is_probability = vae.config.likelihood != "bernoulli" or how != "none"
-    moments = latents.moments()
     return {
         "elbo_nats": distortion + rate,
         "distortion_nats": distortion,
         "rate_nats": rate,
+        **(_by_level(rates) if has_levels(vae) else {}),
         "iwae_nats": iwae,
         "elbo_bits_per_dim": bits_per_dim(distortion + rate, num_dims) if is_probability else None,
         "iwae_bits_per_dim": bits_per_dim(iwae, num_dims) if is_probability else None,
         "psnr": mean_psnr,
         "ssim": mean_ssim,
         "frechet_distance": None if features is None else _distance(features, images, decoded),
-        "active_latents": int((moments.mean_var > ACTIVE_VARIANCE).sum()),
-        "num_latents": moments.mean_var.numel(),
+        **_activity(latents),
     }
+
+
+def _by_level(rates: list[float]) -> dict[str, float]:
+    return {RATE_OF_LEVEL.format(number=len(rates) - index): rate for index, rate in enumerate(rates)}
+
+
+def _activity(latents: LatentStatistics | LevelStatistics) -> dict[str, int]:
+    """Of one level by the variance of their means (see `ACTIVE_VARIANCE`), of several by what they spend (`ACTIVE_NATS`)."""
+    if isinstance(latents, LevelStatistics):
+        measured = latents.rates()
+        return {"active_latents": sum(measured.num_active), "num_latents": sum(measured.num_latents)}
+    mean_var = latents.moments().mean_var
+    return {"active_latents": int((mean_var > ACTIVE_VARIANCE).sum()), "num_latents": mean_var.numel()}
+
+
+def metrics_of(result: dict) -> dict[str, str]:
+    """`METRICS` of this result, with the rates of its levels after the rate."""
+    levels = result["latent_shape"] if isinstance(result["latent_shape"][0], list) else []
+    of_levels = {
+        RATE_OF_LEVEL.format(number=number): f"of which level {number}" for number in range(len(levels), 0, -1)
+    }
+    names = list(METRICS)
+    split = names.index("rate_nats") + 1
+    return {name: (METRICS | of_levels)[name] for name in [*names[:split], *of_levels, *names[split:]]}
 
 
 def _distance(features, images: Tensor, decoded: Tensor) -> float:
@@ -206,7 +252,7 @@ def report(config: EvaluateVAEConfig, result: dict):
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as partial:
         partial.write_text(json.dumps(result, indent=2) + "\n")
-    print(format_table({"held-out": {name: result[name] for name in METRICS}}))
+    print(format_table({"held-out": {name: result[name] for name in metrics_of(result)}}))
     if result["elbo_bits_per_dim"] is None:
         print("bits/dim mean nothing here: bernoulli gives grey values a cross-entropy and no probability")
     if result["features"]:
@@ -228,16 +274,17 @@ def figures_of(config: EvaluateVAEConfig, result: dict) -> list[Figure]:
         "latents": result["num_latents"],
     }
     command = to_command(config, "training/evaluate_vae.py", launcher="python")
+    metrics = metrics_of(result)
     return [
         Figure(
-            METRICS[name].format(**names),
+            metrics[name].format(**names),
             float(result[name]),
             result["num_likelihood_images" if name.endswith(("_nats", "_per_dim")) else "num_images"],
             None,
             None,
             command,
         )
-        for name in METRICS
+        for name in metrics
         if result[name] is not None
     ]
 

@@ -2,10 +2,12 @@
 
     python training/train_vae.py
     python training/train_vae.py --dataset_name path/to/fashion_mnist --architecture conv --max_train_time 5m
+    python training/train_vae.py --dataset_name path/to/fashion_mnist --architecture hierarchical --max_train_time 5m
 
 Without options it trains a fully connected one on scikit-learn's handwritten digits; convolutional ones make the latents
-that a diffusion model is trained on. `--help` lists the options, `--config
-FILE.yaml` reads them from a file. `training/evaluate_vae.py OUTPUT_DIR` measures the result on held-out images.
+that a diffusion model is trained on; hierarchical ones have a prior that is learned, and make images by themselves.
+`--help` lists the options, `--config FILE.yaml` reads them from a file. `training/evaluate_vae.py OUTPUT_DIR` measures
+the result on held-out images.
 """
 
 import dataclasses
@@ -17,6 +19,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import ClassVar, Literal
 
 import openmp  # noqa: F401  before torch is loaded
@@ -24,7 +27,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from diffusers_ext import VAEModel
+from diffusers_ext import HierarchicalVAEModel, VAEModel
 from diffusers_ext.data.batches import BatchOptions, make_batches
 from diffusers_ext.data.image_table import ImageData
 from diffusers_ext.data.prepare import prepare_data
@@ -34,7 +37,8 @@ from diffusers_ext.models.vae import ARCHITECTURES
 from diffusers_ext.models.vae_discriminator import PatchDiscriminator
 from diffusers_ext.models.vae_likelihood import LIKELIHOODS
 from diffusers_ext.options import fixed_option, option, run_script, to_command
-from diffusers_ext.recipes.vae_figures import draw_pictures, pictures_of
+from diffusers_ext.recipes import hierarchical_figures, vae_figures
+from diffusers_ext.recipes.hierarchical_vae import HierarchicalObjective, LevelRates, describe_levels, measure_levels
 from diffusers_ext.recipes.vae_objective import (
     ACTIVE_VARIANCE,
     BINARIZATIONS,
@@ -57,7 +61,10 @@ from diffusers_ext.trainer.run import describe_data, finish_run, make_accelerato
 MIN_MEASURED = 1000  # training images that the latents' scale is measured on, however short the time
 PICTURED = 128  # images whose latents tell which of them to draw
 
-conv_option = partial(fixed_option, needs={"architecture": ("conv",)})
+HIERARCHICAL = "hierarchical"
+
+conv_option = partial(fixed_option, needs={"architecture": ("conv", HIERARCHICAL)})
+levels_option = partial(fixed_option, needs={"architecture": (HIERARCHICAL,)})
 mlp_option = partial(fixed_option, needs={"architecture": ("mlp",)})
 adversary_option = partial(fixed_option, needs="adversarial_weight")
 
@@ -66,15 +73,29 @@ adversary_option = partial(fixed_option, needs="adversarial_weight")
 class TrainVAEConfig(TrainerConfig):
     """Train a variational autoencoder on images, for pictures of its own or as the first stage of a diffusion model."""
 
-    architecture: Literal[ARCHITECTURES] = fixed_option(
-        "mlp", "fully connected with flat latents; or convolutional, as the first stage of a diffusion model", "model"
+    architecture: Literal[(*ARCHITECTURES, HIERARCHICAL)] = fixed_option(
+        "mlp",
+        "fully connected with flat latents; convolutional, as the first stage of a diffusion model; or convolutional with "
+        "several levels of latents",
+        "model",
     )
     block_out_channels: tuple[int, ...] = conv_option(
-        (32, 64), "conv: channels at each resolution, the full one first; each further one halves the side"
+        (32, 64),
+        "conv, hierarchical: channels at each resolution, the full one first; each further one halves the side",
     )
-    latent_channels: int = conv_option(4, "conv: channels of the latents")
-    layers_per_block: int = conv_option(1, "conv: residual blocks at each resolution; one more in the decoder")
-    mid_block_add_attention: bool = conv_option(True, "conv: attention at the lowest resolution")
+    latent_channels: int = conv_option(4, "conv, hierarchical: channels of the latents")
+    num_levels: int = levels_option(
+        3, "hierarchical: levels of latents; each halves the side of the one below it", at_least=1
+    )
+    level_channels: tuple[int, ...] | None = levels_option(
+        None, "hierarchical: channels of each level's latents, from the top; by default latent_channels for each"
+    )
+    layers_per_block: int = conv_option(
+        1, "conv, hierarchical: residual blocks at each resolution; one more in the decoder"
+    )
+    mid_block_add_attention: bool = conv_option(
+        True, "conv, hierarchical: attention at the lowest resolution, and at the levels above"
+    )
     latent_dim: int = mlp_option(10, "mlp: number of latents")
     hidden_dims: tuple[int, ...] = mlp_option((256, 256), "mlp: widths of the encoder's hidden layers")
 
@@ -111,7 +132,8 @@ class TrainVAEConfig(TrainerConfig):
     sample_columns: int = option(8, "pictures in a row", "pictures", at_least=1)
     max_measured_samples: int = option(
         20_000,
-        "training images that the latents' scale is measured on; drawn at random if there are more",
+        "training images that the latents' scale, or the rates of their levels, are measured on; drawn at random if there "
+        "are more",
         at_least=1,
     )
 
@@ -131,6 +153,16 @@ class TrainVAEConfig(TrainerConfig):
             raise ValueError(
                 f"binarize {self.binarize} needs --likelihood bernoulli, got {self.likelihood}: a density of two values has "
                 "no bound"
+            )
+        if self.level_channels is not None and self.latent_channels != type(self).latent_channels:
+            raise ValueError(
+                "give latent_channels, the same for all levels, or level_channels, and not both, got "
+                f"{self.latent_channels} and {' '.join(map(str, self.level_channels))}"
+            )
+        if self.level_channels is not None and len(self.level_channels) != self.num_levels:
+            raise ValueError(
+                f"level_channels must be one number for each of {self.num_levels} levels, from the top, got "
+                f"{' '.join(map(str, self.level_channels))}"
             )
         smallest = PatchDiscriminator.smallest_side(self.discriminator_layers)
         for side in self.resolution or ():
@@ -180,7 +212,7 @@ def main(config: TrainVAEConfig) -> Path:
             vae,
             objective,
             data,
-            batch_options={"latent_shape": vae.latent_shape},
+            batch_options={"latent_shape": noise_shape(vae)},
             on_images=partial(draw_while_training, config),
             step_hook=adversary,
             validation_data=held_out,
@@ -194,18 +226,17 @@ def main(config: TrainVAEConfig) -> Path:
             with closing(
                 counting_bar(num_batches(trainer, number), "measuring: batch", enabled=accelerator.is_main_process)
             ) as bar:
-                moments = measure_latents(model, counted(bar, images_to_measure(trainer, number)), accelerator)
-            store_scale(model, moments)
+                measured = measure(model, counted(bar, images_to_measure(trainer, number)), accelerator)
+            if isinstance(measured, LatentMoments):
+                store_scale(model, measured)
             if accelerator.is_main_process:
                 save_atomically(model, trainer.output_dir)
         if accelerator.is_main_process:
-            notes = [describe_data(config, data), *data.notes, describe_latents(model, moments)]
+            notes = [describe_data(config, data), *data.notes, describe(model, measured)]
             print(f"{notes[-1]}\ndrawing pictures ...", flush=True)
-            vae = VAEModel.from_pretrained(trainer.output_dir).to(accelerator.device)
-            draw_pictures(
-                vae, some_images(trainer), trainer.output_dir, columns=config.sample_columns, seed=config.seed
-            )
-            finish_run(trainer, command, "\n\n".join(notes), pictures_of(vae))
+            vae = type(vae).from_pretrained(trainer.output_dir).to(accelerator.device)
+            draw(config, trainer, vae, trainer.output_dir)
+            finish_run(trainer, command, "\n\n".join(notes), figures_of(vae).pictures_of(vae))
     return trainer.output_dir
 
 
@@ -219,23 +250,25 @@ def load_data(config: TrainVAEConfig, accelerator: Accelerator) -> tuple[ImageDa
     return data, held_out
 
 
-def build_model(config: TrainVAEConfig, data: ImageData | StreamData) -> VAEModel:
+def build_model(config: TrainVAEConfig, data: ImageData | StreamData) -> VAEModel | HierarchicalVAEModel:
     """A new model with weights that follow from the seed."""
     torch.manual_seed(config.seed)
+    common = {
+        "sample_size": data.size,
+        "in_channels": data.channels,
+        "out_channels": data.channels,
+        "block_out_channels": config.block_out_channels,
+        "latent_channels": config.level_channels or config.latent_channels,
+        "layers_per_block": config.layers_per_block,
+        "mid_block_add_attention": config.mid_block_add_attention,
+        "likelihood": config.likelihood,
+        "likelihood_scale": config.likelihood_scale,
+        "learn_scale": config.learns_scale,
+    }
+    if config.architecture == HIERARCHICAL:
+        return HierarchicalVAEModel(**common, num_levels=config.num_levels)
     return VAEModel(
-        sample_size=data.size,
-        in_channels=data.channels,
-        out_channels=data.channels,
-        block_out_channels=config.block_out_channels,
-        latent_channels=config.latent_channels,
-        layers_per_block=config.layers_per_block,
-        mid_block_add_attention=config.mid_block_add_attention,
-        architecture=config.architecture,
-        latent_dim=config.latent_dim,
-        hidden_dims=config.hidden_dims,
-        likelihood=config.likelihood,
-        likelihood_scale=config.likelihood_scale,
-        learn_scale=config.learns_scale,
+        **common, architecture=config.architecture, latent_dim=config.latent_dim, hidden_dims=config.hidden_dims
     )
 
 
@@ -254,16 +287,23 @@ def build_adversary(config: TrainVAEConfig, data: ImageData | StreamData) -> Adv
 
 
 def build_objective(
-    config: TrainVAEConfig, accelerator: Accelerator, vae: VAEModel, data, adversary: Adversary | None
+    config: TrainVAEConfig,
+    accelerator: Accelerator,
+    vae: VAEModel | HierarchicalVAEModel,
+    data,
+    adversary: Adversary | None,
 ) -> VAEObjective:
     """The loss, with the perceptual network loaded if one is named."""
     perceptual = None
     if config.perceptual_network is not None:
         perceptual = load_perceptual(config.perceptual_network, (data.channels, *data.size))
-    return VAEObjective(
+    if isinstance(vae, HierarchicalVAEModel):
+        new = partial(HierarchicalObjective, num_levels=len(vae.levels))
+    else:
+        new = partial(VAEObjective, latent_shape=vae.latent_shape)
+    return new(
         accelerator,
         config.likelihood,
-        vae.latent_shape,
         last_layer=vae.last_layer,
         kl_weight=config.kl_weight,
         kl_warmup_steps=config.kl_warmup_steps,
@@ -275,6 +315,39 @@ def build_objective(
         adversarial_weight=config.adversarial_weight,
         adaptive=config.adversarial_adaptive,
     )
+
+
+# One level of latents, or several.
+
+
+def noise_shape(vae: VAEModel | HierarchicalVAEModel) -> tuple[int, ...]:
+    """Shape of the noise that the latents of an image are drawn with."""
+    return (vae.num_latents,) if isinstance(vae, HierarchicalVAEModel) else vae.latent_shape
+
+
+def figures_of(vae: VAEModel | HierarchicalVAEModel) -> ModuleType:
+    """The module that draws its pictures."""
+    return hierarchical_figures if isinstance(vae, HierarchicalVAEModel) else vae_figures
+
+
+def measure(
+    vae: VAEModel | HierarchicalVAEModel, batches: Iterable[Tensor], accelerator: Accelerator | None = None
+) -> LatentMoments | LevelRates:
+    """What is known of the latents of a trained model from images."""
+    if isinstance(vae, HierarchicalVAEModel):
+        return measure_levels(vae, batches, accelerator)
+    return measure_latents(vae, batches, accelerator)
+
+
+def describe(vae: VAEModel | HierarchicalVAEModel, measured: LatentMoments | LevelRates) -> str:
+    """That in Markdown, for the card."""
+    return (describe_levels if isinstance(measured, LevelRates) else describe_latents)(vae, measured)
+
+
+def draw(config: TrainVAEConfig, trainer: Trainer, vae: VAEModel | HierarchicalVAEModel, folder: Path) -> None:
+    """All pictures of a model, into a folder."""
+    settings = {"columns": config.sample_columns, "seed": config.seed}
+    figures_of(vae).draw_pictures(vae, some_images(trainer), folder, **settings)
 
 
 def num_to_measure(trainer: Trainer, share: float = 1.0) -> int:
@@ -305,14 +378,14 @@ def drawing_cost(config: TrainVAEConfig, trainer: Trainer) -> EndingCost:
     batches = num_batches(trainer, number)
     images = next(images_to_measure(trainer, number), some_images(trainer)[: config.train_batch_size])
 
-    def draw():
+    def draw_once():
         with tempfile.TemporaryDirectory() as folder:
-            draw_pictures(vae, some_images(trainer), Path(folder), columns=config.sample_columns, seed=config.seed)
+            draw(config, trainer, vae, Path(folder))
 
     with trainer.averaged_model() as vae:
-        measure_latents(vae, [images])  # the first time makes ready what the next ones use
-        encoding = seconds_of(lambda: measure_latents(vae, [images]))
-        return EndingCost(fixed=seconds_of(draw), scalable=batches * encoding)
+        measure(vae, [images])  # the first time makes ready what the next ones use
+        encoding = seconds_of(lambda: measure(vae, [images]))
+        return EndingCost(fixed=seconds_of(draw_once), scalable=batches * encoding)
 
 
 def some_images(trainer: Trainer) -> Tensor:
@@ -338,7 +411,7 @@ def draw_while_training(config: TrainVAEConfig, trainer: Trainer, name: str | No
     folder = trainer.output_dir / (name or f"samples/step-{trainer.state.step:07}")
     with trainer.averaged_model() as vae:
         if trainer.accelerator.is_main_process:
-            draw_pictures(vae, some_images(trainer), folder, columns=config.sample_columns, seed=config.seed)
+            draw(config, trainer, vae, folder)
 
 
 def describe_latents(vae: VAEModel, moments: LatentMoments) -> str:

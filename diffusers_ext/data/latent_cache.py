@@ -24,7 +24,7 @@ from diffusers_ext.data.image_table import ImageData, PixelTable
 from diffusers_ext.data.label_columns import fair_share, read_labels
 from diffusers_ext.data.prepare import prepare_data
 from diffusers_ext.data.stream import StreamData
-from diffusers_ext.latents import latent_scale, normalize_latents
+from diffusers_ext.latents import check_one_level, latent_scale, normalize_latents
 from diffusers_ext.sizes import downsampling_factor
 
 
@@ -145,6 +145,7 @@ def load_vae(name: str) -> ModelMixin:
         raise ValueError(f"--vae {name} cannot be loaded as an autoencoder: {error}") from error
     if not hasattr(vae, "encode") or vae.config.get("latent_channels") is None:
         raise ValueError(f"--vae {name} must be an autoencoder with latent_channels, got a {type(vae).__name__}")
+    check_one_level(vae, f"--vae {name}")
     if vae.config.get("architecture") == "mlp" or vae.config.get("dims", 2) != 2:
         raise ValueError(f"--vae {name} must have latents with height and width, which a denoiser has room for")
     latent_scale(vae, torch.empty(1, vae.config.latent_channels, 1, 1))  # refuses one that was never measured

@@ -1,6 +1,7 @@
 """A variational autoencoder (Kingma & Welling 2013), convolutional or fully connected."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 
 from diffusers_ext.draws import draw_normal
 from diffusers_ext.models.layers import zero_residual_branches
-from diffusers_ext.models.network import Network, check_shape
+from diffusers_ext.models.network import check_shape
 from diffusers_ext.models.vae_coders import ConvCoder, DenseCoder, VAEBlock
-from diffusers_ext.models.vae_likelihood import LIKELIHOODS, DiagonalGaussian, mean_of
+from diffusers_ext.models.vae_likelihood import DiagonalGaussian, LatentDraws, gaussian_draws, mean_of
+from diffusers_ext.models.vae_network import AutoencoderNetwork, check_likelihood
 from diffusers_ext.models.vae_tiling import apply_tiled
 from diffusers_ext.sizes import as_size, check_size, downsampling_factor
 
@@ -56,7 +58,7 @@ class VAEOutput(BaseOutput):
     latents: Tensor | None = None
 
 
-class VAEModel(Network):
+class VAEModel(AutoencoderNetwork):
     """A variational autoencoder: images to latents and back, with a likelihood.
 
     Latents are normalised for a denoiser as `(z - shift_factor) * scaling_factor`. `training/train_vae.py` measures
@@ -128,8 +130,7 @@ class VAEModel(Network):
             self.decoder = ConvCoder(
                 latent_channels, out_channels, block_out_channels[::-1], layers_per_block + 1, upward=True, **options
             )
-        scale = torch.tensor(float(likelihood_scale)).log()
-        self.log_scale = nn.Parameter(scale) if learn_scale else None
+        self.start_scale()
         self.use_slicing = self.use_tiling = False
         self.initialize_weights()
 
@@ -161,14 +162,6 @@ class VAEModel(Network):
         """Whether `scaling_factor` and `shift_factor` were measured or given, and are not just the defaults."""
         return self.config.shift_factor is not None or self.config.scaling_factor not in (None, 1.0)
 
-    @property
-    def likelihood_log_scale(self) -> Tensor:
-        """Log of the likelihood's scale, shape `()`."""
-        if self.log_scale is not None:
-            return self.log_scale
-        # Filled in on the device: a copy from the host would wait for it.
-        return torch.full((), math.log(self.config.likelihood_scale), device=self.device)
-
     @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True) -> EncoderOutput | tuple[DiagonalGaussian]:
         """The posterior over the latents of images in [-1, 1], shape `(batch, in_channels, *spatial)`."""
@@ -199,6 +192,10 @@ class VAEModel(Network):
         self._check_latents(z)
         offset = self.config.latent_offset
         return self._by_slices(self._decode, z + offset if offset else z).to(self.dtype)
+
+    def posterior_draws(self, x: Tensor, generator: torch.Generator | None = None) -> Callable[[int], LatentDraws]:
+        """Draws from the posterior of images in [-1, 1], as `importance_weighted_bound` takes them."""
+        return gaussian_draws(self.encode(x).latent_dist, generator)
 
     def sample_prior(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
         """Latents drawn from the prior, shape `(num_samples, *latent_shape)`."""
@@ -323,7 +320,8 @@ class VAEModel(Network):
 
 
 def _check_options(config):
-    for name, choices in {"architecture": ARCHITECTURES, "likelihood": LIKELIHOODS, "dims": (1, 2)}.items():
+    check_likelihood(config)
+    for name, choices in {"architecture": ARCHITECTURES, "dims": (1, 2)}.items():
         if config[name] not in choices:
             raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {config[name]!r}")
     for name in ("in_channels", "out_channels", "latent_channels", "layers_per_block", "latent_dim"):
@@ -333,9 +331,5 @@ def _check_options(config):
         raise ValueError(f"block_out_channels must be one or more positive numbers, got {config.block_out_channels}")
     if any(width < 1 for width in config.hidden_dims):
         raise ValueError(f"hidden_dims must be positive, got {config.hidden_dims}")
-    if config.likelihood_scale <= 0:
-        raise ValueError(f"likelihood_scale must be positive, got {config.likelihood_scale:g}")
-    if config.learn_scale and config.likelihood == "bernoulli":
-        raise ValueError("learn_scale has no meaning for likelihood 'bernoulli', which has no scale")
     if config.scaling_factor is not None and config.scaling_factor <= 0:
         raise ValueError(f"scaling_factor must be positive, got {config.scaling_factor:g}")

@@ -165,30 +165,62 @@ class LikelihoodEstimate(NamedTuple):
         importance_weighted: The negative importance-weighted bound (Burda et al. 2016). It falls to -log p(x) as the
             number of draws grows, and is at most `elbo_of_draws`.
         elbo_of_draws: The negative ELBO from the very same draws, the rate by them too.
+        rates: The rate of each level of latents, from the top, shape `(num_levels, batch)`; they sum to that of `bound`.
     """
 
     bound: Bound
     importance_weighted: Tensor
     elbo_of_draws: Tensor
+    rates: Tensor
+
+
+class LatentDraws(NamedTuple):
+    """Draws from q(z | x), `copies` for each of `batch` images: rows image by image within each copy.
+
+    Attributes:
+        latents: What p(x | z) is decoded from, shape `(copies * batch, *latent_shape)`.
+        log_ratio: log p(z) - log q(z | x) in nats, shape `(copies * batch,)`.
+        rates: KL divergence of each level of latents, from the top, given the draws above: nats, shape
+            `(num_levels, copies * batch)`.
+    """
+
+    latents: Tensor
+    log_ratio: Tensor
+    rates: Tensor
+
+
+def gaussian_draws(
+    posterior: DiagonalGaussian, generator: torch.Generator | None = None
+) -> Callable[[int], LatentDraws]:
+    """Draws latents of one level; takes the number of `copies`."""
+
+    def draw(copies: int) -> LatentDraws:
+        # One draw of all images after the other, so that it makes no difference how many are made at once.
+        z = torch.cat([posterior.sample(generator) for _ in range(copies)])
+        many = DiagonalGaussian(
+            repeated(posterior.mean, copies), repeated(posterior.logvar, copies), posterior.prior_mean
+        )
+        log_ratio = to_float64(many.prior_log_prob(z)) + to_float64(many.nll(z))
+        return LatentDraws(z, log_ratio, posterior.kl().repeat(copies)[None])
+
+    return draw
 
 
 @torch.no_grad()
-def estimate_likelihood(
-    posterior: DiagonalGaussian,
+def importance_weighted_bound(
+    draw: Callable[[int], LatentDraws],
     log_prob: Callable[[Tensor, int], Tensor],
     *,
     num_samples: int = 64,
     chunk_size: int = 8,
-    generator: torch.Generator | None = None,
 ) -> LikelihoodEstimate:
     """Bounds on -log p(x) from draws of the posterior.
 
         log p(x) >= E[log 1/K sum_k w_k],   w_k = p(x | z_k) p(z_k) / q(z_k | x)
 
     Args:
-        posterior: q(z | x) of `batch` images.
-        log_prob: Takes latents of `copies * batch` rows, image by image within each copy, and `copies`; gives
-            log p(x | z) in nats, shape `(copies * batch,)`.
+        draw: Gives the draws of that many copies; see `LatentDraws`.
+        log_prob: Takes their latents and `copies`; gives log p(x | z) in nats, shape `(copies * batch,)`.
         num_samples: K, draws for each image.
         chunk_size: Draws that are decoded at once.
 
@@ -197,46 +229,56 @@ def estimate_likelihood(
     """
     if num_samples < 1 or chunk_size < 1:
         raise ValueError(f"num_samples and chunk_size must be at least 1, got {num_samples} and {chunk_size}")
-    batch = len(posterior.mean)
-    log_weights, log_probs = [], []
+    log_weights, log_probs, rates = [], [], []
     for start in range(0, num_samples, chunk_size):
         copies = min(chunk_size, num_samples - start)
-        # One draw of all images after the other, so that the chunks make no difference.
-        z = torch.cat([posterior.sample(generator) for _ in range(copies)])
-        many = DiagonalGaussian(
-            _repeat(posterior.mean, copies), _repeat(posterior.logvar, copies), posterior.prior_mean
-        )
-        log_p_x, log_prior, nll = map(to_float64, (log_prob(z, copies), many.prior_log_prob(z), many.nll(z)))
-        log_weights.append((log_p_x + log_prior + nll).view(copies, batch))
-        log_probs.append(log_p_x.view(copies, batch))
-    log_weights = torch.cat(log_weights)
+        z, log_ratio, rates_of_draws = draw(copies)
+        log_p_x = to_float64(log_prob(z, copies)).view(copies, -1)
+        log_weights.append(log_p_x + to_float64(log_ratio).view(copies, -1))
+        log_probs.append(log_p_x)
+        rates.append(to_float64(rates_of_draws).unflatten(1, (copies, -1)))
+    log_weights, rates = torch.cat(log_weights), torch.cat(rates, dim=1).mean(1)
     return LikelihoodEstimate(
-        bound=Bound(-torch.cat(log_probs).mean(0), to_float64(posterior.kl())),
+        bound=Bound(-torch.cat(log_probs).mean(0), rates.sum(0)),
         importance_weighted=math.log(num_samples) - log_weights.logsumexp(0),
         elbo_of_draws=-log_weights.mean(0),
+        rates=rates,
     )
 
 
+def estimate_likelihood(
+    posterior: DiagonalGaussian,
+    log_prob: Callable[[Tensor, int], Tensor],
+    *,
+    num_samples: int = 64,
+    chunk_size: int = 8,
+    generator: torch.Generator | None = None,
+) -> LikelihoodEstimate:
+    """`importance_weighted_bound` of one level of latents, whose posterior q(z | x) is at hand."""
+    draw = gaussian_draws(posterior, generator)
+    return importance_weighted_bound(draw, log_prob, num_samples=num_samples, chunk_size=chunk_size)
+
+
+@torch.no_grad()
 def vae_likelihood(
     vae, x: Tensor, *, levels: int | None = 256, num_samples: int = 64, chunk_size: int = 8, generator=None
 ) -> LikelihoodEstimate:
-    """Bounds on -log p(x) of images in [-1, 1] under a `VAEModel`.
+    """Bounds on -log p(x) of images in [-1, 1] under a `VAEModel` or a `HierarchicalVAEModel`.
 
     Args:
         levels: As for `log_likelihood`; "bernoulli" leaves it out.
-        num_samples, chunk_size, generator: As for `estimate_likelihood`.
+        num_samples, chunk_size: As for `importance_weighted_bound`.
+        generator: Of the draws.
     """
     kind, log_scale = vae.config.likelihood, vae.likelihood_log_scale
 
     def log_prob(z: Tensor, copies: int) -> Tensor:
-        return log_likelihood(kind, _repeat(x, copies), vae.decode_parameters(z), log_scale, levels=levels)
+        return log_likelihood(kind, repeated(x, copies), vae.decode_parameters(z), log_scale, levels=levels)
 
-    with torch.no_grad():
-        posterior = vae.encode(x).latent_dist
-    return estimate_likelihood(
-        posterior, log_prob, num_samples=num_samples, chunk_size=chunk_size, generator=generator
-    )
+    draw = vae.posterior_draws(x, generator)
+    return importance_weighted_bound(draw, log_prob, num_samples=num_samples, chunk_size=chunk_size)
 
 
-def _repeat(x: Tensor, copies: int) -> Tensor:
+def repeated(x: Tensor, copies: int) -> Tensor:
+    """`copies` of a batch, one after the other."""
     return x.repeat(copies, *[1] * (x.ndim - 1))

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diffusers_ext.guidance.labels import num_classes_of
 from diffusers_ext.guidance.texts import context_width, longest_text, width_of
+from diffusers_ext.latents import check_one_level
 from diffusers_ext.models.vae import VAEModel
 
 
@@ -101,6 +102,7 @@ def _refuse_wrapped(name: str, network: nn.Module | None) -> None:
 
 
 def _check_vae(vae: nn.Module, denoiser: nn.Module) -> None:
+    check_one_level(vae)
     channels, config = denoiser.config.in_channels, vae.config
     if config.get("architecture") == "mlp":
         raise ValueError("vae must have latents with room for a denoiser, got a fully connected one, whose are flat")

@@ -38,7 +38,7 @@ def draw_pictures(vae: VAEModel, images: Tensor, folder: Path, *, columns: int =
     """
     folder.mkdir(parents=True, exist_ok=True)
     shown = images[:columns]
-    both = [_in_unit_range(shown), decoded(vae, vae.encode(shown).latent_dist.mode())]
+    both = [in_unit_range(shown), decoded(vae, vae.encode(shown).latent_dist.mode())]
     save_picture(labelled_grid(both, ["image", "decoded"]), folder / "reconstructions.png")
     generator = torch.Generator(vae.device).manual_seed(seed)
     drawn = decoded(vae, vae.sample_prior(columns * columns, generator))
@@ -131,8 +131,9 @@ def draw_manifold(vae: VAEModel, path: Path, *, side: int = 16) -> None:
 
 def decoded(vae: VAEModel, z: Tensor) -> Tensor:
     """Latents to images in [0, 1]."""
-    return _in_unit_range(vae.decode(z).sample)
+    return in_unit_range(vae.decode(z).sample)
 
 
-def _in_unit_range(images: Tensor) -> Tensor:
+def in_unit_range(images: Tensor) -> Tensor:
+    """Images in [-1, 1] to [0, 1], cut to it."""
     return (images.float() / 2 + 0.5).clamp(0, 1)

@@ -6,10 +6,11 @@ Distortion and rate are the terms of the negative ELBO in nats for an image of `
 and nothing else the loss is the bound in nats for each of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from accelerate import Accelerator
+from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from diffusers_ext.models.vae_discriminator import adaptive_weight, hinge_loss
@@ -109,9 +110,7 @@ class VAEObjective(RunningSums):
             accelerator,
             terms=len(TERMS),
             count=(),
-            kl_sum=latent_shape[0],
-            mean_sum=latent_shape,
-            square_sum=latent_shape,
+            **self.latent_sums(latent_shape),
         )
         self.register_buffer("log_scale", torch.zeros(()))
         self.likelihood, self.binarization = likelihood, binarization
@@ -144,9 +143,11 @@ class VAEObjective(RunningSums):
         out = model(x, noise=batch["latent_noise"])
         dims = x[0].numel()
         distortion = -log_likelihood(self.likelihood, x, out.parameters, out.log_scale).mean()
-        kl_per_latent = DiagonalGaussian(out.mean, out.logvar).kl_per_latent()
-        rate = kl_per_latent.flatten(1).sum(1).mean()
-        pushed = free_bits_kl(kl_per_latent, self.free_bits) if self.free_bits and self.training else rate
+        kl_of_levels = self.kl_of_levels(out)
+        rate = sum(kl.flatten(1).sum(1).mean() for kl in kl_of_levels)
+        pushed = rate
+        if self.free_bits and self.training:
+            pushed = sum(free_bits_kl(kl, self.free_bits) for kl in kl_of_levels)
         zero = torch.zeros_like(distortion)
         perceptual = adversarial = weight = zero
         with_distortion = distortion / dims
@@ -164,18 +165,46 @@ class VAEObjective(RunningSums):
             batch["target"], batch["reconstruction"] = x, out.sample
         if self.training:
             terms = torch.stack([distortion, rate, perceptual, adversarial, weight]).detach()
-            self._take_note(terms, out.mean.detach(), kl_per_latent.detach(), out.log_scale.detach())
+            self._take_note(terms, out, [kl.detach() for kl in kl_of_levels])
         return loss
 
     @torch.no_grad()
-    def _take_note(self, terms: Tensor, mean: Tensor, kl_per_latent: Tensor, log_scale: Tensor):
-        mean = mean.float()
-        self.log_scale.copy_(log_scale)
-        self.summand("terms").add_(terms * len(mean))
-        self.summand("count").add_(len(mean))
-        self.summand("kl_sum").add_(kl_per_latent.transpose(0, 1).flatten(1).mean(1) * len(mean))
+    def _take_note(self, terms: Tensor, out: BaseOutput, kl_of_levels: list[Tensor]):
+        number = len(out.sample)
+        self.log_scale.copy_(out.log_scale)
+        self.summand("terms").add_(terms * number)
+        self.summand("count").add_(number)
+        self.note_latents(out, kl_of_levels)
+
+    # What is particular to latents of one level.
+
+    def latent_sums(self, latent_shape: tuple[int, ...]) -> dict[str, int | tuple[int, ...]]:
+        """Names and shapes of the sums over latents."""
+        return {"kl_sum": latent_shape[0], "mean_sum": latent_shape, "square_sum": latent_shape}
+
+    def kl_of_levels(self, out: BaseOutput) -> Sequence[Tensor]:
+        """KL divergence of each latent in nats, shape `(batch, *latent_shape)`, for each level of latents."""
+        return [DiagonalGaussian(out.mean, out.logvar).kl_per_latent()]
+
+    def note_latents(self, out: BaseOutput, kl_of_levels: list[Tensor]) -> None:
+        """Adds those of a batch to the sums over latents."""
+        mean, (kl,) = out.mean.float(), kl_of_levels
+        self.summand("kl_sum").add_(kl.transpose(0, 1).flatten(1).mean(1) * len(mean))
         self.summand("mean_sum").add_(mean.sum(0))
         self.summand("square_sum").add_(mean.square().sum(0))
+
+    def figures_of_latents(self, count: Tensor) -> Tensor:
+        """Figures of the `count` images in the sums, as one tensor."""
+        kl, mean, square = (self._wide(values) / count for values in (self.kl_sum, self.mean_sum, self.square_sum))
+        num_active = (square - mean.square() > ACTIVE_VARIANCE).sum()
+        return torch.cat([num_active.to(kl)[None], kl])
+
+    def describe_latents(self, figures: list[float], rate: float) -> tuple[dict[str, float], str | None]:
+        """These figures as they are logged; and a warning if there is reason for one, else None."""
+        num_active, *kl = figures
+        num_latents = self.mean_sum.numel()
+        record = {"active_latents": num_active, "active_share": num_active / num_latents, **_by_latent(kl)}
+        return record, collapse_warning(num_active, num_latents, rate)
 
     def metrics(self) -> dict[str, float]:
         """Means since the last call, over all processes.
@@ -184,33 +213,26 @@ class VAEObjective(RunningSums):
         channel), and how many latents are active.
         """
         self.collect()
-        sums = torch.cat(
-            [self.count[None], self.terms, self.kl_sum, self.mean_sum.flatten(), self.square_sum.flatten()]
-        )
-        sums = sums.double() if sums.device.type == "cpu" else sums
-        count, (terms, kl, mean, square) = (
-            sums[0],
-            (sums[1:] / sums[0]).split([len(TERMS), len(self.kl_sum), *[self.mean_sum.numel()] * 2]),
-        )
-        num_active = (square - mean.square() > ACTIVE_VARIANCE).sum()
-        packed = torch.cat([torch.stack([count, num_active.to(count), self.log_scale.exp().to(count)]), terms, kl])
-        num_images, num_active, scale, *values = packed.tolist()
+        count = self._wide(self.count)
+        packed = [torch.stack([count, self.log_scale.exp().to(count)]), self._wide(self.terms) / count]
+        # To the host in one go, which waits for the device once.
+        num_images, scale, *values = torch.cat([*packed, self.figures_of_latents(count)]).tolist()
         self.clear()
-        terms, kl = dict(zip(TERMS, values[: len(TERMS)], strict=True)), values[len(TERMS) :]
-        num_latents = self.mean_sum.numel()
-        if num_images >= 100 and self.step >= self.kl_warmup_steps + STEPS_TO_WAKE and not self._warned:
-            warning = collapse_warning(num_active, num_latents, terms["rate"])
-            if warning:
-                self.accelerator.print(f"\nwarning: {warning}")
-                self._warned = True
+        terms = dict(zip(TERMS, values[: len(TERMS)], strict=True))
+        of_latents, warning = self.describe_latents(values[len(TERMS) :], terms["rate"])
+        if num_images >= 100 and self.step >= self.kl_warmup_steps + STEPS_TO_WAKE and warning and not self._warned:
+            self.accelerator.print(f"\nwarning: {warning}")
+            self._warned = True
         return {
             **{name: value for name, value in terms.items() if self._has(name)},
             "kl_weight": self.current_kl_weight,
             **({} if self.likelihood == "bernoulli" else {"likelihood_scale": scale}),
-            "active_latents": num_active,
-            "active_share": num_active / num_latents,
-            **_by_latent(kl),
+            **of_latents,
         }
+
+    @staticmethod
+    def _wide(sums: Tensor) -> Tensor:
+        return sums.double() if sums.device.type == "cpu" else sums
 
     def _has(self, term: str) -> bool:
         if term == "perceptual":

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from devices import DEVICES, assert_near, moved, no_host_sync
-from diffusers_ext import DiTModel, NoisyClassifierModel, UNetModel, VAEModel
+from diffusers_ext import DiTModel, HierarchicalVAEModel, NoisyClassifierModel, UNetModel, VAEModel
 
 
 pytestmark = pytest.mark.device
@@ -33,6 +33,7 @@ NETWORKS = {
         {"timestep": EACH},
     ),
     "vae": (lambda: VAEModel(**VAE), {}),
+    "hierarchical vae": (lambda: HierarchicalVAEModel(**VAE, num_levels=2), {}),
 }
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffusers_ext import UNetModel, VAEModel
+from diffusers_ext import HierarchicalVAEModel, UNetModel, VAEModel
 
 
 WIDTHS = (8, 12, 16, 20)
@@ -24,7 +24,9 @@ def as_written(graph, example_inputs):
 @pytest.mark.skipif(
     "recompile_limit" not in inspect.signature(torch.compile).parameters, reason="torch.compile has no limit to set"
 )
-@pytest.mark.parametrize("cls, kwargs", [(UNetModel, {"timestep": torch.tensor(3)}), (VAEModel, {})])
+@pytest.mark.parametrize(
+    "cls, kwargs", [(UNetModel, {"timestep": torch.tensor(3)}), (VAEModel, {}), (HierarchicalVAEModel, {})]
+)
 @torch.no_grad()
 def test_blocks_of_many_widths_are_all_compiled(cls, kwargs):
     """Without a break, which would raise, and to the same result."""
