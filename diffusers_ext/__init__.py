@@ -19,6 +19,7 @@ from diffusers_ext.schedulers import (
     ExtDDIMInverseScheduler,
     ExtDDIMScheduler,
     ExtDDPMScheduler,
+    ScoreSDEScheduler,
     VPredictionScheduler,
 )
 
@@ -34,6 +35,7 @@ __all__ = [
     "ExtDDPMScheduler",
     "GuidedDiffusionPipeline",
     "NoisyClassifierModel",
+    "ScoreSDEScheduler",
     "TextGuidedDiffusionPipeline",
     "UNetModel",
     "VAEModel",
