@@ -201,6 +201,10 @@ class GaussianSchedulerMixin:
 
     # Noising.
 
+    def level(self, timestep: Tensor | int, like: Tensor) -> NoiseLevel:
+        """The alpha and sigma of each timestep, see `NoiseSchedule.level`."""
+        return self.schedule.level(timestep, like)
+
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor | int) -> Tensor:
         """x_t for the standard normal draw `noise`, computed in float32 or wider and cast last.
 
