@@ -19,6 +19,7 @@ from diffusers_ext.schedulers import (
     ExtDDIMInverseScheduler,
     ExtDDIMScheduler,
     ExtDDPMScheduler,
+    FlowScheduler,
     VPredictionScheduler,
 )
 
@@ -32,6 +33,7 @@ __all__ = [
     "ExtDDIMInverseScheduler",
     "ExtDDIMScheduler",
     "ExtDDPMScheduler",
+    "FlowScheduler",
     "GuidedDiffusionPipeline",
     "NoisyClassifierModel",
     "TextGuidedDiffusionPipeline",

@@ -3,7 +3,8 @@
 from diffusers_ext.schedulers.scheduling_ddim import ExtDDIMScheduler
 from diffusers_ext.schedulers.scheduling_ddim_inverse import ExtDDIMInverseScheduler
 from diffusers_ext.schedulers.scheduling_ddpm import ExtDDPMScheduler
+from diffusers_ext.schedulers.scheduling_flow import FlowScheduler
 from diffusers_ext.schedulers.scheduling_v_prediction import VPredictionScheduler
 
 
-__all__ = ["ExtDDIMInverseScheduler", "ExtDDIMScheduler", "ExtDDPMScheduler", "VPredictionScheduler"]
+__all__ = ["ExtDDIMInverseScheduler", "ExtDDIMScheduler", "ExtDDPMScheduler", "FlowScheduler", "VPredictionScheduler"]

@@ -39,6 +39,9 @@ MODEL_KEYS = (
 # What diffusers means where a class has no such key.
 MEANT_BY_ABSENCE = {"rescale_betas_zero_snr": False, "prediction_type": "epsilon"}
 
+FLOW_MODEL = "a flow-matching model"
+VP_MODEL = "a model of a Gaussian path given by betas"
+
 # The kind of model by a part of the scheduler's name. It decides nothing, and only stands in errors.
 KINDS = (
     ("CMStochastic", "a consistency model"),
@@ -56,17 +59,17 @@ KINDS = (
     ("BlockRefinement", "a model of discrete tokens"),
     ("DiscreteDDIM", "a model of discrete tokens"),
     ("EntropyBound", "a model of discrete tokens"),
-    ("Flow", "a flow-matching model"),
-    ("Helios", "a flow-matching model"),
-    ("LTX", "a flow-matching model"),
-    ("Piflow", "a flow-matching model"),
+    ("Flow", FLOW_MODEL),
+    ("Helios", FLOW_MODEL),
+    ("LTX", FLOW_MODEL),
+    ("Piflow", FLOW_MODEL),
 )
 
 
 def kind_of_model(name: str, config: Mapping[str, Any]) -> str:
     """The kind of model that a scheduler of another path is for, in words."""
     if is_flow(config):
-        return "a flow-matching model"
+        return FLOW_MODEL
     return next((kind for part, kind in KINDS if part in name), f"a model that was trained on {name}'s own path")
 
 
@@ -121,6 +124,45 @@ def read_model(config: Mapping[str, Any], cls: type, given: Mapping[str, Any]) -
         # Within the betas, and so for every class that reads them; the key itself is CogVideoX's alone.
         config |= {"trained_betas": shift_snr(_betas(config | given), shift).tolist(), "snr_shift_scale": 1.0}
     return config
+
+
+def read_flow_model(config: Mapping[str, Any], cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a solver of the linear path, in the keys of diffusers' `FlowMatchEulerDiscreteScheduler`.
+
+    Args:
+        config, given: As for `read_model`.
+
+    Raises:
+        ValueError: if it is the config of a model of another path, with both classes and the kind of model.
+    """
+    maker = _named_class(config)
+    config = dict(config)
+    _check_flow(config, cls, maker)
+    unset = set(config.get("_use_default_values", ()))
+    if "shift" in given or ("shift" in config and "shift" not in unset):
+        config.pop("flow_shift", None)
+    elif "flow_shift" in unset:
+        del config["flow_shift"]
+    if not str(config.get("use_flow_sigmas")) == "True":
+        config.pop("use_flow_sigmas", None)
+    # What solvers of another path understand by the word is not the spacing on this one.
+    if maker is not None and not issubclass(maker, cls):
+        config.pop("timestep_spacing", None)
+    return config
+
+
+def _check_flow(config: Mapping[str, Any], cls: type, maker: type | None) -> None:
+    """Refuses the config of a model of another path than the linear one."""
+    if is_flow(config) or maker is None and "beta_schedule" not in config:
+        return
+    if maker is not None and not has_betas(maker) and kind_of_model(maker.__name__, config) == FLOW_MODEL:
+        return
+    name = config.get("_class_name", "a scheduler of betas")
+    kind = VP_MODEL if maker is None or has_betas(maker) else kind_of_model(maker.__name__, config)
+    raise ValueError(
+        f"{cls.__name__} is for {FLOW_MODEL}, whose path is x_t = (1 - t) x_0 + t eps, and the config of {name} is that of "
+        f"{kind}: sample it with {name}, or make {cls.__name__} by its class"
+    )
 
 
 def shift_snr(betas: Tensor, scale: float) -> Tensor:
