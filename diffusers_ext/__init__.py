@@ -20,6 +20,7 @@ from diffusers_ext.schedulers import (
     ExtDDIMScheduler,
     ExtDDPMScheduler,
     FlowScheduler,
+    ScoreSDEScheduler,
     VPredictionScheduler,
 )
 
@@ -36,6 +37,7 @@ __all__ = [
     "FlowScheduler",
     "GuidedDiffusionPipeline",
     "NoisyClassifierModel",
+    "ScoreSDEScheduler",
     "TextGuidedDiffusionPipeline",
     "UNetModel",
     "VAEModel",

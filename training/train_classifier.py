@@ -166,7 +166,9 @@ def load_path(config: TrainClassifierConfig) -> tuple[dict[str, Any], ModelMixin
     vae = None if config.vae is None else load_vae(config.vae)
     if config.pipeline is None:
         options = {name: getattr(config, name) for name in config.SCHEDULE_OPTIONS}
-        return describe_path(ExtDDPMScheduler(**options, prediction_type="sample")), vae  # the type that any path allows
+        return describe_path(
+            ExtDDPMScheduler(**options, prediction_type="sample")
+        ), vae  # the type that any path allows
     pipe = DiffusionPipeline.from_pretrained(config.pipeline)
     own = getattr(pipe, "vae", None)
     if vae is not None and (own is None or fingerprint(own) != fingerprint(vae)):

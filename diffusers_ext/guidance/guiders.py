@@ -17,7 +17,13 @@ from torch import Tensor, nn
 
 from diffusers_ext.diffusion.noising import add_to_score
 from diffusers_ext.guidance.guided_denoiser import StepContext, check_guidance_rescale, check_guidance_scale
-from diffusers_ext.schedulers.levels import PATH_TOLERANCE, describe_path, path_difference, path_in_words, prediction_type_of
+from diffusers_ext.schedulers.levels import (
+    PATH_TOLERANCE,
+    describe_path,
+    path_difference,
+    path_in_words,
+    prediction_type_of,
+)
 
 
 class _ContextGuidance(BaseGuidance):

@@ -88,7 +88,9 @@ class PathConfig(NetworkConfig):
                 "one of them"
             )
         if self.rescale_betas_zero_snr and self.path not in TABLES:
-            raise ValueError(f"rescale_betas_zero_snr is of a beta_schedule, which path {self.path} is not: leave it out")
+            raise ValueError(
+                f"rescale_betas_zero_snr is of a beta_schedule, which path {self.path} is not: leave it out"
+            )
         if self.path == "linear" and self.prediction_type in ("epsilon", "score"):
             raise ValueError(
                 "prediction_type must be flow, v_prediction or sample with path linear, whose last level holds no signal to "

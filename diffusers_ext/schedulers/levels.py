@@ -13,7 +13,14 @@ from torch import Tensor
 from diffusers_ext.diffusion.noising import NoiseLevel, NoiseSchedule
 from diffusers_ext.diffusion.paths import PATHS, Linear, PathSchedule
 from diffusers_ext.schedulers.scheduling_ddpm import ExtDDPMScheduler
-from diffusers_ext.schedulers.sources import MEANT_BY_ABSENCE, PATH_KEYS, defaults_of, has_betas, is_flow, kind_of_model
+from diffusers_ext.schedulers.sources import (
+    MEANT_BY_ABSENCE,
+    PATH_KEYS,
+    defaults_of,
+    has_betas,
+    is_flow,
+    kind_of_model,
+)
 
 
 # Of alpha_bar; what float32 tables and clamps at zero signal leave of equal paths.
@@ -34,7 +41,9 @@ def noise_level(scheduler: SchedulerMixin, timestep: Tensor | float, like: Tenso
     """
     if hasattr(scheduler, "level"):
         level = scheduler.level(timestep, like)
-        return NoiseLevel(level.alpha / level.scale, level.sigma / level.scale) if _divides_by_scale(scheduler) else level
+        return (
+            NoiseLevel(level.alpha / level.scale, level.sigma / level.scale) if _divides_by_scale(scheduler) else level
+        )
     alpha_bar = getattr(scheduler, "alphas_cumprod", None)
     if alpha_bar is None:
         raise ValueError(

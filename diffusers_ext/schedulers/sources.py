@@ -25,6 +25,10 @@ from diffusers_ext.diffusion.noising import check_betas
 # What the model was trained on, whatever samples it.
 PATH_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
 
+# The paths that a config can name in `path`; "vp" is that of the betas. They are keys of this package.
+SCHEDULER_PATHS = ("vp", "ve", "subvp", "cosine")
+NAMED_PATH_KEYS = ("path", "sigma_min", "sigma_max", "beta_min", "beta_max", "unit_scale_input")
+
 # What belongs to the model: all of its path, what it outputs, and the range of its data.
 MODEL_KEYS = (
     *PATH_KEYS,
@@ -78,6 +82,11 @@ def is_flow(config: Mapping[str, Any]) -> bool:
     return bool(config.get("use_flow_sigmas")) or str(config.get("prediction_type")).startswith("flow")
 
 
+def has_other_scale(config: Mapping[str, Any]) -> bool:
+    """Whether a config is that of a network that sees x_t on a path that does not preserve the variance."""
+    return config.get("path") in ("ve", "subvp") and not config.get("unit_scale_input")
+
+
 def has_betas(cls: type) -> bool:
     """Whether a scheduler class has the Gaussian path of a config's betas."""
     return "beta_schedule" in defaults_of(cls)
@@ -103,6 +112,7 @@ def read_model(config: Mapping[str, Any], cls: type, given: Mapping[str, Any]) -
     Raises:
         ValueError: if it is the config of a model of another path, with both classes and the kind of model.
     """
+    _check_scale({**config, **given}, cls)
     maker = _named_class(config)
     in_memory = isinstance(config, FrozenDict) or "_use_default_values" in config
     config = dict(config)
@@ -210,6 +220,17 @@ def _check_path(config: Mapping[str, Any], cls: type, maker: type | None, in_mem
         f"{kind_of_model(name, config)}: sample it with {name}, or make {cls.__name__} by its class, with the path that "
         "the model was trained on"
     )
+
+
+def _check_scale(config: Mapping[str, Any], cls: type) -> None:
+    """Refuses the config of a network that sees x_t on another scale than that of a variance-preserving path."""
+    if has_other_scale(config) and "path" not in defaults_of(cls):
+        raise ValueError(
+            f"{cls.__name__} is for models that see x_t at unit scale, and the config is that of a model of the path "
+            f"{config['path']!r} that sees x_t itself: sample it with ScoreSDEScheduler or AnnealedLangevinScheduler, or, "
+            "if it was trained on x_t / sqrt(alpha^2 + sigma^2), make one of these with unit_scale_input=True and take "
+            "its config"
+        )
 
 
 def _classes_with_keys(config: Mapping[str, Any]) -> list[type]:

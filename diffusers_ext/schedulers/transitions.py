@@ -1,9 +1,11 @@
 """The steps between the timesteps of one list, without a look at a value that is on an accelerator."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from diffusers_ext.diffusion.noising import NoiseLevel, NoiseSchedule, Transition
+from diffusers_ext.diffusion.noising import NoiseLevel, Transition
 from diffusers_ext.diffusion.paths import Linear
 from diffusers_ext.diffusion.tables import DeviceTable, dtype_beside
 
@@ -21,20 +23,29 @@ class Transitions:
     Args:
         timesteps: As listed, noisiest first or last.
         listed: The same on the host; read from `timesteps` if not given.
-        schedule: The noising path.
+        num_timesteps: T of the noising path.
+        between: The numbers of the steps from timesteps to others, -1 for the clean end; of tensors of their shape.
         config: Of the scheduler.
     """
 
-    def __init__(self, timesteps: Tensor, listed: list[int] | None, schedule: NoiseSchedule, config):
+    def __init__(
+        self,
+        timesteps: Tensor,
+        listed: list[int] | None,
+        num_timesteps: int,
+        between: Callable[[Tensor, Tensor], Transition],
+        config,
+    ):
         self.timesteps, self.config = timesteps, config
         self._listed = [int(t) for t in timesteps.tolist()] if listed is None else listed
-        every, like = torch.arange(len(schedule)), torch.zeros(1, dtype=torch.float64)
+        every = torch.arange(num_timesteps)
         ascending = torch.tensor(sorted(self._listed))
         num_below = torch.searchsorted(ascending, every)
         following = torch.where(num_below > 0, ascending[(num_below - 1).clamp(min=0)], -1)
         self._next = DeviceTable(following)
-        t, s = schedule.level(every, like), schedule.level(following, like)
-        self._table = DeviceTable(torch.stack(Transition.between(t, s, config.prediction_type).flatten(), dim=-1))
+        steps = between(every, following)
+        self._kind = type(steps)
+        self._table = DeviceTable(torch.stack(steps.flatten(), dim=-1))
         self._on_host: dict[int, Transition] = {}
 
     def at(self, timestep: Tensor | int, like: Tensor) -> Transition:
@@ -47,7 +58,7 @@ class Transitions:
             known = self._host_timestep(timestep)
             if known is not None:
                 if known not in self._on_host:
-                    self._on_host[known] = Transition.of(self._table.values[self._checked(known)].tolist())
+                    self._on_host[known] = self._kind.of(self._table.values[self._checked(known)].tolist())
                 return self._on_host[known]
         elif not isinstance(timestep, Tensor):
             timestep = torch.full((1,), timestep, device=like.device)
@@ -58,7 +69,7 @@ class Transitions:
         # In float64, as the host's: differences of squares follow. MPS has none.
         dtype = torch.float32 if like.device.type == "mps" else torch.float64
         try:
-            return Transition.of(self._table.gather(timestep, like, dtype))
+            return self._kind.of(self._table.gather(timestep, like, dtype))
         except IndexError:
             raise ValueError(
                 f"timestep must be in [0, {len(self._next.values) - 1}], got {timestep.tolist()}"

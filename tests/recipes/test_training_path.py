@@ -111,7 +111,10 @@ def test_a_table_that_ends_in_noise_is_trained_to_the_data():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"path": "linear", "prediction_type": "epsilon"}, "whose last level holds no signal to divide by, got epsilon"),
+        (
+            {"path": "linear", "prediction_type": "epsilon"},
+            "whose last level holds no signal to divide by, got epsilon",
+        ),
         ({"path": "linear", "prediction_type": "score"}, "whose last level holds no signal"),
         ({"path": "linear", "objective": "hybrid"}, "objective must be simple with path linear"),
         ({"path": "linear", "scheduler": "ddpm"}, "got scheduler ddpm with path linear: leave scheduler out"),

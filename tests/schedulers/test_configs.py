@@ -21,11 +21,12 @@ from diffusers_ext.schedulers import (
     ExtDDIMInverseScheduler,
     ExtDDIMScheduler,
     ExtDDPMScheduler,
+    ScoreSDEScheduler,
     VPredictionScheduler,
 )
 
 
-ALL = (ExtDDPMScheduler, ExtDDIMScheduler, VPredictionScheduler, ExtDDIMInverseScheduler)
+ALL = (ExtDDPMScheduler, ExtDDIMScheduler, VPredictionScheduler, ExtDDIMInverseScheduler, ScoreSDEScheduler)
 STOCK = (DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler)
 FULL_CONFIG = {
     "num_train_timesteps": 40,
@@ -195,7 +196,7 @@ def test_bad_values_are_refused(cls, config, message):
         cls(**config)
 
 
-@pytest.mark.parametrize("cls", [ExtDDPMScheduler, ExtDDIMScheduler, ExtDDIMInverseScheduler])
+@pytest.mark.parametrize("cls", [ExtDDPMScheduler, ExtDDIMScheduler, ExtDDIMInverseScheduler, ScoreSDEScheduler])
 def test_unknown_prediction_type_is_refused(cls):
     names = "epsilon, sample, v_prediction, score, flow"
     with pytest.raises(ValueError, match=f"prediction_type must be one of {names}, got 'flow_prediction'"):

@@ -19,6 +19,7 @@ from diffusers_ext import (
     ExtDDIMScheduler,
     ExtDDPMScheduler,
     GuidedDiffusionPipeline,
+    ScoreSDEScheduler,
     VPredictionScheduler,
 )
 from diffusers_ext.diffusion.noising import predict_eps
@@ -29,7 +30,7 @@ from diffusers_ext.schedulers.sources import MODEL_KEYS, has_betas
 from tiny import save_run
 
 
-OURS = (ExtDDPMScheduler, ExtDDIMScheduler, ExtDDIMInverseScheduler, VPredictionScheduler)
+OURS = (ExtDDPMScheduler, ExtDDIMScheduler, ExtDDIMInverseScheduler, VPredictionScheduler, ScoreSDEScheduler)
 
 
 def exported() -> list[type]:

@@ -1,5 +1,7 @@
 """No host sync: steps on devices without values, and as one compiled graph."""
 
+import copy
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -9,6 +11,7 @@ from diffusers_ext.schedulers import (
     ExtDDIMInverseScheduler,
     ExtDDIMScheduler,
     ExtDDPMScheduler,
+    ScoreSDEScheduler,
     VPredictionScheduler,
 )
 
@@ -21,6 +24,9 @@ CASES = {
     "ddim, thresholding": (ExtDDIMScheduler, {"thresholding": True}, {"use_clipped_model_output": True}),
     "v": (VPredictionScheduler, {}, {}),
     "inverse": (ExtDDIMInverseScheduler, {}, {}),
+    "sde": (ScoreSDEScheduler, {"path": "ve", "prediction_type": "score"}, {}),
+    "corrector": (ScoreSDEScheduler, {"path": "subvp", "corrector_steps": 1}, {}),
+    "heun": (ScoreSDEScheduler, {"predictor": "heun"}, {}),
 }
 
 
@@ -84,17 +90,19 @@ def test_step_compiles_to_one_graph(case, form):
     if case != "inverse":
         kwargs["variance_noise"] = torch.randn(sample.shape, generator=g)
     scheduler.set_timesteps(12)
+    eager = copy.deepcopy(scheduler)  # some count their calls
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(scheduler.step, fullgraph=True, backend=counter)
     for t in scheduler.timesteps:
         timestep = {"tensor": t, "each": t.repeat(2), "int": int(t)}[form]
         result = compiled(output, timestep, sample, **kwargs, return_dict=False)
-        expected = scheduler.step(output, timestep, sample, **kwargs, return_dict=False)
+        expected = eager.step(output, timestep, sample, **kwargs, return_dict=False)
         torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
     scheduler.set_timesteps(6)  # other tables, same graph
+    eager.set_timesteps(6)
     t = scheduler.timesteps[1]
     timestep = {"tensor": t, "each": t.repeat(2), "int": int(t)}[form]
-    result, expected = (step(output, timestep, sample, **kwargs).prev_sample for step in (compiled, scheduler.step))
+    result, expected = (step(output, timestep, sample, **kwargs).prev_sample for step in (compiled, eager.step))
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
     assert counter.frame_count <= 3
 

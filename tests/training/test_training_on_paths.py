@@ -19,7 +19,7 @@ from training.train_ddpm import TrainConfig, main
 
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "training"))
-import train_classifier  # noqa: E402
+import train_classifier
 
 
 SMALL = {
@@ -47,7 +47,9 @@ RUNS = {
 @pytest.fixture(scope="module", params=RUNS)
 def run(request, tmp_path_factory):
     options, *_ = RUNS[request.param]
-    config = TrainConfig(**SMALL, path=request.param, output_dir=str(tmp_path_factory.mktemp("runs") / "run"), **options)
+    config = TrainConfig(
+        **SMALL, path=request.param, output_dir=str(tmp_path_factory.mktemp("runs") / "run"), **options
+    )
     return request.param, config, main(config)
 
 
@@ -89,7 +91,9 @@ def test_its_likelihood_is_measured_by_both_bounds(run):
     name, _, folder = run
     result = measure_bits_per_dim(load_pipeline(str(folder)), held_out(), num_flow_steps=2, show_progress=False)
     assert result["num_steps"] == 20 and result["variance"] == "fixed_small"
-    assert 1 < result["bits_per_dim"] < 100 and result["flow_bits_per_dim"] == pytest.approx(result["flow_bits_per_dim"])
+    assert 1 < result["bits_per_dim"] < 100 and result["flow_bits_per_dim"] == pytest.approx(
+        result["flow_bits_per_dim"]
+    )
     few = measure_bits_per_dim(load_pipeline(str(folder)), held_out(), num_steps=5, show_progress=False)
     assert few["num_steps"] == 5 and few["rate_by_timesteps"][-1]["last_timestep"] == 19
 
