@@ -30,8 +30,12 @@ def test_without_a_path_the_discrete_tables_are_as_they_were():
         *(None, "cosine", "v_prediction", "ddim"),
     )
     scheduler = build_scheduler(config)
-    assert type(scheduler) is ExtDDIMScheduler and scheduler.config.trained_betas is None
-    assert torch.equal(scheduler.betas, ExtDDIMScheduler(beta_schedule="cosine").betas)
+    before = {"beta_schedule": "cosine", "prediction_type": "v_prediction", "timestep_spacing": "trailing"}
+    assert type(scheduler) is ExtDDIMScheduler
+    assert {**scheduler.config, "_use_default_values": 0} == {
+        **ExtDDIMScheduler(**before).config,
+        "_use_default_values": 0,
+    }
     assert DenoisingConfig(**dataclasses.asdict(config)) == config  # resolved options are options
 
 
