@@ -1,5 +1,6 @@
 """Runs of the training script on each path: what they save, how they go on, and what is measured of them."""
 
+import dataclasses
 import shutil
 import sys
 from pathlib import Path
@@ -79,8 +80,7 @@ def test_it_goes_on_bit_by_bit(run, tmp_path):
     part = tmp_path / "part"
     shutil.copytree(folder / "checkpoint-2", part / "checkpoint-2")
     shutil.copy(folder / "metrics.jsonl", part)
-    options = {field: getattr(config, field) for field in config.__dataclass_fields__}
-    main(TrainConfig(**options | {"output_dir": str(part), "resume_from_checkpoint": "latest"}))
+    main(dataclasses.replace(config, output_dir=str(part), resume_from_checkpoint="latest"))
     for file in ("model", "average", "objective"):
         one, two = (load_file(each / "checkpoint-4" / f"{file}.safetensors") for each in (folder, part))
         assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one), file
