@@ -15,8 +15,9 @@ from pathlib import Path
 
 import openmp  # noqa: F401  before torch is loaded
 from diffusers import ModelMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from diffusers_ext import ExtDDPMScheduler, GuidedDiffusionPipeline
+from diffusers_ext import GuidedDiffusionPipeline
 from diffusers_ext.data.image_table import ImageData
 from diffusers_ext.data.latent_cache import SampleSpace, load_vae
 from diffusers_ext.data.stream import StreamData
@@ -25,12 +26,12 @@ from diffusers_ext.recipes.denoising import (
     DenoisingConfig,
     build_model,
     build_objective,
-    build_scheduler,
     load_data,
     load_validation,
     refuse_unlearned_guidance,
 )
 from diffusers_ext.recipes.sample_grids import draw_while_training, drawing_cost, save_and_draw
+from diffusers_ext.recipes.training_path import build_scheduler
 from diffusers_ext.trainer.config import resolve_for_machine
 from diffusers_ext.trainer.loop import Trainer
 from diffusers_ext.trainer.run import describe_data, finish_run, make_accelerator, open_run
@@ -88,7 +89,7 @@ def main(config: TrainConfig) -> Path:
 
 
 @contextmanager
-def averaged_pipeline(trainer: Trainer, scheduler: ExtDDPMScheduler, vae: ModelMixin | None):
+def averaged_pipeline(trainer: Trainer, scheduler: SchedulerMixin, vae: ModelMixin | None):
     """The pipeline as it stands, with the averaged weights if there are any; the model's own come back at the end."""
     with trainer.averaged_model() as model:
         # A copy: sampling sets the timesteps of its scheduler.
