@@ -11,6 +11,7 @@ from diffusers_ext.schedulers import (
     ExtDDIMInverseScheduler,
     ExtDDIMScheduler,
     ExtDDPMScheduler,
+    FlowScheduler,
     ScoreSDEScheduler,
     VPredictionScheduler,
 )
@@ -23,6 +24,8 @@ CASES = {
     "ddim, eta": (ExtDDIMScheduler, {"clip_sample": False}, {"eta": 0.5}),
     "ddim, thresholding": (ExtDDIMScheduler, {"thresholding": True}, {"use_clipped_model_output": True}),
     "v": (VPredictionScheduler, {}, {}),
+    "flow": (FlowScheduler, {"shift": 2.0}, {}),
+    "flow, eta": (FlowScheduler, {"prediction_type": "v_prediction"}, {"eta": 0.5}),
     "inverse": (ExtDDIMInverseScheduler, {}, {}),
     "sde": (ScoreSDEScheduler, {"path": "ve", "prediction_type": "score"}, {}),
     "corrector": (ScoreSDEScheduler, {"path": "subvp", "corrector_steps": 1}, {}),
