@@ -42,6 +42,7 @@ RUNS = {
     "ve": ({"timestep_sampling": "logit_normal"}, ScoreSDEScheduler, DPMSolverMultistepScheduler),
     "subvp": ({"loss_weighting": "likelihood", "timestep_sampling": "importance"}, ScoreSDEScheduler, None),
     "linear": ({}, FlowScheduler, FlowMatchEulerDiscreteScheduler),
+    "learned": ({"schedule_features": 16, "fourier_features": (7, 8)}, ExtDDIMScheduler, DPMSolverMultistepScheduler),
 }
 
 
