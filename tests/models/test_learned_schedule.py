@@ -52,7 +52,9 @@ def test_its_timesteps_are_even_in_log_snr_whatever_the_interior():
         schedule = NoiseSchedule(torch.tensor(entries["trained_betas"], dtype=torch.float64))
         log_snr = 2 * (schedule.alpha[:-1] / schedule.sigma[:-1]).log()
         gamma_0, gamma_1 = bent(seed).endpoints.tolist()
-        torch.testing.assert_close(log_snr, -torch.linspace(gamma_0, gamma_1, 50, dtype=torch.float64), rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            log_snr, -torch.linspace(gamma_0, gamma_1, 50, dtype=torch.float64), rtol=1e-6, atol=0
+        )
         assert entries["_learned_timesteps"][0] == 0 and entries["_learned_timesteps"][-1] == 49
 
 
