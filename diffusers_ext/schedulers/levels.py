@@ -10,14 +10,17 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
-from diffusers_ext.diffusion.noising import NoiseLevel, NoiseSchedule
+from diffusers_ext.diffusion.noising import NoiseLevel, NoiseSchedule, add_noise
 from diffusers_ext.diffusion.paths import PATHS, Linear, PathSchedule
 from diffusers_ext.schedulers.scheduling_ddpm import ExtDDPMScheduler
 from diffusers_ext.schedulers.sources import (
+    FLOW_MODEL,
+    FLOW_PREDICTION,
     MEANT_BY_ABSENCE,
     PATH_KEYS,
     defaults_of,
     has_betas,
+    has_other_scale,
     is_flow,
     kind_of_model,
 )
@@ -44,11 +47,13 @@ def noise_level(scheduler: SchedulerMixin, timestep: Tensor | float, like: Tenso
         return (
             NoiseLevel(level.alpha / level.scale, level.sigma / level.scale) if _divides_by_scale(scheduler) else level
         )
+    if is_linear(scheduler):
+        return Linear().level(_flow_sigma(scheduler, timestep, like))
     alpha_bar = getattr(scheduler, "alphas_cumprod", None)
     if alpha_bar is None:
         raise ValueError(
             f"the noise level at a timestep must be known, and {type(scheduler).__name__} has no alphas_cumprod; take a "
-            "scheduler of a variance-preserving path, such as ExtDDIMScheduler"
+            "scheduler of a Gaussian path, such as ExtDDIMScheduler or FlowScheduler"
         )
     alpha_bar = alpha_bar.cpu().double().numpy()
     with np.errstate(divide="ignore"):  # infinite at a level without signal
@@ -58,11 +63,52 @@ def noise_level(scheduler: SchedulerMixin, timestep: Tensor | float, like: Tenso
     return NoiseLevel(*pair.to(like.device).view(2, -1, *[1] * (like.ndim - 1)))
 
 
+def _flow_sigma(scheduler: SchedulerMixin, timestep: Tensor | float, like: Tensor) -> Tensor:
+    """Sigma at a timestep of a solver of diffusers on the linear path: that of its list, or timestep / T."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    timestep = torch.as_tensor(timestep, device=like.device, dtype=dtype).reshape(-1, *[1] * (like.ndim - 1))
+    listed, sigmas = scheduler.timesteps.to(like.device, dtype), scheduler.sigmas.to(like.device, dtype)
+    sigma = timestep / scheduler.config.num_train_timesteps
+    if len(sigmas) >= len(listed):  # some round their timesteps
+        distance, index = (listed - timestep.view(-1, 1)).abs().min(dim=1)
+        sigma = torch.where((distance == 0).view_as(timestep), sigmas[index].view_as(timestep), sigma)
+    return sigma
+
+
+def add_noise_at(scheduler: SchedulerMixin, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """x_t for the standard normal draw `noise`, as the scheduler has it.
+
+    Args:
+        timesteps: One for all samples, shape `(1,)`.
+    """
+    if is_linear(scheduler):  # of which some have no `add_noise`, and others one that goes by a counter of steps
+        return add_noise(x0, noise, noise_level(scheduler, timesteps, x0)).to(x0.dtype)
+    return scheduler.add_noise(x0, noise, timesteps)
+
+
+def model_input(scheduler: SchedulerMixin, x_t: Tensor, timestep: Tensor) -> Tensor:
+    """What the network sees of x_t."""
+    scale = getattr(scheduler, "scale_model_input", None)  # that some solvers of the linear path do not have
+    return x_t if scale is None else scale(x_t, timestep)
+
+
+def start_scale(scheduler: SchedulerMixin) -> float | Tensor:
+    """The standard deviation of the noise that sampling starts from."""
+    return getattr(scheduler, "init_noise_sigma", 1.0)
+
+
+def path_name(scheduler: SchedulerMixin) -> str:
+    """The path of what a scheduler's networks see, one of `PATHS`: "vp" for all levels at unit scale."""
+    if is_linear(scheduler):
+        return "linear"
+    return scheduler.config["path"] if has_other_scale(scheduler.config) else "vp"
+
+
 def prediction_type_of(scheduler: SchedulerMixin) -> str:
     """What the networks of a scheduler output, one of `PREDICTION_TYPES` for those that we know."""
-    absent = "flow" if _is_linear(scheduler) else MEANT_BY_ABSENCE["prediction_type"]
+    absent = "flow" if is_linear(scheduler) else MEANT_BY_ABSENCE["prediction_type"]
     named = scheduler.config.get("prediction_type", absent)
-    return "flow" if named == "flow_prediction" else named  # its name in diffusers
+    return "flow" if named == FLOW_PREDICTION else named
 
 
 def model_schedule(scheduler: SchedulerMixin) -> NoiseSchedule:
@@ -71,7 +117,7 @@ def model_schedule(scheduler: SchedulerMixin) -> NoiseSchedule:
     Raises:
         ValueError: if the scheduler has no Gaussian path that is known here.
     """
-    if _is_linear(scheduler):
+    if is_linear(scheduler):
         return PathSchedule(Linear(), scheduler.config.num_train_timesteps, first_label=1)
     schedule = getattr(scheduler, "schedule", None)
     if isinstance(schedule, NoiseSchedule):
@@ -129,7 +175,7 @@ def path_difference(path: Mapping[str, Any], scheduler: SchedulerMixin) -> float
         ValueError: if either is no path that is known here.
     """
     mine, table = schedule_of(path), getattr(scheduler, "alphas_cumprod", None)
-    if isinstance(table, Tensor) and not isinstance(getattr(scheduler, "schedule", None), NoiseSchedule):
+    if isinstance(table, Tensor) and not hasattr(scheduler, "level") and not is_linear(scheduler):
         alpha_bar = table.double().cpu()  # which need not be that of the scheduler's config
         scale = torch.ones_like(alpha_bar)
     else:
@@ -167,11 +213,13 @@ def path_in_words(path: Mapping[str, Any]) -> str:
     return f"{name!r} of {path['num_train_timesteps']} timesteps"
 
 
-def _is_linear(scheduler: SchedulerMixin) -> bool:
+def is_linear(scheduler: SchedulerMixin) -> bool:
     """Whether a scheduler is one of rectified flow, whose timesteps are T t."""
-    if any(cls.__name__ == "FlowMatchEulerDiscreteScheduler" for cls in type(scheduler).__mro__):
-        return True
-    return "use_flow_sigmas" in defaults_of(type(scheduler)) and is_flow(scheduler.config)
+    cls, config = type(scheduler), scheduler.config
+    if has_betas(cls):
+        return "use_flow_sigmas" in defaults_of(cls) and is_flow(config)
+    # By its class alone: a config keeps keys that the class does not read.
+    return not hasattr(scheduler, "alphas_cumprod") and kind_of_model(cls.__name__, {}) == FLOW_MODEL
 
 
 def _divides_by_scale(scheduler: SchedulerMixin) -> bool:

@@ -20,14 +20,11 @@ from diffusers_ext.diffusion.noising import (
     weighted_sum,
 )
 from diffusers_ext.schedulers.gaussian import as_output, check_choice, draw_noise, has_no_noise, wide
-from diffusers_ext.schedulers.sources import read_flow_model
+from diffusers_ext.schedulers.sources import FLOW_PREDICTION, read_flow_model
 from diffusers_ext.schedulers.transitions import FlowTransitions
 
 
 FLOW_SPACINGS = ("linspace", "trailing")
-
-# The name of "flow" in the configs of diffusers.
-FLOW_PREDICTION = "flow_prediction"
 
 
 @dataclass

@@ -43,10 +43,13 @@ MODEL_KEYS = (
 # What diffusers means where a class has no such key.
 MEANT_BY_ABSENCE = {"rescale_betas_zero_snr": False, "prediction_type": "epsilon"}
 
+# The name of the prediction type "flow" in the configs of diffusers, whose schedulers know it on the linear path alone.
+FLOW_PREDICTION = "flow_prediction"
+
 FLOW_MODEL = "a flow-matching model"
 VP_MODEL = "a model of a Gaussian path given by betas"
 
-# The kind of model by a part of the scheduler's name. It decides nothing, and only stands in errors.
+# The kind of model by a part of the scheduler's name. It stands in errors; what a scheduler samples is found by trying.
 KINDS = (
     ("CMStochastic", "a consistency model"),
     ("ConsistencyDecoder", "a consistency decoder"),
@@ -78,8 +81,11 @@ def kind_of_model(name: str, config: Mapping[str, Any]) -> str:
 
 
 def is_flow(config: Mapping[str, Any]) -> bool:
-    """Whether a scheduler of betas was set to a straight path instead."""
-    return bool(config.get("use_flow_sigmas")) or str(config.get("prediction_type")).startswith("flow")
+    """Whether a scheduler of betas was set to a straight path instead.
+
+    By diffusers' name "flow_prediction": "flow" is what a network outputs, on any path.
+    """
+    return bool(config.get("use_flow_sigmas")) or config.get("prediction_type") == FLOW_PREDICTION
 
 
 def has_other_scale(config: Mapping[str, Any]) -> bool:
