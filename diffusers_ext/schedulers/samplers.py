@@ -15,7 +15,7 @@ from torch import Tensor
 from diffusers_ext.diffusion.noising import PREDICTION_TYPES
 from diffusers_ext.schedulers.gaussian import GaussianSchedulerMixin
 from diffusers_ext.schedulers.levels import PATH_TOLERANCE, path_difference
-from diffusers_ext.schedulers.sources import PATH_KEYS, defaults_of, is_flow, kind_of_model
+from diffusers_ext.schedulers.sources import PATH_KEYS, defaults_of, has_other_scale, is_flow, kind_of_model
 
 
 # How far a timestep may be, as a share of all, from the level of noise that its step is made at. Schedulers round, cut
@@ -49,6 +49,11 @@ def check_sampler(scheduler: SchedulerMixin, user: str) -> None:
         raise ValueError(
             f"scheduler must have a Gaussian path given by betas for {user}, got {name}, which is for "
             f"{kind_of_model(name, config)}; take ExtDDIMScheduler or another one with alphas_cumprod"
+        )
+    if has_other_scale(config) and not isinstance(scheduler, GaussianSchedulerMixin):
+        raise ValueError(
+            f"scheduler must be ScoreSDEScheduler or AnnealedLangevinScheduler for {user}, whose model sees x_t of the path "
+            f"{config['path']!r} as it is, got {name}, which is for models that see it at unit scale"
         )
     prediction_type = config.get("prediction_type", "epsilon")
     if prediction_type not in PREDICTION_TYPES:
