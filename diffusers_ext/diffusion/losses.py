@@ -44,7 +44,7 @@ def likelihood_weights(schedule: NoiseSchedule) -> Tensor:
     """The weight of the squared error of x_0 at each level under which the loss is the variational bound.
 
     That is T `kl_weight` between neighbouring levels, so that the mean over all timesteps is the sum over the chain in nats,
-    with the reverse variances beta tilde and up to what no model has an influence on (Kingma et al. 2021, Eq. 13). With
+    with the reverse variances beta tilde and up to what no model has an influence on (Kingma et al. 2021). With
     many levels it is -d snr / dt / 2, the likelihood weighting g(t)^2 of the score's error (Song et al. 2021, Theorem 1).
     The KL of the last transition, to data without noise, would be infinite: it has the weight of a step that is as long in
     log snr as the one before it. (What it costs in bits is the distortion, which depends on the variance of the sampler.)

@@ -38,7 +38,7 @@ PREDICTORS = ("reverse_diffusion", "euler_maruyama", "ancestral", "ode", "heun")
 CORRECTORS = ("langevin", "annealed_langevin")
 
 
-class ReverseStep(NamedTuple):
+class SDEStep(NamedTuple):
     """A step from the level t down to s in numbers: floats, or tensors that broadcast against x_t.
 
         x_0 = x0_of_x_t x_t + x0_of_output output
@@ -66,7 +66,7 @@ class ReverseStep(NamedTuple):
         prediction_type: str,
         predictor: str,
         unit_scale_input: bool = False,
-    ) -> "ReverseStep":
+    ) -> "SDEStep":
         """The steps from `timesteps` to `following`, in float64, of tensors of their shape.
 
         Args:
@@ -91,7 +91,7 @@ class ReverseStep(NamedTuple):
         )
 
     @classmethod
-    def of(cls, numbers: Sequence[Factor]) -> "ReverseStep":
+    def of(cls, numbers: Sequence[Factor]) -> "SDEStep":
         """From the numbers in the order that `flatten` gives them."""
         return cls(NoiseLevel(*numbers[:2]), NoiseLevel(*numbers[2:4]), *numbers[4:])
 
@@ -102,7 +102,7 @@ class ReverseStep(NamedTuple):
 def _predictor_numbers(
     schedule: NoiseSchedule, timesteps: Tensor, following: Tensor, t: NoiseLevel, s: NoiseLevel, predictor: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What `ReverseStep` calls `mean_of_x0`, `mean_of_x_t` and `std`, where s has noise."""
+    """What `SDEStep` calls `mean_of_x0`, `mean_of_x_t` and `std`, where s has noise."""
     one, zero = torch.ones_like(t.alpha), torch.zeros_like(t.alpha)
     match predictor:
         case "ancestral":  # Appendix F, Eq. 47 on the VE path: the posterior of the noising chain
@@ -145,7 +145,7 @@ def corrector_step_size(corrector: str, snr: float, eps: Tensor, kept: Factor) -
             close to 0 at the modes.
         snr: r of the paper.
         eps: The predicted noise in x_t, -sigma score, shape `(batch, ...)`.
-        kept: See `ReverseStep`.
+        kept: See `SDEStep`.
     """
     step_size = 2 * snr**2 * kept
     if corrector == "annealed_langevin":

@@ -77,6 +77,8 @@ class LikelihoodModel:
         variance = config.get("variance_type")
         if variance is None and (config.get("path", "vp") != "vp" or not schedule.preserves_variance):
             variance = "fixed_small"  # the steps of these paths are large at the data, where fixed_large costs much
+        elif variance is None and "_learned_timesteps" in config:
+            variance = "fixed_small"  # whose bound the model and its schedule were trained by
         if schedule.preserves_variance:  # with the defaults of the ancestral sampler, whose bound it is
             config = ExtDDPMScheduler.from_config(config).config
         if num_steps is None:

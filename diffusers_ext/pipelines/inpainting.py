@@ -50,6 +50,11 @@ def check_resampling(num_resample_steps: int, has_mask: bool, scheduler: Schedul
             f"num_resample_steps must be 1 for {type(scheduler).__name__}, which cannot go back a step, got "
             f"{num_resample_steps}; take ExtDDPMScheduler, ExtDDIMScheduler or FlowScheduler"
         )
+    if num_resample_steps > 1 and scheduler.order > 1:
+        raise ValueError(
+            f"num_resample_steps must be 1 for {type(scheduler).__name__} with {scheduler.order} calls of the network at a "
+            f"level, not each of which ends at the next, got {num_resample_steps}"
+        )
 
 
 def mask_of_latents(mask: Tensor, spatial: tuple[int, ...]) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Literal
 from accelerate import Accelerator
 from diffusers import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import nn
 
 from diffusers_ext.data.batches import TIMESTEP_SAMPLINGS
 from diffusers_ext.data.image_table import ImageData
@@ -20,7 +21,8 @@ from diffusers_ext.models.unet import UNetModel
 from diffusers_ext.options import fixed_option, option
 from diffusers_ext.recipes.denoising_objective import DenoisingObjective
 from diffusers_ext.recipes.networks import build_network
-from diffusers_ext.recipes.training_path import SCHEDULERS, PathConfig
+from diffusers_ext.recipes.training_path import SCHEDULERS, PathConfig, build_scheduler
+from diffusers_ext.recipes.variational_objective import VariationalModel, VariationalObjective
 from diffusers_ext.schedulers.levels import model_schedule
 from diffusers_ext.trainer.run import describe_data
 
@@ -43,10 +45,10 @@ class DenoisingConfig(PathConfig):
         "latents",
     )
 
-    objective: Literal[OBJECTIVES] = fixed_option(
-        "simple",
-        "the squared error; the variational bound, with learned variance; or the first for the mean and the second for "
-        "the variance",
+    objective: Literal[(*OBJECTIVES, "bound")] | None = fixed_option(
+        None,
+        "simple, the squared error, the default; vlb, the variational bound, with learned variance; hybrid, the first for the "
+        "mean and the second for the variance; bound, that of fixed variances, of path learned alone",
         "objective",
     )
     vlb_weight: float = fixed_option(
@@ -81,10 +83,12 @@ class DenoisingConfig(PathConfig):
     eval_batch_size: int | None = option(None, "pictures sampled at once; by default train_batch_size", at_least=1)
 
     def __post_init__(self):
+        if self.objective is None:  # resolved here, so that a run's options say what it was
+            object.__setattr__(self, "objective", "bound" if self.path == "learned" else "simple")
         super().__post_init__()
-        if self.loss_weighting is None:  # resolved here, so that a run's options say what it was
-            default = "uniform" if self.objective == "vlb" else DEFAULT_WEIGHTINGS.get(self.prediction_type, "uniform")
-            object.__setattr__(self, "loss_weighting", default)
+        if self.loss_weighting is None:
+            default = {"vlb": "uniform", "bound": "likelihood"}.get(self.objective)
+            object.__setattr__(self, "loss_weighting", default or DEFAULT_WEIGHTINGS[self.prediction_type])
         if self.scheduler is None:
             object.__setattr__(self, "scheduler", self.default_scheduler)
         self._check_path()
@@ -103,6 +107,19 @@ class DenoisingConfig(PathConfig):
             )
 
     def _check_path(self) -> None:
+        if (self.objective == "bound") != (self.path == "learned"):
+            raise ValueError(
+                f"objective bound is for path learned alone, and path learned for it, got objective {self.objective} with path "
+                f"{self.path}; on another path it is loss_weighting likelihood"
+            )
+        if self.path == "learned" and (self.loss_weighting, self.time_sampling) != (
+            "likelihood",
+            self.timestep_sampling,
+        ):
+            raise ValueError(
+                "with path learned the schedule itself says how often a noise level is seen and what it weighs: leave "
+                f"loss_weighting and timestep_sampling out, got {self.loss_weighting} and {self.timestep_sampling}"
+            )
         if (self.scheduler == "flow") != (self.path == "linear"):
             raise ValueError(
                 f"scheduler flow is for path linear alone, and path linear for it, got scheduler {self.scheduler} with path "
@@ -117,7 +134,7 @@ class DenoisingConfig(PathConfig):
 
     @property
     def learns_variance(self) -> bool:
-        return self.objective != "simple"
+        return self.objective in ("vlb", "hybrid")
 
     @property
     def time_sampling(self) -> str:
@@ -187,14 +204,49 @@ def build_model(
     )
 
 
+def with_its_schedule(config: DenoisingConfig, network: nn.Module, num_bins: int | None = 256) -> nn.Module:
+    """What is trained: the network, with path "learned" together with its noise schedule."""
+    if config.path != "learned":
+        return network
+    return VariationalModel(
+        network,
+        config.make_noise_schedule(),
+        config.prediction_type,
+        num_train_timesteps=config.num_train_timesteps,
+        num_steps=config.bound_steps,
+        num_bins=num_bins,
+    )
+
+
+def without_its_schedule(
+    config: DenoisingConfig, model: nn.Module, scheduler: SchedulerMixin
+) -> tuple[nn.Module, SchedulerMixin]:
+    """The network of `with_its_schedule` by itself, and a scheduler for it of its own: sampling sets its timesteps.
+
+    Args:
+        scheduler: Of the path, if it is not learned.
+    """
+    if config.path != "learned":
+        return model, type(scheduler).from_config(scheduler.config)
+    return model.denoiser, build_scheduler(config, model.noise_schedule)
+
+
 def build_objective(
     config: DenoisingConfig,
     scheduler: SchedulerMixin,
     accelerator: Accelerator | None = None,
     *,
     num_bins: int | None = 256,
-) -> DenoisingObjective:
-    """The loss of a batch; `num_bins` is the number of values that the data can have, None if they are continuous."""
+    model: nn.Module | None = None,
+) -> DenoisingObjective | VariationalObjective:
+    """The loss of a batch.
+
+    Args:
+        num_bins: Number of values that the data can have, None if they are continuous.
+        model: Of `with_its_schedule`, for path "learned".
+    """
+    if config.path == "learned":
+        return VariationalObjective(model.noise_schedule, config.num_train_timesteps, accelerator)
     logit_normal = (config.logit_mean, config.logit_std) if config.timestep_sampling == "logit_normal" else None
     return DenoisingObjective(
         model_schedule(scheduler),

@@ -2,7 +2,8 @@
 
 Every path but one is trained as the variance-preserving path that it is at unit scale (see `diffusers_ext.diffusion.paths`):
 the network sees x_t / sqrt(alpha_t^2 + sigma_t^2), and every sampler of a table of betas samples it. The linear path is
-trained as it is, with T t for timestep, as networks of rectified flow are.
+trained as it is, with T t for timestep, as networks of rectified flow are. What becomes of a learned path is a table of
+betas too (see `diffusers_ext.recipes.variational_objective`).
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers_ext.diffusion.betas import BETA_SCHEDULES
 from diffusers_ext.diffusion.noising import PREDICTION_TYPES
 from diffusers_ext.diffusion.paths import PATHS, Path, PathSchedule, SubVariancePreserving, VarianceExploding
+from diffusers_ext.models.learned_schedule import LearnedSchedule, learned_betas
 from diffusers_ext.options import fixed_option
 from diffusers_ext.recipes.networks import NetworkConfig
 from diffusers_ext.schedulers import ExtDDIMScheduler, ExtDDPMScheduler, FlowScheduler, ScoreSDEScheduler
@@ -41,6 +43,7 @@ REFERENCE_TIMESTEPS = 1000
 beta_option = partial(fixed_option, needs={"beta_schedule": ("linear", "scaled_linear", "sigmoid")})
 _ve_option = partial(fixed_option, needs={"path": ("ve",)})
 _subvp_option = partial(fixed_option, needs={"path": ("subvp",)})
+_learned_option = partial(fixed_option, needs={"path": ("learned",)})
 
 
 @dataclass(frozen=True)
@@ -51,10 +54,10 @@ class PathConfig(NetworkConfig):
         ValueError: if options contradict one another, are out of range, or are those of another path.
     """
 
-    path: Literal[tuple(PATHS)] | None = fixed_option(
+    path: Literal[(*PATHS, "learned")] | None = fixed_option(
         None,
         "noising path: vp, the linear beta schedule; the cosine one; ve and subvp, the other two SDEs of Song et al.; "
-        "linear, rectified flow. By default that of beta_schedule",
+        "linear, rectified flow; or one that is learned with the network. By default that of beta_schedule",
         "diffusion",
     )
     num_train_timesteps: int = fixed_option(1000, "noise levels", alias="ddpm_num_steps", at_least=1)
@@ -69,6 +72,14 @@ class PathConfig(NetworkConfig):
     sigma_min: float = _ve_option(VarianceExploding.sigma_min, "standard deviation of ve's noise at the data")
     sigma_max: float = _ve_option(
         VarianceExploding.sigma_max, "and at the noise; as large as the largest distance between two images"
+    )
+    log_snr_max: float = _learned_option(13.3, "log snr at the data that learning starts from")
+    log_snr_min: float = _learned_option(-5.0, "log snr at the noise that learning starts from")
+    schedule_features: int = _learned_option(
+        256, "width of the monotone network between the two; 0 for log snr that falls evenly", at_least=0
+    )
+    bound_steps: int | None = _learned_option(
+        None, "steps of the chain whose bound is trained; by default infinitely many, continuous time", at_least=1
     )
     prediction_type: Literal[PREDICTION_TYPES] | None = fixed_option(
         None, "what the model outputs; by default v_prediction, and flow, eps - x_0, with path linear"
@@ -98,6 +109,8 @@ class PathConfig(NetworkConfig):
             )
         if self.path in PATHS:
             self.make_path()  # which checks the numbers
+        if self.path == "learned":
+            self.make_noise_schedule()
 
     def make_path(self) -> Path:
         """The path in continuous time that `path` names."""
@@ -108,14 +121,22 @@ class PathConfig(NetworkConfig):
                 return PATHS["subvp"](self.beta_min, self.beta_max)
         return PATHS[self.path]()
 
+    def make_noise_schedule(self) -> LearnedSchedule:
+        """That of path "learned", as it is before training."""
+        return LearnedSchedule(-self.log_snr_max, -self.log_snr_min, self.schedule_features)
+
     @property
     def default_scheduler(self) -> str:
         """Of `SCHEDULERS`, the one that samples this path in the way of its papers."""
         return {"ve": "score_sde", "subvp": "score_sde", "linear": "flow"}.get(self.path, "ddim")
 
 
-def build_scheduler(config: "DenoisingConfig") -> SchedulerMixin:
-    """The scheduler that is saved with the pipeline; its path is the training's."""
+def build_scheduler(config: "DenoisingConfig", noise_schedule: LearnedSchedule | None = None) -> SchedulerMixin:
+    """The scheduler that is saved with the pipeline; its path is the training's.
+
+    Args:
+        noise_schedule: Of path "learned", as it stands; by default as it is before training.
+    """
     cls, length = SCHEDULERS[config.scheduler], config.num_train_timesteps
     options = {
         "num_train_timesteps": length,
@@ -125,7 +146,12 @@ def build_scheduler(config: "DenoisingConfig") -> SchedulerMixin:
     if config.path == "linear":
         return cls(**options)
     clip = {"clip_sample": config.vae is None}  # images end at -1 and 1, latents do not
+    learned = {}
+    if config.path == "learned":
+        learned = learned_betas(noise_schedule or config.make_noise_schedule(), length)
+        options["trained_betas"] = learned.pop("trained_betas")
     scheduler = cls(**options, **clip, **_path_options(config))
+    scheduler.register_to_config(**learned)
     if config.learns_variance:
         # Of those too that have no use for it, so that whoever makes another scheduler from the config knows.
         scheduler = type(scheduler).from_config(scheduler.config, variance_type="learned_range")
@@ -145,6 +171,8 @@ def _path_options(config: "DenoisingConfig") -> dict[str, Any]:
         if config.path == "vp" and config.num_train_timesteps != REFERENCE_TIMESTEPS:
             options["beta_reference_timesteps"] = REFERENCE_TIMESTEPS
         return options
+    if config.path == "learned":
+        return {}
     path = config.make_path()
     if config.scheduler == "score_sde":
         # The scheduler makes the betas itself; of its predictors the flow is the one that few steps suffice for.

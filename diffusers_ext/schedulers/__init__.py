@@ -1,5 +1,6 @@
 """Schedulers that take the place of diffusers' own."""
 
+from diffusers_ext.schedulers.scheduling_annealed_langevin import AnnealedLangevinScheduler
 from diffusers_ext.schedulers.scheduling_ddim import ExtDDIMScheduler
 from diffusers_ext.schedulers.scheduling_ddim_inverse import ExtDDIMInverseScheduler
 from diffusers_ext.schedulers.scheduling_ddpm import ExtDDPMScheduler
@@ -9,6 +10,7 @@ from diffusers_ext.schedulers.scheduling_v_prediction import VPredictionSchedule
 
 
 __all__ = [
+    "AnnealedLangevinScheduler",
     "ExtDDIMInverseScheduler",
     "ExtDDIMScheduler",
     "ExtDDPMScheduler",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffusers_ext.diffusion.noising import NoiseSchedule
 from diffusers_ext.diffusion.paths import PATHS, PathSchedule
-from diffusers_ext.diffusion.reverse_sde import ReverseStep
+from diffusers_ext.diffusion.reverse_sde import SDEStep
 from diffusers_ext.schedulers.gaussian import GaussianSchedulerMixin, check_choice
 from diffusers_ext.schedulers.sources import SCHEDULER_PATHS, has_other_scale
 
@@ -56,6 +56,10 @@ class AnyPathSchedulerMixin(GaussianSchedulerMixin, SchedulerMixin, ConfigMixin)
             self._register_explicitly(trained_betas=betas.tolist())
         return schedule, betas
 
+    def _more_noise(self, config) -> str:
+        keys = {"ve": "a larger sigma_max", "subvp": "a larger beta_max"}
+        return f"Use {keys[config.path]}." if config.path in keys else super()._more_noise(config)
+
     # Timesteps.
 
     def _visit(self, descending: np.ndarray, device) -> None:
@@ -84,9 +88,9 @@ class AnyPathSchedulerMixin(GaussianSchedulerMixin, SchedulerMixin, ConfigMixin)
             )
         return (sample / self._transition(timestep, sample).t.scale).to(sample.dtype)
 
-    def _steps_between(self, timesteps: Tensor, following: Tensor) -> ReverseStep:
+    def _steps_between(self, timesteps: Tensor, following: Tensor) -> SDEStep:
         config = self.config
-        return ReverseStep.between(
+        return SDEStep.between(
             self.schedule,
             timesteps,
             following,

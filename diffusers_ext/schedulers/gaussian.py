@@ -67,8 +67,7 @@ class GaussianSchedulerMixin:
         if alpha_bar[-1] > LARGE_ALPHA_BAR:
             warnings.warn(
                 f"alpha_bar of the last timestep is {alpha_bar[-1]:.3g}: x_T keeps signal, so that training and "
-                f"sampling from N(0, 1) disagree. Use more timesteps, larger betas, beta_reference_timesteps=1000 or "
-                f"rescale_betas_zero_snr=True.",
+                f"sampling from noise disagree. {self._more_noise(config)}",
                 stacklevel=4,
             )
         # The names and dtypes under which diffusers' pipelines look for the tables.
@@ -105,6 +104,10 @@ class GaussianSchedulerMixin:
             betas = rescale_zero_terminal_snr(betas)
         to_one = config.get("set_alpha_to_one", True)
         return NoiseSchedule(betas, final_alpha_bar=1.0 if to_one else 1 - float(betas[0])), betas
+
+    def _more_noise(self, config) -> str:
+        """What to do for a path that ends with too little noise."""
+        return "Use more timesteps, larger betas, beta_reference_timesteps=1000 or rescale_betas_zero_snr=True."
 
     def _make_betas(self, config) -> Tensor:
         length = config.num_train_timesteps

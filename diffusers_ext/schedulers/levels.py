@@ -186,6 +186,27 @@ def path_difference(path: Mapping[str, Any], scheduler: SchedulerMixin) -> float
     return (mine.alpha_bar[:-1] - alpha_bar).abs().max().item()
 
 
+def learned_timesteps(scheduler: SchedulerMixin, num_inference_steps: int) -> list[int]:
+    """The timesteps at the times 1, 1 - 1/n, ..., 1/n of the schedule that a model of path "learned" was trained with.
+
+    They are for `timesteps` of a pipeline's call. Where the loss has much variance the schedule goes slowly, and so do they.
+
+    Raises:
+        ValueError: if the scheduler's model has no such schedule, or the number does not fit.
+    """
+    table, length = scheduler.config.get("_learned_timesteps"), scheduler.config.num_train_timesteps
+    if table is None:
+        raise ValueError("the scheduler must be that of a model whose schedule was learned (--path learned)")
+    if not 1 <= num_inference_steps <= length:
+        raise ValueError(f"num_inference_steps must be in [1, {length}], got {num_inference_steps}")
+    times = np.arange(num_inference_steps, 0, -1) / num_inference_steps
+    visited = np.interp(times, np.linspace(0, 1, len(table)), table).round().astype(int)
+    # No two the same: those that would be are moved down, and at the end up.
+    for index in range(1, len(visited)):
+        visited[index] = min(visited[index], visited[index - 1] - 1)
+    return np.maximum(visited, np.arange(num_inference_steps - 1, -1, -1)).tolist()
+
+
 def path_in_words(path: Mapping[str, Any]) -> str:
     """A path of `describe_path`, for errors."""
     name = path.get("path") or path["beta_schedule"]

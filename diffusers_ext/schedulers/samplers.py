@@ -23,7 +23,7 @@ from diffusers_ext.schedulers.levels import (
     path_name,
     prediction_type_of,
 )
-from diffusers_ext.schedulers.sources import PATH_KEYS, defaults_of, has_betas, kind_of_model
+from diffusers_ext.schedulers.sources import PATH_KEYS, defaults_of, has_betas, has_other_scale, kind_of_model
 
 
 # How far a timestep may be, as a share of all, from the level of noise that its step is made at. Schedulers round, cut
@@ -75,6 +75,11 @@ def check_sampler(scheduler: SchedulerMixin, user: str, path: str | None = None)
     has_table = isinstance(getattr(scheduler, "alphas_cumprod", None), Tensor)
     if not (linear or has_table) or path not in (None, path_name(scheduler)):
         raise ValueError(_wrong_path(scheduler, user, path))
+    if has_other_scale(config) and not isinstance(scheduler, GaussianSchedulerMixin):
+        raise ValueError(
+            f"scheduler must be ScoreSDEScheduler or AnnealedLangevinScheduler for {user}, whose model sees x_t of the path "
+            f"{config['path']!r} as it is, got {name}, which is for models that see it at unit scale"
+        )
     prediction_type = prediction_type_of(scheduler)
     if prediction_type not in PREDICTION_TYPES:
         raise ValueError(

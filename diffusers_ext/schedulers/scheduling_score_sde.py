@@ -10,7 +10,10 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from torch import Tensor
 
 from diffusers_ext.diffusion.noising import predict_eps, weighted_sum
-from diffusers_ext.diffusion.reverse_sde import CORRECTORS, PREDICTORS, ReverseStep, corrector_step_size, langevin
+from diffusers_ext.diffusion.paths import ContinuousTime
+from diffusers_ext.diffusion.probability_flow import solve_flow
+from diffusers_ext.diffusion.reverse_sde import CORRECTORS, PREDICTORS, SDEStep, corrector_step_size, langevin
+from diffusers_ext.diffusion.variational_bound import Denoise
 from diffusers_ext.schedulers.any_path import AnyPathSchedulerMixin
 from diffusers_ext.schedulers.gaussian import as_output, check_choice, check_output, draw_noise, has_no_noise, wide
 
@@ -133,7 +136,7 @@ class ScoreSDEScheduler(AnyPathSchedulerMixin):
         return bool((steps.std**2 > 2 * steps.t.sigma**2).any())
 
     def _visit(self, descending: np.ndarray, device) -> None:
-        self._begun: tuple[ReverseStep, Tensor, Tensor] | None = None  # of Heun's step: it, x_t and the x_0 there
+        self._begun: tuple[SDEStep, Tensor, Tensor] | None = None  # of Heun's step: it, x_t and the x_0 there
         super()._visit(descending, device)
 
     def step(
@@ -183,6 +186,41 @@ class ScoreSDEScheduler(AnyPathSchedulerMixin):
                 x = weighted_sum((at.mean_of_x0, x0), (at.mean_of_x_t, x_t), (at.std, noise() if draws else None))
 
         return as_output(DDIMSchedulerOutput, x, x0, torch.promote_types(sample.dtype, output.dtype), return_dict)
+
+    def solve_ode(
+        self, denoise: Denoise, sample: Tensor, *, rtol: float = 1e-5, atol: float = 1e-5
+    ) -> tuple[Tensor, int]:
+        """The data that the probability flow takes noise to, solved to tolerances (Song et al. 2020, Appendix D.4).
+
+        By SciPy's RK45 from the noisiest timestep to timestep 0, and from there the predicted x_0. It needs no
+        `set_timesteps` and clips nothing on the way. For the likelihood see `diffusers_ext.diffusion.probability_flow`.
+
+        Args:
+            denoise: The model, `denoise(x, timesteps)` with x as it sees it and fractional timesteps in [0, T - 1], shape
+                `(batch,)`, in the dtype of `sample`.
+            sample: x_T, such as N(0, 1) times `init_noise_sigma`, shape `(batch, channels, ...)`.
+            rtol, atol: Tolerances of x_t / sqrt(alpha^2 + sigma^2) in each step.
+
+        Returns: The sample, and how often the model was called.
+
+        Raises:
+            ImportError: If SciPy is not installed.
+            RuntimeError: If the tolerances cannot be kept.
+        """
+        config, last = self.config, len(self.schedule) - 1
+        x, num_calls = solve_flow(
+            denoise,
+            sample,
+            ContinuousTime(self.schedule),
+            (last, 0),
+            config.prediction_type,
+            unit_scale_input=config.unit_scale_input,
+            rtol=rtol,
+            atol=atol,
+        )
+        with torch.no_grad():
+            output = denoise(self.scale_model_input(x, 0), x.new_zeros(len(x))).to(x.dtype)
+        return self._predict_x0(self._transition(0, x), output, x), num_calls + 1
 
     def _end_with_mean(self, x0: Tensor) -> Tensor:
         """The step begun at the level before again, with the mean of its x_0 and the one at its end."""

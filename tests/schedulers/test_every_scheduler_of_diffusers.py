@@ -15,6 +15,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from diffusers_ext import (
+    AnnealedLangevinScheduler,
     ExtDDIMInverseScheduler,
     ExtDDIMScheduler,
     ExtDDPMScheduler,
@@ -31,7 +32,14 @@ from diffusers_ext.schedulers.sources import MODEL_KEYS, has_betas
 from tiny import save_run
 
 
-OURS = (ExtDDPMScheduler, ExtDDIMScheduler, ExtDDIMInverseScheduler, VPredictionScheduler, ScoreSDEScheduler)
+OURS = (
+    ExtDDPMScheduler,
+    ExtDDIMScheduler,
+    ExtDDIMInverseScheduler,
+    VPredictionScheduler,
+    ScoreSDEScheduler,
+    AnnealedLangevinScheduler,
+)
 
 
 def exported() -> list[type]:

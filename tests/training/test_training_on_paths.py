@@ -16,10 +16,12 @@ from diffusers_ext.data.sources import load_digits
 from diffusers_ext.evaluation.bits_per_dim import measure_bits_per_dim
 from diffusers_ext.evaluation.labelled_images import LabelledImages
 from diffusers_ext.evaluation.subject import load_pipeline
+from diffusers_ext.recipes.training_path import build_scheduler
 from training.train_ddpm import TrainConfig, main
 
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "training"))
+import reconstruct_ema
 import train_classifier
 
 
@@ -42,6 +44,7 @@ RUNS = {
     "ve": ({"timestep_sampling": "logit_normal"}, ScoreSDEScheduler, DPMSolverMultistepScheduler),
     "subvp": ({"loss_weighting": "likelihood", "timestep_sampling": "importance"}, ScoreSDEScheduler, None),
     "linear": ({}, FlowScheduler, FlowMatchEulerDiscreteScheduler),
+    "learned": ({"schedule_features": 16, "fourier_features": (7, 8)}, ExtDDIMScheduler, DPMSolverMultistepScheduler),
 }
 
 
@@ -114,3 +117,27 @@ def test_a_classifier_is_trained_on_its_levels_and_guides_it(run, tmp_path):
     if name != "linear":
         with pytest.raises(ValueError, match="the classifier must be trained on the scheduler's noise levels"):
             pipe(class_labels=[1, 2], num_inference_steps=3)
+
+
+def test_an_average_made_afterwards_has_its_own_learned_schedule(tmp_path):
+    options = {
+        "path": "learned",
+        "schedule_features": 8,
+        "ema_std": 0.1,
+        "ema_snapshot_steps": 4,
+        "learning_rate": 0.01,
+    }
+    options |= {"max_train_steps": 40, "lr_warmup_steps": 2, "checkpointing_steps": 40, "save_images_steps": 40}
+    run = main(TrainConfig(**SMALL | options | {"output_dir": str(tmp_path / "run"), "train_batch_size": 4}))
+    made = {}
+    for std in (0.1, 0.2):
+        config = reconstruct_ema.ReconstructConfig(str(run), std, output_dir=str(tmp_path / str(std)))
+        made[std] = load_pipeline(str(reconstruct_ema.main(config)))
+    saved = load_pipeline(str(run))
+    of = {name: pipe.scheduler.schedule.alpha_bar for name, pipe in (*made.items(), ("saved", saved))}
+    start = build_scheduler(TrainConfig(**SMALL | options)).schedule.alpha_bar
+    moved = (of["saved"].logit() - start.logit())[:-1].abs().max()
+    assert moved > 0.02
+    assert (of[0.1].logit() - of["saved"].logit())[:-1].abs().max() < 0.05 * moved
+    assert (of[0.2].logit() - of["saved"].logit())[:-1].abs().max() > 0.05 * moved
+    assert len(made[0.1].scheduler.config["_learned_timesteps"]) == 101
