@@ -127,7 +127,7 @@ class FlowTransitions:
         sigmas = torch.tensor([0.0, *reversed(levels)], dtype=torch.float64)
         if not (shares.diff() > 0).all():
             raise ValueError(f"timesteps must be different ones and go from noise to data, got {listed}")
-        self._next = DeviceTable(torch.stack([ascending, sigmas, shares], dim=1))
+        self._next = DeviceTable(torch.stack([ascending, sigmas]))
         self._shares = DeviceTable(shares)
         self._rounding = min(LEVEL_ROUNDING, shares.diff().min().item() / 2)
         # What a level is read from, where the list has levels of its own.
@@ -186,15 +186,16 @@ class FlowTransitions:
             return share
         shares, sigmas = self._knots.on(share.device, share.dtype)
         high = torch.searchsorted(shares, share.contiguous()).clamp(1, len(shares) - 1)
-        weight = (share - shares[high - 1]) / (shares[high] - shares[high - 1])
-        return torch.lerp(sigmas[high - 1], sigmas[high], weight)
+        (low_share, high_share), (low_sigma, high_sigma) = (
+            (_picked(table, high - 1), _picked(table, high)) for table in (shares, sigmas)
+        )
+        return torch.lerp(low_sigma, high_sigma, (share - low_share) / (high_share - low_share))
 
     def _after(self, share: Tensor) -> tuple[Tensor, Tensor]:
         """Timestep and sigma of the next listed level below, or of the clean end."""
         shares = self._shares.on(share.device, share.dtype)
         row = torch.searchsorted(shares, (share - self._rounding).contiguous()) - 1
-        timestep, sigma, _ = self._next.on(share.device, share.dtype)[row.clamp(min=0)].unbind(-1)
-        return timestep, sigma
+        return tuple(_picked(column, row.clamp(min=0)) for column in self._next.on(share.device, share.dtype))
 
     def _between(self, timestep: Tensor) -> Transition:
         # At the clean end itself nothing is left to do, and a level that is next to it keeps the factors finite.
@@ -218,6 +219,11 @@ class FlowTransitions:
         if not 0 <= timestep <= self._length:
             raise ValueError(f"timestep must be in [0, {self._length}], got {timestep}")
         return float(timestep)
+
+
+def _picked(column: Tensor, rows: Tensor) -> Tensor:
+    """The entries at `rows`, in their shape."""
+    return column.index_select(0, rows.reshape(-1)).view(rows.shape)
 
 
 def host_value(timestep: Tensor | float, timesteps: Tensor, listed: list) -> int | float | None:
