@@ -45,7 +45,7 @@ def check_resampling(num_resample_steps: int, has_mask: bool, scheduler: Schedul
         raise ValueError(f"num_resample_steps must be at least 1, got {num_resample_steps}")
     if num_resample_steps > 1 and not has_mask:
         raise ValueError(f"num_resample_steps must be 1 without a mask_image, got {num_resample_steps}")
-    if num_resample_steps > 1 and (not hasattr(scheduler, "level") or scheduler.order > 1):
+    if num_resample_steps > 1 and not hasattr(scheduler, "level"):
         raise ValueError(
             f"num_resample_steps must be 1 for {type(scheduler).__name__}, which cannot go back a step, got "
             f"{num_resample_steps}; take ExtDDPMScheduler, ExtDDIMScheduler or FlowScheduler"
