@@ -123,8 +123,8 @@ def deterministic(scheduler: SchedulerMixin) -> tuple[SchedulerMixin, SchedulerM
     """
     if not hasattr(scheduler, "level") or path_name(scheduler) not in ("vp", "linear"):
         raise ValueError(
-            f"inversion needs a scheduler of this package for networks that see x_t at unit scale or on the linear path, such as "
-            f"ExtDDIMScheduler or FlowScheduler, got {type(scheduler).__name__}"
+            "inversion needs a scheduler of this package, of a path at unit scale or the linear one, such as ExtDDIMScheduler "
+            f"or FlowScheduler, got {type(scheduler).__name__}"
         )
     if is_linear(scheduler):
         sampler = FlowScheduler.from_config(scheduler.config, stochastic_sampling=False)

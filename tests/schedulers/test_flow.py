@@ -118,6 +118,9 @@ def test_each_sample_steps_from_its_own_timestep_to_the_next_of_the_list():
     together = scheduler.step(output, timesteps, sample).prev_sample
     for i, t in enumerate(timesteps):
         torch.testing.assert_close(together[i], scheduler.step(output, t, sample).prev_sample[i])
+    for i, index in enumerate((3, 0)):
+        t, s = scheduler.sigmas[index : index + 2]
+        torch.testing.assert_close(together[i], sample[i] + (s - t) * output[i])
     below = scheduler.sigmas[scheduler.sigmas < 0.7 - 1e-6].max()
     torch.testing.assert_close(together[2], sample[2] + (below - 0.7) * output[2])
     with pytest.raises(ValueError, match="one or one for each of the 4 samples"):
