@@ -17,9 +17,12 @@ from diffusers_ext.pipelines.pipeline_guided_diffusion import GuidedDiffusionPip
 from diffusers_ext.pipelines.pipeline_text_guided_diffusion import TextGuidedDiffusionPipeline
 from diffusers_ext.registration import register_with_diffusers
 from diffusers_ext.schedulers import (
+    AnnealedLangevinScheduler,
     ExtDDIMInverseScheduler,
     ExtDDIMScheduler,
     ExtDDPMScheduler,
+    FlowScheduler,
+    ScoreSDEScheduler,
     VPredictionScheduler,
 )
 
@@ -27,15 +30,18 @@ from diffusers_ext.schedulers import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "AnnealedLangevinScheduler",
     "ClassifierGuidance",
     "ComposedGuidance",
     "DiTModel",
     "ExtDDIMInverseScheduler",
     "ExtDDIMScheduler",
     "ExtDDPMScheduler",
+    "FlowScheduler",
     "GuidedDiffusionPipeline",
     "HierarchicalVAEModel",
     "NoisyClassifierModel",
+    "ScoreSDEScheduler",
     "TextGuidedDiffusionPipeline",
     "UNetModel",
     "VAEModel",

@@ -181,7 +181,8 @@ def test_registering_again_changes_nothing():
 def test_import_brings_in_nothing_but_what_diffusers_does():
     code = """
 import sys
-from diffusers import DDIMInverseScheduler, DDIMScheduler, DDPMScheduler, DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers import DDIMInverseScheduler, DDIMScheduler, DDPMScheduler, DiffusionPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, ModelMixin, SchedulerMixin, ScoreSdeVeScheduler
 from diffusers.guiders import BaseGuidance
 before = set(sys.modules)
 import diffusers_ext

@@ -14,18 +14,26 @@ from pathlib import Path
 
 import openmp  # noqa: F401  before torch is loaded
 import yaml
-from torch import nn
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import Tensor, nn
 
 import diffusers_ext
 from diffusers_ext.atomic_files import atomic_write
 from diffusers_ext.hub.saved_folder import SavedFolder, loading_lines
 from diffusers_ext.options import option, run_script
+from diffusers_ext.recipes.denoising import DenoisingConfig
+from diffusers_ext.recipes.training_path import build_scheduler
 from diffusers_ext.trainer.posthoc_ema import is_of, list_snapshots, load_averages, reconstruct
 from diffusers_ext.trainer.run import save_atomically
 from diffusers_ext.trainer.run_folder import CONFIG_FILE
 
 
 REPORT_FILE = "reconstruction.json"
+# Of a run with --path learned, those that its scheduler follows from.
+OPTIONS_OF_SCHEDULE = (
+    *("path", "num_train_timesteps", "log_snr_max", "log_snr_min", "schedule_features"),
+    *("prediction_type", "scheduler", "timestep_spacing", "num_inference_steps", "vae"),
+)
 INDEX_FILES = ("model_index.json", "config.json")  # of a pipeline, of a model by itself
 
 
@@ -59,6 +67,7 @@ def main(config: ReconstructConfig) -> Path:
     step = snapshots[-1].step if config.step is None else config.step
     averages, misfit = reconstruct(snapshots, step, config.ema_std)
 
+    averages, schedule = split_schedule(averages)
     loaded = getattr(diffusers_ext, saved.class_name if saved.is_model else "DiffusionPipeline").from_pretrained(run)
     parts = [loaded] if saved.is_model else loaded.components.values()
     models = [part for part in parts if isinstance(part, nn.Module) and is_of(part, averages)]
@@ -73,6 +82,8 @@ def main(config: ReconstructConfig) -> Path:
             f"of one of its parts, and have those of {len(models)}"
         )
     load_averages(models[0], averages)
+    if schedule:
+        loaded.register_modules(scheduler=scheduler_of(run, schedule))
     output_dir.mkdir(parents=True, exist_ok=True)
     report = {"run": str(run), "step": step, "ema_std": config.ema_std, "misfit_of_weighting": misfit}
     with atomic_write(output_dir / REPORT_FILE) as partial:
@@ -85,6 +96,22 @@ def main(config: ReconstructConfig) -> Path:
         f"{misfit:.2%}; in {output_dir}\n\n{loading_lines(output_dir, saved.class_name if saved.is_model else None)}"
     )
     return output_dir
+
+
+def split_schedule(averages: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Averages of a model, and those of a noise schedule that was trained with it, by its own names."""
+    prefix = "noise_schedule."
+    schedule = {name.removeprefix(prefix): value for name, value in averages.items() if name.startswith(prefix)}
+    return {name: value for name, value in averages.items() if not name.startswith(prefix)}, schedule
+
+
+def scheduler_of(run: Path, averages: dict[str, Tensor]) -> SchedulerMixin:
+    """The scheduler of a run with --path learned whose schedule is this average."""
+    options = yaml.safe_load((run / CONFIG_FILE).read_text())
+    config = DenoisingConfig(**{name: options[name] for name in OPTIONS_OF_SCHEDULE})
+    noise_schedule = config.make_noise_schedule()
+    noise_schedule.load_state_dict(averages)
+    return build_scheduler(config, noise_schedule)
 
 
 def check_output_dir(config: ReconstructConfig) -> Path:

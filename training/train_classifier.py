@@ -35,8 +35,8 @@ from diffusers_ext.diffusion.betas import BETA_SCHEDULES
 from diffusers_ext.models.unet import refuse_unmatched_resolutions
 from diffusers_ext.options import fixed_option, option, run_script, to_command
 from diffusers_ext.recipes.classifier_objective import ClassifierObjective, accuracy_by_level, save_accuracy
-from diffusers_ext.recipes.denoising import beta_option
-from diffusers_ext.schedulers.levels import describe_path
+from diffusers_ext.recipes.training_path import beta_option
+from diffusers_ext.schedulers.levels import describe_path, schedule_of
 from diffusers_ext.sizes import downsampling_factor
 from diffusers_ext.trainer.config import TrainerConfig, resolve_for_machine
 from diffusers_ext.trainer.ending import EndingCost, seconds_of
@@ -126,7 +126,7 @@ def main(config: TrainClassifierConfig) -> Path:
         config = dataclasses.replace(config, resolution=space.resolution, resize_mode=data.resize_mode)
         check_latents(config, space)
         open_folder(config)
-        objective = ClassifierObjective(make_scheduler(path).schedule, accelerator)
+        objective = ClassifierObjective(schedule_of(path), accelerator)
         trainer = Trainer(
             config,
             accelerator,
@@ -165,10 +165,11 @@ def load_path(config: TrainClassifierConfig) -> tuple[dict[str, Any], ModelMixin
     """
     vae = None if config.vae is None else load_vae(config.vae)
     if config.pipeline is None:
-        return describe_path(make_scheduler({name: getattr(config, name) for name in config.SCHEDULE_OPTIONS})), vae
+        options = {name: getattr(config, name) for name in config.SCHEDULE_OPTIONS}
+        return describe_path(
+            ExtDDPMScheduler(**options, prediction_type="sample")
+        ), vae  # the type that any path allows
     pipe = DiffusionPipeline.from_pretrained(config.pipeline)
-    if not hasattr(pipe.scheduler, "alphas_cumprod"):
-        raise ValueError(f"pipeline must have a variance-preserving scheduler, got {type(pipe.scheduler).__name__}")
     own = getattr(pipe, "vae", None)
     if vae is not None and (own is None or fingerprint(own) != fingerprint(vae)):
         raise ValueError(
@@ -176,11 +177,6 @@ def load_path(config: TrainClassifierConfig) -> tuple[dict[str, Any], ModelMixin
             "leave --vae out"
         )
     return describe_path(pipe.scheduler), None if own is None else own.eval().requires_grad_(False)
-
-
-def make_scheduler(path: dict[str, Any]) -> ExtDDPMScheduler:
-    """A scheduler with this noising path."""
-    return ExtDDPMScheduler(**path, prediction_type="sample")  # the one that any path allows
 
 
 def load_data(

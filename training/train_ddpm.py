@@ -15,8 +15,9 @@ from pathlib import Path
 
 import openmp  # noqa: F401  before torch is loaded
 from diffusers import ModelMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from diffusers_ext import ExtDDPMScheduler, GuidedDiffusionPipeline
+from diffusers_ext import GuidedDiffusionPipeline
 from diffusers_ext.data.image_table import ImageData
 from diffusers_ext.data.latent_cache import SampleSpace, load_vae
 from diffusers_ext.data.stream import StreamData
@@ -25,12 +26,14 @@ from diffusers_ext.recipes.denoising import (
     DenoisingConfig,
     build_model,
     build_objective,
-    build_scheduler,
     load_data,
     load_validation,
     refuse_unlearned_guidance,
+    with_its_schedule,
+    without_its_schedule,
 )
 from diffusers_ext.recipes.sample_grids import draw_while_training, drawing_cost, save_and_draw
+from diffusers_ext.recipes.training_path import build_scheduler
 from diffusers_ext.trainer.config import resolve_for_machine
 from diffusers_ext.trainer.loop import Trainer
 from diffusers_ext.trainer.run import describe_data, finish_run, make_accelerator, open_run
@@ -64,14 +67,15 @@ def main(config: TrainConfig) -> Path:
         unlabelled = config.label_dropout > 0 or data.num_classes is None or data.has_unlabelled
         refuse_unlearned_guidance(config, unlabelled, "label_dropout")
         open_folder(config)
-        model = build_model(config, space, data.num_classes, learned_unconditional=unlabelled)
+        network = build_model(config, space, data.num_classes, learned_unconditional=unlabelled)
+        model = with_its_schedule(config, network, space.num_values)
         scheduler = build_scheduler(config)
         pipeline, rows = partial(averaged_pipeline, scheduler=scheduler, vae=vae), rows_of(data)
         trainer = Trainer(
             config,
             accelerator,
             model,
-            build_objective(config, scheduler, accelerator, num_bins=space.num_values),
+            build_objective(config, scheduler, accelerator, num_bins=space.num_values, model=model),
             data,
             batch_options={"label_dropout": config.label_dropout, "timestep_sampling": config.time_sampling}
             | space.batch_options,
@@ -88,13 +92,12 @@ def main(config: TrainConfig) -> Path:
 
 
 @contextmanager
-def averaged_pipeline(trainer: Trainer, scheduler: ExtDDPMScheduler, vae: ModelMixin | None):
+def averaged_pipeline(trainer: Trainer, scheduler: SchedulerMixin, vae: ModelMixin | None):
     """The pipeline as it stands, with the averaged weights if there are any; the model's own come back at the end."""
     with trainer.averaged_model() as model:
-        # A copy: sampling sets the timesteps of its scheduler.
-        scheduler = type(scheduler).from_config(scheduler.config)
+        network, scheduler = without_its_schedule(trainer.config, model, scheduler)
         pipe = GuidedDiffusionPipeline(
-            denoiser=model, scheduler=scheduler, vae=vae, id2label=trainer.data.id2label, clip_guided_noise=True
+            denoiser=network, scheduler=scheduler, vae=vae, id2label=trainer.data.id2label, clip_guided_noise=True
         )
         pipe.set_progress_bar_config(disable=True)
         yield pipe

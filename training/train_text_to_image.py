@@ -17,8 +17,9 @@ from pathlib import Path
 import openmp  # noqa: F401  before torch is loaded
 from accelerate import Accelerator
 from diffusers import ModelMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from diffusers_ext import ExtDDPMScheduler, TextGuidedDiffusionPipeline
+from diffusers_ext import TextGuidedDiffusionPipeline
 from diffusers_ext.data.captions import captions_of, find_caption_column, with_texts
 from diffusers_ext.data.image_table import ImageData
 from diffusers_ext.data.latent_cache import SampleSpace, load_vae, prepare_samples
@@ -28,12 +29,12 @@ from diffusers_ext.options import run_script, to_command
 from diffusers_ext.recipes.denoising import (
     build_model,
     build_objective,
-    build_scheduler,
     refuse_unlearned_guidance,
 )
 from diffusers_ext.recipes.sample_grids import draw_while_training, drawing_cost, save_and_draw
 from diffusers_ext.recipes.text_encoder import TextDenoiser
 from diffusers_ext.recipes.text_to_image import TextConfig, Texts
+from diffusers_ext.recipes.training_path import build_scheduler
 from diffusers_ext.trainer.config import resolve_for_machine
 from diffusers_ext.trainer.loop import Trainer
 from diffusers_ext.trainer.run import describe_data, finish_run, make_accelerator, open_run
@@ -125,7 +126,7 @@ def load_data(
 
 @contextmanager
 def averaged_pipeline(
-    trainer: Trainer, scheduler: ExtDDPMScheduler, vae: ModelMixin | None, texts: Texts
+    trainer: Trainer, scheduler: SchedulerMixin, vae: ModelMixin | None, texts: Texts
 ) -> Iterator[TextGuidedDiffusionPipeline]:
     """The pipeline as it stands, with the averaged weights if there are any; the model's own come back at the end."""
     with trainer.averaged_model() as model:

@@ -11,6 +11,8 @@ References:
     Hang et al. 2023, Efficient Diffusion Training via Min-SNR Weighting Strategy, arXiv 2303.09556.
     Salimans, Ho 2022, Progressive Distillation for Fast Sampling of Diffusion Models, arXiv 2202.00512.
     Choi et al. 2022, Perception Prioritized Training of Diffusion Models, arXiv 2204.00227 (P2).
+    Song, Durkan, Murray, Ermon 2021, Maximum Likelihood Training of Score-Based Diffusion Models, arXiv 2101.09258.
+    Kingma, Salimans, Poole, Ho 2021, Variational Diffusion Models, arXiv 2107.00630.
 """
 
 import torch
@@ -28,7 +30,7 @@ from diffusers_ext.diffusion.reverse_chain import ReverseChain
 from diffusers_ext.diffusion.variational_bound import transition_nats
 
 
-LOSS_WEIGHTINGS = ("uniform", "simple", "min_snr", "truncated_snr", "snr_plus_one", "p2", "sample")
+LOSS_WEIGHTINGS = ("uniform", "simple", "min_snr", "truncated_snr", "snr_plus_one", "p2", "sample", "likelihood")
 
 # The weighting of each prediction type where none is given: that under which the model's outputs at all noise levels are of
 # one size. For the score, whose size is 1 / sigma, equal weights would train the cleanest levels alone.
@@ -38,8 +40,31 @@ DEFAULT_WEIGHTINGS = {name: "simple" if name == "score" else "uniform" for name 
 OBJECTIVES = ("simple", "vlb", "hybrid")
 
 
+def likelihood_weights(schedule: NoiseSchedule) -> Tensor:
+    """The weight of the squared error of x_0 at each level under which the loss is the variational bound.
+
+    That is T `kl_weight` between neighbouring levels, so that the mean over all timesteps is the sum over the chain in nats,
+    with the reverse variances beta tilde and up to what no model has an influence on (Kingma et al. 2021). With
+    many levels it is -d snr / dt / 2, the likelihood weighting g(t)^2 of the score's error (Song et al. 2021, Theorem 1).
+    The KL of the last transition, to data without noise, would be infinite: it has the weight of a step that is as long in
+    log snr as the one before it. (What it costs in bits is the distortion, which depends on the variance of the sampler.)
+
+    Returns: float64, shape `(T,)`.
+    """
+    every, like = torch.arange(len(schedule)), torch.zeros(1, dtype=torch.float64)
+    snr = schedule.level(every, like).snr
+    before = (2 * snr[:1].log() - snr[1:2].log()).exp() if len(snr) > 1 and snr[1] > 0 else 2 * snr[:1]
+    return 0.5 * len(schedule) * (torch.cat([before, snr[:-1]]) - snr)
+
+
 def loss_weight(
-    level: NoiseLevel, weighting: str, prediction_type: str, *, snr_gamma: float = 5.0, p2_gamma: float = 1.0
+    level: NoiseLevel,
+    weighting: str,
+    prediction_type: str,
+    *,
+    snr_gamma: float = 5.0,
+    p2_gamma: float = 1.0,
+    x0_weight: Tensor | None = None,
 ) -> Tensor:
     """The weight of the model's squared error |target - output|^2 at each noise level, of the level's shape.
 
@@ -52,9 +77,13 @@ def loss_weight(
     | snr_plus_one | snr + 1: every error of v counts the same | Salimans & Ho 2022 |
     | p2 | snr / (1 + snr)^p2_gamma | Choi et al. 2022, with k = 1 |
     | sample | 1: every error of x_0 counts the same | |
+    | likelihood | `x0_weight`, of `likelihood_weights`: the bound | Song et al. 2021, Kingma et al. 2021 |
+
+    Args:
+        x0_weight: The weights of "likelihood", which are those of a schedule and not of a level, of the level's shape.
 
     Raises:
-        ValueError: if `weighting` is none of `LOSS_WEIGHTINGS`.
+        ValueError: if `weighting` is none of `LOSS_WEIGHTINGS`, or lacks `x0_weight`.
     """
     snr = level.snr
     match weighting:
@@ -72,6 +101,9 @@ def loss_weight(
             x0_weight = snr / (1 + snr) ** p2_gamma
         case "sample":
             x0_weight = snr.new_ones(snr.shape)
+        case "likelihood":
+            if x0_weight is None:
+                raise ValueError("loss_weighting likelihood needs x0_weight: likelihood_weights at these timesteps")
         case _:
             raise ValueError(f"loss_weighting must be one of {', '.join(LOSS_WEIGHTINGS)}, got {weighting!r}")
     return x0_weight * x0_error_scale(level, prediction_type)
@@ -87,7 +119,10 @@ def trained_share(
     """
     level = schedule.level(torch.arange(len(schedule)), torch.zeros(1, dtype=torch.float64))
     a, b = output_coefficients(level, prediction_type)
-    weight = loss_weight(level, weighting, prediction_type, snr_gamma=snr_gamma, p2_gamma=p2_gamma)
+    options = {"snr_gamma": snr_gamma, "p2_gamma": p2_gamma}
+    if weighting == "likelihood":
+        options["x0_weight"] = likelihood_weights(schedule)
+    weight = loss_weight(level, weighting, prediction_type, **options)
     loss = weight * (torch.as_tensor(a).square() + torch.as_tensor(b).square())
     loss = (loss / loss.max()).nan_to_num(1.0)  # what is infinite has it all
     return (loss.sum().square() / (len(schedule) * loss.square().sum())).item()
@@ -103,6 +138,7 @@ def denoising_loss(
     weighting: str | None = None,
     snr_gamma: float = 5.0,
     p2_gamma: float = 1.0,
+    x0_weight: Tensor | None = None,
 ) -> Tensor:
     """The weighted squared error of each sample, averaged over its elements, at least in float32; shape `(batch,)`.
 
@@ -112,6 +148,7 @@ def denoising_loss(
         output: What the model gave at `add_noise(x0, eps, level)`.
         x0: Clean samples in [-1, 1], shape `(batch, ...)`, like `eps` and `output`.
         level: Noise level of each sample.
+        x0_weight: See `loss_weight`.
     """
     if weighting is None:
         weighting = DEFAULT_WEIGHTINGS[prediction_type]
@@ -120,8 +157,8 @@ def denoising_loss(
     error = (output.to(wide) - target).square().flatten(1).mean(1)
     if weighting == "uniform":
         return error
-    weight = loss_weight(level, weighting, prediction_type, snr_gamma=snr_gamma, p2_gamma=p2_gamma)
-    return weight.flatten() * error
+    options = {"snr_gamma": snr_gamma, "p2_gamma": p2_gamma, "x0_weight": x0_weight}
+    return loss_weight(level, weighting, prediction_type, **options).flatten() * error
 
 
 def bound_loss(

@@ -265,6 +265,16 @@ def output_eps(output: Tensor, x_t: Tensor, level: NoiseLevel, prediction_type: 
     return (level.alpha * output - a * x_t) / (b * level.alpha - a * level.sigma)
 
 
+def tweedie(x_t: Tensor, score: Tensor, level: NoiseLevel) -> Tensor:
+    """E[x_0 | x_t] by Tweedie's formula, (x_t + sigma^2 score) / alpha (Efron 2011, Eq. 1.4, of alpha x_0).
+
+    Args:
+        score: The gradient of log p(x_t), of the shape of `x_t`.
+        level: Of x_t, with a signal.
+    """
+    return (x_t + level.sigma**2 * score) / level.alpha
+
+
 def predict_eps(x0: Tensor, x_t: Tensor, level: NoiseLevel) -> Tensor:
     """The noise that takes `x0` to `x_t`; 0 where the level has none and `x_t = alpha x0`."""
     return (x_t - level.alpha * x0) / _nonzero(level.sigma)
@@ -298,7 +308,7 @@ def posterior(
 def posterior_std(t: NoiseLevel, s: NoiseLevel, eta: float | Tensor = 1.0) -> Factor:
     """Standard deviation of `posterior`, for `eta=1` the square root of beta tilde (DDPM, Eq. 7; DDIM, Eq. 16)."""
     # A factor of at most 1 on sigma_s keeps sigma_s^2 - std^2 from going negative in floating point.
-    return s.sigma * (eta * _new_share(t, s) ** 0.5)
+    return s.sigma * (eta * new_noise_share(t, s) ** 0.5)
 
 
 def transition_std(t: NoiseLevel, s: NoiseLevel) -> Factor:
@@ -306,10 +316,10 @@ def transition_std(t: NoiseLevel, s: NoiseLevel) -> Factor:
 
     Its square is sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2, on any path.
     """
-    return t.sigma * _new_share(t, s) ** 0.5
+    return t.sigma * new_noise_share(t, s) ** 0.5
 
 
-def _new_share(t: NoiseLevel, s: NoiseLevel) -> Factor:
+def new_noise_share(t: NoiseLevel, s: NoiseLevel) -> Factor:
     """The share of the noise at t that comes after s, 1 - snr_t / snr_s, also where s is clean."""
     return _at_least(0.0, 1 - (t.alpha * s.sigma / _nonzero(s.alpha * t.sigma)) ** 2)
 

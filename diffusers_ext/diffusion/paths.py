@@ -131,11 +131,12 @@ class Cosine(Path):
             raise ValueError(f"offset must be at least 0, got {self.offset}")
 
     def level(self, t: Tensor) -> NoiseLevel:
-        alpha = self._angle(t).cos() / math.cos(self._first)
+        # The cosine of the angle, which at the end is 0 to the last digit.
+        alpha = ((1 - t) * self._slope).sin() / math.cos(self._first)
         # sin(a)^2 - sin(a_0)^2 = sin(a + a_0) sin(a - a_0), without the difference of two cosines near 1.
         angle = self._angle(t)
         sigma = ((angle + self._first).sin() * (t * self._slope).sin()).sqrt() / math.cos(self._first)
-        return NoiseLevel(alpha.clamp(min=0), sigma.clamp(max=1))
+        return NoiseLevel(alpha, sigma.clamp(max=1))
 
     def drift(self, t: Tensor) -> Tensor:
         return -self._slope * self._angle(t).tan()

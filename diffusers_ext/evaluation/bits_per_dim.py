@@ -2,9 +2,10 @@
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -12,14 +13,16 @@ from accelerate.utils import gather_object
 from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
-from diffusers_ext.diffusion.noising import dynamic_threshold
+from diffusers_ext.diffusion.noising import NoiseSchedule, dynamic_threshold
 from diffusers_ext.diffusion.probability_flow import flow_bound
 from diffusers_ext.diffusion.reverse_chain import LEARNED_VARIANCES, ReverseChain
+from diffusers_ext.diffusion.timesteps import make_timesteps
 from diffusers_ext.diffusion.variational_bound import bits_per_dim, optimal_variances, variational_bound
 from diffusers_ext.evaluation.generate import SEED_STRIDE
 from diffusers_ext.evaluation.labelled_images import LabelledImages, convert_channels, drawn_order
 from diffusers_ext.evaluation.pipeline_facts import image_size_of, num_labels_of
 from diffusers_ext.schedulers import ExtDDPMScheduler
+from diffusers_ext.schedulers.levels import model_schedule, prediction_type_of
 
 
 # Fixed ones that can be asked for; the learned one follows from the model.
@@ -35,14 +38,20 @@ class LikelihoodModel:
 
     Args:
         network: Called `network(x_t, timesteps, class_labels=...)`.
-        scheduler: With the path, the timesteps as set, and the clipping of the predicted x_0.
+        schedule: The noising path, at the scale at which the network sees x_t.
+        timesteps: Of the chain whose bound it is, descending.
+        prediction_type: What the network outputs.
+        clip: The clipping of the predicted x_0 in the sampler, or None.
         num_classes: Number of labels that the network takes, or None.
         null_label: The label that stands for none, or None.
-        variance_type: In the config of the pipeline's scheduler, or None.
+        variance_type: Of the pipeline's scheduler, or None.
     """
 
     network: torch.nn.Module
-    scheduler: ExtDDPMScheduler
+    schedule: NoiseSchedule
+    timesteps: list[int]
+    prediction_type: str
+    clip: Callable[[Tensor], Tensor] | None
     num_classes: int | None
     null_label: int | None
     variance_type: str | None
@@ -55,7 +64,7 @@ class LikelihoodModel:
             num_steps: Number of timesteps, spaced as the pipeline's scheduler does; all of the training's by default.
 
         Raises:
-            ValueError: If the pipeline works in latents, from text, or not on a discrete Gaussian noising path.
+            ValueError: If the pipeline works in latents, from text, or not on a Gaussian noising path.
         """
         name = type(pipeline).__name__
         if getattr(pipeline, "vae", None) is not None:
@@ -64,17 +73,30 @@ class LikelihoodModel:
         network = next((network for network in networks if isinstance(network, torch.nn.Module)), None)
         if network is None or getattr(pipeline, "text_encoder", None) is not None:
             raise ValueError(f"bits_per_dim needs a network that takes images and labels alone, {name} has none")
-        config = dict(pipeline.scheduler.config)
-        if "beta_schedule" not in config or "prediction_type" not in config:
-            raise ValueError(
-                f"bits_per_dim needs a discrete Gaussian noising path, {type(pipeline.scheduler).__name__} has none: "
-                "--scheduler DDPMScheduler if the model was trained on one"
-            )
-        scheduler = ExtDDPMScheduler.from_config(pipeline.scheduler.config)
-        if num_steps is not None:
-            scheduler.set_timesteps(num_steps)
-        null_label = getattr(pipeline, "null_label", None)
-        return cls(network, scheduler, num_labels_of(pipeline), null_label, config.get("variance_type"))
+        config, schedule = pipeline.scheduler.config, model_schedule(pipeline.scheduler)
+        variance = config.get("variance_type")
+        if variance is None and (config.get("path", "vp") != "vp" or not schedule.preserves_variance):
+            variance = "fixed_small"  # the steps of these paths are large at the data, where fixed_large costs much
+        elif variance is None and "_learned_timesteps" in config:
+            variance = "fixed_small"  # whose bound the model and its schedule were trained by
+        if schedule.preserves_variance:  # with the defaults of the ancestral sampler, whose bound it is
+            config = ExtDDPMScheduler.from_config(config).config
+        if num_steps is None:
+            timesteps = range(len(schedule) - 1, -1, -1)
+        else:
+            # A flow has no such key; with evenly spaced times "trailing" is what its scheduler does.
+            spacing = config.get("timestep_spacing", "trailing")
+            timesteps = make_timesteps(spacing, num_steps, len(schedule), config.get("steps_offset", 0))
+        return cls(
+            network,
+            schedule,
+            [int(timestep) for timestep in timesteps],
+            prediction_type_of(pipeline.scheduler),
+            _clip_of(config),
+            num_labels_of(pipeline),
+            getattr(pipeline, "null_label", None),
+            variance,
+        )
 
     @property
     def channels(self) -> int:
@@ -93,17 +115,8 @@ class LikelihoodModel:
             )
         return given
 
-    @property
-    def clip(self) -> Callable[[Tensor], Tensor] | None:
-        """The clipping of the predicted x_0 in the sampler, or None."""
-        config = self.scheduler.config
-        if config.thresholding:
-            return lambda x0: dynamic_threshold(x0, config.dynamic_thresholding_ratio, config.sample_max_value)
-        bound = config.clip_sample_range
-        return (lambda x0: x0.clamp(-bound, bound)) if config.clip_sample else None
-
     def chain(self, variances: Tensor | None = None) -> ReverseChain:
-        return ReverseChain(self.scheduler.schedule, self.scheduler.timesteps.tolist(), variances)
+        return ReverseChain(self.schedule, self.timesteps, variances)
 
     def prepare(self, images: LabelledImages, rows: list[int], by_label: bool) -> tuple[Tensor, Tensor | None]:
         """Images in [-1, 1], and their labels or the null label, on the device of this process."""
@@ -126,6 +139,17 @@ class LikelihoodModel:
             return output if variance in LEARNED_VARIANCES else output[:, : x_t.shape[1]]
 
         return denoise
+
+
+def _clip_of(config: Mapping[str, Any]) -> Callable[[Tensor], Tensor] | None:
+    """What a scheduler of this config does to the predicted x_0, if anything."""
+    if config.get("thresholding"):
+        ratio, largest = config.get("dynamic_thresholding_ratio", 0.995), config.get("sample_max_value", 1.0)
+        return lambda x0: dynamic_threshold(x0, ratio, largest)
+    if not config.get("clip_sample"):
+        return None
+    bound = config.get("clip_sample_range", 1.0)
+    return lambda x0: x0.clamp(-bound, bound)
 
 
 @torch.no_grad()
@@ -241,7 +265,7 @@ def _measure_variances(
     x0, labels = model.prepare(train, rows, by_label)
     return optimal_variances(
         model.denoiser(labels, "optimal"),
-        *([x0], chain, model.scheduler.config.prediction_type),
+        *([x0], chain, model.prediction_type),
         clip=model.clip,
         generator=torch.Generator().manual_seed(seed),
     )
@@ -269,7 +293,7 @@ class ImageBound:
         rate of each part of the timesteps.
         """
         denoise = self.model.denoiser(labels, self.variance)
-        path = (x0, self.chain, self.model.scheduler.config.prediction_type, self.variance)
+        path = (x0, self.chain, self.model.prediction_type, self.variance)
         terms = variational_bound(
             denoise, *path, num_terms=self.num_terms, clip=self.model.clip, generator=self._generators(rows)
         )

@@ -17,7 +17,7 @@ from diffusers_ext.guidance.guiding import INTERVAL_UNITS, without_notice
 from diffusers_ext.options import option
 from diffusers_ext.pipelines.components import check_components
 from diffusers_ext.pipelines.pipeline_guided_diffusion import GuidedDiffusionPipeline
-from diffusers_ext.schedulers.levels import PATH_TOLERANCE, describe_path, path_difference
+from diffusers_ext.schedulers.levels import PATH_TOLERANCE, describe_path, path_difference, prediction_type_of
 
 
 METHODS = {
@@ -74,7 +74,7 @@ def add_networks(
         ValueError: if they do not fit it, or the weaker pipeline has other noise levels or predicts another thing.
     """
     if weak is not None:
-        theirs, ours = (each.scheduler.config.prediction_type for each in (weak, pipe))
+        theirs, ours = (prediction_type_of(each.scheduler) for each in (weak, pipe))
         if theirs != ours:
             raise ValueError(f"the weaker pipeline must predict what the pipeline does, {ours}, got {theirs}")
         difference = path_difference(describe_path(weak.scheduler), pipe.scheduler)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from diffusers_ext.diffusion.noising import NoiseLevel
 from diffusers_ext.guidance.labels import num_classes_of
-from diffusers_ext.schedulers.levels import noise_level
+from diffusers_ext.schedulers.levels import model_input, noise_level
 
 
 # Guiders that change the network for a prediction of its own, beside the conditional and the unconditional one.
@@ -49,7 +49,7 @@ class StepContext(NamedTuple):
         """Of x_t.
 
         Raises:
-            ValueError: if the scheduler has no variance-preserving path.
+            ValueError: if the scheduler has no Gaussian path.
         """
         return noise_level(self.scheduler, self.timestep, self.x_t)
 
@@ -120,7 +120,7 @@ class GuidedDenoiser:
         Returns:
             float32 or wider, shape of one output of the network.
         """
-        x = self.scheduler.scale_model_input(x, timestep)
+        x = model_input(self.scheduler, x, timestep)
         if self.guider is None:
             return self._predict(self.denoiser, x, timestep, {name: pair[0] for name, pair in self.conditions.items()})
         guider = self.guider

@@ -17,7 +17,13 @@ from torch import Tensor, nn
 
 from diffusers_ext.diffusion.noising import add_to_score
 from diffusers_ext.guidance.guided_denoiser import StepContext, check_guidance_rescale, check_guidance_scale
-from diffusers_ext.schedulers.levels import PATH_TOLERANCE, describe_path, path_difference
+from diffusers_ext.schedulers.levels import (
+    PATH_TOLERANCE,
+    describe_path,
+    path_difference,
+    path_in_words,
+    prediction_type_of,
+)
 
 
 class _ContextGuidance(BaseGuidance):
@@ -73,7 +79,7 @@ class ClassifierGuidance(_ContextGuidance):
     both kinds at once. For a denoiser without labels there is one prediction, and the label is the classifier's alone.
 
     The gradient enters through the score that the network's output means, so that every prediction type and every
-    sampler of a variance-preserving path will do. Needs the pipeline's `classifier`.
+    sampler of the classifier's path will do. Needs the pipeline's `classifier`.
 
     Args:
         classifier_scale: Weight of the gradient, at least 0; 0 costs no call of the classifier.
@@ -123,7 +129,7 @@ class ClassifierGuidance(_ContextGuidance):
         if self._is_on() and self.classifier_scale:
             context = self._context
             gradient = self.classifier_scale * classifier_gradient(context)
-            pred = add_to_score(pred, gradient.to(pred), context.level, context.scheduler.config.prediction_type)
+            pred = add_to_score(pred, gradient.to(pred), context.level, prediction_type_of(context.scheduler))
         if self._is_on() and self.guidance_rescale > 0:
             pred = rescale_noise_cfg(pred, pred_uncond if pred_cond is None else pred_cond, self.guidance_rescale)
         return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=pred_uncond)
@@ -290,14 +296,9 @@ def _check_path(classifier: nn.Module, scheduler: SchedulerMixin) -> None:
             stacklevel=8,
         )
         return
-    if not hasattr(scheduler, "alphas_cumprod"):
-        raise ValueError(f"ClassifierGuidance needs a variance-preserving scheduler, got {type(scheduler).__name__}")
     difference = path_difference(path, scheduler)
     if difference > PATH_TOLERANCE:
-        trained, sampled = (
-            f"{config['beta_schedule']!r} of {config['num_train_timesteps']} timesteps"
-            for config in (path, describe_path(scheduler))
-        )
+        trained, sampled = map(path_in_words, (path, describe_path(scheduler)))
         apart = f", with alpha_bar up to {difference:.2g} apart" if math.isfinite(difference) else ""
         raise ValueError(
             f"the classifier must be trained on the scheduler's noise levels: it was trained on {trained}, and the "

@@ -6,7 +6,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Generator, Tensor
 
 from diffusers_ext.diffusion.noising import transition
-from diffusers_ext.schedulers.gaussian import GaussianSchedulerMixin, draw_noise
+from diffusers_ext.schedulers.gaussian import draw_noise
+from diffusers_ext.schedulers.levels import add_noise_at
 
 
 class KnownPixels:
@@ -28,14 +29,13 @@ class KnownPixels:
         """`x` with a draw of q(x_t | x_0) where x_0 is known; `None` stands for the clean end."""
         known = self.x0
         if timestep is not None:
-            known = self.scheduler.add_noise(known, draw_noise(x, self.generator, None), timestep.reshape(1))
+            known = add_noise_at(self.scheduler, known, draw_noise(x, self.generator, None), timestep.reshape(1))
         return torch.where(self.mask.bool(), x, known)
 
     def renoise(self, x: Tensor, timestep: Tensor) -> Tensor:
         """From the level after `timestep` back up to it, by a draw of q(x_t | x_s)."""
-        schedule = self.scheduler.schedule
-        t = schedule.level(timestep, x)
-        s = schedule.level(self.scheduler.previous_timestep(timestep), x)
+        t = self.scheduler.level(timestep, x)
+        s = self.scheduler.level(self.scheduler.previous_timestep(timestep), x)
         return transition(x, t, s).sample(draw_noise(x, self.generator, None))
 
 
@@ -45,10 +45,15 @@ def check_resampling(num_resample_steps: int, has_mask: bool, scheduler: Schedul
         raise ValueError(f"num_resample_steps must be at least 1, got {num_resample_steps}")
     if num_resample_steps > 1 and not has_mask:
         raise ValueError(f"num_resample_steps must be 1 without a mask_image, got {num_resample_steps}")
-    if num_resample_steps > 1 and not isinstance(scheduler, GaussianSchedulerMixin):
+    if num_resample_steps > 1 and not hasattr(scheduler, "level"):
         raise ValueError(
             f"num_resample_steps must be 1 for {type(scheduler).__name__}, which cannot go back a step, got "
-            f"{num_resample_steps}; take ExtDDPMScheduler or ExtDDIMScheduler"
+            f"{num_resample_steps}; take ExtDDPMScheduler, ExtDDIMScheduler or FlowScheduler"
+        )
+    if num_resample_steps > 1 and scheduler.order > 1:
+        raise ValueError(
+            f"num_resample_steps must be 1 for {type(scheduler).__name__} with {scheduler.order} calls of the network at a "
+            f"level, not each of which ends at the next, got {num_resample_steps}"
         )
 
 

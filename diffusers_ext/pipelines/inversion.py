@@ -1,15 +1,17 @@
 """From images back to the noise that makes them, and images between two images (DDIM: arXiv 2010.02502, Section 5.3)."""
 
 import torch
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from diffusers_ext.pipelines.image_inputs import ImageInput, encode_pixels
 from diffusers_ext.pipelines.label_condition import LabelCondition, Labels
 from diffusers_ext.pipelines.outputs import decode_images
 from diffusers_ext.pipelines.sampling import count_images
-from diffusers_ext.schedulers.gaussian import GaussianSchedulerMixin
+from diffusers_ext.schedulers.levels import is_linear, path_name
 from diffusers_ext.schedulers.scheduling_ddim import ExtDDIMScheduler
 from diffusers_ext.schedulers.scheduling_ddim_inverse import ExtDDIMInverseScheduler
+from diffusers_ext.schedulers.scheduling_flow import FlowScheduler
 
 
 class InversionMixin:
@@ -26,7 +28,8 @@ class InversionMixin:
     ) -> Tensor:
         """The noise from which deterministic sampling with as many steps makes `image`, up to the error of the steps.
 
-        Give it to the pipeline as `latents`, with the same labels, `num_inference_steps` and a DDIM scheduler.
+        Give it to the pipeline as `latents`, with the same labels, `num_inference_steps` and a DDIM
+        scheduler or, on the linear path, `FlowScheduler`.
 
         Args:
             image: One or several, as for the call.
@@ -43,7 +46,7 @@ class InversionMixin:
         """
         if num_refinements < 0:
             raise ValueError(f"num_refinements must not be negative, got {num_refinements}")
-        inverse = ExtDDIMInverseScheduler.from_config(self._path_config())
+        _, inverse = deterministic(self.scheduler)
         device = self._execution_device
         inverse.set_timesteps(num_inference_steps, device=device)
         condition = LabelCondition(self, class_labels)
@@ -103,7 +106,7 @@ class InversionMixin:
             raise ValueError(f"image_a and image_b must be one image each, got {len(ends[0])} and {len(ends[1])}")
         device = ends[0].device
         x = slerp(*ends, torch.linspace(0, 1, num_images, device=device))
-        sampler = ExtDDIMScheduler.from_config(self._path_config())
+        sampler, _ = deterministic(self.scheduler)
         sampler.set_timesteps(num_inference_steps, device=device)
         predict = self._denoiser(sampler, None, condition, num_images, device)
         for t in sampler.timesteps:
@@ -112,12 +115,22 @@ class InversionMixin:
         self.maybe_free_model_hooks()
         return images
 
-    def _path_config(self):
-        if not isinstance(self.scheduler, GaussianSchedulerMixin):
-            raise ValueError(
-                f"inversion needs a scheduler of this package, such as ExtDDIMScheduler, got {type(self.scheduler).__name__}"
-            )
-        return self.scheduler.config
+
+def deterministic(scheduler: SchedulerMixin) -> tuple[SchedulerMixin, SchedulerMixin]:
+    """A sampler without noise of the path of a scheduler, and one with the method `invert` that undoes it.
+
+    Raises:
+        ValueError: if the scheduler is not of this package.
+    """
+    if not hasattr(scheduler, "level") or path_name(scheduler) not in ("vp", "linear"):
+        raise ValueError(
+            "inversion needs a scheduler of this package, of a path at unit scale or the linear one, such as ExtDDIMScheduler "
+            f"or FlowScheduler, got {type(scheduler).__name__}"
+        )
+    if is_linear(scheduler):
+        sampler = FlowScheduler.from_config(scheduler.config, stochastic_sampling=False)
+        return sampler, sampler
+    return ExtDDIMScheduler.from_config(scheduler.config), ExtDDIMInverseScheduler.from_config(scheduler.config)
 
 
 def slerp(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from diffusers_ext.diffusion.noising import predict_x0
 from diffusers_ext.latents import decode_latents
-from diffusers_ext.schedulers.levels import noise_level
+from diffusers_ext.schedulers.levels import noise_level, prediction_type_of, start_scale
 
 
 class TrajectoryPoint(NamedTuple):
@@ -30,10 +30,9 @@ class TrajectoryPoint(NamedTuple):
     def of_step(cls, scheduler: SchedulerMixin, t: Tensor, x_t: Tensor, output: Tensor, step) -> "TrajectoryPoint":
         """From the network's output at x_t and what the scheduler's `step` made of it."""
         x0_hat = getattr(step, "pred_original_sample", None)
-        variance_preserving = torch.as_tensor(scheduler.init_noise_sigma).item() == 1
-        if x0_hat is None and variance_preserving and hasattr(scheduler, "alphas_cumprod"):
+        if x0_hat is None and torch.as_tensor(start_scale(scheduler)).item() == 1:
             level = noise_level(scheduler, t, x_t)
-            x0_hat = predict_x0(output[:, : x_t.shape[1]], x_t, level, scheduler.config.prediction_type)
+            x0_hat = predict_x0(output[:, : x_t.shape[1]], x_t, level, prediction_type_of(scheduler))
         return cls(t.item(), x_t, x0_hat)
 
 

@@ -25,8 +25,8 @@ class GuidedDiffusionPipeline(LabelledMixin, InversionMixin, SamplingMixin, From
 
     Args:
         denoiser: `UNetModel`, `DiTModel`, or a model of diffusers that is called `model(x_t, timestep, class_labels=)`.
-        scheduler: Any scheduler of this package or of diffusers that goes from noise to data on the path of betas that the
-            denoiser was trained on; others are refused.
+        scheduler: Any scheduler of this package or of diffusers that goes from noise to data on the path that the denoiser
+            was trained on, that of betas or the linear one; others are refused.
         vae: `VAEModel` or an autoencoder of diffusers, for models trained on latents; `None` for models of pixels.
         guider: How conditional and unconditional predictions are combined, if not by `guidance_scale`.
         classifier: `NoisyClassifierModel`, for `ClassifierGuidance`.
@@ -36,6 +36,8 @@ class GuidedDiffusionPipeline(LabelledMixin, InversionMixin, SamplingMixin, From
             Dhariwal & Nichol 2021's sampler does, rather than what the guided prediction says. That leaves the range of
             the data, and the noise that it says would stay in the image. `training/train_ddpm.py` saves its pipelines
             with it; the default is a scheduler's own.
+        noise_path: What the denoiser was trained on, so that a scheduler of another path is refused: "vp" for betas, "linear"
+            for rectified flow, "ve" or "subvp". By default what the scheduler is of; it is saved with the pipeline.
 
     Raises:
         ValueError: if the components do not fit one another.
@@ -63,8 +65,10 @@ class GuidedDiffusionPipeline(LabelledMixin, InversionMixin, SamplingMixin, From
         weak_denoiser: ModelMixin | None = None,
         id2label: dict | None = None,
         clip_guided_noise: bool = False,
+        noise_path: str | None = None,
     ):
         super().__init__()
+        self.register_to_config(noise_path=noise_path)
         check_components(denoiser, vae, classifier, weak_denoiser)
         self.register_modules(
             denoiser=denoiser,

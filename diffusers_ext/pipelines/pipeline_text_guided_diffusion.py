@@ -42,7 +42,7 @@ class TextGuidedDiffusionPipeline(SamplingMixin, FromPipeMixin, DiffusionPipelin
         max_text_length: Tokens at which a text is cut, saved with the pipeline; `None` for all that the encoder takes.
         mask_padding: Whether encoder and denoiser look away from the padding of a text, saved with the pipeline; `None`
             for no with CLIP and yes with any other encoder.
-        clip_guided_noise: As for `GuidedDiffusionPipeline`.
+        clip_guided_noise, noise_path: As for `GuidedDiffusionPipeline`.
 
     Raises:
         ValueError: if the components do not fit one another.
@@ -71,8 +71,10 @@ class TextGuidedDiffusionPipeline(SamplingMixin, FromPipeMixin, DiffusionPipelin
         max_text_length: int | None = None,
         mask_padding: bool | None = None,
         clip_guided_noise: bool = False,
+        noise_path: str | None = None,
     ):
         super().__init__()
+        self.register_to_config(noise_path=noise_path)
         check_text_components(denoiser, tokenizer, text_encoder, vae, weak_denoiser, max_text_length)
         self.register_modules(
             denoiser=denoiser,

@@ -20,6 +20,7 @@ from diffusers_ext.machine import fast_precision
 from diffusers_ext.pipelines.image_inputs import ImageInput, encode_pixels, images_to_tensor, mask_to_tensor
 from diffusers_ext.pipelines.inpainting import KnownPixels, check_resampling, mask_of_latents
 from diffusers_ext.pipelines.outputs import GuidedDiffusionPipelineOutput, TrajectoryPoint, decode_images
+from diffusers_ext.schedulers.levels import add_noise_at, path_name, start_scale
 from diffusers_ext.schedulers.samplers import check_sampler, set_timesteps
 from diffusers_ext.sizes import as_size
 
@@ -149,7 +150,10 @@ class SamplingMixin:
     def __setattr__(self, name: str, value: Any):
         # Here every scheduler comes by, of the constructor, of `register_modules` and assigned.
         if name == "scheduler" and value is not None:
-            check_sampler(value, type(self).__name__)
+            path = getattr(self, "_internal_dict", {}).get("noise_path")
+            check_sampler(value, type(self).__name__, path)
+            if path is None:  # so the scheduler that a pipeline is made with says what its network was trained on
+                self.register_to_config(noise_path=path_name(value))
         super().__setattr__(name, value)
 
     def _sample(self, condition: Condition, call: CallOptions) -> GuidedDiffusionPipelineOutput | tuple:
@@ -394,6 +398,6 @@ def _noisy_start(
     else:
         noise = latents.to(device, torch.float32)
     if x0 is None:
-        return noise * scheduler.init_noise_sigma
+        return noise * start_scale(scheduler)
     x0 = x0.expand(shape)
-    return scheduler.add_noise(x0, noise, timesteps[:1]) if len(timesteps) else x0
+    return add_noise_at(scheduler, x0, noise, timesteps[:1]) if len(timesteps) else x0

@@ -24,7 +24,7 @@ class ClassifierObjective(RunningSums):
     It trains nothing of its own. In training mode it counts how often the label is the likeliest, for the log.
 
     Args:
-        schedule: The noising path.
+        schedule: The noising path, at the scale at which the model sees x_t.
         accelerator: Collects the counts of all processes; without one there is one process.
     """
 
@@ -56,7 +56,7 @@ class ClassifierObjective(RunningSums):
 def noisy_logits(model: nn.Module, x0: Tensor, eps: Tensor, timesteps: Tensor, schedule: NoiseSchedule) -> Tensor:
     """The classifier's logits for clean samples with this noise, float32, shape `(batch, num_classes)`."""
     x_t = add_noise(x0, eps, schedule.level(timesteps, x0))
-    return model(x_t, timesteps).logits.float()
+    return model(x_t, schedule.labels(timesteps)).logits.float()
 
 
 @torch.no_grad()

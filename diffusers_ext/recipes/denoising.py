@@ -6,33 +6,32 @@ from typing import Literal
 
 from accelerate import Accelerator
 from diffusers import ModelMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import nn
 
 from diffusers_ext.data.batches import TIMESTEP_SAMPLINGS
 from diffusers_ext.data.image_table import ImageData
 from diffusers_ext.data.latent_cache import SampleSpace, prepare_samples
 from diffusers_ext.data.stream import StreamData
 from diffusers_ext.data.validation import prepare_validation
-from diffusers_ext.diffusion.betas import BETA_SCHEDULES
 from diffusers_ext.diffusion.losses import DEFAULT_WEIGHTINGS, LOSS_WEIGHTINGS, OBJECTIVES
-from diffusers_ext.diffusion.noising import PREDICTION_TYPES
 from diffusers_ext.guidance.guided_denoiser import check_guidance_scale
 from diffusers_ext.models.dit import DiTModel
 from diffusers_ext.models.unet import UNetModel
 from diffusers_ext.options import fixed_option, option
 from diffusers_ext.recipes.denoising_objective import DenoisingObjective
-from diffusers_ext.recipes.networks import NetworkConfig, build_network
-from diffusers_ext.schedulers import ExtDDIMScheduler, ExtDDPMScheduler
+from diffusers_ext.recipes.networks import build_network
+from diffusers_ext.recipes.training_path import SCHEDULERS, PathConfig, build_scheduler
+from diffusers_ext.recipes.variational_objective import VariationalModel, VariationalObjective
+from diffusers_ext.schedulers.levels import model_schedule
 from diffusers_ext.trainer.run import describe_data
 
 
-SCHEDULERS = {"ddpm": ExtDDPMScheduler, "ddim": ExtDDIMScheduler}
-
-# Of the schedules that are given by their first and last beta.
-beta_option = partial(fixed_option, needs={"beta_schedule": ("linear", "scaled_linear", "sigmoid")})
+_logit_normal_option = partial(fixed_option, needs={"timestep_sampling": ("logit_normal",)})
 
 
 @dataclass(frozen=True)
-class DenoisingConfig(NetworkConfig):
+class DenoisingConfig(PathConfig):
     """Options of a training run of a Gaussian diffusion model, whatever its condition.
 
     Raises:
@@ -46,16 +45,11 @@ class DenoisingConfig(NetworkConfig):
         "latents",
     )
 
-    num_train_timesteps: int = fixed_option(1000, "noise levels", "diffusion", alias="ddpm_num_steps")
-    beta_schedule: Literal[BETA_SCHEDULES] = fixed_option("cosine", "noise schedule", alias="ddpm_beta_schedule")
-    beta_start: float = beta_option(1e-4, "first beta of linear, scaled_linear and sigmoid")
-    beta_end: float = beta_option(0.02, "last beta of linear, scaled_linear and sigmoid")
-    rescale_betas_zero_snr: bool = fixed_option(False, "let the last level be pure noise; not with epsilon")
-    prediction_type: Literal[PREDICTION_TYPES] = fixed_option("v_prediction", "what the model outputs")
-    objective: Literal[OBJECTIVES] = fixed_option(
-        "simple",
-        "the squared error; the variational bound, with learned variance; or the first for the mean and the second for "
-        "the variance",
+    objective: Literal[(*OBJECTIVES, "bound")] | None = fixed_option(
+        None,
+        "simple, the squared error, the default; vlb, the variational bound, with learned variance; hybrid, the first for the "
+        "mean and the second for the variance; bound, that of fixed variances, of path learned alone",
+        "objective",
     )
     vlb_weight: float = fixed_option(
         1e-3, "weight of the bound, in nats per dimension, in hybrid", needs={"objective": ("hybrid",)}
@@ -67,12 +61,19 @@ class DenoisingConfig(NetworkConfig):
     )
     snr_gamma: float = fixed_option(5.0, "where min_snr cuts off", needs={"loss_weighting": ("min_snr",)})
     p2_gamma: float = fixed_option(1.0, "exponent of p2", needs={"loss_weighting": ("p2",)})
-    timestep_sampling: Literal[(*TIMESTEP_SAMPLINGS, "importance")] = fixed_option(
+    timestep_sampling: Literal[(*TIMESTEP_SAMPLINGS, "importance", "logit_normal")] = fixed_option(
         "stratified",
-        "each image's level by itself; evenly spread; or more often where the loss is large, with smaller weights",
+        "each image's level by itself; evenly spread; more often where the loss is large, with smaller weights; or more often "
+        "at middle levels, with equal weights, which changes the weighting of the loss",
     )
+    logit_mean: float = _logit_normal_option(0.0, "mean of the logit of time; below 0 for cleaner levels")
+    logit_std: float = _logit_normal_option(1.0, "standard deviation of the logit of time")
 
-    scheduler: Literal[tuple(SCHEDULERS)] = option("ddim", "scheduler that is saved with the pipeline", "sampling")
+    scheduler: Literal[tuple(SCHEDULERS)] | None = option(
+        None,
+        "scheduler that is saved with the pipeline; by default ddim, score_sde with path ve or subvp, and flow with linear",
+        "sampling",
+    )
     timestep_spacing: Literal["leading", "trailing", "linspace"] = option(
         "trailing", "timesteps that the scheduler visits"
     )
@@ -82,11 +83,16 @@ class DenoisingConfig(NetworkConfig):
     eval_batch_size: int | None = option(None, "pictures sampled at once; by default train_batch_size", at_least=1)
 
     def __post_init__(self):
+        if self.objective is None:  # resolved here, so that a run's options say what it was
+            object.__setattr__(self, "objective", "bound" if self.path == "learned" else "simple")
         super().__post_init__()
-        if self.loss_weighting is None:  # resolved here, so that a run's options say what it was
-            default = "uniform" if self.objective == "vlb" else DEFAULT_WEIGHTINGS.get(self.prediction_type, "uniform")
-            object.__setattr__(self, "loss_weighting", default)
-        for name in ("snr_gamma", "vlb_weight"):
+        if self.loss_weighting is None:
+            default = {"vlb": "uniform", "bound": "likelihood"}.get(self.objective)
+            object.__setattr__(self, "loss_weighting", default or DEFAULT_WEIGHTINGS[self.prediction_type])
+        if self.scheduler is None:
+            object.__setattr__(self, "scheduler", self.default_scheduler)
+        self._check_path()
+        for name in ("snr_gamma", "vlb_weight", "logit_std"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         check_guidance_scale(self.guidance_scale)
@@ -100,14 +106,40 @@ class DenoisingConfig(NetworkConfig):
                 f"{self.num_inference_steps}"
             )
 
+    def _check_path(self) -> None:
+        if (self.objective == "bound") != (self.path == "learned"):
+            raise ValueError(
+                f"objective bound is for path learned alone, and path learned for it, got objective {self.objective} with path "
+                f"{self.path}; on another path it is loss_weighting likelihood"
+            )
+        if self.path == "learned" and (self.loss_weighting, self.time_sampling) != (
+            "likelihood",
+            self.timestep_sampling,
+        ):
+            raise ValueError(
+                "with path learned the schedule itself says how often a noise level is seen and what it weighs: leave "
+                f"loss_weighting and timestep_sampling out, got {self.loss_weighting} and {self.timestep_sampling}"
+            )
+        if (self.scheduler == "flow") != (self.path == "linear"):
+            raise ValueError(
+                f"scheduler flow is for path linear alone, and path linear for it, got scheduler {self.scheduler} with path "
+                f"{self.path}: leave scheduler out"
+            )
+        if self.path == "linear" and self.timestep_spacing == "leading":
+            raise ValueError("timestep_spacing must be trailing or linspace with path linear, got leading")
+        if self.path == "linear" and self.learns_variance:
+            raise ValueError(
+                f"objective must be simple with path linear, whose sampler has no variance to learn, got {self.objective}"
+            )
+
     @property
     def learns_variance(self) -> bool:
-        return self.objective != "simple"
+        return self.objective in ("vlb", "hybrid")
 
     @property
     def time_sampling(self) -> str:
         """How the times of a batch are drawn, from which the objective takes the timesteps."""
-        return "stratified" if self.timestep_sampling == "importance" else self.timestep_sampling
+        return self.timestep_sampling if self.timestep_sampling in TIMESTEP_SAMPLINGS else "stratified"
 
 
 def load_data(config: DenoisingConfig, accelerator: Accelerator, vae: ModelMixin | None) -> ImageData | StreamData:
@@ -172,35 +204,52 @@ def build_model(
     )
 
 
-def build_scheduler(config: DenoisingConfig) -> ExtDDPMScheduler | ExtDDIMScheduler:
-    """The scheduler that is saved with the pipeline; its noise schedule is the training's."""
-    scheduler = SCHEDULERS[config.scheduler](
+def with_its_schedule(config: DenoisingConfig, network: nn.Module, num_bins: int | None = 256) -> nn.Module:
+    """What is trained: the network, with path "learned" together with its noise schedule."""
+    if config.path != "learned":
+        return network
+    return VariationalModel(
+        network,
+        config.make_noise_schedule(),
+        config.prediction_type,
         num_train_timesteps=config.num_train_timesteps,
-        beta_schedule=config.beta_schedule,
-        beta_start=config.beta_start,
-        beta_end=config.beta_end,
-        rescale_betas_zero_snr=config.rescale_betas_zero_snr,
-        prediction_type=config.prediction_type,
-        timestep_spacing=config.timestep_spacing,
-        clip_sample=config.vae is None,  # images end at -1 and 1, latents do not
+        num_steps=config.bound_steps,
+        num_bins=num_bins,
     )
-    if config.learns_variance:
-        # Of DDIM too, which has no use for it, so that whoever makes another scheduler from the config knows.
-        scheduler = type(scheduler).from_config(scheduler.config, variance_type="learned_range")
-        scheduler.register_to_config(variance_type="learned_range")
-    return scheduler
+
+
+def without_its_schedule(
+    config: DenoisingConfig, model: nn.Module, scheduler: SchedulerMixin
+) -> tuple[nn.Module, SchedulerMixin]:
+    """The network of `with_its_schedule` by itself, and a scheduler for it of its own: sampling sets its timesteps.
+
+    Args:
+        scheduler: Of the path, if it is not learned.
+    """
+    if config.path != "learned":
+        return model, type(scheduler).from_config(scheduler.config)
+    return model.denoiser, build_scheduler(config, model.noise_schedule)
 
 
 def build_objective(
     config: DenoisingConfig,
-    scheduler: ExtDDPMScheduler | ExtDDIMScheduler,
+    scheduler: SchedulerMixin,
     accelerator: Accelerator | None = None,
     *,
     num_bins: int | None = 256,
-) -> DenoisingObjective:
-    """The loss of a batch; `num_bins` is the number of values that the data can have, None if they are continuous."""
+    model: nn.Module | None = None,
+) -> DenoisingObjective | VariationalObjective:
+    """The loss of a batch.
+
+    Args:
+        num_bins: Number of values that the data can have, None if they are continuous.
+        model: Of `with_its_schedule`, for path "learned".
+    """
+    if config.path == "learned":
+        return VariationalObjective(model.noise_schedule, config.num_train_timesteps, accelerator)
+    logit_normal = (config.logit_mean, config.logit_std) if config.timestep_sampling == "logit_normal" else None
     return DenoisingObjective(
-        scheduler.schedule,
+        model_schedule(scheduler),
         config.prediction_type,
         objective=config.objective,
         weighting=config.loss_weighting,
@@ -208,6 +257,7 @@ def build_objective(
         p2_gamma=config.p2_gamma,
         vlb_weight=config.vlb_weight,
         importance_sampling=config.timestep_sampling == "importance",
+        logit_normal=logit_normal,
         num_bins=num_bins,
         accelerator=accelerator,
     )

@@ -15,12 +15,14 @@ from diffusers_ext.diffusion.losses import (
     OBJECTIVES,
     bound_loss,
     denoising_loss,
+    likelihood_weights,
     trained_share,
 )
 from diffusers_ext.diffusion.noising import PREDICTION_TYPES, NoiseSchedule, add_noise
 from diffusers_ext.diffusion.reverse_chain import ReverseChain
+from diffusers_ext.diffusion.tables import DeviceTable
 from diffusers_ext.recipes.loss_record import LossRecord
-from diffusers_ext.recipes.timestep_sampler import ImportanceTimesteps, UniformTimesteps
+from diffusers_ext.recipes.timestep_sampler import ImportanceTimesteps, LogitNormalTimesteps, UniformTimesteps
 
 
 # Share of the noise levels, below which the loss is said to be on too few.
@@ -37,7 +39,7 @@ class DenoisingObjective(nn.Module):
     step, and of `loss_record`, the same after `collect`. In evaluation mode timesteps are uniform and nothing is recorded.
 
     Args:
-        schedule: The noising path.
+        schedule: The noising path, at the scale at which the model sees x_t.
         prediction_type: What the model outputs, one of `diffusers_ext.diffusion.noising.PREDICTION_TYPES`.
         objective: "simple": the weighted squared error of the output (DDPM's L_simple and its variants). "vlb": the
             variational bound, in nats per dimension, of a model that learns the variance too. "hybrid": "simple" for
@@ -48,6 +50,7 @@ class DenoisingObjective(nn.Module):
         snr_gamma, p2_gamma: Of the weightings "min_snr" and "p2".
         vlb_weight: Weight of the bound in "hybrid".
         importance_sampling: See `ImportanceTimesteps`.
+        logit_normal: Mean and standard deviation of the logit of time, see `LogitNormalTimesteps`; None for even times.
         num_bins: Number of values that the data can have, 256 for 8 bits; None for continuous data (latents).
         accelerator: Collects the losses of all processes; without one there is one process.
 
@@ -66,6 +69,7 @@ class DenoisingObjective(nn.Module):
         p2_gamma: float = 1.0,
         vlb_weight: float = 1e-3,
         importance_sampling: bool = False,
+        logit_normal: tuple[float, float] | None = None,
         num_bins: int | None = 256,
         accelerator: Accelerator | None = None,
     ):
@@ -81,16 +85,24 @@ class DenoisingObjective(nn.Module):
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
         if objective == "vlb" and weighting != "uniform":
             raise ValueError(f"objective vlb is the bound itself, which no loss_weighting changes, got {weighting!r}")
+        if importance_sampling and logit_normal is not None:
+            raise ValueError(f"timesteps are drawn by importance or logit-normal, not both, got {logit_normal}")
         if not (math.isfinite(vlb_weight) and vlb_weight > 0):
             raise ValueError(f"vlb_weight must be positive, got {vlb_weight}")
         self.schedule, self.prediction_type, self.objective = schedule, prediction_type, objective
         self.weights = {"weighting": weighting, "snr_gamma": snr_gamma, "p2_gamma": p2_gamma}
-        if objective != "vlb":
+        if objective != "vlb" and not importance_sampling:  # which draws them as often as the loss is there
             self._warn_of_few_levels()
         self.vlb_weight, self.num_bins = vlb_weight, num_bins
         self.accelerator = accelerator
         self.chain = ReverseChain(schedule) if self.learns_variance else None
-        self.timestep_sampler = (ImportanceTimesteps if importance_sampling else UniformTimesteps)(len(schedule))
+        self._x0_weights = None  # of the timesteps, where the weighting is no function of the level alone
+        if weighting == "likelihood":
+            self._x0_weights = DeviceTable(likelihood_weights(schedule)[:, None])
+        if logit_normal is not None:
+            self.timestep_sampler = LogitNormalTimesteps(len(schedule), *logit_normal)
+        else:
+            self.timestep_sampler = (ImportanceTimesteps if importance_sampling else UniformTimesteps)(len(schedule))
         self.loss_record = LossRecord(
             schedule,
             has_error=self.learns_variance or weighting != "uniform",
@@ -118,7 +130,7 @@ class DenoisingObjective(nn.Module):
         timesteps, weight = self.timestep_sampler(batch["time"])
         x_t = add_noise(x0, eps, self.schedule.level(timesteps, x0))
         texts = {name: batch[name] for name in TEXT_CONDITIONS if name in batch}
-        output = model(x_t, timesteps, class_labels=batch.get("labels"), **texts).sample
+        output = model(x_t, self.schedule.labels(timesteps), class_labels=batch.get("labels"), **texts).sample
         error, loss, bound = self.losses(output, x0, eps, x_t, timesteps)
         if self.training:
             self._record(timesteps, weight, error, loss, bound)
@@ -143,7 +155,10 @@ class DenoisingObjective(nn.Module):
             )
         prediction = output[:, : x0.shape[1]]
         if self.objective != "vlb":
-            loss = denoising_loss(prediction, x0, eps, level, self.prediction_type, **self.weights)
+            weights = self.weights
+            if self._x0_weights is not None:
+                weights = weights | {"x0_weight": self._x0_weights.gather(timesteps, x0)[0]}
+            loss = denoising_loss(prediction, x0, eps, level, self.prediction_type, **weights)
         if self.objective == "vlb" or self.weights["weighting"] != "uniform":
             error = denoising_loss(prediction.detach(), x0, eps, level, self.prediction_type, weighting="uniform")
         else:

@@ -45,6 +45,9 @@ class NetworkConfig(TrainerConfig):
         None, "sides of the maps with attention; by default the largest of at most 16"
     )
     attention_head_dim: int = unet_option(64, "channels of an attention head")
+    fourier_features: tuple[int, ...] = unet_option(
+        (), "exponents n of the inputs sin(2^n pi x) and cos(2^n pi x), such as 7 8, for likelihood in 8 bits"
+    )
     dit_size: str | None = dit_option(
         None, "a size of the paper, such as DiT-S/2, that the options below change", "dit"
     )
@@ -165,4 +168,5 @@ def build_network(
         attention_resolutions=config.attention_resolutions,
         attention_head_dim=config.attention_head_dim,
         dropout=config.dropout,
+        fourier_features=config.fourier_features,
     )

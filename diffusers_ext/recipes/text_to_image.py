@@ -89,6 +89,8 @@ class TextConfig(DenoisingConfig):
         for name in ("label_column", "num_classes", "label_names", "unconditional"):
             if getattr(self, name) != defaults[name]:
                 raise ValueError(f"{name} has no meaning here, where captions are the condition: see caption_column")
+        if self.path == "learned":
+            raise ValueError("path learned is for images without captions, of training/train_ddpm.py")
         if self.streaming:
             raise ValueError("streaming reads no captions ahead, which are cut into tokens beforehand: leave it out")
         if self.pretrained_text_encoder is not None:

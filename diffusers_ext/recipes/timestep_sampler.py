@@ -2,10 +2,15 @@
 
 The batch brings a `time` u in [0, 1) for each image, drawn one by one or stratified over an optimizer step (see
 `diffusers_ext.data.batches`). Uniform timesteps are floor(T u); importance sampling takes u through the inverse of the
-distribution of its timesteps instead, so that it keeps the stratification.
+distribution of its timesteps instead, and logit-normal times through that of theirs, so that both keep the stratification.
 
-Reference: Nichol, Dhariwal 2021, Improved Denoising Diffusion Probabilistic Models, arXiv 2102.09672, Section 3.3.
+References:
+    Nichol, Dhariwal 2021, Improved Denoising Diffusion Probabilistic Models, arXiv 2102.09672, Section 3.3 (importance).
+    Esser et al. 2024, Scaling Rectified Flow Transformers for High-Resolution Image Synthesis, arXiv 2403.03206, Section
+        3.1 (logit-normal).
 """
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +39,34 @@ class UniformTimesteps(nn.Module):
         Returns: int64 and float32, shape `(batch,)`.
         """
         return (time * self.num_timesteps).long(), torch.ones_like(time, dtype=torch.float32)
+
+
+class LogitNormalTimesteps(UniformTimesteps):
+    """Times sigmoid(mean + std z), z standard normal (Esser et al. 2024, Section 3.1). Uniform in evaluation mode.
+
+    As in the paper losses keep the weight 1, so that the loss that is minimised is another one: with the density of these
+    times as a further weight of the noise levels.
+
+    Args:
+        mean: Of the logit of time; below 0 for cleaner levels.
+        std: Of the logit.
+
+    Raises:
+        ValueError: if `mean` is not finite or `std` not positive.
+    """
+
+    def __init__(self, num_timesteps: int, mean: float = 0.0, std: float = 1.0):
+        super().__init__(num_timesteps)
+        if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
+            raise ValueError(f"logit_mean must be finite and logit_std positive, got {mean} and {std}")
+        self.mean, self.std = mean, std
+
+    def forward(self, time: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.training:
+            return super().forward(time)
+        logit = self.mean + self.std * torch.special.ndtri(time)  # -inf at 0, whose sigmoid is 0
+        timesteps, ones = super().forward(logit.sigmoid())
+        return timesteps.clamp(max=self.num_timesteps - 1), ones
 
 
 class ImportanceTimesteps(UniformTimesteps):

@@ -56,13 +56,8 @@ class GaussianSchedulerMixin:
         # Some samplers of diffusers have other defaults for the path, to which `from_config` would fall back.
         self._register_explicitly(**{key: self.config[key] for key in PATH_KEYS})
         self._check_config(self.config)
-        betas = self._make_betas(self.config)
+        self.schedule, betas = self._make_schedule(self.config)
         config = self.config
-        if config.rescale_betas_zero_snr:
-            betas = rescale_zero_terminal_snr(betas)
-        alpha_bar_0 = 1 - float(betas[0])
-        to_one = config.get("set_alpha_to_one", True)
-        self.schedule = NoiseSchedule(betas, final_alpha_bar=1.0 if to_one else alpha_bar_0)
         alpha_bar = self.schedule.alpha_bar[:-1]
         if alpha_bar[-1] == 0 and config.prediction_type in ("epsilon", "score"):
             raise ValueError(
@@ -72,8 +67,7 @@ class GaussianSchedulerMixin:
         if alpha_bar[-1] > LARGE_ALPHA_BAR:
             warnings.warn(
                 f"alpha_bar of the last timestep is {alpha_bar[-1]:.3g}: x_T keeps signal, so that training and "
-                f"sampling from N(0, 1) disagree. Use more timesteps, larger betas, beta_reference_timesteps=1000 or "
-                f"rescale_betas_zero_snr=True.",
+                f"sampling from noise disagree. {self._more_noise(config)}",
                 stacklevel=4,
             )
         # The names and dtypes under which diffusers' pipelines look for the tables.
@@ -81,8 +75,7 @@ class GaussianSchedulerMixin:
         self.alphas = (1 - betas).float()
         self.alphas_cumprod = alpha_bar.float()
         self.one = torch.tensor(1.0)
-        self.final_alpha_cumprod = self.one if to_one else self.alphas_cumprod[0]
-        self.init_noise_sigma = 1.0
+        self.final_alpha_cumprod = self.one if self.schedule.alpha[-1] == 1 else self.alphas_cumprod[0]
         self.custom_timesteps = False
         self.num_inference_steps = None
         self._transitions = None
@@ -103,6 +96,18 @@ class GaussianSchedulerMixin:
             raise ValueError(f"dynamic_thresholding_ratio must be in [0, 1], got {config.dynamic_thresholding_ratio}")
         if not config.get("sample_max_value", 1) >= 1:
             raise ValueError(f"sample_max_value must be at least 1, got {config.sample_max_value}")
+
+    def _make_schedule(self, config) -> tuple[NoiseSchedule, Tensor]:
+        """The noising path, and its betas at unit scale."""
+        betas = self._make_betas(config)
+        if config.rescale_betas_zero_snr:
+            betas = rescale_zero_terminal_snr(betas)
+        to_one = config.get("set_alpha_to_one", True)
+        return NoiseSchedule(betas, final_alpha_bar=1.0 if to_one else 1 - float(betas[0])), betas
+
+    def _more_noise(self, config) -> str:
+        """What to do for a path that ends with too little noise."""
+        return "Use more timesteps, larger betas, beta_reference_timesteps=1000 or rescale_betas_zero_snr=True."
 
     def _make_betas(self, config) -> Tensor:
         length = config.num_train_timesteps
@@ -178,6 +183,8 @@ class GaussianSchedulerMixin:
     def _visit(self, descending: np.ndarray, device: str | torch.device | None) -> None:
         values = self._ordered(descending)
         self.timesteps = torch.tensor(values, device=device)
+        # The standard deviation of x_t where sampling starts.
+        self.init_noise_sigma = 1.0 if self.schedule.preserves_variance else float(self.schedule.scale[max(values)])
         self._current_transitions(values)
 
     def _ordered(self, descending: np.ndarray) -> list[int]:
@@ -196,10 +203,22 @@ class GaussianSchedulerMixin:
             return known  # made by `set_timesteps`, outside of the graph
         # Pipelines replace `timesteps` and the config behind our back.
         if known is None or known.timesteps is not self.timesteps or known.config is not self._internal_dict:
-            known = self._transitions = Transitions(self.timesteps, listed, self.schedule, self._internal_dict)
+            known = self._transitions = Transitions(
+                self.timesteps, listed, len(self.schedule), self._steps_between, self._internal_dict
+            )
         return known
 
+    def _steps_between(self, timesteps: Tensor, following: Tensor) -> Transition:
+        """The numbers of the steps from timesteps to others, in float64; -1 stands for the clean end."""
+        like = torch.zeros(1, dtype=torch.float64)
+        t, s = self.schedule.level(timesteps, like), self.schedule.level(following, like)
+        return Transition.between(t, s, self.config.prediction_type)
+
     # Noising.
+
+    def level(self, timestep: Tensor | int, like: Tensor) -> NoiseLevel:
+        """alpha and sigma of x_t at a timestep, or at one for each sample, broadcasting against `like`."""
+        return self.schedule.level(timestep, like)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor | int) -> Tensor:
         """x_t for the standard normal draw `noise`, computed in float32 or wider and cast last.

@@ -4,6 +4,7 @@ All is read from what the scheduler does: its levels, its timesteps, what its st
 know the next class of diffusers.
 """
 
+import copy
 import inspect
 import warnings
 
@@ -12,10 +13,17 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
-from diffusers_ext.diffusion.noising import PREDICTION_TYPES
+from diffusers_ext.diffusion.noising import PREDICTION_TYPES, training_target
 from diffusers_ext.schedulers.gaussian import GaussianSchedulerMixin
-from diffusers_ext.schedulers.levels import PATH_TOLERANCE, path_difference
-from diffusers_ext.schedulers.sources import PATH_KEYS, defaults_of, is_flow, kind_of_model
+from diffusers_ext.schedulers.levels import (
+    PATH_TOLERANCE,
+    is_linear,
+    noise_level,
+    path_difference,
+    path_name,
+    prediction_type_of,
+)
+from diffusers_ext.schedulers.sources import PATH_KEYS, defaults_of, has_betas, has_other_scale, kind_of_model
 
 
 # How far a timestep may be, as a share of all, from the level of noise that its step is made at. Schedulers round, cut
@@ -29,31 +37,59 @@ SPACING_TOLERANCE = 0.1
 STEP_ARGUMENTS = ("model_output", "timestep", "sample")
 
 
+# What a network sees by the name of its path, and which schedulers sample it.
+PATHS_IN_WORDS = {
+    "vp": "a Gaussian path given by betas",
+    "linear": "the linear path, x_t = (1 - t) x_0 + t eps",
+    "ve": "the variance-exploding path",
+    "subvp": "the sub-VP path",
+}
+SAMPLERS = {
+    "vp": "ExtDDIMScheduler or another one with alphas_cumprod",
+    "linear": "FlowScheduler, FlowMatchEulerDiscreteScheduler or, with use_flow_sigmas=True and "
+    "prediction_type='flow_prediction', DPMSolverMultistepScheduler",
+    "ve": "ScoreSDEScheduler with its path",
+    "subvp": "ScoreSDEScheduler with its path",
+}
+
+
 def is_sampler(scheduler: SchedulerMixin, name: str) -> bool:
     """Whether a scheduler is of the class of diffusers with this name, which to import takes long and may need SciPy."""
     return any(cls.__name__ == name for cls in type(scheduler).__mro__)
 
 
-def check_sampler(scheduler: SchedulerMixin, user: str) -> None:
+def check_sampler(scheduler: SchedulerMixin, user: str, path: str | None = None) -> None:
     """Refuses a scheduler that does not sample, from noise to data, models of the path that its config says.
 
     Args:
         user: Who was to use it, for the error.
+        path: That of its network as `path_name` has it, if it is known.
 
     Raises:
         ValueError: with both names and the kind of model that the scheduler is for.
     """
+    if path not in (None, *PATHS_IN_WORDS):
+        raise ValueError(f"noise_path must be one of {', '.join(PATHS_IN_WORDS)} or None, got {path!r}")
     name, config = type(scheduler).__name__, scheduler.config
-    alpha_bar = getattr(scheduler, "alphas_cumprod", None)
-    if not isinstance(alpha_bar, Tensor) or is_flow(config):
+    linear = is_linear(scheduler)
+    has_table = isinstance(getattr(scheduler, "alphas_cumprod", None), Tensor)
+    if not (linear or has_table) or path not in (None, path_name(scheduler)):
+        raise ValueError(_wrong_path(scheduler, user, path))
+    if has_other_scale(config) and not isinstance(scheduler, GaussianSchedulerMixin):
         raise ValueError(
-            f"scheduler must have a Gaussian path given by betas for {user}, got {name}, which is for "
-            f"{kind_of_model(name, config)}; take ExtDDIMScheduler or another one with alphas_cumprod"
+            f"scheduler must be ScoreSDEScheduler or AnnealedLangevinScheduler for {user}, whose model sees x_t of the path "
+            f"{config['path']!r} as it is, got {name}, which is for models that see it at unit scale"
         )
-    prediction_type = config.get("prediction_type", "epsilon")
+    prediction_type = prediction_type_of(scheduler)
     if prediction_type not in PREDICTION_TYPES:
         raise ValueError(
             f"prediction_type must be one of {', '.join(PREDICTION_TYPES)} for {user}, got {prediction_type!r} of {name}"
+        )
+    if config.get("use_dynamic_shifting") or config.get("invert_sigmas"):
+        key = "use_dynamic_shifting" if config.get("use_dynamic_shifting") else "invert_sigmas"
+        raise ValueError(
+            f"{key} must be False for {user}, got True of {name}: there is no resolution to shift by, and timestep 0 is the "
+            f"data; make it by {name}.from_config(config, {key}=False)"
         )
     timesteps = getattr(scheduler, "timesteps", None)
     if isinstance(timesteps, Tensor) and len(timesteps) > 1 and timesteps[0] < timesteps[-1]:
@@ -65,15 +101,54 @@ def check_sampler(scheduler: SchedulerMixin, user: str) -> None:
     if more:
         raise ValueError(
             f"scheduler must be one whose step is called with the model's output alone for {user}, got {name}, whose asks "
-            f"for {', '.join(more)} too; take ExtDDIMScheduler or ExtDDPMScheduler"
+            f"for {', '.join(more)} too; take {SAMPLERS[path_name(scheduler)]}"
         )
-    _check_levels(scheduler, user)
-    if is_sampler(scheduler, "LCMScheduler"):
+    if not linear:
+        _check_levels(scheduler, user)
+    elif not hasattr(scheduler, "level") and not _reaches_a_point(scheduler, prediction_type):
+        raise ValueError(
+            f"scheduler must lead the exact {prediction_type!r} of the linear path to the data for {user}, got {name}, with "
+            f"whose config it does not: it is for {kind_of_model(name, config)} of another kind; take {SAMPLERS['linear']}"
+        )
+    if "LCMScheduler" in name or is_sampler(scheduler, "LCMScheduler"):
         warnings.warn(
             f"{name} is for models that were distilled to consistency: each step goes back to new noise from the predicted "
             "x_0, which of any other model has too little variance; if this model was not, take another scheduler",
             stacklevel=4,
         )
+
+
+def _wrong_path(scheduler: SchedulerMixin, user: str, path: str | None) -> str:
+    """The error for a scheduler of another path than the network's, or of none that is known."""
+    name, cls = type(scheduler).__name__, type(scheduler)
+    if has_betas(cls) and not is_linear(scheduler):
+        kind = f"a model of {PATHS_IN_WORDS[path_name(scheduler)]}"
+    else:
+        kind = kind_of_model(name, scheduler.config if has_betas(cls) else {})
+    path = "vp" if path is None else path
+    return (
+        f"scheduler must have {PATHS_IN_WORDS[path]}, as its network has, for {user}, got {name}, which is for {kind}; take "
+        f"{SAMPLERS[path]}"
+    )
+
+
+def _reaches_a_point(scheduler: SchedulerMixin, prediction_type: str) -> bool:
+    """Whether, from the exact outputs for data that are a single point, a scheduler ends at that point."""
+    trial, point, x = copy.deepcopy(scheduler), 0.3, torch.ones(1, 1, 2, 2)
+    options = {"generator": torch.Generator()} if "generator" in inspect.signature(trial.step).parameters else {}
+    try:
+        with torch.random.fork_rng(devices=[]):
+            trial.set_timesteps(num_inference_steps=4)
+            for t in trial.timesteps:
+                if not 0 <= t <= trial.config.num_train_timesteps:
+                    return False
+                level = noise_level(trial, t, x)
+                eps = (x - level.alpha * point) / level.sigma
+                output = training_target(torch.full_like(x, point), eps, level, prediction_type)
+                x = trial.step(output, t, x, **options).prev_sample
+    except (ArithmeticError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        return False  # it asks for something else
+    return bool((x - point).abs().max() < 0.05)
 
 
 def set_timesteps(
@@ -155,18 +230,25 @@ def _check_timesteps(scheduler: SchedulerMixin, num_inference_steps: int) -> Non
     if not isinstance(sigmas, Tensor) or len(sigmas) < len(scheduler.timesteps):
         return
     asked = scheduler.timesteps[::order].cpu().double().numpy()  # between them are points of the solver's own
-    alpha_bar = scheduler.alphas_cumprod.cpu().double().numpy()
-    with np.errstate(divide="ignore"):
-        levels = np.log1p(-alpha_bar) - np.log(alpha_bar)
-        at = 2 * np.log(sigmas[::order][: len(asked)].cpu().double().numpy())
-    distance = np.abs(np.interp(at, levels, np.arange(len(levels))) - asked)
+    levels = sigmas[::order][: len(asked)].cpu().double().numpy()
+    distance = np.abs(_timesteps_of(scheduler, levels) - asked)
     worst = distance.argmax()
-    if distance[worst] > max(4, LEVEL_TOLERANCE * len(levels)):
+    if distance[worst] > max(4, LEVEL_TOLERANCE * scheduler.config.num_train_timesteps):
         raise ValueError(
             f"{name} would give the model the timestep {asked[worst]:.4g} where its own level of noise is that of another, "
             f"{asked[worst] + distance[worst]:.4g} or {asked[worst] - distance[worst]:.4g}: it is set for a model of another "
             "conditioning (interpolation_type or timestep_type of its config)"
         )
+
+
+def _timesteps_of(scheduler: SchedulerMixin, sigmas: np.ndarray) -> np.ndarray:
+    """The timesteps at which a model knows these sigmas of a scheduler of diffusers."""
+    if is_linear(scheduler):
+        return sigmas * scheduler.config.num_train_timesteps
+    alpha_bar = scheduler.alphas_cumprod.cpu().double().numpy()
+    with np.errstate(divide="ignore"):
+        levels = np.log1p(-alpha_bar) - np.log(alpha_bar)
+        return np.interp(2 * np.log(sigmas), levels, np.arange(len(levels)))
 
 
 def _check_spacing(scheduler: SchedulerMixin) -> None:

@@ -25,6 +25,10 @@ from diffusers_ext.diffusion.noising import check_betas
 # What the model was trained on, whatever samples it.
 PATH_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
 
+# The paths that a config can name in `path`; "vp" is that of the betas. They are keys of this package.
+SCHEDULER_PATHS = ("vp", "ve", "subvp", "cosine")
+NAMED_PATH_KEYS = ("path", "sigma_min", "sigma_max", "beta_min", "beta_max", "unit_scale_input")
+
 # What belongs to the model: all of its path, what it outputs, and the range of its data.
 MODEL_KEYS = (
     *PATH_KEYS,
@@ -39,7 +43,13 @@ MODEL_KEYS = (
 # What diffusers means where a class has no such key.
 MEANT_BY_ABSENCE = {"rescale_betas_zero_snr": False, "prediction_type": "epsilon"}
 
-# The kind of model by a part of the scheduler's name. It decides nothing, and only stands in errors.
+# The name of the prediction type "flow" in the configs of diffusers, whose schedulers know it on the linear path alone.
+FLOW_PREDICTION = "flow_prediction"
+
+FLOW_MODEL = "a flow-matching model"
+VP_MODEL = "a model of a Gaussian path given by betas"
+
+# The kind of model by a part of the scheduler's name. It stands in errors; what a scheduler samples is found by trying.
 KINDS = (
     ("CMStochastic", "a consistency model"),
     ("ConsistencyDecoder", "a consistency decoder"),
@@ -56,23 +66,31 @@ KINDS = (
     ("BlockRefinement", "a model of discrete tokens"),
     ("DiscreteDDIM", "a model of discrete tokens"),
     ("EntropyBound", "a model of discrete tokens"),
-    ("Flow", "a flow-matching model"),
-    ("Helios", "a flow-matching model"),
-    ("LTX", "a flow-matching model"),
-    ("Piflow", "a flow-matching model"),
+    ("Flow", FLOW_MODEL),
+    ("Helios", FLOW_MODEL),
+    ("LTX", FLOW_MODEL),
+    ("Piflow", FLOW_MODEL),
 )
 
 
 def kind_of_model(name: str, config: Mapping[str, Any]) -> str:
     """The kind of model that a scheduler of another path is for, in words."""
     if is_flow(config):
-        return "a flow-matching model"
+        return FLOW_MODEL
     return next((kind for part, kind in KINDS if part in name), f"a model that was trained on {name}'s own path")
 
 
 def is_flow(config: Mapping[str, Any]) -> bool:
-    """Whether a scheduler of betas was set to a straight path instead."""
-    return bool(config.get("use_flow_sigmas")) or str(config.get("prediction_type")).startswith("flow")
+    """Whether a scheduler of betas was set to a straight path instead.
+
+    By diffusers' name "flow_prediction": "flow" is what a network outputs, on any path.
+    """
+    return bool(config.get("use_flow_sigmas")) or config.get("prediction_type") == FLOW_PREDICTION
+
+
+def has_other_scale(config: Mapping[str, Any]) -> bool:
+    """Whether a config is that of a network that sees x_t on a path that does not preserve the variance."""
+    return config.get("path") in ("ve", "subvp") and not config.get("unit_scale_input")
 
 
 def has_betas(cls: type) -> bool:
@@ -100,6 +118,7 @@ def read_model(config: Mapping[str, Any], cls: type, given: Mapping[str, Any]) -
     Raises:
         ValueError: if it is the config of a model of another path, with both classes and the kind of model.
     """
+    _check_scale({**config, **given}, cls)
     maker = _named_class(config)
     in_memory = isinstance(config, FrozenDict) or "_use_default_values" in config
     config = dict(config)
@@ -121,6 +140,45 @@ def read_model(config: Mapping[str, Any], cls: type, given: Mapping[str, Any]) -
         # Within the betas, and so for every class that reads them; the key itself is CogVideoX's alone.
         config |= {"trained_betas": shift_snr(_betas(config | given), shift).tolist(), "snr_shift_scale": 1.0}
     return config
+
+
+def read_flow_model(config: Mapping[str, Any], cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a solver of the linear path, in the keys of diffusers' `FlowMatchEulerDiscreteScheduler`.
+
+    Args:
+        config, given: As for `read_model`.
+
+    Raises:
+        ValueError: if it is the config of a model of another path, with both classes and the kind of model.
+    """
+    maker = _named_class(config)
+    config = dict(config)
+    _check_flow(config, cls, maker)
+    unset = set(config.get("_use_default_values", ()))
+    if "shift" in given or ("shift" in config and "shift" not in unset):
+        config.pop("flow_shift", None)
+    elif "flow_shift" in unset:
+        del config["flow_shift"]
+    if not str(config.get("use_flow_sigmas")) == "True":
+        config.pop("use_flow_sigmas", None)
+    # What solvers of another path understand by the word is not the spacing on this one.
+    if maker is not None and not issubclass(maker, cls):
+        config.pop("timestep_spacing", None)
+    return config
+
+
+def _check_flow(config: Mapping[str, Any], cls: type, maker: type | None) -> None:
+    """Refuses the config of a model of another path than the linear one."""
+    if is_flow(config) or maker is None and "beta_schedule" not in config:
+        return
+    if maker is not None and not has_betas(maker) and kind_of_model(maker.__name__, config) == FLOW_MODEL:
+        return
+    name = config.get("_class_name", "a scheduler of betas")
+    kind = VP_MODEL if maker is None or has_betas(maker) else kind_of_model(maker.__name__, config)
+    raise ValueError(
+        f"{cls.__name__} is for {FLOW_MODEL}, whose path is x_t = (1 - t) x_0 + t eps, and the config of {name} is that of "
+        f"{kind}: sample it with {name}, or make {cls.__name__} by its class"
+    )
 
 
 def shift_snr(betas: Tensor, scale: float) -> Tensor:
@@ -168,6 +226,17 @@ def _check_path(config: Mapping[str, Any], cls: type, maker: type | None, in_mem
         f"{kind_of_model(name, config)}: sample it with {name}, or make {cls.__name__} by its class, with the path that "
         "the model was trained on"
     )
+
+
+def _check_scale(config: Mapping[str, Any], cls: type) -> None:
+    """Refuses the config of a network that sees x_t on another scale than that of a variance-preserving path."""
+    if has_other_scale(config) and "path" not in defaults_of(cls):
+        raise ValueError(
+            f"{cls.__name__} is for models that see x_t at unit scale, and the config is that of a model of the path "
+            f"{config['path']!r} that sees x_t itself: sample it with ScoreSDEScheduler or AnnealedLangevinScheduler, or, "
+            "if it was trained on x_t / sqrt(alpha^2 + sigma^2), make one of these with unit_scale_input=True and take "
+            "its config"
+        )
 
 
 def _classes_with_keys(config: Mapping[str, Any]) -> list[type]:

@@ -1,10 +1,17 @@
 """The steps between the timesteps of one list, without a look at a value that is on an accelerator."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from diffusers_ext.diffusion.noising import NoiseSchedule, Transition
-from diffusers_ext.diffusion.tables import DeviceTable
+from diffusers_ext.diffusion.noising import NoiseLevel, Transition
+from diffusers_ext.diffusion.paths import Linear
+from diffusers_ext.diffusion.tables import DeviceTable, dtype_beside
+
+
+# How far two levels of the linear path have to be apart to be two: timesteps are float32, and some pipelines round them.
+LEVEL_ROUNDING = 1e-6
 
 
 class Transitions:
@@ -16,20 +23,29 @@ class Transitions:
     Args:
         timesteps: As listed, noisiest first or last.
         listed: The same on the host; read from `timesteps` if not given.
-        schedule: The noising path.
+        num_timesteps: T of the noising path.
+        between: The numbers of the steps from timesteps to others, -1 for the clean end; of tensors of their shape.
         config: Of the scheduler.
     """
 
-    def __init__(self, timesteps: Tensor, listed: list[int] | None, schedule: NoiseSchedule, config):
+    def __init__(
+        self,
+        timesteps: Tensor,
+        listed: list[int] | None,
+        num_timesteps: int,
+        between: Callable[[Tensor, Tensor], Transition],
+        config,
+    ):
         self.timesteps, self.config = timesteps, config
         self._listed = [int(t) for t in timesteps.tolist()] if listed is None else listed
-        every, like = torch.arange(len(schedule)), torch.zeros(1, dtype=torch.float64)
+        every = torch.arange(num_timesteps)
         ascending = torch.tensor(sorted(self._listed))
         num_below = torch.searchsorted(ascending, every)
         following = torch.where(num_below > 0, ascending[(num_below - 1).clamp(min=0)], -1)
         self._next = DeviceTable(following)
-        t, s = schedule.level(every, like), schedule.level(following, like)
-        self._table = DeviceTable(torch.stack(Transition.between(t, s, config.prediction_type).flatten(), dim=-1))
+        steps = between(every, following)
+        self._kind = type(steps)
+        self._table = DeviceTable(torch.stack(steps.flatten(), dim=-1))
         self._on_host: dict[int, Transition] = {}
 
     def at(self, timestep: Tensor | int, like: Tensor) -> Transition:
@@ -42,7 +58,7 @@ class Transitions:
             known = self._host_timestep(timestep)
             if known is not None:
                 if known not in self._on_host:
-                    self._on_host[known] = Transition.of(self._table.values[self._checked(known)].tolist())
+                    self._on_host[known] = self._kind.of(self._table.values[self._checked(known)].tolist())
                 return self._on_host[known]
         elif not isinstance(timestep, Tensor):
             timestep = torch.full((1,), timestep, device=like.device)
@@ -53,7 +69,7 @@ class Transitions:
         # In float64, as the host's: differences of squares follow. MPS has none.
         dtype = torch.float32 if like.device.type == "mps" else torch.float64
         try:
-            return Transition.of(self._table.gather(timestep, like, dtype))
+            return self._kind.of(self._table.gather(timestep, like, dtype))
         except IndexError:
             raise ValueError(
                 f"timestep must be in [0, {len(self._next.values) - 1}], got {timestep.tolist()}"
@@ -74,20 +90,157 @@ class Transitions:
         return timestep
 
     def _host_timestep(self, timestep: Tensor | int) -> int | None:
-        """The timestep's value if the host can know it without waiting for an accelerator.
+        value = host_value(timestep, self.timesteps, self._listed)
+        return None if value is None else _integer(value)
 
-        An element of `timesteps` is recognised by where it is in memory.
+
+class FlowTransitions:
+    """The same on the linear path, whose timesteps are any numbers in [0, T], with the levels of those that are listed.
+
+    A timestep is at the level timestep / T. If the list says otherwise (some networks are given other timesteps than
+    those of their level), timesteps between the listed ones are at levels between those of their neighbours.
+
+    Args:
+        timesteps: As listed, from noise to data.
+        listed: The same on the host; read from `timesteps` if not given.
+        levels: Sigma of each of them, in (0, 1], descending.
+        length: T.
+        inverted: Whether timestep 0 is noise, and T the data.
+        prediction_type: One of `PREDICTION_TYPES`.
+    """
+
+    def __init__(
+        self,
+        timesteps: Tensor,
+        listed: list[float],
+        levels: list[float],
+        length: int,
+        inverted: bool,
+        prediction_type: str,
+    ):
+        self.timesteps, self.levels, self.prediction_type = timesteps, levels, prediction_type
+        self._listed, self._length, self._inverted = listed, length, inverted
+        self._index = {value: index for index, value in enumerate(listed)}
+        # Row 0 is the clean end, and row k the k-th of the listed ones from there. Shares are those of noise in time.
+        ascending = torch.tensor([self._clean_timestep, *reversed(listed)], dtype=torch.float64)
+        shares = self._share(ascending)
+        sigmas = torch.tensor([0.0, *reversed(levels)], dtype=torch.float64)
+        if not (shares.diff() > 0).all():
+            raise ValueError(f"timesteps must be different ones and go from noise to data, got {listed}")
+        self._next = DeviceTable(torch.stack([ascending, sigmas]))
+        self._shares = DeviceTable(shares)
+        self._rounding = min(LEVEL_ROUNDING, shares.diff().min().item() / 2)
+        # What a level is read from, where the list has levels of its own.
+        self._knots = None
+        if (shares - sigmas).abs().max() > LEVEL_ROUNDING:
+            end = torch.ones(int(shares[-1] < 1), dtype=torch.float64)
+            self._knots = DeviceTable(torch.stack([torch.cat([shares, end]), torch.cat([sigmas, end])]))
+        self._on_host: dict[float, Transition] = {}
+
+    def at(self, timestep: Tensor | float, like: Tensor) -> Transition:
+        """The step from `timestep`: of floats if the host knows it, or of tensors that broadcast against `like`.
+
+        Args:
+            timestep: One, one for each sample, or one for each entry of the first dimensions of `like`.
+
+        Raises:
+            ValueError: If a timestep is out of range, or there are neither one nor `len(like)`.
         """
+        if not torch.compiler.is_compiling():
+            known = host_value(timestep, self.timesteps, self._listed)
+            if known is not None:
+                if known not in self._on_host:
+                    numbers = self._between(torch.tensor(self._checked(known), dtype=torch.float64)).flatten()
+                    self._on_host[known] = Transition.of([number.item() for number in numbers])
+                return self._on_host[known]
+        return self._between(self._beside(timestep, like, torch.float64))
+
+    def level(self, timestep: Tensor | float, like: Tensor) -> NoiseLevel:
+        """The level at `timestep`, broadcasting against `like`, in float32 or wider."""
         if not isinstance(timestep, Tensor):
-            return _integer(timestep)
-        if timestep.ndim or type(timestep) is not Tensor:  # fake tensors and the like have no value to read
-            return None
-        if timestep.device.type == "cpu":
-            return _integer(timestep.item())
-        ours = self.timesteps.untyped_storage()._cdata == timestep.untyped_storage()._cdata
-        if not ours or timestep.device.type != self.timesteps.device.type:
-            return None
-        return self._listed[(timestep.storage_offset() - self.timesteps.storage_offset()) // self.timesteps.stride(0)]
+            self._checked(timestep)
+        level = Linear().level(self._sigma(self._beside(timestep, like, torch.float64)))
+        return NoiseLevel(*[factor.to(dtype_beside(like)) for factor in level])
+
+    def following(self, timestep: Tensor | float) -> Tensor:
+        """The timestep that `timestep` steps to: the next listed one, or that of the clean end."""
+        timestep = torch.as_tensor(timestep)
+        values = timestep.to(torch.float32 if timestep.device.type == "mps" else torch.float64)
+        return self._after(self._share(values))[0].to(self.timesteps.dtype)
+
+    def index(self, timestep: Tensor | float) -> int | None:
+        """Where a timestep that the host knows is in the list."""
+        return self._index.get(host_value(timestep, self.timesteps, self._listed))
+
+    @property
+    def _clean_timestep(self) -> float:
+        return float(self._length) if self._inverted else 0.0
+
+    def _share(self, timestep: Tensor) -> Tensor:
+        share = timestep / self._length
+        return 1 - share if self._inverted else share
+
+    def _sigma(self, timestep: Tensor) -> Tensor:
+        share = self._share(timestep)
+        if self._knots is None:
+            return share
+        shares, sigmas = self._knots.on(share.device, share.dtype)
+        high = torch.searchsorted(shares, share.contiguous()).clamp(1, len(shares) - 1)
+        (low_share, high_share), (low_sigma, high_sigma) = (
+            (_picked(table, high - 1), _picked(table, high)) for table in (shares, sigmas)
+        )
+        return torch.lerp(low_sigma, high_sigma, (share - low_share) / (high_share - low_share))
+
+    def _after(self, share: Tensor) -> tuple[Tensor, Tensor]:
+        """Timestep and sigma of the next listed level below, or of the clean end."""
+        shares = self._shares.on(share.device, share.dtype)
+        row = torch.searchsorted(shares, (share - self._rounding).contiguous()) - 1
+        return tuple(_picked(column, row.clamp(min=0)) for column in self._next.on(share.device, share.dtype))
+
+    def _between(self, timestep: Tensor) -> Transition:
+        # At the clean end itself nothing is left to do, and a level that is next to it keeps the factors finite.
+        t = self._sigma(timestep).clamp(min=torch.finfo(torch.float32).tiny)
+        _, s = self._after(self._share(timestep))
+        return Transition.between(Linear().level(t), Linear().level(s.minimum(t)), self.prediction_type)
+
+    def _beside(self, timestep: Tensor | float, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """`timestep` on the device of `like`, broadcasting against it."""
+        dtype = torch.float32 if like.device.type == "mps" else dtype
+        if not isinstance(timestep, Tensor):
+            return torch.full((1,) * like.ndim, timestep, device=like.device, dtype=dtype)
+        shape = timestep.shape if timestep.ndim else timestep.shape + (1,)
+        if shape != (1,) and shape != like.shape[: len(shape)]:
+            raise ValueError(
+                f"timestep must be one or one for each of the {len(like)} samples, got shape {tuple(timestep.shape)}"
+            )
+        return timestep.to(like.device, dtype).view(*shape, *[1] * (like.ndim - len(shape)))
+
+    def _checked(self, timestep: float) -> float:
+        if not 0 <= timestep <= self._length:
+            raise ValueError(f"timestep must be in [0, {self._length}], got {timestep}")
+        return float(timestep)
+
+
+def _picked(column: Tensor, rows: Tensor) -> Tensor:
+    """The entries at `rows`, in their shape."""
+    return column.index_select(0, rows.reshape(-1)).view(rows.shape)
+
+
+def host_value(timestep: Tensor | float, timesteps: Tensor, listed: list) -> int | float | None:
+    """The timestep's value if the host can know it without waiting for an accelerator.
+
+    An element of `timesteps` is recognised by where it is in memory.
+    """
+    if not isinstance(timestep, Tensor):
+        return timestep
+    if timestep.ndim or type(timestep) is not Tensor:  # fake tensors and the like have no value to read
+        return None
+    if timestep.device.type == "cpu":
+        return timestep.item()
+    ours = timesteps.untyped_storage()._cdata == timestep.untyped_storage()._cdata
+    if not ours or timestep.device.type != timesteps.device.type:
+        return None
+    return listed[(timestep.storage_offset() - timesteps.storage_offset()) // timesteps.stride(0)]
 
 
 def _integer(timestep) -> int:

@@ -7,10 +7,12 @@ from diffusers_ext.diffusion.losses import (
     LOSS_WEIGHTINGS,
     bound_loss,
     denoising_loss,
+    likelihood_weights,
     loss_weight,
     trained_share,
 )
 from diffusers_ext.diffusion.noising import PREDICTION_TYPES, NoiseSchedule, add_noise, predict_eps, training_target
+from diffusers_ext.diffusion.paths import PATHS, PathSchedule
 from diffusers_ext.diffusion.reverse_chain import ReverseChain
 from diffusers_ext.diffusion.variational_bound import optimal_variances, variational_bound
 from gaussian_oracle import VARIANCE, model_output, optimal_variance
@@ -38,10 +40,10 @@ def test_weighted_loss_is_the_same_for_every_prediction_type(schedule, batch, we
     x0, eps, guess, timesteps = batch
     level = schedule.level(timesteps, x0)
     x_t = add_noise(x0, eps, level)
-    losses = []
+    losses, weights = [], likelihood_weights(schedule)[timesteps].view(-1, 1, 1, 1)
     for prediction_type in TYPES:
         output = training_target(guess, predict_eps(guess, x_t, level), level, prediction_type)
-        losses.append(denoising_loss(output, x0, eps, level, prediction_type, weighting=weighting))
+        losses.append(denoising_loss(output, x0, eps, level, prediction_type, weighting=weighting, x0_weight=weights))
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-8, atol=0)
     torch.testing.assert_close(losses[2], losses[1], rtol=1e-8, atol=0)
     torch.testing.assert_close(losses[3], losses[1], rtol=1e-8, atol=0)
@@ -122,6 +124,42 @@ def test_loss_of_a_bf16_output_is_computed_in_float32(schedule, batch):
     loss = denoising_loss(guess.bfloat16(), x0, eps, level, "epsilon")
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, (guess.bfloat16().float() - eps).square().mean((1, 2, 3)))
+
+
+@pytest.mark.parametrize("path", [*PATHS, "table"])
+def test_the_likelihood_weighting_is_the_gradient_of_the_bound(path, batch):
+    """Of the whole chain with the variances beta tilde, at each timestep but that of the last transition."""
+    x0, eps, guess, _ = batch
+    x0, eps, guess = x0[:5], eps[:5], guess[:5]
+    schedule = NoiseSchedule(make_betas("cosine", 5)) if path == "table" else PathSchedule(PATHS[path](), 5)
+    timesteps, chain = torch.arange(5), ReverseChain(schedule)
+    level = schedule.level(timesteps, x0)
+    x_t = add_noise(x0, eps, level)
+    output = training_target(guess, eps, level, "v_prediction").requires_grad_()
+    weights = likelihood_weights(schedule).view(-1, 1, 1, 1)
+    options = {"weighting": "likelihood", "x0_weight": weights}
+    loss = denoising_loss(output, x0, eps, level, "v_prediction", **options)
+    bound = bound_loss(output, x0, x_t, chain, timesteps, "v_prediction", "fixed_small", num_bins=None)
+    (ours,), (expected,) = (torch.autograd.grad(each.sum(), output) for each in (loss, bound))
+    torch.testing.assert_close(ours[1:], expected[1:], rtol=1e-8, atol=1e-10)
+    assert (expected.flatten(1).abs().amax(1) > 0).all()
+    snr = (schedule.alpha / schedule.sigma).square().tolist()
+    assert weights[0].item() == pytest.approx(2.5 * snr[0] * (snr[0] / snr[1] - 1), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_with_many_levels_the_likelihood_weighting_is_g_squared_of_the_scores_error(name):
+    """Song et al. 2021, Theorem 1: g(t)^2 / 2 of the error of the score, which is alpha / sigma^2 that of x_0."""
+    path = PATHS[name]()
+    weights = likelihood_weights(PathSchedule(path, 20_000))[4000:18000]
+    t = (torch.arange(20_000, dtype=torch.float64) + 0.5)[4000:18000] / 20_000  # the middle of each transition
+    alpha, sigma = path.level(t)
+    torch.testing.assert_close(weights, 0.5 * (path.diffusion(t) * alpha / sigma**2) ** 2, rtol=1e-4, atol=0)
+
+
+def test_the_likelihood_weighting_needs_its_weights(schedule):
+    with pytest.raises(ValueError, match="needs x0_weight: likelihood_weights"):
+        loss_weight(schedule.level(3, torch.zeros(1, 1)), "likelihood", "epsilon")
 
 
 def test_unknown_weighting_names_the_choices(schedule):

@@ -8,6 +8,7 @@ from torch.distributions import kl_divergence
 from diffusers_ext.diffusion.betas import make_betas, rescale_zero_terminal_snr
 from diffusers_ext.diffusion.noising import (
     PREDICTION_TYPES,
+    NoiseLevel,
     NoiseSchedule,
     Normal,
     add_noise,
@@ -22,6 +23,7 @@ from diffusers_ext.diffusion.noising import (
     predict_x0,
     training_target,
     transition_std,
+    tweedie,
     x0_error_scale,
 )
 
@@ -287,3 +289,19 @@ def test_normal_kl_is_that_of_torch_and_keeps_its_digits_for_nearly_equal_normal
         assert normal_kl(Normal(zero, 1 + difference + zero), Normal(zero, 1 + zero)).item() == pytest.approx(
             1e-12, rel=1e-3
         )
+
+
+@pytest.mark.parametrize(("alpha", "sigma"), [(0.9, 0.3), (1.0, 4.0), (0.3, 0.7)])
+def test_tweedie_is_the_posterior_mean_on_a_mixture(alpha, sigma):
+    """E[x_0 | x_t] by quadrature over x_0, and the score by autograd of the density of x_t."""
+    means, stds, weights = (torch.tensor(v, dtype=torch.float64) for v in ((-1.0, 0.5), (0.3, 0.2), (0.2, 0.8)))
+    level = NoiseLevel(alpha, sigma)
+    x_t = torch.linspace(-3, 3, 13, dtype=torch.float64).requires_grad_()
+    marginal = distributions.Normal(alpha * means, (alpha**2 * stds**2 + sigma**2).sqrt())
+    log_density = (marginal.log_prob(x_t[:, None]).exp() * weights).sum(1).log()
+    (score,) = torch.autograd.grad(log_density.sum(), x_t)
+    x0 = torch.linspace(-5, 5, 20001, dtype=torch.float64)
+    prior = (distributions.Normal(means, stds).log_prob(x0[:, None]).exp() * weights).sum(1)
+    joint = prior * distributions.Normal(alpha * x0, sigma).log_prob(x_t.detach()[:, None]).exp()
+    expected = (joint * x0).sum(1) / joint.sum(1)
+    torch.testing.assert_close(tweedie(x_t.detach(), score, level), expected, rtol=1e-8, atol=1e-8)

@@ -142,10 +142,10 @@ def test_what_has_no_bits_per_dim_is_refused():
     for pipeline, given, settings, message in [
         (latents, images, {}, "makes latents, whose bits are not those of images"),
         (
-            diffusers.DDPMPipeline(make_pipeline().denoiser, diffusers.FlowMatchEulerDiscreteScheduler()),
+            diffusers.DDPMPipeline(make_pipeline().denoiser, diffusers.EDMEulerScheduler()),
             images,
             {},
-            "FlowMatchEulerDiscreteScheduler has",
+            "that of EDMEulerScheduler, for a model with EDM's preconditioning, is not",
         ),
         (
             make_pipeline(learned),

@@ -201,3 +201,23 @@ def test_it_works_as_unet_in_the_pipelines_of_diffusers(pipeline, scheduler):
     ]
     assert first.shape == (1, 16, 16, 3)
     assert (first == again).all()
+
+
+def test_fourier_features_are_further_inputs_and_none_without_the_option():
+    """The first convolution sees x and sin and cos of 2^n pi x, whatever the precision of x."""
+    options = {
+        "sample_size": 8,
+        "in_channels": 2,
+        "out_channels": 2,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+    }
+    plain, rich = UNetModel(**options), UNetModel(**options, fourier_features=(3, 4))
+    assert plain.conv_in.weight.shape[1] == 2 and rich.conv_in.weight.shape[1] == 10
+    x = torch.randn(1, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    seen = []
+    rich.conv_in.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    rich(x, 3)
+    expected = [x, *(wave(n * torch.pi * x) for n in (8, 16) for wave in (torch.sin, torch.cos))]
+    torch.testing.assert_close(seen[0], torch.cat(expected, 1), rtol=0, atol=1e-5)
+    assert plain.config.fourier_features == ()

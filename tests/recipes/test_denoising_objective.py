@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from diffusers_ext.diffusion.betas import make_betas, rescale_zero_terminal_snr
 from diffusers_ext.diffusion.losses import DEFAULT_WEIGHTINGS, bound_loss, denoising_loss
-from diffusers_ext.diffusion.noising import PREDICTION_TYPES, NoiseSchedule, add_noise
+from diffusers_ext.diffusion.noising import PREDICTION_TYPES, NoiseSchedule, add_noise, predict_x0
+from diffusers_ext.diffusion.paths import PATHS, PathSchedule
 from diffusers_ext.diffusion.reverse_chain import ReverseChain
 from diffusers_ext.recipes.denoising_objective import DenoisingObjective
 from runs import forget_accelerate
@@ -137,6 +138,67 @@ def test_importance_sampling_leaves_the_expected_loss_and_takes_away_its_varianc
     # A loss that is known at each timestep would be estimated without variance, but for the share that stays uniform.
     assert drawn.std() < 0.02 * per_timestep.std()
     assert set(timesteps.tolist()) == set(range(8))
+
+
+def test_logit_normal_times_have_their_density_and_stay_stratified():
+    objective = make_objective(1000, logit_normal=(-0.5, 0.7))
+    time = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
+    timesteps, weight = objective.timestep_sampler(time)
+    assert (weight == 1).all() and timesteps.dtype == torch.int64 and (timesteps.diff() >= 0).all()
+    # The share of times below each level is the normal distribution of its logit, without the noise of random times.
+    logits = torch.tensor([0.05, 0.3, 0.5, 0.9], dtype=torch.float64).logit()
+    share = torch.stack([(timesteps < level).double().mean() for level in (50, 300, 500, 900)])
+    expected = torch.distributions.Normal(-0.5, 0.7).cdf(logits)
+    torch.testing.assert_close(share, expected, rtol=0, atol=1 / 4000 + 1e-9)
+    assert objective.timestep_sampler(torch.tensor([0.0, 1 - 1e-17], dtype=torch.float64))[0].tolist() == [0, 999]
+    objective.eval()
+    assert torch.equal(objective.timestep_sampler(time)[0], (1000 * time).long())
+
+
+def test_a_network_is_given_the_labels_of_its_path():
+    seen = []
+
+    def network(x, timesteps, class_labels=None):
+        seen.append(timesteps)
+        return SimpleNamespace(sample=x)
+
+    batch = make_batch(0)
+    for first in (0, 1):
+        DenoisingObjective(PathSchedule(PATHS["linear"](), 10, first_label=first), "flow")(network, batch)
+    timesteps = (10 * batch["time"]).long()
+    assert torch.equal(seen[0], timesteps) and torch.equal(seen[1], timesteps + 1)
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_the_likelihood_loss_is_that_of_its_timesteps_on_every_path(name):
+    schedule, batch = PathSchedule(PATHS[name](), 8), make_batch(0)
+    timesteps = (8 * batch["time"]).long()
+    level = schedule.level(timesteps, batch["images"])
+    x_t = add_noise(batch["images"], batch["noise"], level)
+    error = (predict_x0(x_t.cos(), x_t, level, "v_prediction") - batch["images"]).square().flatten(1).mean(1)
+    snr = torch.cat([schedule.alpha[:-1] / schedule.sigma[:-1]]).square()
+    weight = 4 * (snr[timesteps - 1] - snr[timesteps])
+    loss_of = DenoisingObjective(schedule, "v_prediction", weighting="likelihood")
+    output = loss_of.losses(x_t.cos(), batch["images"], batch["noise"], x_t, timesteps)[1]
+    inner = timesteps > 0
+    torch.testing.assert_close(output[inner].double(), (weight * error)[inner], rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_losses_that_cannot_learn_are_warned_of_on_every_path(name):
+    """With the default weighting of each prediction type a model learns all levels."""
+    schedule = PathSchedule(PATHS[name](), 1000, first_label=1)
+    for prediction_type in PREDICTION_TYPES:
+        if schedule.alpha[-2] == 0 and prediction_type in ("epsilon", "score"):
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            DenoisingObjective(schedule, prediction_type)
+    if name == "ve":  # whose levels are even in log snr: it takes many more of them
+        schedule = PathSchedule(PATHS["ve"](sigma_min=1e-9), 1000)
+    # x_0 with the weight of the bound is learned at the cleanest levels alone.
+    with pytest.warns(UserWarning, match="puts the loss on .* of the noise levels"):
+        DenoisingObjective(schedule, "sample", weighting="likelihood")
 
 
 def test_evaluation_is_uniform_and_leaves_no_trace():

@@ -18,14 +18,23 @@ from diffusers import (
 
 from diffusers_ext.diffusion.betas import BETA_SCHEDULES
 from diffusers_ext.schedulers import (
+    AnnealedLangevinScheduler,
     ExtDDIMInverseScheduler,
     ExtDDIMScheduler,
     ExtDDPMScheduler,
+    ScoreSDEScheduler,
     VPredictionScheduler,
 )
 
 
-ALL = (ExtDDPMScheduler, ExtDDIMScheduler, VPredictionScheduler, ExtDDIMInverseScheduler)
+ALL = (
+    ExtDDPMScheduler,
+    ExtDDIMScheduler,
+    VPredictionScheduler,
+    ExtDDIMInverseScheduler,
+    ScoreSDEScheduler,
+    AnnealedLangevinScheduler,
+)
 STOCK = (DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler)
 FULL_CONFIG = {
     "num_train_timesteps": 40,
@@ -195,7 +204,9 @@ def test_bad_values_are_refused(cls, config, message):
         cls(**config)
 
 
-@pytest.mark.parametrize("cls", [ExtDDPMScheduler, ExtDDIMScheduler, ExtDDIMInverseScheduler])
+@pytest.mark.parametrize(
+    "cls", [ExtDDPMScheduler, ExtDDIMScheduler, ExtDDIMInverseScheduler, ScoreSDEScheduler, AnnealedLangevinScheduler]
+)
 def test_unknown_prediction_type_is_refused(cls):
     names = "epsilon, sample, v_prediction, score, flow"
     with pytest.raises(ValueError, match=f"prediction_type must be one of {names}, got 'flow_prediction'"):

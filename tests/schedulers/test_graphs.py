@@ -1,14 +1,19 @@
 """No host sync: steps on devices without values, and as one compiled graph."""
 
+import copy
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffusers_ext.schedulers import (
+    AnnealedLangevinScheduler,
     ExtDDIMInverseScheduler,
     ExtDDIMScheduler,
     ExtDDPMScheduler,
+    FlowScheduler,
+    ScoreSDEScheduler,
     VPredictionScheduler,
 )
 
@@ -20,7 +25,13 @@ CASES = {
     "ddim, eta": (ExtDDIMScheduler, {"clip_sample": False}, {"eta": 0.5}),
     "ddim, thresholding": (ExtDDIMScheduler, {"thresholding": True}, {"use_clipped_model_output": True}),
     "v": (VPredictionScheduler, {}, {}),
+    "flow": (FlowScheduler, {"shift": 2.0}, {}),
+    "flow, eta": (FlowScheduler, {"prediction_type": "v_prediction"}, {"eta": 0.5}),
     "inverse": (ExtDDIMInverseScheduler, {}, {}),
+    "sde": (ScoreSDEScheduler, {"path": "ve", "prediction_type": "score"}, {}),
+    "corrector": (ScoreSDEScheduler, {"path": "subvp", "corrector_steps": 1}, {}),
+    "heun": (ScoreSDEScheduler, {"predictor": "heun"}, {}),
+    "langevin": (AnnealedLangevinScheduler, {"num_langevin_steps": 2}, {}),
 }
 
 
@@ -37,7 +48,8 @@ def make(case, device="cpu"):
 def test_a_loop_on_the_meta_device_reads_no_value(case):
     scheduler, output, sample, kwargs = make(case, "meta")
     scheduler.set_timesteps(5, device="meta")
-    foreign = torch.tensor(500, device="meta"), torch.tensor([500, 3], device="meta")
+    dtype = scheduler.timesteps.dtype
+    foreign = [torch.tensor(t, device="meta", dtype=dtype) for t in (500, [500, 3])]
     for t in (*scheduler.timesteps, *scheduler.timesteps[2:], *foreign):
         assert scheduler.step(output, t, sample, **kwargs).prev_sample.is_meta
     assert scheduler.add_noise(sample, sample, foreign[1]).is_meta
@@ -54,7 +66,7 @@ def test_a_loop_on_a_fake_accelerator_reads_no_value(case):
     with FakeTensorMode(allow_non_fake_inputs=True):
         output, sample = tensors(case, "cuda")
         for t in (999, 500, 0, [500, 3]):
-            timestep = torch.tensor(t, device="cuda")
+            timestep = torch.tensor(t, device="cuda", dtype=scheduler.timesteps.dtype)
             assert scheduler.step(output, timestep, sample, **kwargs).prev_sample.device.type == "cuda"
         assert scheduler.add_noise(sample, sample, timestep).device.type == "cuda"
     assert type(scheduler.add_noise(real, real, torch.tensor([3, 4]))) is torch.Tensor  # no fake table was kept
@@ -77,6 +89,8 @@ def test_the_last_step_is_recognised_on_any_device():
 @pytest.mark.parametrize("form", ["tensor", "each", "int"])
 def test_step_compiles_to_one_graph(case, form):
     """At most one more graph for a change of shape or constant, however many steps; same result as eagerly."""
+    if form == "int" and case.startswith("flow"):
+        pytest.skip("a float is a constant of the graph: a timestep that changes goes in a tensor")
     torch._dynamo.reset()
     scheduler, output, sample, kwargs = make(case)
     g = torch.Generator().manual_seed(0)
@@ -84,19 +98,21 @@ def test_step_compiles_to_one_graph(case, form):
     if case != "inverse":
         kwargs["variance_noise"] = torch.randn(sample.shape, generator=g)
     scheduler.set_timesteps(12)
+    eager = copy.deepcopy(scheduler)  # some count their calls
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(scheduler.step, fullgraph=True, backend=counter)
     for t in scheduler.timesteps:
-        timestep = {"tensor": t, "each": t.repeat(2), "int": int(t)}[form]
+        timestep = {"tensor": t, "each": t.repeat(2), "int": t.item()}[form]
         result = compiled(output, timestep, sample, **kwargs, return_dict=False)
-        expected = scheduler.step(output, timestep, sample, **kwargs, return_dict=False)
+        expected = eager.step(output, timestep, sample, **kwargs, return_dict=False)
         torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
     scheduler.set_timesteps(6)  # other tables, same graph
+    eager.set_timesteps(6)
     t = scheduler.timesteps[1]
-    timestep = {"tensor": t, "each": t.repeat(2), "int": int(t)}[form]
-    result, expected = (step(output, timestep, sample, **kwargs).prev_sample for step in (compiled, scheduler.step))
+    timestep = {"tensor": t, "each": t.repeat(2), "int": t.item()}[form]
+    result, expected = (step(output, timestep, sample, **kwargs).prev_sample for step in (compiled, eager.step))
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
-    assert counter.frame_count <= 3
+    assert counter.frame_count <= 1 + 2 * scheduler.order  # for each kind of call at a level
 
 
 def test_compiled_step_draws_its_own_noise():

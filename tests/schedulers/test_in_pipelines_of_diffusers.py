@@ -31,9 +31,11 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffusers_ext.schedulers import (
+    AnnealedLangevinScheduler,
     ExtDDIMInverseScheduler,
     ExtDDIMScheduler,
     ExtDDPMScheduler,
+    ScoreSDEScheduler,
     VPredictionScheduler,
 )
 
@@ -197,6 +199,18 @@ def test_same_images_where_diffusers_is_right(name, stock, ours):
     np.testing.assert_allclose(images, expected, atol=2e-3)
 
 
+@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize(
+    ("other", "predictor"), [(ExtDDIMScheduler, "ode"), (ExtDDPMScheduler, "ancestral")], ids=["ode", "ancestral"]
+)
+def test_the_sde_of_a_model_of_betas_has_the_images_of_ddim_and_ddpm(name, other, predictor):
+    """In every loop, from noise, from images and with masks; those end at the data, as "ode" does."""
+    config = other.from_config(STABLE_DIFFUSION | {"set_alpha_to_one": True, "timestep_spacing": "trailing"}).config
+    expected = run(PIPELINES[name], other.from_config(config), 5)
+    images = run(PIPELINES[name], ScoreSDEScheduler.from_config(config, predictor=predictor), 5)
+    np.testing.assert_allclose(images, expected, atol=2e-3)
+
+
 def test_same_images_with_noise():
     """`eta` reaches the step by its name."""
     config = DDIMScheduler(**STABLE_DIFFUSION).config
@@ -215,8 +229,10 @@ def test_same_images_with_noise():
         (ExtDDIMScheduler, {"timestep_spacing": "trailing", "steps_offset": 0}, 7),
         (ExtDDPMScheduler, {"timestep_spacing": "quadratic", "variance_type": "fixed_large"}, 3),
         (VPredictionScheduler, {"prediction_type": "v_prediction"}, 3),
+        (ScoreSDEScheduler, {"corrector_steps": 1}, 3),
+        (AnnealedLangevinScheduler, {"num_langevin_steps": 2, "prediction_type": "v_prediction"}, 3),
     ],
-    ids=["ddim", "ddpm", "v"],
+    ids=["ddim", "ddpm", "v", "sde", "langevin"],
 )
 def test_pipelines_run_at_other_settings(name, ours, config, num_steps):
     scheduler = ours.from_config({**STABLE_DIFFUSION, **config})

@@ -13,11 +13,13 @@ from diffusers_ext.schedulers import (
     ExtDDIMInverseScheduler,
     ExtDDIMScheduler,
     ExtDDPMScheduler,
+    ScoreSDEScheduler,
     VPredictionScheduler,
 )
 
 
-SAMPLERS = (ExtDDPMScheduler, ExtDDIMScheduler, VPredictionScheduler)
+SAMPLERS = (ExtDDPMScheduler, ExtDDIMScheduler, VPredictionScheduler, ScoreSDEScheduler)
+WITHOUT_ETA = (ExtDDPMScheduler, ScoreSDEScheduler)
 
 
 def batch(size=2, dtype=torch.float32, shape=(3, 8, 8)):
@@ -28,7 +30,7 @@ def generators(count):
     return [torch.Generator().manual_seed(seed) for seed in range(count)]
 
 
-@pytest.mark.parametrize("cls", [ExtDDPMScheduler, ExtDDIMScheduler])
+@pytest.mark.parametrize("cls", [ExtDDPMScheduler, ExtDDIMScheduler, ScoreSDEScheduler])
 @pytest.mark.parametrize("spacing", TIMESTEP_SPACINGS)
 @pytest.mark.filterwarnings("ignore:the first of")
 def test_every_number_of_steps_walks_its_list(cls, spacing):
@@ -64,7 +66,7 @@ def test_a_timestep_between_the_listed_ones_steps_to_the_next_lower(cls):
     noise, x0 = batch(dtype=torch.float64)
     v = scheduler.config.prediction_type == "v_prediction"
     output = scheduler.get_velocity(x0, noise, 950) if v else noise
-    kwargs = {"variance_noise": torch.zeros_like(noise)} if cls is ExtDDPMScheduler else {}
+    kwargs = {"variance_noise": torch.zeros_like(noise)} if cls in WITHOUT_ETA else {}
     prev_sample = scheduler.step(output, 950, scheduler.add_noise(x0, noise, 950), **kwargs).prev_sample
     scheduler.set_timesteps(timesteps=[950, 900, 100])
     expected = scheduler.step(output, 950, scheduler.add_noise(x0, noise, 950), **kwargs).prev_sample
@@ -92,7 +94,7 @@ def test_an_image_is_the_same_alone_and_in_a_batch(cls, shape):
     """Bit for bit, over a whole loop, each image with a generator of its own."""
     scheduler = cls()
     scheduler.set_timesteps(7)
-    kwargs = {} if cls is ExtDDPMScheduler else {"eta": 0.7}
+    kwargs = {} if cls in WITHOUT_ETA else {"eta": 0.7}
     start = batch(8, shape=shape)[0]
 
     def sample(x, generator):
@@ -110,7 +112,7 @@ def test_an_image_is_the_same_alone_and_in_a_batch(cls, shape):
 def test_samples_at_their_own_timesteps_are_the_same_alone(cls):
     scheduler = cls()
     scheduler.set_timesteps(10)
-    kwargs = {} if cls is ExtDDPMScheduler else {"eta": 1.0}
+    kwargs = {} if cls in WITHOUT_ETA else {"eta": 1.0}
     output, sample = batch(4, shape=(3, 5, 5))
     timesteps = torch.tensor([999, 500, 0, 37])
     together = scheduler.step(output, timesteps, sample, generator=generators(4), **kwargs)
@@ -140,7 +142,7 @@ def test_bad_noise_sources_are_refused(cls):
     scheduler = cls()
     scheduler.set_timesteps(10)
     output, sample = batch()
-    kwargs = {} if cls is ExtDDPMScheduler else {"eta": 1.0}
+    kwargs = {} if cls in WITHOUT_ETA else {"eta": 1.0}
     with pytest.raises(ValueError, match="one or one for each of 2 samples, got 3"):
         scheduler.step(output, 500, sample, generator=generators(3), **kwargs)
     with pytest.raises(ValueError, match="pass one of generator and variance_noise, got both"):
@@ -181,7 +183,7 @@ def test_half_precision_rounds_once(cls, dtype):
     noise = batch()[0].to(dtype)
     scheduler = cls()
     scheduler.set_timesteps(10)
-    kwargs = {"variance_noise": noise} | ({} if cls is ExtDDPMScheduler else {"eta": 1.0})
+    kwargs = {"variance_noise": noise} | ({} if cls in WITHOUT_ETA else {"eta": 1.0})
     result = scheduler.step(output, 500, sample, **kwargs)
     wide = torch.float32 if dtype != torch.float64 else dtype
     kwargs["variance_noise"] = noise.to(wide)
