@@ -266,7 +266,7 @@ def output_eps(output: Tensor, x_t: Tensor, level: NoiseLevel, prediction_type: 
 
 
 def tweedie(x_t: Tensor, score: Tensor, level: NoiseLevel) -> Tensor:
-    """E[x_0 | x_t] by Tweedie's formula, (x_t + sigma^2 score) / alpha (Efron 2011, Eq. 1.4, of alpha x_0).
+    """E[x_0 | x_t] by Tweedie's formula, (x_t + sigma^2 score) / alpha.
 
     Args:
         score: The gradient of log p(x_t), of the shape of `x_t`.

@@ -40,7 +40,15 @@ class AnyPathSchedulerMixin(GaussianSchedulerMixin, SchedulerMixin, ConfigMixin)
 
     def _check_config(self, config) -> None:
         super()._check_config(config)
+        if config.path == "linear":
+            raise ValueError(
+                f"path must be one of {', '.join(SCHEDULER_PATHS)}, got 'linear', which FlowScheduler is for"
+            )
         check_choice("path", config.path, SCHEDULER_PATHS)
+        if config.rescale_betas_zero_snr and config.path != "vp":
+            raise ValueError(
+                f"rescale_betas_zero_snr must be False for path {config.path!r}, which has no betas to rescale"
+            )
 
     def _make_schedule(self, config) -> tuple[NoiseSchedule, Tensor]:
         # Others have defaults of their own for these.
@@ -51,9 +59,8 @@ class AnyPathSchedulerMixin(GaussianSchedulerMixin, SchedulerMixin, ConfigMixin)
             return super()._make_schedule(config)
         schedule = PathSchedule(path_of(config), config.num_train_timesteps)
         betas = schedule.betas
-        if not has_other_scale(config):
-            # With them every scheduler of a variance-preserving path samples the network.
-            self._register_explicitly(trained_betas=betas.tolist())
+        # With them every scheduler of a variance-preserving path samples the network, if it sees x_t at unit scale.
+        self._register_explicitly(trained_betas=None if has_other_scale(config) else betas.tolist())
         return schedule, betas
 
     def _more_noise(self, config) -> str:

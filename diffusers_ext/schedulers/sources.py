@@ -25,9 +25,8 @@ from diffusers_ext.diffusion.noising import check_betas
 # What the model was trained on, whatever samples it.
 PATH_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
 
-# The paths that a config can name in `path`; "vp" is that of the betas. They are keys of this package.
+# The paths that a config of ours can name in `path`; "vp" is that of the betas.
 SCHEDULER_PATHS = ("vp", "ve", "subvp", "cosine")
-NAMED_PATH_KEYS = ("path", "sigma_min", "sigma_max", "beta_min", "beta_max", "unit_scale_input")
 
 # What belongs to the model: all of its path, what it outputs, and the range of its data.
 MODEL_KEYS = (

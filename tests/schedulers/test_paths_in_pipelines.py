@@ -123,6 +123,15 @@ def test_samplers_of_betas_are_refused_for_a_network_that_sees_x_t_itself(path, 
         assert torch.equal(cls.from_pretrained(tmp_path).schedule.sigma, source.schedule.sigma)
 
 
+def test_the_betas_of_a_config_are_those_of_its_path():
+    """Also where options replace the path or the scale that the config had."""
+    config = ScoreSDEScheduler(path="ve", unit_scale_input=True).config
+    wider = ScoreSDEScheduler.from_config(config, sigma_max=100.0)
+    torch.testing.assert_close(wider.schedule.sigma[-2].item(), 100.0)
+    assert wider.config.trained_betas == wider.schedule.betas.tolist() != config.trained_betas
+    assert ScoreSDEScheduler.from_config(config, unit_scale_input=False).config.trained_betas is None
+
+
 def test_a_model_of_betas_goes_both_ways():
     ddpm = ExtDDPMScheduler(beta_schedule="scaled_linear", prediction_type="v_prediction", clip_sample=True)
     for cls in (ScoreSDEScheduler, AnnealedLangevinScheduler):
@@ -142,7 +151,9 @@ def test_resampling_is_refused_where_a_level_has_several_calls():
 
 def test_options_of_the_path_and_of_the_sampler_are_checked():
     for options, message in (
-        ({"path": "linear"}, "path must be one of vp, ve, subvp, cosine, got 'linear'"),
+        ({"path": "linear"}, "path must be one of vp, ve, subvp, cosine, got 'linear', which FlowScheduler is for"),
+        ({"path": "exploding"}, "path must be one of vp, ve, subvp, cosine, got 'exploding'"),
+        ({"path": "ve", "rescale_betas_zero_snr": True}, "rescale_betas_zero_snr must be False for path 've'"),
         ({"path": "ve", "sigma_max": 0.001}, "sigma_min must be above 0 and less than sigma_max"),
         ({"predictor": "euler"}, "predictor must be one of reverse_diffusion, .*, got 'euler'"),
         ({"corrector": "mcmc"}, "corrector must be one of langevin, annealed_langevin, got 'mcmc'"),
