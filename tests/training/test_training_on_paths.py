@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -113,8 +114,10 @@ def test_a_classifier_is_trained_on_its_levels_and_guides_it(run, tmp_path):
     pipe.set_progress_bar_config(disable=True)
     images = pipe(class_labels=[1, 2], num_inference_steps=3, output_type="pt").images
     assert images.isfinite().all()
-    pipe.register_modules(scheduler=ExtDDIMScheduler(num_train_timesteps=20)) if name != "linear" else None
     if name != "linear":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a table that ends before the noise
+            pipe.register_modules(scheduler=ExtDDIMScheduler(num_train_timesteps=20))
         with pytest.raises(ValueError, match="the classifier must be trained on the scheduler's noise levels"):
             pipe(class_labels=[1, 2], num_inference_steps=3)
 
@@ -130,7 +133,7 @@ def test_an_average_made_afterwards_has_its_own_learned_schedule(tmp_path):
     options |= {"max_train_steps": 40, "lr_warmup_steps": 2, "checkpointing_steps": 40, "save_images_steps": 40}
     run = main(TrainConfig(**SMALL | options | {"output_dir": str(tmp_path / "run"), "train_batch_size": 4}))
     made = {}
-    for std in (0.1, 0.2):
+    for std in (0.1, 0.07):
         config = reconstruct_ema.ReconstructConfig(str(run), std, output_dir=str(tmp_path / str(std)))
         made[std] = load_pipeline(str(reconstruct_ema.main(config)))
     saved = load_pipeline(str(run))
@@ -138,6 +141,6 @@ def test_an_average_made_afterwards_has_its_own_learned_schedule(tmp_path):
     start = build_scheduler(TrainConfig(**SMALL | options)).schedule.alpha_bar
     moved = (of["saved"].logit() - start.logit())[:-1].abs().max()
     assert moved > 0.02
-    assert (of[0.1].logit() - of["saved"].logit())[:-1].abs().max() < 0.05 * moved
-    assert (of[0.2].logit() - of["saved"].logit())[:-1].abs().max() > 0.05 * moved
+    apart = {std: (of[std].logit() - of["saved"].logit())[:-1].abs().max() for std in made}
+    assert apart[0.1] < 0.2 * apart[0.07]
     assert len(made[0.1].scheduler.config["_learned_timesteps"]) == 101
