@@ -22,6 +22,7 @@ from diffusers_ext.evaluation.pipeline_facts import default_of, label_names_of, 
 from diffusers_ext.evaluation.real_images import RealImages
 from diffusers_ext.pipelines.pipeline_guided_diffusion import GuidedDiffusionPipeline
 from diffusers_ext.pipelines.pipeline_text_guided_diffusion import DEFAULT_GUIDANCE_SCALE, TextGuidedDiffusionPipeline
+from diffusers_ext.schedulers.levels import is_linear, path_name
 from diffusers_ext.schedulers.samplers import check_sampler
 
 
@@ -59,8 +60,9 @@ def _make_sampler(pipeline: diffusers.DiffusionPipeline, name: str) -> diffusers
     if not (isinstance(scheduler_class, type) and issubclass(scheduler_class, diffusers.SchedulerMixin)):
         raise ValueError(f"scheduler must be a scheduler class of diffusers or diffusers_ext, got {name}")
     sampler = scheduler_class.from_config(pipeline.scheduler.config)
-    if hasattr(pipeline.scheduler, "alphas_cumprod"):  # so the model is one of a path that betas give
-        check_sampler(sampler, type(pipeline).__name__)
+    own = pipeline.scheduler
+    if hasattr(own, "alphas_cumprod") or is_linear(own):  # so the path of the model is known
+        check_sampler(sampler, type(pipeline).__name__, path_name(own))
     return sampler
 
 

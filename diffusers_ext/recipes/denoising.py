@@ -25,6 +25,7 @@ from diffusers_ext.recipes.training_path import SCHEDULERS, PathConfig, build_sc
 from diffusers_ext.recipes.variational_objective import VariationalModel, VariationalObjective
 from diffusers_ext.schedulers.levels import model_schedule
 from diffusers_ext.trainer.run import describe_data
+from diffusers_ext.trainer.sharding import is_sharded
 
 
 _logit_normal_option = partial(fixed_option, needs={"timestep_sampling": ("logit_normal",)})
@@ -244,8 +245,16 @@ def build_objective(
     Args:
         num_bins: Number of values that the data can have, None if they are continuous.
         model: Of `with_its_schedule`, for path "learned".
+
+    Raises:
+        ValueError: if the run is sharded and its path is learned.
     """
     if config.path == "learned":
+        if accelerator is not None and is_sharded(accelerator):
+            raise ValueError(
+                "path learned has a schedule that every process reads whole, and FSDP spreads it over them: launch with "
+                "--multi_gpu"
+            )
         return VariationalObjective(model.noise_schedule, config.num_train_timesteps, accelerator)
     logit_normal = (config.logit_mean, config.logit_std) if config.timestep_sampling == "logit_normal" else None
     return DenoisingObjective(

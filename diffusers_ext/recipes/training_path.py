@@ -109,8 +109,10 @@ class PathConfig(NetworkConfig):
             )
         if self.path in PATHS:
             self.make_path()  # which checks the numbers
-        if self.path == "learned":
-            self.make_noise_schedule()
+        if not self.log_snr_min < self.log_snr_max:
+            raise ValueError(
+                f"log_snr_min must be less than log_snr_max, got {self.log_snr_min:g} and {self.log_snr_max:g}"
+            )
 
     def make_path(self) -> Path:
         """The path in continuous time that `path` names."""

@@ -1,6 +1,7 @@
 """Options of the noising path, and the scheduler that they make."""
 
 import dataclasses
+import shlex
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from diffusers_ext import ExtDDIMScheduler, ExtDDPMScheduler, FlowScheduler, ScoreSDEScheduler
 from diffusers_ext.diffusion.noising import NoiseSchedule
 from diffusers_ext.diffusion.paths import PATHS, Linear, PathSchedule, SubVariancePreserving, VarianceExploding
+from diffusers_ext.options import parse_config, to_command
 from diffusers_ext.recipes.denoising import DenoisingConfig, build_objective
 from diffusers_ext.recipes.training_path import build_scheduler
 from diffusers_ext.schedulers.levels import (
@@ -112,6 +114,13 @@ def test_a_table_that_ends_in_noise_is_trained_to_the_data():
     assert torch.equal(model_schedule(scheduler).alpha, again.alpha)
 
 
+@pytest.mark.parametrize("name", [None, *PATHS, "learned"])
+def test_the_command_of_a_resolved_config_is_the_same_run(name):
+    config = DenoisingConfig(path=name)
+    words = shlex.split(to_command(config, "train.py", launcher="python"))[2:]
+    assert parse_config(DenoisingConfig, words) == config
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -133,6 +142,12 @@ def test_a_table_that_ends_in_noise_is_trained_to_the_data():
         ({"path": "ve", "beta_max": 10.0}, "beta_max has no meaning without path subvp"),
         ({"path": "ve", "sigma_max": 0.001}, "sigma_min must be above 0 and less than sigma_max"),
         ({"path": "subvp", "beta_max": 0.01}, "beta_min must be at least 0 and less than beta_max"),
+        ({"path": "learned", "loss_weighting": "simple"}, "the schedule itself says how often a noise level is seen"),
+        ({"path": "learned", "timestep_sampling": "importance"}, "leave loss_weighting and timestep_sampling out"),
+        ({"path": "learned", "objective": "vlb"}, "objective bound is for path learned alone"),
+        ({"objective": "bound"}, "with path None; on another path it is loss_weighting likelihood"),
+        ({"path": "learned", "log_snr_max": -6.0}, "log_snr_min must be less than log_snr_max, got -5 and -6"),
+        ({"schedule_features": 0}, "schedule_features has no meaning without path learned"),
         ({"logit_mean": 1.0}, "logit_mean has no meaning without timestep_sampling logit_normal"),
         ({"timestep_sampling": "logit_normal", "logit_std": 0.0}, "logit_std must be positive, got 0.0"),
     ],

@@ -79,6 +79,14 @@ def test_it_saves_a_pipeline_of_its_path_with_pictures_and_a_card(run):
         assert images.shape == (2, 1, 8, 8) and images.isfinite().all() and images.std() > 0
 
 
+def test_a_scheduler_of_another_path_is_refused(run):
+    name, _, folder = run
+    other = "ExtDDIMScheduler" if name == "linear" else "FlowMatchEulerDiscreteScheduler"
+    for wrong in (other, "EDMEulerScheduler"):
+        with pytest.raises(ValueError, match=f"{wrong}"):
+            load_pipeline(str(folder), wrong)
+
+
 def test_it_goes_on_bit_by_bit(run, tmp_path):
     _, config, folder = run
     part = tmp_path / "part"
