@@ -5,7 +5,15 @@ import pytest
 import torch
 from accelerate import debug_launcher
 
-from diffusers_ext import ExtDDIMScheduler, ExtDDPMScheduler, GuidedDiffusionPipeline, UNetModel
+from diffusers_ext import (
+    ExtDDIMScheduler,
+    ExtDDPMScheduler,
+    FlowScheduler,
+    GuidedDiffusionPipeline,
+    ScoreSDEScheduler,
+    UNetModel,
+)
+from diffusers_ext.diffusion.paths import PATHS, PathSchedule
 from diffusers_ext.diffusion.probability_flow import flow_bound
 from diffusers_ext.diffusion.reverse_chain import ReverseChain
 from diffusers_ext.diffusion.variational_bound import bits_per_dim, variational_bound
@@ -63,6 +71,36 @@ def test_it_is_the_bound_of_each_image_with_its_label_and_its_own_noise(with_lab
     assert result["bits_per_dim"] == pytest.approx(totals.mean().item(), rel=1e-5)
     assert result["standard_error"] == pytest.approx((totals.std() / 7**0.5).item(), rel=1e-4)
     assert result["num_steps"] == 12 and result["num_terms"] == 11 and result["num_dims"] == 64
+
+
+SCHEDULERS_OF_PATHS = [
+    (FlowScheduler(12), "linear", "flow"),
+    (ScoreSDEScheduler(12, path="ve", prediction_type="score"), "ve", "score"),
+    (ScoreSDEScheduler(12, path="subvp", prediction_type="epsilon"), "subvp", "epsilon"),
+]
+
+
+@pytest.mark.parametrize("scheduler, name, prediction_type", SCHEDULERS_OF_PATHS)
+def test_the_bound_is_that_of_the_path_at_the_scale_at_which_the_network_sees_it(scheduler, name, prediction_type):
+    pipeline, images = make_pipeline(scheduler, num_classes=None), make_images(2, with_labels=False)
+    result = measure(pipeline, images)
+    schedule = PathSchedule(PATHS[name](), 12, first_label=int(name == "linear"))
+    totals = []
+    for row in range(2):
+        terms = variational_bound(
+            lambda x_t, timesteps: pipeline.denoiser(x_t.float(), timesteps).sample,
+            images.images[row : row + 1].double() / 127.5 - 1,
+            *(ReverseChain(schedule), prediction_type, "fixed_small"),
+            generator=[torch.Generator().manual_seed(row)],
+        )
+        totals.append(bits_per_dim(terms.total, 64))
+    assert result["bits_per_dim"] == pytest.approx(torch.cat(totals).mean().item(), rel=1e-5)
+    assert result["variance"] == "fixed_small"
+    assert measure(pipeline, images, num_flow_steps=2)["flow_bits_per_dim"] > 0
+    if name == "linear":
+        stock = diffusers.FlowMatchEulerDiscreteScheduler(12)
+        again = measure(make_pipeline(stock, num_classes=None), images)
+        assert again["bits_per_dim"] == pytest.approx(result["bits_per_dim"], rel=1e-6)
 
 
 @pytest.mark.parametrize("out_channels", [1, 2])
