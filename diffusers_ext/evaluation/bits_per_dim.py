@@ -12,10 +12,16 @@ from accelerate.utils import gather_object
 from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
+from diffusers_ext.diffusion.analytic_variance import X0Variances
 from diffusers_ext.diffusion.noising import dynamic_threshold
 from diffusers_ext.diffusion.probability_flow import flow_bound
 from diffusers_ext.diffusion.reverse_chain import LEARNED_VARIANCES, ReverseChain
-from diffusers_ext.diffusion.variational_bound import bits_per_dim, optimal_variances, variational_bound
+from diffusers_ext.diffusion.variational_bound import (
+    bits_per_dim,
+    chain_variances,
+    optimal_variances,
+    variational_bound,
+)
 from diffusers_ext.evaluation.generate import SEED_STRIDE
 from diffusers_ext.evaluation.labelled_images import LabelledImages, convert_channels, drawn_order
 from diffusers_ext.evaluation.pipeline_facts import image_size_of, num_labels_of
@@ -23,10 +29,13 @@ from diffusers_ext.schedulers import ExtDDPMScheduler
 
 
 # Fixed ones that can be asked for; the learned one follows from the model.
-FIXED_VARIANCES = ("fixed_small", "fixed_large", "optimal")
+FIXED_VARIANCES = ("fixed_small", "fixed_large", "analytic", "optimal")
 
 # The rate is reported by parts of the timesteps, of about equal numbers.
 NUM_PARTS = 20
+
+# Of a transition, for which a log is finite; in 8 bits a millionth of a bin.
+SMALLEST_VARIANCE = 1e-16
 
 
 @dataclass(frozen=True)
@@ -84,6 +93,8 @@ class LikelihoodModel:
     def variance(self) -> str:
         """The model's own kind of variance: learned, or that of its scheduler, or fixed_large if that has none."""
         given = (self.variance_type or "fixed_large").removesuffix("_log")
+        if given == "analytic":
+            return given
         if self.network.config.out_channels == 2 * self.channels:
             return given if given in LEARNED_VARIANCES else "learned_range"
         if given in LEARNED_VARIANCES:
@@ -104,6 +115,20 @@ class LikelihoodModel:
 
     def chain(self, variances: Tensor | None = None) -> ReverseChain:
         return ReverseChain(self.scheduler.schedule, self.scheduler.timesteps.tolist(), variances)
+
+    def analytic_chain(self) -> ReverseChain:
+        """The chain with the variances that the scheduler's `analytic_variance` says.
+
+        Raises:
+            ValueError: If it has none.
+        """
+        table, chain = self.scheduler.config.analytic_variance, self.chain()
+        if table is None:
+            raise ValueError(
+                "the variance 'analytic' needs a scheduler with analytic_variance: measure it with training/calibrate.py"
+            )
+        x0_variance = X0Variances(table, chain.schedule).values[chain.timesteps]
+        return self.chain(chain_variances(chain, x0_variance.clamp(min=SMALLEST_VARIANCE)))
 
     def prepare(self, images: LabelledImages, rows: list[int], by_label: bool) -> tuple[Tensor, Tensor | None]:
         """Images in [-1, 1], and their labels or the null label, on the device of this process."""
@@ -157,7 +182,8 @@ def measure_bits_per_dim(
         num_images: Number of images to measure, drawn by the seed; at most all.
         num_steps: Timesteps of the sampler whose bound it is; all of the training's by default.
         num_terms: Number of timesteps evaluated for each image, see `variational_bound`; None for all.
-        variance: "fixed_small", "fixed_large" or "optimal"; by default the model's own.
+        variance: "fixed_small", "fixed_large", "analytic", as the scheduler's config has it, or "optimal"; by default the
+            model's own.
         num_flow_steps: Measure the bound by the probability flow too, in this number of steps, each of four evaluations
             and gradients of the network; without clipping of the predicted x_0.
         batch_size: Images at a time.
@@ -182,9 +208,12 @@ def measure_bits_per_dim(
         chain = model.chain()
         if kind == "optimal":
             chain = model.chain(_measure_variances(model, chain, train, by_label, batch_size, seed))
+        elif kind == "analytic":
+            chain = model.analytic_chain()
         if num_terms is not None and num_terms >= len(chain) - 1:
             num_terms = None
-        bound = ImageBound(model, chain, kind, num_terms, num_flow_steps, seed)
+        of_chain = "optimal" if chain.has_variances else kind
+        bound = ImageBound(model, chain, of_chain, num_terms, num_flow_steps, seed)
         mine, measured = order[state.process_index :: state.num_processes], []
         hidden = not (show_progress and state.is_main_process)
         with tqdm(total=len(mine), desc="bits/dim", unit="image", disable=hidden) as progress:

@@ -9,6 +9,7 @@ import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
+from diffusers_ext.diffusion.analytic_variance import X0Variances
 from diffusers_ext.diffusion.betas import make_betas, rescale_zero_terminal_snr
 from diffusers_ext.diffusion.noising import (
     PREDICTION_TYPES,
@@ -21,6 +22,7 @@ from diffusers_ext.diffusion.noising import (
     training_target,
     weighted_sum,
 )
+from diffusers_ext.diffusion.timestep_search import ChosenTimesteps
 from diffusers_ext.diffusion.timesteps import TIMESTEP_SPACINGS, check_timesteps, make_timesteps
 from diffusers_ext.draws import draw_normal
 from diffusers_ext.schedulers.sources import PATH_KEYS, read_model
@@ -39,6 +41,7 @@ class GaussianSchedulerMixin:
 
     order = 1
     _stock_beta_schedules: tuple[str, ...] = COMMON_BETA_SCHEDULES
+    _timestep_objective = "trajectory"  # of `TIMESTEP_OBJECTIVES`, what lists of `optimal_timesteps` it visits
 
     # Construction.
 
@@ -55,6 +58,7 @@ class GaussianSchedulerMixin:
         """Builds everything from `self.config`, refusing what cannot work."""
         # Some samplers of diffusers have other defaults for the path, to which `from_config` would fall back.
         self._register_explicitly(**{key: self.config[key] for key in PATH_KEYS})
+        self._choose_timesteps(self.config)
         self._check_config(self.config)
         betas = self._make_betas(self.config)
         config = self.config
@@ -63,6 +67,8 @@ class GaussianSchedulerMixin:
         alpha_bar_0 = 1 - float(betas[0])
         to_one = config.get("set_alpha_to_one", True)
         self.schedule = NoiseSchedule(betas, final_alpha_bar=1.0 if to_one else alpha_bar_0)
+        if config.get("analytic_variance") is not None:
+            X0Variances(config.analytic_variance, self.schedule)  # which refuses what is none
         alpha_bar = self.schedule.alpha_bar[:-1]
         if alpha_bar[-1] == 0 and config.prediction_type in ("epsilon", "score"):
             raise ValueError(
@@ -88,6 +94,25 @@ class GaussianSchedulerMixin:
         self._transitions = None
         self._visit(np.arange(config.num_train_timesteps)[::-1], device=None)
 
+    def _choose_timesteps(self, config) -> None:
+        """Reads `optimal_timesteps`, which count while the spacing is the one that they take the place of, or "optimal".
+
+        The config says the former, so that classes of diffusers, which refuse a spacing that they do not know, fall back to it.
+        """
+        self._chosen = None
+        if config.get("optimal_timesteps") is None:
+            if config.timestep_spacing == "optimal":
+                raise ValueError(
+                    "timestep_spacing 'optimal' needs optimal_timesteps, which training/calibrate.py chooses for a model, got "
+                    "None"
+                )
+            return
+        chosen = ChosenTimesteps(config.optimal_timesteps, config.num_train_timesteps)
+        if config.timestep_spacing == "optimal":
+            self._register_explicitly(timestep_spacing=chosen.spacing)
+        if self.config.timestep_spacing == chosen.spacing:
+            self._chosen = chosen
+
     def _check_config(self, config) -> None:
         check_choice("prediction_type", config.prediction_type, PREDICTION_TYPES)
         check_choice("timestep_spacing", config.timestep_spacing, TIMESTEP_SPACINGS)
@@ -97,6 +122,10 @@ class GaussianSchedulerMixin:
             or config.steps_offset < 0
         ):
             raise ValueError(f"steps_offset must be an integer of at least 0, got {config.steps_offset!r}")
+        if config.get("variance_type") == "analytic" and config.get("analytic_variance") is None:
+            raise ValueError(
+                "variance_type 'analytic' needs analytic_variance, which training/calibrate.py measures for a model, got None"
+            )
         if not config.clip_sample_range > 0:
             raise ValueError(f"clip_sample_range must be above 0, got {config.clip_sample_range}")
         if not 0 <= config.get("dynamic_thresholding_ratio", 1) <= 1:
@@ -142,7 +171,8 @@ class GaussianSchedulerMixin:
         """Chooses the timesteps that sampling visits.
 
         Args:
-            num_inference_steps: Number of steps, spaced as `timestep_spacing` says; in [1, num_train_timesteps].
+            num_inference_steps: Number of steps, spaced as `timestep_spacing` says, or by `optimal_timesteps`; in
+                [1, num_train_timesteps].
             device: Where `timesteps` is to be.
             timesteps: The list itself, strictly descending, instead of a number.
 
@@ -161,9 +191,7 @@ class GaussianSchedulerMixin:
                 timesteps = timesteps.tolist()
             values = check_timesteps(timesteps, config.num_train_timesteps)
         else:
-            values = make_timesteps(
-                config.timestep_spacing, num_inference_steps, config.num_train_timesteps, config.steps_offset
-            )
+            values = self._make_timesteps(num_inference_steps)
             first = float(self.schedule.alpha_bar[values[0]])
             if first > LARGE_ALPHA_BAR and float(self.schedule.alpha_bar[-2]) <= LARGE_ALPHA_BAR:
                 warnings.warn(
@@ -174,6 +202,14 @@ class GaussianSchedulerMixin:
                 )
         self.num_inference_steps = len(values)
         self._visit(values, device)
+
+    def _make_timesteps(self, num_inference_steps: int) -> np.ndarray:
+        config = self.config
+        if self._chosen is not None:
+            return self._chosen.make(num_inference_steps, self._timestep_objective)
+        return make_timesteps(
+            config.timestep_spacing, num_inference_steps, config.num_train_timesteps, config.steps_offset
+        )
 
     def _visit(self, descending: np.ndarray, device: str | torch.device | None) -> None:
         values = self._ordered(descending)

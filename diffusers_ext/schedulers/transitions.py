@@ -1,8 +1,11 @@
 """The steps between the timesteps of one list, without a look at a value that is on an accelerator."""
 
+import math
+
 import torch
 from torch import Tensor
 
+from diffusers_ext.diffusion.analytic_variance import X0Variances
 from diffusers_ext.diffusion.noising import NoiseSchedule, Transition
 from diffusers_ext.diffusion.tables import DeviceTable
 
@@ -29,7 +32,14 @@ class Transitions:
         following = torch.where(num_below > 0, ascending[(num_below - 1).clamp(min=0)], -1)
         self._next = DeviceTable(following)
         t, s = schedule.level(every, like), schedule.level(following, like)
-        self._table = DeviceTable(torch.stack(Transition.between(t, s, config.prediction_type).flatten(), dim=-1))
+        steps = Transition.between(t, s, config.prediction_type)
+        if config.get("variance_type") == "analytic":
+            measured = X0Variances(config.analytic_variance, schedule)
+            # The last step but one is the last that draws noise, where the path ends without any.
+            largest = torch.where(following == ascending[0], measured.largest_last_std, math.inf).double()
+            largest = torch.where(s.sigma > 0, largest, 0.0)
+            steps = steps._replace(x0_variance=measured.values, largest_std=largest)
+        self._table = DeviceTable(torch.stack(steps.flatten(), dim=-1))
         self._on_host: dict[int, Transition] = {}
 
     def at(self, timestep: Tensor | int, like: Tensor) -> Transition:
