@@ -188,7 +188,7 @@ def _default_scale(pipeline) -> float | None:
     if isinstance(pipeline, TextGuidedDiffusionPipeline):
         return DEFAULT_GUIDANCE_SCALE if pipeline.knows_empty_text else 1.0
     if isinstance(pipeline, GuidedDiffusionPipeline):
-        return 1.0
+        return (pipeline.config.call_defaults or {}).get("guidance_scale", 1.0)
     return default_of(pipeline, "guidance_scale")
 
 
