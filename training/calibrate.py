@@ -22,7 +22,6 @@ import openmp  # noqa: F401  before torch is loaded
 from accelerate import PartialState
 
 from diffusers_ext.calibration import report as reports
-from diffusers_ext.calibration.budget import LEAST_SECONDS
 from diffusers_ext.calibration.run import Data, calibrate
 from diffusers_ext.calibration.subject import Subject
 from diffusers_ext.draws import check_seed
@@ -66,8 +65,7 @@ class CalibrateConfig(DataOptions):
             raise ValueError("say what to calibrate: calibrate.py PIPELINE, a folder or a name on the Hub")
         super().__post_init__()
         check_seed(self.seed, LARGEST_SEED_OF_SETS - 1000)
-        if self.seconds < LEAST_SECONDS:
-            raise ValueError(f"max_time must be at least {LEAST_SECONDS:.0f}s, got {self.max_time}")
+        parse_duration(self.max_time)  # which refuses what is none
         if self.output_dir is None and not Path(self.pipeline).is_dir():
             raise ValueError(
                 f"{self.pipeline} is no folder here: say by --output_dir where the pipeline is to be saved"

@@ -20,7 +20,8 @@ from diffusers_ext import ExtDDPMScheduler, GuidedDiffusionPipeline
 from diffusers_ext.data.image_table import ImageData
 from diffusers_ext.data.latent_cache import SampleSpace, load_vae
 from diffusers_ext.data.stream import StreamData
-from diffusers_ext.options import fixed_option, run_script, to_command
+from diffusers_ext.options import fixed_option, option, run_script, to_command
+from diffusers_ext.recipes.calibration import calibrate_run, with_calibration
 from diffusers_ext.recipes.denoising import (
     DenoisingConfig,
     build_model,
@@ -42,6 +43,13 @@ class TrainConfig(DenoisingConfig):
 
     label_dropout: float = fixed_option(
         0.1, "probability of training an image without its label, for guidance", "labels"
+    )
+
+    calibrate: bool | None = option(
+        None,
+        "choose at the end what the pipeline does by default, as training/calibrate.py does, in a tenth of the training's time "
+        "or 30 s if that is more; by default after a training of at least 2 minutes",
+        "sampling",
     )
 
     def __post_init__(self):
@@ -78,10 +86,11 @@ def main(config: TrainConfig) -> Path:
             on_images=partial(draw_while_training, pipeline, rows),
             validation_data=load_validation(config, accelerator, data, vae),
             prepare_batch=space.encoder(accelerator.device),
-            ending_cost=partial(drawing_cost, pipeline, rows),
+            ending_cost=with_calibration(partial(drawing_cost, pipeline, rows), config.calibrate),
         )
         trainer.train()
         save_and_draw(pipeline, rows, trainer, label=None if data.id2label is None else data.used_labels[0])
+        calibrate_run(trainer, config.calibrate, command)
         if accelerator.is_main_process:
             finish_run(trainer, command, "\n\n".join([describe_data(config, data), *data.notes]))
     return trainer.output_dir

@@ -8,7 +8,7 @@ SHARE_OF_TRAINING = 0.1
 LEAST_SECONDS = 30.0
 
 # A run that ends with a calibration by default trains at least so long; for a shorter one it would be a large part.
-SHORTEST_TRAINING = 60.0
+SHORTEST_TRAINING = 120.0
 
 
 def budget_of_training(seconds: float) -> float:
