@@ -15,6 +15,7 @@ from diffusers_ext.diffusion.timesteps import make_timesteps
 from diffusers_ext.evaluation.evaluator import knows_labels
 from diffusers_ext.evaluation.real_images import RealImages
 from diffusers_ext.metrics.features import FeatureClassifierModel
+from diffusers_ext.schedulers import ExtDDPMScheduler
 
 
 # Shares of what is left of the budget when it is their turn; what they leave is for the report.
@@ -134,7 +135,7 @@ def forget_calibration(subject: Subject) -> None:
     config = pipe.scheduler.config
     more = {}
     if config.get("variance_type") == "analytic":
-        more["variance_type"] = "fixed_small" if hasattr(pipe.scheduler, "variance_type") else None
+        more["variance_type"] = "fixed_small" if isinstance(pipe.scheduler, ExtDDPMScheduler) else None
     subject.choose(analytic_variance=None, optimal_timesteps=None, **more)
     if subject.keeps_defaults:
         pipe.register_to_config(call_defaults=None)

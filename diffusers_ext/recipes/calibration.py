@@ -17,6 +17,7 @@ from diffusers_ext.evaluation.feature_folders import FEATURES_FILE, cached_featu
 from diffusers_ext.evaluation.options import DataOptions, take_options_of_run
 from diffusers_ext.evaluation.pipeline_facts import image_size_of, label_names_of
 from diffusers_ext.evaluation.real_images import RealImages, find_held_out_split, load_real_images
+from diffusers_ext.hub.cards import CALIBRATION_FILE
 from diffusers_ext.trainer.ending import EndingCost
 from diffusers_ext.trainer.loop import Trainer
 from diffusers_ext.trainer.run import save_atomically
@@ -63,6 +64,8 @@ def calibrate_run(trainer: Trainer, wanted: bool | None, command: str) -> None:
     A run that cannot be calibrated ends without, and says why.
     """
     start, folder, say = time.perf_counter(), trainer.output_dir, trainer.accelerator.print
+    if trainer.accelerator.is_main_process:  # of the run's pipeline before it went on
+        (folder / CALIBRATION_FILE).unlink(missing_ok=True)
     limit = trainer.budget.max_seconds
     seconds = trainer.state.seconds if math.isinf(limit) else limit
     reason = why_not(trainer, wanted, seconds)

@@ -35,12 +35,16 @@ def folders(tmp_path_factory):
             for i in range(number):
                 picture = pixels.integers(60 + 100 * index, size=(8, 8)).astype(np.uint8)
                 Image.fromarray(picture).save(folder / "data" / split / label / f"{i}.png")
+                if split == "train":
+                    (folder / "plain").mkdir(exist_ok=True)
+                    Image.fromarray(picture).save(folder / "plain" / f"{label}{i}.png")
     scheduler = ExtDDIMScheduler(timestep_spacing="trailing", num_train_timesteps=40, beta_reference_timesteps=1000)
     pipe = GuidedDiffusionPipeline(tiny_unet(num_classes=2), scheduler, id2label=dict(enumerate(LABELS)))
     pipe.save_pretrained(folder / "pipe")
     write_card(folder / "pipe", data="Noise.")
     torch.manual_seed(1)
-    FeatureClassifierModel((1, 8, 8), LABELS).save_pretrained(folder / "features")
+    features = FeatureClassifierModel(8, 1, 2, label_names=LABELS)
+    features.save_pretrained(folder / "features")
     about = {"dataset_name": "data", "num_train_images": 32, "num_held_out_images": 8, "held_out_accuracy": 0.5}
     (folder / "features" / FEATURES_FILE).write_text(json.dumps(about))
     return folder
@@ -141,9 +145,8 @@ def test_a_pipeline_of_diffusers_gets_a_scheduler_that_swaps_in(folders, tmp_pat
 
 def test_a_run_ends_calibrated_if_it_is_asked_to(folders, tmp_path):
     settings = {
-        "dataset_name": str(folders / "data"),
+        "dataset_name": str(folders / "plain"),  # no labels, for which there is no feature classifier to train
         "output_dir": str(tmp_path / "run"),
-        "unconditional": True,  # for which there is no feature classifier to train
         "num_train_timesteps": 20,
         "max_train_steps": 2,
         "train_batch_size": 2,
