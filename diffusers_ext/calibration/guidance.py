@@ -28,7 +28,7 @@ BATCH = 50
 # Sets that a search should be able to measure.
 NUM_SETS = 16
 
-# A scale and interval that others are tried around; the start and the stop are shares of the steps.
+# Scales that are tried first, in all steps and in an interval of shares of the steps; the best in few trials comes early.
 FULL_SCALES, LIMITED_SCALES, FIRST_INTERVAL = (1.5, 2.0, 3.0), (2.0, 3.0, 4.5), (0.2, 0.8)
 LARGEST_SCALE = 12.0
 SCALE_STEPS, INTERVAL_STEPS = (1.5, 1.2), (0.2, 0.1)
@@ -188,7 +188,9 @@ def search(trials: Trials) -> Guidance:
     """
     none = Guidance()
     start, stop = FIRST_INTERVAL
-    first = [none, *(Guidance(scale) for scale in FULL_SCALES), *(Guidance(s, start, stop) for s in LIMITED_SCALES)]
+    first = [none]
+    for full, limited in zip(FULL_SCALES, LIMITED_SCALES, strict=True):
+        first += [Guidance(limited, start, stop), Guidance(full)]
     going = trials.try_all(iter(first))
     for factor, shift in zip(SCALE_STEPS, INTERVAL_STEPS, strict=True):
         best = None

@@ -77,24 +77,32 @@ def choose(teacher: Teacher, numbers: Sequence[int], budget: Budget) -> tuple[di
     """For each number of steps the nearest list to the teacher, of those found and the scheduler's own.
 
     Args:
-        numbers: In the order in which they are looked at, while there is time; the first in any case.
+        numbers: In the order in which they are looked at, while there is time; the first in any case. The others have the
+            lists of the kind that won most often.
 
-    Returns: lists, descending, by their number; and by number the distances of the scheduler's own and of the chosen one.
+    Returns: lists, descending, by their number; and by number the distances of the scheduler's own and of the chosen one, of
+        the numbers that were looked at.
     """
     config, length = teacher.subject.pipe.scheduler.config, len(teacher.subject.pipe.scheduler.schedule)
     numbers = [number for number in dict.fromkeys(numbers) if number <= min(len(teacher.grid), length)]
-    found = [cheapest_lists(teacher.costs, numbers, growth=growth) for growth in GROWTHS]
-    lists, distances = {}, {}
+    own = {
+        number: make_timesteps(config.timestep_spacing, number, length, config.steps_offset).tolist()
+        for number in numbers
+    }
+    kinds = [own]
+    for growth in GROWTHS:
+        found = cheapest_lists(teacher.costs, numbers, growth=growth)
+        kinds.append({number: teacher.grid[path].tolist() for number, path in found.items()})
+    lists, distances, wins = {}, {}, [0] * len(kinds)
     for number in numbers:
         before = budget.used
-        own = make_timesteps(config.timestep_spacing, number, length, config.steps_offset).tolist()
-        candidates = [own, *(teacher.grid[each[number]].tolist() for each in found)]
-        candidates = list(dict.fromkeys(map(tuple, candidates)))
-        by_distance = {candidate: teacher.distance(candidate) for candidate in candidates}
-        best = min(candidates, key=by_distance.__getitem__)
-        lists[number] = list(best)
-        distances[number] = {"spacing": by_distance[tuple(own)], "chosen": by_distance[best]}
+        measured = {each: teacher.distance(each) for each in {tuple(kind[number]) for kind in kinds}}
+        of_kinds = [measured[tuple(kind[number])] for kind in kinds]
+        winner = min(range(len(kinds)), key=of_kinds.__getitem__)
+        wins[winner] += 1
+        lists[number] = kinds[winner][number]
+        distances[number] = {"spacing": of_kinds[0], "chosen": of_kinds[winner]}
         if budget.left < 1.2 * (budget.used - before):
             break
-    order = sorted(lists)
-    return {number: lists[number] for number in order}, {number: distances[number] for number in order}
+    usual = kinds[max(range(len(kinds)), key=wins.__getitem__)]
+    return {n: lists.get(n, usual[n]) for n in sorted(numbers)}, {n: distances[n] for n in sorted(distances)}

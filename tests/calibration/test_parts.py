@@ -18,6 +18,7 @@ from diffusers_ext.calibration import averages, guidance, timesteps, variance
 from diffusers_ext.calibration.budget import Budget, budget_of_training
 from diffusers_ext.calibration.guidance import Guidance, Parts, Trials, images_that_fit, search
 from diffusers_ext.calibration.subject import Subject
+from diffusers_ext.diffusion.timesteps import make_timesteps
 from diffusers_ext.evaluation.labelled_images import LabelledImages
 from diffusers_ext.evaluation.real_images import RealImages
 from diffusers_ext.guidance.guiding import guided_steps
@@ -105,8 +106,9 @@ def test_chosen_timesteps_end_nearer_to_a_fine_trajectory_than_the_spacing():
     )
     after = subject.pipe(**call, num_inference_steps=5).images
     assert (after - fine).square().mean() < 0.6 * (before - fine).square().mean()
-    only, _ = timesteps.choose(teacher, [4, 7], NEVER)
-    assert list(only) == [4]
+    both, looked_at = timesteps.choose(teacher, [4, 7], NEVER)
+    assert list(looked_at) == [4] and list(both) == [4, 7]
+    assert teacher.distance(both[7]) < 0.7 * teacher.distance(make_timesteps("trailing", 7, 1000).tolist())
 
 
 def test_a_step_of_the_pipelines_default_does_not_slip_into_the_teacher():
