@@ -65,6 +65,9 @@ class Guidance:
         return {"guidance_scale": self.scale, "guidance_interval": {"timestep": [edges[end], edges[first]]}}
 
 
+WEAK = Guidance(1.2)
+
+
 @dataclass
 class Ruler:
     """Measures how far a set of images of a pipeline is from real ones.
@@ -193,15 +196,13 @@ def search(trials: Trials) -> Guidance:
         first += [Guidance(limited, start, stop), Guidance(full)]
     going = trials.try_all(iter(first))
     for factor, shift in zip(SCALE_STEPS, INTERVAL_STEPS, strict=True):
-        best = None
-        while going and best != trials.best:
-            best = trials.best
-            if best == none:
-                best = Guidance(1.2)  # between none and the least that was tried
-            going = trials.try_all(around(best, factor, shift))
-    best = trials.best
-    gain = 1 - trials.tried[best]["frechet_distance"] / trials.tried[none]["frechet_distance"]
-    return best if gain > LEAST_GAIN else none
+        centre = None
+        # Between none and the least scale that was tried there are others.
+        while going and centre != (best := WEAK if trials.best == none else trials.best):
+            centre = best
+            going = trials.try_all(around(centre, factor, shift))
+    least, without = (trials.tried[each]["frechet_distance"] for each in (trials.best, none))
+    return trials.best if least < (1 - LEAST_GAIN) * without else none
 
 
 def around(guidance: Guidance, factor: float, shift: float) -> Iterator[Guidance]:

@@ -143,6 +143,8 @@ def test_the_search_ends_near_the_least_distance(best):
 
 def test_the_search_guides_only_where_that_gains_and_stops_when_the_time_is_over():
     assert search(Trials(bowl(Guidance(3.0), depth=0.02), FOREVER)) == Guidance()
+    worse = Trials(lambda each: {"frechet_distance": each.scale}, FOREVER)
+    assert search(worse) == Guidance() and any(1 < each.scale < 1.5 for each in worse.tried)
     trials = Trials(bowl(Guidance(3.0)), NEVER)
     assert search(trials) == Guidance() or len(trials.tried) == 1
     assert trials.records()[0] == {"scale": 1.0, "start": 0.0, "stop": 1.0, "frechet_distance": pytest.approx(2.0)}
