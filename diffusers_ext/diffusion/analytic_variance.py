@@ -45,6 +45,9 @@ MEAN_MAGNITUDE = math.sqrt(2 / math.pi)
 # paper's bound on its last standard deviation, there of one or two steps by data set.
 VISIBLE_NOISE = 2 * 2 / 255
 
+# Standard deviation of a predicted x_0, for which a density is finite.
+SMALLEST_ERROR = 1e-6
+
 
 def analytic_variance(t: NoiseLevel, s: NoiseLevel, x0_variance: Factor, eta: Factor = 1.0) -> Factor:
     """Variance of p(x_s | x_t) for a prediction of x_0 that is off by `x0_variance` (Analytic-DPM, Theorem 1).
@@ -89,12 +92,14 @@ class PredictionMoments:
         eps_square: Of |eps_hat|^2, before any clipping, shape `(timesteps,)`.
         x0_square: Of |x_0|^2.
         count: Number of coordinates.
+        last_nats: Of -log p(x_0 | x_t) if the step from here is the last one, shape `(timesteps,)`; NaN if not asked for.
     """
 
     x0_error: Tensor
     eps_square: Tensor
     x0_square: float
     count: int
+    last_nats: Tensor
 
     def __add__(self, other: "PredictionMoments") -> "PredictionMoments":
         return PredictionMoments(
@@ -102,6 +107,7 @@ class PredictionMoments:
             self.eps_square + other.eps_square,
             self.x0_square + other.x0_square,
             self.count + other.count,
+            self.last_nats + other.last_nats,
         )
 
     @property
@@ -128,6 +134,7 @@ def measure_prediction(
     clip: Callable[[Tensor], Tensor] | None = None,
     generator: Generator | None = None,
     noise: Callable[[int], Tensor] | None = None,
+    decoder: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
 ) -> PredictionMoments:
     """How a network predicts these images at these timesteps.
 
@@ -137,11 +144,13 @@ def measure_prediction(
         timesteps: int64, on the CPU, shape `(timesteps,)`.
         clip: What the sampler does to the predicted x_0.
         noise: The unit noise for timestep number i, of the shape of the images, instead of a generator.
+        decoder: The cost in nats of each coordinate of x_0, given it, a mean and a standard deviation. The latter is taken
+            to be the error of x_0 in the batch.
 
     Raises:
         ValueError: If there are no images, or the model's output has another shape.
     """
-    error, eps_square = (torch.zeros(len(timesteps), dtype=torch.float64) for _ in range(2))
+    error, eps_square, last = (torch.zeros(len(timesteps), dtype=torch.float64) for _ in range(3))
     x0_square, count = 0.0, 0
     for x0 in batches:
         count += x0.numel()
@@ -158,11 +167,14 @@ def measure_prediction(
                 )
             x0_hat = predict_x0(output, x_t, level, prediction_type)
             x0_hat = x0_hat if clip is None else clip(x0_hat)
-            error[i] += (x0 - x0_hat).square().sum().cpu().double()
+            squares = (x0 - x0_hat).square()
+            error[i] += squares.sum().cpu().double()
+            std = squares.mean().sqrt().clamp(min=SMALLEST_ERROR)
+            last[i] += math.nan if decoder is None else decoder(x0, x0_hat, std).sum().cpu().double()
             eps_square[i] += output_eps(output, x_t, level, prediction_type).square().sum().cpu().double()
     if not count:
         raise ValueError("batches must hold at least one image, got none")
-    return PredictionMoments(error, eps_square, x0_square, count)
+    return PredictionMoments(error, eps_square, x0_square, count, last)
 
 
 class X0Variances:

@@ -3,10 +3,11 @@
 A step from one timestep to a cleaner one, whatever comes before and after it, has a cost, and a list the sum of those of its
 steps. Dynamic programming then finds the best list of each length. There are two costs:
 
-- "bound": what the step adds to the variational bound, in nats of a coordinate (Watson et al. 2021). It is for samplers that
-  draw noise, whose bound it is. All follow from the mean squared error of the predicted x_0 at each timestep.
+- "bound": what the step adds to the variational bound, in nats of a coordinate (Watson et al. 2021). It is for the likelihood;
+  images may be worse by it, which is no concern of the bound. All but the last term follow from the mean squared error of the
+  predicted x_0 at each timestep.
 - "trajectory": how far the step, from a point of a fine deterministic trajectory, ends from that trajectory (Chen et al. 2024,
-  GITS). It is for samplers without noise. No call of the network is needed beside those of the trajectory.
+  GITS). It is for sampling. No call of the network is needed beside those of the trajectory.
 
 Grids are from the noisiest timestep to the cleanest; the clean end comes after them.
 
@@ -26,19 +27,14 @@ from diffusers_ext.diffusion.analytic_variance import analytic_variance, log_snr
 from diffusers_ext.diffusion.noising import (
     NoiseLevel,
     NoiseSchedule,
-    Normal,
     add_noise,
     posterior_std,
 )
 from diffusers_ext.diffusion.timesteps import check_number_of_steps, check_timesteps
-from diffusers_ext.diffusion.variational_bound import decoder_nats
 
 
 # What a list can be best in.
 TIMESTEP_OBJECTIVES = ("trajectory", "bound")
-
-# Nodes of the quadrature over the error of x_0 in the last term of the bound.
-NUM_NODES = 64
 
 # Of x_0, next to none, whose log is finite.
 SMALLEST_ERROR = 1e-30
@@ -82,7 +78,7 @@ def cheapest_lists(
 
 
 def bound_costs(
-    schedule: NoiseSchedule, grid: Tensor, x0_variance: Tensor, x0_square: float, num_bins: int | None = 256
+    schedule: NoiseSchedule, grid: Tensor, x0_variance: Tensor, x0_square: float, last_nats: Tensor | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Costs of steps and of beginnings, whose sum is the bound of a sampler with the analytic variances.
 
@@ -90,7 +86,8 @@ def bound_costs(
         grid: Timesteps, descending, shape `(M,)`.
         x0_variance: Mean squared error of a coordinate of the predicted x_0, shape `(M,)`.
         x0_square: Mean square of a coordinate of x_0.
-        num_bins: Values that a coordinate can have, None for continuous data. The error of x_0 is taken to be normal there.
+        last_nats: Cost of a coordinate if the step from there is the last, shape `(M,)`, which is not that of a normal error
+            where the data have bins or ends; by default it is, for a density.
 
     Returns: In nats of a coordinate, shapes `(M, M + 1)` and `(M,)`.
     """
@@ -104,18 +101,8 @@ def bound_costs(
     # is left of their KL is the log.
     kl = 0.5 * (analytic_variance(t, s, error) / posterior_std(t, s) ** 2).log()
     prior = 0.5 * (t.alpha.square() * x0_square + t.sigma.square() - 1 - t.sigma.square().log())
-    return torch.cat([kl, _last_nats(error, num_bins)], 1).numpy(), prior.flatten().numpy()
-
-
-def _last_nats(error: Tensor, num_bins: int | None) -> Tensor:
-    """-log p(x_0 | x_t) of a step to the clean end, for a normal error of x_0 and its variance; shape `(M, 1)`."""
-    if num_bins is None:
-        return 0.5 * (2 * math.pi * math.e * error).log()
-    nodes, weights = (torch.from_numpy(part) for part in np.polynomial.hermite_e.hermegauss(NUM_NODES))
-    middle = torch.zeros(1, dtype=torch.float64)  # of a bin that has neighbours, or the edge of two: next to the same
-    std = error.sqrt().clamp(min=1 / (3 * (num_bins - 1)))  # of a narrower normal the nodes would miss the bin
-    nats = decoder_nats(middle, Normal(error.sqrt() * nodes, std), num_bins)
-    return (nats * weights / weights.sum()).sum(1, keepdim=True)
+    last = 0.5 * (2 * math.pi * math.e * error).log() if last_nats is None else last_nats.double().view(-1, 1)
+    return torch.cat([kl, last], 1).numpy(), prior.flatten().numpy()
 
 
 def trajectory_costs(points: Tensor, x0_hat: Tensor, levels: NoiseLevel) -> np.ndarray:

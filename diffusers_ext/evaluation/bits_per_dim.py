@@ -61,7 +61,8 @@ class LikelihoodModel:
         """The model of a pipeline in pixels, unconditional or with labels.
 
         Args:
-            num_steps: Number of timesteps, spaced as the pipeline's scheduler does; all of the training's by default.
+            num_steps: Number of timesteps, spaced as the pipeline's scheduler does, or those chosen for the bound; all of the
+                training's by default.
 
         Raises:
             ValueError: If the pipeline works in latents, from text, or not on a discrete Gaussian noising path.
@@ -81,7 +82,7 @@ class LikelihoodModel:
             )
         scheduler = ExtDDPMScheduler.from_config(pipeline.scheduler.config)
         if num_steps is not None:
-            scheduler.set_timesteps(num_steps)
+            scheduler.set_timesteps(timesteps=scheduler.list_timesteps(num_steps, "bound").tolist())
         null_label = getattr(pipeline, "null_label", None)
         return cls(network, scheduler, num_labels_of(pipeline), null_label, config.get("variance_type"))
 

@@ -41,7 +41,6 @@ class GaussianSchedulerMixin:
 
     order = 1
     _stock_beta_schedules: tuple[str, ...] = COMMON_BETA_SCHEDULES
-    _timestep_objective = "trajectory"  # of `TIMESTEP_OBJECTIVES`, what lists of `optimal_timesteps` it visits
 
     # Construction.
 
@@ -191,7 +190,7 @@ class GaussianSchedulerMixin:
                 timesteps = timesteps.tolist()
             values = check_timesteps(timesteps, config.num_train_timesteps)
         else:
-            values = self._make_timesteps(num_inference_steps)
+            values = self.list_timesteps(num_inference_steps)
             first = float(self.schedule.alpha_bar[values[0]])
             if first > LARGE_ALPHA_BAR and float(self.schedule.alpha_bar[-2]) <= LARGE_ALPHA_BAR:
                 warnings.warn(
@@ -203,10 +202,16 @@ class GaussianSchedulerMixin:
         self.num_inference_steps = len(values)
         self._visit(values, device)
 
-    def _make_timesteps(self, num_inference_steps: int) -> np.ndarray:
+    def list_timesteps(self, num_inference_steps: int, objective: str = "trajectory") -> np.ndarray:
+        """The timesteps of a number of steps, int64, descending: chosen for the model, or spaced as the config says.
+
+        Args:
+            objective: What chosen ones are best in, one of `TIMESTEP_OBJECTIVES`: near a fine trajectory, as sampling visits
+                them, or in the bound, as the likelihood does.
+        """
         config = self.config
         if self._chosen is not None:
-            return self._chosen.make(num_inference_steps, self._timestep_objective)
+            return self._chosen.make(num_inference_steps, objective)
         return make_timesteps(
             config.timestep_spacing, num_inference_steps, config.num_train_timesteps, config.steps_offset
         )

@@ -81,7 +81,6 @@ class ExtDDPMScheduler(GaussianSchedulerMixin, DDPMScheduler):
         ValueError: If a value is unknown or out of range, or the prediction type is undefined at zero terminal SNR.
     """
 
-    _timestep_objective = "bound"
     _stock_beta_schedules = (*COMMON_BETA_SCHEDULES, "sigmoid")  # "laplace" only in some versions
 
     @register_to_config

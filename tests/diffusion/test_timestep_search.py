@@ -1,7 +1,6 @@
 """Lists of timesteps: the search against trying all, the costs against the bound and the sampler themselves."""
 
 import itertools
-import math
 
 import numpy as np
 import pytest
@@ -62,7 +61,7 @@ def test_costs_of_the_steps_add_up_to_the_bound(schedule):
     x0_variance = VARIANCE * level.sigma**2 / (VARIANCE * level.alpha**2 + level.sigma**2)
     x0_variance = x0_variance * 1.3  # of a network that is not the best
     grid = torch.tensor([999, 700, 400, 100, 20, 3])
-    costs, start = bound_costs(schedule, grid, x0_variance[grid], VARIANCE, num_bins=None)
+    costs, start = bound_costs(schedule, grid, x0_variance[grid], VARIANCE)
 
     def mean_of_error(x_t, t):
         """A network whose squared error of x_0 is 1.3 times the least: it adds a part of the noise to the best one."""
@@ -80,14 +79,6 @@ def test_costs_of_the_steps_add_up_to_the_bound(schedule):
     assert total == pytest.approx(terms.total.mean().item(), rel=1e-9)
 
 
-def test_the_last_cost_in_bins_is_the_density_s_for_a_wide_error_and_none_for_a_narrow_one(schedule):
-    error = torch.tensor([0.1, 1e-3, 1e-9], dtype=torch.float64)
-    costs, _ = bound_costs(schedule, torch.tensor([900, 500, 0]), error, VARIANCE, num_bins=256)
-    expected = 0.5 * (2 * math.pi * math.e * error).log() - math.log(2 / 255)
-    assert costs[:2, -1] == pytest.approx(expected[:2].numpy(), abs=2e-3)
-    assert 0 <= costs[2, -1] < 0.2
-
-
 def test_ten_steps_cost_a_mixture_few_bits_by_the_analytic_variance_and_fewer_at_chosen_timesteps():
     """Two Gaussians in the plane under their exact network, in bits of points beside those of many steps."""
     scheduler = ExtDDIMScheduler(clip_sample=False)
@@ -103,9 +94,7 @@ def test_ten_steps_cost_a_mixture_few_bits_by_the_analytic_variance_and_fewer_at
 
     grid = search_grid(schedule, 60)
     measured = measure_prediction(denoise, [x0], schedule, grid, "epsilon", generator=generator)
-    costs, start = bound_costs(
-        schedule, grid, measured.x0_variance, measured.x0_square / measured.count, num_bins=None
-    )
+    costs, start = bound_costs(schedule, grid, measured.x0_variance, measured.x0_square / measured.count)
     chosen = grid[cheapest_lists(costs, [10], start)[10]].tolist()
     table = {"timesteps": grid.flip(0).tolist(), "x0_variance": measured.x0_variance.flip(0).tolist()}
     x0_variance = X0Variances(table, schedule).values

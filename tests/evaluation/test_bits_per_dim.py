@@ -10,7 +10,7 @@ from diffusers_ext.diffusion.analytic_variance import measure_prediction
 from diffusers_ext.diffusion.probability_flow import flow_bound
 from diffusers_ext.diffusion.reverse_chain import ReverseChain
 from diffusers_ext.diffusion.variational_bound import bits_per_dim, variational_bound
-from diffusers_ext.evaluation.bits_per_dim import measure_bits_per_dim
+from diffusers_ext.evaluation.bits_per_dim import LikelihoodModel, measure_bits_per_dim
 from diffusers_ext.evaluation.labelled_images import LabelledImages
 
 
@@ -155,6 +155,9 @@ def test_the_analytic_variance_of_a_scheduler_is_that_of_its_likelihood():
     assert result["variance"] == "analytic"
     assert result["bits_per_dim"] == pytest.approx(best["bits_per_dim"], rel=2e-3)
     assert result["bits_per_dim"] < measure(pipeline, images, variance="fixed_large")["bits_per_dim"]
+    lists = {"spacing": "trailing", "trajectory": {"3": [11, 5, 1]}, "bound": {"3": [11, 7, 2]}}
+    pipeline.scheduler = ExtDDIMScheduler.from_config(pipeline.scheduler.config, optimal_timesteps=lists)
+    assert LikelihoodModel.of(pipeline, 3).chain().timesteps.tolist() == [2, 7, 11]
     with pytest.raises(
         ValueError, match="the variance 'analytic' needs a scheduler with analytic_variance: measure it"
     ):

@@ -137,7 +137,7 @@ def test_a_pipeline_of_diffusers_gets_a_scheduler_that_swaps_in(folders, tmp_pat
     assert type(pipe) is diffusers.DDPMPipeline and type(pipe.scheduler) is ExtDDPMScheduler
     pipe.set_progress_bar_config(disable=True)
     assert np.isfinite(pipe(num_inference_steps=3, output_type="np").images).all()
-    assert pipe.scheduler.timesteps.tolist() == pipe.scheduler.config.optimal_timesteps["bound"]["3"]
+    assert pipe.scheduler.timesteps.tolist() == pipe.scheduler.config.optimal_timesteps["trajectory"]["3"]
     stock = diffusers.DDPMScheduler.from_pretrained(tmp_path / "out" / "scheduler")
     stock.set_timesteps(3)
     assert len(stock.timesteps) == 3
