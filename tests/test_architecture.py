@@ -36,7 +36,8 @@ MAY_IMPORT = {
     "trainer": "atomic_files draws machine pixels options figures hub data",
     "metrics": "pixels diffusion sizes",
     "evaluation": "__init__ atomic_files draws machine pixels sizes options figures diffusion schedulers models guidance pipelines data metrics",
-    "recipes": "__init__ atomic_files draws machine pixels options figures latents sizes diffusion schedulers models guidance pipelines hub data trainer metrics evaluation",
+    "calibration": "__init__ atomic_files figures diffusion schedulers guidance pipelines hub data trainer metrics evaluation",
+    "recipes": "calibration __init__ atomic_files draws machine pixels options figures latents sizes diffusion schedulers models guidance pipelines hub data trainer metrics evaluation",
     "__init__": "registration diffusion schedulers models guidance pipelines",
 }
 LONGEST_FUNCTION = 80

@@ -213,6 +213,8 @@ def load_for_comparison(config: CompareConfig, state: PartialState) -> GuidedDif
         state.print(
             f"the pipeline's own guider, {type(pipe.guider).__name__}, is left out of the comparison", flush=True
         )
+    if pipe.config.call_defaults:
+        state.print("the guidance that the pipeline has by default is left out of the comparison", flush=True)
     pipe.to(state.device)
     add_networks(pipe, weak, classifier)
     if pipe.num_classes is None:

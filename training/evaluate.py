@@ -136,7 +136,7 @@ class EvaluateConfig(DataOptions):
     likelihood_variance: Literal[FIXED_VARIANCES] | None = option(
         None,
         "variance of the sampler's steps; by default learned if the model learned it, else the scheduler's, else "
-        "fixed_large; optimal is measured on a batch of training images",
+        "fixed_large; analytic is what training/calibrate.py measured; optimal is measured on a batch of training images",
         needs="bits_per_dim",
     )
     num_flow_steps: int | None = option(
@@ -209,8 +209,10 @@ def main(config: EvaluateConfig) -> dict | None:
 
 def complete(config: EvaluateConfig, pipeline: DiffusionPipeline | None) -> EvaluateConfig:
     """The options, with what was left open as the training run or the pipeline has it."""
-    own_scale = getattr(pipeline, "guider", None) is not None  # the run's scale is not of its guider
-    of_sampling = [name for name in OPTIONS_OF_SAMPLING if not (own_scale and name == "guidance_scale")]
+    own = set(getattr(pipeline, "config", {}).get("call_defaults") or ())  # which take the place of the run's
+    if getattr(pipeline, "guider", None) is not None:
+        own.add("guidance_scale")  # the run's is not of its guider
+    of_sampling = [name for name in OPTIONS_OF_SAMPLING if name not in own]
     config = take_options_of_run(config, config.pipeline, of_sampling, of_data=["caption_column"])
     if config.resolution is None and pipeline is not None:
         config = dataclasses.replace(config, resolution=image_size_of(pipeline))

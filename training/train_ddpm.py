@@ -21,7 +21,8 @@ from diffusers_ext import GuidedDiffusionPipeline
 from diffusers_ext.data.image_table import ImageData
 from diffusers_ext.data.latent_cache import SampleSpace, load_vae
 from diffusers_ext.data.stream import StreamData
-from diffusers_ext.options import fixed_option, run_script, to_command
+from diffusers_ext.options import fixed_option, option, run_script, to_command
+from diffusers_ext.recipes.calibration import calibrate_run, with_calibration
 from diffusers_ext.recipes.denoising import (
     DenoisingConfig,
     build_model,
@@ -33,7 +34,7 @@ from diffusers_ext.recipes.denoising import (
     without_its_schedule,
 )
 from diffusers_ext.recipes.sample_grids import draw_while_training, drawing_cost, save_and_draw
-from diffusers_ext.recipes.training_path import build_scheduler
+from diffusers_ext.recipes.training_path import TABLES, build_scheduler
 from diffusers_ext.trainer.config import resolve_for_machine
 from diffusers_ext.trainer.loop import Trainer
 from diffusers_ext.trainer.run import describe_data, finish_run, make_accelerator, open_run
@@ -47,10 +48,21 @@ class TrainConfig(DenoisingConfig):
         0.1, "probability of training an image without its label, for guidance", "labels"
     )
 
+    calibrate: bool | None = option(
+        None,
+        "choose at the end what the pipeline does by default, as training/calibrate.py does, in a tenth of the training's time "
+        "or 30 s if that is more; by default after a training of at least 2 minutes on the path of a beta_schedule",
+        "sampling",
+    )
+
     def __post_init__(self):
         super().__post_init__()
         if not 0 <= self.label_dropout < 1:
             raise ValueError(f"label_dropout must be in [0, 1), got {self.label_dropout:g}")
+        if self.calibrate and self.path not in TABLES:
+            raise ValueError(
+                f"calibrate is for the paths of a beta_schedule, which path {self.path} is not: leave it out"
+            )
 
 
 def main(config: TrainConfig) -> Path:
@@ -82,10 +94,11 @@ def main(config: TrainConfig) -> Path:
             on_images=partial(draw_while_training, pipeline, rows),
             validation_data=load_validation(config, accelerator, data, vae),
             prepare_batch=space.encoder(accelerator.device),
-            ending_cost=partial(drawing_cost, pipeline, rows),
+            ending_cost=with_calibration(partial(drawing_cost, pipeline, rows), config.calibrate),
         )
         trainer.train()
         save_and_draw(pipeline, rows, trainer, label=None if data.id2label is None else data.used_labels[0])
+        calibrate_run(trainer, config.calibrate, command)
         if accelerator.is_main_process:
             finish_run(trainer, command, "\n\n".join([describe_data(config, data), *data.notes]))
     return trainer.output_dir

@@ -417,6 +417,8 @@ class Transition(NamedTuple):
     mean_of_x_t: Factor
     posterior_std: Factor
     transition_std: Factor
+    x0_variance: Factor = 0.0  # of the predicted x_0, where it was measured
+    largest_std: Factor = math.inf  # of the noise, where that has a limit
 
     @classmethod
     def between(cls, t: NoiseLevel, s: NoiseLevel, prediction_type: str) -> "Transition":
@@ -433,6 +435,8 @@ class Transition(NamedTuple):
             posterior(zero, one, t, s).mean,
             posterior_std(t, s),
             transition_std(t, s),
+            zero,
+            torch.full_like(t.alpha, math.inf),
         )
 
     @classmethod

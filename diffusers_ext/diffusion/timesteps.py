@@ -34,8 +34,7 @@ def make_timesteps(
         ValueError: If `num_inference_steps` is out of range or `spacing` unknown.
     """
     n, T = num_inference_steps, num_train_timesteps
-    if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or not 1 <= n <= T:
-        raise ValueError(f"num_inference_steps must be an integer in [1, {T}] (num_train_timesteps), got {n!r}")
+    check_number_of_steps(n, T)
     match spacing:
         case "leading":
             steps = np.arange(n) * (T // n)
@@ -51,6 +50,17 @@ def make_timesteps(
         case _:
             raise ValueError(f"timestep_spacing must be one of {', '.join(TIMESTEP_SPACINGS)}, got {spacing!r}")
     return np.ascontiguousarray(ascending[::-1].astype(np.int64))
+
+
+def check_number_of_steps(num_inference_steps: int, num_train_timesteps: int) -> None:
+    """Refuses a number of steps that a path does not have.
+
+    Raises:
+        ValueError: If it is not an integer in [1, num_train_timesteps].
+    """
+    n, T = num_inference_steps, num_train_timesteps
+    if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or not 1 <= n <= T:
+        raise ValueError(f"num_inference_steps must be an integer in [1, {T}] (num_train_timesteps), got {n!r}")
 
 
 def check_timesteps(timesteps: Sequence[int], num_train_timesteps: int) -> np.ndarray:

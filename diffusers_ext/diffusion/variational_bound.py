@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+from diffusers_ext.diffusion.analytic_variance import Denoise, analytic_variance, measure_prediction
 from diffusers_ext.diffusion.noising import (
     NoiseLevel,
     Normal,
@@ -30,7 +31,6 @@ from diffusers_ext.diffusion.noising import (
     normal_kl,
     normal_log_prob,
     posterior,
-    posterior_std,
     predict_x0,
 )
 from diffusers_ext.diffusion.precision import to_float64
@@ -44,9 +44,6 @@ from diffusers_ext.diffusion.reverse_chain import (
     split_output,
 )
 from diffusers_ext.draws import draw_normal
-
-
-Denoise = Callable[[Tensor, Tensor], Tensor]
 
 
 def transition_kl(x0: Tensor, x_t: Tensor, step: ReverseStep, p: Normal) -> Tensor:
@@ -284,29 +281,29 @@ def optimal_variances(
 ) -> Tensor:
     """The reverse variances, one for each transition, under which these images have the smallest bound.
 
-    That is the posterior's variance plus the mean squared error of the predicted mean; for a perfect model it is what
-    Analytic-DPM computes from the score. Measure it on training images, since it is fitted to what it is measured on.
+    See `analytic_variance`. Measure them on training images, since they are fitted to what they are measured on.
 
     Args:
         batches: Images in [-1, 1], each of shape `(batch, channels, ...)`.
 
     Returns: float64, shape `(len(chain),)`, for `ReverseChain(schedule, timesteps, variances)`.
     """
-    error, count = torch.zeros(len(chain), dtype=torch.float64), 0
-    for x0 in batches:
-        count += x0.numel()
-        for i in range(len(chain)):
-            eps = noise(i) if noise else draw_normal(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
-            at = torch.full((len(x0),), i)
-            x_t, step, p = evaluate_transition(denoise, x0, eps, chain, at, prediction_type, "fixed_small", clip)
-            q = posterior(x0, x_t, step.t, step.s)
-            error[i] += (q.mean - p.mean).square().sum().cpu().double()
-    if not count:
-        raise ValueError("batches must hold at least one image, got none")
-    schedule, every = chain.schedule, chain.timesteps
+    moments = measure_prediction(
+        *(denoise, batches, chain.schedule, chain.timesteps, prediction_type),
+        clip=clip,
+        generator=generator,
+        noise=noise,
+    )
+    return chain_variances(chain, moments.x0_variance)
+
+
+def chain_variances(chain: ReverseChain, x0_variance: Tensor) -> Tensor:
+    """The reverse variance of each transition for predictions of x_0 that are off by `x0_variance`, both of shape `(n,)`."""
     like = torch.zeros(1, dtype=torch.float64)
-    s = schedule.level(torch.cat([torch.tensor([-1]), every[:-1]]), like)
-    return posterior_std(schedule.level(every, like), s) ** 2 + error / count
+    before = torch.cat([torch.tensor([-1]), chain.timesteps[:-1]])
+    return analytic_variance(
+        chain.schedule.level(chain.timesteps, like), chain.schedule.level(before, like), x0_variance
+    )
 
 
 def _spread(

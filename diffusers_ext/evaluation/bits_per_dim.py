@@ -13,11 +13,17 @@ from accelerate.utils import gather_object
 from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
+from diffusers_ext.diffusion.analytic_variance import X0Variances
 from diffusers_ext.diffusion.noising import NoiseSchedule, dynamic_threshold
 from diffusers_ext.diffusion.probability_flow import flow_bound
 from diffusers_ext.diffusion.reverse_chain import LEARNED_VARIANCES, ReverseChain
 from diffusers_ext.diffusion.timesteps import make_timesteps
-from diffusers_ext.diffusion.variational_bound import bits_per_dim, optimal_variances, variational_bound
+from diffusers_ext.diffusion.variational_bound import (
+    bits_per_dim,
+    chain_variances,
+    optimal_variances,
+    variational_bound,
+)
 from diffusers_ext.evaluation.generate import SEED_STRIDE
 from diffusers_ext.evaluation.labelled_images import LabelledImages, convert_channels, drawn_order
 from diffusers_ext.evaluation.pipeline_facts import image_size_of, num_labels_of
@@ -26,10 +32,13 @@ from diffusers_ext.schedulers.levels import model_schedule, prediction_type_of
 
 
 # Fixed ones that can be asked for; the learned one follows from the model.
-FIXED_VARIANCES = ("fixed_small", "fixed_large", "optimal")
+FIXED_VARIANCES = ("fixed_small", "fixed_large", "analytic", "optimal")
 
 # The rate is reported by parts of the timesteps, of about equal numbers.
 NUM_PARTS = 20
+
+# Of a transition, for which a log is finite; in 8 bits a millionth of a bin.
+SMALLEST_VARIANCE = 1e-16
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,7 @@ class LikelihoodModel:
         num_classes: Number of labels that the network takes, or None.
         null_label: The label that stands for none, or None.
         variance_type: Of the pipeline's scheduler, or None.
+        analytic_variance: Of the pipeline's scheduler, for the variance "analytic".
     """
 
     network: torch.nn.Module
@@ -55,13 +65,15 @@ class LikelihoodModel:
     num_classes: int | None
     null_label: int | None
     variance_type: str | None
+    analytic_variance: Mapping[str, Any] | None = None
 
     @classmethod
     def of(cls, pipeline, num_steps: int | None = None) -> "LikelihoodModel":
         """The model of a pipeline in pixels, unconditional or with labels.
 
         Args:
-            num_steps: Number of timesteps, spaced as the pipeline's scheduler does; all of the training's by default.
+            num_steps: Number of timesteps, spaced as the pipeline's scheduler does, or those chosen for the bound; all of the
+                training's by default.
 
         Raises:
             ValueError: If the pipeline works in latents, from text, or not on a Gaussian noising path.
@@ -79,11 +91,13 @@ class LikelihoodModel:
             variance = "fixed_small"  # the steps of these paths are large at the data, where fixed_large costs much
         elif variance is None and "_learned_timesteps" in config:
             variance = "fixed_small"  # whose bound the model and its schedule were trained by
+        timesteps = range(len(schedule) - 1, -1, -1)
         if schedule.preserves_variance:  # with the defaults of the ancestral sampler, whose bound it is
-            config = ExtDDPMScheduler.from_config(config).config
-        if num_steps is None:
-            timesteps = range(len(schedule) - 1, -1, -1)
-        else:
+            ancestral = ExtDDPMScheduler.from_config(config)
+            config = ancestral.config
+            if num_steps is not None:
+                timesteps = ancestral.list_timesteps(num_steps, "bound")
+        elif num_steps is not None:
             # A flow has no such key; with evenly spaced times "trailing" is what its scheduler does.
             spacing = config.get("timestep_spacing", "trailing")
             timesteps = make_timesteps(spacing, num_steps, len(schedule), config.get("steps_offset", 0))
@@ -96,6 +110,7 @@ class LikelihoodModel:
             num_labels_of(pipeline),
             getattr(pipeline, "null_label", None),
             variance,
+            config.get("analytic_variance"),
         )
 
     @property
@@ -106,6 +121,8 @@ class LikelihoodModel:
     def variance(self) -> str:
         """The model's own kind of variance: learned, or that of its scheduler, or fixed_large if that has none."""
         given = (self.variance_type or "fixed_large").removesuffix("_log")
+        if given == "analytic":
+            return given
         if self.network.config.out_channels == 2 * self.channels:
             return given if given in LEARNED_VARIANCES else "learned_range"
         if given in LEARNED_VARIANCES:
@@ -117,6 +134,20 @@ class LikelihoodModel:
 
     def chain(self, variances: Tensor | None = None) -> ReverseChain:
         return ReverseChain(self.schedule, self.timesteps, variances)
+
+    def analytic_chain(self) -> ReverseChain:
+        """The chain with the variances that the scheduler's `analytic_variance` says.
+
+        Raises:
+            ValueError: If it has none.
+        """
+        table, chain = self.analytic_variance, self.chain()
+        if table is None:
+            raise ValueError(
+                "the variance 'analytic' needs a scheduler with analytic_variance: measure it with training/calibrate.py"
+            )
+        x0_variance = X0Variances(table, chain.schedule).values[chain.timesteps]
+        return self.chain(chain_variances(chain, x0_variance.clamp(min=SMALLEST_VARIANCE)))
 
     def prepare(self, images: LabelledImages, rows: list[int], by_label: bool) -> tuple[Tensor, Tensor | None]:
         """Images in [-1, 1], and their labels or the null label, on the device of this process."""
@@ -181,7 +212,8 @@ def measure_bits_per_dim(
         num_images: Number of images to measure, drawn by the seed; at most all.
         num_steps: Timesteps of the sampler whose bound it is; all of the training's by default.
         num_terms: Number of timesteps evaluated for each image, see `variational_bound`; None for all.
-        variance: "fixed_small", "fixed_large" or "optimal"; by default the model's own.
+        variance: "fixed_small", "fixed_large", "analytic", as the scheduler's config has it, or "optimal"; by default the
+            model's own.
         num_flow_steps: Measure the bound by the probability flow too, in this number of steps, each of four evaluations
             and gradients of the network; without clipping of the predicted x_0.
         batch_size: Images at a time.
@@ -206,9 +238,12 @@ def measure_bits_per_dim(
         chain = model.chain()
         if kind == "optimal":
             chain = model.chain(_measure_variances(model, chain, train, by_label, batch_size, seed))
+        elif kind == "analytic":
+            chain = model.analytic_chain()
         if num_terms is not None and num_terms >= len(chain) - 1:
             num_terms = None
-        bound = ImageBound(model, chain, kind, num_terms, num_flow_steps, seed)
+        of_chain = "optimal" if chain.has_variances else kind
+        bound = ImageBound(model, chain, of_chain, num_terms, num_flow_steps, seed)
         mine, measured = order[state.process_index :: state.num_processes], []
         hidden = not (show_progress and state.is_main_process)
         with tqdm(total=len(mine), desc="bits/dim", unit="image", disable=hidden) as progress:

@@ -70,6 +70,8 @@ def add_networks(
 ) -> None:
     """Gives a pipeline the networks that some of the methods need; those that it has stay where none is given.
 
+    Its own guider and defaults of a call, which would guide where a method does not, are taken away.
+
     Raises:
         ValueError: if they do not fit it, or the weaker pipeline has other noise levels or predicts another thing.
     """
@@ -86,6 +88,7 @@ def add_networks(
     classifier = pipe.classifier if classifier is None else classifier
     check_components(pipe.denoiser, pipe.vae, classifier, weak_denoiser)
     pipe.register_modules(weak_denoiser=weak_denoiser, classifier=classifier, guider=None)
+    pipe.register_to_config(call_defaults=None)
     for network in (weak_denoiser, classifier):
         if network is not None:
             network.to(pipe.device)

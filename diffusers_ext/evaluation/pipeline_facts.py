@@ -5,6 +5,7 @@ import inspect
 from diffusers import ModelMixin
 
 from diffusers_ext.guidance.labels import num_classes_of
+from diffusers_ext.pipelines.call_defaults import DEFAULT_NUM_STEPS
 
 
 def num_labels_of(pipeline) -> int | None:
@@ -43,7 +44,11 @@ def image_size_of(pipeline) -> tuple[int, int]:
 
 
 def default_of(pipeline, name: str):
-    """The default of an argument of the pipeline's call, or None."""
+    """The default of an argument of the pipeline's call, as the pipeline was saved or else of its class; or None."""
+    if "call_defaults" in getattr(pipeline, "config", {}):
+        saved = (pipeline.config.call_defaults or {}).get(name)
+        if saved is not None or name == "num_inference_steps":
+            return DEFAULT_NUM_STEPS if saved is None else saved
     parameter = parameters_of(pipeline).get(name)
     return None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
 

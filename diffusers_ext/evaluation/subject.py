@@ -151,6 +151,7 @@ def generate_for(
         "scheduler_class": type(pipeline.scheduler).__name__,
         "num_inference_steps": num_inference_steps or default_of(pipeline, "num_inference_steps"),
         "guidance_scale": _default_scale(pipeline) if guidance_scale is None else guidance_scale,
+        "call_defaults": getattr(pipeline, "config", {}).get("call_defaults"),
         "guider": None if guider is None else type(guider).__name__,
         "by_label": asked.proportions is not None,
         "labels": asked.proportions,
@@ -190,7 +191,7 @@ def _default_scale(pipeline) -> float | None:
     if isinstance(pipeline, TextGuidedDiffusionPipeline):
         return DEFAULT_GUIDANCE_SCALE if pipeline.knows_empty_text else 1.0
     if isinstance(pipeline, GuidedDiffusionPipeline):
-        return 1.0
+        return (pipeline.config.call_defaults or {}).get("guidance_scale", 1.0)
     return default_of(pipeline, "guidance_scale")
 
 

@@ -4,6 +4,7 @@ A card says only what is known: a line that nobody filled in is left out, and a 
 measure it again.
 """
 
+import json
 import math
 import os
 import platform
@@ -24,6 +25,9 @@ from diffusers_ext.hub.saved_folder import SavedFolder, loading_lines
 
 # Beside this module and not in the repository's `model_cards/`, since an installed package needs it too.
 CARD_TEMPLATE = Path(__file__).with_name("model_card_template.md")
+
+# Of `training/calibrate.py`, beside the pipeline.
+CALIBRATION_FILE, CALIBRATION_HEADING = "calibration.json", "## Calibration"
 
 DEFAULT_LIMITATIONS = (
     "It makes images like those it was trained on and shares their gaps and biases. It was not examined for copies of"
@@ -152,7 +156,10 @@ def write_card(
         "limitations": limitations.strip(),
     }
     card = ModelCard.from_template(card_data, template_path=str(CARD_TEMPLATE), **sections)
-    return _save(card, folder / "README.md")
+    path = _save(card, folder / "README.md")
+    if (folder / CALIBRATION_FILE).is_file():
+        add_calibration(folder)
+    return path
 
 
 def add_figures(folder: str | os.PathLike, figures: Sequence[Figure]) -> Path:
@@ -175,6 +182,38 @@ def add_figures(folder: str | os.PathLike, figures: Sequence[Figure]) -> Path:
     card.text = f"{before}{heading}\n{_results(figures)}\n{next_heading}{after}"
     _put_into_metadata(card.data, figures, Path(folder).resolve().name)
     return _save(card, path)
+
+
+def add_calibration(folder: str | os.PathLike) -> Path | None:
+    """Puts what `calibration.json` says into the card of `folder`, in the place of what an earlier one said.
+
+    Returns: The path of the card; None if there is no card, or it is none of `write_card`.
+    """
+    path = Path(folder) / "README.md"
+    if not path.is_file():
+        return None
+    card = ModelCard.load(path)
+    before, heading, after = card.text.partition("\n## Limitations\n")
+    if not heading:
+        return None
+    before = before.partition(f"\n{CALIBRATION_HEADING}\n")[0].rstrip("\n")
+    section = _calibration(Path(folder))
+    card.text = f"{before}\n{section and chr(10) + section}{heading}{after}"
+    return _save(card, path)
+
+
+def _calibration(folder: Path) -> str:
+    """The section on what was chosen for a pipeline after its training, from its `calibration.json`; empty without one."""
+    path = folder / CALIBRATION_FILE
+    if not path.is_file():
+        return ""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    lines = [CALIBRATION_HEADING, "", *(f"- {line}" for line in found["lines"])]
+    if found.get("picture"):
+        lines += ["", f"![By what it was chosen]({found['picture']})"]
+    if found.get("command"):
+        lines += ["", "```bash", _without_tokens(found["command"]), "```"]
+    return "\n".join(lines) + "\n"
 
 
 def _results(figures: Sequence[Figure]) -> str:

@@ -28,8 +28,8 @@ class InversionMixin:
     ) -> Tensor:
         """The noise from which deterministic sampling with as many steps makes `image`, up to the error of the steps.
 
-        Give it to the pipeline as `latents`, with the same labels, `num_inference_steps` and a DDIM
-        scheduler or, on the linear path, `FlowScheduler`.
+        Give it to the pipeline as `latents`, with the same labels and `num_inference_steps`, a DDIM scheduler or, on the
+        linear path, `FlowScheduler`, and with a `guidance_scale` of 1 where the pipeline guides by default.
 
         Args:
             image: One or several, as for the call.

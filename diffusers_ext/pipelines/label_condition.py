@@ -37,6 +37,11 @@ class LabelCondition:
         # Such labels are for `ComposedGuidance` alone.
         self.weighted = self.labels is not None and self.labels.is_floating_point()
 
+    @property
+    def can_guide(self) -> bool:
+        """Whether there are labels, and a null label to lead away from."""
+        return self.labels is not None and self.pipe.null_label is not None
+
     def inputs(self, batch_size: int, device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
         """Pairs of labels and null labels, each of shape `(batch,)`, or multi-hot or weights `(batch, num_classes)`.
 

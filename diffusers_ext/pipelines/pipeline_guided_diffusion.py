@@ -11,6 +11,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Generator, Tensor
 
 from diffusers_ext.guidance.guiding import Interval
+from diffusers_ext.pipelines.call_defaults import check_call_defaults
 from diffusers_ext.pipelines.components import check_components
 from diffusers_ext.pipelines.image_inputs import ImageInput
 from diffusers_ext.pipelines.inversion import InversionMixin
@@ -38,6 +39,9 @@ class GuidedDiffusionPipeline(LabelledMixin, InversionMixin, SamplingMixin, From
             with it; the default is a scheduler's own.
         noise_path: What the denoiser was trained on, so that a scheduler of another path is refused: "vp" for betas, "linear"
             for rectified flow, "ve" or "subvp". By default what the scheduler is of; it is saved with the pipeline.
+        call_defaults: What a call does where it does not say it, saved with the pipeline: `num_inference_steps`, 50 without;
+            `guidance_scale` and `guidance_interval`, which count where the call says nothing of guidance and the pipeline has
+            no guider (`training/calibrate.py` chooses them).
 
     Raises:
         ValueError: if the components do not fit one another.
@@ -66,6 +70,7 @@ class GuidedDiffusionPipeline(LabelledMixin, InversionMixin, SamplingMixin, From
         id2label: dict | None = None,
         clip_guided_noise: bool = False,
         noise_path: str | None = None,
+        call_defaults: dict | None = None,
     ):
         super().__init__()
         self.register_to_config(noise_path=noise_path)
@@ -80,14 +85,14 @@ class GuidedDiffusionPipeline(LabelledMixin, InversionMixin, SamplingMixin, From
         )
         # JSON turns the keys into strings, and so does this, so that a saved pipeline equals the loaded one.
         self.register_to_config(id2label=None if id2label is None else {str(k): v for k, v in id2label.items()})
-        self.register_to_config(clip_guided_noise=clip_guided_noise)
+        self.register_to_config(clip_guided_noise=clip_guided_noise, call_defaults=check_call_defaults(call_defaults))
 
     @torch.no_grad()
     def __call__(
         self,
         class_labels: Labels | None = None,
         batch_size: int = 1,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         *,
         generator: Generator | list[Generator] | None = None,
@@ -117,9 +122,10 @@ class GuidedDiffusionPipeline(LabelledMixin, InversionMixin, SamplingMixin, From
                 a label there may be a list of labels that an image has all at once, for models trained so; or a dict
                 from labels to weights, whose directions are then added up (`ComposedGuidance`).
             batch_size: Number of images, where `class_labels`, `latents` and `image` do not say it.
-            num_inference_steps: Number of steps, each of one call of the network (two with guidance).
-            guidance_scale: Weight of classifier-free guidance, at least 0; 1 is none. `None` for the guider of the pipeline, or 1
-                without one. Not to be given together with a guider.
+            num_inference_steps: Number of steps, each of one call of the network (two with guidance); by default that of
+                `call_defaults`, or 50.
+            guidance_scale: Weight of classifier-free guidance, at least 0; 1 is none. `None` for the guider of the pipeline, or
+                what `call_defaults` say, or 1. Not to be given together with a guider.
             generator: Source of the noise. With a list, one generator for each image, image i depends on generator i
                 alone, whatever else is in the batch; one generator is drawn from for the batch as a whole.
             latents: Start noise of unit variance, shape `(batch, in_channels, *sample_size)`.

@@ -4,7 +4,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +17,7 @@ from diffusers_ext.guidance.guided_denoiser import GuidedDenoiser
 from diffusers_ext.guidance.guiding import Interval, choose_guider, guided_steps
 from diffusers_ext.latents import latent_scale
 from diffusers_ext.machine import fast_precision
+from diffusers_ext.pipelines.call_defaults import with_defaults
 from diffusers_ext.pipelines.image_inputs import ImageInput, encode_pixels, images_to_tensor, mask_to_tensor
 from diffusers_ext.pipelines.inpainting import KnownPixels, check_resampling, mask_of_latents
 from diffusers_ext.pipelines.outputs import GuidedDiffusionPipelineOutput, TrajectoryPoint, decode_images
@@ -32,6 +33,7 @@ class Condition(Protocol):
     """The labels or texts that the images of a call are to show."""
 
     weighted: bool  # whether it has weights of labels
+    can_guide: bool  # whether there is a condition, and one without it to lead away from
     per_image: dict[str, Tensor | None]  # its tensors by the names of their arguments, each of one image or of all
 
     def check(self, guider: BaseGuidance | None, timesteps: Tensor, guide: Sequence[bool]) -> None:
@@ -158,6 +160,7 @@ class SamplingMixin:
 
     def _sample(self, condition: Condition, call: CallOptions) -> GuidedDiffusionPipelineOutput | tuple:
         """Generates a batch of images."""
+        call = self._completed(condition, call)
         self._check_outputs(call)
         if call.num_resample_steps != 1:
             check_resampling(call.num_resample_steps, call.mask_image is not None, self.scheduler)
@@ -223,6 +226,12 @@ class SamplingMixin:
         if not call.return_dict:
             return (images,) if trajectory is None else (images, trajectory)
         return GuidedDiffusionPipelineOutput(images=images, trajectory=trajectory)
+
+    def _completed(self, condition: Condition, call: CallOptions) -> CallOptions:
+        """The call with what it leaves open as the pipeline was saved."""
+        can_guide = condition.can_guide and not condition.weighted and self.guider is None
+        given = {field.name: getattr(call, field.name) for field in fields(call)}
+        return replace(call, **with_defaults(given, self.config.get("call_defaults"), can_guide))
 
     def _denoiser(
         self,

@@ -9,6 +9,7 @@ import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
+from diffusers_ext.diffusion.analytic_variance import X0Variances
 from diffusers_ext.diffusion.betas import make_betas, rescale_zero_terminal_snr
 from diffusers_ext.diffusion.noising import (
     PREDICTION_TYPES,
@@ -21,6 +22,7 @@ from diffusers_ext.diffusion.noising import (
     training_target,
     weighted_sum,
 )
+from diffusers_ext.diffusion.timestep_search import ChosenTimesteps
 from diffusers_ext.diffusion.timesteps import TIMESTEP_SPACINGS, check_timesteps, make_timesteps
 from diffusers_ext.draws import draw_normal
 from diffusers_ext.schedulers.sources import PATH_KEYS, read_model
@@ -55,9 +57,12 @@ class GaussianSchedulerMixin:
         """Builds everything from `self.config`, refusing what cannot work."""
         # Some samplers of diffusers have other defaults for the path, to which `from_config` would fall back.
         self._register_explicitly(**{key: self.config[key] for key in PATH_KEYS})
+        self._choose_timesteps(self.config)
         self._check_config(self.config)
         self.schedule, betas = self._make_schedule(self.config)
         config = self.config
+        if config.get("analytic_variance") is not None:
+            X0Variances(config.analytic_variance, self.schedule)  # which refuses what is none
         alpha_bar = self.schedule.alpha_bar[:-1]
         if alpha_bar[-1] == 0 and config.prediction_type in ("epsilon", "score"):
             raise ValueError(
@@ -81,6 +86,25 @@ class GaussianSchedulerMixin:
         self._transitions = None
         self._visit(np.arange(config.num_train_timesteps)[::-1], device=None)
 
+    def _choose_timesteps(self, config) -> None:
+        """Reads `optimal_timesteps`, which count while the spacing is the one that they take the place of, or "optimal".
+
+        The config says the former, so that classes of diffusers, which refuse a spacing that they do not know, fall back to it.
+        """
+        self._chosen = None
+        if config.get("optimal_timesteps") is None:
+            if config.timestep_spacing == "optimal":
+                raise ValueError(
+                    "timestep_spacing 'optimal' needs optimal_timesteps, which training/calibrate.py chooses for a model, got "
+                    "None"
+                )
+            return
+        chosen = ChosenTimesteps(config.optimal_timesteps, config.num_train_timesteps)
+        if config.timestep_spacing == "optimal":
+            self._register_explicitly(timestep_spacing=chosen.spacing)
+        if self.config.timestep_spacing == chosen.spacing:
+            self._chosen = chosen
+
     def _check_config(self, config) -> None:
         check_choice("prediction_type", config.prediction_type, PREDICTION_TYPES)
         check_choice("timestep_spacing", config.timestep_spacing, TIMESTEP_SPACINGS)
@@ -90,6 +114,10 @@ class GaussianSchedulerMixin:
             or config.steps_offset < 0
         ):
             raise ValueError(f"steps_offset must be an integer of at least 0, got {config.steps_offset!r}")
+        if config.get("variance_type") == "analytic" and config.get("analytic_variance") is None:
+            raise ValueError(
+                "variance_type 'analytic' needs analytic_variance, which training/calibrate.py measures for a model, got None"
+            )
         if not config.clip_sample_range > 0:
             raise ValueError(f"clip_sample_range must be above 0, got {config.clip_sample_range}")
         if not 0 <= config.get("dynamic_thresholding_ratio", 1) <= 1:
@@ -147,7 +175,8 @@ class GaussianSchedulerMixin:
         """Chooses the timesteps that sampling visits.
 
         Args:
-            num_inference_steps: Number of steps, spaced as `timestep_spacing` says; in [1, num_train_timesteps].
+            num_inference_steps: Number of steps, spaced as `timestep_spacing` says, or by `optimal_timesteps`; in
+                [1, num_train_timesteps].
             device: Where `timesteps` is to be.
             timesteps: The list itself, strictly descending, instead of a number.
 
@@ -166,9 +195,7 @@ class GaussianSchedulerMixin:
                 timesteps = timesteps.tolist()
             values = check_timesteps(timesteps, config.num_train_timesteps)
         else:
-            values = make_timesteps(
-                config.timestep_spacing, num_inference_steps, config.num_train_timesteps, config.steps_offset
-            )
+            values = self.list_timesteps(num_inference_steps)
             first = float(self.schedule.alpha_bar[values[0]])
             if first > LARGE_ALPHA_BAR and float(self.schedule.alpha_bar[-2]) <= LARGE_ALPHA_BAR:
                 warnings.warn(
@@ -179,6 +206,20 @@ class GaussianSchedulerMixin:
                 )
         self.num_inference_steps = len(values)
         self._visit(values, device)
+
+    def list_timesteps(self, num_inference_steps: int, objective: str = "trajectory") -> np.ndarray:
+        """The timesteps of a number of steps, int64, descending: chosen for the model, or spaced as the config says.
+
+        Args:
+            objective: What chosen ones are best in, one of `TIMESTEP_OBJECTIVES`: near a fine trajectory, as sampling visits
+                them, or in the bound, as the likelihood does.
+        """
+        config = self.config
+        if self._chosen is not None:
+            return self._chosen.make(num_inference_steps, objective)
+        return make_timesteps(
+            config.timestep_spacing, num_inference_steps, config.num_train_timesteps, config.steps_offset
+        )
 
     def _visit(self, descending: np.ndarray, device: str | torch.device | None) -> None:
         values = self._ordered(descending)
@@ -204,7 +245,7 @@ class GaussianSchedulerMixin:
         # Pipelines replace `timesteps` and the config behind our back.
         if known is None or known.timesteps is not self.timesteps or known.config is not self._internal_dict:
             known = self._transitions = Transitions(
-                self.timesteps, listed, len(self.schedule), self._steps_between, self._internal_dict
+                self.timesteps, listed, self.schedule, self._steps_between, self._internal_dict
             )
         return known
 

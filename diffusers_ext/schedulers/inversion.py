@@ -34,6 +34,9 @@ class ReversibleMixin(GaussianSchedulerMixin):
         timestep_spacing: str = "leading",
         rescale_betas_zero_snr: bool = False,
         beta_reference_timesteps: int | None = None,
+        variance_type: str | None = None,
+        analytic_variance: dict | None = None,
+        optimal_timesteps: dict | None = None,
     ):
         self._setup()
 

@@ -8,6 +8,7 @@ from diffusers import DDIMScheduler
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from torch import Tensor
 
+from diffusers_ext.diffusion.analytic_variance import analytic_std
 from diffusers_ext.diffusion.noising import posterior_std, weighted_sum
 from diffusers_ext.schedulers.gaussian import as_output, check_output, draw_noise, has_no_noise, wide
 from diffusers_ext.schedulers.inversion import ReversibleMixin
@@ -44,6 +45,14 @@ class ExtDDIMScheduler(ReversibleMixin, DDIMScheduler):
         rescale_betas_zero_snr: Whether to rescale the path so that its last level holds no signal.
         beta_reference_timesteps: Length of the path that `beta_start` and `beta_end` were chosen for (1000 in the
             papers). If given, a path of another length keeps the range of noise levels of that one.
+        variance_type: With "analytic" and `eta` above 0, the noise of a step has the variance that is best for this model
+            at that `eta` (Analytic-DDIM, arXiv 2201.06503), from `analytic_variance`. All others, which such a config may
+            hold for DDPM, mean that of `eta` alone.
+        analytic_variance: How well the model predicts x_0, as `training/calibrate.py` measures it
+            (`diffusers_ext.diffusion.analytic_variance.X0Variances`).
+        optimal_timesteps: Timesteps chosen for this model, by their number
+            (`diffusers_ext.diffusion.timestep_search.ChosenTimesteps`). They are visited if `timestep_spacing` is "optimal",
+            or the spacing that they take the place of, which "optimal" becomes in the config.
 
     Raises:
         ValueError: If a value is unknown or out of range, or the prediction type is undefined at zero terminal SNR.
@@ -96,6 +105,8 @@ class ExtDDIMScheduler(ReversibleMixin, DDIMScheduler):
         # Eq. 12: the predicted x_0, the direction that points to x_t, and new noise.
         std = eta * at.posterior_std
         direction = (at.s.sigma**2 - std**2) ** 0.5
+        if noise is not None and self.config.variance_type == "analytic":
+            std = analytic_std(at, eta)
         x_s = weighted_sum((at.s.alpha, x0), (direction, eps), (std, noise))
 
         return as_output(DDIMSchedulerOutput, x_s, x0, torch.promote_types(sample.dtype, output.dtype), return_dict)

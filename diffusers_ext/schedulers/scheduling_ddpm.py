@@ -10,6 +10,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from torch import Tensor
 
+from diffusers_ext.diffusion.analytic_variance import analytic_std
 from diffusers_ext.diffusion.noising import (
     LEARNED_VARIANCES,
     Factor,
@@ -32,7 +33,7 @@ from diffusers_ext.schedulers.gaussian import (
 )
 
 
-VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", *LEARNED_VARIANCES)
+VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "analytic", *LEARNED_VARIANCES)
 
 # The lower bound of the standard deviation has no log at the last step, where it has no use either.
 SMALLEST_STD = 1e-10
@@ -57,7 +58,8 @@ class ExtDDPMScheduler(GaussianSchedulerMixin, DDPMScheduler):
         trained_betas: The betas themselves, shape `(num_train_timesteps,)`; they go before `beta_schedule`.
         variance_type: Variance of the reverse transition: "fixed_small" is that of the posterior (beta tilde),
             "fixed_large" that of the noising transition (beta), "learned" a log variance from the model, in a second
-            half of channels, "learned_range" an interpolation between the two by the model, in log, from -1 to 1.
+            half of channels, "learned_range" an interpolation between the two by the model, in log, from -1 to 1,
+            "analytic" the best one for this model, from `analytic_variance`.
         clip_sample: Whether to clip the predicted x_0.
         prediction_type: One of `diffusers_ext.diffusion.noising.PREDICTION_TYPES`.
         thresholding: Whether to threshold the predicted x_0 dynamically; goes before `clip_sample`.
@@ -69,6 +71,11 @@ class ExtDDPMScheduler(GaussianSchedulerMixin, DDPMScheduler):
         rescale_betas_zero_snr: Whether to rescale the path so that its last level holds no signal.
         beta_reference_timesteps: Length of the path that `beta_start` and `beta_end` were chosen for (1000 in the
             papers). If given, a path of another length keeps the range of noise levels of that one.
+        analytic_variance: How well the model predicts x_0, as `training/calibrate.py` measures it
+            (`diffusers_ext.diffusion.analytic_variance.X0Variances`).
+        optimal_timesteps: Timesteps chosen for this model, by their number
+            (`diffusers_ext.diffusion.timestep_search.ChosenTimesteps`). They are visited if `timestep_spacing` is "optimal",
+            or the spacing that they take the place of, which "optimal" becomes in the config.
 
     Raises:
         ValueError: If a value is unknown or out of range, or the prediction type is undefined at zero terminal SNR.
@@ -95,6 +102,8 @@ class ExtDDPMScheduler(GaussianSchedulerMixin, DDPMScheduler):
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
         beta_reference_timesteps: int | None = None,
+        analytic_variance: dict | None = None,
+        optimal_timesteps: dict | None = None,
     ):
         check_choice("variance_type", variance_type, VARIANCE_TYPES)
         self.variance_type = variance_type
@@ -125,8 +134,13 @@ class ExtDDPMScheduler(GaussianSchedulerMixin, DDPMScheduler):
         Raises:
             ValueError: If a shape does not fit or a timestep is out of range.
         """
-        learned = self.variance_type in LEARNED_VARIANCES
-        output, variance_output = check_output(model_output, sample, learned, self.variance_type)
+        analytic = self.variance_type == "analytic"
+        takes_variance = (
+            analytic or self.variance_type in LEARNED_VARIANCES
+        )  # which the analytic one is in the place of
+        output, variance_output = check_output(
+            model_output, sample, takes_variance, None if analytic else self.variance_type
+        )
         at = self._transition(timestep, sample)
         x_t, prediction = wide(sample), wide(output)
 
@@ -143,10 +157,10 @@ class ExtDDPMScheduler(GaussianSchedulerMixin, DDPMScheduler):
 
     def _std(self, at: Transition, variance_output: Tensor | None) -> Factor:
         """Standard deviation of p(x_s | x_t); 0 for samples at their last step."""
-        if variance_output is not None:
+        if variance_output is not None and self.variance_type != "analytic":
             std = learned_std(self.variance_type, wide(variance_output), at.posterior_std, at.transition_std)
         else:
-            std = at.transition_std if "large" in self.variance_type else at.posterior_std
+            std = fixed_std(self.variance_type, at)
         return std * (at.s.sigma > 0) if isinstance(at.s.sigma, Tensor) else std
 
     def _get_variance(
@@ -162,13 +176,23 @@ class ExtDDPMScheduler(GaussianSchedulerMixin, DDPMScheduler):
         variance_type = variance_type or self.variance_type
         check_choice("variance_type", variance_type, VARIANCE_TYPES)
         like = predicted_variance if predicted_variance is not None else torch.zeros(())
+        timestep = t
         t, s = self.schedule.level(t, like), self.schedule.level(self.previous_timestep(t), like)
+        if variance_type == "analytic":
+            return torch.as_tensor(analytic_std(self._transition(timestep, like)) ** 2)
         small, large = posterior_std(t, s), transition_std(t, s)
         if variance_type in LEARNED_VARIANCES:
             if predicted_variance is None:
                 raise ValueError(f"predicted_variance must be given for variance_type {variance_type!r}, got None")
             return learned_std(variance_type, predicted_variance, small, large) ** 2
         return ((large if "large" in variance_type else small) ** 2).squeeze()
+
+
+def fixed_std(variance_type: str, at: Transition) -> Factor:
+    """The standard deviation of a step for the types that the model's output does not say."""
+    if variance_type == "analytic":
+        return analytic_std(at)
+    return at.transition_std if "large" in variance_type else at.posterior_std
 
 
 def learned_std(variance_type: str, output: Tensor, small: Factor, large: Factor) -> Tensor:

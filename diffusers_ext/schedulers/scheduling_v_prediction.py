@@ -42,6 +42,9 @@ class VPredictionScheduler(ExtDDIMScheduler):
         timestep_spacing: str = "trailing",
         rescale_betas_zero_snr: bool = True,
         beta_reference_timesteps: int | None = None,
+        variance_type: str | None = None,
+        analytic_variance: dict | None = None,
+        optimal_timesteps: dict | None = None,
     ):
         if prediction_type != "v_prediction":
             raise ValueError(

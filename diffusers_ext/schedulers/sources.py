@@ -131,7 +131,7 @@ def read_model(config: Mapping[str, Any], cls: type, given: Mapping[str, Any]) -
     if maker is not None or in_memory:
         config = MEANT_BY_ABSENCE | config
     config.setdefault("prediction_type", MEANT_BY_ABSENCE["prediction_type"])
-    if config.get("variance_type", "") is None and "variance_type" in defaults_of(cls):
+    if config.get("variance_type", "") is None and defaults_of(cls).get("variance_type") is not None:
         del config["variance_type"]  # solvers without noise say so of a variance that is not learned
 
     shift = config.get("snr_shift_scale")

@@ -1,11 +1,13 @@
 """The steps between the timesteps of one list, without a look at a value that is on an accelerator."""
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from diffusers_ext.diffusion.noising import NoiseLevel, Transition
+from diffusers_ext.diffusion.analytic_variance import X0Variances
+from diffusers_ext.diffusion.noising import NoiseLevel, NoiseSchedule, Transition
 from diffusers_ext.diffusion.paths import Linear
 from diffusers_ext.diffusion.tables import DeviceTable, dtype_beside
 
@@ -23,7 +25,7 @@ class Transitions:
     Args:
         timesteps: As listed, noisiest first or last.
         listed: The same on the host; read from `timesteps` if not given.
-        num_timesteps: T of the noising path.
+        schedule: The noising path.
         between: The numbers of the steps from timesteps to others, -1 for the clean end; of tensors of their shape.
         config: Of the scheduler.
     """
@@ -32,19 +34,25 @@ class Transitions:
         self,
         timesteps: Tensor,
         listed: list[int] | None,
-        num_timesteps: int,
+        schedule: NoiseSchedule,
         between: Callable[[Tensor, Tensor], Transition],
         config,
     ):
         self.timesteps, self.config = timesteps, config
         self._listed = [int(t) for t in timesteps.tolist()] if listed is None else listed
-        every = torch.arange(num_timesteps)
+        every = torch.arange(len(schedule))
         ascending = torch.tensor(sorted(self._listed))
         num_below = torch.searchsorted(ascending, every)
         following = torch.where(num_below > 0, ascending[(num_below - 1).clamp(min=0)], -1)
         self._next = DeviceTable(following)
         steps = between(every, following)
         self._kind = type(steps)
+        if config.get("variance_type") == "analytic":
+            measured = X0Variances(config.analytic_variance, schedule)
+            # The last step but one is the last that draws noise, where the path ends without any.
+            largest = torch.where(following == ascending[0], measured.largest_last_std, math.inf).double()
+            largest = torch.where(steps.s.sigma > 0, largest, 0.0)
+            steps = steps._replace(x0_variance=measured.values, largest_std=largest)
         self._table = DeviceTable(torch.stack(steps.flatten(), dim=-1))
         self._on_host: dict[int, Transition] = {}
 

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from diffusers_ext.atomic_files import PARTIAL, atomic_write
+from diffusers_ext.hub.cards import CALIBRATION_FILE
 from diffusers_ext.options import fixed_on_resume, to_yaml
 from diffusers_ext.trainer.checkpoints import list_checkpoints
 from diffusers_ext.trainer.config import TrainerConfig
@@ -24,6 +25,7 @@ PICTURES = (
     "denoising",
     "loss",
     "loss_by_snr",
+    "calibration",
     "reconstructions",
     "interpolations",
     "manifold",
@@ -67,6 +69,7 @@ def clear_output_dir(path: Path) -> None:
         "config.json",
         "README.md",
         "evaluation.json",
+        CALIBRATION_FILE,
         "loss_by_snr.csv",
         "accuracy.csv",
         *(f"{name}.png" for name in PICTURES),

@@ -13,11 +13,12 @@ from diffusers_ext import (
     ScoreSDEScheduler,
     UNetModel,
 )
+from diffusers_ext.diffusion.analytic_variance import measure_prediction
 from diffusers_ext.diffusion.paths import PATHS, PathSchedule
 from diffusers_ext.diffusion.probability_flow import flow_bound
 from diffusers_ext.diffusion.reverse_chain import ReverseChain
 from diffusers_ext.diffusion.variational_bound import bits_per_dim, variational_bound
-from diffusers_ext.evaluation.bits_per_dim import measure_bits_per_dim
+from diffusers_ext.evaluation.bits_per_dim import LikelihoodModel, measure_bits_per_dim
 from diffusers_ext.evaluation.labelled_images import LabelledImages
 
 
@@ -172,6 +173,35 @@ def test_variances_measured_on_the_images_themselves_are_the_best():
     assert best < bounds["fixed_small"]["bits_per_dim"] and best < bounds["fixed_large"]["bits_per_dim"]
 
 
+def test_the_analytic_variance_of_a_scheduler_is_that_of_its_likelihood():
+    images = make_images(60, with_labels=False)
+    config = SCHEDULE | {"clip_sample": True, "timestep_spacing": "trailing"}
+    pipeline = make_pipeline(ExtDDIMScheduler(**config))
+    x0, schedule = images.images.double() / 127.5 - 1, pipeline.scheduler.schedule
+
+    def denoise(x_t, timesteps):
+        return pipeline.denoiser(x_t.float(), timesteps, class_labels=torch.full((len(x_t),), 3)).sample
+
+    generator = torch.Generator().manual_seed(0)
+    measured = measure_prediction(
+        *(denoise, [x0], schedule, torch.arange(12), "epsilon"), clip=lambda x: x.clamp(-1, 1), generator=generator
+    )
+    table = {"timesteps": list(range(12)), "x0_variance": measured.x0_variance.tolist()}
+    pipeline.scheduler = ExtDDIMScheduler(**config, variance_type="analytic", analytic_variance=table)
+    result = measure(pipeline, images)
+    best = measure(pipeline, images, train=images, variance="optimal", batch_size=60)
+    assert result["variance"] == "analytic"
+    assert result["bits_per_dim"] == pytest.approx(best["bits_per_dim"], rel=2e-3)
+    assert result["bits_per_dim"] < measure(pipeline, images, variance="fixed_large")["bits_per_dim"]
+    lists = {"spacing": "trailing", "trajectory": {"3": [11, 5, 1]}, "bound": {"3": [11, 7, 2]}}
+    pipeline.scheduler = ExtDDIMScheduler.from_config(pipeline.scheduler.config, optimal_timesteps=lists)
+    assert LikelihoodModel.of(pipeline, 3).chain().timesteps.tolist() == [2, 7, 11]
+    with pytest.raises(
+        ValueError, match="the variance 'analytic' needs a scheduler with analytic_variance: measure it"
+    ):
+        measure(make_pipeline(), images, variance="analytic")
+
+
 def test_what_has_no_bits_per_dim_is_refused():
     images = make_images()
     learned = ExtDDPMScheduler(**SCHEDULE, variance_type="learned_range")
@@ -197,7 +227,7 @@ def test_what_has_no_bits_per_dim_is_refused():
             make_pipeline(),
             images,
             {"variance": "learned"},
-            "variance must be one of fixed_small, fixed_large, optimal",
+            "variance must be one of fixed_small, fixed_large, analytic, optimal",
         ),
         (make_pipeline(), images, {"variance": "optimal"}, "is measured on training images: give train"),
     ]:

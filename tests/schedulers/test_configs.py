@@ -166,7 +166,8 @@ def test_v_prediction_takes_a_stable_diffusion_config():
         timestep_spacing="leading",
     )
     ours = VPredictionScheduler.from_config(stock.config)
-    assert visible(ours) == visible(stock) | {"beta_reference_timesteps": None}
+    more = ("beta_reference_timesteps", "variance_type", "analytic_variance", "optimal_timesteps")
+    assert visible(ours) == visible(stock) | dict.fromkeys(more)
     unset = VPredictionScheduler.from_config(DDIMScheduler(prediction_type="v_prediction").config)
     assert unset.config.timestep_spacing == "trailing"  # a choice of sampling
     assert unset.config.rescale_betas_zero_snr is False  # of the model

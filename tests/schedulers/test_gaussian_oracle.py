@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from diffusers_ext.diffusion.noising import PREDICTION_TYPES
+from diffusers_ext.diffusion.timestep_search import search_grid
 from diffusers_ext.schedulers import ExtDDIMScheduler, ExtDDPMScheduler, VPredictionScheduler
 from gaussian_oracle import VARIANCE, model_output, optimal_variance, output_std_ratio
 
@@ -104,3 +105,70 @@ def test_v_prediction_from_pure_noise_converges(num_steps, eta):
     )
     assert 0 < finer < 0.68 * error
     assert error < 8 / num_steps
+
+
+def analytic(timesteps=1000, **config):
+    """The table of v_t for this data, of all timesteps or of some spread over them."""
+    schedule = ExtDDPMScheduler().schedule
+    grid = search_grid(schedule, timesteps).flip(0)
+    level = schedule.level(grid, torch.zeros(1, dtype=torch.float64))
+    x0_variance = VARIANCE * level.sigma**2 / (VARIANCE * level.alpha**2 + level.sigma**2)
+    table = {"timesteps": grid.tolist(), "x0_variance": x0_variance.tolist()}
+    return {"clip_sample": False, "variance_type": "analytic", "analytic_variance": table} | config
+
+
+def with_last_variance(ratio, scheduler):
+    """The last step draws nothing, so its variance is added here."""
+    last = optimal_variance(scheduler.schedule, scheduler.timesteps[-1], -1)
+    return math.sqrt(ratio**2 + last / VARIANCE)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 5, *NUM_STEPS])
+def test_the_analytic_variance_is_exact_at_every_number_of_steps(num_steps):
+    """Of N(0, 1), where the path nearly ends, 1e-5 is left."""
+    ddpm = ExtDDPMScheduler(**analytic(timestep_spacing="trailing"))
+    assert with_last_variance(sampled_std_ratio(ddpm, num_steps), ddpm) == pytest.approx(1.0, abs=5e-5)
+    for eta in (1.0, 0.3, 1e-6):
+        ddim = ExtDDIMScheduler(**analytic(timestep_spacing="trailing"))
+        ratio = sampled_std_ratio(ddim, num_steps, eta=eta)
+        assert with_last_variance(ratio, ddim) == pytest.approx(1.0, abs=5e-5)
+
+
+@pytest.mark.parametrize("num_steps", [5, 50])
+def test_a_small_table_is_nearly_exact(num_steps):
+    ddpm = ExtDDPMScheduler(**analytic(timesteps=50, timestep_spacing="trailing"))
+    assert with_last_variance(sampled_std_ratio(ddpm, num_steps), ddpm) == pytest.approx(1.0, abs=2e-3)
+
+
+def test_without_noise_ddim_has_no_use_for_the_analytic_variance():
+    ddim = ExtDDIMScheduler(**analytic())
+    assert sampled_std_ratio(ddim, 20) == pytest.approx(DDIM_TABLE["leading"][1], abs=6e-5)
+
+
+def test_the_last_noise_stays_below_its_limit():
+    config = analytic(timestep_spacing="trailing")
+    config["analytic_variance"] |= {"last_noise": 0.01}
+    ddpm, free = ExtDDPMScheduler(**config), ExtDDPMScheduler(**analytic(timestep_spacing="trailing"))
+    for scheduler in (ddpm, free):
+        scheduler.set_timesteps(10)
+    limited = [ddpm._get_variance(t).item() for t in ddpm.timesteps]
+    others = [free._get_variance(t).item() for t in free.timesteps]
+    assert math.sqrt(limited[-2] * 2 / math.pi) == pytest.approx(0.01)
+    assert limited[:-2] == others[:-2] and limited[-2] < others[-2]
+
+
+@pytest.mark.parametrize("cls", [ExtDDPMScheduler, ExtDDIMScheduler])
+def test_a_batch_of_timesteps_has_the_variance_of_each(cls):
+    scheduler = cls(**analytic(timestep_spacing="trailing"))
+    scheduler.set_timesteps(10)
+    x, noise = (
+        torch.randn(3, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64),
+        torch.ones(3, 2).double(),
+    )
+    more = {"eta": 1.0} if cls is ExtDDIMScheduler else {}
+    each = [
+        scheduler.step(x[i : i + 1], t, x[i : i + 1], variance_noise=noise[:1], return_dict=False, **more)[0]
+        for i, t in enumerate(scheduler.timesteps[[0, 5, 9]])
+    ]
+    together = scheduler.step(x, scheduler.timesteps[[0, 5, 9]], x, variance_noise=noise, return_dict=False, **more)[0]
+    torch.testing.assert_close(together, torch.cat(each))

@@ -1,0 +1,1 @@
+"""After the training: what is measured of a model becomes what its pipeline does by default."""

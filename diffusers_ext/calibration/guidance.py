@@ -1,0 +1,223 @@
+"""A search for the guidance and the width of the averaged weights under which images are nearest to held-out ones.
+
+Every set of images is made from the same noise and the same labels, so that two sets differ by what is compared alone.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from diffusers_ext.calibration.budget import Budget
+from diffusers_ext.calibration.subject import Subject
+from diffusers_ext.evaluation.evaluator import Evaluator
+from diffusers_ext.evaluation.generate import generate_images
+from diffusers_ext.evaluation.label_shares import proportional_labels
+from diffusers_ext.evaluation.labelled_images import LabelledImages, convert_channels, drawn_order
+from diffusers_ext.evaluation.real_images import RealImages
+from diffusers_ext.metrics.features import FeatureClassifierModel
+
+
+# Images of a set, by the time there is.
+FEWEST_IMAGES, MOST_IMAGES = 200, 2000
+NUM_NEIGHBOURS = 3
+BATCH = 50
+
+# Sets that a search should be able to measure.
+NUM_SETS = 16
+
+# Scales that are tried first, in all steps and in an interval of shares of the steps; the best in few trials comes early.
+FULL_SCALES, LIMITED_SCALES, FIRST_INTERVAL = (1.5, 2.0, 3.0), (2.0, 3.0, 4.5), (0.2, 0.8)
+LARGEST_SCALE = 12.0
+SCALE_STEPS, INTERVAL_STEPS = (1.5, 1.2), (0.2, 0.1)
+
+# A share of the distance by which a choice must be better than none, since the least of many is small by chance too.
+LEAST_GAIN = 0.03
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """A scale, 1 for none, and where it acts: from `start` to `stop`, shares of the steps."""
+
+    scale: float = 1.0
+    start: float = 0.0
+    stop: float = 1.0
+
+    @property
+    def is_full(self) -> bool:
+        return (self.start, self.stop) == (0.0, 1.0)
+
+    def call(self, timesteps: list[int]) -> dict:
+        """Arguments of a pipeline's call.
+
+        The interval is in timesteps of the training, half-way between those of the steps, so that it means the same noise
+        for every number of steps.
+
+        Args:
+            timesteps: Of the steps that it was chosen for, descending.
+        """
+        if self.scale == 1 or self.is_full:
+            return {"guidance_scale": self.scale}
+        first, end = int(self.start * len(timesteps)), int(self.stop * len(timesteps))
+        edges = [timesteps[0] + 1, *((a + b) / 2 for a, b in zip(timesteps, timesteps[1:], strict=False)), 0]
+        return {"guidance_scale": self.scale, "guidance_interval": {"timestep": [edges[end], edges[first]]}}
+
+
+WEAK = Guidance(1.2)
+
+
+@dataclass
+class Ruler:
+    """Measures how far a set of images of a pipeline is from real ones.
+
+    Args:
+        evaluator: With the real images.
+        labels: Of the images, or None.
+        seed: Of their noise.
+    """
+
+    subject: Subject
+    evaluator: Evaluator
+    labels: list[int] | None
+    num_images: int
+    seed: int
+
+    def measure(self, guidance: Guidance, timesteps: list[int], num_steps: int | None = None) -> dict[str, float]:
+        """The Fréchet distance, and the share of right labels if there are any.
+
+        Args:
+            timesteps: That `guidance` is chosen for.
+            num_steps: Other than theirs, spaced as the scheduler does.
+        """
+        images = self.images(guidance, timesteps, num_steps)
+        labels = None if self.labels is None else torch.tensor(self.labels)
+        measures = self.evaluator.measure(images, labels)
+        return {name: measures[name] for name in ("frechet_distance", "label_accuracy") if name in measures}
+
+    def images(
+        self, guidance: Guidance, timesteps: list[int], num_steps: int | None = None, number: int | None = None
+    ) -> Tensor:
+        """The images that are measured, or the first of them; uint8."""
+        pipe = self.subject.pipe
+        settings = guidance.call(timesteps) if self.subject.can_guide and self.labels is not None else {}
+        steps = {"timesteps": timesteps} if num_steps is None else {"num_inference_steps": num_steps}
+        images = generate_images(
+            pipe,
+            range(number or self.num_images),
+            labels=self.labels,
+            settings=settings | steps,
+            batch_size=BATCH,
+            seed=self.seed,
+            show_progress=False,
+        )
+        return convert_channels(images, self.evaluator.train.images.shape[1])
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Real images to choose by and others to report by, none of them of a test split."""
+
+    choose: LabelledImages
+    report: LabelledImages
+    source: str
+
+    @classmethod
+    def of(cls, real: RealImages, held_out_name: str | None, seed: int) -> "Parts":
+        """The validation split and the training images; without one, two halves of the training images."""
+        if held_out_name in ("validation", "valid", "val") and real.held_out is not None:
+            return cls(real.held_out, real.train, f"the split {held_out_name}, and reported by the training images")
+        order, train = drawn_order(len(real.train), seed), real.train
+        halves = [
+            LabelledImages(train.images[rows], train.labels[rows], train.label_names)
+            for rows in (order[: len(order) // 2], order[len(order) // 2 :])
+        ]
+        return cls(*halves, "one half of the training images, and reported by the other")
+
+    def ruler(
+        self,
+        which: str,
+        subject: Subject,
+        features: FeatureClassifierModel,
+        num_images: int,
+        seed: int,
+    ) -> Ruler:
+        real = getattr(self, which)
+        evaluator = Evaluator(real, features, num_images, NUM_NEIGHBOURS, in_pixels=False, seed=seed)
+        classes, labels = subject.pipe.denoiser_num_classes, None
+        if classes is not None:
+            counts = torch.bincount(real.labels, minlength=classes).tolist() if real.label_names else [1] * classes
+            labels = proportional_labels(num_images, counts)
+        return Ruler(subject, evaluator, labels, num_images, seed)
+
+
+@dataclass
+class Trials:
+    """Guidances and their distances in the order in which they were tried."""
+
+    measure: Callable[[Guidance], dict[str, float]]
+    budget: Budget
+
+    def __post_init__(self):
+        self.tried: dict[Guidance, dict[str, float]] = {}
+        self._longest = 0.0
+
+    @property
+    def best(self) -> Guidance:
+        return min(self.tried, key=lambda guidance: self.tried[guidance]["frechet_distance"])
+
+    def try_all(self, candidates: Iterator[Guidance]) -> bool:
+        """Tries those that were not yet, while there is time; whether there was for all."""
+        for guidance in candidates:
+            if guidance in self.tried:
+                continue
+            if self.tried and self.budget.left < self._longest:
+                return False
+            before = self.budget.used
+            self.tried[guidance] = self.measure(guidance)
+            self._longest = max(self._longest, self.budget.used - before)
+        return True
+
+    def records(self) -> list[dict]:
+        """As JSON can hold them."""
+        return [asdict(guidance) | measures for guidance, measures in self.tried.items()]
+
+
+def search(trials: Trials) -> Guidance:
+    """The guidance of least distance: first over scales, in all steps and in an interval, then around the best.
+
+    No guidance unless one is better by more than `LEAST_GAIN`.
+    """
+    none = Guidance()
+    start, stop = FIRST_INTERVAL
+    first = [none]
+    for full, limited in zip(FULL_SCALES, LIMITED_SCALES, strict=True):
+        first += [Guidance(limited, start, stop), Guidance(full)]
+    going = trials.try_all(iter(first))
+    for factor, shift in zip(SCALE_STEPS, INTERVAL_STEPS, strict=True):
+        centre = None
+        # Between none and the least scale that was tried there are others.
+        while going and centre != (best := WEAK if trials.best == none else trials.best):
+            centre = best
+            going = trials.try_all(around(centre, factor, shift))
+    least, without = (trials.tried[each]["frechet_distance"] for each in (trials.best, none))
+    return trials.best if least < (1 - LEAST_GAIN) * without else none
+
+
+def around(guidance: Guidance, factor: float, shift: float) -> Iterator[Guidance]:
+    """Guidances that differ in one of the three numbers."""
+    scale, start, stop = guidance.scale, guidance.start, guidance.stop
+    for other in (scale * factor, scale / factor):
+        if 1 < other <= LARGEST_SCALE:
+            yield Guidance(round(other, 3), start, stop)
+    for low, high in ((start + shift, stop), (start - shift, stop), (start, stop + shift), (start, stop - shift)):
+        low, high = max(0.0, round(low, 3)), min(1.0, round(high, 3))
+        if high - low > 0.05:
+            yield Guidance(scale, low, high)
+
+
+def images_that_fit(seconds_of_image: float, seconds: float, num_sets: int = NUM_SETS) -> int:
+    """Images of a set, of which so many are to be measured in this time; at least `FEWEST_IMAGES`."""
+    number = seconds / max(seconds_of_image * num_sets, 1e-9)
+    return int(min(max(number if math.isfinite(number) else 0, FEWEST_IMAGES), MOST_IMAGES))

@@ -1,0 +1,123 @@
+"""What a calibration found: a file of figures, a picture, and a section of the card."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from diffusers_ext.atomic_files import atomic_write
+from diffusers_ext.figures import save_picture
+from diffusers_ext.hub.cards import CALIBRATION_FILE
+
+
+PICTURE_FILE = "calibration.png"
+
+
+def write(folder: Path, report: Mapping) -> None:
+    """Writes `calibration.json`, complete or not at all, and `calibration.png` if there is something to show."""
+    picture = folder / PICTURE_FILE
+    report = {**report, "lines": describe(report), "picture": PICTURE_FILE if draw(report, picture) else None}
+    with atomic_write(folder / CALIBRATION_FILE) as partial:
+        partial.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def describe(report: Mapping) -> list[str]:
+    """The report in lines of Markdown."""
+    lines = [
+        f"The mean squared error of the predicted x_0, for the analytic variance, was measured on "
+        f"{report['analytic_variance']['num_images']} training images."
+    ]
+    bits = report["bits_per_dim_of_steps"]
+    if "10" in bits:
+        lines.append(
+            f"By these errors the bound of 10 steps with the analytic variance is {bits['10']['spacing']:.2f} bits/dim at the "
+            f"scheduler's own timesteps and {bits['10']['chosen']:.2f} at those chosen by it."
+        )
+    distances = report["distance_from_fine_trajectory"]
+    shown = [number for number in ("5", "10", str(report["num_inference_steps"])) if number in distances]
+    if shown:
+        each = ", ".join(
+            f"{distances[number]['chosen']:.3g} for {distances[number]['spacing']:.3g} in {number} steps"
+            for number in dict.fromkeys(shown)
+        )
+        lines.append(
+            f"Without noise, the chosen timesteps end nearer to a fine trajectory, by root mean square: {each}."
+        )
+    guidance = report.get("guidance")
+    if guidance:
+        chosen, tried = guidance["chosen"], len(guidance["tried"])
+        what = "no guidance"
+        if chosen["scale"] != 1:
+            where = "in all steps"
+            if (chosen["start"], chosen["stop"]) != (0, 1):
+                where = f"in the part from {chosen['start']:g} to {chosen['stop']:g} of the steps"
+            what = f"a guidance scale of {chosen['scale']:g} {where}"
+        lines.append(
+            f"Of {tried} guidances, each of {guidance['num_images']} images from the same noise, {what} was chosen by the Fréchet "
+            f"distance from {guidance['source']}."
+        )
+    averages = report.get("averages")
+    if averages and averages["tried"]:
+        chosen = averages["chosen"]
+        what = "the weights as saved" if chosen is None else f"the average of ema_std {chosen:g}"
+        lines.append(f"Of {len(averages['tried'])} averages of the weights, {what} was chosen.")
+    for row in report.get("gained", ()):
+        before, after = (row[name]["frechet_distance"] for name in ("before", "after"))
+        accuracy = row["after"].get("label_accuracy")
+        right = (
+            "" if accuracy is None else f", with {row['before']['label_accuracy']:.1%} and {accuracy:.1%} right labels"
+        )
+        lines.append(
+            f"In {row['num_inference_steps']} steps, on {row['num_images']} images and real ones that nothing was chosen by, the "
+            f"Fréchet distance is {after:.3g}, where it was {before:.3g}{right}."
+        )
+    lines += report.get("left_out", ())
+    return lines
+
+
+def draw(report: Mapping, path: Path) -> bool:
+    """The curves by which guidance and timesteps were chosen; whether there are any."""
+    from matplotlib.figure import Figure
+
+    guidance, distances = report.get("guidance"), report["distance_from_fine_trajectory"]
+    if not guidance and not distances:
+        return False
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    if guidance:
+        _draw_guidance(left, guidance)
+    else:
+        left.set_axis_off()
+    if distances:
+        numbers = [int(number) for number in distances]
+        for name, label in (("spacing", "the scheduler's own"), ("chosen", "chosen")):
+            values = [distances[str(number)][name] for number in numbers]
+            right.plot(numbers, values, marker=".", label=label)
+        right.set_xscale("log")
+        right.set_yscale("log")
+        right.set_xlabel("steps")
+        right.set_ylabel("distance from a fine trajectory, root mean square")
+        right.legend(frameon=False)
+    else:
+        right.set_axis_off()
+    save_picture(figure, path)
+    return True
+
+
+def _draw_guidance(axes, guidance: Mapping) -> None:
+    """The distance over the scale, a line for each interval that was tried with several scales."""
+    groups: dict[tuple, list] = {}
+    none = next(row for row in guidance["tried"] if row["scale"] == 1)
+    for row in guidance["tried"]:
+        if row["scale"] != 1:
+            groups.setdefault((row["start"], row["stop"]), []).append(row)
+    for (start, stop), rows in sorted(groups.items(), key=lambda group: -len(group[1])):
+        rows = sorted([none, *rows], key=lambda row: row["scale"])
+        label = "all steps" if (start, stop) == (0, 1) else f"{start:g} to {stop:g} of the steps"
+        style = {"marker": ".", "label": label} if len(rows) > 2 else {"marker": "x", "linestyle": "", "color": "grey"}
+        rows = rows if len(rows) > 2 else rows[1:]
+        axes.plot([row["scale"] for row in rows], [row["frechet_distance"] for row in rows], **style)
+    chosen = guidance["chosen"]
+    axes.axvline(chosen["scale"], color="grey", linestyle=":", label="chosen")
+    axes.set_xlabel("guidance scale")
+    axes.set_ylabel("Fréchet distance from the images to choose by")
+    axes.legend(frameon=False, fontsize="small")

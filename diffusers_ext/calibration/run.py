@@ -1,0 +1,191 @@
+"""The calibration of a pipeline from end to end, within a budget of time."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from diffusers_ext.calibration import averages, guidance, timesteps, variance
+from diffusers_ext.calibration.budget import Budget
+from diffusers_ext.calibration.guidance import Guidance, Parts, Ruler, Trials
+from diffusers_ext.calibration.subject import Subject
+from diffusers_ext.diffusion.timesteps import make_timesteps
+from diffusers_ext.evaluation.evaluator import knows_labels
+from diffusers_ext.evaluation.real_images import RealImages
+from diffusers_ext.metrics.features import FeatureClassifierModel
+from diffusers_ext.schedulers import ExtDDPMScheduler
+
+
+# Shares of what is left of the budget when it is their turn; what they leave is for the report.
+SHARE_OF_VARIANCE, SHARE_OF_GUIDANCE, SHARE_OF_AVERAGES, SHARE_OF_TIMESTEPS = 0.15, 0.55, 0.4, 0.5
+
+# Seeds of image sets, beside the seed that is given: what is chosen by is none of what any evaluation measures by default.
+SEED_OF_CHOICE, SEED_OF_REPORT = 501, 502
+
+FEW_STEPS = 10  # beside the number that the pipeline is calibrated for
+
+
+@dataclass(frozen=True)
+class Data:
+    """Images to calibrate with.
+
+    Attributes:
+        real: A data set.
+        held_out_name: The split that `real.held_out` is, or None.
+        features: To measure images in, or None.
+    """
+
+    real: RealImages
+    held_out_name: str | None
+    features: FeatureClassifierModel | None
+
+
+@torch.no_grad()
+def calibrate(
+    subject: Subject,
+    data: Data,
+    seconds: float,
+    *,
+    seed: int = 0,
+    run: Path | None = None,
+    start: float | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict:
+    """Measures a pipeline and puts what is best into it: scheduler, weights and defaults of its call.
+
+    Args:
+        seconds: What it may take; each part measures something in any case.
+        run: Folder of the run, for its snapshots of averages.
+        start: When the budget began, a reading of `time.perf_counter`; by default now.
+        say: Takes lines about what is done.
+
+    Returns: what was found, for `calibration.json`.
+    """
+    budget = Budget(seconds, start)
+    pipe = subject.pipe
+    forget_calibration(subject)
+    say(f"the errors of the predicted x_0, at {variance.NUM_POINTS} timesteps")
+    prediction = variance.measure(subject, data.real.train, budget.part(SHARE_OF_VARIANCE), seed)
+    table = prediction.table(in_pixels=pipe.vae is None)
+    of_variance = {} if subject.learns_variance else {"variance_type": "analytic"}
+    by_bound, bits = variance.lists_by_bound(subject, prediction, list(timesteps.NUMBERS))
+    report = {
+        "seed": seed,
+        "budget_seconds": round(seconds, 1),
+        "num_inference_steps": subject.num_steps,
+        "scheduler_class": type(pipe.scheduler).__name__,
+        "analytic_variance": table | {"num_images": prediction.num_images},
+        "bits_per_dim_of_steps": {str(number): pair for number, pair in bits.items()},
+        "left_out": [],
+    }
+
+    chosen, rulers = Guidance(), _make_rulers(subject, data, budget, seed, report)
+    own = _own_timesteps(subject, subject.num_steps)
+    before = {}
+    if rulers:
+        for number in _reported(subject):
+            before[number] = rulers["report"].measure(Guidance(), _own_timesteps(subject, number))
+    if rulers and subject.can_guide and pipe.guider is None and subject.keeps_defaults:
+        say(f"guidance: sets of {rulers['choose'].num_images} images in {subject.num_steps} steps")
+        trials = Trials(lambda candidate: rulers["choose"].measure(candidate, own), budget.part(SHARE_OF_GUIDANCE))
+        chosen = guidance.search(trials)
+        report["guidance"] = {
+            "num_images": rulers["choose"].num_images,
+            "source": rulers["source"],
+            "tried": trials.records(),
+            "chosen": asdict(chosen),
+        }
+    if rulers and run is not None:
+        width, tried = averages.choose_width(
+            *(pipe.denoiser, run),
+            lambda: rulers["choose"].measure(chosen, own)["frechet_distance"],
+            budget.part(SHARE_OF_AVERAGES),
+        )
+        report["averages"] = {"tried": tried, "chosen": width}
+        if width is not None:
+            say(f"weights: the average of ema_std {width:g}")
+
+    say("timesteps: from a fine trajectory")
+    call = chosen.call(own) if chosen.scale != 1 else {}
+    labels = None if pipe.denoiser_num_classes is None else _labels(pipe.denoiser_num_classes, timesteps.NUM_IMAGES)
+    teacher = timesteps.Teacher.make(subject, labels, call, seed)
+    numbers = [subject.num_steps, FEW_STEPS, 5, *timesteps.NUMBERS]
+    lists, distances = timesteps.choose(teacher, numbers, budget.part(SHARE_OF_TIMESTEPS))
+    report["distance_from_fine_trajectory"] = {str(number): pair for number, pair in distances.items()}
+    optimal = {"spacing": pipe.scheduler.config.timestep_spacing} | {
+        objective: {str(number): each for number, each in found.items()}
+        for objective, found in (("trajectory", lists), ("bound", by_bound))
+    }
+    subject.choose(analytic_variance=table, **of_variance, optimal_timesteps=optimal, timestep_spacing="optimal")
+    defaults = {"num_inference_steps": subject.num_steps} | call
+    if subject.keeps_defaults:
+        pipe.register_to_config(call_defaults=defaults)
+        report["call_defaults"] = defaults
+    if rulers:
+        report["gained"] = _gained(subject, rulers["report"], before, chosen, own)
+    report["seconds"] = round(budget.used, 1)
+    return report
+
+
+def forget_calibration(subject: Subject) -> None:
+    """Takes away what an earlier calibration chose, so that this one starts from what the training left."""
+    pipe = subject.pipe
+    config = pipe.scheduler.config
+    more = {}
+    if config.get("variance_type") == "analytic":
+        more["variance_type"] = "fixed_small" if isinstance(pipe.scheduler, ExtDDPMScheduler) else None
+    subject.choose(analytic_variance=None, optimal_timesteps=None, **more)
+    if subject.keeps_defaults:
+        pipe.register_to_config(call_defaults=None)
+
+
+def _make_rulers(subject: Subject, data: Data, budget: Budget, seed: int, report: dict) -> dict | None:
+    """Rulers to choose and to report by, of as many images as there is time for; None if images cannot be measured."""
+    left_out, labels = report["left_out"], data.real.has_labels
+    if data.features is None:
+        left_out.append("Nothing was chosen by the distance from real images: there is no feature classifier of them.")
+        return None
+    if subject.pipe.denoiser_num_classes is not None and not (labels and knows_labels(data.features, data.real.train)):
+        left_out.append("Guidance was not chosen: the images have no labels that the feature classifier knows.")
+        return None
+    parts = Parts.of(data.real, data.held_out_name, seed)
+    if min(len(parts.choose), len(parts.report)) <= guidance.NUM_NEIGHBOURS:
+        left_out.append("Guidance was not chosen: there are too few images to compare with.")
+        return None
+    trial = parts.ruler("choose", subject, data.features, guidance.FEWEST_IMAGES, seed + SEED_OF_CHOICE)
+    few, each = _own_timesteps(subject, min(4, subject.num_steps)), Guidance(1.5) if subject.can_guide else Guidance()
+    start = time.perf_counter()
+    trial.images(each, few, number=guidance.BATCH)
+    seconds = (time.perf_counter() - start) / guidance.BATCH / len(few) * subject.num_steps
+    number = guidance.images_that_fit(seconds, SHARE_OF_GUIDANCE * budget.left)
+    return {
+        "choose": parts.ruler("choose", subject, data.features, number, seed + SEED_OF_CHOICE),
+        "report": parts.ruler("report", subject, data.features, number, seed + SEED_OF_REPORT),
+        "source": parts.source,
+    }
+
+
+def _gained(subject: Subject, ruler: Ruler, before: dict, chosen: Guidance, own: list[int]) -> list[dict]:
+    rows = []
+    for number, measures in before.items():
+        after = ruler.measure(chosen, own, num_steps=number)
+        rows.append(
+            {"num_inference_steps": number, "num_images": ruler.num_images, "before": measures, "after": after}
+        )
+    return rows
+
+
+def _reported(subject: Subject) -> Sequence[int]:
+    return tuple(dict.fromkeys((subject.num_steps, min(FEW_STEPS, subject.num_steps))))
+
+
+def _own_timesteps(subject: Subject, number: int) -> list[int]:
+    """Those of the scheduler's spacing, whatever was chosen."""
+    config = subject.pipe.scheduler.config
+    return make_timesteps(config.timestep_spacing, number, config.num_train_timesteps, config.steps_offset).tolist()
+
+
+def _labels(num_classes: int, number: int) -> list[int]:
+    return [index % num_classes for index in range(number)]

@@ -1,0 +1,134 @@
+"""The pipeline that is calibrated: its network in a pipeline of this package, and the clean samples that it was trained on."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import Tensor, nn
+
+from diffusers_ext.diffusion.noising import LEARNED_VARIANCES, dynamic_threshold
+from diffusers_ext.evaluation.labelled_images import LabelledImages, convert_channels, drawn_order
+from diffusers_ext.evaluation.pipeline_facts import label_names_of
+from diffusers_ext.pipelines.image_inputs import encode_pixels
+from diffusers_ext.pipelines.pipeline_guided_diffusion import GuidedDiffusionPipeline
+from diffusers_ext.schedulers import ExtDDIMScheduler, ExtDDPMScheduler
+from diffusers_ext.schedulers.gaussian import GaussianSchedulerMixin
+
+
+# Parts of a pipeline of diffusers that may be its network.
+NETWORKS = ("denoiser", "unet", "transformer")
+
+
+@dataclass
+class Subject:
+    """A pipeline, and what the calibration needs of it.
+
+    Attributes:
+        original: As it was loaded, and is saved.
+        pipe: The one that is measured: the same, or one of this package with the networks of a pipeline of diffusers. Its
+            scheduler is of this package.
+        num_steps: Network calls that it is calibrated for.
+    """
+
+    original: DiffusionPipeline
+    pipe: GuidedDiffusionPipeline
+    num_steps: int
+
+    @classmethod
+    def of(cls, original: DiffusionPipeline, num_steps: int) -> "Subject":
+        """A pipeline without texts, unconditional or by label, in pixels or latents.
+
+        Raises:
+            ValueError: if it is another, or its scheduler has no path of betas.
+        """
+        name = type(original).__name__
+        network = next((part for part in NETWORKS if isinstance(getattr(original, part, None), nn.Module)), None)
+        if network is None or getattr(original, "text_encoder", None) is not None or hasattr(original, "tokenizer"):
+            raise ValueError(
+                f"a pipeline to calibrate must make images by label or of no condition, got {name}: of texts, compare scales of "
+                "guidance with training/sample_prompts.py"
+            )
+        scheduler = own_scheduler(original.scheduler)
+        if isinstance(original, GuidedDiffusionPipeline):
+            original.scheduler = scheduler
+            pipe = original
+        else:
+            pipe = GuidedDiffusionPipeline(
+                getattr(original, network), scheduler, vae=getattr(original, "vae", None), id2label=_names(original)
+            )
+        pipe.set_progress_bar_config(disable=True)
+        pipe.denoiser.eval()
+        return cls(original, pipe, num_steps)
+
+    @property
+    def keeps_defaults(self) -> bool:
+        """Whether the pipeline that is saved can say what its calls do by default."""
+        return self.pipe is self.original
+
+    @property
+    def can_guide(self) -> bool:
+        """Whether there are labels to guide to, and a null label to lead away from."""
+        return self.pipe.denoiser_num_classes is not None and self.pipe.null_label is not None
+
+    @property
+    def learns_variance(self) -> bool:
+        return str(self.pipe.scheduler.config.get("variance_type")).startswith(LEARNED_VARIANCES)
+
+    @property
+    def clip(self) -> Callable[[Tensor], Tensor] | None:
+        """What the sampler does to the predicted x_0, or None."""
+        config = self.pipe.scheduler.config
+        if config.thresholding:
+            return lambda x0: dynamic_threshold(x0, config.dynamic_thresholding_ratio, config.sample_max_value)
+        bound = config.clip_sample_range
+        return (lambda x0: x0.clamp(-bound, bound)) if config.clip_sample else None
+
+    def clean_samples(self, images: LabelledImages, number: int, seed: int) -> tuple[Tensor, Tensor | None]:
+        """x_0 of training images that the seed draws, on the scale of the network and its device, and their labels."""
+        pipe, rows = self.pipe, drawn_order(len(images), seed)[:number]
+        channels = pipe.denoiser.config.in_channels if pipe.vae is None else pipe.vae.config.in_channels
+        pixels = convert_channels(images.images[rows], channels).to(pipe.device, torch.float32) * (2 / 255) - 1
+        x0 = encode_pixels(pixels, pipe.vae, pipe._sample_shape)
+        if pipe.denoiser_num_classes is None:
+            return x0, None
+        known = len(images.label_names) == pipe.denoiser_num_classes
+        labels = images.labels[rows] if known else torch.full((len(rows),), pipe.null_label)
+        return x0, labels.to(pipe.device)
+
+    def network(self, labels: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
+        """The network under these labels, without guidance and without its variances."""
+        denoiser = self.pipe.denoiser
+        more = {} if labels is None else {"class_labels": labels}
+
+        def denoise(x_t: Tensor, timesteps: Tensor) -> Tensor:
+            output = denoiser(x_t.to(next(denoiser.parameters()).dtype), timesteps, **more, return_dict=False)[0]
+            return output[:, : x_t.shape[1]].float()
+
+        return denoise
+
+    def choose(self, **config) -> None:
+        """Puts keys into the config of the scheduler, in both pipelines."""
+        scheduler = self.pipe.scheduler
+        scheduler = type(scheduler).from_config(scheduler.config, **config)
+        self.pipe.scheduler = scheduler
+        if self.original is not self.pipe:
+            self.original.register_modules(scheduler=scheduler)
+
+
+def own_scheduler(scheduler: SchedulerMixin) -> ExtDDPMScheduler | ExtDDIMScheduler:
+    """The scheduler of this package in the place of another: the same, or of diffusers' DDPM ours, or else DDIM.
+
+    Raises:
+        ValueError: if it is for a model of another path.
+    """
+    if isinstance(scheduler, GaussianSchedulerMixin) and isinstance(scheduler, DDPMScheduler | DDIMScheduler):
+        return scheduler
+    cls = ExtDDPMScheduler if isinstance(scheduler, DDPMScheduler) else ExtDDIMScheduler
+    return cls.from_config(scheduler.config)
+
+
+def _names(pipeline: DiffusionPipeline) -> dict[int, str] | None:
+    names = label_names_of(pipeline)
+    return None if names is None else dict(enumerate(names))

@@ -1,0 +1,108 @@
+"""Timesteps that keep a sampler without noise near a fine trajectory of its own, under the guidance that is the default."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffusers_ext.calibration.budget import Budget
+from diffusers_ext.calibration.subject import Subject
+from diffusers_ext.diffusion.noising import NoiseLevel
+from diffusers_ext.diffusion.timestep_search import cheapest_lists, search_grid, trajectory_costs
+from diffusers_ext.diffusion.timesteps import make_timesteps
+from diffusers_ext.schedulers import ExtDDIMScheduler
+
+
+# Steps of the fine trajectory, and images that have one.
+NUM_FINE_STEPS, NUM_IMAGES = 64, 32
+
+# How much more each further step counts (`cheapest_lists`): an early error is partly undone by the later steps, or grows.
+GROWTHS = (1.0, 1.15)
+
+# Numbers of steps that lists are chosen for; for others the nearest list is stretched.
+NUMBERS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 25, 32, 40, 50)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Fine trajectories from one noise, which lists of few timesteps are compared with.
+
+    Attributes:
+        call: Arguments of the pipeline's call that all of them share.
+        ends: What the fine trajectories end in, shape `(images, channels, ...)`.
+        costs: Of steps over `grid`, see `trajectory_costs`.
+    """
+
+    subject: Subject
+    call: dict
+    grid: Tensor
+    ends: Tensor
+    costs: object
+
+    @classmethod
+    def make(cls, subject: Subject, labels: Sequence[int] | None, guidance: dict, seed: int) -> "Teacher":
+        pipe = subject.pipe
+        grid = search_grid(pipe.scheduler.schedule, NUM_FINE_STEPS)
+        number = NUM_IMAGES if labels is None else len(labels)
+        condition = {"batch_size": number} if labels is None else {"class_labels": list(labels)}
+        # Without any guidance said, the pipeline's defaults would guide.
+        guidance = guidance or ({"guidance_scale": 1.0} if pipe.guider is None else {})
+        noise = torch.randn(number, *pipe._sample_shape, generator=torch.Generator().manual_seed(seed))
+        call = condition | guidance | {"latents": noise, "output_type": "latent"}
+        points = _sample(subject, call, grid.tolist(), with_points=True)
+        x = torch.stack([point.x_t.cpu() for point in points.trajectory] + [points.images.cpu()])
+        x0_hat = torch.stack([point.x0_hat.cpu() for point in points.trajectory])
+        schedule, every = pipe.scheduler.schedule, torch.cat([grid, torch.tensor([-1])])
+        costs = trajectory_costs(x, x0_hat, NoiseLevel(schedule.alpha[every], schedule.sigma[every]))
+        return cls(subject, call, grid, x[-1], costs)
+
+    def distance(self, timesteps: Sequence[int]) -> float:
+        """Root mean square of the difference between what these timesteps end in and the fine ones."""
+        ends = _sample(self.subject, self.call, timesteps).images.cpu()
+        return (ends - self.ends).square().mean().sqrt().item()
+
+
+def _sample(subject: Subject, call: dict, timesteps: Sequence[int], with_points: bool = False):
+    """A call of the pipeline with DDIM, without noise."""
+    pipe, scheduler = subject.pipe, subject.pipe.scheduler
+    try:
+        pipe.scheduler = ExtDDIMScheduler.from_config(scheduler.config)
+        return pipe(**call, timesteps=list(timesteps), trajectory_steps=range(len(timesteps)) if with_points else None)
+    finally:
+        pipe.scheduler = scheduler
+
+
+def choose(teacher: Teacher, numbers: Sequence[int], budget: Budget) -> tuple[dict[int, list[int]], dict[int, dict]]:
+    """For each number of steps the nearest list to the teacher, of those found and the scheduler's own.
+
+    Args:
+        numbers: In the order in which they are looked at, while there is time; the first in any case. The others have the
+            lists of the kind that won most often.
+
+    Returns: lists, descending, by their number; and by number the distances of the scheduler's own and of the chosen one, of
+        the numbers that were looked at.
+    """
+    config, length = teacher.subject.pipe.scheduler.config, len(teacher.subject.pipe.scheduler.schedule)
+    numbers = [number for number in dict.fromkeys(numbers) if number <= min(len(teacher.grid), length)]
+    own = {
+        number: make_timesteps(config.timestep_spacing, number, length, config.steps_offset).tolist()
+        for number in numbers
+    }
+    kinds = [own]
+    for growth in GROWTHS:
+        found = cheapest_lists(teacher.costs, numbers, growth=growth)
+        kinds.append({number: teacher.grid[path].tolist() for number, path in found.items()})
+    lists, distances, wins = {}, {}, [0] * len(kinds)
+    for number in numbers:
+        before = budget.used
+        measured = {each: teacher.distance(each) for each in {tuple(kind[number]) for kind in kinds}}
+        of_kinds = [measured[tuple(kind[number])] for kind in kinds]
+        winner = min(range(len(kinds)), key=of_kinds.__getitem__)
+        wins[winner] += 1
+        lists[number] = kinds[winner][number]
+        distances[number] = {"spacing": of_kinds[0], "chosen": of_kinds[winner]}
+        if budget.left < 1.2 * (budget.used - before):
+            break
+    usual = kinds[max(range(len(kinds)), key=wins.__getitem__)]
+    return {n: lists.get(n, usual[n]) for n in sorted(numbers)}, {n: distances[n] for n in sorted(distances)}

@@ -1,0 +1,76 @@
+"""What a pipeline's call does where it does not say it: as the pipeline was saved, such as `training/calibrate.py` chose.
+
+They are in the pipeline's config, under `call_defaults`, and not a guider among its components: beside that no call could say
+another `guidance_scale`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffusers_ext.guidance.guided_denoiser import check_guidance_scale
+
+
+# Of a pipeline that was saved without.
+DEFAULT_NUM_STEPS = 50
+
+CALL_DEFAULTS = ("num_inference_steps", "guidance_scale", "guidance_interval")
+
+# Arguments of a call that say how to guide, with the value that says nothing: one that does takes the place of all the defaults
+# of guidance, which were chosen together.
+OF_GUIDANCE = {
+    "guider": None,
+    "guidance_scale": None,
+    "guidance_interval": None,
+    "guidance_rescale": 0.0,
+    "classifier_scale": 0.0,
+}
+
+
+def check_call_defaults(defaults: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The defaults as they are saved.
+
+    Args:
+        defaults: From some of `CALL_DEFAULTS` to their values; an interval must be by the name of its unit, such as
+            `{"sigma": [0.3, 5.0]}`, and goes with a scale.
+
+    Raises:
+        ValueError: if there is another name, or a value is out of range.
+    """
+    if not defaults:
+        return None
+    unknown = [name for name in defaults if name not in CALL_DEFAULTS]
+    if unknown:
+        raise ValueError(
+            f"call_defaults must be among {', '.join(CALL_DEFAULTS)}, got {', '.join(map(repr, unknown))}"
+        )
+    steps = defaults.get("num_inference_steps", 1)
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"num_inference_steps of call_defaults must be an integer of at least 1, got {steps!r}")
+    if "guidance_scale" in defaults:
+        check_guidance_scale(defaults["guidance_scale"])
+    saved = dict(defaults)
+    if (interval := defaults.get("guidance_interval")) is not None:
+        if "guidance_scale" not in defaults or not isinstance(interval, Mapping) or len(interval) != 1:
+            raise ValueError(
+                "guidance_interval of call_defaults must be a dict of its unit, such as {'sigma': [0.3, 5.0]}, beside a "
+                f"guidance_scale, got {interval!r}"
+            )
+        saved["guidance_interval"] = {unit: list(bounds) for unit, bounds in interval.items()}
+    return saved
+
+
+def with_defaults(given: Mapping[str, Any], defaults: Mapping[str, Any] | None, can_guide: bool) -> dict[str, Any]:
+    """Values of the arguments that a call has left open.
+
+    Args:
+        given: The arguments of the call by name.
+        defaults: Of the pipeline.
+        can_guide: Whether the condition of this call is one to guide to.
+    """
+    defaults, filled = defaults or {}, {}
+    if given["num_inference_steps"] is None:
+        filled["num_inference_steps"] = defaults.get("num_inference_steps", DEFAULT_NUM_STEPS)
+    silent = all(given.get(name, nothing) == nothing for name, nothing in OF_GUIDANCE.items())
+    if can_guide and silent:
+        filled |= {name: value for name, value in defaults.items() if name in OF_GUIDANCE}
+    return filled

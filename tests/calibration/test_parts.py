@@ -1,0 +1,245 @@
+"""The parts of a calibration, each against an answer that is known by another road."""
+
+import math
+
+import diffusers
+import pytest
+import torch
+from torch import nn
+
+from diffusers_ext import (
+    ExtDDIMScheduler,
+    ExtDDPMScheduler,
+    GuidedDiffusionPipeline,
+    TextGuidedDiffusionPipeline,
+    UNetModel,
+)
+from diffusers_ext.calibration import averages, guidance, timesteps, variance
+from diffusers_ext.calibration.budget import Budget, budget_of_training
+from diffusers_ext.calibration.guidance import Guidance, Parts, Trials, images_that_fit, search
+from diffusers_ext.calibration.subject import Subject
+from diffusers_ext.diffusion.timesteps import make_timesteps
+from diffusers_ext.evaluation.labelled_images import LabelledImages
+from diffusers_ext.evaluation.real_images import RealImages
+from diffusers_ext.guidance.guiding import guided_steps
+from diffusers_ext.schedulers.scheduling_ddim import ExtDDIMScheduler as Sampler
+from diffusers_ext.trainer.ema import WeightAverage
+from diffusers_ext.trainer.posthoc_ema import AverageSnapshots
+from gaussian_oracle import model_output
+from mixture_oracle import MixtureDenoiser
+from tiny import tiny_unet
+from tiny_text import tiny_clip, tiny_text_unet, tiny_tokenizer
+
+
+FOREVER, NEVER = Budget(1e9), Budget(0)
+
+
+class GaussianDenoiser(UNetModel):
+    """The exact network of independent normal pixels of the variance of `gaussian_oracle`."""
+
+    def forward(self, sample, timestep, class_labels=None, return_dict=True):
+        return (model_output(self.scheduler.schedule, "epsilon", sample, timestep),)
+
+
+def gaussian_subject(**config):
+    scheduler = ExtDDIMScheduler(timestep_spacing="trailing", clip_sample=False, **config)
+    model = GaussianDenoiser(8, 1, 1, block_out_channels=(4,), layers_per_block=1)
+    model.scheduler = scheduler
+    return Subject.of(GuidedDiffusionPipeline(model, scheduler), 10)
+
+
+def gaussian_images(number=64, std=0.5):
+    generator = torch.Generator().manual_seed(0)
+    pixels = (torch.randn(number, 1, 8, 8, generator=generator) * std).clamp(-1, 1)
+    return LabelledImages(((pixels + 1) * 127.5).round().to(torch.uint8), torch.full([number], -1), [])
+
+
+def mixture_subject():
+    scheduler = ExtDDIMScheduler(timestep_spacing="trailing", clip_sample=False)
+    pipe = GuidedDiffusionPipeline(MixtureDenoiser.make(scheduler), scheduler)
+    return Subject.of(pipe, 5)
+
+
+def test_the_table_is_the_variance_of_x0_given_x_t():
+    images = gaussian_images()
+    subject = gaussian_subject()
+    prediction = variance.measure(subject, images, FOREVER, seed=0)
+    level = subject.pipe.scheduler.schedule.level(prediction.grid, torch.zeros(1, dtype=torch.float64))
+    # Of the images as they are, cut at the ends of the range: their own variance under the same linear denoiser.
+    own = ((images.images.double() / 127.5 - 1) ** 2).mean()
+    gain = 0.25 * level.alpha / (0.25 * level.alpha**2 + level.sigma**2)
+    expected = (1 - level.alpha * gain) ** 2 * own + gain**2 * level.sigma**2
+    torch.testing.assert_close(prediction.x0_variance, expected, rtol=0.06, atol=0)
+    table = prediction.table(in_pixels=True)
+    assert table["timesteps"] == sorted(table["timesteps"]) and len(str(table)) < 2000 and table["last_noise"] > 0
+    assert (
+        prediction.num_images == 64 and variance.measure(subject, images, NEVER, seed=0).num_images == variance.BATCH
+    )
+
+
+def test_lists_by_the_bound_cost_no_more_than_the_spacing():
+    subject = gaussian_subject()
+    prediction = variance.measure(subject, gaussian_images(), NEVER, seed=0)
+    lists, bits = variance.lists_by_bound(subject, prediction, [1, 2, 5, 10, 50])
+    for number, timesteps_ in lists.items():
+        assert len(timesteps_) == number and timesteps_ == sorted(timesteps_, reverse=True)
+        assert bits[number]["chosen"] <= bits[number]["spacing"] + 2e-3  # the table is interpolated for the spacing
+    assert bits[1]["chosen"] + 0.05 > bits[5]["chosen"] > bits[50]["chosen"] - 0.05  # each has noise of its own
+
+
+def test_chosen_timesteps_end_nearer_to_a_fine_trajectory_than_the_spacing():
+    subject = mixture_subject()
+    teacher = timesteps.Teacher.make(subject, [0, 1] * 16, {"guidance_scale": 2.0}, seed=0)
+    lists, distances = timesteps.choose(teacher, [5, 3, 10], FOREVER)
+    assert list(lists) == [3, 5, 10]
+    for number, pair in distances.items():
+        assert pair["chosen"] < 0.7 * pair["spacing"]
+        assert teacher.distance(lists[number]) == pytest.approx(pair["chosen"])
+    # From other noise too, when the scheduler has them.
+    noise = torch.randn(64, 2, 1, generator=torch.Generator().manual_seed(1))
+    call = {"class_labels": [0, 1] * 32, "guidance_scale": 2.0, "latents": noise, "output_type": "latent"}
+    fine = subject.pipe(**call, num_inference_steps=200).images
+    before = subject.pipe(**call, num_inference_steps=5).images
+    subject.choose(
+        optimal_timesteps={"spacing": "trailing", "trajectory": {str(n): each for n, each in lists.items()}},
+        timestep_spacing="optimal",
+    )
+    after = subject.pipe(**call, num_inference_steps=5).images
+    assert (after - fine).square().mean() < 0.6 * (before - fine).square().mean()
+    both, looked_at = timesteps.choose(teacher, [4, 7], NEVER)
+    assert list(looked_at) == [4] and list(both) == [4, 7]
+    assert teacher.distance(both[7]) < 0.7 * teacher.distance(make_timesteps("trailing", 7, 1000).tolist())
+
+
+def test_a_step_of_the_pipelines_default_does_not_slip_into_the_teacher():
+    """Without guidance of its own a trajectory has none, whatever the pipeline does by default."""
+    subject = mixture_subject()
+    plain = timesteps.Teacher.make(subject, [0, 1], {}, seed=0)
+    subject.pipe.register_to_config(call_defaults={"guidance_scale": 5.0})
+    assert torch.equal(timesteps.Teacher.make(subject, [0, 1], {}, seed=0).ends, plain.ends)
+
+
+def bowl(best, depth=1.0):
+    """A distance that is least at `best`."""
+
+    def measure(each):
+        away = (
+            (math.log(each.scale / best.scale) * 2) ** 2
+            + (each.start - best.start) ** 2
+            + (each.stop - best.stop) ** 2
+        )
+        none = 0.0 if each.scale > 1 else 1.0
+        return {"frechet_distance": 2.0 - depth + depth * min(away + none, 1.0)}
+
+    return measure
+
+
+@pytest.mark.parametrize("best", [Guidance(2.0, 0.3, 0.7), Guidance(5.0, 0.2, 0.6), Guidance(1.3, 0.0, 1.0)])
+def test_the_search_ends_near_the_least_distance(best):
+    found = search(Trials(bowl(best), FOREVER))
+    assert abs(math.log(found.scale / best.scale)) < 0.2
+    assert abs(found.start - best.start) <= 0.11 and abs(found.stop - best.stop) <= 0.11
+
+
+def test_the_search_guides_only_where_that_gains_and_stops_when_the_time_is_over():
+    assert search(Trials(bowl(Guidance(3.0), depth=0.02), FOREVER)) == Guidance()
+    worse = Trials(lambda each: {"frechet_distance": each.scale}, FOREVER)
+    assert search(worse) == Guidance() and any(1 < each.scale < 1.5 for each in worse.tried)
+    trials = Trials(bowl(Guidance(3.0)), NEVER)
+    assert search(trials) == Guidance() or len(trials.tried) == 1
+    assert trials.records()[0] == {"scale": 1.0, "start": 0.0, "stop": 1.0, "frechet_distance": pytest.approx(2.0)}
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0.0, 0.8), (0.2, 1.0), (0.25, 0.5), (0.0, 1.0)])
+@pytest.mark.parametrize("number", [4, 10, 50])
+def test_the_saved_interval_holds_the_same_steps(start, stop, number):
+    scheduler = Sampler(timestep_spacing="trailing")
+    scheduler.set_timesteps(number)
+    call = Guidance(2.0, start, stop).call(scheduler.timesteps.tolist())
+    expected = guided_steps((start, stop), scheduler, scheduler.timesteps)
+    assert guided_steps(call.get("guidance_interval"), scheduler, scheduler.timesteps) == expected
+    assert Guidance().call(scheduler.timesteps.tolist()) == {"guidance_scale": 1.0}
+
+
+def real_images(held_out=None):
+    images, labels = torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1).expand(-1, 1, 8, 8), torch.arange(40) % 2
+    return RealImages(LabelledImages(images, labels, ["a", "b"]), held_out, "data", "crop", ())
+
+
+def test_a_test_split_is_no_part_of_the_choice_nor_of_the_report():
+    other = LabelledImages(
+        torch.full((9, 1, 8, 8), 200, dtype=torch.uint8), torch.zeros(9, dtype=torch.int64), ["a", "b"]
+    )
+    parts = Parts.of(real_images(other), "test", seed=0)
+    chosen, reported = (set(part.images[:, 0, 0, 0].tolist()) for part in (parts.choose, parts.report))
+    assert not chosen & reported and chosen | reported == set(range(40))
+    parts = Parts.of(real_images(other), "validation", seed=0)
+    assert len(parts.choose) == 9 and len(parts.report) == 40
+
+
+def test_the_width_of_the_average_with_the_least_distance_stays(tmp_path):
+    torch.manual_seed(0)
+    network = nn.Linear(3, 2)
+    snapshots, wanted = AverageSnapshots(network, (0.05, 0.1), tmp_path), WeightAverage(network, std=0.07)
+    for step in range(1, 201):
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter += 0.1 * torch.randn(parameter.shape) + 0.05
+        snapshots.update(network)
+        wanted.update(network)
+        if step % 20 == 0:
+            snapshots.write(step)
+    target = wanted.averages()
+
+    def measure():
+        return sum((p - target[name]).square().sum().item() for name, p in network.named_parameters())
+
+    saved = {name: parameter.clone() for name, parameter in network.named_parameters()}
+    width, tried = averages.choose_width(network, tmp_path, measure, FOREVER)
+    assert width == 0.07 and measure() < 1e-2 * tried[0]["frechet_distance"] and len(tried) > 3
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            parameter.copy_(saved[name])
+    width, tried = averages.choose_width(network, tmp_path, lambda: 1.0, FOREVER)
+    assert width is None and all(torch.equal(parameter, saved[name]) for name, parameter in network.named_parameters())
+    assert averages.choose_width(nn.Linear(2, 2), tmp_path, lambda: 1.0, FOREVER) == (None, [])
+    assert averages.choose_width(network, tmp_path / "none", lambda: 1.0, FOREVER) == (None, [])
+
+
+def test_pipelines_of_diffusers_get_a_scheduler_that_takes_the_place_of_their_own():
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    unet = diffusers.UNet2DModel(8, 1, 1, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, **blocks)
+    pipe = diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2"))
+    subject = Subject.of(pipe, 5)
+    assert (
+        isinstance(subject.pipe.scheduler, ExtDDPMScheduler) and not subject.keeps_defaults and not subject.can_guide
+    )
+    subject.choose(analytic_variance={"timesteps": [0, 999], "x0_variance": [0.01, 0.2]}, variance_type="analytic")
+    assert pipe.scheduler.config.variance_type == "analytic"
+    assert pipe.scheduler.config.beta_schedule == "squaredcos_cap_v2"
+
+
+def test_a_pipeline_of_texts_is_refused():
+    tokenizer = tiny_tokenizer()
+    encoder = tiny_clip(tokenizer)
+    pipe = TextGuidedDiffusionPipeline(tiny_text_unet(), ExtDDIMScheduler(), tokenizer=tokenizer, text_encoder=encoder)
+    with pytest.raises(
+        ValueError, match="must make images by label or of no condition, got TextGuidedDiffusionPipeline"
+    ):
+        Subject.of(pipe, 5)
+
+
+def test_time_is_a_tenth_of_the_training_and_at_least_half_a_minute():
+    assert budget_of_training(3600) == 360 and budget_of_training(120) == 30
+    budget = Budget(100)
+    assert 99 < budget.left <= 100 and 49 < budget.part(0.5).seconds <= 50 and Budget(0).left == 0
+    assert images_that_fit(0.01, 160.0) == 1000
+    assert images_that_fit(10.0, 1.0) == guidance.FEWEST_IMAGES and images_that_fit(0.0, 1.0) == guidance.MOST_IMAGES
+
+
+def test_a_learned_variance_stays():
+    model = tiny_unet()
+    subject = Subject.of(GuidedDiffusionPipeline(model, ExtDDPMScheduler(variance_type="fixed_small")), 5)
+    assert not subject.learns_variance
+    subject = Subject.of(GuidedDiffusionPipeline(model, ExtDDIMScheduler(variance_type="learned_range")), 5)
+    assert subject.learns_variance

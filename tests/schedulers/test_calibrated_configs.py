@@ -1,0 +1,99 @@
+"""What is chosen for a model travels in the scheduler's config: through disk, and through classes that know nothing of it."""
+
+import json
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+
+from diffusers_ext.schedulers import (
+    ExtDDIMInverseScheduler,
+    ExtDDIMScheduler,
+    ExtDDPMScheduler,
+    VPredictionScheduler,
+)
+
+
+TABLE = {"timesteps": [0, 100, 999], "x0_variance": [1e-4, 0.01, 0.25]}
+LISTS = {"spacing": "trailing", "trajectory": {"3": [990, 500, 20]}, "bound": {"3": [999, 100, 3]}}
+CONFIG = {
+    "variance_type": "analytic",
+    "analytic_variance": TABLE,
+    "timestep_spacing": "optimal",
+    "optimal_timesteps": LISTS,
+}
+ALL = (ExtDDPMScheduler, ExtDDIMScheduler, VPredictionScheduler, ExtDDIMInverseScheduler)
+STOCK = (DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler, EulerDiscreteScheduler)
+
+
+def listed(scheduler, number=3):
+    scheduler.set_timesteps(number)
+    return scheduler.timesteps.tolist()
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_chosen_timesteps_are_visited(cls):
+    expected = LISTS["trajectory"]["3"]
+    assert cls(**CONFIG).list_timesteps(3, "bound").tolist() == LISTS["bound"]["3"]
+    assert listed(cls(**CONFIG)) == (expected[::-1] if cls is ExtDDIMInverseScheduler else expected)
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_config_survives_the_disk(cls, tmp_path):
+    made = cls(**CONFIG)
+    made.save_pretrained(tmp_path)
+    text = (tmp_path / "scheduler_config.json").read_text()
+    assert json.loads(text)["timestep_spacing"] == "trailing"  # which every class of diffusers knows
+    back = cls.from_pretrained(tmp_path)
+    assert listed(back) == listed(made) and back.config.analytic_variance == TABLE
+
+
+@pytest.mark.parametrize("cls", ALL)
+@pytest.mark.parametrize("stock", STOCK)
+def test_classes_of_diffusers_fall_back_and_keep_what_was_chosen(cls, stock):
+    ours = cls(**CONFIG)
+    theirs = stock.from_config(ours.config)
+    plain = stock.from_config(cls(timestep_spacing="trailing").config)
+    assert listed(theirs) == listed(plain)
+    x, output = (torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    t = theirs.timesteps[0]
+    steps = [
+        each.step(output, t, each.scale_model_input(x, t), generator=torch.Generator().manual_seed(2)).prev_sample
+        if stock in (DDPMScheduler, DDIMScheduler)
+        else each.step(output, t, each.scale_model_input(x, t)).prev_sample
+        for each in (theirs, plain)
+    ]
+    torch.testing.assert_close(*steps)  # DDPM takes a type that it does not know for "fixed_small"
+    back = cls.from_config(theirs.config)
+    assert listed(back) == listed(ours) and back.config.variance_type == "analytic"
+
+
+def test_another_spacing_or_none_of_the_lists_leaves_them():
+    ours = ExtDDIMScheduler(**CONFIG)
+    plain = ExtDDIMScheduler(timestep_spacing="trailing")
+    assert listed(ExtDDIMScheduler.from_config(ours.config, optimal_timesteps=None)) == listed(plain)
+    linspace = ExtDDIMScheduler(timestep_spacing="linspace")
+    assert listed(ExtDDIMScheduler.from_config(ours.config, timestep_spacing="linspace")) == listed(linspace)
+    assert listed(ExtDDPMScheduler.from_config(ours.config)) == LISTS["trajectory"]["3"]
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_choices_without_what_was_chosen_are_refused(cls):
+    with pytest.raises(
+        ValueError, match="timestep_spacing 'optimal' needs optimal_timesteps, which training/calibrate.py"
+    ):
+        cls(timestep_spacing="optimal")
+    with pytest.raises(
+        ValueError, match="variance_type 'analytic' needs analytic_variance, which training/calibrate.py"
+    ):
+        cls(variance_type="analytic")
+    with pytest.raises(ValueError, match=r"the timesteps of analytic_variance must be integers in \[0, 99\]"):
+        cls(num_train_timesteps=100, analytic_variance=TABLE, beta_reference_timesteps=1000)
+    with pytest.raises(ValueError, match=r"timesteps must be in \[0, 99\], got 9"):
+        cls(num_train_timesteps=100, optimal_timesteps=LISTS, beta_reference_timesteps=1000)
