@@ -96,6 +96,7 @@ def hub() -> LocalHub:
     """An empty Hub with the accounts "alice" and "bob", whose tokens are "hf_token_of_alice" and "hf_token_of_bob"."""
     _hub.repos.clear()
     _hub.requests.clear()
+    _hub.refuse = lambda number: None
     return _hub
 
 

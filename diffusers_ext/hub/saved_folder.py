@@ -53,7 +53,9 @@ class SavedFolder:
         index, config = folder / "model_index.json", folder / "config.json"
         if index.is_file():
             entries = json.loads(index.read_text(encoding="utf-8"))
-            return cls(entries["_class_name"], False, _components(folder, entries), entries.get("id2label"))
+            class_name = entries["_class_name"]
+            class_name = class_name if isinstance(class_name, str) else class_name[-1]  # after the file of its code
+            return cls(class_name, False, _components(folder, entries), entries.get("id2label"))
         if config.is_file():
             class_name = json.loads(config.read_text(encoding="utf-8"))["_class_name"]
             weights = _count_parameters(folder)

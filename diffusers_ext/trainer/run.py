@@ -20,6 +20,7 @@ from diffusers_ext.data.stream import StreamData
 from diffusers_ext.figures import draw_loss
 from diffusers_ext.hub import cards
 from diffusers_ext.hub import push as hub
+from diffusers_ext.hub.remote_code import add_code
 from diffusers_ext.hub.saved_folder import SavedFolder, loading_lines
 from diffusers_ext.machine import set_threads
 from diffusers_ext.options import to_yaml
@@ -139,6 +140,8 @@ def save_atomically(saved: DiffusionPipeline | ModelMixin, output_dir: Path) -> 
         shutil.rmtree(left)
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=SAVING) as partial:
         saved.save_pretrained(partial)
+        if isinstance(saved, ModelMixin):  # pipelines do it themselves
+            add_code(partial)
         # The index goes first and comes last: without it the folder is no pipeline.
         (output_dir / index).unlink(missing_ok=True)
         for path in sorted(Path(partial).iterdir(), key=lambda path: path.name == index):

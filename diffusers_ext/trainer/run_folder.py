@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from diffusers_ext.atomic_files import PARTIAL, atomic_write
+from diffusers_ext.hub.remote_code import CODE_FILES
 from diffusers_ext.options import fixed_on_resume, to_yaml
 from diffusers_ext.trainer.checkpoints import list_checkpoints
 from diffusers_ext.trainer.config import TrainerConfig
@@ -65,6 +66,7 @@ def clear_output_dir(path: Path) -> None:
     for name in (
         *_OF_A_RUN,
         "config.json",
+        *CODE_FILES,
         "README.md",
         "evaluation.json",
         "loss_by_snr.csv",
