@@ -2,9 +2,10 @@
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from diffusers.utils import logging
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
@@ -20,7 +21,17 @@ from diffusers_ext.hub.saved_folder import SavedFolder
 logger = logging.get_logger(__name__)
 
 # What a training run leaves beside what it saves and nobody needs for loading it.
-NOT_UPLOADED = ("checkpoint-*/*", "ema_snapshots/*", "profile/*", "logs/*", ".*", "__pycache__/*", "*/__pycache__/*")
+MILESTONES = "milestones"
+NOT_UPLOADED = (
+    f"{MILESTONES}/*",
+    "checkpoint-*/*",
+    "ema_snapshots/*",
+    "profile/*",
+    "logs/*",
+    ".*",
+    "__pycache__/*",
+    "*/__pycache__/*",
+)
 
 _HTTP_ERROR = HfHubHTTPError.__mro__[1]  # of whichever library huggingface_hub speaks HTTP with
 
@@ -139,12 +150,18 @@ def _branch(api: HfApi, repo_id: str, branch: str | None) -> Iterator[None]:
 
 
 def push_patiently(
-    folder: str | os.PathLike, repo_id: str, *, waits: Sequence[float] = WAITS, **options
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    waits: Sequence[float] = WAITS,
+    sleep: Callable[[float], Any] = time.sleep,
+    **options,
 ) -> tuple[str | None, str]:
     """`push_folder` for a run, which a failing upload must not stop: never raises, and tries again after each wait.
 
     Args:
         waits: Seconds before the second try and those that follow it. What no second try can mend is tried once.
+        sleep: Waits so many seconds, or for less.
         options: Of `push_folder`.
 
     Returns: the address of the commit and "", or `None` and a line that says what failed and how to push later.
@@ -161,7 +178,7 @@ def push_patiently(
                     f"not pushed to {repo_id} ({reason}); to push it later: python -m diffusers_ext.hub push {folder} {repo_id}"
                     f"{branch}{private}"
                 )
-            time.sleep(wait)
+            sleep(wait)
 
 
 def _may_pass(error: Exception) -> bool:

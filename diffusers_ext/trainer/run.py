@@ -6,7 +6,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ from diffusers_ext.options import to_yaml
 from diffusers_ext.trainer.checkpoints import list_checkpoints
 from diffusers_ext.trainer.config import TrainerConfig, resolve_for_machine
 from diffusers_ext.trainer.loop import Trainer
+from diffusers_ext.trainer.milestones import hub_access, hub_name
 from diffusers_ext.trainer.run_folder import (
     CONFIG_FILE,
     METRICS_FILE,
@@ -118,8 +119,7 @@ def _end(accelerator: Accelerator) -> None:
 
 def prepare_repo(config: TrainerConfig) -> str:
     """Makes sure that the run can be pushed at its end, and returns the full id of where to."""
-    repo_id = config.hub_model_id or Path(config.output_dir).resolve().name
-    return hub.prepare_repo(repo_id, token=config.hub_token, private=config.hub_private_repo or None)
+    return hub.prepare_repo(hub_name(config), **hub_access(config))
 
 
 def describe_data(config: TrainerConfig, data: ImageData | StreamData) -> str:
@@ -177,7 +177,9 @@ def finish_run(
     has_curve = (output_dir / "loss.png").exists()
     if hasattr(trainer.objective, "draw"):
         pictures = {**pictures, **(trainer.objective.draw(output_dir) or {})}
-    repo_id = prepare_repo(config) if config.push_to_hub else None
+    repo_id = hub_name(config) if config.push_to_hub else None
+    with suppress(Exception):  # the Hub may be out of reach, which is no reason to lose the rest
+        repo_id = prepare_repo(config) if config.push_to_hub else None
     cards.write_card(
         output_dir,
         data=data,
@@ -205,8 +207,9 @@ def finish_run(
     if trainer.snapshots:
         lines.append("  ema_snapshots/       training/reconstruct_ema.py makes averages of other widths of them")
     if config.push_to_hub:
-        url = hub.push_folder(output_dir, repo_id, token=config.hub_token, private=config.hub_private_repo or None)
-        lines.append(f"  pushed to            {url}")
+        url, fault = hub.push_patiently(output_dir, repo_id, **hub_access(config))
+        lines.append(f"  pushed to            {url}" if url else f"\n{fault}")
+        lines += trainer.milestones.finish()
     saved = SavedFolder.read(output_dir)
     how = loading_lines(output_dir, saved.class_name if saved.is_model else None)
     print("\n".join([*lines, "", how]), file=sys.stdout, flush=True)
