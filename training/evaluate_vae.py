@@ -60,6 +60,20 @@ METRICS = {
     "active_latents": "active latents of {latents}",
 }
 
+# And its metadata, which the Hub shows in its tables.
+METRIC_NAMES = {
+    "elbo_bits_per_dim": "bits/dim by the ELBO",
+    "iwae_bits_per_dim": "bits/dim by the IWAE bound",
+    "elbo_nats": "negative ELBO in nats",
+    "distortion_nats": "distortion in nats",
+    "rate_nats": "rate in nats",
+    "iwae_nats": "negative IWAE bound in nats",
+    "psnr": "PSNR in dB",
+    "ssim": "SSIM",
+    "frechet_distance": "Fréchet distance of reconstructions",
+    "active_latents": "active latents",
+}
+
 
 @dataclass(frozen=True)
 class EvaluateVAEConfig(DataOptions):
@@ -227,7 +241,7 @@ def figures_of(config: EvaluateVAEConfig, result: dict) -> list[Figure]:
         "dataset": Path(result["dataset_name"]).name,
         "latents": result["num_latents"],
     }
-    command = to_command(config, "training/evaluate_vae.py", launcher="python")
+    command = to_command(config, "training/evaluate_vae.py", launcher="python", first="model")
     return [
         Figure(
             METRICS[name].format(**names),
@@ -236,6 +250,7 @@ def figures_of(config: EvaluateVAEConfig, result: dict) -> list[Figure]:
             None,
             None,
             command,
+            METRIC_NAMES[name],
         )
         for name in METRICS
         if result[name] is not None

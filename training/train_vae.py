@@ -34,7 +34,7 @@ from diffusers_ext.models.vae import ARCHITECTURES
 from diffusers_ext.models.vae_discriminator import PatchDiscriminator
 from diffusers_ext.models.vae_likelihood import LIKELIHOODS
 from diffusers_ext.options import fixed_option, option, run_script, to_command
-from diffusers_ext.recipes.vae_figures import draw_pictures, pictures_of
+from diffusers_ext.recipes.vae_figures import LIMITATIONS, draw_pictures, pictures_of
 from diffusers_ext.recipes.vae_objective import (
     ACTIVE_VARIANCE,
     BINARIZATIONS,
@@ -205,7 +205,7 @@ def main(config: TrainVAEConfig) -> Path:
             draw_pictures(
                 vae, some_images(trainer), trainer.output_dir, columns=config.sample_columns, seed=config.seed
             )
-            finish_run(trainer, command, "\n\n".join(notes), pictures_of(vae))
+            finish_run(trainer, command, "\n\n".join(notes), pictures_of(vae), limitations=LIMITATIONS)
     return trainer.output_dir
 
 

@@ -88,9 +88,9 @@ class Milestones:
             hardware=describe_machine(),
         )
         data = f"{trainer.data.name}, split {trainer.config.dataset_split}. The training was not at its end."
-        write_card(
-            folder, data=data, training=run, title=f"{trainer.output_dir.resolve().name}, step {trainer.state.step}"
-        )
+        name = hub_name(trainer.config)
+        title = f"{name.rpartition('/')[2]}, step {trainer.state.step}"
+        write_card(folder, data=data, training=run, repo_id=name, revision=folder.name, title=title)
 
     def _push(self, name: str) -> tuple[str | None, str]:
         config, folder = self._trainer.config, self._trainer.output_dir / MILESTONES / name

@@ -163,6 +163,7 @@ def finish_run(
     data: str,
     pictures: Mapping[str, str] = DENOISING_PICTURES,
     pipeline_tag: str = "unconditional-image-generation",
+    limitations: str = cards.DEFAULT_LIMITATIONS,
 ) -> None:
     """Draws the loss, writes the card, pushes if asked to, and says where everything is.
 
@@ -171,6 +172,7 @@ def finish_run(
         data: What it was trained on, in Markdown.
         pictures: Those in the folder, with what they show; the first goes into the card.
         pipeline_tag: The Hub's name of the task.
+        limitations: In Markdown, for the card.
     """
     config, output_dir, state = trainer.config, trainer.output_dir, trainer.state
     draw_loss(read_metrics(output_dir / METRICS_FILE), output_dir / "loss.png")
@@ -193,6 +195,8 @@ def finish_run(
             options_file=CONFIG_FILE,
         ),
         sample_grid=output_dir / next(iter(pictures)),
+        pictures=pictures,
+        limitations=limitations,
         repo_id=repo_id,
         dataset_id=None if is_local(config.dataset_name) else config.dataset_name,
         pipeline_tag=pipeline_tag,
