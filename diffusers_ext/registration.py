@@ -16,11 +16,12 @@ is what it would say if only those with this package were to load it.
 
 import functools
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import diffusers
 import diffusers.guiders
-from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers import AutoModel, ConfigMixin, DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.guiders import BaseGuidance
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from diffusers.utils import logging
@@ -60,6 +61,7 @@ def register_with_diffusers(namespace: Mapping[str, object]) -> None:
             )
 
     _read_configs_without_code()
+    _load_ours_with_consent_too()
 
 
 def _read_configs_without_code() -> None:
@@ -73,6 +75,29 @@ def _read_configs_without_code() -> None:
         return without_code(read(cls, json_file))
 
     ConfigMixin._dict_from_json_file = classmethod(dict_from_json_file)
+
+
+def _load_ours_with_consent_too() -> None:
+    """`AutoModel` refuses `trust_remote_code=True` for what has no code, as our models have none with this package."""
+    load = AutoModel.__dict__["from_pretrained"].__func__
+    if hasattr(load, "ours_with_consent"):
+        return
+
+    @functools.wraps(load)
+    def from_pretrained(cls, pretrained_model_or_path=None, **kwargs):
+        try:
+            return load(cls, pretrained_model_or_path, **kwargs)
+        except ValueError:
+            if not kwargs.pop("trust_remote_code", False):
+                raise
+            with suppress(Exception):  # of what is not ours, which the first error tells of
+                loaded = load(cls, pretrained_model_or_path, **kwargs)  # without consent, so that no code is run
+                if _is_ours(type(loaded)):
+                    return loaded
+            raise
+
+    from_pretrained.ours_with_consent = True
+    AutoModel.from_pretrained = classmethod(from_pretrained)
 
 
 def without_code(config: Any) -> Any:

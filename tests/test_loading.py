@@ -105,11 +105,19 @@ def test_component_can_be_replaced_while_loading(tmp_path):
 
 def test_auto_model_finds_our_network(tmp_path):
     PIPELINES["ours"]().save_pretrained(tmp_path)
+    with_consent = {"subfolder": "denoiser", "trust_remote_code": True}  # which is not needed here
     for model in (
+        diffusers.AutoModel.from_pretrained(str(tmp_path), **with_consent),
         diffusers.AutoModel.from_pretrained(str(tmp_path), subfolder="denoiser"),
         diffusers.AutoModel.from_pretrained(str(tmp_path / "denoiser")),
     ):
         assert type(model) is UNetModel
+
+
+def test_consent_is_refused_for_what_is_not_ours_as_diffusers_does(tmp_path):
+    stock_unet().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="does not appear to have any custom code"):
+        diffusers.AutoModel.from_pretrained(str(tmp_path), trust_remote_code=True)
 
 
 # What is written.
@@ -183,7 +191,8 @@ def test_registering_again_changes_nothing():
 def test_import_brings_in_nothing_but_what_diffusers_does():
     code = """
 import sys
-from diffusers import DDIMInverseScheduler, DDIMScheduler, DDPMScheduler, DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers import AutoModel, DDIMInverseScheduler, DDIMScheduler, DDPMScheduler, DiffusionPipeline
+from diffusers import ModelMixin, SchedulerMixin
 from diffusers.guiders import BaseGuidance
 before = set(sys.modules)
 import diffusers_ext
