@@ -107,10 +107,14 @@ def without_code(config: Any) -> Any:
     """
     if not isinstance(config, dict):
         return config
-    named = (config.get("auto_map") or {}).get("AutoModel", "").partition(".")[0] in _CODE
-    components = {key: entry[1] for key, entry in config.items() if isinstance(entry, list) and entry[:1] == [LIBRARY]}
+    named = _file_in(config.get("auto_map")) in _CODE
+    components = {
+        key: entry[1]
+        for key, entry in config.items()
+        if isinstance(entry, list) and len(entry) == 2 and entry[0] == LIBRARY
+    }
     saved_class = config.get("_class_name")
-    class_name = saved_class[-1] if named and isinstance(saved_class, list) else saved_class
+    class_name = saved_class[-1] if named and isinstance(saved_class, list) and saved_class else saved_class
     needed = [*components.values(), *([class_name] if named else [])]
     if not all(isinstance(name, str) and _is_ours(getattr(diffusers, name, None)) for name in needed):
         return config
@@ -118,6 +122,12 @@ def without_code(config: Any) -> Any:
         config = {key: value for key, value in config.items() if key != "auto_map"} | {"_class_name": class_name}
     # As classes of diffusers, since it would take those of a library from a file of this name, if there is one.
     return config | {key: ["diffusers", name] for key, name in components.items()}
+
+
+def _file_in(auto_map: Any) -> str | None:
+    """The file, without its suffix, that an entry of a config has for `AutoModel`, if it is one at all."""
+    reference = auto_map.get("AutoModel") if isinstance(auto_map, dict) else None
+    return reference.partition(".")[0] if isinstance(reference, str) else None
 
 
 def _is_ours(value: object) -> bool:

@@ -12,7 +12,7 @@ from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES, _fetch_
 
 import diffusers_ext
 from diffusers_ext import ExtDDIMScheduler, ExtDDPMScheduler, GuidedDiffusionPipeline, UNetModel
-from diffusers_ext.registration import BASE_CLASSES, register_with_diffusers
+from diffusers_ext.registration import BASE_CLASSES, register_with_diffusers, without_code
 from tiny import assert_same_output, assert_same_pipeline, image_of, tiny_unet
 
 
@@ -168,6 +168,28 @@ def test_config_goes_to_a_stock_scheduler_and_back_without_a_warning(caplog, mon
     back = ExtDDIMScheduler.from_config(stock.config)
     assert {**back.config, "_use_default_values": 0} == {**ours.config, "_use_default_values": 0}
     assert caplog.records == []
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        [],
+        {"auto_map": []},
+        {"auto_map": {"AutoModel": ["diffusers_ext.Component"]}},
+        {"auto_map": {"AutoModel": "theirs.Component"}, "_class_name": ["pipeline", "GuidedDiffusionPipeline"]},
+        {"auto_map": {"AutoModel": "diffusers_ext.Component"}, "_class_name": []},
+        {"auto_map": {"AutoModel": "diffusers_ext.Component"}, "_class_name": ["pipeline", "OfALaterVersion"]},
+        {"auto_map": {"AutoModel": "diffusers_ext.Component"}, "_class_name": ["pipeline", "DDPMPipeline"]},
+        {
+            "denoiser": ["diffusers_ext"],
+            "vae": ["diffusers_ext", None],
+            "scheduler": ["diffusers_ext", "OfALaterVersion"],
+        },
+    ],
+    ids=str,
+)
+def test_configs_of_others_are_read_as_they_are(config):
+    assert without_code(config) == config
 
 
 def test_names_of_diffusers_keep_their_meaning(caplog, monkeypatch):

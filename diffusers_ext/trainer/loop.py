@@ -231,7 +231,8 @@ class Trainer:
                 self._save_snapshot()
             if is_over or self._is_due(config.checkpointing_steps):
                 self.save_checkpoint()
-                self.milestones.after_checkpoint()
+                with self.shares.of("saving"):
+                    self.milestones.after_checkpoint()
             if self.on_images and self._is_due(config.save_images_steps):
                 self.values.read(self.last_checkpoint)
                 with self.shares.of("making images"), random_state_kept(self.accelerator.device):

@@ -20,12 +20,13 @@ from diffusers.utils import dynamic_modules_utils
 from safetensors.torch import save_file
 
 import diffusers_ext
-from diffusers_ext import ExtDDIMScheduler, GuidedDiffusionPipeline, UNetModel, VAEModel
+from diffusers_ext import ExtDDIMScheduler, GuidedDiffusionPipeline, TextGuidedDiffusionPipeline, UNetModel, VAEModel
 from diffusers_ext.hub import remote_code
 from diffusers_ext.hub.push import push_folder
 from diffusers_ext.hub.remote_code import ForeignParts, add_code, code_of_component, code_of_pipeline
 from environment import HUNG_AFTER
-from tiny import ROUNDING, assert_same_weights, image_of, tiny_unet
+from tiny import ROUNDING, assert_same_output, assert_same_weights, image_of, tiny_unet
+from tiny_text import tiny_clip, tiny_text_unet, tiny_tokenizer
 
 
 ALICE = "hf_token_of_alice"
@@ -195,8 +196,13 @@ pipe.unet.save_pretrained(sys.argv[1] + "/again")
 
 
 def test_a_model_by_itself_loads_without_the_package(hub, tmp_path):
+    """And a pipeline of texts, with the tokenizer and the text encoder of transformers."""
     tiny_unet().save_pretrained(tmp_path / "unet")
     push_folder(tmp_path / "unet", "alice/unet", token=ALICE)
+    tokenizer = tiny_tokenizer()
+    parts = {"tokenizer": tokenizer, "text_encoder": tiny_clip(tokenizer)}
+    texts = TextGuidedDiffusionPipeline(tiny_text_unet(), ExtDDIMScheduler(), **parts)
+    texts.save_pretrained(tmp_path / "texts")
     code = """
 import sys
 sys.modules["diffusers_ext"] = None
@@ -204,6 +210,11 @@ from diffusers import AutoModel
 model = AutoModel.from_pretrained("alice/unet", trust_remote_code=True)
 assert type(model).__module__.startswith("diffusers_ext_")
 model.save_pretrained(sys.argv[1] + "/again")
+import numpy, torch
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1] + "/texts", trust_remote_code=True)
+images = pipe("a", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images
+numpy.save(sys.argv[1] + "/images.npy", images)
 """
     result = run_in_empty_cache(tmp_path, "-c", code, tmp_path)
     assert "not expected" not in result.stderr
@@ -211,6 +222,8 @@ model.save_pretrained(sys.argv[1] + "/again")
         assert_same_weights(UNetModel.from_pretrained(name), tiny_unet())
         model = AutoModel.from_pretrained(str(name))
         assert type(model) is UNetModel and "auto_map" not in model.config
+    expected = texts("a", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images
+    assert_same_output(np.load(tmp_path / "images.npy"), expected)
 
 
 def test_a_folder_of_diffusers_stays_as_it_is(tmp_path):
