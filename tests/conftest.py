@@ -96,7 +96,7 @@ def hub() -> LocalHub:
     """An empty Hub with the accounts "alice", "bob" and "you", whose tokens are "hf_token_of_alice" and so on."""
     _hub.repos.clear()
     _hub.requests.clear()
-    _hub.refuse = lambda number: None
+    _hub.refuse = lambda number, path: None
     return _hub
 
 

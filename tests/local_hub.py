@@ -122,7 +122,8 @@ class LocalHub:
         self.repos: dict[tuple[str, str], Repo] = {}
         self.lfs: dict[str, bytes] = {}
         self.requests: list[tuple[str, str, int]] = []  # method, path, status
-        self.refuse: Callable[[int], int | None] = lambda number: None  # a status for requests by their number, from 0
+        # A status for requests by their number, from 0, and their path.
+        self.refuse: Callable[[int, str], int | None] = lambda number, path: None
         self.lock = threading.RLock()
         handler = type("BoundHandler", (Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -159,7 +160,7 @@ class Handler(BaseHTTPRequestHandler):
         self.body = self.read_body()
         try:
             with self.hub.lock:
-                if status := self.hub.refuse(len(self.hub.requests)):
+                if status := self.hub.refuse(len(self.hub.requests), self.path):
                     raise Refusal(status, "the test wants it so")
                 self.route()
         except Refusal as refusal:

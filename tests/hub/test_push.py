@@ -165,16 +165,16 @@ def test_a_push_cut_at_any_request_leaves_what_was_there(hub, folder):
         for last in range(100):
             hub.requests.clear()
             hub.lfs.clear()
-            hub.refuse = lambda number, last=last: 418 if number >= last else None
+            hub.refuse = lambda number, path, last=last: 418 if number >= last else None
             try:
                 push_folder(folder, "alice/my-digits", token=ALICE, branch=branch)
                 break
             except (HfHubHTTPError, ConnectionError):
-                hub.refuse = lambda number: None
+                hub.refuse = lambda number, path: None
                 assert hub.files("alice/my-digits") == before
         assert 5 < last < 20
         assert hub.files("alice/my-digits", branch=branch or "main") != before
-        hub.refuse = lambda number: None
+        hub.refuse = lambda number, path: None
         push_folder(save_run(folder.parent / f"first for {branch}"), "alice/my-digits", token=ALICE)
         assert hub.files("alice/my-digits") == before
 
@@ -182,10 +182,17 @@ def test_a_push_cut_at_any_request_leaves_what_was_there(hub, folder):
 def test_a_branch_that_is_made_for_a_push_that_fails_goes_again(hub, folder):
     push_folder(folder, "alice/my-digits", token=ALICE)
     repo = hub.repos["model", "alice/my-digits"]
-    hub.refuse = lambda number: 418 if any("/preupload/" in path for _, path, _ in hub.requests) else None
+    (folder / "metrics.jsonl").write_text("")
+    made = []
+
+    def refuse(number, path):
+        made.extend(repo.branches)
+        return 418 if "/commit/" in path else None
+
+    hub.refuse = refuse
     with pytest.raises(HfHubHTTPError):
         push_folder(folder, "alice/my-digits", token=ALICE, branch="half-way")
-    assert set(repo.branches) == {"main"}
+    assert "half-way" in made and set(repo.branches) == {"main"}
 
 
 @pytest.mark.parametrize("status", [500, 429])
@@ -194,7 +201,7 @@ def test_an_upload_that_fails_at_any_request_is_tried_again(hub, folder, status)
     for failing in range(100):
         hub.repos.clear()
         hub.requests.clear()
-        hub.refuse = lambda number, failing=failing: status if number == failing else None
+        hub.refuse = lambda number, path, failing=failing: status if number == failing else None
         address, line = push_patiently(folder, "alice/my-digits", token=ALICE, waits=(0, 0))
         assert address and not line
         assert set(hub.files("alice/my-digits")) > {"model_index.json", "pipeline.py"}
@@ -206,14 +213,14 @@ def test_an_upload_that_fails_at_any_request_is_tried_again(hub, folder, status)
 
 def test_a_push_that_cannot_be_made_says_how_to_make_it_later(hub, folder):
     waited = []
-    hub.refuse = lambda number: 503
+    hub.refuse = lambda number, path: 503
     address, line = push_patiently(
         folder, "alice/my-digits", token=ALICE, branch="step-10", private=True, sleep=waited.append
     )
     assert address is None and waited == sorted(waited) and len(waited) == 4
     assert line.startswith("not pushed to alice/my-digits (")
     assert line.endswith(f"python -m diffusers_ext.hub push {folder} alice/my-digits --branch step-10 --private")
-    hub.refuse = lambda number: None
+    hub.refuse = lambda number, path: None
     for token, folder_ in ((BOB, folder), (ALICE, folder / "nowhere"), (None, folder)):
         address, line = push_patiently(folder_, "alice/my-digits", token=token, sleep=waited.append)
         assert address is None and "not pushed" in line

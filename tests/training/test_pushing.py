@@ -59,7 +59,7 @@ def test_a_hub_that_is_down_stops_no_run(hub, tmp_path, capsys, monkeypatch):
         "diffusers_ext.hub.push.push_patiently.__kwdefaults__", {"waits": (0,), "sleep": lambda _: None}
     )
     run = tmp_path / "run"
-    hub.refuse = lambda number: 418 if number >= 5 else None
+    hub.refuse = lambda number, path: 418 if number >= 5 else None
     main(config_of(run, hub_token=ALICE))
     assert read_metrics(run / "metrics.jsonl")[-1]["step"] == 4
     out = capsys.readouterr().out
@@ -67,7 +67,7 @@ def test_a_hub_that_is_down_stops_no_run(hub, tmp_path, capsys, monkeypatch):
     milestone = run / "milestones" / "checkpoint-2"
     assert f"to push it later: python -m diffusers_ext.hub push {milestone} alice/digits --branch checkpoint-2" in out
     assert type(GuidedDiffusionPipeline.from_pretrained(milestone)) is GuidedDiffusionPipeline
-    hub.refuse = lambda number: None
+    hub.refuse = lambda number, path: None
     monkeypatch.setenv("HF_TOKEN", ALICE)
     command(["push", str(milestone), "alice/digits", "--branch", "checkpoint-2"])
     assert "model_index.json" in hub.files("alice/digits", branch="checkpoint-2")
