@@ -215,7 +215,9 @@ def to_command(config: Any, script: str, launcher: str = "accelerate launch", *,
     Args:
         first: An option that stands without its name before the others, as for `parse_config`.
     """
-    words = [*launcher.split(), script, *([str(getattr(config, first))] if first else [])]
+    words = [*launcher.split(), script]
+    if first is not None and getattr(config, first) is not None:
+        words.append(str(getattr(config, first)))
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if value == field.default or value is None or field.name in _OF_ONE_START or field.name.endswith("_token"):
