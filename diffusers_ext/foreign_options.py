@@ -1,7 +1,7 @@
 """Options by the names that other trainers give them, for the error about one that a script does not have.
 
-Those are diffusers' `examples/unconditional_image_generation` and `examples/text_to_image`, and lucidrains'
-`denoising_diffusion_pytorch`. Names that are accepted as they are stand as aliases beside the options themselves.
+Those are diffusers' `examples/unconditional_image_generation` and `examples/text_to_image`, lucidrains'
+`denoising_diffusion_pytorch`, and one of transformers. Names that are accepted as they are stand as aliases beside the options themselves.
 """
 
 from collections.abc import Collection
@@ -55,6 +55,7 @@ FOREIGN_OPTIONS = {
     ),
     "input_perturbation": Foreign((), "it is not built in"),
     "preserve_input_precision": Foreign((), "16-bit images are read as such"),
+    "hub_strategy": Foreign(("push_to_hub_every",), "the end is pushed in any case"),
     # lucidrains
     "gradient_clip": Foreign(("max_grad_norm",)),
     "gradient_accumulate_every": Foreign(("gradient_accumulation_steps",)),

@@ -209,12 +209,20 @@ def to_yaml(config: Any) -> str:
 _OF_ONE_START = ("overwrite_output_dir", "resume_from_checkpoint")
 
 
-def to_command(config: Any, script: str, launcher: str = "accelerate launch") -> str:
-    """The command line that makes the same run; secrets are left out."""
+def to_command(config: Any, script: str, launcher: str = "accelerate launch", *, first: str | None = None) -> str:
+    """The command line that makes the same run; secrets are left out.
+
+    Args:
+        first: An option that stands without its name before the others, as for `parse_config`.
+    """
     words = [*launcher.split(), script]
+    if first is not None and getattr(config, first) is not None:
+        words.append(str(getattr(config, first)))
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if value == field.default or value is None or field.name in _OF_ONE_START or field.name.endswith("_token"):
+            continue
+        if field.name == first:
             continue
         if isinstance(value, bool):
             words.append(f"--{field.name}" if value else f"--no-{field.name}")

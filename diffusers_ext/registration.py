@@ -8,13 +8,20 @@ While it loads a pipeline, diffusers looks up two names:
 
 So `diffusers_ext` becomes such a library, and its classes become attributes of `diffusers` too. The second also lets
 `diffusers.AutoModel` find our models, and lets diffusers' schedulers take the config of ours without a warning.
+
+What is saved also names its code, for those who load it without this package (`diffusers_ext.hub.remote_code`), and
+diffusers would run that code, after asking for consent, wherever it is named. So what diffusers reads of a saved config
+is what it would say if only those with this package were to load it.
 """
 
+import functools
 from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
 
 import diffusers
 import diffusers.guiders
-from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers import AutoModel, ConfigMixin, DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.guiders import BaseGuidance
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from diffusers.utils import logging
@@ -23,6 +30,7 @@ from diffusers.utils import logging
 logger = logging.get_logger(__name__)
 
 LIBRARY = "diffusers_ext"
+_CODE = (LIBRARY, f"modeling_{LIBRARY}")  # the files that an `auto_map` of ours names
 
 # Base classes of a pipeline's components. `diffusers_ext` has to expose each of these by its name, since diffusers saves
 # and loads a component by the methods of the base class, among its library's, that it derives from.
@@ -51,6 +59,75 @@ def register_with_diffusers(namespace: Mapping[str, object]) -> None:
                 f"diffusers {diffusers.__version__} has a {name} of its own, so `diffusers.{name}` is not the one of"
                 f" {LIBRARY}. Load that with `{LIBRARY}.{name}.from_pretrained(...)`."
             )
+
+    _read_configs_without_code()
+    _load_ours_with_consent_too()
+
+
+def _read_configs_without_code() -> None:
+    """Lets diffusers read each config through `without_code`."""
+    read = ConfigMixin.__dict__["_dict_from_json_file"].__func__
+    if hasattr(read, "__wrapped__"):
+        return
+
+    @functools.wraps(read)
+    def dict_from_json_file(cls, json_file):
+        return without_code(read(cls, json_file))
+
+    ConfigMixin._dict_from_json_file = classmethod(dict_from_json_file)
+
+
+def _load_ours_with_consent_too() -> None:
+    """`AutoModel` refuses `trust_remote_code=True` for what has no code, as our models have none with this package."""
+    load = AutoModel.__dict__["from_pretrained"].__func__
+    if hasattr(load, "ours_with_consent"):
+        return
+
+    @functools.wraps(load)
+    def from_pretrained(cls, pretrained_model_or_path=None, **kwargs):
+        try:
+            return load(cls, pretrained_model_or_path, **kwargs)
+        except ValueError:
+            if not kwargs.pop("trust_remote_code", False):
+                raise
+            with suppress(Exception):  # of what is not ours, which the first error tells of
+                loaded = load(cls, pretrained_model_or_path, **kwargs)  # without consent, so that no code is run
+                if _is_ours(type(loaded)):
+                    return loaded
+            raise
+
+    from_pretrained.ours_with_consent = True
+    AutoModel.from_pretrained = classmethod(from_pretrained)
+
+
+def without_code(config: Any) -> Any:
+    """A saved config without the names of the code beside it, if that is code of this package; else the same.
+
+    A class that this package does not have, as a later version of it may, keeps the way to its code.
+    """
+    if not isinstance(config, dict):
+        return config
+    named = _file_in(config.get("auto_map")) in _CODE
+    components = {
+        key: entry[1]
+        for key, entry in config.items()
+        if isinstance(entry, list) and len(entry) == 2 and entry[0] == LIBRARY
+    }
+    saved_class = config.get("_class_name")
+    class_name = saved_class[-1] if named and isinstance(saved_class, list) and saved_class else saved_class
+    needed = [*components.values(), *([class_name] if named else [])]
+    if not all(isinstance(name, str) and _is_ours(getattr(diffusers, name, None)) for name in needed):
+        return config
+    if named:
+        config = {key: value for key, value in config.items() if key != "auto_map"} | {"_class_name": class_name}
+    # As classes of diffusers, since it would take those of a library from a file of this name, if there is one.
+    return config | {key: ["diffusers", name] for key, name in components.items()}
+
+
+def _file_in(auto_map: Any) -> str | None:
+    """The file, without its suffix, that an entry of a config has for `AutoModel`, if it is one at all."""
+    reference = auto_map.get("AutoModel") if isinstance(auto_map, dict) else None
+    return reference.partition(".")[0] if isinstance(reference, str) else None
 
 
 def _is_ours(value: object) -> bool:

@@ -26,7 +26,7 @@ settings.load_profile("same everywhere")
 # Whatever a test asks the Hub for goes to loopback, in processes that a test starts too.
 assert not {"huggingface_hub", "torch"} & sys.modules.keys()
 _hf_home = tempfile.TemporaryDirectory(prefix="diffusers_ext_tests_")
-_hub = LocalHub({"hf_token_of_alice": "alice", "hf_token_of_bob": "bob"}).__enter__()
+_hub = LocalHub({f"hf_token_of_{name}": name for name in ("alice", "bob", "you")}).__enter__()
 environment.settle(_hub.url, _hf_home.name)
 
 
@@ -93,9 +93,10 @@ def terminal():
 
 @pytest.fixture
 def hub() -> LocalHub:
-    """An empty Hub with the accounts "alice" and "bob", whose tokens are "hf_token_of_alice" and "hf_token_of_bob"."""
+    """An empty Hub with the accounts "alice", "bob" and "you", whose tokens are "hf_token_of_alice" and so on."""
     _hub.repos.clear()
     _hub.requests.clear()
+    _hub.refuse = lambda number, path: None
     return _hub
 
 

@@ -14,6 +14,7 @@ import hashlib
 import json
 import re
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -121,6 +122,8 @@ class LocalHub:
         self.repos: dict[tuple[str, str], Repo] = {}
         self.lfs: dict[str, bytes] = {}
         self.requests: list[tuple[str, str, int]] = []  # method, path, status
+        # A status for requests by their number, from 0, and their path.
+        self.refuse: Callable[[int, str], int | None] = lambda number, path: None
         self.lock = threading.RLock()
         handler = type("BoundHandler", (Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -136,9 +139,9 @@ class LocalHub:
         self.server.shutdown()
         self.server.server_close()
 
-    def files(self, repo_id: str, repo_type: str = "model") -> dict[str, bytes]:
-        """Content by path at the head of `main`."""
-        return {path: file.data for path, file in self.repos[repo_type, repo_id].at("main").files.items()}
+    def files(self, repo_id: str, repo_type: str = "model", branch: str = "main") -> dict[str, bytes]:
+        """Content by path at the head of a branch."""
+        return {path: file.data for path, file in self.repos[repo_type, repo_id].at(branch).files.items()}
 
     def titles(self, repo_id: str, repo_type: str = "model") -> list[str]:
         """The titles of all commits, oldest first."""
@@ -157,6 +160,8 @@ class Handler(BaseHTTPRequestHandler):
         self.body = self.read_body()
         try:
             with self.hub.lock:
+                if status := self.hub.refuse(len(self.hub.requests), self.path):
+                    raise Refusal(status, "the test wants it so")
                 self.route()
         except Refusal as refusal:
             headers = {"X-Error-Message": refusal.message} | ({"X-Error-Code": refusal.code} if refusal.code else {})
@@ -298,6 +303,15 @@ class Handler(BaseHTTPRequestHandler):
             case "POST preupload":
                 files = self.writable(repo_type, repo_id).at(revision).files
                 self.reply({"files": [self.upload_mode(asked, files) for asked in json.loads(self.body)["files"]]})
+            case "POST branch":
+                repo = self.writable(repo_type, repo_id)
+                if revision in repo.branches:
+                    raise Refusal(409, f"Reference already exists: {revision}")
+                repo.branches[revision] = repo.at(json.loads(self.body or b"{}").get("startingPoint", "main")).id
+                self.reply({})
+            case "DELETE branch":
+                del self.writable(repo_type, repo_id).branches[revision]
+                self.reply({})
             case "POST commit":
                 self.commit(self.writable(repo_type, repo_id), revision)
             case "PUT settings":

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "schedulers": "draws diffusion",
     "models": "draws sizes diffusion",
     "guidance": "diffusion schedulers models",
-    "pipelines": "draws machine pixels sizes diffusion schedulers models guidance latents",
+    "pipelines": "draws machine pixels sizes diffusion schedulers models guidance latents hub",
     "hub": "atomic_files",
     "data": "atomic_files draws options pixels sizes latents guidance",
     "trainer": "atomic_files draws machine pixels options figures hub data",

@@ -28,6 +28,7 @@ from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNe
 from PIL import Image
 
 from diffusers_ext import ExtDDIMScheduler, GuidedDiffusionPipeline, TextGuidedDiffusionPipeline
+from diffusers_ext.hub.__main__ import main as hub_main
 from tiny import tiny_unet
 from tiny_text import tiny_clip, tiny_text_unet, tiny_tokenizer
 
@@ -145,6 +146,9 @@ class Desk:
                     [sys.executable, "-m", "pytest", *options, "--version"], capture_output=True, cwd=ROOT, check=False
                 )
                 assert collected.returncode == 0, collected.stderr
+            case ["python", "-m", "diffusers_ext.hub", *options]:
+                with contextlib.redirect_stdout(io.StringIO()):
+                    hub_main(options)
             case ["accelerate", "launch", script] if self.launches:
                 self.launch(script, small(script, []))
             case ["accelerate", "launch", script, *options] | ["python", script, *options]:
@@ -209,7 +213,8 @@ def run_script(script, options):
 
 
 @pytest.fixture
-def desk(tmp_path, monkeypatch):
+def desk(tmp_path, monkeypatch, hub):
+    monkeypatch.setenv("HF_TOKEN", "hf_token_of_you")
     monkeypatch.setenv("DIFFUSERS_EXT_CACHE", str(tmp_path / "cache"))
     threads = torch.get_num_threads()
     bars = diffusers.utils.logging.is_progress_bar_enabled()
@@ -275,6 +280,7 @@ def test_commands_in_docstrings_and_in_sentences_have_valid_options(desk):
 def test_options_in_sentences_are_those_of_a_script(desk):
     known = set().union(*(options_in(run_script(script, ["--help"])) for script in SCRIPTS if is_command(script)))
     known.add("--quiet")  # of `accelerate launch`
+    known |= {"--private", "--message", "--branch"}  # of diffusers_ext.hub
     for path in DOCUMENTS:
         text = re.sub(r"^```.*?^```$", "", (ROOT / path).read_text(), flags=re.MULTILINE | re.DOTALL)
         assert options_in(text) <= known, path

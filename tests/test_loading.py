@@ -12,7 +12,7 @@ from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES, _fetch_
 
 import diffusers_ext
 from diffusers_ext import ExtDDIMScheduler, ExtDDPMScheduler, GuidedDiffusionPipeline, UNetModel
-from diffusers_ext.registration import BASE_CLASSES, register_with_diffusers
+from diffusers_ext.registration import BASE_CLASSES, register_with_diffusers, without_code
 from tiny import assert_same_output, assert_same_pipeline, image_of, tiny_unet
 
 
@@ -105,11 +105,19 @@ def test_component_can_be_replaced_while_loading(tmp_path):
 
 def test_auto_model_finds_our_network(tmp_path):
     PIPELINES["ours"]().save_pretrained(tmp_path)
+    with_consent = {"subfolder": "denoiser", "trust_remote_code": True}  # which is not needed here
     for model in (
+        diffusers.AutoModel.from_pretrained(str(tmp_path), **with_consent),
         diffusers.AutoModel.from_pretrained(str(tmp_path), subfolder="denoiser"),
         diffusers.AutoModel.from_pretrained(str(tmp_path / "denoiser")),
     ):
         assert type(model) is UNetModel
+
+
+def test_consent_is_refused_for_what_is_not_ours_as_diffusers_does(tmp_path):
+    stock_unet().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="does not appear to have any custom code"):
+        diffusers.AutoModel.from_pretrained(str(tmp_path), trust_remote_code=True)
 
 
 # What is written.
@@ -118,7 +126,9 @@ def test_auto_model_finds_our_network(tmp_path):
 def test_model_index_names_public_classes_alone(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
-    assert index["_class_name"] == type(pipeline).__name__
+    name = type(pipeline).__name__  # with the file of its code, for those without this package
+    assert index["_class_name"] == (["pipeline", name] if hasattr(diffusers_ext, name) else name)
+    del index["_class_name"]
     named = {name: entry for name, entry in index.items() if isinstance(entry, list) and entry[0] is not None}
     assert set(named) == {name for name, component in pipeline.components.items() if component is not None}
     for name, (library, class_name) in named.items():
@@ -160,6 +170,28 @@ def test_config_goes_to_a_stock_scheduler_and_back_without_a_warning(caplog, mon
     assert caplog.records == []
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        [],
+        {"auto_map": []},
+        {"auto_map": {"AutoModel": ["diffusers_ext.Component"]}},
+        {"auto_map": {"AutoModel": "theirs.Component"}, "_class_name": ["pipeline", "GuidedDiffusionPipeline"]},
+        {"auto_map": {"AutoModel": "diffusers_ext.Component"}, "_class_name": []},
+        {"auto_map": {"AutoModel": "diffusers_ext.Component"}, "_class_name": ["pipeline", "OfALaterVersion"]},
+        {"auto_map": {"AutoModel": "diffusers_ext.Component"}, "_class_name": ["pipeline", "DDPMPipeline"]},
+        {
+            "denoiser": ["diffusers_ext"],
+            "vae": ["diffusers_ext", None],
+            "scheduler": ["diffusers_ext", "OfALaterVersion"],
+        },
+    ],
+    ids=str,
+)
+def test_configs_of_others_are_read_as_they_are(config):
+    assert without_code(config) == config
+
+
 def test_names_of_diffusers_keep_their_meaning(caplog, monkeypatch):
     monkeypatch.setattr(diffusers.utils.logging.get_logger("diffusers_ext"), "propagate", True)
     stock = diffusers.UNet2DModel
@@ -181,7 +213,7 @@ def test_registering_again_changes_nothing():
 def test_import_brings_in_nothing_but_what_diffusers_does():
     code = """
 import sys
-from diffusers import DDIMInverseScheduler, DDIMScheduler, DDPMScheduler, DiffusionPipeline
+from diffusers import AutoModel, DDIMInverseScheduler, DDIMScheduler, DDPMScheduler, DiffusionPipeline
 from diffusers import FlowMatchEulerDiscreteScheduler, ModelMixin, SchedulerMixin, ScoreSdeVeScheduler
 from diffusers.guiders import BaseGuidance
 before = set(sys.modules)

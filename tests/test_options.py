@@ -133,6 +133,9 @@ def test_command_gives_the_same_config_without_secrets():
     command = to_command(config, "train.py")
     assert command == "accelerate launch train.py --resolution 8 16 --no-use_ema --output_dir 'a b'"
     assert to_command(config, "measure.py", launcher="python").startswith("python measure.py --resolution 8 16 ")
+    named = to_command(config, "measure.py", launcher="python", first="output_dir")
+    assert named == "python measure.py 'a b' --resolution 8 16 --no-use_ema"
+    assert to_command(Config(), "measure.py", launcher="python", first="max_train_steps") == "python measure.py"
     assert "hub_token" not in yaml.safe_load(to_yaml(config))
 
 

@@ -65,6 +65,17 @@ METRICS = {
     "svc_label_accuracy": "share that an SVC of the real pixels gives the label {whose}",
 }
 
+# And its metadata, which the Hub shows in its tables.
+METRIC_NAMES = {
+    "frechet_distance": "Fréchet distance",
+    "feature_precision": "precision",
+    "feature_recall": "recall",
+    "label_accuracy": "label accuracy",
+    "pixel_precision": "precision in pixels",
+    "pixel_recall": "recall in pixels",
+    "svc_label_accuracy": "label accuracy by an SVC",
+}
+
 # What a run's train_config.yaml says of its sample grids, and the evaluation samples with too.
 OPTIONS_OF_SAMPLING = ["num_inference_steps", "guidance_scale"]
 
@@ -398,7 +409,7 @@ def figures_of(config: EvaluateConfig, result: dict) -> list[Figure]:
         sampler += f", {sampling['guider']}"
     if sampling["labels"]:
         sampler += f", labels {sampling['labels']['proportions']}"
-    command = to_command(config, "training/evaluate.py", launcher="python")
+    command = to_command(config, "training/evaluate.py", launcher="python", first="pipeline")
     known = {"dataset": Path(result["dataset_name"]).name, "k": result["num_neighbours"], "whose": "asked for"}
     asked = ""
     if captions := sampling["captions"]:
@@ -412,6 +423,7 @@ def figures_of(config: EvaluateConfig, result: dict) -> list[Figure]:
             sampler,
             sampling["num_inference_steps"],
             command,
+            METRIC_NAMES[name],
         )
         for name, value in measures.items()
         if name in METRICS
@@ -430,6 +442,7 @@ def figure_of_likelihood(bound: dict, dataset: str, command: str) -> Figure:
         f"ancestral, variance {bound['variance']}",
         bound["num_steps"],
         command,
+        "bits/dim",
     )
 
 

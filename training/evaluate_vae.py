@@ -62,6 +62,20 @@ METRICS = {
 }
 RATE_OF_LEVEL = "rate_of_level_{number}_nats"
 
+# And its metadata, which the Hub shows in its tables.
+METRIC_NAMES = {
+    "elbo_bits_per_dim": "bits/dim by the ELBO",
+    "iwae_bits_per_dim": "bits/dim by the IWAE bound",
+    "elbo_nats": "negative ELBO in nats",
+    "distortion_nats": "distortion in nats",
+    "rate_nats": "rate in nats",
+    "iwae_nats": "negative IWAE bound in nats",
+    "psnr": "PSNR in dB",
+    "ssim": "SSIM",
+    "frechet_distance": "Fréchet distance of reconstructions",
+    "active_latents": "active latents",
+}
+
 
 @dataclass(frozen=True)
 class EvaluateVAEConfig(DataOptions):
@@ -273,7 +287,7 @@ def figures_of(config: EvaluateVAEConfig, result: dict) -> list[Figure]:
         "dataset": Path(result["dataset_name"]).name,
         "latents": result["num_latents"],
     }
-    command = to_command(config, "training/evaluate_vae.py", launcher="python")
+    command = to_command(config, "training/evaluate_vae.py", launcher="python", first="model")
     metrics = metrics_of(result)
     return [
         Figure(
@@ -283,6 +297,7 @@ def figures_of(config: EvaluateVAEConfig, result: dict) -> list[Figure]:
             None,
             None,
             command,
+            METRIC_NAMES.get(name) or name.replace("_", " ").replace(" nats", " in nats"),  # the rate of a level
         )
         for name in metrics
         if result[name] is not None

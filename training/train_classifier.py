@@ -46,6 +46,10 @@ from diffusers_ext.trainer.run import describe_data, finish_run, make_accelerato
 
 
 PICTURES = {"accuracy.png": "accuracy by noise level; its numbers are in accuracy.csv"}
+LIMITATIONS = (
+    "It tells labels apart in noisy images of the path and the data that it was trained on, for guiding a diffusion model of"
+    " the same path; it is no classifier of other images."
+)
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,7 @@ def main(config: TrainClassifierConfig) -> Path:
             save_accuracy(rows, trainer.output_dir, num_classes=data.num_classes, images=images)
             notes = [describe_data(config, data), *data.notes, describe_accuracy(rows, images)]
             print(notes[-1], flush=True)
-            finish_run(trainer, command, "\n\n".join(notes), PICTURES)
+            finish_run(trainer, command, "\n\n".join(notes), PICTURES, "image-classification", LIMITATIONS)
     return trainer.output_dir
 
 

@@ -95,6 +95,7 @@ def main(config: TrainConfig) -> Path:
             validation_data=load_validation(config, accelerator, data, vae),
             prepare_batch=space.encoder(accelerator.device),
             ending_cost=with_calibration(partial(drawing_cost, pipeline, rows), config.calibrate),
+            saved=pipeline,
         )
         trainer.train()
         save_and_draw(pipeline, rows, trainer, label=None if data.id2label is None else data.used_labels[0])

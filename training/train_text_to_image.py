@@ -84,6 +84,7 @@ def main(config: TextConfig) -> Path:
             validation_data=held_out,
             prepare_batch=space.encoder(accelerator.device),
             ending_cost=partial(drawing_cost, pipeline, rows),
+            saved=pipeline,
         )
         trainer.train()
         save_and_draw(pipeline, rows, trainer, prompt=rows["prompts"][0])

@@ -236,7 +236,8 @@ def main(config: TrainVAEConfig) -> Path:
             print(f"{notes[-1]}\ndrawing pictures ...", flush=True)
             vae = type(vae).from_pretrained(trainer.output_dir).to(accelerator.device)
             draw(config, trainer, vae, trainer.output_dir)
-            finish_run(trainer, command, "\n\n".join(notes), figures_of(vae).pictures_of(vae))
+            figures = figures_of(vae)
+            finish_run(trainer, command, "\n\n".join(notes), figures.pictures_of(vae), limitations=figures.LIMITATIONS)
     return trainer.output_dir
 
 

@@ -11,16 +11,19 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from diffusers_ext.atomic_files import atomic_write
 from diffusers_ext.hub.push import check_repo_id
-from diffusers_ext.hub.saved_folder import SavedFolder, loading_lines
+from diffusers_ext.hub.remote_code import MODEL_FILE, PIPELINE_FILE
+from diffusers_ext.hub.saved_folder import SavedFolder, lines_of_part, lines_without_package, loading_lines
 
 
 # Beside this module and not in the repository's `model_cards/`, since an installed package needs it too.
@@ -28,11 +31,19 @@ CARD_TEMPLATE = Path(__file__).with_name("model_card_template.md")
 
 # Of `training/calibrate.py`, beside the pipeline.
 CALIBRATION_FILE, CALIBRATION_HEADING = "calibration.json", "## Calibration"
+_NAME = re.compile(r"[^,;:.!?\n]{1,40}")  # of a metric
 
 DEFAULT_LIMITATIONS = (
     "It makes images like those it was trained on and shares their gaps and biases. It was not examined for copies of"
     " training images beyond what Results says, nor for any use outside that data."
 )
+
+# Where a part has its place in diffusers' own pipelines.
+FITS = {
+    "UNetModel": "`unet` of `DDPMPipeline`, `DDIMPipeline`, `LDMPipeline`; with cross-attention, of `StableDiffusionPipeline`",
+    "DiTModel": "`transformer` of `DiTPipeline`",
+    "VAEModel": "`vae` of `StableDiffusionPipeline` and `DiTPipeline`, `vqvae` of `LDMPipeline`",
+}
 
 
 @dataclass(frozen=True)
@@ -46,6 +57,8 @@ class Figure:
         sampler: The scheduler's class and its settings that matter; `None` where nothing is sampled.
         num_inference_steps: Network calls for an image, guidance not counted; `None` where nothing is sampled.
         command: The command that prints it.
+        name: What the field calls the metric, such as "Fréchet distance", for the Hub's tables; `metric` unless given,
+            which then must be no longer than such a name.
     """
 
     metric: str
@@ -54,8 +67,11 @@ class Figure:
     sampler: str | None
     num_inference_steps: int | None
     command: str
+    name: str | None = None
 
     def __post_init__(self):
+        if self.name is None:
+            object.__setattr__(self, "name", self.metric)
         if not math.isfinite(self.value):
             raise ValueError(f"the value of {self.metric!r} must be finite, got {self.value}")
         for name in ("num_samples", "num_inference_steps"):
@@ -64,6 +80,11 @@ class Figure:
         for name in ("metric", "sampler", "command"):
             if getattr(self, name) is not None and not getattr(self, name).strip():
                 raise ValueError(f"a figure needs its {name}, so that it can be measured again; got an empty one")
+        if not _NAME.fullmatch(self.name):
+            raise ValueError(
+                f"the name of a metric must have at most 40 characters and no punctuation, got {self.name!r}; what it was"
+                " measured on belongs into `metric`"
+            )
 
 
 @dataclass(frozen=True)
@@ -96,7 +117,9 @@ def write_card(
     training: TrainingRun | None = None,
     figures: Sequence[Figure] = (),
     sample_grid: str | os.PathLike | None = None,
+    pictures: Mapping[str, str] | None = None,
     repo_id: str | None = None,
+    revision: str | None = None,
     title: str | None = None,
     dataset_id: str | None = None,
     license: str = "unknown",
@@ -112,7 +135,9 @@ def write_card(
         data: What it was trained on, in Markdown: source, number and size of the images, labels, preparation.
         figures: What was measured; none at all is said so.
         sample_grid: An image to show. One from outside the folder is copied into it.
+        pictures: What pictures in the folder mean, by their names there, in Markdown.
         repo_id: Where it is to be loaded from. The folder's own name stands in for it.
+        revision: The branch that it is on, if not on `main`.
         title: Heading; the last part of `repo_id` or of the folder's path unless given.
         dataset_id: Id of the data set on the Hub, if it is there.
         license: A licence identifier of the Hub, such as "mit" or "apache-2.0".
@@ -152,7 +177,8 @@ def write_card(
         "options_file": training.options_file,
         "results": _results(figures),
         "sample_grid": _inside(folder, sample_grid),
-        "loading_lines": loading_lines(repo_id or folder.resolve().name, saved.class_name if saved.is_model else None),
+        "pictures": {name: shown for name, shown in (pictures or {}).items() if (folder / name).is_file()},
+        **_ways_to_load(saved, repo_id or folder.resolve().name, revision),
         "limitations": limitations.strip(),
     }
     card = ModelCard.from_template(card_data, template_path=str(CARD_TEMPLATE), **sections)
@@ -216,6 +242,22 @@ def _calibration(folder: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _ways_to_load(saved: SavedFolder, name: str, revision: str | None) -> dict[str, Any]:
+    """With the package; by the code in the repository; and which parts fit which pipelines of diffusers."""
+    model_class = saved.class_name if saved.is_model else None
+    fitting = {
+        (None if saved.is_model else component.name): (component.class_name, FITS[component.class_name])
+        for component in saved.components
+        if component.class_name in FITS
+    }
+    return {
+        "loading_lines": loading_lines(name, model_class, revision),
+        "lines_without_package": lines_without_package(name, saved.is_model, revision),
+        "code_file": MODEL_FILE if saved.is_model else PIPELINE_FILE,
+        "parts": {lines_of_part(name, part, cls, revision): places for part, (cls, places) in fitting.items()},
+    }
+
+
 def _results(figures: Sequence[Figure]) -> str:
     if not figures:
         return "No figure was measured."
@@ -238,12 +280,17 @@ def _put_into_metadata(card_data: ModelCardData, figures: Sequence[Figure], titl
             task_type=card_data.pipeline_tag,
             dataset_type=dataset_id or "unknown",
             dataset_name=dataset_id or "the data described in the card",
-            metric_type=re.sub(r"\W+", "_", figure.metric.lower()).strip("_"),
-            metric_name=figure.metric,
+            metric_type=_identifier(figure.name),
+            metric_name=figure.name,
             metric_value=figure.value,
         )
         for figure in figures
     ]
+
+
+def _identifier(name: str) -> str:
+    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
+    return re.sub(r"\W+", "_", plain.lower()).strip("_")
 
 
 def _save(card: ModelCard, path: Path) -> Path:

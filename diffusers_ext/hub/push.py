@@ -1,20 +1,42 @@
 """Pushing what a training run has saved to the Hugging Face Hub."""
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
+from diffusers.utils import logging
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub import get_token as stored_token
+from huggingface_hub.constants import ENDPOINT
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
+from diffusers_ext.hub.remote_code import CODE_FILES, ForeignParts, files_with_code
 from diffusers_ext.hub.saved_folder import SavedFolder
 
 
+logger = logging.get_logger(__name__)
+
 # What a training run leaves beside what it saves and nobody needs for loading it.
-NOT_UPLOADED = ("checkpoint-*/*", "ema_snapshots/*", "profile/*", "logs/*", ".*")
+MILESTONES = "milestones"
+NOT_UPLOADED = (
+    f"{MILESTONES}/*",
+    "checkpoint-*/*",
+    "ema_snapshots/*",
+    "profile/*",
+    "logs/*",
+    ".*",
+    "__pycache__/*",
+    "*/__pycache__/*",
+)
+
+_HTTP_ERROR = HfHubHTTPError.__mro__[1]  # of whichever library huggingface_hub speaks HTTP with
+
+WAITS = (5.0, 15.0, 60.0, 180.0)  # seconds between the tries of an upload
+_PASSING = (408, 409, 412, 425, 429, 500, 502, 503, 504)  # 409 and 412: somebody else's commit came between
 
 
 def prepare_repo(repo_id: str, *, token: str | None = None, private: bool | None = None) -> str:
@@ -52,15 +74,18 @@ def push_folder(
     token: str | None = None,
     private: bool | None = None,
     commit_message: str | None = None,
+    branch: str | None = None,
     ignore_patterns: Sequence[str] = NOT_UPLOADED,
 ) -> str:
     """Uploads the pipeline or model saved in `folder` to the model repository `repo_id` in one commit: all of it or nothing.
 
     The repository is made if it does not exist. Files in it that belong to a component of an earlier upload and are
-    not in `folder` any more are deleted in the same commit, so that no stale shard is loaded.
+    not in `folder` any more are deleted in the same commit, so that no stale shard is loaded. The code that loads it
+    without this package goes along, whether or not `folder` has it.
 
     Args:
         repo_id, token, private: As for `prepare_repo`.
+        branch: Where to, in place of `main`; made of `main` if it does not exist.
         ignore_patterns: What not to upload, as patterns on the path relative to `folder`, where `*` matches `/` too.
 
     Returns:
@@ -72,29 +97,95 @@ def push_folder(
     """
     folder = Path(folder)
     saved = SavedFolder.read(folder)
+    files = _files_to_upload(folder, ignore_patterns)
     repo_id = prepare_repo(repo_id, token=token, private=private)
 
     api = _api(token)
-    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    uploaded = list(filter_repo_objects(files, ignore_patterns=list(ignore_patterns)))
-    with _clear_refusals(repo_id):
-        remote = api.model_info(repo_id)
+    with _clear_refusals(repo_id), _branch(api, repo_id, branch):
+        remote = api.model_info(repo_id, revision=branch)
+        before = [sibling.rfilename for sibling in remote.siblings]
         stale = [
-            sibling.rfilename
-            for sibling in remote.siblings
-            if sibling.rfilename not in uploaded and sibling.rfilename.split("/")[0] in saved.folders
+            name
+            for name in before
+            if name not in files and (name.split("/")[0] in saved.folders or name in CODE_FILES)
         ]
         # Not `upload_folder`: it splits a large folder into several commits.
         commit = api.create_commit(
             repo_id,
             [
-                *[CommitOperationAdd(name, folder / name) for name in uploaded],
+                *[CommitOperationAdd(name, content) for name, content in files.items()],
                 *[CommitOperationDelete(name) for name in stale],
             ],
             commit_message=commit_message or f"Upload the {'model' if saved.is_model else 'pipeline'}",
+            revision=branch,
             parent_commit=remote.sha,
         )
     return commit.commit_url
+
+
+def _files_to_upload(folder: Path, ignore_patterns: Sequence[str]) -> dict[str, Path | bytes]:
+    """By their paths in the repository: files as they are in the folder, and the code, which need not be there."""
+    there = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    files = {name: folder / name for name in filter_repo_objects(there, ignore_patterns=list(ignore_patterns))}
+    try:
+        return files | {name: text.encode() for name, text in files_with_code(folder).items()}
+    except ForeignParts as parts:
+        logger.warning(str(parts))
+        return files
+
+
+@contextmanager
+def _branch(api: HfApi, repo_id: str, branch: str | None) -> Iterator[None]:
+    """The branch exists; if it is made for a push that fails, it goes again."""
+    if branch is None or branch in {ref.name for ref in api.list_repo_refs(repo_id).branches}:
+        yield
+        return
+    try:
+        api.create_branch(repo_id, branch=branch)
+        yield
+    except BaseException:
+        with suppress(Exception):
+            api.delete_branch(repo_id, branch=branch)
+        raise
+
+
+def push_patiently(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    waits: Sequence[float] = WAITS,
+    sleep: Callable[[float], Any] = time.sleep,
+    **options,
+) -> tuple[str | None, str]:
+    """`push_folder` for a run, which a failing upload must not stop: never raises, and tries again after each wait.
+
+    Args:
+        waits: Seconds before the second try and those that follow it. What no second try can mend is tried once.
+        sleep: Waits so many seconds, or for less.
+        options: Of `push_folder`.
+
+    Returns: the address of the commit and "", or `None` and a line that says what failed and how to push later.
+    """
+    for wait in (*waits, None):
+        try:
+            return push_folder(folder, repo_id, **options), ""
+        except Exception as error:
+            if wait is None or not _may_pass(error):
+                branch = f" --branch {options['branch']}" if options.get("branch") else ""
+                private = " --private" if options.get("private") else ""
+                reason = str(error).strip().partition("\n")[0] or type(error).__name__
+                return None, (
+                    f"not pushed to {repo_id} ({reason}); to push it later: python -m diffusers_ext.hub push {folder} {repo_id}"
+                    f"{branch}{private}"
+                )
+            sleep(wait)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the same may well succeed later: a connection that failed, a Hub that is busy or down."""
+    if isinstance(error, HfHubHTTPError):
+        return error.response is None or error.response.status_code in _PASSING
+    return not isinstance(error, ValueError | PermissionError | FileNotFoundError)
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -131,3 +222,9 @@ def _clear_refusals(repo_id: str) -> Iterator[None]:
                     " that owns this namespace, with the right to write."
                 ) from error
         raise
+    except _HTTP_ERROR as error:
+        raise ConnectionError(f"the Hub at {ENDPOINT} cannot be reached: {error}") from error
+    except RuntimeError as error:  # of a thread that uploads a file
+        if not isinstance(error.__cause__, _HTTP_ERROR):
+            raise
+        raise ConnectionError(f"{error} {error.__cause__}") from error

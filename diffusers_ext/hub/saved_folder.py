@@ -53,7 +53,9 @@ class SavedFolder:
         index, config = folder / "model_index.json", folder / "config.json"
         if index.is_file():
             entries = json.loads(index.read_text(encoding="utf-8"))
-            return cls(entries["_class_name"], False, _components(folder, entries), entries.get("id2label"))
+            class_name = entries["_class_name"]
+            class_name = class_name if isinstance(class_name, str) else class_name[-1]  # after the file of its code
+            return cls(class_name, False, _components(folder, entries), entries.get("id2label"))
         if config.is_file():
             class_name = json.loads(config.read_text(encoding="utf-8"))["_class_name"]
             weights = _count_parameters(folder)
@@ -73,20 +75,41 @@ class SavedFolder:
         return [] if self.is_model else [component.name for component in self.components]
 
 
-def loading_lines(name: str | os.PathLike, model_class: str | None = None) -> str:
-    """The lines of Python that load `name`, a folder or a repo id.
+def loading_lines(name: str | os.PathLike, model_class: str | None = None, revision: str | None = None) -> str:
+    """The lines of Python that load `name`, a folder or a repo id, with this package.
 
     Args:
         model_class: The class of a model that was saved by itself; `None` for a pipeline.
+        revision: A branch of the repository.
     """
-    name = Path(name).as_posix()
+    arguments = _arguments(name, revision=revision)
     if model_class is not None:
-        return f'from diffusers_ext import {model_class}\nmodel = {model_class}.from_pretrained("{name}")'
+        return f"from diffusers_ext import {model_class}\nmodel = {model_class}.from_pretrained({arguments})"
     return (
         "import diffusers_ext\n"
         "from diffusers import DiffusionPipeline\n"
-        f'pipeline = DiffusionPipeline.from_pretrained("{name}")'
+        f"pipeline = DiffusionPipeline.from_pretrained({arguments})"
     )
+
+
+def lines_without_package(name: str | os.PathLike, is_model: bool = False, revision: str | None = None) -> str:
+    """Those that load it by the code that lies beside it."""
+    loader, result = ("AutoModel", "model") if is_model else ("DiffusionPipeline", "pipeline")
+    arguments = _arguments(name, revision=revision, trust_remote_code=True)
+    return f"from diffusers import {loader}\n{result} = {loader}.from_pretrained({arguments})"
+
+
+def lines_of_part(name: str | os.PathLike, part: str | None, class_name: str, revision: str | None = None) -> str:
+    """Those that load a component of a pipeline by itself, or a model that was saved by itself (`part` is `None`)."""
+    arguments = _arguments(name, subfolder=part, revision=revision)
+    variable = part or "model"
+    return f"from diffusers_ext import {class_name}\n{variable} = {class_name}.from_pretrained({arguments})"
+
+
+def _arguments(name: str | os.PathLike, **options) -> str:
+    given = {key: value for key, value in options.items() if value is not None}
+    values = {key: f'"{value}"' if isinstance(value, str) else value for key, value in given.items()}
+    return ", ".join([f'"{Path(name).as_posix()}"', *(f"{key}={value}" for key, value in values.items())])
 
 
 def _components(folder: Path, entries: dict) -> list[Component]:

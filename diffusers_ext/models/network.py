@@ -24,6 +24,11 @@ class Network(ModelMixin, ConfigMixin):
             return self._gradient_checkpointing_func(module, *args)
         return module(*args)
 
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        """The arguments of `__init__` among those of a config, which may also name the code that is saved with it."""
+        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
+
     def compile_repeated_blocks(self, *args, **kwargs) -> None:
         """Compiles each block by itself (regional compilation of diffusers), in less time than all of the network takes.
 

@@ -1,7 +1,14 @@
-"""How diffusers loads a pipeline of this package, or makes one from another."""
+"""How diffusers saves and loads a pipeline of this package, or makes one from another."""
 
 import inspect
 from collections.abc import Callable, Sequence
+
+from diffusers.utils import logging
+
+from diffusers_ext.hub.remote_code import ForeignParts, add_code
+
+
+logger = logging.get_logger(__name__)
 
 
 def replaceable(names: Sequence[str]) -> Callable[[Callable], Callable]:
@@ -41,3 +48,36 @@ class FromPipeMixin:
         names, _ = cls._get_signature_keys(cls)
         there = {**dict.fromkeys(cls._optional_components), **pipeline.components}
         return super().from_pipe(pipeline, **{name: there[name] for name in names if name in there} | kwargs)
+
+
+class SavedWithCodeMixin:
+    """Saves a pipeline together with the code that loads it without this package."""
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """Saves the components, the config, and the code of the classes (see `diffusers_ext.hub.remote_code`).
+
+        A pipeline with components of other libraries than this one, diffusers and transformers is saved without code.
+
+        Args:
+            save_directory: The folder.
+            args, kwargs: As for `diffusers.DiffusionPipeline.save_pretrained`.
+        """
+        super().save_pretrained(save_directory, *args, **kwargs)
+        self._add_code(save_directory)
+
+    def _upload_folder(self, working_dir, *args, **kwargs):
+        # Within `save_pretrained`, if that is to push, and after it in `push_to_hub`.
+        self._add_code(working_dir)
+        return super()._upload_folder(working_dir, *args, **kwargs)
+
+    @staticmethod
+    def _add_code(folder):
+        try:
+            add_code(folder)
+        except ForeignParts as parts:
+            logger.warning(str(parts))
+
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        """The arguments of `__init__` among those of a config, which also names the code that is saved with it."""
+        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)

@@ -16,12 +16,14 @@ from diffusers_ext.pipelines.components import check_components
 from diffusers_ext.pipelines.image_inputs import ImageInput
 from diffusers_ext.pipelines.inversion import InversionMixin
 from diffusers_ext.pipelines.label_condition import LabelCondition, LabelledMixin, Labels
-from diffusers_ext.pipelines.loading import FromPipeMixin, replaceable
+from diffusers_ext.pipelines.loading import FromPipeMixin, SavedWithCodeMixin, replaceable
 from diffusers_ext.pipelines.outputs import GuidedDiffusionPipelineOutput
 from diffusers_ext.pipelines.sampling import CallOptions, SamplingMixin
 
 
-class GuidedDiffusionPipeline(LabelledMixin, InversionMixin, SamplingMixin, FromPipeMixin, DiffusionPipeline):
+class GuidedDiffusionPipeline(
+    LabelledMixin, InversionMixin, SamplingMixin, FromPipeMixin, SavedWithCodeMixin, DiffusionPipeline
+):
     """Generates images from noise or from images, unconditionally or by label.
 
     Args:

@@ -16,6 +16,12 @@ PICTURES = {
     "reconstructions.png": "images, and what comes back from their latents: of all levels, then of fewer and fewer",
 }
 
+LIMITATIONS = (
+    "It encodes, decodes and makes images like those it was trained on, and shares their gaps and biases. Its draws are of its"
+    " own prior, which a diffusion model of the same data usually surpasses; its latents, of several levels, are none for the"
+    " latent pipelines. What a reconstruction loses is lost."
+)
+
 
 def pictures_of(vae: HierarchicalVAEModel) -> dict[str, str]:
     """Names of the pictures that `draw_pictures` makes, with what they show."""

@@ -12,11 +12,17 @@ from diffusers_ext.pipelines.inversion import slerp
 
 PICTURES = {
     "reconstructions.png": "images, and what comes back from the means of their posteriors",
-    "samples.png": "decoded draws from the prior (of feature maps: textures, for objects take a diffusion model)",
+    "samples.png": "decoded draws from the prior, which are not samples of the data (of feature maps: textures)",
     "interpolations.png": "from one image to another, along a line and along a great circle",
     "traversals.png": "the latents that tell most, one in each row, from low to high",
 }
 MANIFOLD = {"manifold.png": "the plane of the two latents, in equal steps of the prior's probability"}
+
+LIMITATIONS = (
+    "It encodes and decodes images like those it was trained on. Its prior is not the distribution of their latents, so"
+    " that what is decoded of draws from the prior is no sample of the data: for those, train a diffusion model on the"
+    " latents. What a reconstruction loses, no model on the latents can give back."
+)
 
 SPAN = 3.0  # of a traversal, in standard deviations to either side
 MAX_ROWS = 10

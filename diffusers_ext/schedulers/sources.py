@@ -7,6 +7,7 @@ defaults there. For what belongs to the network, that would be another network.
 """
 
 import inspect
+import sys
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -197,9 +198,10 @@ def _betas(config: Mapping[str, Any]) -> Tensor:
 
 
 def _named_class(config: Mapping[str, Any]) -> type | None:
-    """The scheduler class that a config names, if diffusers has it."""
+    """The scheduler class that a config names, if this package or diffusers has it."""
     name = config.get("_class_name")
-    cls = getattr(diffusers, name, None) if isinstance(name, str) else None
+    ours = sys.modules[__name__.partition(".")[0]]  # whatever the package is called where its code runs
+    cls = getattr(ours, name, getattr(diffusers, name, None)) if isinstance(name, str) else None
     # What needs a library that is not installed is a placeholder there, which says nothing of its keys.
     return cls if isinstance(cls, type) and issubclass(cls, SchedulerMixin) else None
 

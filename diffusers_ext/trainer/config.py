@@ -131,6 +131,12 @@ class TrainerConfig(TrainingDataConfig):
     tracker_project_name: str = option("diffusers_ext", "project that trackers file the run under")
 
     push_to_hub: bool = option(False, "upload the finished pipeline and its card", "Hub")
+    push_to_hub_every: int | None = option(
+        None,
+        "also upload the pipeline of every so many checkpoints, as a branch named like the checkpoint",
+        at_least=1,
+        needs="push_to_hub",
+    )
     hub_model_id: str | None = option(None, "repository to push to; by default the name of output_dir")
     hub_token: str | None = option(None, "token to push with; by default the one that is logged in")
     hub_private_repo: bool = option(False, "make the repository private")

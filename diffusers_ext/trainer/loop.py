@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -27,6 +27,7 @@ from diffusers_ext.trainer.device_batches import ToDevice
 from diffusers_ext.trainer.ema import WeightAverage
 from diffusers_ext.trainer.ending import Ending, EndingCost
 from diffusers_ext.trainer.hooks import StepHook
+from diffusers_ext.trainer.milestones import Milestones
 from diffusers_ext.trainer.notes import notes_after, notes_before
 from diffusers_ext.trainer.posthoc_ema import AverageSnapshots
 from diffusers_ext.trainer.profiling import StepProfile
@@ -64,6 +65,7 @@ class Trainer:
             without gradients, in the run's precision.
         ending_cost: Measures the seconds that what is done with the trained model takes. A run by time keeps them, and
             asks it before its first step; `ending.share()` says afterwards how much of it fits.
+        saved: Enters with what the run saves at its end, which milestones are pushed of; by default `averaged_model`.
 
     Raises:
         ValueError: if `compute_loss` has parameters to train, or if the hook cannot run here.
@@ -83,6 +85,7 @@ class Trainer:
         validation_data: ImageData | None = None,
         prepare_batch: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
         ending_cost: Callable[["Trainer"], EndingCost] | None = None,
+        saved: Callable[["Trainer"], AbstractContextManager] | None = None,
     ):
         self.config, self.accelerator, self.data = config, accelerator, data
         self.output_dir = Path(config.output_dir)
@@ -97,6 +100,7 @@ class Trainer:
         self.hook.prepare(accelerator, channels_last=config.channels_last)
         self.objective = self._check_objective(compute_loss)
         self.budget, self.ending = config.budget(), Ending(self, ending_cost)
+        self.milestones = Milestones(self, saved or Trainer.averaged_model)
         self.learning_rate = LearningRate(
             config.lr_scheduler,
             config.learning_rate,
@@ -195,6 +199,10 @@ class Trainer:
         try:
             with catch_signals() as request, self.shares.watching():
                 self._run(request)
+        except BaseException:
+            for line in self.milestones.abandon():
+                accelerator.print(line)
+            raise
         finally:
             self.log.close()
             del self._stream  # ends the workers
@@ -223,6 +231,8 @@ class Trainer:
                 self._save_snapshot()
             if is_over or self._is_due(config.checkpointing_steps):
                 self.save_checkpoint()
+                with self.shares.of("saving"):
+                    self.milestones.after_checkpoint()
             if self.on_images and self._is_due(config.save_images_steps):
                 self.values.read(self.last_checkpoint)
                 with self.shares.of("making images"), random_state_kept(self.accelerator.device):

@@ -6,7 +6,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -20,12 +20,14 @@ from diffusers_ext.data.stream import StreamData
 from diffusers_ext.figures import draw_loss
 from diffusers_ext.hub import cards
 from diffusers_ext.hub import push as hub
+from diffusers_ext.hub.remote_code import add_code
 from diffusers_ext.hub.saved_folder import SavedFolder, loading_lines
 from diffusers_ext.machine import set_threads
 from diffusers_ext.options import to_yaml
 from diffusers_ext.trainer.checkpoints import list_checkpoints
 from diffusers_ext.trainer.config import TrainerConfig, resolve_for_machine
 from diffusers_ext.trainer.loop import Trainer
+from diffusers_ext.trainer.milestones import hub_access, hub_name
 from diffusers_ext.trainer.run_folder import (
     CONFIG_FILE,
     METRICS_FILE,
@@ -117,8 +119,7 @@ def _end(accelerator: Accelerator) -> None:
 
 def prepare_repo(config: TrainerConfig) -> str:
     """Makes sure that the run can be pushed at its end, and returns the full id of where to."""
-    repo_id = config.hub_model_id or Path(config.output_dir).resolve().name
-    return hub.prepare_repo(repo_id, token=config.hub_token, private=config.hub_private_repo or None)
+    return hub.prepare_repo(hub_name(config), **hub_access(config))
 
 
 def describe_data(config: TrainerConfig, data: ImageData | StreamData) -> str:
@@ -139,6 +140,8 @@ def save_atomically(saved: DiffusionPipeline | ModelMixin, output_dir: Path) -> 
         shutil.rmtree(left)
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=SAVING) as partial:
         saved.save_pretrained(partial)
+        if isinstance(saved, ModelMixin):  # pipelines do it themselves
+            add_code(partial)
         # The index goes first and comes last: without it the folder is no pipeline.
         (output_dir / index).unlink(missing_ok=True)
         for path in sorted(Path(partial).iterdir(), key=lambda path: path.name == index):
@@ -160,6 +163,7 @@ def finish_run(
     data: str,
     pictures: Mapping[str, str] = DENOISING_PICTURES,
     pipeline_tag: str = "unconditional-image-generation",
+    limitations: str = cards.DEFAULT_LIMITATIONS,
 ) -> None:
     """Draws the loss, writes the card, pushes if asked to, and says where everything is.
 
@@ -168,13 +172,16 @@ def finish_run(
         data: What it was trained on, in Markdown.
         pictures: Those in the folder, with what they show; the first goes into the card.
         pipeline_tag: The Hub's name of the task.
+        limitations: In Markdown, for the card.
     """
     config, output_dir, state = trainer.config, trainer.output_dir, trainer.state
     draw_loss(read_metrics(output_dir / METRICS_FILE), output_dir / "loss.png")
     has_curve = (output_dir / "loss.png").exists()
     if hasattr(trainer.objective, "draw"):
         pictures = {**pictures, **(trainer.objective.draw(output_dir) or {})}
-    repo_id = prepare_repo(config) if config.push_to_hub else None
+    repo_id = hub_name(config) if config.push_to_hub else None
+    with suppress(Exception):  # the Hub may be out of reach, which is no reason to lose the rest
+        repo_id = prepare_repo(config) if config.push_to_hub else None
     cards.write_card(
         output_dir,
         data=data,
@@ -188,6 +195,8 @@ def finish_run(
             options_file=CONFIG_FILE,
         ),
         sample_grid=output_dir / next(iter(pictures)),
+        pictures=pictures,
+        limitations=limitations,
         repo_id=repo_id,
         dataset_id=None if is_local(config.dataset_name) else config.dataset_name,
         pipeline_tag=pipeline_tag,
@@ -202,8 +211,9 @@ def finish_run(
     if trainer.snapshots:
         lines.append("  ema_snapshots/       training/reconstruct_ema.py makes averages of other widths of them")
     if config.push_to_hub:
-        url = hub.push_folder(output_dir, repo_id, token=config.hub_token, private=config.hub_private_repo or None)
-        lines.append(f"  pushed to            {url}")
+        url, fault = hub.push_patiently(output_dir, repo_id, **hub_access(config))
+        lines.append(f"  pushed to            {url}" if url else f"\n{fault}")
+        lines += trainer.milestones.finish()
     saved = SavedFolder.read(output_dir)
     how = loading_lines(output_dir, saved.class_name if saved.is_model else None)
     print("\n".join([*lines, "", how]), file=sys.stdout, flush=True)

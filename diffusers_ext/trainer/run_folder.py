@@ -10,6 +10,8 @@ import yaml
 
 from diffusers_ext.atomic_files import PARTIAL, atomic_write
 from diffusers_ext.hub.cards import CALIBRATION_FILE
+from diffusers_ext.hub.push import MILESTONES
+from diffusers_ext.hub.remote_code import CODE_FILES
 from diffusers_ext.options import fixed_on_resume, to_yaml
 from diffusers_ext.trainer.checkpoints import list_checkpoints
 from diffusers_ext.trainer.config import TrainerConfig
@@ -62,11 +64,12 @@ def clear_output_dir(path: Path) -> None:
             shutil.rmtree(path / name, ignore_errors=True)
     for folder in [*path.glob("checkpoint-*"), *path.glob(".checkpoint-*"), *path.glob(f"{SAVING}*")]:
         shutil.rmtree(folder, ignore_errors=True)
-    for name in ("samples", "before", "logs", "profile", SNAPSHOT_FOLDER):
+    for name in ("samples", "before", "logs", "profile", SNAPSHOT_FOLDER, MILESTONES):
         shutil.rmtree(path / name, ignore_errors=True)
     for name in (
         *_OF_A_RUN,
         "config.json",
+        *CODE_FILES,
         "README.md",
         "evaluation.json",
         CALIBRATION_FILE,

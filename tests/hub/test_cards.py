@@ -1,18 +1,28 @@
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 from PIL import Image
 
 from diffusers_ext.hub.cards import Figure, TrainingRun, add_figures, describe_machine, source_commit, write_card
 from diffusers_ext.hub.saved_folder import loading_lines
+from diffusers_ext.models.unet import UNetModel
 from tiny import save_run, tiny_unet
+from training import evaluate, evaluate_vae
 
 
 FIGURE = Figure(
-    "Fréchet distance, digits classifier", 1.23456, 1000, "ExtDDIMScheduler", 50, "python evaluate.py runs/x"
+    "Fréchet distance, digits classifier",
+    1.23456,
+    1000,
+    "ExtDDIMScheduler",
+    50,
+    "python evaluate.py runs/x",
+    "Fréchet distance",
 )
 
 
@@ -50,7 +60,8 @@ def test_card_says_what_is_known(folder):
     assert (data.license, data.library_name, data.datasets) == ("mit", "diffusers", "alice/digits")
     assert data.tags == ["diffusers", "diffusers_ext", "ddpm"]
     [result] = data.eval_results
-    assert (result.metric_name, result.metric_value) == (FIGURE.metric, FIGURE.value)
+    named = (result.metric_type, result.metric_name, result.metric_value)
+    assert named == ("frechet_distance", "Fréchet distance", FIGURE.value)
 
 
 def test_figures_can_be_added_later_and_again(folder):
@@ -133,6 +144,8 @@ def test_card_errors(folder, tmp_path):
         ({"value": float("nan")}, "must be finite, got nan"),
         ({"num_samples": 0}, "num_samples of .* must be at least 1, got 0"),
         ({"command": " "}, "a figure needs its command"),
+        ({"name": None}, "the name of a metric must have at most 40 characters and no punctuation, got 'Fréchet dist"),
+        ({"name": "a share " * 6}, "what it was measured on belongs into `metric`"),
     ],
 )
 def test_figure_must_be_measured(change, message):
@@ -164,3 +177,30 @@ def test_card_of_a_model_by_itself(tmp_path):
     (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(ValueError, match="is of a UNetModel, but there are no weights beside it"):
         write_card(tmp_path, data="Digits.")
+
+
+def test_metrics_of_the_scripts_have_names():
+    """And no two the same: the Hub tells them apart by these."""
+    for script in (evaluate, evaluate_vae):
+        assert script.METRIC_NAMES.keys() == script.METRICS.keys()
+        assert len(set(script.METRIC_NAMES.values())) == len(script.METRICS)
+        for name in script.METRIC_NAMES.values():
+            assert Figure("metric", 1.0, 1, None, None, "command", name).name == name
+
+
+def test_card_says_the_ways_to_load_and_each_runs(folder, monkeypatch):
+    """As it stands, where the folder is; the second in `test_remote_code.py` without the package."""
+    text = write_card(folder, data="Digits.", pictures={"samples.png": "samples", "no.png": "?"}).read_text()
+    assert "What the pictures show:\n\n- `samples.png`: samples\n\n| component" in text
+    blocks = re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 3 and "pip install diffusers_ext" in text and "`pipeline.py`" in text
+    assert "trust_remote_code=True" in blocks[1] and "diffusers_ext" not in blocks[1]
+    monkeypatch.chdir(folder.parent)
+    for block, name in zip(blocks, ("pipeline", "pipeline", "denoiser"), strict=True):
+        exec(block, found := {})
+        assert isinstance(found[name], DiffusionPipeline | UNetModel)
+
+
+def test_card_of_a_branch_loads_the_branch(folder):
+    text = write_card(folder, data="Digits.", repo_id="alice/my-digits", revision="step-10").read_text()
+    assert text.count('from_pretrained("alice/my-digits", ') == 3 and text.count('revision="step-10"') == 3

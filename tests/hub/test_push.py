@@ -3,13 +3,16 @@ import sys
 
 import diffusers
 import pytest
+import torch
 from huggingface_hub import HfApi
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
 import diffusers_ext
 from diffusers_ext import GuidedDiffusionPipeline
+from diffusers_ext.hub.__main__ import main
 from diffusers_ext.hub.cards import write_card
-from diffusers_ext.hub.push import prepare_repo, push_folder
+from diffusers_ext.hub.push import prepare_repo, push_folder, push_patiently
+from diffusers_ext.hub.remote_code import code_of_pipeline
 from diffusers_ext.hub.saved_folder import loading_lines
 from tiny import assert_same_pipeline, assert_same_weights, save_run, tiny_unet
 
@@ -41,9 +44,12 @@ def test_push_is_one_commit_of_the_pipeline_alone(hub, folder):
         "README.md",
         "metrics.jsonl",
         "model_index.json",
+        "pipeline.py",
         "samples.png",
+        "scheduler/diffusers_ext.py",
         "scheduler/scheduler_config.json",
         "denoiser/config.json",
+        "denoiser/diffusers_ext.py",
         "denoiser/diffusion_pytorch_model.safetensors",
     }
     for name in set(uploaded) - {".gitattributes"}:
@@ -142,3 +148,116 @@ def test_a_model_by_itself_is_pushed_and_loads(hub, tmp_path):
     namespace = {}
     exec(loading_lines("alice/unet", "UNetModel"), namespace)
     assert_same_weights(namespace["model"], tiny_unet())
+
+
+# What fails.
+
+
+def test_a_push_cut_at_any_request_leaves_what_was_there(hub, folder):
+    """All requests from some number on are refused: the commit, which is one of them, is made or is not."""
+    push_folder(folder, "alice/my-digits", token=ALICE)
+    before = hub.files("alice/my-digits")
+    pipeline = GuidedDiffusionPipeline.from_pretrained(folder)
+    with torch.no_grad():
+        next(pipeline.denoiser.parameters()).add_(1)
+    pipeline.save_pretrained(folder)
+    for branch in (None, "half-way"):
+        for last in range(100):
+            hub.requests.clear()
+            hub.lfs.clear()
+            hub.refuse = lambda number, path, last=last: 418 if number >= last else None
+            try:
+                push_folder(folder, "alice/my-digits", token=ALICE, branch=branch)
+                break
+            except (HfHubHTTPError, ConnectionError):
+                hub.refuse = lambda number, path: None
+                assert hub.files("alice/my-digits") == before
+        assert 5 < last < 20
+        assert hub.files("alice/my-digits", branch=branch or "main") != before
+        hub.refuse = lambda number, path: None
+        push_folder(save_run(folder.parent / f"first for {branch}"), "alice/my-digits", token=ALICE)
+        assert hub.files("alice/my-digits") == before
+
+
+def test_a_branch_that_is_made_for_a_push_that_fails_goes_again(hub, folder):
+    push_folder(folder, "alice/my-digits", token=ALICE)
+    repo = hub.repos["model", "alice/my-digits"]
+    (folder / "metrics.jsonl").write_text("")
+    made = []
+
+    def refuse(number, path):
+        made.extend(repo.branches)
+        return 418 if "/commit/" in path else None
+
+    hub.refuse = refuse
+    with pytest.raises(HfHubHTTPError):
+        push_folder(folder, "alice/my-digits", token=ALICE, branch="half-way")
+    assert "half-way" in made and set(repo.branches) == {"main"}
+
+
+@pytest.mark.parametrize("status", [500, 429])
+def test_an_upload_that_fails_at_any_request_is_tried_again(hub, folder, status):
+    count = None
+    for failing in range(100):
+        hub.repos.clear()
+        hub.requests.clear()
+        hub.refuse = lambda number, path, failing=failing: status if number == failing else None
+        address, line = push_patiently(folder, "alice/my-digits", token=ALICE, waits=(0, 0))
+        assert address and not line
+        assert set(hub.files("alice/my-digits")) > {"model_index.json", "pipeline.py"}
+        if failing >= len(hub.requests):
+            break
+        count = failing
+    assert count > 4
+
+
+def test_a_push_that_cannot_be_made_says_how_to_make_it_later(hub, folder):
+    waited = []
+    hub.refuse = lambda number, path: 503
+    address, line = push_patiently(
+        folder, "alice/my-digits", token=ALICE, branch="step-10", private=True, sleep=waited.append
+    )
+    assert address is None and waited == sorted(waited) and len(waited) == 4
+    assert line.startswith("not pushed to alice/my-digits (")
+    assert line.endswith(f"python -m diffusers_ext.hub push {folder} alice/my-digits --branch step-10 --private")
+    hub.refuse = lambda number, path: None
+    for token, folder_ in ((BOB, folder), (ALICE, folder / "nowhere"), (None, folder)):
+        address, line = push_patiently(folder_, "alice/my-digits", token=token, sleep=waited.append)
+        assert address is None and "not pushed" in line
+    assert len(waited) == 4  # what no second try can mend is tried once
+
+
+# The command.
+
+
+def test_command_pushes_with_the_token_of_the_environment(hub, folder, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", ALICE)
+    main(["push", str(folder), "my-digits", "--private", "--message", "Upload digits"])
+    assert capsys.readouterr().out.startswith(f"pushed to {hub.url}/alice/my-digits/commit/")
+    assert hub.repos["model", "alice/my-digits"].private and hub.titles("alice/my-digits")[-1] == "Upload digits"
+    main(["push", str(folder), "my-digits", "--branch", "step-10"])
+    assert "model_index.json" in hub.files("alice/my-digits", branch="step-10")
+
+
+def test_command_says_in_a_line_what_is_wrong(hub, folder, monkeypatch, capsys):
+    for arguments, message in (
+        (["push", str(folder), "my-digits"], "there is none: pass `token`, set the environment variable HF_TOKEN"),
+        (["push", str(folder / "nowhere"), "my-digits"], "must hold a saved pipeline or model"),
+        (["push", str(folder), "a/b/c"], "a repo id must be"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            main(arguments)
+    for arguments in (["push", str(folder), "my-digits", "--token", ALICE], [], ["pull"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(arguments)
+
+
+def test_command_writes_code_into_a_folder(tmp_path, capsys):
+    tiny_unet().save_pretrained(tmp_path)
+    main(["code", str(tmp_path)])
+    assert capsys.readouterr().out == f"written to {tmp_path}: modeling_diffusers_ext.py\n"
+    assert (tmp_path / "modeling_diffusers_ext.py").read_text() == code_of_pipeline()
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    main(["code", str(empty)])
+    assert "holds nothing of diffusers_ext" in capsys.readouterr().out

@@ -80,7 +80,7 @@ def test_a_run_folder_is_measured_without_options(tmp_path, features_folder, cap
     card = (folder / "README.md").read_text()
     distance = f"{result['generated']['frechet_distance']:.4g}"
     assert f"| Fréchet distance in the features of a classifier of digits | {distance} | 200 |" in card
-    assert "\npython training/evaluate.py --dataset_name digits" in card
+    assert f"\npython training/evaluate.py {folder} --dataset_name digits" in card and "name: precision\n" in card
     assert result == json.loads((folder / "evaluation.json").read_text())
     assert not list(folder.glob("*.tmp"))
     assert result["dataset_name"] == "digits" and result["num_train_images"] == 1500
