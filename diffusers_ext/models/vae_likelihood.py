@@ -201,7 +201,7 @@ def gaussian_draws(
             repeated(posterior.mean, copies), repeated(posterior.logvar, copies), posterior.prior_mean
         )
         log_ratio = to_float64(many.prior_log_prob(z)) + to_float64(many.nll(z))
-        return LatentDraws(z, log_ratio, posterior.kl().repeat(copies)[None])
+        return LatentDraws(z, log_ratio, posterior.kl().repeat(copies).unsqueeze(0))
 
     return draw
 
