@@ -5,7 +5,7 @@ Given x_t, the mean of p(x_s | x_t) is that of the posterior of the predicted x_
     variance = std(t, s)^2 + c(t, s)^2 v_t
 
 with the posterior's standard deviation, the factor c that its mean has x_0 with, and v_t = E|x_0 - x_0_hat|^2 of one
-coordinate. For the best network v_t = (sigma_t / alpha_t)^2 (1 - E|eps_hat|^2), which makes it Eq. 7 of the paper; for any
+coordinate. For the best network v_t = (sigma_t / alpha_t)^2 (1 - E|eps_hat|^2), which makes it the variance of the paper; for any
 other v_t as measured gives the least bound (Bao et al. 2022b).
 
 References:
@@ -50,7 +50,7 @@ SMALLEST_ERROR = 1e-6
 
 
 def analytic_variance(t: NoiseLevel, s: NoiseLevel, x0_variance: Factor, eta: Factor = 1.0) -> Factor:
-    """Variance of p(x_s | x_t) for a prediction of x_0 that is off by `x0_variance` (Analytic-DPM, Theorem 1).
+    """Variance of p(x_s | x_t) for a prediction of x_0 that is off by `x0_variance` (Analytic-DPM).
 
     Args:
         t, s: Noise levels of x_t and of the result; t has noise.
@@ -69,9 +69,9 @@ def analytic_std(at: Transition, eta: Factor = 1.0) -> Factor:
 
 
 def within_bounds(x0_variance: Tensor, level: NoiseLevel, largest_x0: float | None = None) -> Tensor:
-    """Estimates of v_t clipped to what it can be, whatever the data (Analytic-DPM, Theorem 2).
+    """Estimates of v_t clipped to what it can be, whatever the data (Analytic-DPM).
 
-    It is at least 0, at most (sigma / alpha)^2, and for data in [-r, r] at most r^2: what the theorem says of the variance,
+    It is at least 0, at most (sigma / alpha)^2, and for data in [-r, r] at most r^2: the paper's bounds on the variance,
     carried over to v_t. An estimate is off for a network that is, and by chance.
 
     Args:
@@ -116,7 +116,7 @@ class PredictionMoments:
         return self.x0_error / self.count
 
     def x0_variance_of_best(self, level: NoiseLevel) -> Tensor:
-        """v_t as it follows from E|eps_hat|^2 if the network is the best there is (Analytic-DPM, Eqs. 8 and 9).
+        """v_t as it follows from E|eps_hat|^2 if the network is the best there is (Analytic-DPM).
 
         It needs no x_0 beside x_t, and loses its digits where there is much noise.
         """
