@@ -8,7 +8,8 @@ from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
 
-from diffusers_ext.diffusion.noising import LEARNED_VARIANCES, dynamic_threshold
+from diffusers_ext.diffusion.noising import LEARNED_VARIANCES
+from diffusers_ext.evaluation.bits_per_dim import clip_of
 from diffusers_ext.evaluation.labelled_images import LabelledImages, convert_channels, drawn_order
 from diffusers_ext.evaluation.pipeline_facts import label_names_of
 from diffusers_ext.pipelines.image_inputs import encode_pixels
@@ -79,11 +80,7 @@ class Subject:
     @property
     def clip(self) -> Callable[[Tensor], Tensor] | None:
         """What the sampler does to the predicted x_0, or None."""
-        config = self.pipe.scheduler.config
-        if config.thresholding:
-            return lambda x0: dynamic_threshold(x0, config.dynamic_thresholding_ratio, config.sample_max_value)
-        bound = config.clip_sample_range
-        return (lambda x0: x0.clamp(-bound, bound)) if config.clip_sample else None
+        return clip_of(self.pipe.scheduler.config)
 
     def clean_samples(self, images: LabelledImages, number: int, seed: int) -> tuple[Tensor, Tensor | None]:
         """x_0 of training images that the seed draws, on the scale of the network and its device, and their labels."""

@@ -106,7 +106,7 @@ class LikelihoodModel:
             schedule,
             [int(timestep) for timestep in timesteps],
             prediction_type_of(pipeline.scheduler),
-            _clip_of(config),
+            clip_of(config),
             num_labels_of(pipeline),
             getattr(pipeline, "null_label", None),
             variance,
@@ -172,7 +172,7 @@ class LikelihoodModel:
         return denoise
 
 
-def _clip_of(config: Mapping[str, Any]) -> Callable[[Tensor], Tensor] | None:
+def clip_of(config: Mapping[str, Any]) -> Callable[[Tensor], Tensor] | None:
     """What a scheduler of this config does to the predicted x_0, if anything."""
     if config.get("thresholding"):
         ratio, largest = config.get("dynamic_thresholding_ratio", 0.995), config.get("sample_max_value", 1.0)
