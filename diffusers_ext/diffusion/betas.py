@@ -59,7 +59,7 @@ def make_betas(
     """
     if name not in BETA_SCHEDULES:
         raise ValueError(f"beta_schedule must be one of {', '.join(BETA_SCHEDULES)}, got {name!r}")
-    _check_length("num_train_timesteps", num_train_timesteps)
+    check_integer("num_train_timesteps", num_train_timesteps)
     if name in ("squaredcos_cap_v2", "cosine", "sigmoid_alpha_bar", "laplace"):
         return _betas_of_alpha_bar(name, num_train_timesteps)
     for key, value in (("beta_start", beta_start), ("beta_end", beta_end)):
@@ -67,7 +67,7 @@ def make_betas(
             raise ValueError(f"{key} must be in [0, 1], got {value}")
     if reference_timesteps is None:
         return _betas_between(name, num_train_timesteps, beta_start, beta_end)
-    _check_length("reference_timesteps", reference_timesteps)
+    check_integer("reference_timesteps", reference_timesteps)
     return respace_betas(_betas_between(name, reference_timesteps, beta_start, beta_end), num_train_timesteps)
 
 
@@ -127,6 +127,6 @@ def _betas_of_alpha_bar(name: str, num_timesteps: int) -> Tensor:
     return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=MAX_BETA)
 
 
-def _check_length(key: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{key} must be an integer of at least 1, got {value!r}")
+def check_integer(key: str, value: int, at_least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        raise ValueError(f"{key} must be an integer of at least {at_least}, got {value!r}")

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffusers_ext.diffusion.betas import check_integer
 from diffusers_ext.diffusion.noising import NoiseLevel, NoiseSchedule
 
 
@@ -240,12 +241,7 @@ class PathSchedule(NoiseSchedule):
     """
 
     def __init__(self, path: Path, num_train_timesteps: int, first_label: int = 0):
-        if (
-            isinstance(num_train_timesteps, bool)
-            or not isinstance(num_train_timesteps, int)
-            or num_train_timesteps < 1
-        ):
-            raise ValueError(f"num_train_timesteps must be an integer of at least 1, got {num_train_timesteps!r}")
+        check_integer("num_train_timesteps", num_train_timesteps)
         self.path, self.first_label = path, first_label
         times = torch.arange(1, num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps
         alpha, sigma = path.level(times)

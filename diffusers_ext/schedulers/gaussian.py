@@ -10,7 +10,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from diffusers_ext.diffusion.analytic_variance import X0Variances
-from diffusers_ext.diffusion.betas import make_betas, rescale_zero_terminal_snr
+from diffusers_ext.diffusion.betas import check_integer, make_betas, rescale_zero_terminal_snr
 from diffusers_ext.diffusion.noising import (
     PREDICTION_TYPES,
     NoiseLevel,
@@ -108,12 +108,7 @@ class GaussianSchedulerMixin:
     def _check_config(self, config) -> None:
         check_choice("prediction_type", config.prediction_type, PREDICTION_TYPES)
         check_choice("timestep_spacing", config.timestep_spacing, TIMESTEP_SPACINGS)
-        if (
-            isinstance(config.steps_offset, bool)
-            or not isinstance(config.steps_offset, int)
-            or config.steps_offset < 0
-        ):
-            raise ValueError(f"steps_offset must be an integer of at least 0, got {config.steps_offset!r}")
+        check_integer("steps_offset", config.steps_offset, at_least=0)
         if config.get("variance_type") == "analytic" and config.get("analytic_variance") is None:
             raise ValueError(
                 "variance_type 'analytic' needs analytic_variance, which training/calibrate.py measures for a model, got None"

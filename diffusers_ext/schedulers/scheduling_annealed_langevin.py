@@ -8,6 +8,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from torch import Tensor
 
+from diffusers_ext.diffusion.betas import check_integer
 from diffusers_ext.diffusion.noising import predict_eps
 from diffusers_ext.diffusion.reverse_sde import langevin
 from diffusers_ext.schedulers.any_path import AnyPathSchedulerMixin
@@ -79,10 +80,8 @@ class AnnealedLangevinScheduler(AnyPathSchedulerMixin):
         rescale_betas_zero_snr: bool = False,
         beta_reference_timesteps: int | None = None,
     ):
-        steps = num_langevin_steps
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"num_langevin_steps must be an integer of at least 1, got {steps!r}")
-        self.calls = ("step",) * (steps - 1) + ("last",)
+        check_integer("num_langevin_steps", num_langevin_steps)
+        self.calls = ("step",) * (num_langevin_steps - 1) + ("last",)
         self._setup()
         largest = 2 * float(self.schedule.sigma[0]) ** 2
         if step_size is not None and not 0 < step_size < largest:

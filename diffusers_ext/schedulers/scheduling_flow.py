@@ -11,6 +11,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from torch import Tensor
 
+from diffusers_ext.diffusion.betas import check_integer
 from diffusers_ext.diffusion.noising import (
     PREDICTION_TYPES,
     NoiseLevel,
@@ -114,12 +115,7 @@ class FlowScheduler(FlowMatchEulerDiscreteScheduler):
             shift = flow_shift
         if not shift > 0:
             raise ValueError(f"shift must be above 0, got {shift}")
-        if (
-            isinstance(num_train_timesteps, bool)
-            or not isinstance(num_train_timesteps, int)
-            or num_train_timesteps < 1
-        ):
-            raise ValueError(f"num_train_timesteps must be an integer of at least 1, got {num_train_timesteps!r}")
+        check_integer("num_train_timesteps", num_train_timesteps)
         self._register_explicitly(
             shift=shift,
             flow_shift=shift,

@@ -9,6 +9,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from torch import Tensor
 
+from diffusers_ext.diffusion.betas import check_integer
 from diffusers_ext.diffusion.noising import predict_eps, weighted_sum
 from diffusers_ext.diffusion.paths import ContinuousTime
 from diffusers_ext.diffusion.probability_flow import solve_flow
@@ -102,8 +103,7 @@ class ScoreSDEScheduler(AnyPathSchedulerMixin):
     ):
         check_choice("predictor", predictor, PREDICTORS)
         check_choice("corrector", corrector, CORRECTORS)
-        if isinstance(corrector_steps, bool) or not isinstance(corrector_steps, int) or corrector_steps < 0:
-            raise ValueError(f"corrector_steps must be an integer of at least 0, got {corrector_steps!r}")
+        check_integer("corrector_steps", corrector_steps, at_least=0)
         if not 0 < snr < 1:
             raise ValueError(f"snr must be above 0 and below 1, got {snr}")
         self.calls = ("mean",) * (predictor == "heun") + ("correct",) * corrector_steps + ("predict",)
