@@ -12,6 +12,10 @@ from diffusers_ext.diffusion.noising import NoiseSchedule, posterior, predict_ep
 
 VARIANCE = 0.25
 
+# Every pair of a root of the data's second moment and one of the noise's, so that means of quadratic forms are exact.
+X0 = VARIANCE**0.5 * torch.tensor([1.0, 1.0, -1.0, -1.0], dtype=torch.float64).view(4, 1, 1, 1)
+EPS = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64).view(4, 1, 1, 1)
+
 
 def denoise(x_t, level):
     """E[x_0 | x_t]."""

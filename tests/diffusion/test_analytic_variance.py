@@ -12,12 +12,9 @@ from diffusers_ext.diffusion.analytic_variance import (
 from diffusers_ext.diffusion.betas import make_betas
 from diffusers_ext.diffusion.noising import PREDICTION_TYPES, NoiseSchedule, posterior_std
 from diffusers_ext.diffusion.timestep_search import search_grid
-from gaussian_oracle import VARIANCE, model_output, optimal_variance
+from gaussian_oracle import EPS, VARIANCE, X0, model_output, optimal_variance
 
 
-# Every pair of a root of the data's second moment and one of the noise's, so that means of quadratic forms are exact.
-X0 = VARIANCE**0.5 * torch.tensor([1.0, 1.0, -1.0, -1.0], dtype=torch.float64).view(4, 1, 1, 1)
-EPS = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64).view(4, 1, 1, 1)
 LIKE = torch.zeros(1, dtype=torch.float64)
 
 

@@ -21,12 +21,10 @@ from diffusers_ext.diffusion.timestep_search import (
 from diffusers_ext.diffusion.timesteps import make_timesteps
 from diffusers_ext.diffusion.variational_bound import bits_per_dim, chain_variances, variational_bound
 from diffusers_ext.schedulers import ExtDDIMScheduler
-from gaussian_oracle import VARIANCE, model_output
+from gaussian_oracle import EPS, VARIANCE, X0, model_output
 from mixture_oracle import MEANS, STDS, WEIGHTS, MixtureDenoiser
 
 
-X0 = VARIANCE**0.5 * torch.tensor([1.0, 1.0, -1.0, -1.0], dtype=torch.float64).view(4, 1, 1, 1)
-EPS = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64).view(4, 1, 1, 1)
 LIKE = torch.zeros(1, dtype=torch.float64)
 
 
