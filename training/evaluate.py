@@ -57,8 +57,13 @@ SVC_UP_TO = 16 * 16
 # How a model card names the measures.
 METRICS = {
     "frechet_distance": "Fréchet distance in the features of a classifier of {dataset}",
+    "extrapolated_frechet_distance": "Fréchet distance in these features, extrapolated to infinitely many images",
     "feature_precision": "precision in these features, k={k}",
     "feature_recall": "recall in these features, k={k}",
+    "density": "density in these features, k={k}",
+    "coverage": "coverage in these features, k={k}",
+    "kernel_distance": "kernel distance (MMD^2, polynomial of degree 3) in these features",
+    "classifier_score": "score of this classifier's classes, as the Inception score is of Inception's",
     "label_accuracy": "share that this classifier gives the label {whose}",
     "pixel_precision": "precision in pixels, k={k}",
     "pixel_recall": "recall in pixels, k={k}",
@@ -68,8 +73,13 @@ METRICS = {
 # And its metadata, which the Hub shows in its tables.
 METRIC_NAMES = {
     "frechet_distance": "Fréchet distance",
+    "extrapolated_frechet_distance": "extrapolated Fréchet distance",
     "feature_precision": "precision",
     "feature_recall": "recall",
+    "density": "density",
+    "coverage": "coverage",
+    "kernel_distance": "kernel distance",
+    "classifier_score": "classifier score",
     "label_accuracy": "label accuracy",
     "pixel_precision": "precision in pixels",
     "pixel_recall": "recall in pixels",
@@ -114,6 +124,11 @@ class EvaluateConfig(DataOptions):
         "how",
     )
     num_neighbours: int = option(5, "k of precision and recall", at_least=1)
+    extrapolate: bool = option(
+        False,
+        "estimate the Fréchet distance of infinitely many images too, by a line through those of subsets; takes more than "
+        "twice as many images as there are features",
+    )
     pixel_metrics: bool | None = option(None, "measure in pixels too; by default for images of up to 64x64x3 values")
     svc: bool | None = option(
         None,
@@ -318,6 +333,14 @@ def make_evaluator(config: EvaluateConfig, real: RealImages, features, num_image
             has = "images of only one" if real.has_labels else "none"
             raise ValueError(f"--svc needs labels, two or more, and {real.name} has {has}")
         use_svc = False
+    if config.extrapolate and features is None:
+        raise ValueError(
+            f"--extrapolate is of a Fréchet distance, and there are no features of {real.name} to measure in"
+        )
+    if config.extrapolate and num_images <= 2 * features.feature_dim:
+        raise ValueError(
+            f"--extrapolate takes more than {2 * features.feature_dim} images, twice the number of features, got {num_images}"
+        )
     return Evaluator(
         real.train,
         features,
@@ -325,6 +348,7 @@ def make_evaluator(config: EvaluateConfig, real: RealImages, features, num_image
         num_neighbours=config.num_neighbours,
         in_pixels=num_values <= PIXEL_METRICS_UP_TO if config.pixel_metrics is None else config.pixel_metrics,
         svc=fit_svc(real.train) if use_svc else None,
+        extrapolate=config.extrapolate,
         seed=config.seed,
     )
 

@@ -8,9 +8,11 @@ from torch import Tensor
 
 from diffusers_ext.evaluation.labelled_images import LabelledImages, drawn_order
 from diffusers_ext.evaluation.real_images import RealImages
+from diffusers_ext.metrics.classes import classifier_score
 from diffusers_ext.metrics.features import FeatureClassifierModel
-from diffusers_ext.metrics.frechet import FeatureStatistics, frechet_distance
-from diffusers_ext.metrics.neighbours import PrecisionRecall, nearest_distances, precision_recall
+from diffusers_ext.metrics.frechet import FeatureStatistics, extrapolated_frechet_distance, frechet_distance
+from diffusers_ext.metrics.kernel import kernel_distance
+from diffusers_ext.metrics.neighbours import PrecisionRecall, density_coverage, nearest_distances, precision_recall
 
 
 # Below this probability of a chi-squared test, labels are taken to be in other proportions than the training images'.
@@ -33,6 +35,7 @@ class Evaluator:
         num_neighbours: The k of precision and recall.
         in_pixels: Measure precision, recall and distances to the nearest training image in pixels too.
         svc: A fitted classifier with scikit-learn's `predict`, of flattened pixels in [0, 1] (see `fit_svc`), or None.
+        extrapolate: Estimate the Fréchet distance of infinitely many images too, from more than twice as many as features.
         seed: Of the draw of the reference.
     """
 
@@ -42,6 +45,7 @@ class Evaluator:
     num_neighbours: int = 5
     in_pixels: bool = True
     svc: object | None = None
+    extrapolate: bool = False
     seed: int = 0
 
     def __post_init__(self):
@@ -72,7 +76,9 @@ class Evaluator:
             labels: The label asked for each image, if any was.
 
         Returns:
-            `num_images`; in features: `frechet_distance` from all real images, `feature_precision`, `feature_recall`,
+            `num_images`; in features: `frechet_distance` from all real images, `extrapolated_frechet_distance` where asked for,
+            `feature_precision`, `feature_recall`, `density`, `coverage`, `kernel_distance` and its standard error
+            `kernel_distance_error` from the reference, `classifier_score` of the classifier's classes,
             `label_accuracy` (share of the images to which the feature classifier gives the label asked for, compared by
             name), if it knows the labels of the real images;
             `reference_weighted`, True where the real images were weighted to the labels' proportions, see the class;
@@ -106,8 +112,22 @@ class Evaluator:
         features, classes = self.features.measure(images)
         real = self._statistics if weights is None else FeatureStatistics.of_weighted(self._features, weights)
         distance = frechet_distance(real, FeatureStatistics(self.features.feature_dim).update(features))
-        precision, recall = self._precision_recall(self._features, features, weights)
-        result = {"frechet_distance": distance, "feature_precision": precision, "feature_recall": recall}
+        result = {"frechet_distance": distance}
+        if self.extrapolate and len(features) > 2 * self.features.feature_dim:
+            result["extrapolated_frechet_distance"] = extrapolated_frechet_distance(real, features, seed=self.seed)
+        result["feature_precision"], result["feature_recall"] = self._precision_recall(
+            self._features, features, weights
+        )
+        reference = self._features[self._reference]
+        of_reference = None if weights is None else weights[self._reference]
+        result["density"], result["coverage"] = density_coverage(
+            reference, features, self.num_neighbours, of_reference
+        )
+        if min(len(features), len(reference) if weights is None else int((of_reference > 0).sum())) >= 4:
+            result["kernel_distance"], result["kernel_distance_error"] = kernel_distance(
+                reference, features, real_weights=of_reference
+            )
+        result["classifier_score"] = classifier_score(self.features.logits(features))
         if labels is not None and knows_labels(self.features, self.train):
             result["label_accuracy"] = _share_equal(self.features.ids_among(self.train.label_names)[classes], labels)
         return result

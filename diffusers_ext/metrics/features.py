@@ -149,6 +149,11 @@ class FeatureClassifierModel(ModelMixin, ConfigMixin):
         return self.classifier(self.extract_features(sample))
 
     @torch.no_grad()
+    def logits(self, features: Tensor) -> Tensor:
+        """The logits of the labels that features of `measure` have, shape `(number, num_classes)`, on the CPU."""
+        return self.classifier(features.to(self.device)).cpu()
+
+    @torch.no_grad()
     def measure(self, images: Tensor, batch_size: int = 256) -> tuple[Tensor, Tensor]:
         """Features and predicted labels of 8-bit images, in evaluation mode and batch by batch.
 

@@ -1,8 +1,10 @@
-"""Precision and recall of generated images by k nearest neighbours (Kynkäänniemi et al. 2019, arXiv 1904.06991).
+"""Precision and recall, density and coverage of generated images by k nearest neighbours.
 
 A set's manifold is estimated as the union of balls around its points, each ball reaching to the point's k-th nearest
 neighbour in the set. Precision is the share of generated points in the manifold of the real ones, recall the share of
-real points in the manifold of the generated ones.
+real points in the manifold of the generated ones (Kynkäänniemi et al. 2019, arXiv 1904.06991). Density and coverage
+(Naeem et al. 2020, arXiv 2002.09797) look at the balls of the real points alone, which an outlier among the generated
+ones does not change.
 """
 
 from collections.abc import Iterator
@@ -12,10 +14,7 @@ import torch
 from torch import Tensor
 
 from diffusers_ext.diffusion.precision import to_float64
-
-
-# Distances held at a time: 64 MB in float64, whatever the sizes of the sets.
-CHUNK_ELEMENTS = 2**23
+from diffusers_ext.metrics.feature_sets import CHUNK_ELEMENTS, check_feature_sets
 
 
 class PrecisionRecall(NamedTuple):
@@ -23,6 +22,13 @@ class PrecisionRecall(NamedTuple):
 
     precision: float
     recall: float
+
+
+class DensityCoverage(NamedTuple):
+    """Density is at least 0, and 1 where both sets are of one law; coverage is a share in [0, 1], and 1 is best."""
+
+    density: float
+    coverage: float
 
 
 def precision_recall(
@@ -42,18 +48,39 @@ def precision_recall(
     Raises:
         ValueError: if the features differ in number or are not finite, or a set has fewer than k + 1 points.
     """
-    real, generated = _check(real, generated, names=("real", "generated"))
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
-    for name, points in (("real", real), ("generated", generated)):
-        if len(points) < k + 1:
-            raise ValueError(f"k={k} neighbours need at least {k + 1} {name} images, got {len(points)}")
-
-    # Rounding of |p - q|^2 = |p|^2 + |q|^2 - 2 p q is relative to the norms, which the shared centre keeps small.
-    tolerance = 1e-12 * max(real.square().sum(1).max(), generated.square().sum(1).max())
+    real, generated, tolerance = _real_and_generated(real, generated, k)
     precision = _share_inside(generated, real, _radii(real, k) + tolerance)
     recall = _share_inside(real, generated, _radii(generated, k) + tolerance, real_weights)
     return PrecisionRecall(precision, recall)
+
+
+def density_coverage(
+    real: Tensor, generated: Tensor, k: int = 5, real_weights: Tensor | None = None
+) -> DensityCoverage:
+    """Density and coverage, exact, in float64 and in chunks of bounded memory.
+
+    Density counts in how many balls of real points each generated point lies, divided by k; where both sets are of one
+    law, it is 1 on average. Coverage is the share of real points whose ball has a generated point in it: with sets of
+    equal size and one law, 1 - 2^-k for many points, so .97 for k = 5. A point on the edge of a ball, to rounding, is inside.
+
+    Args:
+        real, generated, k, real_weights: As for `precision_recall`. With weights, a ball counts by that of its point, in
+            density in proportion to their mean.
+
+    Raises:
+        ValueError: see `precision_recall`.
+    """
+    real, generated, tolerance = _real_and_generated(real, generated, k)
+    weights = real.new_ones(len(real)) if real_weights is None else to_float64(real_weights).to(real.device)
+    weights = weights / weights.sum()
+    radii = _radii(real, k) + tolerance
+    inside, covered = real.new_zeros(()), torch.zeros(len(real), dtype=torch.bool, device=real.device)
+    for _, distances in _squared_distances(generated, real):
+        within = distances <= radii
+        inside += (within * weights).sum()
+        covered |= within.any(0)
+    density = float(inside) * len(real) / (k * len(generated))
+    return DensityCoverage(density, float(weights[covered].sum()))
 
 
 def nearest_distances(points: Tensor, reference: Tensor) -> Tensor:
@@ -70,6 +97,18 @@ def nearest_distances(points: Tensor, reference: Tensor) -> Tensor:
         raise ValueError("reference must have at least one point, got none")
     nearest = [distances.amin(1) for _, distances in _squared_distances(points, reference)]
     return torch.cat(nearest).sqrt() if nearest else points.new_zeros(0)
+
+
+def _real_and_generated(real: Tensor, generated: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Both sets around one centre in float64, and the rounding of their squared distances."""
+    real, generated = _check(real, generated, names=("real", "generated"))
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    for name, points in (("real", real), ("generated", generated)):
+        if len(points) < k + 1:
+            raise ValueError(f"k={k} neighbours need at least {k + 1} {name} images, got {len(points)}")
+    # Rounding of |p - q|^2 = |p|^2 + |q|^2 - 2 p q is relative to the norms, which the shared centre keeps small.
+    return real, generated, 1e-12 * max(real.square().sum(1).max(), generated.square().sum(1).max())
 
 
 def _radii(points: Tensor, k: int) -> Tensor:
@@ -104,16 +143,8 @@ def _squared_distances(points: Tensor, others: Tensor) -> Iterator[tuple[slice, 
 
 def _check(*sets: Tensor, names: tuple[str, str]) -> list[Tensor]:
     """The two sets in float64, moved by one vector to around the origin."""
-    for name, points in zip(names, sets, strict=True):
-        if points.ndim != 2:
-            raise ValueError(f"{name} must have shape (number, dim), got {tuple(points.shape)}")
-        if not torch.isfinite(points).all():
-            raise ValueError(f"{name} must be finite, got NaN or infinity: look at the images behind the features")
     first, second = sets
-    if first.shape[1] != second.shape[1]:
-        raise ValueError(
-            f"{names[0]} and {names[1]} must have the same features, got {first.shape[1]} and {second.shape[1]}"
-        )
+    check_feature_sets(first, second, names)
     first, second = to_float64(first.detach()), to_float64(second.detach().to(first.device))
     centre = (second if len(second) else first).mean(0)
     return [first - centre, second - centre]

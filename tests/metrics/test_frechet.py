@@ -6,7 +6,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from diffusers_ext.metrics import FeatureStatistics, frechet_distance
+from diffusers_ext.metrics import FeatureStatistics, extrapolated_frechet_distance, frechet_distance
 
 
 def statistics_of(features):
@@ -125,3 +125,35 @@ def test_too_few_samples_warn_and_enough_do_not(features):
 def test_bad_input_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_the_distance_of_infinitely_many_images_has_little_of_the_bias():
+    """Two equal Gaussians: the distance of N images is positive, and falls as 1 / N."""
+    dim, law = 8, given_statistics(np.zeros(8), np.eye(8))
+    drawn = [torch.randn(400, dim, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in range(40)]
+    plain = np.mean([frechet_distance(law, statistics_of(each)) for each in drawn])
+    extrapolated = np.array([extrapolated_frechet_distance(law, each) for each in drawn])
+    assert plain > 0.05
+    assert abs(extrapolated.mean()) < 0.1 * plain + 4 * extrapolated.std() / 40**0.5
+    assert extrapolated.std() < plain
+
+
+def test_a_line_in_one_over_n_is_read_at_its_end(monkeypatch):
+    seen = []
+
+    def on_a_line(real, generated):
+        seen.append(generated.count)
+        return 3 + 700 / generated.count
+
+    monkeypatch.setattr("diffusers_ext.metrics.frechet.frechet_distance", on_a_line)
+    value = extrapolated_frechet_distance(given_statistics(np.zeros(2), np.eye(2)), torch.zeros(1000, 2))
+    assert value == pytest.approx(3, rel=1e-10)
+    assert min(seen) == 500 and max(seen) == 1000 and seen.count(500) == 2
+
+
+def test_too_few_images_are_not_extrapolated():
+    law = given_statistics(np.zeros(8), np.eye(8))
+    with pytest.raises(ValueError, match="more than 16 images.*got 16"):
+        extrapolated_frechet_distance(law, torch.randn(16, 8))
+    with pytest.raises(ValueError, match="smallest_share"):
+        extrapolated_frechet_distance(law, torch.randn(100, 8), smallest_share=1.0)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_ext.metrics import nearest_distances, precision_recall
+from diffusers_ext.metrics import density_coverage, nearest_distances, precision_recall
 
 
 def by_definition(real, generated, k):
@@ -106,3 +106,37 @@ def test_nearest_distances_equal_cdist():
 def test_bad_input_is_refused(real, generated, k, message):
     with pytest.raises(ValueError, match=message):
         precision_recall(real, generated, k)
+
+
+@pytest.mark.parametrize("k", [1, 5])
+def test_density_and_coverage_equal_their_definition(k):
+    real, generated = normal(40, 3, 0), normal(30, 3, 1, scale=0.8) + 0.3
+    distances = (real[:, None].double() - generated.double()).norm(dim=2)
+    own = (real[:, None].double() - real.double()).norm(dim=2).fill_diagonal_(torch.inf)
+    inside = distances <= own.sort(1).values[:, k - 1, None]
+    density, coverage = density_coverage(real, generated, k)
+    assert density == pytest.approx(inside.sum().item() / (k * 30), rel=1e-12)
+    assert coverage == pytest.approx(inside.any(1).double().mean().item(), rel=1e-12)
+
+    weights = torch.rand(40, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    weighted = density_coverage(real, generated, k, weights)
+    share = weights / weights.sum()
+    assert weighted.density == pytest.approx(((inside.sum(1) * share).sum() * 40 / (k * 30)).item(), rel=1e-12)
+    assert weighted.coverage == pytest.approx(share[inside.any(1)].sum().item(), rel=1e-12)
+
+
+def test_density_and_coverage_of_one_law_are_one_and_nearly_one():
+    """With as many points in each set, a ball of k neighbours stays empty with probability 2^-k."""
+    density, coverage = density_coverage(normal(1500, 2, 0), normal(1500, 2, 1), k=3)
+    assert density == pytest.approx(1, abs=0.06)
+    assert coverage == pytest.approx(1 - 2**-3, abs=0.04)
+
+
+def test_an_outlier_among_the_generated_changes_neither_density_nor_coverage_of_the_others():
+    """A far real point has a ball so large that precision is full; a far generated one has none."""
+    real, generated = normal(50, 3, 0), normal(50, 3, 1)
+    outlier = torch.full((1, 3), 1e3)
+    with_it = density_coverage(real, torch.cat([generated, outlier]))
+    without = density_coverage(real, generated)
+    assert with_it.coverage == without.coverage
+    assert with_it.density == pytest.approx(without.density * 50 / 51)

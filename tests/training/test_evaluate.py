@@ -123,10 +123,15 @@ def test_bits_per_dim_go_into_the_json_the_card_and_a_line(tmp_path, features_fo
 def test_the_training_images_as_a_folder_are_perfect(tmp_path, features_folder):
     """They come through files, labels and the same preparation, so their distance from themselves is 0."""
     folder = save_digits(tmp_path / "images", "train")
-    result = run(folder, "--dataset_name", "digits", "--features", features_folder)
+    result = run(folder, "--dataset_name", "digits", "--features", features_folder, "--extrapolate")
     generated = result["generated"]
     assert generated["num_images"] == 1500
     assert generated["frechet_distance"] == pytest.approx(0, abs=1e-6)
+    assert generated["extrapolated_frechet_distance"] < 0  # of all it is 0 and of a part it is not
+    assert generated["coverage"] == 1 and generated["density"] > 1  # each image lies in its own ball too
+    assert abs(generated["kernel_distance"]) < 3 * generated["kernel_distance_error"] + 1e-3
+    assert 5 < generated["classifier_score"] <= 10
+    assert result["held_out"]["coverage"] > 0.8
     for name in ("pixel_precision", "pixel_recall", "feature_precision", "feature_recall"):
         assert generated[name] == 1
     assert generated["nearest_train_distance"] == pytest.approx(0, abs=1e-6)
@@ -325,6 +330,10 @@ def test_what_cannot_be_evaluated_is_refused(tmp_path, features_folder):
         (
             (save_pipeline(tmp_path / "large", sample_size=16), *digits, "--resolution", 8, "--num_images", 6),
             r"the images are \(1, 16, 16\) .* but those of the data set are \(1, 8, 8\)",
+        ),
+        (
+            (ten, *digits, "--num_images", 256, "--extrapolate"),
+            "--extrapolate takes more than 256 images, .*, got 256",
         ),
         (
             (ten, *digits, "--num_images", 5),
