@@ -38,7 +38,7 @@ from diffusers_ext.evaluation.evaluator import (
     fit_svc,
     format_table,
 )
-from diffusers_ext.evaluation.feature_folders import features_for
+from diffusers_ext.evaluation.feature_folders import measuring_features
 from diffusers_ext.evaluation.generate import LARGEST_SEED_OF_SETS
 from diffusers_ext.evaluation.image_folder import is_image_folder, read_image_folder
 from diffusers_ext.evaluation.options import DataOptions, take_options_of_run
@@ -56,14 +56,14 @@ SVC_UP_TO = 16 * 16
 
 # How a model card names the measures.
 METRICS = {
-    "frechet_distance": "Fréchet distance in the features of a classifier of {dataset}",
+    "frechet_distance": "Fréchet distance in the features of {features}",
     "extrapolated_frechet_distance": "Fréchet distance in these features, extrapolated to infinitely many images",
     "feature_precision": "precision in these features, k={k}",
     "feature_recall": "recall in these features, k={k}",
     "density": "density in these features, k={k}",
     "coverage": "coverage in these features, k={k}",
     "kernel_distance": "kernel distance (MMD^2, polynomial of degree 3) in these features",
-    "classifier_score": "score of this classifier's classes, as the Inception score is of Inception's",
+    "classifier_score": "score of this network's classes, as the Inception score is of Inception's",
     "label_accuracy": "share that this classifier gives the label {whose}",
     "pixel_precision": "precision in pixels, k={k}",
     "pixel_recall": "recall in pixels, k={k}",
@@ -85,6 +85,9 @@ METRIC_NAMES = {
     "pixel_recall": "recall in pixels",
     "svc_label_accuracy": "label accuracy by an SVC",
 }
+
+# These numbers have names of their own in the features of the InceptionV3 that they were defined by, and in no others.
+NAMES_OF_INCEPTION = {"frechet_distance": "FID", "kernel_distance": "KID", "classifier_score": "Inception score"}
 
 # What a run's train_config.yaml says of its sample grids, and the evaluation samples with too.
 OPTIONS_OF_SAMPLING = ["num_inference_steps", "guidance_scale"]
@@ -120,7 +123,9 @@ class EvaluateConfig(DataOptions):
 
     features: str | None = option(
         None,
-        "folder of a classifier of training/train_features.py; by default one is trained on the data set, once, and kept",
+        "folder of a classifier of training/train_features.py; or inception (whose Fréchet distance is FID), dinov2 or clip, "
+        "the last two also with a folder or name of the network after a colon; by default a classifier is trained on the "
+        "data set, once, and kept",
         "how",
     )
     num_neighbours: int = option(5, "k of precision and recall", at_least=1)
@@ -195,7 +200,7 @@ def main(config: EvaluateConfig) -> dict | None:
     config = complete(config, pipeline)
     real = load_data(config, pipeline, state)
     # What can fail on account of the options or the data comes before the images are generated.
-    features, about_features = features_for(real, config.features, state)
+    features, about_features = measuring_features(real, config.features, state)
     for line in (*real.notes, *describe_left_out(real, features, config.num_neighbours)):
         state.print(line, flush=True)
     if pipeline is None:
@@ -379,10 +384,15 @@ def report(config: EvaluateConfig, result: dict):
         print(describe_likelihood(result["likelihood"]))
     if result["features"]:
         about = result["features"]
+        network = f"the network {about['name']}" if "name" in about else f"the classifier in {about['folder']}"
+        reads = (
+            f", which reads {about['held_out_accuracy']:.2%} of held-out images"
+            if "held_out_accuracy" in about
+            else ""
+        )
         print(
-            f"features: {about['dim']} of the classifier in {about['folder']}, which reads {about['held_out_accuracy']:.2%}"
-            f" of held-out images; the Fréchet distance is from all {result['num_train_images']} training images and is"
-            " comparable only with distances in the same features"
+            f"features: {about['dim']} of {network}{reads}; the Fréchet distance is from all {result['num_train_images']} "
+            "training images and is comparable only with distances in the same features"
         )
     print(f"written to {path}")
     if result["sampling"] and (folder / "README.md").is_file() and (folder / "train_config.yaml").is_file():
@@ -435,6 +445,9 @@ def figures_of(config: EvaluateConfig, result: dict) -> list[Figure]:
         sampler += f", labels {sampling['labels']['proportions']}"
     command = to_command(config, "training/evaluate.py", launcher="python", first="pipeline")
     known = {"dataset": Path(result["dataset_name"]).name, "k": result["num_neighbours"], "whose": "asked for"}
+    pretrained = (result["features"] or {}).get("name")
+    known["features"] = f"a classifier of {known['dataset']}" if pretrained is None else f"the network {pretrained}"
+    names = METRIC_NAMES | (NAMES_OF_INCEPTION if pretrained == "inception" else {})
     asked = ""
     if captions := sampling["captions"]:
         known["whose"] = "of the picture whose caption was asked for"
@@ -447,7 +460,7 @@ def figures_of(config: EvaluateConfig, result: dict) -> list[Figure]:
             sampler,
             sampling["num_inference_steps"],
             command,
-            METRIC_NAMES[name],
+            names[name],
         )
         for name, value in measures.items()
         if name in METRICS

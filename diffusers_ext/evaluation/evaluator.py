@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from diffusers_ext.evaluation.labelled_images import LabelledImages, drawn_order
+from diffusers_ext.evaluation.pretrained_features import PretrainedFeatures
 from diffusers_ext.evaluation.real_images import RealImages
 from diffusers_ext.metrics.classes import classifier_score
 from diffusers_ext.metrics.features import FeatureClassifierModel
@@ -29,7 +30,7 @@ class Evaluator:
 
     Args:
         train: The images that a generator was trained on.
-        features: A classifier of such images, or None for no measure that needs one.
+        features: A classifier of such images or a network of `load_pretrained_features`, or None for no measure in features.
         num_reference: Real images that precision and recall compare with, drawn by `seed`; at most all of them. The
             paper compares sets of equal size.
         num_neighbours: The k of precision and recall.
@@ -40,7 +41,7 @@ class Evaluator:
     """
 
     train: LabelledImages
-    features: FeatureClassifierModel | None = None
+    features: FeatureClassifierModel | PretrainedFeatures | None = None
     num_reference: int = 1000
     num_neighbours: int = 5
     in_pixels: bool = True
@@ -58,10 +59,10 @@ class Evaluator:
                 f"and recall look at that number of other images around each, got {self.num_neighbours}"
             )
         shape = tuple(self.train.images.shape[1:])
-        if self.features is not None and self.features.image_shape != shape:
+        if self.features is not None and not self.features.fits(shape):
             raise ValueError(
-                f"the feature classifier takes images of (channels, height, width) {self.features.image_shape}, but"
-                f" those of the data set are {shape}: train one on them with training/train_features.py"
+                f"the features are not of images of (channels, height, width) {shape}, as those of the data set are: train a "
+                "feature classifier on them with training/train_features.py"
             )
         self._reference = drawn_order(len(self.train), self.seed)[: self.num_reference]
         if self.features is not None:
@@ -78,7 +79,7 @@ class Evaluator:
         Returns:
             `num_images`; in features: `frechet_distance` from all real images, `extrapolated_frechet_distance` where asked for,
             `feature_precision`, `feature_recall`, `density`, `coverage`, `kernel_distance` and its standard error
-            `kernel_distance_error` from the reference, `classifier_score` of the classifier's classes,
+            `kernel_distance_error` from the reference, `classifier_score` of the network's classes, if it has some,
             `label_accuracy` (share of the images to which the feature classifier gives the label asked for, compared by
             name), if it knows the labels of the real images;
             `reference_weighted`, True where the real images were weighted to the labels' proportions, see the class;
@@ -127,7 +128,9 @@ class Evaluator:
             result["kernel_distance"], result["kernel_distance_error"] = kernel_distance(
                 reference, features, real_weights=of_reference
             )
-        result["classifier_score"] = classifier_score(self.features.logits(features))
+        logits = self.features.logits(features)
+        if logits is not None:
+            result["classifier_score"] = classifier_score(logits)
         if labels is not None and knows_labels(self.features, self.train):
             result["label_accuracy"] = _share_equal(self.features.ids_among(self.train.label_names)[classes], labels)
         return result
@@ -196,12 +199,16 @@ def can_measure_held_out(real: RealImages, num_neighbours: int) -> bool:
     return real.held_out is not None and len(real.held_out) > num_neighbours
 
 
-def knows_labels(features: FeatureClassifierModel, train: LabelledImages) -> bool:
+def knows_labels(features: FeatureClassifierModel | PretrainedFeatures, train: LabelledImages) -> bool:
     """Whether a feature classifier has a class for each label that these images have, by name."""
+    if not train.label_names:
+        return False
     return set(train.labels.unique().tolist()) <= set(features.ids_among(train.label_names).tolist())
 
 
-def describe_left_out(real: RealImages, features: FeatureClassifierModel | None, num_neighbours: int) -> list[str]:
+def describe_left_out(
+    real: RealImages, features: FeatureClassifierModel | PretrainedFeatures | None, num_neighbours: int
+) -> list[str]:
     """Which measures are left out for want of images or labels, in lines."""
     lines = []
     if real.held_out is None:
@@ -214,7 +221,8 @@ def describe_left_out(real: RealImages, features: FeatureClassifierModel | None,
             f"the held-out split of {real.name} is not measured beside the generated images: precision and recall take more "
             f"images than num_neighbours, {num_neighbours}, got {len(real.held_out)}"
         )
-    if features is not None and real.has_labels and not knows_labels(features, real.train):
+    by_class = isinstance(features, FeatureClassifierModel)
+    if by_class and real.has_labels and not knows_labels(features, real.train):
         lines.append(
             f"the feature classifier does not know the labels of {real.name} by their names, so label_accuracy is left out"
         )

@@ -12,6 +12,11 @@ from diffusers_ext.atomic_files import atomic_write
 from diffusers_ext.data.identity import hash_weights
 from diffusers_ext.evaluation.feature_training import accuracy, fit_feature_classifier
 from diffusers_ext.evaluation.labelled_images import LabelledImages, drawn_order
+from diffusers_ext.evaluation.pretrained_features import (
+    PretrainedFeatures,
+    is_pretrained,
+    load_pretrained_features,
+)
 from diffusers_ext.evaluation.real_images import RealImages
 from diffusers_ext.metrics.features import FeatureClassifierModel
 
@@ -93,6 +98,29 @@ def cached_features_folder(real: RealImages) -> Path:
     return Path(root, "features", f"{slug}-{shape}-{content.hexdigest()[:12]}")
 
 
+def measuring_features(
+    real: RealImages, features: str | Path | None, state: PartialState
+) -> tuple[FeatureClassifierModel | PretrainedFeatures, dict] | tuple[None, None]:
+    """What to measure images of a data set in: a network of a name, or a feature classifier as of `features_for`.
+
+    Args:
+        features: A name of `load_pretrained_features`, or what `features_for` takes.
+
+    Raises:
+        ValueError: see both; and for a network that does not take such images.
+    """
+    if features is None or Path(features).is_dir() or not is_pretrained(str(features)):
+        return features_for(real, features, state)
+    with state.main_process_first():
+        network = load_pretrained_features(str(features))
+    if not network.fits(real.image_shape):
+        raise ValueError(
+            f"features {features} are of images of 1 or 3 channels, and {real.name} has {real.image_shape[0]}"
+        )
+    known = {"name": str(features), "dim": network.feature_dim, "sha256": hash_weights(network)}
+    return network.to(state.device), known
+
+
 def features_for(
     real: RealImages, folder: str | Path | None, state: PartialState
 ) -> tuple[FeatureClassifierModel, dict] | tuple[None, None]:
@@ -112,7 +140,7 @@ def features_for(
     if folder is None and not real.can_be_classified:
         state.print(
             f"{real.name} has {_how_many_labels(real)} to train a feature classifier on, so only pixels are measured;"
-            " --features takes a classifier trained on other images of this size",
+            " --features takes a classifier trained on other images of this size, and evaluate.py dinov2, clip and inception",
             flush=True,
         )
         return None, None

@@ -111,6 +111,10 @@ class FeatureClassifierModel(ModelMixin, ConfigMixin):
         """`(channels, height, width)` of the images that the model takes."""
         return self.config.in_channels, *as_size(self.config.sample_size)
 
+    def fits(self, image_shape: Sequence[int]) -> bool:
+        """Whether the model takes images of this shape `(channels, height, width)`."""
+        return self.image_shape == tuple(image_shape)
+
     def ids_among(self, label_names: Sequence[str]) -> Tensor:
         """The id of each class among these names, int64, shape `(num_classes,)`; -1 for a class that is none of them.
 
