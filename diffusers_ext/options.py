@@ -23,6 +23,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from diffusers_ext.foreign_options import explain_foreign
+from diffusers_ext.untrusted import read_yaml_mapping
 
 
 Config = TypeVar("Config")
@@ -180,9 +181,7 @@ def read_yaml(cls: type, path: str | Path) -> dict[str, Any]:
         ValueError: if the file is no mapping, if a key is no option (the near ones are named), or if a value is not of
             the option's type.
     """
-    content = yaml.safe_load(Path(path).read_text()) or {}
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a mapping of options to values, got {type(content).__name__}")
+    content = read_yaml_mapping(path)
     aliases = {field.metadata["alias"]: field.name for field in dataclasses.fields(cls)}
     content = {aliases.get(key, key): value for key, value in content.items()}
     hints = typing.get_type_hints(cls)

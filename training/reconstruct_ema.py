@@ -26,6 +26,7 @@ from diffusers_ext.recipes.training_path import build_scheduler
 from diffusers_ext.trainer.posthoc_ema import is_of, list_snapshots, load_averages, reconstruct
 from diffusers_ext.trainer.run import save_atomically
 from diffusers_ext.trainer.run_folder import CONFIG_FILE
+from diffusers_ext.untrusted import read_yaml_mapping
 
 
 REPORT_FILE = "reconstruction.json"
@@ -107,7 +108,7 @@ def split_schedule(averages: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict
 
 def scheduler_of(run: Path, averages: dict[str, Tensor]) -> SchedulerMixin:
     """The scheduler of a run with --path learned whose schedule is this average."""
-    options = yaml.safe_load((run / CONFIG_FILE).read_text())
+    options = read_yaml_mapping(run / CONFIG_FILE)
     config = DenoisingConfig(**{name: options[name] for name in OPTIONS_OF_SCHEDULE})
     noise_schedule = config.make_noise_schedule()
     noise_schedule.load_state_dict(averages)
@@ -131,7 +132,7 @@ def check_output_dir(config: ReconstructConfig) -> Path:
 
 def write_config(source: Path, output_dir: Path, std: float) -> None:
     """The options of the run that would have given this average."""
-    options = yaml.safe_load(source.read_text())
+    options = read_yaml_mapping(source)
     options |= {"use_ema": True, "ema_std": std, "ema_decay": None, "ema_warmup": False}
     options["output_dir"] = str(output_dir)
     with atomic_write(output_dir / CONFIG_FILE) as partial:

@@ -14,6 +14,7 @@ from diffusers_ext.evaluation.feature_training import accuracy, fit_feature_clas
 from diffusers_ext.evaluation.labelled_images import LabelledImages, drawn_order
 from diffusers_ext.evaluation.real_images import RealImages
 from diffusers_ext.metrics.features import FeatureClassifierModel
+from diffusers_ext.untrusted import read_json
 
 
 # What a folder of a trained feature classifier says of its training.
@@ -75,7 +76,7 @@ def load_features(folder: str | Path) -> tuple[FeatureClassifierModel, dict]:
     folder = Path(folder)
     if not (folder / FEATURES_FILE).is_file():
         raise ValueError(f"{folder} is no folder of a feature classifier: make one with training/train_features.py")
-    return FeatureClassifierModel.from_pretrained(folder).eval(), json.loads((folder / FEATURES_FILE).read_text())
+    return FeatureClassifierModel.from_pretrained(folder).eval(), read_json(folder / FEATURES_FILE)
 
 
 def cached_features_folder(real: RealImages) -> Path:

@@ -23,6 +23,7 @@ from diffusers_ext.diffusion.noising import (
 from diffusers_ext.schedulers.gaussian import as_output, check_choice, draw_noise, has_no_noise, wide
 from diffusers_ext.schedulers.sources import FLOW_PREDICTION, read_flow_model
 from diffusers_ext.schedulers.transitions import FlowTransitions
+from diffusers_ext.untrusted import check_config
 
 
 FLOW_SPACINGS = ("linspace", "trailing")
@@ -104,6 +105,7 @@ class FlowScheduler(FlowMatchEulerDiscreteScheduler):
         use_flow_sigmas: bool = True,
         flow_shift: float | None = None,
     ):
+        check_config(self.config, FlowScheduler.__init__)
         prediction_type = "flow" if prediction_type == FLOW_PREDICTION else prediction_type
         check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
         check_choice("timestep_spacing", timestep_spacing, FLOW_SPACINGS)

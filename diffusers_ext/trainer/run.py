@@ -38,6 +38,7 @@ from diffusers_ext.trainer.run_folder import (
 )
 from diffusers_ext.trainer.signals import Interrupted, sigterm_as_interrupt
 from diffusers_ext.trainer.trackers import installed_trackers
+from diffusers_ext.untrusted import one_line
 
 
 def make_accelerator(config: TrainerConfig) -> Accelerator:
@@ -130,7 +131,9 @@ def describe_data(config: TrainerConfig, data: ImageData | StreamData) -> str:
     labels += ", of which an image can have several" if data.has_label_sets else ""
     height, width = data.size
     count = "a stream of" if data.num_images is None else len(data)
-    return f"{data.name}, split {config.dataset_split}: {count} images, {height}x{width} {channels}, {labels}"
+    return (
+        f"{one_line(data.name)}, split {config.dataset_split}: {count} images, {height}x{width} {channels}, {labels}"
+    )
 
 
 def save_atomically(saved: DiffusionPipeline | ModelMixin, output_dir: Path) -> None:

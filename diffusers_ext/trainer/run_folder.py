@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from diffusers_ext.options import fixed_on_resume, to_yaml
 from diffusers_ext.trainer.checkpoints import list_checkpoints
 from diffusers_ext.trainer.config import TrainerConfig
 from diffusers_ext.trainer.posthoc_ema import SNAPSHOT_FOLDER
+from diffusers_ext.untrusted import is_plain_name, parse_json, read_json, read_yaml_mapping
 
 
 CONFIG_FILE, METRICS_FILE = "train_config.yaml", "metrics.jsonl"
@@ -59,8 +61,8 @@ def check_output_dir(config: TrainerConfig) -> None:
 
 def clear_output_dir(path: Path) -> None:
     """Removes what a run has written, and nothing else."""
-    if (path / "model_index.json").exists():
-        for name in json.loads((path / "model_index.json").read_text()):
+    with suppress(OSError, ValueError):  # there is none, or it is damaged
+        for name in filter(is_plain_name, read_json(path / "model_index.json")):
             shutil.rmtree(path / name, ignore_errors=True)
     for folder in [*path.glob("checkpoint-*"), *path.glob(".checkpoint-*"), *path.glob(f"{SAVING}*")]:
         shutil.rmtree(folder, ignore_errors=True)
@@ -94,7 +96,7 @@ def check_same_run(config: TrainerConfig, checkpoint: Path) -> list[str]:
     """
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     defaults = {name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()}
-    before = defaults | yaml.safe_load((checkpoint / CONFIG_FILE).read_text())
+    before = defaults | read_yaml_mapping(checkpoint / CONFIG_FILE)
     now = yaml.safe_load(to_yaml(config))
     free = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint"}
     changed = [name for name in now if name not in free and before[name] != now[name]]
@@ -145,7 +147,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     records = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
-            records.append(json.loads(line))
+            records.append(parse_json(line, path))
         except ValueError:
             break
     return records
