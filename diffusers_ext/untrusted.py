@@ -260,11 +260,8 @@ def fits(value: Any, hint: Any) -> bool:
     if hint in (int, float):
         return _is_number(value) and isinstance(value, Integral if hint is int else Real)
     if (kind or hint) in (tuple, list, Sequence):
-        if not isinstance(value, list | tuple):
-            return False
-        if kind is tuple and parts[-1] is not Ellipsis:
-            return len(value) == len(parts) and all(map(fits, value, parts))
-        return not parts or all(fits(each, parts[0]) for each in value)
+        # How many there must be follows from other options, such as the number of axes.
+        return isinstance(value, list | tuple) and (not parts or all(fits(each, parts[0]) for each in value))
     kind = type(None) if hint is None else kind or hint
     return not isinstance(kind, type) or isinstance(value, kind)
 

@@ -17,7 +17,7 @@ import yaml
 from diffusers import AutoModel, ModelMixin
 from torch import Tensor
 
-from diffusers_ext.atomic_files import atomic_write
+from diffusers_ext.atomic_files import atomic_write, finish_replacing
 from diffusers_ext.data.config import DataConfig, TrainingDataConfig
 from diffusers_ext.data.identity import hash_weights
 from diffusers_ext.data.image_table import ImageData, PixelTable
@@ -167,6 +167,7 @@ def load_vae(name: str) -> ModelMixin:
     Raises:
         ValueError: if there is none, if it is none of images, or if the scale of its latents was never measured.
     """
+    finish_replacing(name)
     try:
         subfolder = "vae" if (Path(name) / "vae" / "config.json").is_file() else None
         vae = AutoModel.from_pretrained(name, subfolder=subfolder)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from diffusers_ext.atomic_files import finish_replacing
 from diffusers_ext.untrusted import is_plain_name, one_line, read_json
 
 
@@ -52,6 +53,7 @@ class SavedFolder:
             ValueError: if the folder holds neither a whole pipeline nor a whole model.
         """
         folder = Path(folder)
+        finish_replacing(folder)
         index, config = folder / "model_index.json", folder / "config.json"
         if index.is_file():
             entries = read_json(index)

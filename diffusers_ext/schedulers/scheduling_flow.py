@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal
 
 import numpy as np
@@ -187,6 +188,8 @@ class FlowScheduler(FlowMatchEulerDiscreteScheduler):
         Raises:
             ValueError: If nothing says how many steps there are, or the list does not go from noise to data.
         """
+        if not isinstance(num_inference_steps, Integral | None):
+            raise ValueError(f"num_inference_steps must be an integer, got {num_inference_steps!r}")
         lists = [list_of(values) for values in (sigmas, timesteps) if values is not None]
         counts = {len(values) for values in lists} | ({num_inference_steps} - {None})
         if len(counts) != 1 or min(counts) < 1:

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from diffusers_ext.atomic_files import PARTIAL, atomic_write
+from diffusers_ext.atomic_files import LOCK, PARTIAL, SAVED, SAVING, atomic_write, finish_replacing, lock_folder
 from diffusers_ext.hub.cards import CALIBRATION_FILE
 from diffusers_ext.hub.push import MILESTONES
 from diffusers_ext.hub.remote_code import CODE_FILES
@@ -21,7 +21,6 @@ from diffusers_ext.untrusted import is_plain_name, parse_json, read_json, read_y
 
 
 CONFIG_FILE, METRICS_FILE = "train_config.yaml", "metrics.jsonl"
-SAVING = ".saving-"  # begins the names of folders in which a pipeline is being saved
 _OF_A_RUN = (CONFIG_FILE, METRICS_FILE, "model_index.json")
 # Those of diffusion models, of autoencoders, and of classifiers.
 PICTURES = (
@@ -39,16 +38,20 @@ PICTURES = (
 )
 
 
-def check_output_dir(config: TrainerConfig) -> None:
-    """Refuses a folder that holds another run.
+def check_output_dir(config: TrainerConfig, is_main_process: bool = True) -> None:
+    """Refuses a folder that holds another run. What a run was kept from moving there is moved.
 
     Raises:
+        FolderInUse: if another run writes there.
         ValueError: if `output_dir` holds a run and the config says neither to go on with it nor to overwrite it, or
             if it is a file.
     """
     path = Path(config.output_dir)
     if path.exists() and not path.is_dir():
         raise ValueError(f"output_dir must be a folder, {path} is a file")
+    if is_main_process and ((path / LOCK).exists() or (path / SAVED).exists()):
+        with lock_folder(path):  # which another run may hold
+            finish_replacing(path)
     checkpoints = list_checkpoints(path)
     holds_run = checkpoints or any((path / name).exists() for name in _OF_A_RUN)
     if holds_run and not (config.resume_from_checkpoint or config.overwrite_output_dir):
@@ -64,7 +67,7 @@ def clear_output_dir(path: Path) -> None:
     with suppress(OSError, ValueError):  # there is none, or it is damaged
         for name in filter(is_plain_name, read_json(path / "model_index.json")):
             shutil.rmtree(path / name, ignore_errors=True)
-    for folder in [*path.glob("checkpoint-*"), *path.glob(".checkpoint-*"), *path.glob(f"{SAVING}*")]:
+    for folder in [*path.glob("checkpoint-*"), *path.glob(".checkpoint-*"), *path.glob(f"{SAVING}*"), path / SAVED]:
         shutil.rmtree(folder, ignore_errors=True)
     for name in ("samples", "before", "logs", "profile", SNAPSHOT_FOLDER, MILESTONES):
         shutil.rmtree(path / name, ignore_errors=True)
