@@ -23,6 +23,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from diffusers_ext.foreign_options import explain_foreign
+from diffusers_ext.untrusted import parse_yaml, read_yaml_mapping
 
 
 Config = TypeVar("Config")
@@ -64,10 +65,12 @@ def check_options(config: Any) -> None:
     """Holds the options of a config to their rules. The first `__post_init__` of each config calls it.
 
     Raises:
-        ValueError: if an option is below its minimum, or differs from its default where it has no effect.
+        ValueError: if an option is below its minimum or no number, or differs from its default where it has no effect.
     """
     for field in dataclasses.fields(config):
         value, lowest, needs = getattr(config, field.name), field.metadata["at_least"], field.metadata["needs"]
+        if any(part != part for part in (value if isinstance(value, tuple) else (value,))):
+            raise ValueError(f"{field.name} must be a number, got {value}")
         if lowest is not None and value is not None and not value >= lowest:
             raise ValueError(f"{field.name} must be at least {lowest}, got {value}")
         if needs is not None and value != field.default and (missing := _missing(config, needs)):
@@ -118,6 +121,7 @@ def parse_config(cls: type[Config], arguments: list[str] | None = None, first: s
     try:
         values = read_yaml(cls, config_file) if config_file else {}
         config = cls(**(values | given))
+        check_options(config)  # which not every one does by itself
     except (ValueError, OSError) as error:
         parser.error(str(error))
     if dry_run:
@@ -180,9 +184,15 @@ def read_yaml(cls: type, path: str | Path) -> dict[str, Any]:
         ValueError: if the file is no mapping, if a key is no option (the near ones are named), or if a value is not of
             the option's type.
     """
-    content = yaml.safe_load(Path(path).read_text()) or {}
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a mapping of options to values, got {type(content).__name__}")
+    return _options_of(cls, read_yaml_mapping(path), path)
+
+
+def read_yaml_text(cls: type, text: str, name: str) -> dict[str, Any]:
+    """As `read_yaml`, of a text; `name` says in errors where it is from."""
+    return _options_of(cls, parse_yaml(text, name) or {}, name)
+
+
+def _options_of(cls: type, content: dict, path: object) -> dict[str, Any]:
     aliases = {field.metadata["alias"]: field.name for field in dataclasses.fields(cls)}
     content = {aliases.get(key, key): value for key, value in content.items()}
     hints = typing.get_type_hints(cls)

@@ -12,19 +12,29 @@ So `diffusers_ext` becomes such a library, and its classes become attributes of 
 What is saved also names its code, for those who load it without this package (`diffusers_ext.hub.remote_code`), and
 diffusers would run that code, after asking for consent, wherever it is named. So what diffusers reads of a saved config
 is what it would say if only those with this package were to load it.
+
+It also looks at what a repository says before diffusers follows it (`docs/safety.md`): sizes of configs, names of classes
+and of shards.
 """
 
 import functools
+import os
+import re
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import diffusers.guiders
 from diffusers import AutoModel, ConfigMixin, DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.guiders import BaseGuidance
+from diffusers.pipelines import pipeline_loading_utils
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from diffusers.utils import logging
+
+from diffusers_ext.untrusted import check_component_folder, is_plain_name, read_json
 
 
 logger = logging.get_logger(__name__)
@@ -62,6 +72,7 @@ def register_with_diffusers(namespace: Mapping[str, object]) -> None:
 
     _read_configs_without_code()
     _load_ours_with_consent_too()
+    _look_before_loading()
 
 
 def _read_configs_without_code() -> None:
@@ -72,6 +83,9 @@ def _read_configs_without_code() -> None:
 
     @functools.wraps(read)
     def dict_from_json_file(cls, json_file):
+        config = read_json(json_file)  # which refuses what is no mapping, or takes too much room
+        if os.path.basename(json_file) == DiffusionPipeline.config_name:
+            check_pipeline_class(config.get("_class_name"), json_file)
         return without_code(read(cls, json_file))
 
     ConfigMixin._dict_from_json_file = classmethod(dict_from_json_file)
@@ -98,6 +112,73 @@ def _load_ours_with_consent_too() -> None:
 
     from_pretrained.ours_with_consent = True
     AutoModel.from_pretrained = classmethod(from_pretrained)
+
+
+def _look_before_loading() -> None:
+    """Lets diffusers look up the class of a component only after `check_component`."""
+    find = pipeline_loading_utils.get_class_obj_and_candidates
+    if hasattr(find, "__wrapped__"):
+        return
+
+    @functools.wraps(find)
+    def get_class_obj_and_candidates(library_name, class_name, *args, component_name=None, cache_dir=None, **kwargs):
+        folder = Path(cache_dir, component_name) if component_name and cache_dir else None
+        check_component(library_name, class_name, folder)
+        found = find(library_name, class_name, *args, component_name=component_name, cache_dir=cache_dir, **kwargs)
+        if not isinstance(found[0], type):
+            raise ValueError(f"a component must be of a class, got {library_name}.{class_name}")
+        return found
+
+    pipeline_loading_utils.get_class_obj_and_candidates = get_class_obj_and_candidates
+
+
+def check_pipeline_class(name: Any, where: Any) -> None:
+    """Refuses a pipeline that names no class: its own name, or the file of its code and the name.
+
+    Args:
+        where: The file, for errors.
+
+    Raises:
+        ValueError: with the name.
+    """
+    parts = name if isinstance(name, list) else [name]
+    if not parts or not all(isinstance(part, str) and part.isidentifier() and part[0] != "_" for part in parts):
+        raise ValueError(f"{where} must name a class of pipelines under _class_name, got {name!r}")
+    if not isinstance(getattr(diffusers, parts[-1], type), type):
+        raise ValueError(f"{where} must name a class of pipelines under _class_name, got {name!r}, which is none")
+
+
+def check_component(library: Any, class_name: Any, folder: Path | None) -> None:
+    """Refuses a component that names what no component is of, before anything that it names is imported or read.
+
+    Its library must be one that diffusers loads components from, a module that is imported already, or a file of code in
+    its own folder, for which diffusers asks for consent. diffusers imported whatever was named up to 0.42.0.
+
+    Args:
+        folder: Of the component, in which lists of shards must name files of it.
+
+    Raises:
+        ValueError: with what is named.
+    """
+    names = isinstance(library, str) and isinstance(class_name, str)
+    if not names or not re.fullmatch(r"[A-Za-z]\w*(\.[A-Za-z_]\w*)*", library, re.ASCII):
+        raise ValueError(f"a component must name a library and a class in it, got {library!r} and {class_name!r}")
+    if not class_name.isidentifier() or class_name.startswith("_"):
+        raise ValueError(f"a component must name a class of {library}, got {class_name!r}")
+    has_code = folder is not None and is_plain_name(f"{library}.py") and (folder / f"{library}.py").is_file()
+    known = library in LOADABLE_CLASSES or hasattr(diffusers.pipelines, library) or library in sys.modules
+    module = sys.modules.get(library)
+    if known and not has_code and library not in LOADABLE_CLASSES and not hasattr(diffusers.pipelines, library):
+        known = isinstance(getattr(module, class_name, None), type) and hasattr(
+            getattr(module, class_name), "from_pretrained"
+        )
+    if not known and not has_code:
+        raise ValueError(
+            f"a component must be of one of the libraries {', '.join(sorted(LOADABLE_CLASSES))} or of a module that is "
+            f"imported already, got {library}.{class_name}: import {library} first, if that is your own"
+        )
+    if folder is not None and os.path.isdir(folder):
+        check_component_folder(folder)
 
 
 def without_code(config: Any) -> Any:

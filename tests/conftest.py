@@ -41,6 +41,7 @@ os.register_at_fork(after_in_child=compute_in_one_thread)
 
 def pytest_addoption(parser):
     parser.addoption("--shuffle", type=int, metavar="SEED", help="run the tests in a random order")
+    parser.addoption("--every-write", type=int, metavar="N", help="end each script at each N-th of its writes")
     parser.addoption("--other-kernels", action="store_true", help="round as a CPU with other kernels would")
 
 

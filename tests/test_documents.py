@@ -59,6 +59,7 @@ SMALL = {
     "training/calibrate.py": "--max_time 1s --num_inference_steps 2 --max_train_samples 60 --num_threads 1",
     "training/sample_prompts.py": "--num_inference_steps 2 --guidance_scales 1 2",
     "benchmarks/train_stock.py": "--max_train_steps 1 --train_batch_size 1",
+    "benchmarks/fuzz.py": "--num_schedulers 20 --num_options 5",
 }
 
 # What a document takes for granted: cards of diffusion models begin with the autoencoder of another card.

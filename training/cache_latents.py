@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,7 +25,7 @@ from accelerate import Accelerator
 from diffusers import ModelMixin
 from tqdm.auto import tqdm
 
-from diffusers_ext.atomic_files import atomic_write
+from diffusers_ext.atomic_files import atomic_write, lock_folder
 from diffusers_ext.data.config import DataConfig
 from diffusers_ext.data.identity import digest_of_images
 from diffusers_ext.data.image_table import ImageData, mirror
@@ -74,7 +75,11 @@ class CacheConfig(DataConfig):
 
 
 def main(config: CacheConfig) -> Path:
-    """Encodes what is not encoded yet, and returns the folder."""
+    """Encodes what is not encoded yet, and returns the folder.
+
+    Raises:
+        FolderInUse: if another command writes to it.
+    """
     precision = config.mixed_precision or ("bf16" if is_fast_at_bf16(_device()) else "no")
     accelerator = Accelerator(cpu=_device() == "cpu", mixed_precision=precision)
     set_threads(config.num_threads, accelerator.num_processes)
@@ -88,9 +93,28 @@ def main(config: CacheConfig) -> Path:
     info = describe(config, data, vae)
     count = -(-len(data) // config.shard_size)
     paths = [shard_path(folder, split, number, count) for number in range(count)]
-    if accelerator.is_main_process:
-        begin(folder, split, info, precision, config.shard_size, paths, config.overwrite_output_dir)
-    accelerator.wait_for_everyone()
+    with lock_folder(folder) if accelerator.is_main_process else nullcontext():
+        if accelerator.is_main_process:
+            begin(folder, split, info, precision, config.shard_size, paths, config.overwrite_output_dir)
+        accelerator.wait_for_everyone()
+        encode(config, accelerator, vae, data, paths)
+        if accelerator.is_main_process:
+            check_shards(paths, info)
+            write_info(folder, read_info(folder) | {split: info})
+            (folder / PLAN_FILE.format(split=split)).unlink()
+            print(
+                f"latents of {split}, {' x '.join(map(str, info.latent_shape))}, are in {folder}; train on them by\n"
+                f"accelerate launch training/train_ddpm.py --dataset_name {folder} --vae {config.vae}"
+            )
+        accelerator.wait_for_everyone()
+    return folder
+
+
+def encode(
+    config: CacheConfig, accelerator: Accelerator, vae: ModelMixin, data: ImageData, paths: Sequence[Path]
+) -> None:
+    """Writes the shards that are missing; the processes share them out."""
+    split, count = config.dataset_split, len(paths)
     missing = [number for number, path in enumerate(paths) if not path.exists()]
     accelerator.wait_for_everyone()  # before any is written: they share out the same ones
     accelerator.print(f"{len(data)} images of {split} in {count} shards, {count - len(missing)} of them there already")
@@ -101,16 +125,6 @@ def main(config: CacheConfig) -> Path:
             rows = range(first, min(first + config.shard_size, len(data)))
             write_shard(paths[number], encoded(vae, data, rows, config, accelerator, bar), data)
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        check_shards(paths, info)
-        write_info(folder, read_info(folder) | {split: info})
-        (folder / PLAN_FILE.format(split=split)).unlink()
-        print(
-            f"latents of {split}, {' x '.join(map(str, info.latent_shape))}, are in {folder}; train on them by\n"
-            f"accelerate launch training/train_ddpm.py --dataset_name {folder} --vae {config.vae}"
-        )
-    accelerator.wait_for_everyone()
-    return folder
 
 
 def _device() -> str:

@@ -21,6 +21,7 @@ from pathlib import Path
 import openmp  # noqa: F401  before torch is loaded
 from accelerate import PartialState
 
+from diffusers_ext.atomic_files import lock_folder
 from diffusers_ext.calibration import report as reports
 from diffusers_ext.calibration.run import Data, calibrate
 from diffusers_ext.calibration.subject import Subject
@@ -81,7 +82,16 @@ class CalibrateConfig(DataOptions):
 
 
 def main(config: CalibrateConfig) -> dict:
-    """Calibrates and saves, and returns what it found."""
+    """Calibrates and saves, and returns what it found.
+
+    Raises:
+        FolderInUse: if another run writes to the folder of the pipeline.
+    """
+    with lock_folder(config.folder):
+        return calibrate_and_save(config)
+
+
+def calibrate_and_save(config: CalibrateConfig) -> dict:
     state = PartialState()
     set_threads(config.num_threads, state.num_processes)
     command = to_command(config, "training/calibrate.py", launcher="python")
@@ -118,13 +128,17 @@ def complete(config: CalibrateConfig, pipe) -> CalibrateConfig:
 
 def save(folder: Path, subject: Subject, found: dict, source: str) -> None:
     """Writes the pipeline, the figures, and the section of the card if there is one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_atomically(subject.original, folder)
-    options = Path(source) / CONFIG_FILE
-    if options.is_file() and folder.resolve() != Path(source).resolve():  # so that evaluate.py knows the data
-        shutil.copy(options, folder / CONFIG_FILE)
-    reports.write(folder, found)
-    add_calibration(folder)
+
+    def write(partial: Path):
+        options, card = Path(source) / CONFIG_FILE, folder / "README.md"
+        if options.is_file() and folder.resolve() != Path(source).resolve():  # so that evaluate.py knows the data
+            shutil.copy(options, partial)
+        if card.is_file():
+            shutil.copy(card, partial)
+        reports.write(partial, found)
+        add_calibration(partial)
+
+    save_atomically(subject.original, folder, also=write)
 
 
 parse = partial(parse_config, CalibrateConfig, first="pipeline")

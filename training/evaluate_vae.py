@@ -41,6 +41,7 @@ from diffusers_ext.recipes.hierarchical_vae import LevelStatistics
 from diffusers_ext.recipes.vae_objective import ACTIVE_VARIANCE, BINARIZATIONS, binarize
 from diffusers_ext.recipes.vae_scale import LatentStatistics
 from diffusers_ext.sizes import as_size
+from diffusers_ext.untrusted import read_json
 
 
 LEVELS = 256  # of the pixels of `LabelledImages`
@@ -152,7 +153,7 @@ def load_autoencoder(folder: str) -> VAEModel | HierarchicalVAEModel:
     path = Path(folder, "config.json")
     if not path.is_file():
         raise ValueError(f"{folder} is no folder of a VAEModel or HierarchicalVAEModel: it has no config.json")
-    name = json.loads(path.read_text()).get("_class_name")
+    name = read_json(path).get("_class_name")
     classes = {each.__name__: each for each in (VAEModel, HierarchicalVAEModel)}
     if name not in classes:
         raise ValueError(f"{folder} is no folder of a {' or '.join(classes)}: it has a {name}")

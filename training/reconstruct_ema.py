@@ -18,7 +18,6 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
 
 import diffusers_ext
-from diffusers_ext.atomic_files import atomic_write
 from diffusers_ext.hub.saved_folder import SavedFolder, loading_lines
 from diffusers_ext.options import option, run_script
 from diffusers_ext.recipes.denoising import DenoisingConfig
@@ -26,6 +25,7 @@ from diffusers_ext.recipes.training_path import build_scheduler
 from diffusers_ext.trainer.posthoc_ema import is_of, list_snapshots, load_averages, reconstruct
 from diffusers_ext.trainer.run import save_atomically
 from diffusers_ext.trainer.run_folder import CONFIG_FILE
+from diffusers_ext.untrusted import read_yaml_mapping
 
 
 REPORT_FILE = "reconstruction.json"
@@ -84,13 +84,15 @@ def main(config: ReconstructConfig) -> Path:
     load_averages(models[0], averages)
     if schedule:
         loaded.register_modules(scheduler=scheduler_of(run, schedule))
-    output_dir.mkdir(parents=True, exist_ok=True)
     report = {"run": str(run), "step": step, "ema_std": config.ema_std, "misfit_of_weighting": misfit}
-    with atomic_write(output_dir / REPORT_FILE) as partial:
-        partial.write_text(json.dumps(report, indent=2) + "\n")
-    if (run / CONFIG_FILE).is_file():  # so that evaluate.py knows the data
-        write_config(run / CONFIG_FILE, output_dir, config.ema_std)
-    save_atomically(loaded, output_dir)
+
+    def write(partial: Path):
+        (partial / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
+        if (run / CONFIG_FILE).is_file():  # so that evaluate.py knows the data
+            text = config_of_average(run / CONFIG_FILE, output_dir, config.ema_std)
+            (partial / CONFIG_FILE).write_text(text)
+
+    save_atomically(loaded, output_dir, also=write)
     print(
         f"average of std {config.ema_std:g} at step {step}, made of {len(snapshots)} snapshots; its weighting is off by "
         f"{misfit:.2%}; in {output_dir}\n\n{loading_lines(output_dir, saved.class_name if saved.is_model else None)}"
@@ -107,7 +109,7 @@ def split_schedule(averages: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict
 
 def scheduler_of(run: Path, averages: dict[str, Tensor]) -> SchedulerMixin:
     """The scheduler of a run with --path learned whose schedule is this average."""
-    options = yaml.safe_load((run / CONFIG_FILE).read_text())
+    options = read_yaml_mapping(run / CONFIG_FILE)
     config = DenoisingConfig(**{name: options[name] for name in OPTIONS_OF_SCHEDULE})
     noise_schedule = config.make_noise_schedule()
     noise_schedule.load_state_dict(averages)
@@ -129,13 +131,12 @@ def check_output_dir(config: ReconstructConfig) -> Path:
     return output_dir
 
 
-def write_config(source: Path, output_dir: Path, std: float) -> None:
+def config_of_average(source: Path, output_dir: Path, std: float) -> str:
     """The options of the run that would have given this average."""
-    options = yaml.safe_load(source.read_text())
+    options = read_yaml_mapping(source)
     options |= {"use_ema": True, "ema_std": std, "ema_decay": None, "ema_warmup": False}
     options["output_dir"] = str(output_dir)
-    with atomic_write(output_dir / CONFIG_FILE) as partial:
-        partial.write_text(yaml.safe_dump(options, sort_keys=False, default_flow_style=None, width=1000))
+    return yaml.safe_dump(options, sort_keys=False, default_flow_style=None, width=1000)
 
 
 if __name__ == "__main__":

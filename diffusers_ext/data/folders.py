@@ -9,13 +9,14 @@ import os
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
 
-import yaml
 from PIL import Image
+
+from diffusers_ext.untrusted import inside, is_below, parse_yaml, read_json
 
 
 SPLIT_WORDS = {
@@ -28,6 +29,8 @@ CAPTION_SUFFIXES = (".txt", ".caption", ".json")
 # Kinds of files that hold rows, and what `datasets` calls their reader.
 TABLES = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 TEXT_TABLES = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json"}
+
+LARGEST_MEMBER = 2**30  # bytes of a file in a zip, which is unpacked in memory
 
 # PIL opens files of these, but decodes none, or needs another program for it.
 _NO_PICTURES = {".bufr", ".grib", ".h5", ".hdf", ".mpeg", ".mpg", ".eps", ".ps", ".wmf", ".emf"}
@@ -75,7 +78,7 @@ class Entry:
         if self.member is None:
             return Path(self.file).read_bytes()
         with zipfile.ZipFile(self.file) as archive:
-            return archive.read(self.member)
+            return archive.read(self.member)  # and no more than the size that `list_zip` has looked at
 
 
 def picture_suffixes() -> frozenset[str]:
@@ -136,6 +139,12 @@ def list_zip(entry: Entry) -> list[Entry]:
         raise ValueError(f"{entry.file} cannot be read as a zip: {error}") from error
     if any(member.flag_bits & 1 for member in members):
         raise ValueError(f"{entry.file} is encrypted: unpack it")
+    for member in members:
+        if member.file_size > LARGEST_MEMBER:
+            raise ValueError(
+                f"{entry.file}: {member.filename!r} would have {member.file_size} bytes, at most {LARGEST_MEMBER} are "
+                "unpacked in memory: unpack it"
+            )
     files = [member for member in members if not any(map(_is_hidden, member.filename.split("/")))]
     entries = [
         Entry(
@@ -236,29 +245,63 @@ def _unused(entries: Sequence[Entry], used: Iterable[Entry] = ()) -> list[str]:
 
 
 def is_declared(root: Path) -> bool:
-    """Whether the folder itself says in its README.md which files are its data, as repositories on the Hub do."""
+    """Whether the folder itself says in its README.md which files are its data, as repositories on the Hub do.
+
+    Raises:
+        ValueError: if it names files out of the folder.
+    """
     path = root / "README.md"
     if not path.is_file():
         return False
     text = path.read_text(encoding="utf-8", errors="replace")
     match = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
     try:
-        head = yaml.safe_load(match[1]) if match else None
-    except yaml.YAMLError:
+        head = parse_yaml(match[1], path) if match else None
+    except ValueError:
         return False
-    return isinstance(head, dict) and "configs" in head
+    if not isinstance(head, dict) or "configs" not in head:
+        return False
+    for name in _texts_under(head["configs"], ("data_files", "data_dir", "path")):
+        if not is_below(name):
+            raise ValueError(f"{path} must name files in its own folder, got {name!r}")
+    return True
+
+
+def _texts_under(value: object, keys: Sequence[str], within: bool = False) -> Iterator[str]:
+    """The texts in what lies under one of the keys, at any depth."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield from _texts_under(part, keys, within or key in keys) if key != "split" else ()
+    elif isinstance(value, list):
+        for part in value:
+            yield from _texts_under(part, keys, within)
+    elif within and isinstance(value, str):
+        yield value
 
 
 def saved_splits(root: Path) -> dict[str, list[Entry]]:
-    """The files of each split of a folder that `save_to_disk` of `datasets` has written; none for other folders."""
+    """The files of each split of a folder that `save_to_disk` of `datasets` has written; none for other folders.
+
+    Raises:
+        ValueError: if its descriptions are none, or name files out of the folder.
+    """
     if (root / "dataset_dict.json").is_file():
-        names = yaml.safe_load((root / "dataset_dict.json").read_text())["splits"]
-        return {name: files for name in names for files in saved_splits(root / name).values()}
+        names = _entry_of(root / "dataset_dict.json", "splits")
+        folders = {name: inside(root, name, root / "dataset_dict.json") for name in names}
+        return {name: files for name, folder in folders.items() for files in saved_splits(folder).values()}
     if not ((root / "state.json").is_file() and (root / "dataset_info.json").is_file()):
         return {}
-    state = yaml.safe_load((root / "state.json").read_text())
-    files = [entry for each in state["_data_files"] for entry in _entry(root / each["filename"], each["filename"])]
-    return {str(state.get("_split") or "train"): files}
+    path = root / "state.json"
+    named = [each.get("filename") if isinstance(each, dict) else None for each in _entry_of(path, "_data_files")]
+    files = [entry for name in named for entry in _entry(inside(root, name, path), name)]
+    return {str(read_json(path).get("_split") or "train"): files}
+
+
+def _entry_of(path: Path, key: str) -> list:
+    value = read_json(path).get(key)
+    if not isinstance(value, list):
+        raise ValueError(f"{path} must have a list under {key}")
+    return value
 
 
 def split_word(name: str) -> str | None:

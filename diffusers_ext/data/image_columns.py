@@ -5,6 +5,7 @@ Columns may hold pictures without saying so, as pandas writes them: encoded byte
 
 import io
 import itertools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,8 @@ def with_image_columns(source: Rows, folder: Path | None = None) -> Rows:
     """The rows with columns of encoded pictures, and of paths of pictures, as columns of images.
 
     That are columns of bytes, or of structs of `bytes` and `path`, whose first value PIL opens; and, in a local folder,
-    columns of texts of which the first is the path of a picture that is there, absolute or below the folder. Rows that have
-    a column of images, or of arrays, stay as they are.
+    columns of texts of which the first is the path of a picture that is there, absolute or below the folder; all of them must
+    lie in the folder. Rows that have a column of images, or of arrays, stay as they are.
 
     Args:
         folder: In which the data set is; None for one on the Hub.
@@ -122,8 +123,22 @@ def _is_picture(root: Path, value: str) -> bool:
 
 def _from_paths(source: Rows, name: str, root: Path) -> Rows:
     def absolute(rows: dict[str, list]) -> dict[str, list]:
-        return {name: [value and {"path": str(root / value), "bytes": None} for value in rows[name]]}
+        return {name: [value and {"path": _path_within(root, value), "bytes": None} for value in rows[name]]}
 
     root = root.absolute()
     features = datasets.Features(source.features | {name: datasets.Image()})
     return source.map(absolute, batched=True, features=features)
+
+
+def _path_within(root: Path, value: str) -> str:
+    """The path of a picture that a table names, in the folder that the table is in.
+
+    Raises:
+        ValueError: if it leads out of the folder.
+    """
+    path = os.path.normpath(root / value)
+    if os.path.commonpath([root, path]) != str(root):
+        raise ValueError(
+            f"a table of pictures must name files in {root}, got {value!r}: give a folder that holds both"
+        )
+    return path

@@ -17,7 +17,7 @@ import yaml
 from diffusers import AutoModel, ModelMixin
 from torch import Tensor
 
-from diffusers_ext.atomic_files import atomic_write
+from diffusers_ext.atomic_files import atomic_write, finish_replacing
 from diffusers_ext.data.config import DataConfig, TrainingDataConfig
 from diffusers_ext.data.identity import hash_weights
 from diffusers_ext.data.image_table import ImageData, PixelTable
@@ -26,9 +26,12 @@ from diffusers_ext.data.prepare import prepare_data
 from diffusers_ext.data.stream import StreamData
 from diffusers_ext.latents import check_one_level, latent_scale, normalize_latents
 from diffusers_ext.sizes import downsampling_factor
+from diffusers_ext.untrusted import from_mapping, read_yaml_mapping
 
 
 LATENTS_FILE = "latents.yaml"
+MAX_INFO_BYTES = 2**26  # each label has its name there, and each different caption
+LONGEST_SIDE = 2**16
 # Of the columns of a shard, `pixels` has the mean and then the standard deviation, (height, width, 2 channels).
 DTYPE = np.dtype(np.float16)
 
@@ -76,6 +79,17 @@ class LatentsInfo:
         return 2 if self.random_flip else 1
 
 
+_TYPES_OF_INFO = {
+    **dict.fromkeys(("dataset_name", "dataset_split", "resize_mode", "vae", "vae_fingerprint"), str),
+    **dict.fromkeys(("dataset_config_name", "image_mode", "label_column", "contents"), str | None),
+    **dict.fromkeys(("pad_value", "num_images"), int),
+    **dict.fromkeys(("max_train_samples", "white_value"), int | None),
+    **dict.fromkeys(("resolution", "latent_shape"), list),
+    "random_flip": bool,
+    "id2label": dict | None,
+}
+
+
 def write_info(folder: Path, infos: dict[str, LatentsInfo]) -> None:
     """Writes `latents.yaml`, what the folder holds of each split, atomically."""
     splits = {split: json.loads(json.dumps(dataclasses.asdict(info))) for split, info in infos.items()}
@@ -86,15 +100,30 @@ def write_info(folder: Path, infos: dict[str, LatentsInfo]) -> None:
 
 
 def read_info(folder: str | Path) -> dict[str, LatentsInfo]:
-    """The splits that a folder of latents holds; none if it holds no latents."""
+    """The splits that a folder of latents holds; none if it holds no latents.
+
+    Raises:
+        ValueError: if its `latents.yaml` is none of `write_info`.
+    """
     path = Path(folder) / LATENTS_FILE
     if not path.is_file():
         return {}
-    splits = yaml.safe_load(path.read_text())["splits"]
-    shapes = ("resolution", "latent_shape")
-    return {
-        split: LatentsInfo(**entry | {name: tuple(entry[name]) for name in shapes}) for split, entry in splits.items()
-    }
+    splits = read_yaml_mapping(path, MAX_INFO_BYTES).get("splits")
+    if not isinstance(splits, dict):
+        raise ValueError(f"{path} must have the splits that the folder holds")
+    return {str(split): _checked_info(entry, path) for split, entry in splits.items()}
+
+
+def _checked_info(entry: object, path: Path) -> LatentsInfo:
+    info = from_mapping(LatentsInfo, entry, _TYPES_OF_INFO, path)
+    shapes = {name: tuple(getattr(info, name)) for name in ("resolution", "latent_shape")}
+    for name, length in (("resolution", 2), ("latent_shape", 3)):
+        sides = shapes[name]
+        if len(sides) != length or not all(type(side) is int and 0 < side <= LONGEST_SIDE for side in sides):
+            raise ValueError(f"{path}: {name} must be {length} integers in [1, {LONGEST_SIDE}], got {list(sides)}")
+    if info.num_images < 1:
+        raise ValueError(f"{path}: num_images must be at least 1, got {info.num_images}")
+    return dataclasses.replace(info, **shapes)
 
 
 def shard_path(folder: Path, split: str, number: int, count: int) -> Path:
@@ -138,6 +167,7 @@ def load_vae(name: str) -> ModelMixin:
     Raises:
         ValueError: if there is none, if it is none of images, or if the scale of its latents was never measured.
     """
+    finish_replacing(name)
     try:
         subfolder = "vae" if (Path(name) / "vae" / "config.json").is_file() else None
         vae = AutoModel.from_pretrained(name, subfolder=subfolder)

@@ -1,7 +1,6 @@
 """The rows of a folder of pictures: each picture with its class, what a table says of it, or the text beside it."""
 
 import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -14,6 +13,7 @@ import pyarrow.json
 import pyarrow.parquet
 
 from diffusers_ext.data.folders import CAPTION_SUFFIXES, Contents, Entry, digest_of, divide_pictures, sort_names
+from diffusers_ext.untrusted import MAX_TEXT_BYTES, is_below, parse_json
 
 
 # Keys of a .json beside a picture under which its caption may be.
@@ -109,10 +109,12 @@ def read_caption(entry: Entry) -> str:
         ValueError: if it cannot be read or has no text.
     """
     try:
+        if entry.size > MAX_TEXT_BYTES:
+            raise ValueError(f"it must have at most {MAX_TEXT_BYTES} bytes, got {entry.size}")
         text = entry.read().decode("utf-8-sig")
         if entry.suffix != ".json":
             return text.strip()
-        values = json.loads(text)
+        values = parse_json(text, "it")
     except ValueError as error:
         raise ValueError(f"{entry.path}, the caption of a picture, cannot be read: {error}") from error
     found = next((values[key] for key in CAPTION_KEYS if isinstance(values, dict) and key in values), values)
@@ -177,11 +179,9 @@ def _image_column(column: str) -> str:
 
 def _path_of(table: Entry, value: str) -> str:
     """Where a picture is that a table names, below the folder."""
-    path = PurePosixPath(value.replace("\\", "/"))
-    parts = [part for part in path.parts if part != "."]
-    if path.is_absolute() or ".." in parts or "://" in value:
+    if not is_below(value):
         raise ValueError(f"{table.path} must name files below its own folder, got file_name {value!r}")
-    return "/".join([*table.folders, *parts])
+    return "/".join([*table.folders, *PurePosixPath(value.replace("\\", "/")).parts])
 
 
 def _only_in_tables(pictures: Sequence[Entry], tables: Sequence[tuple[Entry, pa.Table]]) -> list[Entry]:

@@ -20,6 +20,7 @@ from diffusers_ext.data.folders import (
 )
 from diffusers_ext.data.image_columns import with_image_columns
 from diffusers_ext.data.picture_folders import PictureSplit, join, read_pictures
+from diffusers_ext.untrusted import one_line
 
 
 Rows = datasets.Dataset | datasets.IterableDataset
@@ -168,7 +169,8 @@ def open_source(
         raise ValueError(
             f"the split {split!r} of the data set {name!r} cannot be loaded{where}: {cause or error}"
         ) from error
-    return source._replace(rows=with_image_columns(source.rows, Path(name) if is_local(name) else None))
+    rows = with_image_columns(source.rows, Path(name) if is_local(name) else None)
+    return source._replace(rows=rows, notes=tuple(map(one_line, source.notes)))  # which name files
 
 
 def split_names(name: str, config_name: str | None = None) -> list[str]:

@@ -27,6 +27,7 @@ from diffusers_ext.data.label_columns import StreamLabels
 from diffusers_ext.data.label_sets import LabelSets
 from diffusers_ext.draws import PositionRandom
 from diffusers_ext.pixels import Whites
+from diffusers_ext.untrusted import read_json
 
 
 # Shards beyond this number are grouped: taking one out costs time in proportion to their number.
@@ -396,4 +397,4 @@ def load_stream_state(folder: Path, process_index: int) -> dict[str, Any]:
             f"{folder} is of a stream with {count} processes, got more: which examples are behind is known only for the "
             f"same number; give {count}, or start a new run in another --output_dir"
         )
-    return json.loads(path.read_text())
+    return read_json(path)

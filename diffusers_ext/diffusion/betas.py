@@ -22,6 +22,9 @@ BETA_SCHEDULES = (
     "laplace",
 )
 
+# Of timesteps and the like: each takes tables of float64.
+LARGEST_INTEGER = 2**20
+
 # Above it a step would add nearly all the noise there is, and the last step of an alpha_bar that ends at 0 exactly all.
 MAX_BETA = 0.999
 
@@ -127,6 +130,8 @@ def _betas_of_alpha_bar(name: str, num_timesteps: int) -> Tensor:
     return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=MAX_BETA)
 
 
-def check_integer(key: str, value: int, at_least: int = 1) -> None:
+def check_integer(key: str, value: int, at_least: int = 1, at_most: int = LARGEST_INTEGER) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
         raise ValueError(f"{key} must be an integer of at least {at_least}, got {value!r}")
+    if value > at_most:
+        raise ValueError(f"{key} must be at most {at_most}, got {value}")

@@ -369,7 +369,8 @@ def dynamic_threshold(x0: Tensor, ratio: float, max_value: float) -> Tensor:
         ratio: The quantile, in [0, 1].
         max_value: Upper bound on the clipping range, whose lower bound is 1.
     """
-    bound = torch.quantile(x0.abs().flatten(1), ratio, dim=1).clamp(1, max_value)
+    largest = min(max_value, torch.finfo(x0.dtype).max)
+    bound = torch.quantile(x0.abs().flatten(1), ratio, dim=1).clamp(1, largest)
     bound = bound.view(-1, *[1] * (x0.ndim - 1))
     return x0.clamp(-bound, bound) / bound
 

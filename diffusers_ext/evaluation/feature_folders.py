@@ -8,7 +8,7 @@ from pathlib import Path
 from accelerate import PartialState
 from huggingface_hub.constants import HF_HOME
 
-from diffusers_ext.atomic_files import atomic_write
+from diffusers_ext.atomic_files import finish_replacing, replace_files
 from diffusers_ext.data.identity import hash_weights
 from diffusers_ext.evaluation.feature_training import accuracy, fit_feature_classifier
 from diffusers_ext.evaluation.labelled_images import LabelledImages, drawn_order
@@ -19,6 +19,7 @@ from diffusers_ext.evaluation.pretrained_features import (
 )
 from diffusers_ext.evaluation.real_images import RealImages
 from diffusers_ext.metrics.features import FeatureClassifierModel
+from diffusers_ext.untrusted import read_json
 
 
 # What a folder of a trained feature classifier says of its training.
@@ -63,11 +64,12 @@ def train_and_save_features(real: RealImages, folder: Path, **settings) -> dict:
         "held_out_accuracy": accuracy(model, held_out),
     }
     if int(os.environ.get("RANK", 0)) == 0:
-        # Removed first and written last, so that a folder with this file is complete.
-        Path(folder, FEATURES_FILE).unlink(missing_ok=True)
-        model.save_pretrained(folder)
-        with atomic_write(Path(folder, FEATURES_FILE)) as partial:
-            partial.write_text(json.dumps(about, indent=2) + "\n")
+
+        def write(partial: Path):
+            model.save_pretrained(partial)
+            (partial / FEATURES_FILE).write_text(json.dumps(about, indent=2) + "\n")
+
+        replace_files(Path(folder), FEATURES_FILE, write)
     return about
 
 
@@ -78,9 +80,10 @@ def load_features(folder: str | Path) -> tuple[FeatureClassifierModel, dict]:
         ValueError: if the folder is not one that `training/train_features.py` has made.
     """
     folder = Path(folder)
+    finish_replacing(folder)
     if not (folder / FEATURES_FILE).is_file():
         raise ValueError(f"{folder} is no folder of a feature classifier: make one with training/train_features.py")
-    return FeatureClassifierModel.from_pretrained(folder).eval(), json.loads((folder / FEATURES_FILE).read_text())
+    return FeatureClassifierModel.from_pretrained(folder).eval(), read_json(folder / FEATURES_FILE)
 
 
 def cached_features_folder(real: RealImages) -> Path:

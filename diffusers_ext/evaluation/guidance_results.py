@@ -7,6 +7,7 @@ from pathlib import Path
 from diffusers_ext.atomic_files import atomic_write
 from diffusers_ext.evaluation.guidance_comparison import METHODS, UNGUIDED, UNGUIDED_TITLE
 from diffusers_ext.figures import save_picture
+from diffusers_ext.untrusted import read_json
 
 
 class Results:
@@ -31,7 +32,7 @@ class Results:
         """
         if not self.path.is_file():
             return []
-        saved = json.loads(self.path.read_text())
+        saved = read_json(self.path)
         before = saved["made_with"]
         changed = [name for name, value in self.made_with.items() if before.get(name) != value]
         if changed:

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from diffusers_ext.data.config import DataConfig
 from diffusers_ext.data.latent_cache import read_info
 from diffusers_ext.evaluation.real_images import HELD_OUT_SPLITS
 from diffusers_ext.options import check_options, option
+from diffusers_ext.untrusted import read_yaml_mapping
 
 
 # Options on which the images do not depend, so that those of a run need not suit the machine that measures.
@@ -85,7 +84,7 @@ def take_options_of_run(
 def _options_of(folder: Path) -> dict[str, Any]:
     """The options of a training run; of a run on latents, those of the images that the latents were made from."""
     path = folder / "train_config.yaml"
-    saved = (yaml.safe_load(path.read_text()) or {}) if path.is_file() else {}
+    saved = read_yaml_mapping(path) if path.is_file() else {}
     info = read_info(saved.get("dataset_name") or "").get(saved.get("dataset_split"))
     if info is None:
         return saved

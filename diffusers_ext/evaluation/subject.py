@@ -15,6 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from torch import Tensor
 
 import diffusers_ext
+from diffusers_ext.atomic_files import finish_replacing
 from diffusers_ext.evaluation.generate import generate_images, shared_by_processes
 from diffusers_ext.evaluation.label_shares import describe_labels, proportional_labels
 from diffusers_ext.evaluation.labelled_images import convert_channels
@@ -42,6 +43,7 @@ def load_pipeline(name: str, scheduler: str | None = None) -> diffusers.Diffusio
             validate_repo_id(name)
         except HFValidationError:
             raise ValueError(f"{name} is no folder here, and no name of a pipeline on the Hub") from None
+    finish_replacing(name)
     try:
         pipeline = diffusers_ext.DiffusionPipeline.from_pretrained(name)
     except OSError as error:

@@ -4,7 +4,6 @@ A card says only what is known: a line that nobody filled in is left out, and a 
 measure it again.
 """
 
-import json
 import math
 import os
 import platform
@@ -24,6 +23,7 @@ from diffusers_ext.atomic_files import atomic_write
 from diffusers_ext.hub.push import check_repo_id
 from diffusers_ext.hub.remote_code import MODEL_FILE, PIPELINE_FILE
 from diffusers_ext.hub.saved_folder import SavedFolder, lines_of_part, lines_without_package, loading_lines
+from diffusers_ext.untrusted import one_line, read_json
 
 
 # Beside this module and not in the repository's `model_cards/`, since an installed package needs it too.
@@ -157,7 +157,7 @@ def write_card(
     if dataset_id is not None:
         check_repo_id(dataset_id)
     training = training or TrainingRun()
-    title = title or Path(repo_id or folder.resolve()).name
+    title = one_line(title or Path(repo_id or folder.resolve()).name)
     card_data = ModelCardData(
         license=license,
         library_name="diffusers",
@@ -233,7 +233,7 @@ def _calibration(folder: Path) -> str:
     path = folder / CALIBRATION_FILE
     if not path.is_file():
         return ""
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = read_json(path)
     lines = [CALIBRATION_HEADING, "", *(f"- {line}" for line in found["lines"])]
     if found.get("picture"):
         lines += ["", f"![By what it was chosen]({found['picture']})"]
@@ -264,7 +264,7 @@ def _results(figures: Sequence[Figure]) -> str:
     rows = ["| metric | value | samples | sampler | steps |", "|---|---|---|---|---|"]
     for figure in figures:
         cells = (figure.metric, f"{figure.value:.4g}", figure.num_samples, figure.sampler, figure.num_inference_steps)
-        rows.append(f"| {' | '.join('' if cell is None else str(cell) for cell in cells)} |")
+        rows.append(f"| {' | '.join('' if cell is None else one_line(cell) for cell in cells)} |")
     commands = dict.fromkeys(_without_tokens(figure.command) for figure in figures)
     return "\n".join([*rows, "", "Measured by:", "", "```bash", *commands, "```"])
 
@@ -353,6 +353,7 @@ def _without_tokens(command: str | None) -> str | None:
     """A card is public and its commands are for running again, so a token in them becomes the variable that holds it."""
     if command is None:
         return None
+    command = command.replace("```", "` ` `")  # which would end the block that it stands in
     command = re.sub(r"(--\w*token[= ])\S+", r"\1$HF_TOKEN", command.strip())
     return re.sub(r"(?<![\w/-])hf_\w{16,}", "$HF_TOKEN", command)
 

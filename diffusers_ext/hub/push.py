@@ -92,7 +92,7 @@ def push_folder(
         The address of the commit.
 
     Raises:
-        ValueError: if the folder holds no whole pipeline or model; and as for `prepare_repo`.
+        ValueError: if the folder holds no whole pipeline or model, or links to files out of it; and as for `prepare_repo`.
         PermissionError: as for `prepare_repo`.
     """
     folder = Path(folder)
@@ -127,6 +127,12 @@ def _files_to_upload(folder: Path, ignore_patterns: Sequence[str]) -> dict[str, 
     """By their paths in the repository: files as they are in the folder, and the code, which need not be there."""
     there = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     files = {name: folder / name for name in filter_repo_objects(there, ignore_patterns=list(ignore_patterns))}
+    for path in files.values():
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(
+                f"{str(path)!r} is a link to {str(path.resolve())!r}, which would be uploaded: put a copy of what is to be "
+                "published there, or remove the link"
+            )
     try:
         return files | {name: text.encode() for name, text in files_with_code(folder).items()}
     except ForeignParts as parts:

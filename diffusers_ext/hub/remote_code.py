@@ -32,6 +32,8 @@ from diffusers.guiders import BaseGuidance
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
 from diffusers_ext.atomic_files import atomic_write
+from diffusers_ext.hub.saved_folder import saved_class
+from diffusers_ext.untrusted import is_plain_name, read_json
 
 
 LIBRARY = "diffusers_ext"
@@ -141,14 +143,15 @@ def files_with_code(folder: str | os.PathLike) -> dict[str, str]:
 
     Raises:
         ForeignParts: if it has parts whose code is neither of this package nor of diffusers or transformers.
+        ValueError: if its config is none, or names a component by a path.
     """
     folder = Path(folder)
     if (folder / DiffusionPipeline.config_name).is_file():
         return _files_of_pipeline(folder)
     if (folder / ModelMixin.config_name).is_file():
-        config = json.loads((folder / ModelMixin.config_name).read_text(encoding="utf-8"))
+        config = read_json(folder / ModelMixin.config_name)
         name = config.get("_class_name")
-        if not issubclass(public_classes().get(name, object), ModelMixin):
+        if not isinstance(name, str) or not issubclass(public_classes().get(name, object), ModelMixin):
             return {}
         config["auto_map"] = {"AutoModel": f"{Path(MODEL_FILE).stem}.{name}"}
         return {MODEL_FILE: code_of_pipeline(), ModelMixin.config_name: _json(config)}
@@ -167,9 +170,8 @@ def add_code(folder: str | os.PathLike) -> None:
 
 
 def _files_of_pipeline(folder: Path) -> dict[str, str]:
-    index = json.loads((folder / DiffusionPipeline.config_name).read_text(encoding="utf-8"))
-    classes, class_name = public_classes(), index["_class_name"]
-    class_name = class_name if isinstance(class_name, str) else class_name[-1]
+    index = read_json(folder / DiffusionPipeline.config_name)
+    classes, class_name = public_classes(), saved_class(index, folder / DiffusionPipeline.config_name)
     ours = []
     for name, (library, component) in _components(index):
         if library.partition(".")[0] in (LIBRARY, ROOT) and component in classes:
@@ -198,6 +200,8 @@ def _files_of_pipeline(folder: Path) -> dict[str, str]:
 def _components(index: dict) -> Iterator[tuple[str, list[str]]]:
     for name, entry in index.items():
         if not name.startswith("_") and isinstance(entry, list) and len(entry) == 2 and entry[0] is not None:
+            if not is_plain_name(name) or not all(isinstance(part, str) for part in entry):
+                raise ValueError(f"{DiffusionPipeline.config_name} must name components, got {name!r}: {entry!r}")
             yield name, entry
 
 

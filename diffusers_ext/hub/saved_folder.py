@@ -9,6 +9,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from diffusers_ext.atomic_files import finish_replacing
+from diffusers_ext.untrusted import is_plain_name, one_line, read_json
+
 
 @dataclass(frozen=True)
 class Component:
@@ -50,14 +53,14 @@ class SavedFolder:
             ValueError: if the folder holds neither a whole pipeline nor a whole model.
         """
         folder = Path(folder)
+        finish_replacing(folder)
         index, config = folder / "model_index.json", folder / "config.json"
         if index.is_file():
-            entries = json.loads(index.read_text(encoding="utf-8"))
-            class_name = entries["_class_name"]
-            class_name = class_name if isinstance(class_name, str) else class_name[-1]  # after the file of its code
-            return cls(class_name, False, _components(folder, entries), entries.get("id2label"))
+            entries = read_json(index)
+            components = _components(folder, entries)
+            return cls(saved_class(entries, index), False, components, _labels(entries.get("id2label"), index))
         if config.is_file():
-            class_name = json.loads(config.read_text(encoding="utf-8"))["_class_name"]
+            class_name = saved_class(read_json(config), config)
             weights = _count_parameters(folder)
             if not weights:
                 raise ValueError(
@@ -108,8 +111,32 @@ def lines_of_part(name: str | os.PathLike, part: str | None, class_name: str, re
 
 def _arguments(name: str | os.PathLike, **options) -> str:
     given = {key: value for key, value in options.items() if value is not None}
-    values = {key: f'"{value}"' if isinstance(value, str) else value for key, value in given.items()}
-    return ", ".join([f'"{Path(name).as_posix()}"', *(f"{key}={value}" for key, value in values.items())])
+    values = {key: quoted(value) if isinstance(value, str) else value for key, value in given.items()}
+    return ", ".join([quoted(Path(name).as_posix()), *(f"{key}={value}" for key, value in values.items())])
+
+
+def quoted(text: str) -> str:
+    """A text as Python writes it, in double quotes and in one line."""
+    return json.dumps(text, ensure_ascii=not text.isprintable())
+
+
+def saved_class(config: dict, path: Path) -> str:
+    """The class that a config is of; of a list, what stands after the file of its code.
+
+    Raises:
+        ValueError: if the config names none.
+    """
+    name = config.get("_class_name")
+    name = name[-1] if isinstance(name, list) and name else name
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ValueError(f"{str(path)!r} must name its class under _class_name, got {name!r}")
+    return name
+
+
+def _labels(labels: object, path: Path) -> dict[str, str] | None:
+    if labels is not None and not isinstance(labels, dict):
+        raise ValueError(f"{str(path)!r} must have a mapping under id2label, got a {type(labels).__name__}")
+    return labels and {one_line(number): one_line(name) for number, name in labels.items()}
 
 
 def _components(folder: Path, entries: dict) -> list[Component]:
@@ -117,12 +144,21 @@ def _components(folder: Path, entries: dict) -> list[Component]:
     for name, entry in entries.items():
         if name.startswith("_") or not isinstance(entry, list) or len(entry) != 2 or entry[0] is None:
             continue
+        if not is_plain_name(name) or not all(isinstance(part, str) and _is_dotted(part) for part in entry):
+            raise ValueError(
+                f"model_index.json in {str(folder)!r} must name components, and their libraries and classes, got {name!r}: "
+                f"{entry!r}"
+            )
         if not (folder / name).is_dir():
             raise ValueError(
                 f"model_index.json in {str(folder)!r} names the component {name!r}, but has no such folder"
             )
         components.append(Component(name, *entry, _count_parameters(folder / name)))
     return components
+
+
+def _is_dotted(name: str) -> bool:
+    return all(part.isidentifier() for part in name.split("."))
 
 
 def _count_parameters(folder: Path) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from diffusers_ext.pixels import to_images
 from diffusers_ext.sizes import as_size
+from diffusers_ext.untrusted import check_config
 
 
 class ResidualBlock(nn.Module):
@@ -62,6 +63,7 @@ class FeatureClassifierModel(ModelMixin, ConfigMixin):
         label_names: list[str] | None = None,
     ):
         super().__init__()
+        check_config(self.config, FeatureClassifierModel.__init__)
         if num_classes < 2:
             raise ValueError(f"num_classes must be at least 2 for a classifier, got {num_classes}")
         if label_names is not None and len(label_names) != num_classes:

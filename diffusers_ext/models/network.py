@@ -7,6 +7,8 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from diffusers_ext.untrusted import check_config
+
 
 # A block is compiled anew for training and for sampling, and for a few sizes of batch or sample.
 COMPILATIONS_PER_BLOCK = 4
@@ -17,6 +19,10 @@ class Network(ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     gradient_checkpointing = False
+
+    def __init__(self):
+        super().__init__()
+        check_config(self.config, type(self).__init__)  # which may be a saved one, and anybody's
 
     def run(self, module: nn.Module, *args) -> Tensor:
         """Calls a module of the network; with gradient checkpointing, its activations are recomputed in backward."""

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from accelerate import PartialState
@@ -88,8 +89,8 @@ def calibrate_run(trainer: Trainer, wanted: bool | None, command: str) -> None:
         *(subject, data, budget_of_training(seconds)), seed=trainer.config.seed, run=folder, start=start, say=say
     )
     found["left_out"] += left_out
-    save_atomically(pipe, folder)
-    reports.write(folder, {"command": command, "dataset_name": trainer.config.dataset_name} | found)
+    report = {"command": command, "dataset_name": trainer.config.dataset_name} | found
+    save_atomically(pipe, folder, also=partial(reports.write, report=report))
     say("\n".join(f"  {line}" for line in reports.describe(found)), flush=True)
 
 

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from transformers import (
@@ -20,6 +22,7 @@ from transformers import (
 )
 
 from diffusers_ext.guidance.texts import encode_tokens, longest_text, tokenize, width_of
+from diffusers_ext.untrusted import check_attention, check_component_folder
 
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -91,16 +94,22 @@ def load_text_encoder(name: str) -> tuple[PreTrainedTokenizerBase, PreTrainedMod
         ValueError: if there are none, if the encoder has no hidden states, or if a pipeline that has it cannot be loaded.
     """
     is_pipeline = (Path(name) / "text_encoder" / "config.json").is_file()
+    check_component_folder(Path(name, "text_encoder") if is_pipeline else name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **({"subfolder": "tokenizer"} if is_pipeline else {}))
+        # Said, since transformers would ask on the terminal whether to run what lies beside it.
+        options = {"trust_remote_code": False}
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, **options | ({"subfolder": "tokenizer"} if is_pipeline else {})
+        )
         subfolder = {"subfolder": "text_encoder"} if is_pipeline else {}
-        config = AutoConfig.from_pretrained(name, **subfolder)
+        config = AutoConfig.from_pretrained(name, **options, **subfolder)
+        check_attention({"attn_implementation": config._attn_implementation}, name)
         if config.model_type == "clip":  # a whole CLIP, of which the text model is wanted
             encoder = CLIPTextModel.from_pretrained(name, **subfolder)
         else:
             known = type(config) in AutoModelForTextEncoding._model_mapping
             encoder = (AutoModelForTextEncoding if known else AutoModel).from_pretrained(name, **subfolder)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError, UnpicklingError, SafetensorError) as error:
         raise ValueError(f"--pretrained_text_encoder {name} cannot be loaded: {error}") from error
     if encoder.config.is_encoder_decoder:
         encoder = encoder.get_encoder()

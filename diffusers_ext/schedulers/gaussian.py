@@ -27,6 +27,7 @@ from diffusers_ext.diffusion.timesteps import TIMESTEP_SPACINGS, check_timesteps
 from diffusers_ext.draws import draw_normal
 from diffusers_ext.schedulers.sources import PATH_KEYS, read_model
 from diffusers_ext.schedulers.transitions import Transitions
+from diffusers_ext.untrusted import check_config
 
 
 # Of these the classes of diffusers make the betas themselves; the others are handed to them as `trained_betas`.
@@ -55,6 +56,7 @@ class GaussianSchedulerMixin:
 
     def _setup(self) -> None:
         """Builds everything from `self.config`, refusing what cannot work."""
+        check_config(self.config, type(self).__init__)
         # Some samplers of diffusers have other defaults for the path, to which `from_config` would fall back.
         self._register_explicitly(**{key: self.config[key] for key in PATH_KEYS})
         self._choose_timesteps(self.config)

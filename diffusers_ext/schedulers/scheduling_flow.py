@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal
 
 import numpy as np
@@ -23,6 +24,7 @@ from diffusers_ext.diffusion.noising import (
 from diffusers_ext.schedulers.gaussian import as_output, check_choice, draw_noise, has_no_noise, wide
 from diffusers_ext.schedulers.sources import FLOW_PREDICTION, read_flow_model
 from diffusers_ext.schedulers.transitions import FlowTransitions
+from diffusers_ext.untrusted import check_config
 
 
 FLOW_SPACINGS = ("linspace", "trailing")
@@ -104,6 +106,7 @@ class FlowScheduler(FlowMatchEulerDiscreteScheduler):
         use_flow_sigmas: bool = True,
         flow_shift: float | None = None,
     ):
+        check_config(self.config, FlowScheduler.__init__)
         prediction_type = "flow" if prediction_type == FLOW_PREDICTION else prediction_type
         check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
         check_choice("timestep_spacing", timestep_spacing, FLOW_SPACINGS)
@@ -185,6 +188,8 @@ class FlowScheduler(FlowMatchEulerDiscreteScheduler):
         Raises:
             ValueError: If nothing says how many steps there are, or the list does not go from noise to data.
         """
+        if not isinstance(num_inference_steps, Integral | None):
+            raise ValueError(f"num_inference_steps must be an integer, got {num_inference_steps!r}")
         lists = [list_of(values) for values in (sigmas, timesteps) if values is not None]
         counts = {len(values) for values in lists} | ({num_inference_steps} - {None})
         if len(counts) != 1 or min(counts) < 1:

@@ -16,6 +16,8 @@ from pathlib import Path
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import broadcast_object_list, gather_object
 
+from diffusers_ext.untrusted import inside, read_json
+
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -160,18 +162,20 @@ def find_checkpoint(output_dir: Path, request: str) -> tuple[Path | None, list[s
 def find_fault(path: Path) -> str | None:
     """The fault of a checkpoint, or None: every file of the manifest must be there with its size and hash."""
     try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
+        files = read_json(path / MANIFEST)["files"]
+        entries = [
+            (name, inside(path, name, MANIFEST), entry["size"], entry["sha256"]) for name, entry in files.items()
+        ]
     except FileNotFoundError:
         return f"it has no {MANIFEST}"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return f"its {MANIFEST} cannot be read"
-    for name, entry in files.items():
-        file = path / name
+    for name, file, size, digest in entries:
         if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != entry["size"]:
-            return f"{name} has {file.stat().st_size} bytes, not {entry['size']}"
-        if _hash(file) != entry["sha256"]:
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes, not {size}"
+        if _hash(file) != digest:
             return f"the contents of {name} have changed"
     return None
 

@@ -3,9 +3,8 @@
 import math
 from typing import TYPE_CHECKING
 
-import yaml
-
 from diffusers_ext.trainer.run_folder import CONFIG_FILE
+from diffusers_ext.untrusted import read_yaml_mapping
 
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ def _notes_on_going_on(trainer: "Trainer") -> list[str]:
             f"the run is at its end, with {state.step} steps in {state.seconds:.0f} s: nothing is left to train, and only "
             "what follows the training is done again. To go on, give more --max_train_steps or a longer --max_train_time"
         ]
-    before = yaml.safe_load((trainer.last_checkpoint / CONFIG_FILE).read_text())
+    before = read_yaml_mapping(trainer.last_checkpoint / CONFIG_FILE)
     names = ("max_train_steps", "max_train_time")
     if all(before.get(name) == getattr(trainer.config, name) for name in names) or state.warmup_steps is None:
         return []

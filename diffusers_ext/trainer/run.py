@@ -1,12 +1,10 @@
 """The beginning and the end of a run: devices, its folder, the saved model, the card."""
 
 import math
-import shutil
 import signal
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -14,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from diffusers import DiffusionPipeline, ModelMixin
 
+from diffusers_ext.atomic_files import lock_folder, replace_files
 from diffusers_ext.data.image_table import ImageData
 from diffusers_ext.data.sources import is_local
 from diffusers_ext.data.stream import StreamData
@@ -31,13 +30,13 @@ from diffusers_ext.trainer.milestones import hub_access, hub_name
 from diffusers_ext.trainer.run_folder import (
     CONFIG_FILE,
     METRICS_FILE,
-    SAVING,
     check_output_dir,
     clear_output_dir,
     read_metrics,
 )
 from diffusers_ext.trainer.signals import Interrupted, sigterm_as_interrupt
 from diffusers_ext.trainer.trackers import installed_trackers
+from diffusers_ext.untrusted import one_line
 
 
 def make_accelerator(config: TrainerConfig) -> Accelerator:
@@ -59,10 +58,15 @@ def make_accelerator(config: TrainerConfig) -> Accelerator:
 def open_run(config: TrainerConfig, accelerator: Accelerator) -> Iterator[Callable[[TrainerConfig], None]]:
     """Checks that the run may write to its folder, before anything long begins.
 
-    Yields a function that claims the folder for the config as resolved; until it is called, nothing is written.
+    Yields a function that claims the folder for the config as resolved; until it is called, nothing is written. From then on
+    no other run may write there.
+
+    Raises:
+        ValueError: as `check_output_dir`.
+        OSError: if another run writes to the folder, or nothing can be written there.
     """
-    check_output_dir(config)
-    opened = False
+    check_output_dir(config, accelerator.is_main_process)
+    opened, claim = False, ExitStack()
     if config.push_to_hub and accelerator.is_main_process:
         prepare_repo(config)
 
@@ -71,9 +75,9 @@ def open_run(config: TrainerConfig, accelerator: Accelerator) -> Iterator[Callab
         path = Path(config.output_dir)
         accelerator.wait_for_everyone()  # all have checked
         if accelerator.is_main_process:
+            claim.enter_context(lock_folder(path))
             if config.overwrite_output_dir:
                 clear_output_dir(path)
-            path.mkdir(parents=True, exist_ok=True)
         if config.report_to:
             accelerator.init_trackers(config.tracker_project_name, config={"options": to_yaml(config)})
         opened = True
@@ -81,7 +85,7 @@ def open_run(config: TrainerConfig, accelerator: Accelerator) -> Iterator[Callab
 
     try:
         # Of several processes each dies of it at once, since one that waits for another would not come to an end.
-        with sigterm_as_interrupt(enabled=accelerator.num_processes == 1):
+        with claim, sigterm_as_interrupt(enabled=accelerator.num_processes == 1):
             yield open_folder
     except SystemExit:  # after a signal all processes end together, so that none waits for another
         _end(accelerator)
@@ -130,25 +134,31 @@ def describe_data(config: TrainerConfig, data: ImageData | StreamData) -> str:
     labels += ", of which an image can have several" if data.has_label_sets else ""
     height, width = data.size
     count = "a stream of" if data.num_images is None else len(data)
-    return f"{data.name}, split {config.dataset_split}: {count} images, {height}x{width} {channels}, {labels}"
+    return (
+        f"{one_line(data.name)}, split {config.dataset_split}: {count} images, {height}x{width} {channels}, {labels}"
+    )
 
 
-def save_atomically(saved: DiffusionPipeline | ModelMixin, output_dir: Path) -> None:
-    """Saves a pipeline or a model. A folder that has its `model_index.json` or `config.json` is complete."""
-    index = "config.json" if isinstance(saved, ModelMixin) else "model_index.json"
-    for left in output_dir.glob(f"{SAVING}*"):  # by a process that was killed
-        shutil.rmtree(left)
-    with tempfile.TemporaryDirectory(dir=output_dir, prefix=SAVING) as partial:
-        saved.save_pretrained(partial)
+def save_atomically(
+    saved: DiffusionPipeline | ModelMixin, output_dir: Path, also: Callable[[Path], None] | None = None
+) -> None:
+    """Saves a pipeline or a model. A folder that has its `model_index.json` or `config.json` is complete.
+
+    Args:
+        also: Writes files that belong to it into the folder that it is given.
+
+    Raises:
+        OSError: if it cannot be saved; what was there is as it was.
+    """
+
+    def write(folder: Path):
+        saved.save_pretrained(folder)
         if isinstance(saved, ModelMixin):  # pipelines do it themselves
-            add_code(partial)
-        # The index goes first and comes last: without it the folder is no pipeline.
-        (output_dir / index).unlink(missing_ok=True)
-        for path in sorted(Path(partial).iterdir(), key=lambda path: path.name == index):
-            target = output_dir / path.name
-            if target.is_dir():
-                shutil.rmtree(target)
-            path.replace(target)
+            add_code(folder)
+        if also is not None:
+            also(folder)
+
+    replace_files(output_dir, "config.json" if isinstance(saved, ModelMixin) else "model_index.json", write)
 
 
 DENOISING_PICTURES = {

@@ -3,12 +3,13 @@
 import dataclasses
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from diffusers_ext.atomic_files import PARTIAL, atomic_write
+from diffusers_ext.atomic_files import LOCK, PARTIAL, SAVED, SAVING, atomic_write, finish_replacing, lock_folder
 from diffusers_ext.hub.cards import CALIBRATION_FILE
 from diffusers_ext.hub.push import MILESTONES
 from diffusers_ext.hub.remote_code import CODE_FILES
@@ -16,10 +17,10 @@ from diffusers_ext.options import fixed_on_resume, to_yaml
 from diffusers_ext.trainer.checkpoints import list_checkpoints
 from diffusers_ext.trainer.config import TrainerConfig
 from diffusers_ext.trainer.posthoc_ema import SNAPSHOT_FOLDER
+from diffusers_ext.untrusted import is_plain_name, parse_json, read_json, read_yaml_mapping
 
 
 CONFIG_FILE, METRICS_FILE = "train_config.yaml", "metrics.jsonl"
-SAVING = ".saving-"  # begins the names of folders in which a pipeline is being saved
 _OF_A_RUN = (CONFIG_FILE, METRICS_FILE, "model_index.json")
 # Those of diffusion models, of autoencoders, and of classifiers.
 PICTURES = (
@@ -37,16 +38,20 @@ PICTURES = (
 )
 
 
-def check_output_dir(config: TrainerConfig) -> None:
-    """Refuses a folder that holds another run.
+def check_output_dir(config: TrainerConfig, is_main_process: bool = True) -> None:
+    """Refuses a folder that holds another run. What a run was kept from moving there is moved.
 
     Raises:
+        FolderInUse: if another run writes there.
         ValueError: if `output_dir` holds a run and the config says neither to go on with it nor to overwrite it, or
             if it is a file.
     """
     path = Path(config.output_dir)
     if path.exists() and not path.is_dir():
         raise ValueError(f"output_dir must be a folder, {path} is a file")
+    if is_main_process and ((path / LOCK).exists() or (path / SAVED).exists()):
+        with lock_folder(path):  # which another run may hold
+            finish_replacing(path)
     checkpoints = list_checkpoints(path)
     holds_run = checkpoints or any((path / name).exists() for name in _OF_A_RUN)
     if holds_run and not (config.resume_from_checkpoint or config.overwrite_output_dir):
@@ -59,10 +64,10 @@ def check_output_dir(config: TrainerConfig) -> None:
 
 def clear_output_dir(path: Path) -> None:
     """Removes what a run has written, and nothing else."""
-    if (path / "model_index.json").exists():
-        for name in json.loads((path / "model_index.json").read_text()):
+    with suppress(OSError, ValueError):  # there is none, or it is damaged
+        for name in filter(is_plain_name, read_json(path / "model_index.json")):
             shutil.rmtree(path / name, ignore_errors=True)
-    for folder in [*path.glob("checkpoint-*"), *path.glob(".checkpoint-*"), *path.glob(f"{SAVING}*")]:
+    for folder in [*path.glob("checkpoint-*"), *path.glob(".checkpoint-*"), *path.glob(f"{SAVING}*"), path / SAVED]:
         shutil.rmtree(folder, ignore_errors=True)
     for name in ("samples", "before", "logs", "profile", SNAPSHOT_FOLDER, MILESTONES):
         shutil.rmtree(path / name, ignore_errors=True)
@@ -94,7 +99,7 @@ def check_same_run(config: TrainerConfig, checkpoint: Path) -> list[str]:
     """
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     defaults = {name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()}
-    before = defaults | yaml.safe_load((checkpoint / CONFIG_FILE).read_text())
+    before = defaults | read_yaml_mapping(checkpoint / CONFIG_FILE)
     now = yaml.safe_load(to_yaml(config))
     free = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint"}
     changed = [name for name in now if name not in free and before[name] != now[name]]
@@ -145,7 +150,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     records = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
-            records.append(json.loads(line))
+            records.append(parse_json(line, path))
         except ValueError:
             break
     return records

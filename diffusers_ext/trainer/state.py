@@ -16,10 +16,12 @@ from torch import nn
 from diffusers_ext.data.identity import IDENTITY_FILE, describe_change
 from diffusers_ext.data.stream import save_stream_state
 from diffusers_ext.options import to_yaml
+from diffusers_ext.trainer.checkpoints import CheckpointError
 from diffusers_ext.trainer.ema import WeightAverage
 from diffusers_ext.trainer.posthoc_ema import AverageSnapshots
 from diffusers_ext.trainer.run_folder import CONFIG_FILE
 from diffusers_ext.trainer.sharding import gathered, scattered
+from diffusers_ext.untrusted import from_mapping, read_json
 
 
 STATE_FILE, AVERAGE_FILE, OBJECTIVE_FILE = "run_state.json", "average.safetensors", "objective.safetensors"
@@ -62,6 +64,19 @@ class RunState:
             means["adversary_loss"] = fmean(self.adversary_losses)
         self.losses, self.norms, self.adversary_losses = [], [], []
         return means
+
+
+_TYPES_OF_STATE = {
+    "step": int,
+    "position": int,
+    "num_images": int | None,
+    "seconds": float | int,
+    "warmup_steps": int | None,
+    "warmup_seconds": float | int,
+    "losses": list,
+    "norms": list,
+    "adversary_losses": list,
+}
 
 
 def save_run(
@@ -123,22 +138,30 @@ def load_run(
         warmup_steps: At which the warm-up of the learning rate ended, for a checkpoint that does not have it.
 
     Raises:
-        ValueError: if the checkpoint is of a run with another objective.
+        ValueError: if the checkpoint is of a run with another objective, or its state is none.
+        CheckpointError: if a file of it is none that was saved so. No code in it is run.
     """
     if objective is not None and not (folder / OBJECTIVE_FILE).exists():
         raise ValueError(f"{folder} has no {OBJECTIVE_FILE}, so it is of a run without one: give the same objective")
-    accelerator.load_state(str(folder))
-    saved = json.loads((folder / STATE_FILE).read_text())
-    if saved["step"] > warmup_steps:
-        saved.setdefault("warmup_steps", warmup_steps)
-    for name, value in saved.items():
-        setattr(state, name, value)
+    try:
+        accelerator.load_state(str(folder))
+        average_state = None if average is None else load_file(folder / AVERAGE_FILE)
+        if snapshots is not None:
+            snapshots.load(folder)
+        objective_state = None if objective is None else load_file(folder / OBJECTIVE_FILE)
+    except Exception as error:  # libraries report files that are none of theirs as what they like
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(f"{folder} cannot be read: {type(error).__name__}: {reason}") from error
+    given = read_json(folder / STATE_FILE)
+    saved = from_mapping(RunState, given, _TYPES_OF_STATE, folder / STATE_FILE)
+    if saved.step > warmup_steps and "warmup_steps" not in given:
+        saved.warmup_steps = warmup_steps
+    for field_ in dataclasses.fields(saved):
+        setattr(state, field_.name, getattr(saved, field_.name))
     if average is not None:
-        average.load_state_dict(scattered(load_file(folder / AVERAGE_FILE), like=average.state_dict()))
-    if snapshots is not None:
-        snapshots.load(folder)
+        average.load_state_dict(scattered(average_state, like=average.state_dict()))
     if objective is not None:
-        objective.load_state_dict(load_file(folder / OBJECTIVE_FILE))
+        objective.load_state_dict(objective_state)
 
 
 def check_same_data(folder: Path, name: str, num_images: int | None, identify: Callable[[], dict]) -> list[str]:
@@ -155,9 +178,9 @@ def check_same_data(folder: Path, name: str, num_images: int | None, identify: C
     """
     path = folder / IDENTITY_FILE
     if path.exists():
-        change = describe_change(json.loads(path.read_text()), identify())
+        change = describe_change(read_json(path), identify())
     else:
-        saved = json.loads((folder / STATE_FILE).read_text())["num_images"]
+        saved = read_json(folder / STATE_FILE).get("num_images")
         change = None if saved == num_images else f"it had {saved} images, and has {num_images}"
     if change:
         raise ValueError(

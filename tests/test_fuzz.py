@@ -1,0 +1,41 @@
+"""A share of `benchmarks/fuzz.py`, which takes minutes as a whole."""
+
+from functools import partial
+
+import pytest
+
+from benchmarks import fuzz
+
+
+@pytest.fixture(scope="module")
+def classes():
+    return fuzz.option_classes()
+
+
+def test_configs_of_schedulers_work_or_are_refused_in_a_sentence():
+    assert fuzz.fuzz("scheduler", fuzz.try_scheduler, range(600)) == []
+
+
+def test_options_of_scripts_are_refused_in_a_sentence_or_come_back_as_they_are(classes):
+    assert len(classes) >= 10
+    assert fuzz.fuzz("options", partial(fuzz.try_options, classes=classes), range(120)) == []
+
+
+def test_what_fails_is_found():
+    """An error of PyTorch, one without a sentence, a number that is none, and what takes too long."""
+
+    def attempt(seed):
+        match seed:
+            case 0:
+                fuzz.torch.zeros(-1)
+            case 1:
+                raise ValueError("no")
+            case 2:
+                raise FloatingPointError("a sample at timestep 3 is not finite")
+            case 3:
+                while True:
+                    pass
+        return "works"
+
+    found = fuzz.fuzz("attempt", attempt, range(5), seconds_each=0.2)
+    assert [line.split(":")[0] for line in found] == [f"attempt {seed}" for seed in range(4)]

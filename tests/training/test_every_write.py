@@ -1,0 +1,251 @@
+"""Each script, ended at a file that it writes, and what is left: the old, or the new, or what the same command goes on with.
+
+Two of the places of each script are tried here, and all of them, or each n-th, by
+
+    python -m pytest tests/training/test_every_write.py --every-write 1
+"""
+
+import hashlib
+import json
+import shutil
+import socket
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffusers_ext import ExtDDIMScheduler, GuidedDiffusionPipeline, VAEModel
+from diffusers_ext.atomic_files import finish_replacing
+from diffusers_ext.data.prepare import prepare_images
+from diffusers_ext.evaluation.feature_folders import FEATURES_FILE
+from diffusers_ext.hub.cards import write_card
+from diffusers_ext.metrics.features import FeatureClassifierModel
+from diffusers_ext.recipes.text_to_image import TextConfig
+from diffusers_ext.trainer.run_folder import read_metrics
+from every_write import ENDED, finish, start
+from runs import assert_same_run, forget_accelerate, trainer
+from tiny import tiny_unet
+from tiny_text import CAPTIONS, WIDTH, save_pictures
+from training import (
+    cache_latents,
+    calibrate,
+    evaluate,
+    reconstruct_ema,
+    train_classifier,
+    train_ddpm,
+    train_features,
+    train_text_to_image,
+    train_vae,
+)
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:the Fréchet distance of 128 features is unreliable")
+LABELS = ("cat", "dog")
+PLACES = (
+    0.31,
+    0.86,
+)  # of the way through the writes of a script: among the checkpoints, and in what follows the training
+LOADED = ("model_index.json", "config.json", "scheduler_config.json", "latents.yaml", FEATURES_FILE)
+
+RUN = {"train_batch_size": 4, "max_train_steps": 4, "checkpointing_steps": 2, "lr_warmup_steps": 1, "logging_steps": 1}
+RUN |= {"checkpoints_total_limit": 1, "num_threads": 1, "mixed_precision": "no", "max_train_samples": 12}
+NETWORK = {"block_out_channels": (8,), "layers_per_block": 1, "num_inference_steps": 1, "sample_columns": 1}
+TEXTS = {"text_hidden_size": WIDTH, "text_num_layers": 1, "vocab_size": 300, "validation_prompts": ("red dot",)}
+
+
+def train(module, config, **options):
+    def work(material, folder):
+        given = {name: value(material) if callable(value) else value for name, value in options.items()}
+        module.main(config(**RUN | given | {"output_dir": str(folder), "resume_from_checkpoint": "latest"}))
+
+    return work
+
+
+def cache(material, folder):
+    options = {"max_train_samples": 12, "shard_size": 5, "num_threads": 1, "mixed_precision": "no"}
+    cache_latents.main(cache_latents.CacheConfig(vae=str(material / "vae"), output_dir=str(folder), **options))
+
+
+def reconstruct(material, folder):
+    """Another average, in the place of one that was made before."""
+    options = {"overwrite_output_dir": True, "output_dir": str(folder)}
+    reconstruct_ema.main(reconstruct_ema.ReconstructConfig(str(material / "run"), 0.07, **options))
+
+
+def features(material, folder):
+    options = {
+        "dataset_name": str(material / "data"),
+        "num_train_epochs": 1,
+        "num_threads": 1,
+        "mixed_precision": "no",
+    }
+    config = train_features.FeaturesConfig(output_dir=str(folder), overwrite_output_dir=True, **options)
+    train_features.main(config)
+
+
+def measured(material):
+    return ("--dataset_name", str(material / "data"), "--features", str(material / "features"), "--num_threads", "1")
+
+
+def choose(material, folder):
+    more = ("--max_time", "1s", "--num_inference_steps", "4")
+    calibrate.main(calibrate.parse([str(folder), *measured(material), *more]))
+
+
+def measure(material, folder):
+    more = ("--num_images", "4", "--num_inference_steps", "1", "--mixed_precision", "no", "--num_neighbours", "1")
+    evaluate.main(evaluate.parse([str(folder), *measured(material), *more]))
+
+
+# The work, and what is in the folder before: for a run nothing, for others what they replace or add to.
+SCRIPTS = {
+    "train_ddpm": (train(train_ddpm, train_ddpm.TrainConfig, **NETWORK, ema_snapshot_steps=2), None),
+    "train_vae": (
+        train(
+            train_vae, train_vae.TrainVAEConfig, architecture="mlp", latent_dim=2, hidden_dims=(8,), sample_columns=1
+        ),
+        None,
+    ),
+    "train_classifier": (
+        train(
+            train_classifier,
+            train_classifier.TrainClassifierConfig,
+            block_out_channels=(8,),
+            max_measured_samples=8,
+        ),
+        None,
+    ),
+    "train_text_to_image": (
+        train(
+            train_text_to_image, TextConfig, **NETWORK, **TEXTS, dataset_name=lambda material: str(material / "shapes")
+        ),
+        None,
+    ),
+    "cache_latents": (cache, None),
+    "reconstruct_ema": (reconstruct, "average"),
+    "train_features": (features, "features"),
+    "calibrate": (choose, "pipeline"),
+    "evaluate": (measure, "pipeline"),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """As the forks compute, see `conftest.py`."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """What the scripts work on."""
+    folder = tmp_path_factory.mktemp("material")
+    pixels = np.random.default_rng(0)
+    for split, number in (("train", 8), ("test", 4)):
+        for index, label in enumerate(LABELS):
+            (folder / "data" / split / label).mkdir(parents=True)
+            for i in range(number):
+                picture = pixels.integers(60 + 100 * index, size=(8, 8)).astype(np.uint8)
+                Image.fromarray(picture).save(folder / "data" / split / label / f"{i}.png")
+    save_pictures(folder / "shapes", "train", CAPTIONS)
+    torch.manual_seed(0)
+    FeatureClassifierModel(8, 1, 2, label_names=list(LABELS)).save_pretrained(folder / "features")
+    about = {"dataset_name": "data", "num_train_images": 16, "num_held_out_images": 8, "held_out_accuracy": 0.5}
+    (folder / "features" / FEATURES_FILE).write_text(json.dumps(about))
+    VAEModel(8, 1, 1, block_out_channels=(8, 8), latent_channels=2, scaling_factor=1.0).save_pretrained(folder / "vae")
+    scheduler = ExtDDIMScheduler(timestep_spacing="trailing", num_train_timesteps=40, beta_reference_timesteps=1000)
+    pipe = GuidedDiffusionPipeline(tiny_unet(num_classes=2), scheduler, id2label=dict(enumerate(LABELS)))
+    pipe.save_pretrained(folder / "pipeline")
+    write_card(folder / "pipeline", data="Noise.")
+    (folder / "pipeline" / "train_config.yaml").write_text("dataset_name: data\n")
+    snapshots = {"max_train_samples": 12, "ema_snapshot_steps": 1, "max_train_steps": 12}
+    child = start(lambda: train(train_ddpm, train_ddpm.TrainConfig, **NETWORK, **snapshots)(folder, folder / "run"))
+    assert finish(child) == 0
+    shutil.copytree(folder / "pipeline", folder / "average", ignore=shutil.ignore_patterns("README.md"))
+    prepare_images("digits", max_samples=12)
+    return folder
+
+
+def state_of(folder):
+    """What a folder is to whoever loads it: weights and configs by their names, and the log of a run."""
+    files = [path for path in folder.rglob("*") if path.suffix in (".safetensors", ".parquet") or path.name in LOADED]
+    timed = ("seconds", "images_per_second")
+    log = [{k: v for k, v in record.items() if k not in timed} for record in read_metrics(folder / "metrics.jsonl")]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}, log
+
+
+def make(material, before, folder):
+    if before is not None:
+        shutil.copytree(material / before, folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_that_is_ended_at_a_write_goes_on_or_leaves_what_was_there(name, material, tmp_path, request):
+    work, before = SCRIPTS[name]
+    whole = make(material, before, tmp_path / "whole")
+    old = state_of(whole)
+    child = start(lambda: work(material, whole), folder=whole, number=-1, count_to=tmp_path / "count")
+    assert finish(child) == 0
+    total, new = int((tmp_path / "count").read_text()), state_of(whole)
+    assert total > 5
+    step = request.config.getoption("every_write")
+    numbers = range(1, total + 1, step) if step else [max(1, int(place * total)) for place in PLACES]
+    for number in numbers:
+        folder = make(material, before, tmp_path / f"ended-at-{number}")
+        child = start(lambda folder=folder, number=number: work(material, folder), number, folder)
+        assert finish(child) == ENDED, number
+        if before is not None:
+            finish_replacing(folder)  # as whatever loads it does first
+            assert comparable(state_of(folder), name) in (comparable(old, name), comparable(new, name)), number
+        assert finish(start(lambda folder=folder: work(material, folder))) == 0, number
+        assert comparable(state_of(folder), name) == comparable(new, name), number
+        assert [path.name for path in folder.glob(".*") if path.name != ".cache"] == [], number
+        shutil.rmtree(folder)
+
+
+def comparable(state, name):
+    """Which timesteps and scales `calibrate` chooses follows from how far it comes in its time."""
+    digests, log = state
+    chosen = ("scheduler/scheduler_config.json", "model_index.json")
+    return ({k: v for k, v in digests.items() if name != "calibrate" or k not in chosen}, log)
+
+
+# Two processes.
+
+
+SETTINGS = {"max_train_steps": 6, "checkpointing_steps": 2, "train_batch_size": 2, "checkpoints_total_limit": 2}
+
+
+def in_two_processes(folder, places=(None, None), count_to=None):
+    """A run in two processes, of which one may be ended; their exit statuses."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    data = prepare_images("digits", max_samples=20)
+
+    def work():
+        trainer(data, folder, resume_from_checkpoint="latest", **SETTINGS).train()
+
+    children = []
+    for rank in range(2):
+        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        environment = ranks | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+        noted = {"count_to": count_to} if rank == 0 else {}
+        watched = folder if places[rank] is not None or noted.get("count_to") else None
+        number = -1 if places[rank] is None else places[rank]
+        children.append(start(work, number, watched, environment=environment, **noted))
+    return [finish(child) for child in children]
+
+
+@pytest.mark.parametrize("place", [0.45, 0.7])
+def test_two_processes_of_which_the_first_is_ended_at_a_write_go_on(place, tmp_path):
+    forget_accelerate()
+    assert in_two_processes(tmp_path / "whole", count_to=tmp_path / "count") == [0, 0]
+    number = int(place * int((tmp_path / "count").read_text()))
+    statuses = in_two_processes(tmp_path / "parts", (number, None))
+    assert statuses[0] == ENDED and statuses[1] not in (0, ENDED)  # the other ends too, since it has lost the first
+    assert in_two_processes(tmp_path / "parts") == [0, 0]
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", 6)
