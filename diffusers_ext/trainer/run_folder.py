@@ -19,6 +19,7 @@ from diffusers_ext.trainer.posthoc_ema import SNAPSHOT_FOLDER
 
 
 CONFIG_FILE, METRICS_FILE = "train_config.yaml", "metrics.jsonl"
+STAGES = "stages"  # the folder of the students of a distillation but the last
 SAVING = ".saving-"  # begins the names of folders in which a pipeline is being saved
 _OF_A_RUN = (CONFIG_FILE, METRICS_FILE, "model_index.json")
 # Those of diffusion models, of autoencoders, and of classifiers.
@@ -48,7 +49,7 @@ def check_output_dir(config: TrainerConfig) -> None:
     if path.exists() and not path.is_dir():
         raise ValueError(f"output_dir must be a folder, {path} is a file")
     checkpoints = list_checkpoints(path)
-    holds_run = checkpoints or any((path / name).exists() for name in _OF_A_RUN)
+    holds_run = checkpoints or any((path / name).exists() for name in (*_OF_A_RUN, STAGES))
     if holds_run and not (config.resume_from_checkpoint or config.overwrite_output_dir):
         newest = f", checkpoints up to {checkpoints[-1].name}" if checkpoints else ", no checkpoints"
         raise ValueError(
@@ -64,7 +65,7 @@ def clear_output_dir(path: Path) -> None:
             shutil.rmtree(path / name, ignore_errors=True)
     for folder in [*path.glob("checkpoint-*"), *path.glob(".checkpoint-*"), *path.glob(f"{SAVING}*")]:
         shutil.rmtree(folder, ignore_errors=True)
-    for name in ("samples", "before", "logs", "profile", SNAPSHOT_FOLDER, MILESTONES):
+    for name in ("samples", "before", "logs", "profile", STAGES, SNAPSHOT_FOLDER, MILESTONES):
         shutil.rmtree(path / name, ignore_errors=True)
     for name in (
         *_OF_A_RUN,
