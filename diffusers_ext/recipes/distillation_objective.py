@@ -4,13 +4,15 @@ References: those of `diffusers_ext.diffusion.distillation`.
 """
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from diffusers_ext.data.identity import hash_weights
 from diffusers_ext.diffusion.distillation import (
     CONSISTENCY_WEIGHTINGS,
     consistency_weights,
@@ -40,7 +42,8 @@ WITH_BOUNDARY_CONDITION = ("v_prediction", "flow")
 class StudentObjective(nn.Module):
     """The mean loss of a batch, to be called with the student and the batch (see `diffusers_ext.data.batches`).
 
-    Its state is in the buffers of `loss_record`, the same in all processes after `collect`.
+    Its state is in the buffers of `loss_record`, the same in all processes after `collect`; and a digest of the teacher's
+    weights, so that a run goes on with the teacher that it had.
 
     Args:
         teacher: Whose path and prediction type are the student's.
@@ -51,6 +54,8 @@ class StudentObjective(nn.Module):
         super().__init__()
         self.teacher, self.schedule, self.prediction_type = teacher, teacher.schedule, teacher.prediction_type
         self.loss_record = LossRecord(teacher.schedule, accelerator=accelerator)
+        digest = bytes.fromhex(hash_weights(teacher.network))
+        self.register_buffer("teacher_digest", torch.tensor(list(digest), dtype=torch.uint8))
 
     def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         timesteps, loss = self.losses(model, batch)
@@ -76,6 +81,19 @@ class StudentObjective(nn.Module):
 
     def draw(self, folder: str | Path) -> dict[str, str]:
         return self.loss_record.draw(folder)
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], *args: Any, **kwargs: Any):
+        """Refuses the state of a run with another teacher.
+
+        Raises:
+            ValueError: if it is one.
+        """
+        if not torch.equal(state_dict["teacher_digest"].cpu(), self.teacher_digest.cpu()):
+            raise ValueError(
+                "the checkpoint is of a run with another pipeline to distil, whose weights are others: give the same one, or "
+                "start a new run in another --output_dir"
+            )
+        return super().load_state_dict(state_dict, *args, **kwargs)
 
 
 class ProgressiveObjective(StudentObjective):

@@ -176,6 +176,15 @@ def test_dropout_is_the_same_in_both_calls_of_a_consistency_loss():
     assert torch.equal(*drawn)
 
 
+def test_a_run_goes_on_with_the_teacher_that_it_had():
+    pipe = GuidedDiffusionPipeline(tiny_unet(2), exact_pipe().scheduler)
+    state = ProgressiveObjective(Teacher(pipe), [900, 100]).state_dict()
+    ProgressiveObjective(Teacher(pipe), [900, 100]).load_state_dict(state)
+    next(pipe.denoiser.parameters()).data += 1e-3
+    with pytest.raises(ValueError, match="of a run with another pipeline to distil"):
+        ProgressiveObjective(Teacher(pipe), [900, 100]).load_state_dict(state)
+
+
 def test_what_cannot_be_distilled_is_refused():
     def teacher_of(prediction_type):
         scheduler = ExtDDIMScheduler(prediction_type=prediction_type)
