@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffusers_ext import ExtDDIMScheduler, GuidedDiffusionPipeline
+from diffusers_ext import ConsistencyScheduler, ExtDDIMScheduler, GuidedDiffusionPipeline
 from diffusers_ext.diffusion.noising import add_noise, training_target
 from diffusers_ext.guidance.guided_denoiser import GuidedDenoiser
 from diffusers_ext.guidance.guiding import classifier_free_guidance
@@ -199,3 +199,6 @@ def test_what_cannot_be_distilled_is_refused():
         ProgressiveObjective(teacher_of("sample"), [999, 500, 1])
     with pytest.raises(ValueError, match="must hold noise levels of the path"):
         Teacher(exact_pipe(), 2.0, (1e6, 1e7))
+    student = ConsistencyScheduler.from_config(exact_pipe().scheduler.config)
+    with pytest.raises(ValueError, match="one of a denoiser, got .* which ConsistencyScheduler samples"):
+        Teacher(GuidedDiffusionPipeline(tiny_unet(2), student))
