@@ -20,8 +20,8 @@ from torch import Tensor
 from diffusers_ext.diffusion.noising import Factor, NoiseLevel, NoiseSchedule, posterior
 
 
-# The weight of the distance between predictions at t and r: one over how far apart the levels are, in phi or in tau.
-CONSISTENCY_WEIGHTINGS = ("angle", "noise")
+# The weight of the distance between predictions at t and r: one over how far apart x_t and x_r are, by scale of the path.
+CONSISTENCY_WEIGHTINGS = ("unit_scale", "noise")
 
 # Of n(tau) in `partner_noise`.
 NEAR_THE_DATA, FALL = 8.0, 1.0
@@ -99,12 +99,14 @@ def doublings_until_neighbours(schedule: NoiseSchedule, factor: float = 2.0, mos
 
 
 def consistency_weights(schedule: NoiseSchedule, partners: Tensor, weighting: str) -> Tensor:
-    """The weight of each timestep's distance from its partner.
+    """The weight of each timestep's distance from its partner: one over the distance of x_t and x_r, in units of their noise.
 
-    | weighting | weight | source |
+    | weighting | weight | x_t and x_r have the scale of |
     |---|---|---|
-    | noise | 1 / (tau_t - tau_r) | ECT |
-    | angle | 1 / (phi_t - phi_r) | the same near the data; it does not fall to 0 at pure noise, where one step starts |
+    | noise | 1 / (tau_t - tau_r), ECT's | the path without scaling, x_0 + tau eps, which ECT's networks are for |
+    | unit_scale | 1 / (sigma_t - alpha_t tau_r) | this path at t |
+
+    They are the same near the data. At pure noise, where a single step starts, the first is 0 and the second is not.
 
     Args:
         partners: Of `partner_timesteps`.
@@ -117,8 +119,8 @@ def consistency_weights(schedule: NoiseSchedule, partners: Tensor, weighting: st
     like = torch.zeros(1, dtype=torch.float64)
     t, r = schedule.level(torch.arange(len(schedule)), like), schedule.level(partners, like)
     match weighting:
-        case "angle":
-            return 1 / (angle(t) - angle(r))
+        case "unit_scale":
+            return 1 / (t.sigma - t.alpha * (r.sigma / r.alpha))
         case "noise":
             return 1 / (t.sigma / t.alpha - r.sigma / r.alpha)
     raise ValueError(f"weighting must be one of {', '.join(CONSISTENCY_WEIGHTINGS)}, got {weighting!r}")

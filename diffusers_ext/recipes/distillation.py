@@ -61,7 +61,8 @@ class DistillConfig(TrainerConfig):
     )
     learning_rate: float = option(3e-4, "peak learning rate, of each stage", "optimizer")
 
-    pipeline: str | None = fixed_option(None, "PIPELINE may also stand first, without --pipeline", "what is distilled")
+    # Not fixed on resume: a folder may be moved, and the checkpoints know the weights that were in it.
+    pipeline: str | None = option(None, "PIPELINE may also stand first, without --pipeline", "what is distilled")
     method: Literal[METHODS] = fixed_option(
         "progressive",
         "progressive: students of half the steps, each learning from the one before; consistency: easy tuning to a model "
@@ -72,10 +73,11 @@ class DistillConfig(TrainerConfig):
     teacher_steps: int = _progressive_option(
         16, "steps of the pipeline that the first student learns from: student_steps times a power of 2", at_least=2
     )
-    steps_per_stage: int | None = _progressive_option(
+    steps_per_stage: int | None = option(
         None,
         "optimizer steps of each halving; by default these share max_train_steps and max_train_time evenly",
         at_least=1,
+        needs={"method": ("progressive",)},
     )
     loss_weighting: Literal[DISTILLATION_WEIGHTINGS] = _progressive_option(
         "truncated_snr", "weight of the squared error of x_0 by noise level: max(snr, 1), snr + 1, or 1"
@@ -101,7 +103,8 @@ class DistillConfig(TrainerConfig):
         1e-3, "root mean square below which the loss is a squared error, and above which a distance"
     )
     consistency_weighting: Literal[CONSISTENCY_WEIGHTINGS] = _consistency_option(
-        "angle", "weight of the loss: one over the levels' distance in atan(sigma / alpha), or in sigma / alpha"
+        "unit_scale",
+        "weight of the loss: one over the distance of both points, at unit scale, or ECT's in sigma / alpha",
     )
 
     sample_columns: int = option(8, "pictures in a row of the sample grids", "sampling", at_least=1)

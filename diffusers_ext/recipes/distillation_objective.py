@@ -180,7 +180,7 @@ class ConsistencyObjective(StudentObjective):
         noise_mean: float = -1.1,
         noise_std: float = 2.0,
         bend: float = 1e-3,
-        weighting: str = "angle",
+        weighting: str = "unit_scale",
         accelerator: Accelerator | None = None,
     ):
         super().__init__(teacher, accelerator)

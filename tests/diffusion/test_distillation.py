@@ -100,13 +100,19 @@ def test_partners_come_from_the_data_to_the_neighbours(config):
     assert partner_noise(torch.tensor([1.0]), 3).item() == pytest.approx(1 - (1 + 8 / (1 + math.e)) / 16, rel=1e-6)
 
 
-def test_weights_of_both_kinds_agree_near_the_data_and_one_keeps_pure_noise():
+def test_weights_are_one_over_the_distance_of_the_points_at_either_scale():
     schedule = schedule_of(rescale_betas_zero_snr=True)
     partners = partner_timesteps(schedule, 6)
-    by_angle, by_noise = (consistency_weights(schedule, partners, name) for name in ("angle", "noise"))
-    torch.testing.assert_close(by_angle[:10], by_noise[:10], rtol=0.01, atol=0)
-    assert by_noise[-1] == 0 and by_angle[-1] > 0.5
-    with pytest.raises(ValueError, match="weighting must be one of angle, noise, got 'snr'"):
+    of_unit, of_noise = (consistency_weights(schedule, partners, name) for name in ("unit_scale", "noise"))
+    torch.testing.assert_close(of_unit[:10], of_noise[:10], rtol=0.01, atol=0)
+    assert of_noise[-1] == 0 and of_unit[-1] == pytest.approx(1)
+    x0, eps = torch.tensor([[0.3]], dtype=torch.float64), torch.tensor([[1.0]], dtype=torch.float64)
+    for timestep in (10, 400, 900):
+        t, r = levels(schedule, (timestep, int(partners[timestep])), x0)
+        x_t, x_r = add_noise(x0, eps, t), add_noise(x0, eps, r)
+        assert of_unit[timestep].item() == pytest.approx(1 / (x_t - t.alpha / r.alpha * x_r).item(), rel=1e-9)
+        assert of_noise[timestep].item() == pytest.approx(1 / (x_t / t.alpha - x_r / r.alpha).item(), rel=1e-9)
+    with pytest.raises(ValueError, match="weighting must be one of unit_scale, noise, got 'snr'"):
         consistency_weights(schedule, partners, "snr")
 
 
