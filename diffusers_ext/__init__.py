@@ -18,6 +18,7 @@ from diffusers_ext.pipelines.pipeline_text_guided_diffusion import TextGuidedDif
 from diffusers_ext.registration import register_with_diffusers
 from diffusers_ext.schedulers import (
     AnnealedLangevinScheduler,
+    ConsistencyScheduler,
     ExtDDIMInverseScheduler,
     ExtDDIMScheduler,
     ExtDDPMScheduler,
@@ -33,6 +34,7 @@ __all__ = [
     "AnnealedLangevinScheduler",
     "ClassifierGuidance",
     "ComposedGuidance",
+    "ConsistencyScheduler",
     "DiTModel",
     "ExtDDIMInverseScheduler",
     "ExtDDIMScheduler",

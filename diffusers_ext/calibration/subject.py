@@ -14,8 +14,9 @@ from diffusers_ext.evaluation.labelled_images import LabelledImages, convert_cha
 from diffusers_ext.evaluation.pipeline_facts import label_names_of
 from diffusers_ext.pipelines.image_inputs import encode_pixels
 from diffusers_ext.pipelines.pipeline_guided_diffusion import GuidedDiffusionPipeline
-from diffusers_ext.schedulers import ExtDDIMScheduler, ExtDDPMScheduler
+from diffusers_ext.schedulers import ConsistencyScheduler, ExtDDIMScheduler, ExtDDPMScheduler
 from diffusers_ext.schedulers.gaussian import GaussianSchedulerMixin
+from diffusers_ext.schedulers.samplers import is_sampler
 
 
 # Parts of a pipeline of diffusers that may be its network.
@@ -118,8 +119,13 @@ def own_scheduler(scheduler: SchedulerMixin) -> ExtDDPMScheduler | ExtDDIMSchedu
     """The scheduler of this package in the place of another: the same, or of diffusers' DDPM ours, or else DDIM.
 
     Raises:
-        ValueError: if it is for a model of another path.
+        ValueError: if it is for a model of another path, or for one that was distilled to consistency.
     """
+    if isinstance(scheduler, ConsistencyScheduler) or is_sampler(scheduler, "LCMScheduler"):
+        raise ValueError(
+            "the pipeline must be one of a denoiser, got one with a network that was distilled to predict the end of its "
+            f"trajectory, which {type(scheduler).__name__} samples: take the pipeline that it was distilled from"
+        )
     if isinstance(scheduler, GaussianSchedulerMixin) and isinstance(scheduler, DDPMScheduler | DDIMScheduler):
         return scheduler
     cls = ExtDDPMScheduler if isinstance(scheduler, DDPMScheduler) else ExtDDIMScheduler

@@ -134,6 +134,11 @@ class DenoisingConfig(PathConfig):
             )
 
     @property
+    def grid_guidance_scale(self) -> float:
+        """Of the sample grids."""
+        return self.guidance_scale
+
+    @property
     def learns_variance(self) -> bool:
         return self.objective in ("vlb", "hybrid")
 

@@ -166,7 +166,7 @@ def drawing_cost(
 
         def seconds(number: int, num_inference_steps: int) -> float:
             condition = condition_of(number, **{name: values[:number] for name, values in each.items()})
-            settings = {"guidance_scale": config.guidance_scale, "num_inference_steps": num_inference_steps}
+            settings = {"guidance_scale": config.grid_guidance_scale, "num_inference_steps": num_inference_steps}
             return seconds_of(lambda: pipe(**condition, output_type="pt", **settings).images.cpu())
 
         def seconds_of_batch(number: int) -> tuple[float, float]:
@@ -230,7 +230,7 @@ def save_and_draw(
                 output_dir / "denoising.png",
                 **condition,
                 num_inference_steps=steps,
-                guidance_scale=config.guidance_scale,
+                guidance_scale=config.grid_guidance_scale,
                 seed=config.seed,
                 callback_on_step_end=count,
             )
@@ -254,5 +254,5 @@ def grid_settings(config: DenoisingConfig) -> dict[str, Any]:
         "seed": config.seed,
         "batch_size": config.eval_batch_size or config.train_batch_size,
         "num_inference_steps": config.num_inference_steps,
-        "guidance_scale": config.guidance_scale,
+        "guidance_scale": config.grid_guidance_scale,
     }

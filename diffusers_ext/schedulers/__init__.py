@@ -1,6 +1,7 @@
 """Schedulers that take the place of diffusers' own."""
 
 from diffusers_ext.schedulers.scheduling_annealed_langevin import AnnealedLangevinScheduler
+from diffusers_ext.schedulers.scheduling_consistency import ConsistencyScheduler
 from diffusers_ext.schedulers.scheduling_ddim import ExtDDIMScheduler
 from diffusers_ext.schedulers.scheduling_ddim_inverse import ExtDDIMInverseScheduler
 from diffusers_ext.schedulers.scheduling_ddpm import ExtDDPMScheduler
@@ -11,6 +12,7 @@ from diffusers_ext.schedulers.scheduling_v_prediction import VPredictionSchedule
 
 __all__ = [
     "AnnealedLangevinScheduler",
+    "ConsistencyScheduler",
     "ExtDDIMInverseScheduler",
     "ExtDDIMScheduler",
     "ExtDDPMScheduler",

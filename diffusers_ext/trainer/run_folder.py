@@ -21,6 +21,7 @@ from diffusers_ext.untrusted import is_plain_name, parse_json, read_json, read_y
 
 
 CONFIG_FILE, METRICS_FILE = "train_config.yaml", "metrics.jsonl"
+STAGES = "stages"  # the folder of the students of a distillation but the last
 _OF_A_RUN = (CONFIG_FILE, METRICS_FILE, "model_index.json")
 # Those of diffusion models, of autoencoders, and of classifiers.
 PICTURES = (
@@ -53,7 +54,7 @@ def check_output_dir(config: TrainerConfig, is_main_process: bool = True) -> Non
         with lock_folder(path):  # which another run may hold
             finish_replacing(path)
     checkpoints = list_checkpoints(path)
-    holds_run = checkpoints or any((path / name).exists() for name in _OF_A_RUN)
+    holds_run = checkpoints or any((path / name).exists() for name in (*_OF_A_RUN, STAGES))
     if holds_run and not (config.resume_from_checkpoint or config.overwrite_output_dir):
         newest = f", checkpoints up to {checkpoints[-1].name}" if checkpoints else ", no checkpoints"
         raise ValueError(
@@ -69,7 +70,7 @@ def clear_output_dir(path: Path) -> None:
             shutil.rmtree(path / name, ignore_errors=True)
     for folder in [*path.glob("checkpoint-*"), *path.glob(".checkpoint-*"), *path.glob(f"{SAVING}*"), path / SAVED]:
         shutil.rmtree(folder, ignore_errors=True)
-    for name in ("samples", "before", "logs", "profile", SNAPSHOT_FOLDER, MILESTONES):
+    for name in ("samples", "before", "logs", "profile", STAGES, SNAPSHOT_FOLDER, MILESTONES):
         shutil.rmtree(path / name, ignore_errors=True)
     for name in (
         *_OF_A_RUN,

@@ -19,6 +19,7 @@ from diffusers import (
 from diffusers_ext.diffusion.betas import BETA_SCHEDULES
 from diffusers_ext.schedulers import (
     AnnealedLangevinScheduler,
+    ConsistencyScheduler,
     ExtDDIMInverseScheduler,
     ExtDDIMScheduler,
     ExtDDPMScheduler,
@@ -34,6 +35,7 @@ ALL = (
     ExtDDIMInverseScheduler,
     ScoreSDEScheduler,
     AnnealedLangevinScheduler,
+    ConsistencyScheduler,
 )
 STOCK = (DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler)
 FULL_CONFIG = {

@@ -16,6 +16,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from diffusers_ext import (
     AnnealedLangevinScheduler,
+    ConsistencyScheduler,
     ExtDDIMInverseScheduler,
     ExtDDIMScheduler,
     ExtDDPMScheduler,
@@ -39,6 +40,7 @@ OURS = (
     VPredictionScheduler,
     ScoreSDEScheduler,
     AnnealedLangevinScheduler,
+    ConsistencyScheduler,
 )
 
 

@@ -10,6 +10,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers_ext.diffusion.noising import add_noise
 from diffusers_ext.diffusion.timesteps import TIMESTEP_SPACINGS
 from diffusers_ext.schedulers import (
+    ConsistencyScheduler,
     ExtDDIMInverseScheduler,
     ExtDDIMScheduler,
     ExtDDPMScheduler,
@@ -18,8 +19,8 @@ from diffusers_ext.schedulers import (
 )
 
 
-SAMPLERS = (ExtDDPMScheduler, ExtDDIMScheduler, VPredictionScheduler, ScoreSDEScheduler)
-WITHOUT_ETA = (ExtDDPMScheduler, ScoreSDEScheduler)
+SAMPLERS = (ExtDDPMScheduler, ExtDDIMScheduler, VPredictionScheduler, ScoreSDEScheduler, ConsistencyScheduler)
+WITHOUT_ETA = (ExtDDPMScheduler, ScoreSDEScheduler, ConsistencyScheduler)
 
 
 def batch(size=2, dtype=torch.float32, shape=(3, 8, 8)):

@@ -1,0 +1,204 @@
+"""What students are trained towards, with exact networks and beside the samplers themselves."""
+
+import pytest
+import torch
+
+from diffusers_ext import ConsistencyScheduler, ExtDDIMScheduler, GuidedDiffusionPipeline
+from diffusers_ext.diffusion.noising import add_noise, training_target
+from diffusers_ext.guidance.guided_denoiser import GuidedDenoiser
+from diffusers_ext.guidance.guiding import classifier_free_guidance
+from diffusers_ext.recipes.distillation_objective import ConsistencyObjective, ProgressiveObjective
+from diffusers_ext.recipes.teacher import Teacher
+from mixture_oracle import MixtureDenoiser
+from tiny import tiny_unet
+
+
+def exact_pipe():
+    scheduler = ExtDDIMScheduler(prediction_type="v_prediction", clip_sample=False, timestep_spacing="trailing")
+    return GuidedDiffusionPipeline(MixtureDenoiser.make(scheduler), scheduler)
+
+
+def batch_of(number=6, shape=(2, 1)):
+    generator = torch.Generator().manual_seed(0)
+    x0, eps = torch.randn(2, number, *shape, generator=generator, dtype=torch.float64)
+    time = (torch.arange(number, dtype=torch.float64) + 0.5) / number
+    return {"images": x0, "noise": eps, "time": time, "labels": torch.arange(number) % 2}
+
+
+@pytest.mark.parametrize("num_steps", [1, 3])
+def test_the_progressive_target_ends_where_two_steps_of_the_sampler_do(num_steps):
+    """By the exact network of a mixture, whose trajectories are curved."""
+    pipe, batch = exact_pipe(), batch_of()
+    teacher, scheduler = Teacher(pipe), pipe.scheduler
+    fine = scheduler.list_timesteps(2 * num_steps).tolist()
+    objective = ProgressiveObjective(teacher, fine)
+    assert len(objective) == num_steps
+    for number in range(num_steps):
+        t, u, s = (torch.full((6,), each) for each in [*fine, -1][2 * number : 2 * number + 3])
+        x = x_t = add_noise(batch["images"], batch["noise"], teacher.schedule.level(t, batch["images"]))
+        scheduler.set_timesteps(timesteps=fine)
+        for timestep in (t[0], u[0]):
+            x = scheduler.step(pipe.denoiser(x, timestep.expand(6), batch["labels"])[0], timestep, x).prev_sample
+        target = objective.target(x_t, (t, u, s), batch["labels"])
+        level = teacher.schedule.level(t, x_t)
+        v = training_target(target, (x_t - level.alpha * target) / level.sigma, level, "v_prediction")
+        scheduler.set_timesteps(timesteps=fine[::2])
+        torch.testing.assert_close(scheduler.step(v, t[0], x_t).prev_sample, x, rtol=1e-9, atol=1e-10)
+
+
+def test_a_student_with_the_targets_for_outputs_has_no_loss():
+    pipe, batch = exact_pipe(), batch_of()
+    objective = ProgressiveObjective(Teacher(pipe), [999, 699, 399, 99])
+    seen = []
+
+    def ideal(x_t, timesteps, class_labels, return_dict):
+        follow = {999: (699, 399), 399: (99, -1)}
+        u, s = (torch.tensor([follow[int(t)][i] for t in timesteps]) for i in (0, 1))
+        target = objective.target(x_t, (timesteps, u, s), class_labels)
+        level = objective.schedule.level(timesteps, x_t)
+        seen.append(timesteps)
+        return (training_target(target, (x_t - level.alpha * target) / level.sigma, level, "v_prediction"),)
+
+    assert objective(ideal, batch).item() < 1e-18
+    assert seen[0].tolist() == [999, 999, 999, 399, 399, 399]  # the student's own timesteps, each as often
+    assert objective.metrics()["loss_q4"] < 1e-18
+
+
+@pytest.mark.parametrize("make", [exact_pipe, lambda: GuidedDiffusionPipeline(tiny_unet(2), exact_pipe().scheduler)])
+def test_the_guided_target_is_the_guided_prediction_of_the_pipeline(make):
+    pipe = make()
+    batch = batch_of(shape=(2, 1) if isinstance(pipe.denoiser, MixtureDenoiser) else (1, 8, 8))
+    x = batch["images"].float()
+    labels, null = batch["labels"], torch.full_like(batch["labels"], 2)
+    guided = GuidedDenoiser(
+        pipe.denoiser, pipe.scheduler, classifier_free_guidance(2.5), {"class_labels": (labels, null)}, x.shape[1]
+    )
+    teacher = Teacher(pipe, 2.5, (0.5, 20.0))
+    plain = Teacher(pipe)
+    for timestep, acts in ((900, False), (500, True), (20, False)):
+        t = torch.full((6,), timestep)
+        expected = guided(x, t[:1]) if acts else plain.output(x, t, labels)
+        torch.testing.assert_close(teacher.output(x, t, labels), expected, rtol=1e-5, atol=1e-5)
+        assert acts == (not torch.allclose(plain.output(x, t, labels), expected, rtol=1e-3))
+    mixed = torch.tensor([900, 500, 20, 900, 500, 20])  # each sample at its own level
+    together = teacher.x0(x, mixed, labels)
+    for row, t in enumerate(mixed):
+        alone = teacher.x0(x[row : row + 1], t[None], labels[row : row + 1])
+        torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_predictions_are_clipped_as_the_pipeline_clips_them():
+    scheduler = ExtDDIMScheduler(prediction_type="v_prediction", clip_sample_range=0.5)
+    teacher = Teacher(GuidedDiffusionPipeline(tiny_unet(2), scheduler))
+    x, t = 3 * torch.randn(4, 1, 8, 8), torch.tensor([999, 600, 300, 0])
+    assert teacher.x0(x, t, torch.zeros(4, dtype=torch.int64)).abs().max() == 0.5
+
+
+def constant_x0(value, schedule):
+    """A model that predicts the same x_0 everywhere, a consistency function; it says with which timesteps it is called."""
+    calls = []
+
+    def model(x_t, timesteps, class_labels, return_dict):
+        calls.append(timesteps)
+        level = schedule.level(timesteps, x_t)
+        x0 = torch.full_like(x_t, value)
+        return (training_target(x0, (x_t - level.alpha * x0) / level.sigma, level, "v_prediction"),)
+
+    return model, calls
+
+
+def test_pairs_of_noise_levels_come_nearer_with_the_progress_of_the_run():
+    objective = ConsistencyObjective(Teacher(exact_pipe()), doublings=3)
+    batch, gaps = batch_of(64), []
+    for progress in (0.0, 0.3, 0.6, 1.0):
+        objective.progress = lambda progress=progress: progress
+        model, (r, t) = (made := constant_x0(0.25, objective.schedule))[0], (None, None)
+        objective(model, batch)
+        r, t = made[1]
+        assert (r <= t).all()
+        gaps.append((t - r).double().mean().item())
+    assert gaps == sorted(gaps, reverse=True) and gaps[-1] < 0.5 * gaps[0]
+    assert objective.metrics()["doublings"] == 3
+
+
+def test_a_consistency_function_has_a_loss_only_where_its_partner_is_the_data():
+    objective = ConsistencyObjective(Teacher(exact_pipe()), doublings=5)
+    batch = batch_of(64)
+    t, loss = objective.losses(constant_x0(0.25, objective.schedule)[0], batch)
+    r = objective._partners.values[5][t]
+    assert 0 < (r == -1).sum() < 64
+    assert loss[r >= 0].abs().max() < 1e-9
+    # There the target is the data themselves, whatever the network says.
+    distance = (batch["images"] - 0.25).flatten(1).square().mean(1)
+    weight = objective._weights.values[5][t]
+    expected = weight * ((distance + objective.bend**2).sqrt() - objective.bend)
+    torch.testing.assert_close(loss[r == -1], expected[r == -1], rtol=1e-6, atol=1e-9)
+
+
+def test_times_of_a_batch_become_noise_levels_of_a_log_normal_distribution():
+    objective = ConsistencyObjective(Teacher(exact_pipe()), noise_mean=0.3, noise_std=0.8)
+    time = (torch.arange(4096, dtype=torch.float64) + 0.5) / 4096
+    log = objective._noise.values[objective.timesteps(time)].log()
+    assert log.mean().item() == pytest.approx(0.3, abs=0.02) and log.std().item() == pytest.approx(0.8, abs=0.02)
+    assert objective.timesteps(torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)).tolist()[0] == 0
+
+
+def test_under_guidance_the_cleaner_point_is_the_teachers():
+    """So that a consistency function of other data than the batch's has no loss, if the teacher's steps follow it."""
+    plain, guided = (ConsistencyObjective(Teacher(exact_pipe(), scale), doublings=4) for scale in (1.0, 3.0))
+    batch, seen = batch_of(32), {}
+    for name, objective in (("plain", plain), ("guided", guided)):
+
+        def model(x_t, timesteps, class_labels, return_dict, name=name):
+            seen.setdefault(name, []).append(x_t)
+            return (torch.zeros_like(x_t),)
+
+        objective(model, batch)
+    assert torch.equal(seen["plain"][1], seen["guided"][1])
+    t = guided.timesteps(batch["time"])
+    r, x_t = guided._partners.values[4][t], seen["guided"][1]
+    x0 = guided.teacher.x0(x_t, t, batch["labels"])
+    level_t, level_r = guided.schedule.level(t, x_t), guided.schedule.level(r, x_t)
+    expected = level_r.alpha * x0 + level_r.sigma * (x_t - level_t.alpha * x0) / level_t.sigma
+    torch.testing.assert_close(seen["guided"][0], expected)
+    assert not torch.allclose(seen["plain"][0], expected, atol=1e-2)
+
+
+def test_dropout_is_the_same_in_both_calls_of_a_consistency_loss():
+    objective = ConsistencyObjective(Teacher(exact_pipe()), doublings=0)
+    drawn = []
+
+    def model(x_t, timesteps, class_labels, return_dict):
+        drawn.append(torch.rand(3))
+        return (torch.zeros_like(x_t),)
+
+    objective(model, batch_of())
+    assert torch.equal(*drawn)
+
+
+def test_a_run_goes_on_with_the_teacher_that_it_had():
+    pipe = GuidedDiffusionPipeline(tiny_unet(2), exact_pipe().scheduler)
+    state = ProgressiveObjective(Teacher(pipe), [900, 100]).state_dict()
+    ProgressiveObjective(Teacher(pipe), [900, 100]).load_state_dict(state)
+    next(pipe.denoiser.parameters()).data += 1e-3
+    with pytest.raises(ValueError, match="of a run with another pipeline to distil"):
+        ProgressiveObjective(Teacher(pipe), [900, 100]).load_state_dict(state)
+
+
+def test_what_cannot_be_distilled_is_refused():
+    def teacher_of(prediction_type):
+        scheduler = ExtDDIMScheduler(prediction_type=prediction_type)
+        return Teacher(GuidedDiffusionPipeline(tiny_unet(2), scheduler))
+
+    for prediction_type in ("epsilon", "score"):
+        with pytest.raises(ValueError, match=f"must predict v, x_0 or flow, got {prediction_type}"):
+            teacher_of(prediction_type)
+    with pytest.raises(ValueError, match="must predict v or flow, .* got sample"):
+        ConsistencyObjective(teacher_of("sample"))
+    with pytest.raises(ValueError, match="an even number of them, got 3"):
+        ProgressiveObjective(teacher_of("sample"), [999, 500, 1])
+    with pytest.raises(ValueError, match="must hold noise levels of the path"):
+        Teacher(exact_pipe(), 2.0, (1e6, 1e7))
+    student = ConsistencyScheduler.from_config(exact_pipe().scheduler.config)
+    with pytest.raises(ValueError, match="one of a denoiser, got .* which ConsistencyScheduler samples"):
+        Teacher(GuidedDiffusionPipeline(tiny_unet(2), student))

@@ -1,0 +1,213 @@
+"""The whole command on tiny networks: stages, resuming, students as pipelines, and what is refused."""
+
+import shutil
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from diffusers_ext import ConsistencyScheduler, ExtDDIMScheduler, FlowScheduler, GuidedDiffusionPipeline, UNetModel
+from diffusers_ext.diffusion.distillation import angle_timesteps
+from diffusers_ext.diffusion.timesteps import make_timesteps
+from runs import assert_same_run, forget_accelerate
+from tiny import tiny_unet
+from tiny_vae import tiny_vae
+from training import distill
+
+
+LABELS = ["cat", "dog"]
+SETTINGS = {"num_train_timesteps": 40, "beta_reference_timesteps": 1000, "timestep_spacing": "trailing"}
+WEIGHTS = "denoiser/diffusion_pytorch_model.safetensors"
+
+
+def v_scheduler(**config):
+    return ExtDDIMScheduler(**SETTINGS | {"prediction_type": "v_prediction"} | config)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Images by label, and a pipeline of them with the options of the run that it is of."""
+    folder = tmp_path_factory.mktemp("distill")
+    pixels = np.random.default_rng(0)
+    for index, label in enumerate(LABELS):
+        (folder / "data" / label).mkdir(parents=True)
+        for i in range(8):
+            picture = pixels.integers(60 + 100 * index, size=(8, 8)).astype(np.uint8)
+            Image.fromarray(picture).save(folder / "data" / label / f"{i}.png")
+    pipe = GuidedDiffusionPipeline(tiny_unet(num_classes=2), v_scheduler(), id2label=dict(enumerate(LABELS)))
+    pipe.save_pretrained(folder / "pipe")
+    options = {"dataset_name": str(folder / "data"), "resolution": [8, 8], "resize_mode": "crop"}
+    (folder / "pipe" / "train_config.yaml").write_text(yaml.safe_dump(options))
+    return folder
+
+
+def options(folders, *more, pipeline="pipe"):
+    return distill.parse(
+        [
+            *(str(folders / pipeline), "--train_batch_size", "4", "--num_threads", "1", "--sample_columns", "2"),
+            *(
+                "--lr_warmup_steps",
+                "1",
+                "--checkpointing_steps",
+                "2",
+                "--logging_steps",
+                "2",
+                "--mixed_precision",
+                "no",
+            ),
+            *more,
+        ]
+    )
+
+
+def run(folders, *more, **which):
+    forget_accelerate()
+    return distill.main(options(folders, *more, **which))
+
+
+PROGRESSIVE = ("--teacher_steps", "8", "--student_steps", "2", "--steps_per_stage", "4", "--guidance_scale", "1.5")
+
+
+@pytest.fixture(scope="module")
+def progressive(folders):
+    return run(folders, *PROGRESSIVE, "--output_dir", str(folders / "progressive"))
+
+
+def listed_by_call(pipe, **call):
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(class_labels=[0, 1], generator=torch.Generator().manual_seed(0), output_type="pt", **call).images
+    assert images.isfinite().all()
+    return pipe.scheduler.timesteps.tolist()
+
+
+def test_each_stage_is_a_pipeline_that_makes_its_steps_unguided(folders, progressive):
+    for steps, folder in ((4, progressive / "stages" / "4_steps"), (2, progressive)):
+        pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
+        assert type(pipe) is GuidedDiffusionPipeline and pipe.config.call_defaults == {"num_inference_steps": steps}
+        assert type(pipe.scheduler) is ExtDDIMScheduler
+        listed = listed_by_call(pipe)
+        assert listed == make_timesteps("trailing", 8, 40).tolist()[:: 8 // steps] and pipe.guidance_scale == 1
+        card = (folder / "README.md").read_text()
+        assert "training/distill.py" in card and "--teacher_steps 8" in card
+        assert (folder / "samples.png").is_file() and (folder / "loss.png").is_file()
+        saved = yaml.safe_load((folder / "train_config.yaml").read_text())
+        assert saved["guidance_scale"] == (1.5 if steps == 4 else 1.0) and saved["teacher_steps"] == 2 * steps
+    teacher, student = load_file(folders / "pipe" / WEIGHTS), load_file(progressive / WEIGHTS)
+    assert any(not torch.equal(teacher[name], student[name]) for name in teacher)
+
+
+@pytest.mark.parametrize("stage", ["4_steps", "2_steps"])
+def test_a_run_that_was_broken_off_ends_in_the_same_student(folders, progressive, stage, tmp_path):
+    """In the first stage or the last, after its second step; what was done before is not done again."""
+    again = tmp_path / "again"
+    shutil.copytree(progressive, again)
+    broken = again / "stages" / stage if stage == "4_steps" else again
+    for later in [
+        broken / "checkpoint-4",
+        *([again / "checkpoint-2", again / "checkpoint-4"] if broken != again else []),
+    ]:
+        shutil.rmtree(later)
+    for folder in {broken, again}:
+        (folder / "model_index.json").unlink()
+    with pytest.raises(ValueError, match="holds another run"):
+        run(folders, *PROGRESSIVE, "--output_dir", str(again))
+    first = again / "stages" / "4_steps" / "samples.png"
+    before = first.stat().st_mtime_ns
+    run(folders, *PROGRESSIVE, "--output_dir", str(again), "--resume_from_checkpoint", "latest")
+    assert (first.stat().st_mtime_ns == before) == (broken == again)
+    # The second stage's options name the folder of the first, which is another here; the numbers are the same.
+    assert_same_run(again / "stages" / "4_steps", progressive / "stages" / "4_steps", 4)
+    assert_same_run(again, progressive, 4)
+    ours, theirs = load_file(again / WEIGHTS), load_file(progressive / WEIGHTS)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_consistency_model_is_sampled_in_one_step_and_in_some(folders, tmp_path):
+    folder = run(
+        folders,
+        *("--method", "consistency", "--max_train_steps", "3", "--doublings", "2", "--student_steps", "1"),
+        *("--guidance_scale", "2", "--guidance_interval", "0.2", "5", "--output_dir", str(tmp_path / "out")),
+    )
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
+    assert type(pipe.scheduler) is ConsistencyScheduler
+    assert listed_by_call(pipe) == [39]
+    assert listed_by_call(pipe, num_inference_steps=2) == angle_timesteps(pipe.scheduler.schedule, 2)
+    assert not pipe.scheduler.config.get("analytic_variance")
+
+
+def test_a_pipeline_of_diffusers_and_one_of_latents_are_distilled(folders, tmp_path):
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    unet = diffusers.UNet2DModel(8, 1, 1, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, **blocks)
+    stock = diffusers.DDPMScheduler(num_train_timesteps=40, beta_end=0.3, prediction_type="v_prediction")
+    diffusers.DDPMPipeline(unet, stock).save_pretrained(tmp_path / "stock")
+    torch.manual_seed(0)
+    latent = GuidedDiffusionPipeline(
+        UNetModel(4, 2, 2, block_out_channels=(8, 8), layers_per_block=1),
+        v_scheduler(clip_sample=False),
+        vae=tiny_vae(),
+    )
+    latent.save_pretrained(tmp_path / "latent")
+    data = ("--dataset_name", str(folders / "data"), "--max_train_steps", "1", "--teacher_steps", "4")
+    for name in ("stock", "latent"):
+        folder = run(tmp_path, *data, "--output_dir", str(tmp_path / f"of_{name}"), pipeline=name)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
+        pipe.set_progress_bar_config(disable=True)
+        assert np.isfinite(pipe(output_type="np").images).all() and len(pipe.scheduler.timesteps) == 2
+        assert (pipe.vae is None) == (name == "stock")
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        (("--method", "other"), "invalid choice"),
+        (("--teacher_steps", "12"), "teacher_steps must be student_steps times a power of 2, 4, 8, 16, 32 and so on"),
+        (("--student_steps", "16"), "teacher_steps must be student_steps times a power of 2"),
+        (("--guidance_interval", "0.2", "5"), "guidance_interval has no meaning with a guidance_scale of 1"),
+        (("--guidance_scale", "2", "--guidance_interval", "5", "0.2"), "the lower first"),
+        (("--doublings", "3"), "doublings has no meaning without method consistency"),
+        (
+            ("--method", "consistency", "--teacher_steps", "8"),
+            "teacher_steps has no meaning without method progressive",
+        ),
+        (("--method", "consistency", "--student_steps", "9"), "student_steps must be at most 8"),
+        (("--steps_per_stage", "3", "--max_train_steps", "7"), "both say how many optimizer steps"),
+        (("--resume_from_checkpoint", "some/checkpoint-2"), "must be latest for 3 stages"),
+    ],
+)
+def test_options_that_contradict_one_another_are_refused(folders, more, reason, capsys):
+    with pytest.raises(SystemExit):
+        options(folders, *more)
+    assert reason in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_pipelines_and_images_that_do_not_fit_are_refused(folders, tmp_path):
+    names = dict(enumerate(LABELS))
+    network = tiny_unet(num_classes=2)
+    GuidedDiffusionPipeline(network, ExtDDIMScheduler(**SETTINGS), id2label=names).save_pretrained(
+        tmp_path / "epsilon"
+    )
+    flow = FlowScheduler(num_train_timesteps=40)
+    GuidedDiffusionPipeline(network, flow, id2label=names).save_pretrained(tmp_path / "flow")
+    GuidedDiffusionPipeline(network, v_scheduler(), id2label={0: "dog", 1: "cat"}).save_pretrained(
+        tmp_path / "swapped"
+    )
+    GuidedDiffusionPipeline(tiny_unet(), v_scheduler()).save_pretrained(tmp_path / "plain")
+    data, out = ("--dataset_name", str(folders / "data")), ("--output_dir", str(tmp_path / "out"))
+    for pipeline, more, reason in (
+        ("epsilon", data, "must predict v, x_0 or flow, got epsilon"),
+        ("flow", data, "is for models of a Gaussian path given by betas"),
+        ("swapped", data, "labels of .* must be those of the pipeline, dog, cat, got cat, dog"),
+        ("plain", (*data, "--guidance_scale", "2"), "guidance_scale must be 1 for a pipeline without labels"),
+        ("plain", (), "has no train_config.yaml that names its data set"),
+        ("plain", (*data, "--resolution", "16"), "whose samples are 1x8x8, got 1x16x16"),
+        ("plain", (*data, "--teacher_steps", "64"), "at most the number of timesteps of the pipeline's path, 40"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            run(tmp_path, *more, *out, pipeline=pipeline)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit):
+        options(tmp_path, "--output_dir", str(tmp_path / "plain"), pipeline="plain")
