@@ -2,16 +2,16 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 from accelerate import Accelerator
-from diffusers import ModelMixin
+from diffusers import ModelMixin, UNet2DModel
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import nn
 
 from diffusers_ext.data.batches import TIMESTEP_SAMPLINGS
 from diffusers_ext.data.image_table import ImageData
-from diffusers_ext.data.latent_cache import SampleSpace, prepare_samples
+from diffusers_ext.data.latent_cache import SampleSpace, prepare_samples, read_info
 from diffusers_ext.data.stream import StreamData
 from diffusers_ext.data.validation import prepare_validation
 from diffusers_ext.diffusion.losses import DEFAULT_WEIGHTINGS, LOSS_WEIGHTINGS, OBJECTIVES
@@ -20,7 +20,9 @@ from diffusers_ext.models.dit import DiTModel
 from diffusers_ext.models.unet import UNetModel
 from diffusers_ext.options import fixed_option, option
 from diffusers_ext.recipes.denoising_objective import DenoisingObjective
+from diffusers_ext.recipes.fine_tuning import load_network, with_labels_of
 from diffusers_ext.recipes.networks import build_network
+from diffusers_ext.recipes.pretrained import options_from, read_pretrained
 from diffusers_ext.recipes.training_path import SCHEDULERS, PathConfig, build_scheduler
 from diffusers_ext.recipes.variational_objective import VariationalModel, VariationalObjective
 from diffusers_ext.schedulers.levels import model_schedule
@@ -84,6 +86,8 @@ class DenoisingConfig(PathConfig):
     eval_batch_size: int | None = option(None, "pictures sampled at once; by default train_batch_size", at_least=1)
 
     def __post_init__(self):
+        if self.pretrained_pipeline is not None:
+            self._take_over()
         if self.objective is None:  # resolved here, so that a run's options say what it was
             object.__setattr__(self, "objective", "bound" if self.path == "learned" else "simple")
         super().__post_init__()
@@ -107,6 +111,15 @@ class DenoisingConfig(PathConfig):
                 f"{self.num_inference_steps}"
             )
 
+    def _take_over(self) -> None:
+        """Takes over what the pipeline is that the run begins with."""
+        source = read_pretrained(self.pretrained_pipeline)
+        taken = options_from(self, source)
+        if self.resolution is None and not read_info(self.dataset_name):
+            taken["resolution"] = source.resolution
+        for name, value in taken.items():
+            object.__setattr__(self, name, value)
+
     def _check_path(self) -> None:
         if (self.objective == "bound") != (self.path == "learned"):
             raise ValueError(
@@ -121,17 +134,19 @@ class DenoisingConfig(PathConfig):
                 "with path learned the schedule itself says how often a noise level is seen and what it weighs: leave "
                 f"loss_weighting and timestep_sampling out, got {self.loss_weighting} and {self.timestep_sampling}"
             )
-        if (self.scheduler == "flow") != (self.path == "linear"):
+        if (self.scheduler == "flow") != self.is_linear:
             raise ValueError(
                 f"scheduler flow is for path linear alone, and path linear for it, got scheduler {self.scheduler} with path "
                 f"{self.path}: leave scheduler out"
             )
-        if self.path == "linear" and self.timestep_spacing == "leading":
+        if self.is_linear and self.timestep_spacing == "leading":
             raise ValueError("timestep_spacing must be trailing or linspace with path linear, got leading")
-        if self.path == "linear" and self.learns_variance:
+        if self.is_linear and self.learns_variance:
             raise ValueError(
                 f"objective must be simple with path linear, whose sampler has no variance to learn, got {self.objective}"
             )
+
+    takes_texts: ClassVar[bool] = False  # whether captions are the condition
 
     @property
     def learns_variance(self) -> bool:
@@ -146,7 +161,7 @@ class DenoisingConfig(PathConfig):
 def load_data(config: DenoisingConfig, accelerator: Accelerator, vae: ModelMixin | None) -> ImageData | StreamData:
     """The images, decoded by the first process of each machine and read by the others, or a stream, or latents."""
     with accelerator.local_main_process_first():
-        data = prepare_samples(config, vae, multiple_of=config.size_multiple)
+        data = with_labels_of(config, prepare_samples(config, vae, multiple_of=config.size_multiple))
     for note in (describe_data(config, data), *data.notes):
         accelerator.print(note)
     return data
@@ -186,13 +201,15 @@ def build_model(
     *,
     learned_unconditional: bool = True,
     **context,
-) -> UNetModel | DiTModel:
-    """A new model with weights that follow from the seed.
+) -> UNetModel | DiTModel | UNet2DModel:
+    """A new model with weights that follow from the seed, or that of `pretrained_pipeline`.
 
     Args:
         learned_unconditional: Whether any of its examples will be without label or text.
         context: `build_network`'s options for a text.
     """
+    if config.pretrained_pipeline is not None:
+        return load_network(config, space, num_classes, learned_unconditional=learned_unconditional, **context)
     channels, *size = space.shape
     return build_network(
         config,
