@@ -23,6 +23,7 @@ from diffusers_ext.data.image_table import ImageData
 from diffusers_ext.data.latent_cache import SampleSpace
 from diffusers_ext.data.stream import StreamData
 from diffusers_ext.options import fixed_option, option, run_script, to_command
+from diffusers_ext.recipes.adapters import save_adapter, without_adapter
 from diffusers_ext.recipes.calibration import calibrate_run, with_calibration
 from diffusers_ext.recipes.denoising import (
     DenoisingConfig,
@@ -101,6 +102,7 @@ def main(config: TrainConfig) -> Path:
         )
         trainer.train()
         save_and_draw(pipeline, rows, trainer, label=None if data.id2label is None else data.used_labels[0])
+        save_adapter(trainer)
         calibrate_run(trainer, config.calibrate, command)
         if accelerator.is_main_process:
             finish_run(trainer, command, "\n\n".join([describe_data(config, data), *data.notes]))
@@ -113,7 +115,7 @@ def averaged_pipeline(trainer: Trainer, scheduler: SchedulerMixin, vae: ModelMix
     with trainer.averaged_model() as model:
         network, scheduler = without_its_schedule(trainer.config, model, scheduler)
         pipe = GuidedDiffusionPipeline(
-            denoiser=network,
+            denoiser=without_adapter(network),
             scheduler=scheduler,
             vae=vae,
             id2label=names_of_labels(trainer.config, trainer.data),

@@ -27,6 +27,7 @@ from diffusers_ext.data.latent_cache import SampleSpace, prepare_samples
 from diffusers_ext.data.validation import prepare_validation
 from diffusers_ext.guidance.texts import width_of
 from diffusers_ext.options import run_script, to_command
+from diffusers_ext.recipes.adapters import save_adapter, without_adapter
 from diffusers_ext.recipes.denoising import (
     build_model,
     build_objective,
@@ -90,6 +91,7 @@ def main(config: TextConfig) -> Path:
         )
         trainer.train()
         save_and_draw(pipeline, rows, trainer, prompt=rows["prompts"][0])
+        save_adapter(trainer)
         if accelerator.is_main_process:
             described = "\n\n".join([describe_data(config, data), *data.notes])
             finish_run(trainer, command, described, PICTURES, pipeline_tag="text-to-image")
@@ -136,7 +138,7 @@ def averaged_pipeline(
         trained = texts.trained
         encoder = model.text_encoder if trained else texts.text_encoder.to(trainer.accelerator.device)
         pipe = TextGuidedDiffusionPipeline(
-            denoiser=model.denoiser if trained else model,
+            denoiser=model.denoiser if trained else without_adapter(model),
             scheduler=type(scheduler).from_config(scheduler.config),  # a copy: sampling sets its timesteps
             tokenizer=texts.tokenizer,
             text_encoder=encoder,

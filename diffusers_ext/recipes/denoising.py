@@ -19,6 +19,7 @@ from diffusers_ext.guidance.guided_denoiser import check_guidance_scale
 from diffusers_ext.models.dit import DiTModel
 from diffusers_ext.models.unet import UNetModel
 from diffusers_ext.options import fixed_option, option
+from diffusers_ext.recipes.adapters import add_adapter
 from diffusers_ext.recipes.denoising_objective import DenoisingObjective
 from diffusers_ext.recipes.fine_tuning import load_network, with_labels_of
 from diffusers_ext.recipes.networks import build_network
@@ -72,6 +73,20 @@ class DenoisingConfig(PathConfig):
     logit_mean: float = _logit_normal_option(0.0, "mean of the logit of time; below 0 for cleaner levels")
     logit_std: float = _logit_normal_option(1.0, "standard deviation of the logit of time")
 
+    lora_rank: int | None = fixed_option(
+        None,
+        "train an adapter of this rank alone, LoRA, whose weights are saved beside a pipeline that has it in its own",
+        "fine-tuning",
+        at_least=1,
+        needs="pretrained_pipeline",
+    )
+    lora_alpha: float | None = fixed_option(
+        None, "its weight, divided by the rank; by default the rank", needs="lora_rank"
+    )
+    lora_target_modules: tuple[str, ...] | None = fixed_option(
+        None, "ends of the names of the layers that it changes; by default those of attention", needs="lora_rank"
+    )
+
     scheduler: Literal[tuple(SCHEDULERS)] | None = option(
         None,
         "scheduler that is saved with the pipeline; by default ddim, score_sde with path ve or subvp, and flow with linear",
@@ -97,6 +112,10 @@ class DenoisingConfig(PathConfig):
         if self.scheduler is None:
             object.__setattr__(self, "scheduler", self.default_scheduler)
         self._check_path()
+        if self.lora_rank is not None and self.ema_snapshot_steps is not None:
+            raise ValueError(
+                "ema_snapshot_steps takes averages of all weights, of which lora_rank trains none: leave it out"
+            )
         for name in ("snr_gamma", "vlb_weight", "logit_std"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
@@ -209,7 +228,8 @@ def build_model(
         context: `build_network`'s options for a text.
     """
     if config.pretrained_pipeline is not None:
-        return load_network(config, space, num_classes, learned_unconditional=learned_unconditional, **context)
+        network = load_network(config, space, num_classes, learned_unconditional=learned_unconditional, **context)
+        return add_adapter(network, config)
     channels, *size = space.shape
     return build_network(
         config,

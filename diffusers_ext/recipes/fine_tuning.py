@@ -71,6 +71,11 @@ def with_labels_of(config: "DenoisingConfig", data: ImageData | StreamData) -> I
         f"{source.num_classes or 0} labels are the pipeline's, {len(new)} are new"
         + (f": {first_names(new)}" if new else "")
     )
+    if new and config.lora_rank is not None:
+        raise ValueError(
+            f"labels must be those of --pretrained_pipeline {source.name} with lora_rank, which trains no embeddings, got "
+            f"the new {first_names(new)}: leave lora_rank out, or give --unconditional"
+        )
     if joined != data.id2label:
         if isinstance(data, StreamData):
             raise ValueError(
@@ -151,6 +156,11 @@ def load_network(
             )
         changes["num_class_embeds"] = num_classes
     else:
+        if config.lora_rank is not None and learned_unconditional and not source.has_null_label:
+            raise ValueError(
+                f"label_dropout and caption_dropout must be 0 with lora_rank and --pretrained_pipeline {source.name}, which was not "
+                "trained without its condition: an adapter does not learn to embed none"
+            )
         count = network.config.num_classes if num_classes is None else num_classes
         changes |= {
             "num_classes": count,

@@ -29,7 +29,10 @@ from diffusers_ext.recipes.text_encoder import (
 
 TEXT_CACHES, TEXT_CACHE_DTYPES = ("memory", "disk"), ("fp16", "fp32")
 # Options that are given with a pipeline to begin with alone, or resolved by its path.
-OF_PRETRAINED = ("pretrained_pipeline", "path", "scheduler", "prediction_type", "loss_weighting")
+OF_PRETRAINED = (
+    *("pretrained_pipeline", "lora_rank", "lora_alpha", "lora_target_modules"),
+    *("path", "scheduler", "prediction_type", "loss_weighting"),
+)
 
 LONGEST_BY_DEFAULT = 77  # tokens of a text for an encoder that is made for the run, as many as CLIP's
 NUM_PROMPTS = 8

@@ -19,6 +19,7 @@ from diffusers_ext.trainer.posthoc_ema import SNAPSHOT_FOLDER
 
 
 CONFIG_FILE, METRICS_FILE = "train_config.yaml", "metrics.jsonl"
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 SAVING = ".saving-"  # begins the names of folders in which a pipeline is being saved
 _OF_A_RUN = (CONFIG_FILE, METRICS_FILE, "model_index.json")
 # Those of diffusion models, of autoencoders, and of classifiers.
@@ -73,6 +74,7 @@ def clear_output_dir(path: Path) -> None:
         "README.md",
         "evaluation.json",
         CALIBRATION_FILE,
+        ADAPTER_FILE,
         "loss_by_snr.csv",
         "accuracy.csv",
         *(f"{name}.png" for name in PICTURES),

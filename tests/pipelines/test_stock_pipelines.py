@@ -20,31 +20,15 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet1DModel,
     UNet2DConditionModel,
-    UNet2DModel,
     VQModel,
 )
 
 from diffusers_ext import ExtDDIMScheduler, GuidedDiffusionPipeline, TextGuidedDiffusionPipeline
-from tiny import assert_same_weights, image_of, random_stock_dit, tiny_unet
+from tiny import assert_same_weights, image_of, random_stock_dit, tiny_stock_unet, tiny_unet
 
 
 # Of images in [0, 1]; the two sum the same numbers, but for the order in which a CFG's batch or a step has them.
 TOLERANCE = 1e-4
-
-
-def stock_unet(**config):
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=config.pop("in_channels", 1),
-        out_channels=config.pop("out_channels", 1),
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=4,
-        **config,
-    ).eval()
 
 
 def quiet(pipeline):
@@ -60,7 +44,7 @@ def both_ways(stock, folder):
 
 @pytest.mark.parametrize(("stock_class", "scheduler"), [(DDPMPipeline, DDPMScheduler), (DDIMPipeline, DDIMScheduler)])
 def test_a_ddpm_or_ddim_pipeline_makes_the_same_pictures_here(stock_class, scheduler, tmp_path):
-    stock = quiet(stock_class(stock_unet(), scheduler()))
+    stock = quiet(stock_class(tiny_stock_unet(), scheduler()))
     expected = image_of(stock)
     for ours in both_ways(stock, tmp_path):
         assert type(ours) is GuidedDiffusionPipeline and type(ours.scheduler) is scheduler
@@ -98,7 +82,7 @@ def test_an_ldm_pipeline_makes_the_same_pictures_here(tmp_path):
         num_vq_embeddings=16,
         sample_size=8,
     ).eval()
-    stock = quiet(LDMPipeline(vqvae, stock_unet(in_channels=3, out_channels=3), DDIMScheduler(clip_sample=False)))
+    stock = quiet(LDMPipeline(vqvae, tiny_stock_unet(in_channels=3, out_channels=3), DDIMScheduler(clip_sample=False)))
     expected = image_of(stock)
     ours = GuidedDiffusionPipeline.from_pipe(stock)
     assert ours.vae is vqvae
@@ -113,7 +97,7 @@ def test_an_ldm_pipeline_makes_the_same_pictures_here(tmp_path):
 
 
 def test_parts_and_options_that_are_given_take_the_place_of_the_saved_ones(tmp_path):
-    DDPMPipeline(stock_unet(num_class_embeds=2), DDPMScheduler()).save_pretrained(tmp_path)
+    DDPMPipeline(tiny_stock_unet(num_class_embeds=2), DDPMScheduler()).save_pretrained(tmp_path)
     scheduler = ExtDDIMScheduler()
     ours = GuidedDiffusionPipeline.from_pretrained(tmp_path, scheduler=scheduler, id2label={0: "shirt", 1: "shoe"})
     assert ours.scheduler is scheduler and ours.labels == {"shirt": 0, "shoe": 1}
@@ -123,7 +107,7 @@ def test_parts_and_options_that_are_given_take_the_place_of_the_saved_ones(tmp_p
 
 
 def test_what_was_a_stock_pipeline_is_saved_and_loaded_as_ours(tmp_path):
-    stock = DDPMPipeline(stock_unet(), DDPMScheduler())
+    stock = DDPMPipeline(tiny_stock_unet(), DDPMScheduler())
     GuidedDiffusionPipeline.from_pipe(stock).save_pretrained(tmp_path)
     assert_same_weights(GuidedDiffusionPipeline.from_pretrained(tmp_path).denoiser, stock.unet)
 
@@ -149,15 +133,15 @@ def test_parts_that_do_not_fit_are_refused_with_what_they_are():
     with pytest.raises(
         ValueError, match="with texts alone: .* got UNet2DModel; for it there is GuidedDiffusionPipeline"
     ):
-        TextGuidedDiffusionPipeline.from_pipe(DDPMPipeline(stock_unet(), DDPMScheduler()))
+        TextGuidedDiffusionPipeline.from_pipe(DDPMPipeline(tiny_stock_unet(), DDPMScheduler()))
     sound = UNet1DModel(
         sample_size=16, block_out_channels=(8,), down_block_types=("DownBlock1D",), up_block_types=("UpBlock1D",)
     )
     with pytest.raises(ValueError, match="got UNet1DModel"):
         ours(DanceDiffusionPipeline(sound, IPNDMScheduler()))
     with pytest.raises(ValueError, match="class_embed_type=None, got a UNet2DModel with 'timestep'"):
-        ours(DDPMPipeline(stock_unet(class_embed_type="timestep"), DDPMScheduler()))
-    sizeless = stock_unet()
+        ours(DDPMPipeline(tiny_stock_unet(class_embed_type="timestep"), DDPMScheduler()))
+    sizeless = tiny_stock_unet()
     sizeless.register_to_config(sample_size=None)
     with pytest.raises(ValueError, match="sample_size=None: set it by"):
         ours(DDPMPipeline(sizeless, DDPMScheduler()))
@@ -180,7 +164,7 @@ def test_components_that_are_left_out_are_named(caplog):
             super().__init__(unet, scheduler)
             self.register_modules(other=other)
 
-    pipeline = WithMore(stock_unet(), DDPMScheduler(), DDPMScheduler())
+    pipeline = WithMore(tiny_stock_unet(), DDPMScheduler(), DDPMScheduler())
     logger = logging.getLogger("diffusers_ext.pipelines.stock")
     logger.addHandler(caplog.handler)
     try:

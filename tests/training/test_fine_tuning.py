@@ -20,7 +20,7 @@ from diffusers_ext import (
 )
 from diffusers_ext.recipes.fine_tuning import joined_labels
 from diffusers_ext.recipes.pretrained import read_pretrained
-from tiny import random_stock_dit, tiny_unet
+from tiny import random_stock_dit, tiny_stock_unet, tiny_unet
 from tiny_text import tiny_clip, tiny_text_unet, tiny_tokenizer
 from tiny_vae import tiny_vae
 from training.train_ddpm import TrainConfig, main
@@ -34,7 +34,7 @@ SMALL = {
     "train_batch_size": 4,
     "max_train_samples": 40,
     "num_inference_steps": 2,
-    "sample_columns": 2,
+    "sample_columns": 1,
     "max_train_steps": 2,
     "mixed_precision": "no",
 }
@@ -56,17 +56,10 @@ def ours(folder):
     return str(folder / "ours")
 
 
-def stock_unet(**config):
-    torch.manual_seed(0)
-    types = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2, "norm_num_groups": 4}
-    channels = {"in_channels": 1, "out_channels": 1, "block_out_channels": (8, 16), "layers_per_block": 1}
-    return UNet2DModel(sample_size=8, **types, **channels, **config)
-
-
 @pytest.fixture(scope="module")
 def stock(folder):
     """A DDPM pipeline of diffusers, whose path is not the default's."""
-    DDPMPipeline(stock_unet(), DDPMScheduler(beta_schedule="squaredcos_cap_v2")).save_pretrained(folder / "stock")
+    DDPMPipeline(tiny_stock_unet(), DDPMScheduler(beta_schedule="squaredcos_cap_v2")).save_pretrained(folder / "stock")
     return str(folder / "stock")
 
 
@@ -232,7 +225,7 @@ def test_what_cannot_be_begun_with_is_refused(folder, ours, tmp_path):
         main(config_of(tmp_path / "run", str(folder / "dit"), resolution=(16,)))
     with pytest.raises(ValueError, match="the 1 channels that .* takes, got 3; see --image_mode"):
         main(config_of(tmp_path / "run", ours, image_mode="RGB"))
-    DDPMPipeline(stock_unet(num_class_embeds=3), DDPMScheduler()).save_pretrained(folder / "labelled")
+    DDPMPipeline(tiny_stock_unet(num_class_embeds=3), DDPMScheduler()).save_pretrained(folder / "labelled")
     with pytest.raises(ValueError, match="must have labels for .* has no label that stands for none"):
         main(config_of(tmp_path / "run", str(folder / "labelled"), unconditional=True))
 
