@@ -80,7 +80,10 @@ def encode_latents(
         ValueError: if the scale of the latents was never measured.
     """
     check_one_level(vae)
-    posterior = vae.encode(images.to(vae.dtype)).latent_dist
+    encoded = vae.encode(images.to(vae.dtype))
+    if not hasattr(encoded, "latent_dist"):  # of a VQModel, which has one code for an image and no posterior
+        return normalize_latents(vae, encoded.latents)
+    posterior = encoded.latent_dist
     if not sample:
         return normalize_latents(vae, posterior.mode())
     if not isinstance(generator, list | tuple):

@@ -76,6 +76,7 @@ def trainer(
     validation_data=None,
     cpu=True,
     ending_cost=None,
+    config_class=TrainerConfig,
     **settings,
 ):
     defaults = {
@@ -86,7 +87,7 @@ def trainer(
         "learning_rate": 0.01,
     }
     config = resolve_for_machine(
-        TrainerConfig(**defaults | {"mixed_precision": "no", "output_dir": str(output_dir)} | settings)
+        config_class(**defaults | {"mixed_precision": "no", "output_dir": str(output_dir)} | settings)
     )
     accelerator = Accelerator(
         cpu=cpu,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, DiTTransformer2DModel
+from diffusers import DiffusionPipeline, DiTTransformer2DModel, UNet2DModel
 from PIL import Image
 
 from diffusers_ext import ExtDDPMScheduler, GuidedDiffusionPipeline, UNetModel
@@ -88,3 +88,19 @@ def random_stock_dit(**config) -> DiTTransformer2DModel:
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return model
+
+
+def tiny_stock_unet(**config) -> UNet2DModel:
+    """diffusers' U-Net of images of 8x8 pixels."""
+    torch.manual_seed(0)
+    tiny = {
+        "sample_size": 8,
+        "in_channels": 1,
+        "out_channels": 1,
+        "block_out_channels": (8, 16),
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+    }
+    return UNet2DModel(**tiny | config).eval()

@@ -1,6 +1,7 @@
 """Train a Gaussian diffusion model on images, by label if there are labels.
 
     accelerate launch training/train_ddpm.py
+    accelerate launch training/train_ddpm.py --pretrained_pipeline runs/digits --output_dir runs/on_from_digits
     python training/train_ddpm.py --dataset_name path/to/fashion_mnist --resolution 32 --max_train_time 10m
 
 Without options it trains on scikit-learn's handwritten digits. `--help` lists the options, `--config FILE.yaml` reads
@@ -19,9 +20,10 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from diffusers_ext import GuidedDiffusionPipeline
 from diffusers_ext.data.image_table import ImageData
-from diffusers_ext.data.latent_cache import SampleSpace, load_vae
+from diffusers_ext.data.latent_cache import SampleSpace
 from diffusers_ext.data.stream import StreamData
 from diffusers_ext.options import fixed_option, option, run_script, to_command
+from diffusers_ext.recipes.adapters import save_adapter, without_adapter
 from diffusers_ext.recipes.calibration import calibrate_run, with_calibration
 from diffusers_ext.recipes.denoising import (
     DenoisingConfig,
@@ -33,8 +35,9 @@ from diffusers_ext.recipes.denoising import (
     with_its_schedule,
     without_its_schedule,
 )
+from diffusers_ext.recipes.fine_tuning import names_of_labels, pretrained_vae
 from diffusers_ext.recipes.sample_grids import draw_while_training, drawing_cost, save_and_draw
-from diffusers_ext.recipes.training_path import TABLES, build_scheduler
+from diffusers_ext.recipes.training_path import build_scheduler
 from diffusers_ext.trainer.config import resolve_for_machine
 from diffusers_ext.trainer.loop import Trainer
 from diffusers_ext.trainer.run import describe_data, finish_run, make_accelerator, open_run
@@ -59,7 +62,7 @@ class TrainConfig(DenoisingConfig):
         super().__post_init__()
         if not 0 <= self.label_dropout < 1:
             raise ValueError(f"label_dropout must be in [0, 1), got {self.label_dropout:g}")
-        if self.calibrate and self.path not in TABLES:
+        if self.calibrate and not self.has_beta_schedule:
             raise ValueError(
                 f"calibrate is for the paths of a beta_schedule, which path {self.path} is not: leave it out"
             )
@@ -71,7 +74,7 @@ def main(config: TrainConfig) -> Path:
     command = to_command(config, "training/train_ddpm.py")
     config = resolve_for_machine(config)
     with open_run(config, accelerator) as open_folder:
-        vae = None if config.vae is None else load_vae(config.vae)
+        vae = pretrained_vae(config)
         data = load_data(config, accelerator, vae)
         space = SampleSpace.of(data, vae)
         config = dataclasses.replace(config, resolution=space.resolution, resize_mode=data.resize_mode)
@@ -99,6 +102,7 @@ def main(config: TrainConfig) -> Path:
         )
         trainer.train()
         save_and_draw(pipeline, rows, trainer, label=None if data.id2label is None else data.used_labels[0])
+        save_adapter(trainer)
         calibrate_run(trainer, config.calibrate, command)
         if accelerator.is_main_process:
             finish_run(trainer, command, "\n\n".join([describe_data(config, data), *data.notes]))
@@ -111,7 +115,11 @@ def averaged_pipeline(trainer: Trainer, scheduler: SchedulerMixin, vae: ModelMix
     with trainer.averaged_model() as model:
         network, scheduler = without_its_schedule(trainer.config, model, scheduler)
         pipe = GuidedDiffusionPipeline(
-            denoiser=network, scheduler=scheduler, vae=vae, id2label=trainer.data.id2label, clip_guided_noise=True
+            denoiser=without_adapter(network),
+            scheduler=scheduler,
+            vae=vae,
+            id2label=names_of_labels(trainer.config, trainer.data),
+            clip_guided_noise=True,
         )
         pipe.set_progress_bar_config(disable=True)
         yield pipe

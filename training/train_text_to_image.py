@@ -2,6 +2,7 @@
 
     python training/train_text_to_image.py --dataset_name path/to/twemoji64 --resolution 32
     python training/train_text_to_image.py --dataset_name path/to/twemoji64 --pretrained_text_encoder path/to/clip
+    python training/train_text_to_image.py --dataset_name path/to/twemoji64 --pretrained_pipeline runs/twemoji64
 
 Without a text encoder that is there, a small one is made and trained together with the denoiser. Without options it
 trains on scikit-learn's handwritten digits, whose captions are their labels. `--help` lists the options, `--config
@@ -22,15 +23,17 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers_ext import TextGuidedDiffusionPipeline
 from diffusers_ext.data.captions import captions_of, find_caption_column, with_texts
 from diffusers_ext.data.image_table import ImageData
-from diffusers_ext.data.latent_cache import SampleSpace, load_vae, prepare_samples
+from diffusers_ext.data.latent_cache import SampleSpace, prepare_samples
 from diffusers_ext.data.validation import prepare_validation
 from diffusers_ext.guidance.texts import width_of
 from diffusers_ext.options import run_script, to_command
+from diffusers_ext.recipes.adapters import save_adapter, without_adapter
 from diffusers_ext.recipes.denoising import (
     build_model,
     build_objective,
     refuse_unlearned_guidance,
 )
+from diffusers_ext.recipes.fine_tuning import pretrained_vae, with_labels_of
 from diffusers_ext.recipes.sample_grids import draw_while_training, drawing_cost, save_and_draw
 from diffusers_ext.recipes.text_encoder import TextDenoiser
 from diffusers_ext.recipes.text_to_image import TextConfig, Texts
@@ -52,7 +55,7 @@ def main(config: TextConfig) -> Path:
     command = to_command(config, "training/train_text_to_image.py")
     config = resolve_for_machine(config)
     with open_run(config, accelerator) as open_folder:
-        vae = None if config.vae is None else load_vae(config.vae)
+        vae = pretrained_vae(config)
         data, held_out, texts = load_data(config, accelerator, vae)
         rows = rows_of(config, data)
         space = SampleSpace.of(data, vae)
@@ -88,6 +91,7 @@ def main(config: TextConfig) -> Path:
         )
         trainer.train()
         save_and_draw(pipeline, rows, trainer, prompt=rows["prompts"][0])
+        save_adapter(trainer)
         if accelerator.is_main_process:
             described = "\n\n".join([describe_data(config, data), *data.notes])
             finish_run(trainer, command, described, PICTURES, pipeline_tag="text-to-image")
@@ -117,7 +121,7 @@ def load_data(
     encoder = "trained from scratch" if texts.trained else f"from {config.pretrained_text_encoder}"
     tokens = f"{len(texts.tokenizer)} different tokens, at most {texts.max_length} in a text"
     notes = [f"captions of the column {data_config.label_column}; text encoder {encoder}; {tokens}", *data.notes]
-    data = dataclasses.replace(data, notes=tuple(notes))
+    data = with_labels_of(config, dataclasses.replace(data, notes=tuple(notes)))
     for note in (describe_data(config, data), *data.notes):
         accelerator.print(note)
     if held_out is not None:
@@ -134,7 +138,7 @@ def averaged_pipeline(
         trained = texts.trained
         encoder = model.text_encoder if trained else texts.text_encoder.to(trainer.accelerator.device)
         pipe = TextGuidedDiffusionPipeline(
-            denoiser=model.denoiser if trained else model,
+            denoiser=model.denoiser if trained else without_adapter(model),
             scheduler=type(scheduler).from_config(scheduler.config),  # a copy: sampling sets its timesteps
             tokenizer=texts.tokenizer,
             text_encoder=encoder,

@@ -7,6 +7,7 @@ latents, but for the rounding to float16 of what is kept.
 
 import dataclasses
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import datasets
 import numpy as np
 import torch
 import yaml
-from diffusers import AutoModel, ModelMixin
+from diffusers import AutoModel, DiffusionPipeline, ModelMixin
 from torch import Tensor
 
 from diffusers_ext.atomic_files import atomic_write, finish_replacing
@@ -169,8 +170,7 @@ def load_vae(name: str) -> ModelMixin:
     """
     finish_replacing(name)
     try:
-        subfolder = "vae" if (Path(name) / "vae" / "config.json").is_file() else None
-        vae = AutoModel.from_pretrained(name, subfolder=subfolder)
+        vae = AutoModel.from_pretrained(name, subfolder="vae" if _is_pipeline_with_vae(name) else None)
     except (OSError, ValueError) as error:
         raise ValueError(f"--vae {name} cannot be loaded as an autoencoder: {error}") from error
     if not hasattr(vae, "encode") or vae.config.get("latent_channels") is None:
@@ -180,6 +180,14 @@ def load_vae(name: str) -> ModelMixin:
         raise ValueError(f"--vae {name} must have latents with height and width, which a denoiser has room for")
     latent_scale(vae, torch.empty(1, vae.config.latent_channels, 1, 1))  # refuses one that was never measured
     return vae.eval().requires_grad_(False)
+
+
+def _is_pipeline_with_vae(name: str) -> bool:
+    if Path(name).is_dir():
+        return (Path(name) / "vae" / "config.json").is_file()
+    with suppress(OSError, ValueError):  # of a repository that holds a model alone
+        return "vae" in DiffusionPipeline.load_config(name)
+    return False
 
 
 def fingerprint(vae: ModelMixin) -> str:

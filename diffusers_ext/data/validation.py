@@ -1,7 +1,7 @@
 """Images that training does not see, with the noise and the time at which the loss on them is taken each time."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -66,13 +66,24 @@ def prepare_validation(
     label2id = {name: label for label, name in data.id2label.items()}
     if unknown := sorted(set(held_out.id2label.values()) - label2id.keys()):
         raise ValueError(f"{what} have labels that are not trained on: {', '.join(unknown[:5])}")
-    numbers = np.array([label2id[held_out.id2label[label]] for label in sorted(held_out.id2label)])
-    if held_out.labels.ndim == 1:
-        labels = numbers[held_out.labels]
+    numbers = [label2id[held_out.id2label[label]] for label in sorted(held_out.id2label)]
+    return renumbered(held_out, data.id2label, numbers)
+
+
+def renumbered(data: ImageData, id2label: dict[int, str], numbers: Sequence[int]) -> ImageData:
+    """The images with other ids of their labels.
+
+    Args:
+        id2label: Names of all labels by the new ids.
+        numbers: The new id of each label.
+    """
+    numbers = np.array(numbers)
+    if data.labels.ndim == 1:
+        labels = numbers[data.labels]
     else:
-        labels = np.zeros((len(held_out), len(data.id2label)), bool)
-        labels[:, numbers] = held_out.labels
-    return dataclasses.replace(held_out, labels=labels, id2label=data.id2label)
+        labels = np.zeros((len(data), len(id2label)), bool)
+        labels[:, numbers] = data.labels
+    return dataclasses.replace(data, labels=labels, id2label=id2label)
 
 
 class ValidationBatches:

@@ -4,6 +4,7 @@ import inspect
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
+from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
@@ -14,8 +15,8 @@ from diffusers_ext.untrusted import check_config
 COMPILATIONS_PER_BLOCK = 4
 
 
-class Network(ModelMixin, ConfigMixin):
-    """A model of diffusers that can recompute its activations and be compiled block by block."""
+class Network(ModelMixin, PeftAdapterMixin, ConfigMixin):
+    """A model of diffusers that can recompute its activations, be compiled block by block, and take adapters of peft."""
 
     _supports_gradient_checkpointing = True
     gradient_checkpointing = False
@@ -29,6 +30,19 @@ class Network(ModelMixin, ConfigMixin):
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(module, *args)
         return module(*args)
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """Saves the weights and the config, as `diffusers.ModelMixin.save_pretrained`.
+
+        Raises:
+            ValueError: if there is an adapter in the network, whose layers no network would load.
+        """
+        if getattr(self, "peft_config", None):
+            raise ValueError(
+                f"a {type(self).__name__} with adapters ({', '.join(self.peft_config)}) cannot be saved as it is: save the "
+                "adapter by save_lora_adapter, or put it into the weights by fuse_lora() and unload_lora()"
+            )
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):

@@ -10,6 +10,7 @@ from diffusers_ext.guidance.labels import num_classes_of
 from diffusers_ext.guidance.texts import context_width, longest_text, width_of
 from diffusers_ext.latents import check_one_level
 from diffusers_ext.models.vae import VAEModel
+from diffusers_ext.pipelines.stock import check_stock_denoiser
 
 
 def check_components(
@@ -17,8 +18,9 @@ def check_components(
     vae: nn.Module | None = None,
     classifier: nn.Module | None = None,
     weak_denoiser: nn.Module | None = None,
+    with_texts: bool = False,
 ) -> None:
-    """Refuses components that do not fit the denoiser.
+    """Refuses components that do not fit the denoiser, and a denoiser that is not called as the pipeline calls it.
 
     Raises:
         ValueError: with what differs.
@@ -26,6 +28,7 @@ def check_components(
     components = {"denoiser": denoiser, "vae": vae, "classifier": classifier, "weak_denoiser": weak_denoiser}
     for name, network in components.items():
         _refuse_wrapped(name, network)
+    check_stock_denoiser(denoiser, with_texts)
     in_channels, num_classes = denoiser.config.in_channels, num_classes_of(denoiser)
     if vae is not None:
         _check_vae(vae, denoiser)
@@ -66,7 +69,7 @@ def check_text_components(
     Raises:
         ValueError: with what differs.
     """
-    check_components(denoiser, vae, weak_denoiser=weak_denoiser)
+    check_components(denoiser, vae, weak_denoiser=weak_denoiser, with_texts=True)
     _refuse_wrapped("text_encoder", text_encoder)
     width = context_width(denoiser)
     if width is None:

@@ -11,6 +11,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Generator, Tensor
 
 from diffusers_ext.guidance.guiding import Interval
+from diffusers_ext.pipelines.adapters import AdapterMixin
 from diffusers_ext.pipelines.call_defaults import check_call_defaults
 from diffusers_ext.pipelines.components import check_components
 from diffusers_ext.pipelines.image_inputs import ImageInput
@@ -22,7 +23,7 @@ from diffusers_ext.pipelines.sampling import CallOptions, SamplingMixin
 
 
 class GuidedDiffusionPipeline(
-    LabelledMixin, InversionMixin, SamplingMixin, FromPipeMixin, SavedWithCodeMixin, DiffusionPipeline
+    LabelledMixin, InversionMixin, SamplingMixin, AdapterMixin, FromPipeMixin, SavedWithCodeMixin, DiffusionPipeline
 ):
     """Generates images from noise or from images, unconditionally or by label.
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diffusers_ext.guidance.guiding import Interval
 from diffusers_ext.guidance.texts import TextEmbeds, encode_tokens, longest_text, masks_padding_by_default, tokenize
+from diffusers_ext.pipelines.adapters import AdapterMixin
 from diffusers_ext.pipelines.components import check_text_components
 from diffusers_ext.pipelines.image_inputs import ImageInput
 from diffusers_ext.pipelines.loading import FromPipeMixin, SavedWithCodeMixin, replaceable
@@ -25,7 +26,7 @@ from diffusers_ext.pipelines.text_condition import TextCondition, texts_or_embed
 DEFAULT_GUIDANCE_SCALE = 4.0
 
 
-class TextGuidedDiffusionPipeline(SamplingMixin, FromPipeMixin, SavedWithCodeMixin, DiffusionPipeline):
+class TextGuidedDiffusionPipeline(SamplingMixin, AdapterMixin, FromPipeMixin, SavedWithCodeMixin, DiffusionPipeline):
     """Generates images from texts.
 
     Args:

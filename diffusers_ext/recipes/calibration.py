@@ -19,7 +19,6 @@ from diffusers_ext.evaluation.options import DataOptions, take_options_of_run
 from diffusers_ext.evaluation.pipeline_facts import image_size_of, label_names_of
 from diffusers_ext.evaluation.real_images import RealImages, find_held_out_split, load_real_images
 from diffusers_ext.hub.cards import CALIBRATION_FILE
-from diffusers_ext.recipes.training_path import TABLES
 from diffusers_ext.trainer.ending import EndingCost
 from diffusers_ext.trainer.loop import Trainer
 from diffusers_ext.trainer.run import save_atomically
@@ -51,7 +50,7 @@ def why_not(trainer: Trainer, wanted: bool | None, seconds: float) -> str | None
     """
     if wanted is False or wanted is None and seconds < SHORTEST_TRAINING:
         return ""
-    if trainer.config.path not in TABLES:
+    if not trainer.config.has_beta_schedule:
         return ""
     if trainer.accelerator.num_processes > 1:
         return "several processes trained it"

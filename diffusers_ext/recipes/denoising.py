@@ -2,16 +2,16 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 from accelerate import Accelerator
-from diffusers import ModelMixin
+from diffusers import ModelMixin, UNet2DModel
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import nn
 
 from diffusers_ext.data.batches import TIMESTEP_SAMPLINGS
 from diffusers_ext.data.image_table import ImageData
-from diffusers_ext.data.latent_cache import SampleSpace, prepare_samples
+from diffusers_ext.data.latent_cache import SampleSpace, prepare_samples, read_info
 from diffusers_ext.data.stream import StreamData
 from diffusers_ext.data.validation import prepare_validation
 from diffusers_ext.diffusion.losses import DEFAULT_WEIGHTINGS, LOSS_WEIGHTINGS, OBJECTIVES
@@ -19,8 +19,11 @@ from diffusers_ext.guidance.guided_denoiser import check_guidance_scale
 from diffusers_ext.models.dit import DiTModel
 from diffusers_ext.models.unet import UNetModel
 from diffusers_ext.options import fixed_option, option
+from diffusers_ext.recipes.adapters import add_adapter
 from diffusers_ext.recipes.denoising_objective import DenoisingObjective
+from diffusers_ext.recipes.fine_tuning import load_network, with_labels_of
 from diffusers_ext.recipes.networks import build_network
+from diffusers_ext.recipes.pretrained import options_from, read_pretrained
 from diffusers_ext.recipes.training_path import SCHEDULERS, PathConfig, build_scheduler
 from diffusers_ext.recipes.variational_objective import VariationalModel, VariationalObjective
 from diffusers_ext.schedulers.levels import model_schedule
@@ -70,6 +73,20 @@ class DenoisingConfig(PathConfig):
     logit_mean: float = _logit_normal_option(0.0, "mean of the logit of time; below 0 for cleaner levels")
     logit_std: float = _logit_normal_option(1.0, "standard deviation of the logit of time")
 
+    lora_rank: int | None = fixed_option(
+        None,
+        "train an adapter of this rank alone, LoRA, whose weights are saved beside a pipeline that has it in its own",
+        "fine-tuning",
+        at_least=1,
+        needs="pretrained_pipeline",
+    )
+    lora_alpha: float | None = fixed_option(
+        None, "its weight, divided by the rank; by default the rank", needs="lora_rank"
+    )
+    lora_target_modules: tuple[str, ...] | None = fixed_option(
+        None, "ends of the names of the layers that it changes; by default those of attention", needs="lora_rank"
+    )
+
     scheduler: Literal[tuple(SCHEDULERS)] | None = option(
         None,
         "scheduler that is saved with the pipeline; by default ddim, score_sde with path ve or subvp, and flow with linear",
@@ -84,6 +101,8 @@ class DenoisingConfig(PathConfig):
     eval_batch_size: int | None = option(None, "pictures sampled at once; by default train_batch_size", at_least=1)
 
     def __post_init__(self):
+        if self.pretrained_pipeline is not None:
+            self._take_over()
         if self.objective is None:  # resolved here, so that a run's options say what it was
             object.__setattr__(self, "objective", "bound" if self.path == "learned" else "simple")
         super().__post_init__()
@@ -93,6 +112,10 @@ class DenoisingConfig(PathConfig):
         if self.scheduler is None:
             object.__setattr__(self, "scheduler", self.default_scheduler)
         self._check_path()
+        if self.lora_rank is not None and self.ema_snapshot_steps is not None:
+            raise ValueError(
+                "ema_snapshot_steps takes averages of all weights, of which lora_rank trains none: leave it out"
+            )
         for name in ("snr_gamma", "vlb_weight", "logit_std"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
@@ -106,6 +129,15 @@ class DenoisingConfig(PathConfig):
                 f"num_inference_steps must be at most num_train_timesteps ({self.num_train_timesteps}), got "
                 f"{self.num_inference_steps}"
             )
+
+    def _take_over(self) -> None:
+        """Takes over what the pipeline is that the run begins with."""
+        source = read_pretrained(self.pretrained_pipeline)
+        taken = options_from(self, source)
+        if self.resolution is None and not read_info(self.dataset_name):
+            taken["resolution"] = source.resolution
+        for name, value in taken.items():
+            object.__setattr__(self, name, value)
 
     def _check_path(self) -> None:
         if (self.objective == "bound") != (self.path == "learned"):
@@ -121,17 +153,19 @@ class DenoisingConfig(PathConfig):
                 "with path learned the schedule itself says how often a noise level is seen and what it weighs: leave "
                 f"loss_weighting and timestep_sampling out, got {self.loss_weighting} and {self.timestep_sampling}"
             )
-        if (self.scheduler == "flow") != (self.path == "linear"):
+        if (self.scheduler == "flow") != self.is_linear:
             raise ValueError(
                 f"scheduler flow is for path linear alone, and path linear for it, got scheduler {self.scheduler} with path "
                 f"{self.path}: leave scheduler out"
             )
-        if self.path == "linear" and self.timestep_spacing == "leading":
+        if self.is_linear and self.timestep_spacing == "leading":
             raise ValueError("timestep_spacing must be trailing or linspace with path linear, got leading")
-        if self.path == "linear" and self.learns_variance:
+        if self.is_linear and self.learns_variance:
             raise ValueError(
                 f"objective must be simple with path linear, whose sampler has no variance to learn, got {self.objective}"
             )
+
+    takes_texts: ClassVar[bool] = False  # whether captions are the condition
 
     @property
     def grid_guidance_scale(self) -> float:
@@ -151,7 +185,7 @@ class DenoisingConfig(PathConfig):
 def load_data(config: DenoisingConfig, accelerator: Accelerator, vae: ModelMixin | None) -> ImageData | StreamData:
     """The images, decoded by the first process of each machine and read by the others, or a stream, or latents."""
     with accelerator.local_main_process_first():
-        data = prepare_samples(config, vae, multiple_of=config.size_multiple)
+        data = with_labels_of(config, prepare_samples(config, vae, multiple_of=config.size_multiple))
     for note in (describe_data(config, data), *data.notes):
         accelerator.print(note)
     return data
@@ -191,13 +225,16 @@ def build_model(
     *,
     learned_unconditional: bool = True,
     **context,
-) -> UNetModel | DiTModel:
-    """A new model with weights that follow from the seed.
+) -> UNetModel | DiTModel | UNet2DModel:
+    """A new model with weights that follow from the seed, or that of `pretrained_pipeline`.
 
     Args:
         learned_unconditional: Whether any of its examples will be without label or text.
         context: `build_network`'s options for a text.
     """
+    if config.pretrained_pipeline is not None:
+        network = load_network(config, space, num_classes, learned_unconditional=learned_unconditional, **context)
+        return add_adapter(network, config)
     channels, *size = space.shape
     return build_network(
         config,

@@ -62,6 +62,12 @@ class NetworkConfig(TrainerConfig):
     mlp_ratio: float = dit_option(4.0, "width of the feed-forward layers, as a multiple of hidden_size")
     qk_norm: bool = dit_option(False, "normalise queries and keys, for long runs")
     num_registers: int = dit_option(0, "learned tokens beside those of the patches")
+    pretrained_pipeline: str | None = fixed_option(
+        None,
+        "begin with the network of a pipeline, a folder or a name on the Hub: one of this package, whose EMA weights are those "
+        "that are saved, or a DDPM, DDIM or DiT pipeline of diffusers. Its path, prediction type, size and VAE are taken over",
+        "fine-tuning",
+    )
 
     def __post_init__(self):
         super().__post_init__()

@@ -16,6 +16,7 @@ from diffusers_ext.draws import derived_seed
 from diffusers_ext.guidance.texts import longest_text, masks_padding_by_default
 from diffusers_ext.options import fixed_option, option
 from diffusers_ext.recipes.denoising import DenoisingConfig
+from diffusers_ext.recipes.pretrained import read_pretrained
 from diffusers_ext.recipes.sample_grids import MAX_ROWS
 from diffusers_ext.recipes.text_encoder import (
     SMALLEST_VOCABULARY,
@@ -27,6 +28,12 @@ from diffusers_ext.recipes.text_encoder import (
 
 
 TEXT_CACHES, TEXT_CACHE_DTYPES = ("memory", "disk"), ("fp16", "fp32")
+# Options that are given with a pipeline to begin with alone, or resolved by its path.
+OF_PRETRAINED = (
+    *("pretrained_pipeline", "lora_rank", "lora_alpha", "lora_target_modules"),
+    *("path", "scheduler", "prediction_type", "loss_weighting"),
+)
+
 LONGEST_BY_DEFAULT = 77  # tokens of a text for an encoder that is made for the run, as many as CLIP's
 NUM_PROMPTS = 8
 
@@ -81,6 +88,8 @@ class TextConfig(DenoisingConfig):
         *("vocab_size", "text_hidden_size", "text_num_layers", "text_num_attention_heads"),
     )
 
+    takes_texts: ClassVar[bool] = True
+
     def __post_init__(self):
         super().__post_init__()
         if not 0 <= self.caption_dropout < 1:
@@ -127,10 +136,27 @@ class TextConfig(DenoisingConfig):
         width = self.text_hidden_size
         return next(heads for heads in range(max(width // 64, 1), 0, -1) if width % heads == 0)
 
+    def _take_over(self) -> None:
+        """The text encoder of a pipeline stays as it is, as do the ways in which its network saw texts."""
+        super()._take_over()
+        source = read_pretrained(self.pretrained_pipeline)
+        theirs = {name: source.config.get(name) for name in ("max_text_length", "mask_padding")}
+        theirs["pretrained_text_encoder"] = source.name
+        for name, value in theirs.items():
+            if getattr(self, name) not in (None, value):
+                raise ValueError(
+                    f"{name} must be left out with --pretrained_pipeline {source.name}, which has it as {value}, got "
+                    f"{getattr(self, name)}"
+                )
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "pool_context", bool(source.denoiser.get("pool_context")))
+
     def for_data(self, caption_column: str) -> DenoisingConfig:
         """The options by which images and captions are read: captions are labels with names."""
         names = [field.name for field in dataclasses.fields(DenoisingConfig)]
         values = {name: getattr(self, name) for name in names}
+        if self.pretrained_pipeline is not None:  # whose path is nothing that the reading of images depends on
+            values |= dict.fromkeys(OF_PRETRAINED)
         return DenoisingConfig(**values | {"label_column": caption_column})
 
     def prompts_of(self, captions: Sequence[str]) -> list[str]:

@@ -19,6 +19,7 @@ from diffusers_ext.diffusion.paths import PATHS, Path, PathSchedule, SubVariance
 from diffusers_ext.models.learned_schedule import LearnedSchedule, learned_betas
 from diffusers_ext.options import fixed_option
 from diffusers_ext.recipes.networks import NetworkConfig
+from diffusers_ext.recipes.pretrained import PRETRAINED_PATH, read_pretrained
 from diffusers_ext.schedulers import ExtDDIMScheduler, ExtDDPMScheduler, FlowScheduler, ScoreSDEScheduler
 
 
@@ -54,10 +55,11 @@ class PathConfig(NetworkConfig):
         ValueError: if options contradict one another, are out of range, or are those of another path.
     """
 
-    path: Literal[(*PATHS, "learned")] | None = fixed_option(
+    path: Literal[(*PATHS, "learned", PRETRAINED_PATH)] | None = fixed_option(
         None,
         "noising path: vp, the linear beta schedule; the cosine one; ve and subvp, the other two SDEs of Song et al.; "
-        "linear, rectified flow; or one that is learned with the network. By default that of beta_schedule",
+        "linear, rectified flow; one that is learned with the network; or pretrained, the only one of a pretrained_pipeline. By "
+        "default that of beta_schedule",
         "diffusion",
     )
     num_train_timesteps: int = fixed_option(1000, "noise levels", alias="ddpm_num_steps", at_least=1)
@@ -90,8 +92,10 @@ class PathConfig(NetworkConfig):
         if self.beta_schedule is None:
             object.__setattr__(self, "beta_schedule", TABLES.get(self.path))
         if self.prediction_type is None:
-            object.__setattr__(self, "prediction_type", "flow" if self.path == "linear" else "v_prediction")
+            object.__setattr__(self, "prediction_type", "flow" if self.is_linear else "v_prediction")
         super().__post_init__()
+        if (self.path == PRETRAINED_PATH) != (self.pretrained_pipeline is not None):
+            raise ValueError(f"path {PRETRAINED_PATH} is that of a pretrained_pipeline: give both or neither")
         fitting = BETA_SCHEDULES if self.path in (None, "vp") else (TABLES.get(self.path),)
         if self.beta_schedule not in fitting:
             raise ValueError(
@@ -102,7 +106,7 @@ class PathConfig(NetworkConfig):
             raise ValueError(
                 f"rescale_betas_zero_snr is of a beta_schedule, which path {self.path} is not: leave it out"
             )
-        if self.path == "linear" and self.prediction_type in ("epsilon", "score"):
+        if self.is_linear and self.prediction_type in ("epsilon", "score"):
             raise ValueError(
                 "prediction_type must be flow, v_prediction or sample with path linear, whose last level holds no signal to "
                 f"divide by, got {self.prediction_type}"
@@ -128,8 +132,26 @@ class PathConfig(NetworkConfig):
         return LearnedSchedule(-self.log_snr_max, -self.log_snr_min, self.schedule_features)
 
     @property
+    def is_linear(self) -> bool:
+        """Whether the path is that of rectified flow."""
+        if self.path == PRETRAINED_PATH and self.pretrained_pipeline is not None:
+            return read_pretrained(self.pretrained_pipeline).is_linear
+        return self.path == "linear"
+
+    @property
+    def has_beta_schedule(self) -> bool:
+        """Whether the path is that of betas by name."""
+        if self.path == PRETRAINED_PATH:
+            return "beta_schedule" in read_pretrained(self.pretrained_pipeline).path
+        return self.path in TABLES
+
+    @property
     def default_scheduler(self) -> str:
         """Of `SCHEDULERS`, the one that samples this path in the way of its papers."""
+        if self.path == PRETRAINED_PATH:
+            scheduler = read_pretrained(self.pretrained_pipeline).scheduler
+            same = [name for name, cls in SCHEDULERS.items() if type(scheduler) is cls]
+            return same[0] if same else "flow" if self.is_linear else "ddim"
         return {"ve": "score_sde", "subvp": "score_sde", "linear": "flow"}.get(self.path, "ddim")
 
 
@@ -140,6 +162,8 @@ def build_scheduler(config: "DenoisingConfig", noise_schedule: LearnedSchedule |
         noise_schedule: Of path "learned", as it stands; by default as it is before training.
     """
     cls, length = SCHEDULERS[config.scheduler], config.num_train_timesteps
+    if config.path == PRETRAINED_PATH:
+        return _scheduler_as_before(config, cls)
     options = {
         "num_train_timesteps": length,
         "prediction_type": config.prediction_type,
@@ -157,6 +181,22 @@ def build_scheduler(config: "DenoisingConfig", noise_schedule: LearnedSchedule |
     if config.learns_variance:
         # Of those too that have no use for it, so that whoever makes another scheduler from the config knows.
         scheduler = type(scheduler).from_config(scheduler.config, variance_type="learned_range")
+        scheduler.register_to_config(variance_type="learned_range")
+    return scheduler
+
+
+# Of a scheduler's config, what was measured of the network as it was.
+_MEASURED = ("optimal_timesteps", "analytic_variance")
+
+
+def _scheduler_as_before(config: "DenoisingConfig", cls: type[SchedulerMixin]) -> SchedulerMixin:
+    """That of `pretrained_pipeline`, or one of another class on its path."""
+    before = dict(read_pretrained(config.pretrained_pipeline).scheduler.config)
+    kept = {key: value for key, value in before.items() if key not in _MEASURED}
+    if kept.get("variance_type") == "analytic":
+        del kept["variance_type"]
+    scheduler = cls.from_config(kept, timestep_spacing=config.timestep_spacing)
+    if config.learns_variance:
         scheduler.register_to_config(variance_type="learned_range")
     return scheduler
 

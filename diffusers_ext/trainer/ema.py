@@ -23,8 +23,13 @@ def power_function_exponent(std: float) -> float:
     return float(np.roots([1, 7, 16 - std**-2, 12 - std**-2]).real.max())
 
 
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that a run changes, by name: not those that are frozen beneath an adapter."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 class WeightAverage:
-    """A running average of a model's parameters.
+    """A running average of a model's trained parameters.
 
     Args:
         model: Whose parameters; the average starts as their copy.
@@ -47,8 +52,9 @@ class WeightAverage:
             raise ValueError(f"ema_decay must be in [0, 1), got {decay:g}")
         self.std, self.gamma = std, None if std is None else power_function_exponent(std)
         self.decay, self.warmup, self.num_updates = decay, warmup, 0
-        self._names = [name for name, _ in model.named_parameters()]
-        self._average = [parameter.detach().float().clone() for parameter in model.parameters()]
+        parameters = trained_parameters(model)
+        self._names = list(parameters)
+        self._average = [parameter.detach().float().clone() for parameter in parameters.values()]
 
     def decay_at(self, update: int) -> float:
         """The share of the old average that update `update`, counted from 1, keeps."""
@@ -62,7 +68,7 @@ class WeightAverage:
     def update(self, model: nn.Module):
         """Takes the model's present parameters into the average."""
         self.num_updates += 1
-        parameters = [parameter.detach() for parameter in model.parameters()]
+        parameters = [parameter.detach() for parameter in trained_parameters(model).values()]
         if any(parameter.dtype != torch.float32 for parameter in parameters):
             parameters = [parameter.float() for parameter in parameters]
         torch._foreach_lerp_(self._average, parameters, 1 - self.decay_at(self.num_updates))
@@ -70,7 +76,7 @@ class WeightAverage:
     @contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[nn.Module]:
         """The model with the averaged parameters; its own come back at the end, bit for bit."""
-        parameters = list(model.parameters())
+        parameters = list(trained_parameters(model).values())
         own = [parameter.data for parameter in parameters]
         try:
             for parameter, average in zip(parameters, self._average, strict=True):

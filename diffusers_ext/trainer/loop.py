@@ -24,7 +24,7 @@ from diffusers_ext.trainer.checkpoints import all_or_none, find_for_all, remove_
 from diffusers_ext.trainer.clock import RunClock, max_over_processes
 from diffusers_ext.trainer.config import TrainerConfig
 from diffusers_ext.trainer.device_batches import ToDevice
-from diffusers_ext.trainer.ema import WeightAverage
+from diffusers_ext.trainer.ema import WeightAverage, trained_parameters
 from diffusers_ext.trainer.ending import Ending, EndingCost
 from diffusers_ext.trainer.hooks import StepHook
 from diffusers_ext.trainer.milestones import Milestones
@@ -47,7 +47,7 @@ class Trainer:
     Args:
         config: The options, settled for this machine.
         accelerator: Of accelerate; the engine for devices, precision and processes.
-        model: Whose parameters are trained, in float32.
+        model: Whose parameters are trained, in float32; those that require no gradient stay as they are.
         compute_loss: Takes the prepared model and a batch (see `TrainingBatches`) on its device, with `images` in
             [-1, 1] instead of `pixels`; gives the mean loss of the batch. Random numbers come from the batch. If it
             is a module without parameters to train, its buffers belong to the run: they go to the device and into the
@@ -136,7 +136,7 @@ class Trainer:
         if config.compile:
             self.module.compile()
         optimizer = torch.optim.AdamW(
-            self.module.parameters(),
+            trained_parameters(self.module).values(),
             lr=config.learning_rate,
             betas=(config.adam_beta1, config.adam_beta2),
             weight_decay=config.adam_weight_decay,
@@ -360,7 +360,7 @@ class Trainer:
         Every process calls it: of a sharded model each gets a copy with the full parameters.
         """
         if self._unsharded:
-            state = self.average.state_dict() if self.average else dict(self.module.named_parameters())
+            state = dict(self.module.named_parameters()) | (self.average.averages() if self.average else {})
             yield self._unsharded.of(state, self.module)
             return
         with (

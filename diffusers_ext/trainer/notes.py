@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from diffusers_ext.trainer.loop import Trainer
 
 
+# What to do where a decay is complete, for runs that can begin with a pipeline.
+ANEW = "; or begin a new run with this one's pipeline, and a schedule of its own: --pretrained_pipeline {} and another --output_dir"
 LOW_RATE = 0.05  # of the peak: a rate below it is at the end of its decay
 
 
@@ -55,14 +57,15 @@ def _notes_on_going_on(trainer: "Trainer") -> list[str]:
     coming = rate.at(state.step, state.seconds, state.warmup_end)
     if last >= LOW_RATE * rate.peak or coming == last:
         return []
+    anew = ANEW.format(trainer.output_dir) if hasattr(trainer.config, "pretrained_pipeline") else ""
     if coming < LOW_RATE * rate.peak:
         return [
             f"the learning rate is at the end of its decay, at {coming:.2g} of a peak of {rate.peak:.2g}, so that what is "
             "left changes little: give a budget that is longer by more, or --lr_scheduler constant with the "
-            "--learning_rate to go on at"
+            f"--learning_rate to go on at{anew}"
         ]
     return [
         f"the learning rate, which was at the end of its decay at {last:.2g}, rises to {coming:.2g} and decays again over "
         "what the longer budget leaves. To go on at a low rate instead, give --lr_scheduler constant with a "
-        "--learning_rate of that height"
+        f"--learning_rate of that height{anew}"
     ]

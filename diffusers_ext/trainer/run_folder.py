@@ -22,6 +22,7 @@ from diffusers_ext.untrusted import is_plain_name, parse_json, read_json, read_y
 
 CONFIG_FILE, METRICS_FILE = "train_config.yaml", "metrics.jsonl"
 STAGES = "stages"  # the folder of the students of a distillation but the last
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 _OF_A_RUN = (CONFIG_FILE, METRICS_FILE, "model_index.json")
 # Those of diffusion models, of autoencoders, and of classifiers.
 PICTURES = (
@@ -79,6 +80,7 @@ def clear_output_dir(path: Path) -> None:
         "README.md",
         "evaluation.json",
         CALIBRATION_FILE,
+        ADAPTER_FILE,
         "loss_by_snr.csv",
         "accuracy.csv",
         *(f"{name}.png" for name in PICTURES),

@@ -1,10 +1,12 @@
 """Options that do not fit together are spoken of, before the training or after it."""
 
+import dataclasses
 import re
 
 import pytest
 
 from diffusers_ext.data.prepare import prepare_images
+from diffusers_ext.options import option
 from diffusers_ext.trainer.config import TrainerConfig
 from runs import forget_accelerate, stop_before_step, trainer
 from training.train_vae import TrainVAEConfig
@@ -81,6 +83,24 @@ def test_going_on_beyond_the_end_says_what_the_learning_rate_does(data, tmp_path
     else:
         (line,) = [line for line in out.splitlines() if "at its end" in line or "at the end of its decay" in line]
         assert re.match(message, line)
+        assert "--pretrained_pipeline" not in line  # which this kind of run does not have
+
+
+@pytest.mark.parametrize("steps, message", [(13, "--lr_scheduler constant .* to go on at"), (24, "of that height")])
+def test_a_run_that_can_begin_with_a_pipeline_is_advised_to(data, tmp_path, capsys, steps, message):
+    @dataclasses.dataclass(frozen=True)
+    class Config(TrainerConfig):
+        pretrained_pipeline: str | None = option(None, "a pipeline")
+
+    trainer(data, tmp_path / "run", config_class=Config).train()
+    forget_accelerate()
+    capsys.readouterr()
+    settings = {"max_train_steps": steps, "resume_from_checkpoint": "latest", "config_class": Config}
+    trainer(data, tmp_path / "run", **settings).train()
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "at the end of its decay" in line]
+    assert re.search(
+        f"{message}; or begin a new run .*: --pretrained_pipeline {tmp_path}/run and another --output_dir", line
+    )
 
 
 def test_a_run_that_was_stopped_goes_on_without_a_word_of_its_learning_rate(data, tmp_path, capsys):
