@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 # Each room, a folder or a module of the package, and the rooms that it may import from.
 MAY_IMPORT = {
     "atomic_files": "",
+    "conditions": "",
     "draws": "",
     "foreign_options": "",
     "lettering": "",
@@ -30,14 +31,14 @@ MAY_IMPORT = {
     "schedulers": "draws diffusion",
     "models": "draws sizes diffusion",
     "guidance": "diffusion schedulers models",
-    "pipelines": "draws machine pixels sizes diffusion schedulers models guidance latents hub",
+    "pipelines": "conditions draws machine pixels sizes diffusion schedulers models guidance latents hub",
     "hub": "atomic_files",
     "data": "atomic_files draws options pixels sizes latents guidance",
     "trainer": "atomic_files draws machine pixels options figures hub data",
     "metrics": "pixels diffusion sizes",
-    "evaluation": "__init__ atomic_files draws machine pixels sizes options figures diffusion schedulers models guidance pipelines data metrics",
+    "evaluation": "__init__ atomic_files conditions draws machine pixels sizes options figures diffusion schedulers models guidance pipelines data metrics",
     "calibration": "__init__ atomic_files figures diffusion schedulers guidance pipelines hub data trainer metrics evaluation",
-    "recipes": "calibration __init__ atomic_files draws machine pixels options figures latents sizes diffusion schedulers models guidance pipelines hub data trainer metrics evaluation",
+    "recipes": "calibration __init__ atomic_files conditions draws machine pixels options figures latents sizes diffusion schedulers models guidance pipelines hub data trainer metrics evaluation",
     "__init__": "registration diffusion schedulers models guidance pipelines",
 }
 LONGEST_FUNCTION = 80

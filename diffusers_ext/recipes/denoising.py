@@ -9,6 +9,7 @@ from diffusers import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import nn
 
+from diffusers_ext.conditions import parse_condition
 from diffusers_ext.data.batches import TIMESTEP_SAMPLINGS
 from diffusers_ext.data.image_table import ImageData
 from diffusers_ext.data.latent_cache import SampleSpace, prepare_samples
@@ -70,6 +71,23 @@ class DenoisingConfig(PathConfig):
     logit_mean: float = _logit_normal_option(0.0, "mean of the logit of time; below 0 for cleaner levels")
     logit_std: float = _logit_normal_option(1.0, "standard deviation of the logit of time")
 
+    condition: str | None = fixed_option(
+        None,
+        "condition image that is made of each image: lowres:K, of a K-th of the sides; grey, without colour; edges, its lines",
+        "condition images",
+    )
+    condition_column: str | None = fixed_option(
+        None, "column that holds the condition image of each image, of the same size, instead"
+    )
+    condition_dropout: float = fixed_option(
+        0.1, "probability of training an image without its condition image, for guidance"
+    )
+    condition_noise: float = fixed_option(
+        0.0,
+        "largest level of noise that is put into condition images, as its standard deviation in [0, 1], and told the network: "
+        "for cascades",
+    )
+
     scheduler: Literal[tuple(SCHEDULERS)] | None = option(
         None,
         "scheduler that is saved with the pipeline; by default ddim, score_sde with path ve or subvp, and flow with linear",
@@ -93,6 +111,7 @@ class DenoisingConfig(PathConfig):
         if self.scheduler is None:
             object.__setattr__(self, "scheduler", self.default_scheduler)
         self._check_path()
+        self._check_condition()
         for name in ("snr_gamma", "vlb_weight", "logit_std"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
@@ -106,6 +125,35 @@ class DenoisingConfig(PathConfig):
                 f"num_inference_steps must be at most num_train_timesteps ({self.num_train_timesteps}), got "
                 f"{self.num_inference_steps}"
             )
+
+    def _check_condition(self) -> None:
+        if self.condition is not None:
+            parse_condition(self.condition)
+        if self.condition is not None and self.condition_column is not None:
+            raise ValueError("condition and condition_column are two ways to the same: give one of them")
+        if self.condition_column is not None and self.streaming:
+            raise ValueError(
+                "condition_column needs images that are decoded beforehand, and streaming reads them while training: leave "
+                "streaming out, or make the condition of the images (condition)"
+            )
+        if not 0 <= self.condition_dropout < 1:
+            raise ValueError(f"condition_dropout must be in [0, 1), got {self.condition_dropout:g}")
+        if not 0 <= self.condition_noise <= 1:
+            raise ValueError(f"condition_noise must be in [0, 1], got {self.condition_noise:g}")
+        if not self.has_condition:
+            for name, default in (("condition_dropout", 0.1), ("condition_noise", 0.0)):
+                if getattr(self, name) != default:
+                    raise ValueError(f"{name} has no meaning without condition or condition_column: leave it out")
+
+    @property
+    def has_condition(self) -> bool:
+        """Whether the network sees a condition image."""
+        return self.condition is not None or self.condition_column is not None
+
+    @property
+    def drops_condition(self) -> bool:
+        """Whether the network learns to do without its condition image too."""
+        return self.has_condition and self.condition_dropout > 0
 
     def _check_path(self) -> None:
         if (self.objective == "bound") != (self.path == "learned"):
@@ -191,7 +239,7 @@ def build_model(
 
     Args:
         learned_unconditional: Whether any of its examples will be without label or text.
-        context: `build_network`'s options for a text.
+        context: `build_network`'s options for a text and for a condition image.
     """
     channels, *size = space.shape
     return build_network(
