@@ -24,7 +24,7 @@ from diffusers_ext.data.latent_cache import SampleSpace, load_vae
 from diffusers_ext.data.stream import StreamData
 from diffusers_ext.options import fixed_option, option, run_script, to_command
 from diffusers_ext.recipes.calibration import calibrate_run, with_calibration
-from diffusers_ext.recipes.condition_grids import condition_rows
+from diffusers_ext.recipes.condition_grids import condition_rows, described_run
 from diffusers_ext.recipes.denoising import (
     DenoisingConfig,
     build_model,
@@ -111,7 +111,8 @@ def main(config: TrainConfig) -> Path:
         save_and_draw(pipeline, rows, trainer, **first_of(rows))
         calibrate_run(trainer, config.calibrate, command)
         if accelerator.is_main_process:
-            finish_run(trainer, command, "\n\n".join([describe_data(config, data), *data.notes]))
+            described = "\n\n".join([describe_data(config, data), *data.notes])
+            finish_run(trainer, command, described, **described_run(condition))
     return trainer.output_dir
 
 

@@ -27,7 +27,7 @@ from diffusers_ext.data.latent_cache import SampleSpace, load_vae, prepare_sampl
 from diffusers_ext.data.validation import prepare_validation
 from diffusers_ext.guidance.texts import width_of
 from diffusers_ext.options import run_script, to_command
-from diffusers_ext.recipes.condition_grids import condition_rows
+from diffusers_ext.recipes.condition_grids import condition_rows, described_run
 from diffusers_ext.recipes.denoising import (
     build_model,
     build_objective,
@@ -98,7 +98,8 @@ def main(config: TextConfig) -> Path:
         save_and_draw(pipeline, rows, trainer, **first_of(rows))
         if accelerator.is_main_process:
             described = "\n\n".join([describe_data(config, data), *data.notes])
-            finish_run(trainer, command, described, PICTURES, pipeline_tag="text-to-image")
+            about = {"pictures": PICTURES, "pipeline_tag": "text-to-image"} | described_run(condition)
+            finish_run(trainer, command, described, **about)
     return trainer.output_dir
 
 

@@ -13,6 +13,7 @@ from diffusers_ext.pipelines.image_inputs import ImageInput, images_to_tensor
 from diffusers_ext.pipelines.label_condition import LabelCondition
 from diffusers_ext.pipelines.regions import Region, masks_for
 from diffusers_ext.pipelines.text_condition import TextCondition
+from diffusers_ext.sizes import as_size
 
 
 class CallCondition:
@@ -111,12 +112,12 @@ def image_condition_of(denoiser: nn.Module, config: dict | None, vae: nn.Module 
     Raises:
         ValueError: if that is not what the denoiser was built for.
     """
-    channels, size = denoiser.config.get("condition_channels", 0), denoiser.config.sample_size
-    size = (size, size) if isinstance(size, int) else tuple(size)
+    channels = denoiser.config.get("condition_channels", 0)
     if not channels:
         if config is not None:
             raise ValueError("image_condition is of a denoiser with condition_channels, and this one has none")
         return None
+    size = as_size(denoiser.config.sample_size, denoiser.config.get("dims", 2))
     if config is None:
         image_channels = denoiser.config.in_channels if vae is None else vae.config.in_channels
         return ImageCondition(GIVEN, channels, image_channels, size)

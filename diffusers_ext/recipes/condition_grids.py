@@ -11,6 +11,7 @@ from diffusers_ext.data.image_table import ImageData
 from diffusers_ext.data.stream import StreamData
 from diffusers_ext.pixels import to_images
 from diffusers_ext.recipes.denoising import DenoisingConfig
+from diffusers_ext.trainer.run import DENOISING_PICTURES
 
 
 SAMPLES_OF_EACH = 2  # rows of samples between the conditions and the images
@@ -58,6 +59,16 @@ def condition_rows(
     made = condition.of_images(images) if source.conditions is None else _to_tensor(source.read_conditions(*how))
     pictures = [each / 2 + 0.5 for each in (made, condition.shown(made), images)]
     return {"names": NAMES, "conditions": ConditionPictures(*pictures)} | _named(source, rows)
+
+
+def described_run(condition: ImageCondition | None) -> dict:
+    """Keywords of `finish_run` for a run with condition images; none without."""
+    if condition is None:
+        return {}
+    pictures = DENOISING_PICTURES | {
+        "samples.png": f"{condition.describe()}, two samples of each, and the images they are of"
+    }
+    return {"pictures": pictures, "pipeline_tag": "image-to-image"}
 
 
 def _to_tensor(pixels: np.ndarray) -> Tensor:

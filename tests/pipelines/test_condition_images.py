@@ -216,6 +216,26 @@ def test_calls_that_do_not_fit_are_refused(options, call, message):
         pipeline(**options)(**call, num_inference_steps=2)
 
 
+def test_images_are_inverted_under_their_condition_image():
+    pipe, low, photo = pipeline(learned_without_image=False), draw(1, 1, 4, 4), draw(1, 1, 8, 8)
+    latents = pipe.invert(photo, condition_image=low, num_inference_steps=30, num_refinements=2)
+    call = {"num_inference_steps": 30, "output_type": "pt", "condition_image": low}
+    again = pipe(latents=latents, **call).images
+    torch.testing.assert_close(again, photo, rtol=0, atol=0.02)  # of the steps and the last of them
+    both = pipe.interpolate(photo, 1 - photo, 3, condition_image=low, num_inference_steps=4, output_type="pt")
+    assert both.shape == (3, 1, 8, 8)
+    with pytest.raises(ValueError, match="condition_image must be given"):
+        pipe.invert(photo, num_inference_steps=2)
+
+
+def test_a_series_has_a_condition_of_its_own_length():
+    model = UNetModel(8, 1, 1, block_out_channels=(8,), layers_per_block=1, dims=1, condition_channels=2)
+    pipe = GuidedDiffusionPipeline(model, ExtDDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    series = pipe(condition_image=draw(1, 2, 8), num_inference_steps=2, output_type="pt").images
+    assert series.shape == (1, 1, 8) and pipe.image_condition.size == (8,)
+
+
 def test_pipelines_that_do_not_fit_are_refused():
     plain = UNetModel(8, 1, 1, block_out_channels=(8,), layers_per_block=1)
     condition = ImageCondition.parse("edges", 1, (8, 8)).to_config()
