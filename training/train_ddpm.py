@@ -85,13 +85,13 @@ def main(config: TrainConfig) -> Path:
         refuse_unlearned_guidance(config, unlabelled or config.drops_condition, "label_dropout")
         condition = condition_of_run(config, data, space)
         held_out = load_validation(config, accelerator, data, vae)
+        rows = rows_of(data) if condition is None else condition_rows(config, condition, held_out, data)
         open_folder(config)
         of_image = network_options(config, condition, space)
         network = build_model(config, space, data.num_classes, learned_unconditional=unlabelled, **of_image)
         model = with_its_schedule(config, network, space.num_values)
         scheduler = build_scheduler(config)
         pipeline = partial(averaged_pipeline, scheduler=scheduler, vae=vae, condition=condition)
-        rows = rows_of(data) if condition is None else condition_rows(config, condition, held_out, data)
         trainer = Trainer(
             config,
             accelerator,

@@ -89,7 +89,7 @@ def prepare_images(
     if condition_column is not None:
         conditions, also, of_conditions = _decode_conditions(source, condition_column, column, how, config, decoding)
         rows = np.intersect1d(rows, also)
-        pixels, conditions, bad = pixels.of_rows(rows), conditions.of_rows(rows), bad + len(also) - len(rows)
+        pixels, conditions, bad = pixels.of_rows(rows), conditions.of_rows(rows), len(source) - len(rows)
         notes += of_conditions
     if bad:
         notes.append(f"{bad} of {len(rows) + bad} images could not be decoded and are left out")

@@ -54,7 +54,8 @@ class ConditionedImages:
             column = real.held_out_conditions if held_out else real.train_conditions
             if column is None:
                 raise ValueError(
-                    "the pipeline's condition images are a column of its data set: name it with --condition_column"
+                    "the pipeline's condition images are a column of its data set, and none is named: see --condition_column of "
+                    "training/evaluate.py"
                 )
             conditions = column[rows].float() / 255
         else:

@@ -213,7 +213,7 @@ class GuidedDenoiser:
     ) -> Tensor:
         if "class_labels" in conditions and num_classes_of(network) is None:
             conditions = {name: value for name, value in conditions.items() if name != "class_labels"}
-        if not network.config.get("condition_channels"):
+        if "condition_image" in conditions and not network.config.get("condition_channels"):
             conditions = {name: value for name, value in conditions.items() if name not in OF_CONDITION_IMAGES}
         conditions = {  # numbers of a sample, such as a level, are embedded in float32
             name: value.to(network.dtype) if value.is_floating_point() and value.ndim > 1 else value

@@ -107,7 +107,8 @@ class InversionMixin:
             raise ValueError("condition_image must be one for all images of an interpolation")
         options = {"num_inference_steps": num_inference_steps, "num_refinements": num_refinements}
         ends = [
-            self.invert(image, class_labels, condition_image=condition_image, **options) for image in (image_a, image_b)
+            self.invert(image, class_labels, condition_image=condition_image, **options)
+            for image in (image_a, image_b)
         ]
         if any(len(end) != 1 for end in ends):
             raise ValueError(f"image_a and image_b must be one image each, got {len(ends[0])} and {len(ends[1])}")

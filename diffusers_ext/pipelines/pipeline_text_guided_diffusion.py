@@ -168,7 +168,7 @@ class TextGuidedDiffusionPipeline(SamplingMixin, FromPipeMixin, SavedWithCodeMix
             [region.condition for region in regions],
         )
         condition = CallCondition(self, texts, regions, condition_image, condition_noise_level)
-        if guidance_scale is None and guider is None and self.guider is None and condition.can_guide:
+        if guidance_scale is None and guider is None and self.guider is None and texts.can_guide:
             guidance_scale = DEFAULT_GUIDANCE_SCALE
         if isinstance(generator, list | tuple):
             texts.check_count("generator", len(generator))
