@@ -59,7 +59,7 @@ def labelled_grid(
     head_top = 0 if title is None else title.height + 3 * _MARGIN
     top = head_top + max((head.height + 3 * _MARGIN for head in heads), default=0)
 
-    mode = "RGBA" if pictures[0][0].mode == "RGBA" else "RGB"
+    mode = "RGBA" if any(picture.mode == "RGBA" for row in pictures for picture in row) else "RGB"
     grid = Image.new(mode, (left + columns * step[0] + _MARGIN, top + len(rows) * step[1] + _MARGIN), "white")
     draw = ImageDraw.Draw(grid)
     if title is not None:

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 # Each room, a folder or a module of the package, and the rooms that it may import from.
 MAY_IMPORT = {
     "atomic_files": "",
+    "conditions": "",
     "draws": "",
     "foreign_options": "",
     "lettering": "",
@@ -31,14 +32,14 @@ MAY_IMPORT = {
     "schedulers": "untrusted draws diffusion",
     "models": "draws sizes untrusted diffusion",
     "guidance": "diffusion schedulers models",
-    "pipelines": "draws machine pixels sizes diffusion schedulers models guidance latents hub",
+    "pipelines": "conditions draws machine pixels sizes diffusion schedulers models guidance latents hub",
     "hub": "atomic_files untrusted",
     "data": "untrusted atomic_files draws options pixels sizes latents guidance",
     "trainer": "untrusted atomic_files draws machine pixels options figures hub data",
     "metrics": "untrusted pixels diffusion sizes",
-    "evaluation": "__init__ untrusted atomic_files draws machine pixels sizes options figures diffusion schedulers models guidance pipelines data metrics",
+    "evaluation": "__init__ untrusted atomic_files conditions draws machine pixels sizes options figures diffusion schedulers models guidance pipelines data metrics",
     "calibration": "__init__ atomic_files figures diffusion schedulers guidance pipelines hub data trainer metrics evaluation",
-    "recipes": "calibration __init__ untrusted atomic_files draws machine pixels options figures latents sizes diffusion schedulers models guidance pipelines hub data trainer metrics evaluation",
+    "recipes": "calibration __init__ untrusted atomic_files conditions draws machine pixels options figures latents sizes diffusion schedulers models guidance pipelines hub data trainer metrics evaluation",
     "__init__": "registration diffusion schedulers models guidance pipelines",
 }
 LONGEST_FUNCTION = 80

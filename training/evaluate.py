@@ -30,6 +30,7 @@ from diffusers_ext.atomic_files import atomic_write
 from diffusers_ext.data.captions import find_caption_column
 from diffusers_ext.draws import check_seed
 from diffusers_ext.evaluation.bits_per_dim import FIXED_VARIANCES, measure_bits_per_dim
+from diffusers_ext.evaluation.conditioned import ConditionedImages
 from diffusers_ext.evaluation.evaluator import (
     Evaluator,
     can_measure_held_out,
@@ -45,6 +46,7 @@ from diffusers_ext.evaluation.options import DataOptions, take_options_of_run
 from diffusers_ext.evaluation.pipeline_facts import image_size_of, label_names_of, takes_prompts
 from diffusers_ext.evaluation.real_images import RealImages, load_real_images
 from diffusers_ext.evaluation.subject import generate_for, load_pipeline
+from diffusers_ext.figures import save_picture
 from diffusers_ext.hub.cards import Figure, add_figures
 from diffusers_ext.machine import is_fast_at_bf16, set_threads
 from diffusers_ext.options import option, parse_config, run_script, to_command
@@ -89,6 +91,10 @@ METRIC_NAMES = {
 # These numbers have names of their own in the features of the InceptionV3 that they were defined by, and in no others.
 NAMES_OF_INCEPTION = {"frechet_distance": "FID", "kernel_distance": "KID", "classifier_score": "Inception score"}
 
+# And those of images that were asked for by condition images.
+CLOSENESS = {"psnr": ("PSNR", "PSNR in dB"), "ssim": ("SSIM", "SSIM")}
+CONDITIONED_PICTURE = "conditions.png"
+
 # What a run's train_config.yaml says of its sample grids, and the evaluation samples with too.
 OPTIONS_OF_SAMPLING = ["num_inference_steps", "guidance_scale"]
 
@@ -112,6 +118,9 @@ class EvaluateConfig(DataOptions):
     guidance_scale: float | None = option(None, "by default the run's or the pipeline's")
     caption_column: str | None = option(
         None, "column of the captions that texts are taken from; by default found as in training"
+    )
+    condition_column: str | None = option(
+        None, "column of the condition images of a pipeline that was trained on one; by default the run's"
     )
     scheduler: str | None = option(None, "class of a scheduler of diffusers or diffusers_ext to sample with instead")
     eval_batch_size: int = option(64, "images to generate at a time; the images do not depend on it", at_least=1)
@@ -232,6 +241,7 @@ def main(config: EvaluateConfig) -> dict | None:
         "features": about_features,
         **measure(evaluator, real, images, labels),
         **({} if likelihood is None else {"likelihood": likelihood}),
+        **measure_conditioned(config, real, pipeline, images),
         "seconds": round(time.perf_counter() - start, 1),
     }
     report(config, result)
@@ -244,7 +254,7 @@ def complete(config: EvaluateConfig, pipeline: DiffusionPipeline | None) -> Eval
     if getattr(pipeline, "guider", None) is not None:
         own.add("guidance_scale")  # the run's is not of its guider
     of_sampling = [name for name in OPTIONS_OF_SAMPLING if name not in own]
-    config = take_options_of_run(config, config.pipeline, of_sampling, of_data=["caption_column"])
+    config = take_options_of_run(config, config.pipeline, of_sampling, of_data=["caption_column", "condition_column"])
     if config.resolution is None and pipeline is not None:
         config = dataclasses.replace(config, resolution=image_size_of(pipeline))
     return config
@@ -260,6 +270,7 @@ def load_data(config: EvaluateConfig, pipeline: DiffusionPipeline | None, state:
             data,
             config.held_out_split,
             caption_column=caption_column,
+            condition_column=config.condition_column,
             label_names=None if pipeline is None else label_names_of(pipeline),
         )
 
@@ -297,6 +308,15 @@ def check_options(config: EvaluateConfig, pipeline: DiffusionPipeline | None) ->
     if by_text and pipeline.components.get("text_encoder", "none is asked for") is None:
         raise ValueError(
             f"a {type(pipeline).__name__} without a text_encoder cannot be asked for captions: give it one"
+        )
+    condition = getattr(pipeline, "image_condition", None)
+    if config.condition_column is not None and (condition is None or condition.kind != "given"):
+        raise ValueError(
+            f"condition_column is of pipelines that were trained on such a column, and {what}: leave it out"
+        )
+    if condition is not None and config.bits_per_dim:
+        raise ValueError(
+            f"--bits_per_dim is of models without condition images, and this one has {condition.describe()}"
         )
     if by_text and config.bits_per_dim:
         raise ValueError(f"--bits_per_dim is of images, or of images given their labels, and not given texts: {what}")
@@ -366,11 +386,39 @@ def measure(evaluator: Evaluator, real: RealImages, images: Tensor, labels: Tens
     return result
 
 
-def report(config: EvaluateConfig, result: dict):
-    """Prints the measures and writes them to a file in one go; the model card of a training run gets them too."""
+def measure_conditioned(config: EvaluateConfig, real: RealImages, pipeline, images: Tensor) -> dict:
+    """How close the images are to those whose condition images were asked for, in a picture too; nothing without such."""
+    condition = getattr(pipeline, "image_condition", None)
+    if condition is None:
+        return {}
+    conditioned = ConditionedImages.of(condition, real, len(images), config.seed)
+    save_picture(conditioned.draw(images), path_of_result(config).with_name(CONDITIONED_PICTURE))
+    return {"conditioned": conditioned.measure(images)}
+
+
+def describe_conditioned(measures: dict) -> str:
+    """These figures in a line."""
+    bicubic = ""
+    if "bicubic_psnr" in measures:
+        bicubic = f"; bicubic {measures['bicubic_psnr']:.2f} dB and {measures['bicubic_ssim']:.3f}"
+    kind = "held-out images" if measures["held_out"] else "training images"
+    return (
+        f"by {measures['condition']} of {kind}: PSNR {measures['psnr']:.2f} dB, SSIM {measures['ssim']:.3f}{bicubic}; "
+        f"side by side in {CONDITIONED_PICTURE}"
+    )
+
+
+def path_of_result(config: EvaluateConfig) -> Path:
+    """The file of the measures, in a folder that is there."""
     folder = Path(config.pipeline) if Path(config.pipeline).is_dir() else Path()
     path = Path(config.output_file) if config.output_file else folder / "evaluation.json"
     path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def report(config: EvaluateConfig, result: dict):
+    """Prints the measures and writes them to a file in one go; the model card of a training run gets them too."""
+    folder, path = Path(config.pipeline) if Path(config.pipeline).is_dir() else Path(), path_of_result(config)
     with atomic_write(path) as partial:
         partial.write_text(json.dumps(result, indent=2) + "\n")
 
@@ -382,6 +430,8 @@ def report(config: EvaluateConfig, result: dict):
         print(line)
     if "likelihood" in result:
         print(describe_likelihood(result["likelihood"]))
+    if "conditioned" in result:
+        print(describe_conditioned(result["conditioned"]))
     if result["features"]:
         about = result["features"]
         network = f"the network {about['name']}" if "name" in about else f"the classifier in {about['folder']}"
@@ -465,8 +515,21 @@ def figures_of(config: EvaluateConfig, result: dict) -> list[Figure]:
         for name, value in measures.items()
         if name in METRICS
     ]
+    if "conditioned" in result:
+        figures += figures_of_conditioned(result["conditioned"], sampler, sampling, known["dataset"], command)
     if "likelihood" in result:
         figures.append(figure_of_likelihood(result["likelihood"], known["dataset"], command))
+    return figures
+
+
+def figures_of_conditioned(measures: dict, sampler: str, sampling: dict, dataset: str, command: str) -> list[Figure]:
+    """How close images are to those whose condition images were asked for."""
+    figures, kind = [], "held-out" if measures["held_out"] else "training"
+    for key, (title, name) in CLOSENESS.items():
+        beside = f"; bicubic has {measures[f'bicubic_{key}']:.3g}" if f"bicubic_{key}" in measures else ""
+        what = f"{title} to {kind} images of {dataset} by {measures['condition']}{beside}"
+        steps = sampling["num_inference_steps"]
+        figures.append(Figure(what, measures[key], measures["num_images"], sampler, steps, command, name))
     return figures
 
 

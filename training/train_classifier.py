@@ -245,8 +245,7 @@ def images_to_measure(trainer: Trainer, held_out: ImageData | None, count: int) 
     if data.num_images is None:
         batches = make_batches(data, dataclasses.replace(trainer.batch_options, num_processes=1, process_index=0))
     else:
-        shapes = {name: getattr(trainer.batch_options, name) for name in ("latent_shape", "noise_shape")}
-        batches = ValidationBatches(data, config.train_batch_size, **shapes).share()
+        batches = ValidationBatches(data, config.train_batch_size, **trainer.batch_options.of_held_out).share()
     for batch in itertools.islice(batches, count):
         yield trainer.to_device(batch)
 

@@ -19,12 +19,14 @@ from diffusers import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from diffusers_ext import GuidedDiffusionPipeline
+from diffusers_ext.conditions import ImageCondition
 from diffusers_ext.data.image_table import ImageData
 from diffusers_ext.data.latent_cache import SampleSpace
 from diffusers_ext.data.stream import StreamData
 from diffusers_ext.options import fixed_option, option, run_script, to_command
 from diffusers_ext.recipes.adapters import save_adapter, without_adapter
 from diffusers_ext.recipes.calibration import calibrate_run, with_calibration
+from diffusers_ext.recipes.condition_grids import condition_rows, described_run
 from diffusers_ext.recipes.denoising import (
     DenoisingConfig,
     build_model,
@@ -36,7 +38,8 @@ from diffusers_ext.recipes.denoising import (
     without_its_schedule,
 )
 from diffusers_ext.recipes.fine_tuning import names_of_labels, pretrained_vae
-from diffusers_ext.recipes.sample_grids import draw_while_training, drawing_cost, save_and_draw
+from diffusers_ext.recipes.image_condition import batch_maker, batch_options, condition_of_run, network_options
+from diffusers_ext.recipes.sample_grids import draw_while_training, drawing_cost, first_of, save_and_draw
 from diffusers_ext.recipes.training_path import build_scheduler
 from diffusers_ext.trainer.config import resolve_for_machine
 from diffusers_ext.trainer.loop import Trainer
@@ -66,6 +69,8 @@ class TrainConfig(DenoisingConfig):
             raise ValueError(
                 f"calibrate is for the paths of a beta_schedule, which path {self.path} is not: leave it out"
             )
+        if self.calibrate and self.has_condition:
+            raise ValueError("calibrate is for models without condition images: leave it out")
 
 
 def main(config: TrainConfig) -> Path:
@@ -80,12 +85,16 @@ def main(config: TrainConfig) -> Path:
         config = dataclasses.replace(config, resolution=space.resolution, resize_mode=data.resize_mode)
         config.check_sample(space.shape[1:], space.resolution)
         unlabelled = config.label_dropout > 0 or data.num_classes is None or data.has_unlabelled
-        refuse_unlearned_guidance(config, unlabelled, "label_dropout")
+        refuse_unlearned_guidance(config, unlabelled or config.drops_condition, "label_dropout")
+        condition = condition_of_run(config, data, space)
+        held_out = load_validation(config, accelerator, data, vae)
+        rows = rows_of(data) if condition is None else condition_rows(config, condition, held_out, data)
         open_folder(config)
-        network = build_model(config, space, data.num_classes, learned_unconditional=unlabelled)
+        of_image = network_options(config, condition, space)
+        network = build_model(config, space, data.num_classes, learned_unconditional=unlabelled, **of_image)
         model = with_its_schedule(config, network, space.num_values)
         scheduler = build_scheduler(config)
-        pipeline, rows = partial(averaged_pipeline, scheduler=scheduler, vae=vae), rows_of(data)
+        pipeline = partial(averaged_pipeline, scheduler=scheduler, vae=vae, condition=condition)
         trainer = Trainer(
             config,
             accelerator,
@@ -93,24 +102,28 @@ def main(config: TrainConfig) -> Path:
             build_objective(config, scheduler, accelerator, num_bins=space.num_values, model=model),
             data,
             batch_options={"label_dropout": config.label_dropout, "timestep_sampling": config.time_sampling}
-            | space.batch_options,
+            | space.batch_options
+            | batch_options(config, condition),
             on_images=partial(draw_while_training, pipeline, rows),
-            validation_data=load_validation(config, accelerator, data, vae),
-            prepare_batch=space.encoder(accelerator.device),
+            validation_data=held_out,
+            prepare_batch=batch_maker(condition, space, accelerator.device),
             ending_cost=with_calibration(partial(drawing_cost, pipeline, rows), config.calibrate),
             saved=pipeline,
         )
         trainer.train()
-        save_and_draw(pipeline, rows, trainer, label=None if data.id2label is None else data.used_labels[0])
+        save_and_draw(pipeline, rows, trainer, **first_of(rows))
         save_adapter(trainer)
         calibrate_run(trainer, config.calibrate, command)
         if accelerator.is_main_process:
-            finish_run(trainer, command, "\n\n".join([describe_data(config, data), *data.notes]))
+            described = "\n\n".join([describe_data(config, data), *data.notes])
+            finish_run(trainer, command, described, **described_run(condition))
     return trainer.output_dir
 
 
 @contextmanager
-def averaged_pipeline(trainer: Trainer, scheduler: SchedulerMixin, vae: ModelMixin | None):
+def averaged_pipeline(
+    trainer: Trainer, scheduler: SchedulerMixin, vae: ModelMixin | None, condition: ImageCondition | None
+):
     """The pipeline as it stands, with the averaged weights if there are any; the model's own come back at the end."""
     with trainer.averaged_model() as model:
         network, scheduler = without_its_schedule(trainer.config, model, scheduler)
@@ -120,6 +133,7 @@ def averaged_pipeline(trainer: Trainer, scheduler: SchedulerMixin, vae: ModelMix
             vae=vae,
             id2label=names_of_labels(trainer.config, trainer.data),
             clip_guided_noise=True,
+            image_condition=None if condition is None else condition.to_config(),
         )
         pipe.set_progress_bar_config(disable=True)
         yield pipe

@@ -21,6 +21,7 @@ from diffusers import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from diffusers_ext import TextGuidedDiffusionPipeline
+from diffusers_ext.conditions import ImageCondition
 from diffusers_ext.data.captions import captions_of, find_caption_column, with_texts
 from diffusers_ext.data.image_table import ImageData
 from diffusers_ext.data.latent_cache import SampleSpace, prepare_samples
@@ -28,13 +29,15 @@ from diffusers_ext.data.validation import prepare_validation
 from diffusers_ext.guidance.texts import width_of
 from diffusers_ext.options import run_script, to_command
 from diffusers_ext.recipes.adapters import save_adapter, without_adapter
+from diffusers_ext.recipes.condition_grids import condition_rows, described_run
 from diffusers_ext.recipes.denoising import (
     build_model,
     build_objective,
     refuse_unlearned_guidance,
 )
 from diffusers_ext.recipes.fine_tuning import pretrained_vae, with_labels_of
-from diffusers_ext.recipes.sample_grids import draw_while_training, drawing_cost, save_and_draw
+from diffusers_ext.recipes.image_condition import batch_maker, batch_options, condition_of_run, network_options
+from diffusers_ext.recipes.sample_grids import draw_while_training, drawing_cost, first_of, save_and_draw
 from diffusers_ext.recipes.text_encoder import TextDenoiser
 from diffusers_ext.recipes.text_to_image import TextConfig, Texts
 from diffusers_ext.recipes.training_path import build_scheduler
@@ -62,7 +65,10 @@ def main(config: TextConfig) -> Path:
         config = dataclasses.replace(config, resolution=space.resolution, resize_mode=data.resize_mode)
         config.check_sample(space.shape[1:], space.resolution)
         empty = config.caption_dropout > 0 or any(not caption.strip() for caption in captions_of(data))
-        refuse_unlearned_guidance(config, empty, "caption_dropout")
+        refuse_unlearned_guidance(config, empty or config.drops_condition, "caption_dropout")
+        condition = condition_of_run(config, data, space)
+        if condition is not None:
+            rows = condition_rows(config, condition, held_out, data)
         open_folder(config)
         scheduler = build_scheduler(config)
         model = build_model(
@@ -71,10 +77,11 @@ def main(config: TextConfig) -> Path:
             learned_unconditional=empty,
             cross_attention_dim=width_of(texts.text_encoder),
             pool_context=config.pool_context,
+            **network_options(config, condition, space),
         )
         if texts.trained:
             model = TextDenoiser(model, texts.text_encoder, texts.mask_padding)
-        pipeline = partial(averaged_pipeline, scheduler=scheduler, vae=vae, texts=texts)
+        pipeline = partial(averaged_pipeline, scheduler=scheduler, vae=vae, texts=texts, condition=condition)
         trainer = Trainer(
             config,
             accelerator,
@@ -82,19 +89,21 @@ def main(config: TextConfig) -> Path:
             build_objective(config, scheduler, accelerator, num_bins=space.num_values),
             data,
             batch_options={"label_dropout": config.caption_dropout, "timestep_sampling": config.time_sampling}
-            | space.batch_options,
+            | space.batch_options
+            | batch_options(config, condition),
             on_images=partial(draw_while_training, pipeline, rows),
             validation_data=held_out,
-            prepare_batch=space.encoder(accelerator.device),
+            prepare_batch=batch_maker(condition, space, accelerator.device),
             ending_cost=partial(drawing_cost, pipeline, rows),
             saved=pipeline,
         )
         trainer.train()
-        save_and_draw(pipeline, rows, trainer, prompt=rows["prompts"][0])
+        save_and_draw(pipeline, rows, trainer, **first_of(rows))
         save_adapter(trainer)
         if accelerator.is_main_process:
             described = "\n\n".join([describe_data(config, data), *data.notes])
-            finish_run(trainer, command, described, PICTURES, pipeline_tag="text-to-image")
+            about = {"pictures": PICTURES, "pipeline_tag": "text-to-image"} | described_run(condition)
+            finish_run(trainer, command, described, **about)
     return trainer.output_dir
 
 
@@ -131,7 +140,11 @@ def load_data(
 
 @contextmanager
 def averaged_pipeline(
-    trainer: Trainer, scheduler: SchedulerMixin, vae: ModelMixin | None, texts: Texts
+    trainer: Trainer,
+    scheduler: SchedulerMixin,
+    vae: ModelMixin | None,
+    texts: Texts,
+    condition: ImageCondition | None = None,
 ) -> Iterator[TextGuidedDiffusionPipeline]:
     """The pipeline as it stands, with the averaged weights if there are any; the model's own come back at the end."""
     with trainer.averaged_model() as model:
@@ -146,6 +159,7 @@ def averaged_pipeline(
             max_text_length=texts.max_length,
             mask_padding=texts.mask_padding,
             clip_guided_noise=True,
+            image_condition=None if condition is None else condition.to_config(),
         )
         pipe.set_progress_bar_config(disable=True)
         yield pipe

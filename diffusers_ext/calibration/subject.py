@@ -52,6 +52,10 @@ class Subject:
                 f"a pipeline to calibrate must make images by label or of no condition, got {name}: of texts, compare scales of "
                 "guidance with training/sample_prompts.py"
             )
+        if getattr(original, "image_condition", None) is not None:
+            raise ValueError(
+                f"a pipeline to calibrate must have no condition images, got {original.image_condition.describe()}"
+            )
         scheduler = own_scheduler(original.scheduler)
         if isinstance(original, GuidedDiffusionPipeline):
             original.scheduler = scheduler

@@ -32,7 +32,11 @@ TIMESTEP_SAMPLINGS = ("uniform", "stratified")
 # one window of a stream.
 _IMAGE, _STEP, EPOCH, WINDOW = range(4)
 # Order of the uniform numbers of an image; room is left so that a new use changes no old one.
-_FLIP, _DROP, _TIME, _CROP, _NUM_UNIFORM = 0, 1, 2, slice(3, 5), 8
+_FLIP, _DROP, _TIME, _CROP, _LEVEL, _CONDITION, _NUM_UNIFORM = 0, 1, 2, slice(3, 5), 5, 6, 8
+
+# Of the images that lose their condition image, the share that loses its label or text too, so that a network learns to predict
+# without both, which guidance leads away from.
+BOTH_DROPPED = 0.5
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,10 @@ class BatchOptions:
         latent_shape: Shape of the latents of an image that need noise of their own, or None.
         noise_shape: (height, width, channels) of the noise that a denoiser is trained on, where it is not that of the
             images.
+        condition_dropout: Probability that an image loses its condition image, and with `BOTH_DROPPED` its label too where
+            labels are dropped; None without condition images.
+        condition_noise: The largest level of the noise in condition images, in [0, 1].
+        condition_shape: (channels, height, width) of a condition image, which has noise of its own.
     """
 
     seed: int
@@ -64,10 +72,20 @@ class BatchOptions:
     timestep_sampling: str = "stratified"
     latent_shape: tuple[int, ...] | None = None
     noise_shape: tuple[int, int, int] | None = None
+    condition_dropout: float | None = None
+    condition_noise: float = 0.0
+    condition_shape: tuple[int, int, int] | None = None
 
     @property
     def images_per_step(self) -> int:
         return self.batch_size * self.num_processes * self.accumulation
+
+    @property
+    def of_held_out(self) -> dict[str, Any]:
+        """The options that hold for held-out images too, none of which loses its condition image."""
+        shapes = ("latent_shape", "noise_shape", "condition_noise", "condition_shape")
+        without = {"condition_dropout": None if self.condition_dropout is None else 0.0}
+        return {name: getattr(self, name) for name in shapes} | without
 
 
 class BatchMaker:
@@ -78,6 +96,10 @@ class BatchMaker:
     `labels` are bool, shape `(batch, num_classes)`, and none of them is the null label. Without labels there is no
     `labels`. With a `latent_shape` there is `latent_noise`, float32, shape `(batch, *latent_shape)`. Instead of pixels
     there can be what a VAE made of them (see `diffusers_ext.data.latent_cache`).
+
+    With condition images there is `condition_given`, bool, shape `(batch,)`, false where it is dropped; with noise in them
+    `condition_level`, float32, shape `(batch,)`, and `condition_noise`, float32, shape `(batch, *condition_shape)`; and
+    `condition_pixels`, like `pixels`, where they are a column of the data.
 
     Args:
         shape: (height, width, channels) of an image, and of the noise unless the options say otherwise.
@@ -103,6 +125,7 @@ class BatchMaker:
         positions: range,
         images: Callable[[np.ndarray, np.ndarray], np.ndarray],
         labels: np.ndarray | None,
+        conditions: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
     ) -> dict[str, Tensor]:
         """The batch at these positions.
 
@@ -110,18 +133,23 @@ class BatchMaker:
             images: Takes the top and left of a crop of each image, in [0, 1), shape `(batch, 2)`, and whether to flip it,
                 shape `(batch,)`; gives the pixels, shape `(batch, *shape)`.
             labels: int64, shape `(batch,)`; or bool, shape `(batch, num_classes)`; or None.
+            conditions: Gives the pixels of the condition images, as `images` does; None where they are made of these.
         """
         options = self.options
         uniform = np.empty((len(positions), _NUM_UNIFORM))
         noise = np.empty((len(positions), *(options.noise_shape or self.shape)), np.float32)
         latent_noise = np.empty((len(positions), *(options.latent_shape or (0,))), np.float32)
-        for position, uniform_out, *noise_out in zip(positions, uniform, noise, latent_noise, strict=True):
+        condition_shape = options.condition_shape if options.condition_noise else None
+        condition_noise = np.empty((len(positions), *(condition_shape or (0,))), np.float32)
+        normal = (noise, latent_noise, condition_noise)
+        for position, uniform_out, *noise_out in zip(positions, uniform, *normal, strict=True):
             generator = self.at(_IMAGE, position)
             generator.random(out=uniform_out)
             for out in noise_out:
                 generator.standard_normal(dtype=np.float32, out=out)
 
-        pixels = images(uniform[:, _CROP], uniform[:, _FLIP] < (0.5 if options.random_flip else 0.0))
+        how = uniform[:, _CROP], uniform[:, _FLIP] < (0.5 if options.random_flip else 0.0)
+        pixels = images(*how)
         time = self._stratified(positions) if options.timestep_sampling == "stratified" else uniform[:, _TIME]
         items = {
             "pixels": _channels_first(pixels),
@@ -130,8 +158,20 @@ class BatchMaker:
         }
         if options.latent_shape:
             items["latent_noise"] = torch.from_numpy(latent_noise)
+        if conditions is not None:
+            items["condition_pixels"] = _channels_first(conditions(*how))
+        dropped = uniform[:, _DROP] < options.label_dropout
+        if options.condition_dropout is not None:
+            without = uniform[:, _CONDITION] < options.condition_dropout
+            items["condition_given"] = torch.from_numpy(~without)
+            if options.label_dropout:
+                dropped |= without & (uniform[:, _DROP] < BOTH_DROPPED)
+        if condition_shape:
+            items["condition_level"] = torch.from_numpy(
+                (uniform[:, _LEVEL] * options.condition_noise).astype(np.float32)
+            )
+            items["condition_noise"] = torch.from_numpy(condition_noise)
         if labels is not None:
-            dropped = uniform[:, _DROP] < options.label_dropout
             if labels.ndim == 1:
                 labels = np.where(dropped, self.num_classes, labels)
             else:
@@ -169,8 +209,9 @@ class TrainingBatches(Dataset):
         data, positions = self.data, self._maker.positions(number)
         rows = self._rows(positions)
 
-        images = partial(data.read, rows)
-        batch = self._maker.make(positions, images, None if data.labels is None else data.labels[rows])
+        images, labels = partial(data.read, rows), None if data.labels is None else data.labels[rows]
+        conditions = None if data.conditions is None else partial(data.read_conditions, rows)
+        batch = self._maker.make(positions, images, labels, conditions)
         return data.with_condition(batch)
 
     def _rows(self, positions: range) -> np.ndarray:

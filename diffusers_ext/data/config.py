@@ -1,7 +1,7 @@
 """The options that say which images are read, and how."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from diffusers_ext.data.images import LONGEST, RESIZE_MODES
 from diffusers_ext.options import check_options, fixed_option, option
@@ -105,6 +105,9 @@ class TrainingDataConfig(DataConfig):
     Raises:
         ValueError: if options contradict one another or are out of range.
     """
+
+    # Column of condition images, which denoisers alone have: there it is an option.
+    condition_column: ClassVar[str | None] = None
 
     streaming: bool = fixed_option(
         False,

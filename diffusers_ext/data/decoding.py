@@ -122,7 +122,13 @@ def read_cell(value: Any, array_dtype: str | None = None) -> Image.Image | np.nd
 
 
 def decode_rows(
-    source: datasets.Dataset, column: str, how: Fit, *, max_bad_share: float = 0.01, num_proc: int | None = None
+    source: datasets.Dataset,
+    column: str,
+    how: Fit,
+    *,
+    max_bad_share: float = 0.01,
+    num_proc: int | None = None,
+    like: str | None = None,
 ):
     """Decodes and fits every row once, with a bar; `datasets` keeps the result where it keeps the data set.
 
@@ -130,6 +136,7 @@ def decode_rows(
 
     Args:
         max_bad_share: Share of the rows that may fail, rounded up to a whole row.
+        like: Another column of images: a row whose two pictures differ in size fails.
 
     Returns:
         The pixels (`PixelTable`), the numbers of the rows that they come from, and the number of rows that fail.
@@ -139,14 +146,18 @@ def decode_rows(
     """
     bytes_per_row = int(np.prod(how.size)) * how.channels * np.dtype(how.dtype).itemsize
     rows_per_chunk = int(np.clip(2**26 // bytes_per_row, 1, 1000))
-    table = undecoded(source.select_columns([column]), column).map(
+    columns = [column] if like is None else [column, like]
+    rows = source.select_columns(columns)
+    for each in columns:
+        rows = undecoded(rows, each)
+    table = rows.map(
         _decode_batch,
         batched=True,
         batch_size=rows_per_chunk,
         writer_batch_size=rows_per_chunk,
-        remove_columns=[column],
+        remove_columns=columns,
         features=datasets.Features(_DECODED),
-        fn_kwargs={"column": column, "how": how, "version": _CACHE_VERSION},
+        fn_kwargs={"column": column, "how": how, "version": _CACHE_VERSION} | ({} if like is None else {"like": like}),
         num_proc=num_proc if num_proc and num_proc > 1 else None,
         desc="decoding images",
     )
@@ -165,10 +176,14 @@ def decode_rows(
     return kind(table, (*how.size, how.channels), np.dtype(how.dtype), good), good, len(bad)
 
 
-def _decode_batch(rows: dict[str, list], column: str, how: Fit, version: int) -> dict[str, list]:
+def _decode_batch(
+    rows: dict[str, list], column: str, how: Fit, version: int, like: str | None = None
+) -> dict[str, list]:
     done = {name: [] for name in _DECODED}
-    for value in rows[column]:
+    for row, value in enumerate(rows[column]):
         try:
+            if like is not None:
+                check_same_size(value, rows[like][row])
             picture, fault, file = decode_cell(value, how), "", ""
         except Exception as error:  # a decoder raises what it likes on a damaged file
             # A blank keeps the rows of one length, where they are.
@@ -178,6 +193,28 @@ def _decode_batch(rows: dict[str, list], column: str, how: Fit, version: int) ->
         for name, cell in zip(_DECODED, cells, strict=True):
             done[name].append(cell)
     return done
+
+
+def check_same_size(condition: Any, image: Any) -> None:
+    """Refuses an undecoded condition image of another size than its image.
+
+    Raises:
+        ValueError: with both sizes.
+    """
+    sizes = [_size_of(read_cell(cell)) for cell in (condition, image)]
+    if sizes[0] != sizes[1]:
+        got, expected = ("x".join(map(str, size)) for size in sizes)
+        raise ValueError(f"a condition image must have the size of its image, {expected}, got {got}")
+
+
+def _size_of(picture: Image.Image | np.ndarray) -> tuple[int, ...]:
+    """(height, width) of a picture; of an array of channels first or last, its two longer axes."""
+    if isinstance(picture, Image.Image):
+        return picture.size[::-1]
+    shape = list(picture.shape)
+    if len(shape) == 3:
+        shape.pop(0 if shape[0] < shape[2] else 2)
+    return tuple(shape)
 
 
 def allowed_faults(count: int, max_bad_share: float) -> int:

@@ -36,6 +36,11 @@ def _digest(*parts: bytes) -> bytes:
     return digest.digest()
 
 
+def hash_bytes(*arrays: np.ndarray) -> np.ndarray:
+    """A digest of arrays of bytes, uint8, shape `(16,)`."""
+    return np.frombuffer(_digest(*(array.tobytes() for array in arrays)), np.uint8)
+
+
 def hash_cell(value: Any) -> bytes:
     """A digest of what an undecoded cell of images holds: the bytes of the file, or the numbers of an array.
 

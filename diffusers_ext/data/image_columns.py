@@ -21,8 +21,12 @@ Rows = datasets.Dataset | datasets.IterableDataset
 _PROBED = 20  # rows in which a column's first value is looked for
 
 
-def find_image_column(source: Rows, name: str | None = None) -> str:
+def find_image_column(source: Rows, name: str | None = None, condition_column: str | None = None) -> str:
     """The column that holds the images.
+
+    Args:
+        name: As it is named by the user.
+        condition_column: That of the condition images, which are not these.
 
     Raises:
         ValueError: if there is none, if there are several and none is named, or if the named one holds no images.
@@ -34,6 +38,11 @@ def find_image_column(source: Rows, name: str | None = None) -> str:
         raise ValueError(f"image_column {name!r} {reason}; its columns are: {columns}")
     if not found:
         raise ValueError(f"the data set has no column of images; its columns are: {columns}")
+    found = {column: feature for column, feature in found.items() if column == name or column != condition_column}
+    if not found:
+        raise ValueError(
+            f"condition_column {condition_column!r} is the only column of images; its columns are: {columns}"
+        )
     # Arrays of floats can be anything, so that they are images only where nothing else is.
     likely = [column for column, feature in found.items() if not _is_float(feature)] or list(found)
     if name is None and len(likely) > 1:

@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from diffusers_ext.data.identity import DIGEST_BYTES, hash_cell
+from diffusers_ext.data.identity import DIGEST_BYTES, hash_bytes, hash_cell
 from diffusers_ext.data.images import crop_at, fit
 from diffusers_ext.pixels import DEFAULT_WHITES, Whites
 
@@ -32,6 +32,7 @@ class ImageData:
         white: What is white in the images' own range, which `pad_value` is in.
         texts: Where labels are captions, what puts them into a batch (see `diffusers_ext.data.captions`).
         rows: Number of each image's row in the split, where some are left out; None if that is not known.
+        conditions: The condition image of each, like `pixels`, where they are a column of the data set.
     """
 
     pixels: "PixelTable"
@@ -44,6 +45,7 @@ class ImageData:
     white: int = field(default=255, kw_only=True)
     texts: Any = field(default=None, kw_only=True)
     rows: np.ndarray | None = field(default=None, kw_only=True)
+    conditions: "PixelTable | None" = field(default=None, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -56,7 +58,14 @@ class ImageData:
             crops: Top and left of each crop, in [0, 1), shape `(rows, 2)`; see `crop_at`.
             flipped: bool, shape `(rows,)`.
         """
-        pixels = self.pixels.crop(rows, crops) if self.resize_mode == "random_crop" else self.pixels[rows]
+        return self._read(self.pixels, rows, crops, flipped)
+
+    def read_conditions(self, rows: np.ndarray, crops: np.ndarray, flipped: np.ndarray) -> np.ndarray:
+        """The condition images of some rows, cropped and mirrored as the images are; see `read`."""
+        return self._read(self.conditions, rows, crops, flipped)
+
+    def _read(self, table: "PixelTable", rows: np.ndarray, crops: np.ndarray, flipped: np.ndarray) -> np.ndarray:
+        pixels = table.crop(rows, crops) if self.resize_mode == "random_crop" else table[rows]
         return mirror(pixels, flipped)
 
     @property
@@ -73,8 +82,11 @@ class ImageData:
         return self.pixels.dtype
 
     def digests(self) -> np.ndarray | str:
-        """A digest of each image, uint8, shape `(rows, 16)`; or one of all of them."""
-        return self.pixels.digests()
+        """A digest of each image, with its condition image, uint8, shape `(rows, 16)`; or one of all of them."""
+        digests = self.pixels.digests()
+        if self.conditions is None:
+            return digests
+        return np.stack([hash_bytes(*pair) for pair in zip(digests, self.conditions.digests(), strict=True)])
 
     def with_condition(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A batch with what its labels are to a network, where that is not their numbers."""
@@ -132,6 +144,10 @@ class PixelTable:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def of_rows(self, rows: np.ndarray) -> "PixelTable":
+        """The same table with other row numbers that count."""
+        return type(self)(self._table, self.shape, self.dtype, rows)
 
     def __getitem__(self, indices: np.ndarray | list[int]) -> np.ndarray:
         if self._chunks is None:

@@ -7,12 +7,13 @@ from functools import partial
 from typing import Any
 
 import datasets
+import numpy as np
 
 from diffusers_ext.data.config import DataConfig, TrainingDataConfig
-from diffusers_ext.data.decoding import decode_rows
+from diffusers_ext.data.decoding import Fit, check_same_size, decode_rows
 from diffusers_ext.data.identity import HashedRows, hash_files
 from diffusers_ext.data.image_columns import find_image_column, undecoded
-from diffusers_ext.data.image_table import ImageData
+from diffusers_ext.data.image_table import ImageData, PixelTable
 from diffusers_ext.data.label_columns import fair_share, find_stream_labels, read_labels
 from diffusers_ext.data.probing import PROBED_ROWS, decide_fit
 from diffusers_ext.data.sources import Source, open_source
@@ -36,7 +37,8 @@ def prepare_data(
     """
     if config.streaming and not read_ahead:
         return prepare_stream(config, multiple_of=multiple_of)
-    return prepare_images(config, multiple_of=multiple_of, read_ahead=config.streaming)
+    more = {"condition_column": config.condition_column}
+    return prepare_images(config, multiple_of=multiple_of, read_ahead=config.streaming, **more)
 
 
 def prepare_images(
@@ -45,6 +47,7 @@ def prepare_images(
     multiple_of: int = 1,
     read_ahead: bool = False,
     share_by: str | None = None,
+    condition_column: str | None = None,
     **options: Any,
 ) -> ImageData:
     """Loads, decodes and fits the images of a data set, and reads their labels.
@@ -56,6 +59,7 @@ def prepare_images(
         multiple_of: Without a `resolution` images of one size get a border up to the next multiple of this.
         read_ahead: Fetch no more than the first `max_train_samples` rows, in order, and keep them in memory.
         share_by: Column by whose values `max_train_samples` are shared; None for that of the labels.
+        condition_column: Column of a condition image for each image, of its size; None for none.
 
     Raises:
         ValueError: if the data set has no images, if its labels are neither integers nor names, or if it must be said
@@ -63,7 +67,7 @@ def prepare_images(
     """
     config = _with_options(config, options, DataConfig)
     source, notes, _ = _open(config, streaming=read_ahead)
-    column = find_image_column(source, config.image_column)
+    column = find_image_column(source, config.image_column, condition_column)
     max_samples, chosen = config.max_train_samples, None
     if read_ahead:
         rows = undecoded(source, column)
@@ -79,15 +83,47 @@ def prepare_images(
     first_rows = undecoded(source.select_columns([column]).select(range(min(len(source), PROBED_ROWS))), column)
     how, decided = decide_fit(first_rows, source.features[column], column, config, multiple_of)
     num_proc = config.preprocessing_num_workers
-    pixels, rows, bad = decode_rows(source, column, how, max_bad_share=config.max_bad_share, num_proc=num_proc)
-    notes = [*notes, *decided]
+    decoding = {"max_bad_share": config.max_bad_share, "num_proc": num_proc}
+    pixels, rows, bad = decode_rows(source, column, how, **decoding)
+    conditions, notes = None, [*notes, *decided]
+    if condition_column is not None:
+        conditions, also, of_conditions = _decode_conditions(source, condition_column, column, how, config, decoding)
+        rows = np.intersect1d(rows, also)
+        pixels, conditions, bad = pixels.of_rows(rows), conditions.of_rows(rows), len(source) - len(rows)
+        notes += of_conditions
     if bad:
         notes.append(f"{bad} of {len(rows) + bad} images could not be decoded and are left out")
     more = {"rows": rows if chosen is None else chosen[rows], "whites": how.whites, "white": how.white}
+    more["conditions"] = conditions
     if labels is None:
         return ImageData(pixels, None, None, config.dataset_name, tuple(notes), how.resize_mode, **more)
     data = ImageData(pixels, labels[0][rows], labels[1], config.dataset_name, tuple(notes), how.resize_mode, **more)
     return dataclasses.replace(data, notes=(*data.notes, *_about_labels(data)))
+
+
+def _decode_conditions(
+    source: datasets.Dataset, column: str, image_column: str, how: Fit, config: DataConfig, decoding: dict[str, Any]
+) -> tuple[PixelTable, np.ndarray, list[str]]:
+    """The condition images of a column at the size of the images, their rows, and a line for each decision.
+
+    Raises:
+        ValueError: if the column holds no images, or one of another size than its image.
+    """
+    if column == image_column:
+        raise ValueError(f"condition_column must be another column than that of the images, got {column!r} for both")
+    find_image_column(source, column)  # which refuses a column that holds no images
+    first = undecoded(
+        source.select_columns([column, image_column]).select(range(min(len(source), PROBED_ROWS))), column
+    )
+    for number, row in enumerate(undecoded(first, image_column)):
+        try:
+            check_same_size(row[column], row[image_column])
+        except ValueError as error:
+            raise ValueError(f"condition_column {column!r}, row {number}: {error}") from None
+    options = dataclasses.replace(config, resolution=how.size, resize_mode=how.resize_mode, image_mode=None)
+    fit, decided = decide_fit(first.select_columns([column]), source.features[column], column, options, 1)
+    pixels, rows, _ = decode_rows(source, column, fit, like=image_column, **decoding)
+    return pixels, rows, [f"condition images: {note}" for note in decided]
 
 
 def _with_options(

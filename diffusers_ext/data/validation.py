@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,6 +53,11 @@ def prepare_validation(
             f"{what} must be of {theirs[0]} channels in {theirs[1]}, as those trained on, got {mine[0]} in {mine[1]}; "
             "--image_mode makes them the same"
         )
+    if held_out.conditions is not None and held_out.conditions.shape != data.conditions.shape:
+        sizes = [" x ".join(map(str, each.conditions.shape)) for each in (data, held_out)]
+        raise ValueError(
+            f"{what} must have condition images of (height, width, channels) {sizes[0]}, as those trained on, got {sizes[1]}"
+        )
     if (held_out.id2label is None) != (data.id2label is None):
         with_labels, without = ("training", "validation") if held_out.id2label is None else ("validation", "training")
         raise ValueError(
@@ -93,18 +99,16 @@ class ValidationBatches:
 
     Args:
         batch_size: Images at a time. The batches are the same for any number of processes, which share them out.
-        latent_shape, noise_shape: As for `BatchOptions`.
+        shapes: `latent_shape`, `noise_shape` and what is said of condition images, as for `BatchOptions`.
     """
 
     def __init__(
         self,
         data: ImageData,
         batch_size: int,
-        latent_shape: tuple[int, ...] | None = None,
-        noise_shape: tuple[int, int, int] | None = None,
+        **shapes: Any,
     ):
         self.data, self.batch_size = data, batch_size
-        shapes = {"latent_shape": latent_shape, "noise_shape": noise_shape}
         options = BatchOptions(seed=SEED, batch_size=batch_size, timestep_sampling="uniform", **shapes)
         self._maker = BatchMaker(options, data.pixels.shape, data.num_classes)
 
@@ -124,5 +128,9 @@ class ValidationBatches:
         def images(crops, flipped):
             return data.read(rows, np.full_like(crops, 0.5), flipped)
 
-        batch = self._maker.make(positions, images, None if data.labels is None else data.labels[rows])
+        def conditions(crops, flipped):
+            return data.read_conditions(rows, np.full_like(crops, 0.5), flipped)
+
+        labels = None if data.labels is None else data.labels[rows]
+        batch = self._maker.make(positions, images, labels, None if data.conditions is None else conditions)
         return data.with_condition(batch)

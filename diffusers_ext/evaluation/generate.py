@@ -19,18 +19,23 @@ LARGEST_SEED_OF_SETS = LARGEST_SEED // SEED_STRIDE - 1
 
 
 def condition_of(
-    number: int, labels: Sequence[int] | None = None, prompts: Sequence[str] | None = None
+    number: int,
+    labels: Sequence[int] | None = None,
+    prompts: Sequence[str] | None = None,
+    conditions: Sequence[Tensor] | None = None,
 ) -> dict[str, Any]:
-    """Keywords of a pipeline's call that ask for `number` images: of these labels, of these texts, or of neither.
+    """Keywords of a pipeline's call that ask for `number` images: of these labels, of these texts, or of neither; and of these
+    condition images.
 
     Raises:
         ValueError: if labels and texts are given.
     """
     if labels is not None and prompts is not None:
         raise ValueError("labels and prompts must not both be given")
+    images = {} if conditions is None else {"condition_image": list(conditions)}
     if labels is None and prompts is None:
-        return {"batch_size": number}
-    return {"class_labels": list(labels)} if prompts is None else {"prompt": list(prompts)}
+        return images or {"batch_size": number}
+    return ({"class_labels": list(labels)} if prompts is None else {"prompt": list(prompts)}) | images
 
 
 def sample_images(
@@ -39,6 +44,7 @@ def sample_images(
     *,
     labels: Sequence[int] | None = None,
     prompts: Sequence[str] | None = None,
+    conditions: Sequence[Tensor] | None = None,
     batch_size: int,
     device: torch.device | str = "cpu",
     **settings: Any,
@@ -46,8 +52,9 @@ def sample_images(
     """Batches of images, of which image i is made by a generator of seed `seeds[i]` and depends on nothing else.
 
     Args:
-        pipeline: Called with `batch_size`, `class_labels` or `prompt`.
+        pipeline: Called with `batch_size`, `class_labels` or `prompt`, and `condition_image`.
         labels, prompts: Of one of the two, one for each seed.
+        conditions: Condition images in [0, 1], one for each seed, as the pipeline takes them.
         batch_size: Images at a time.
         device: Of the generators. Those of the CPU draw the same on every machine.
         settings: Further keywords of the pipeline's call.
@@ -55,7 +62,7 @@ def sample_images(
     Yields:
         float32 in [0, 1], shape `(batch, channels, height, width)`, on the CPU.
     """
-    each = _given(labels=labels, prompts=prompts)
+    each = _given(labels=labels, prompts=prompts, conditions=conditions)
     for start in range(0, len(seeds), batch_size):
         rows = slice(start, start + batch_size)
         generators = [Generator(device).manual_seed(seed) for seed in seeds[rows]]
@@ -88,6 +95,7 @@ def generate_images(
     *,
     labels: Sequence[int] | None = None,
     prompts: Sequence[str] | None = None,
+    conditions: Sequence[Tensor] | None = None,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     settings: Mapping[str, Any] | None = None,
@@ -103,6 +111,7 @@ def generate_images(
         indices: Which images of the set.
         labels: The label of each image of the set, of which `labels[i]` for i in `indices` are asked for.
         prompts: The text of each image of the set, instead of the labels.
+        conditions: The condition image of each image of the set, beside labels or texts.
         num_inference_steps: The pipeline's default if None.
         guidance_scale: The pipeline's default if None.
         settings: Further keywords of the pipeline's call.
@@ -118,8 +127,9 @@ def generate_images(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     given = _given(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale) | dict(settings or {})
-    _check_arguments(pipeline, {*given, "generator", "output_type", *condition_of(0, labels, prompts)})
-    each = {name: [values[i] for i in indices] for name, values in _given(labels=labels, prompts=prompts).items()}
+    _check_arguments(pipeline, {*given, "generator", "output_type", *condition_of(0, labels, prompts, conditions)})
+    given_each = _given(labels=labels, prompts=prompts, conditions=conditions)
+    each = {name: [values[i] for i in indices] for name, values in given_each.items()}
     seeds = [seed * SEED_STRIDE + index for index in indices]
 
     pipeline.set_progress_bar_config(disable=True)

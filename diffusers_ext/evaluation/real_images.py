@@ -68,6 +68,8 @@ class RealImages:
         whites: Which values are white.
         white: What is white in the images' own range, which the value of a border is in.
         captions: Of the held-out images, or of the training images where those have none; None if not asked for.
+        train_conditions, held_out_conditions: Condition images of a column, uint8, `(images, channels, height, width)`; None if
+            not asked for.
     """
 
     train: LabelledImages
@@ -78,6 +80,8 @@ class RealImages:
     captions: Captions | None = None
     whites: Whites = DEFAULT_WHITES
     white: int = 255
+    train_conditions: Tensor | None = None
+    held_out_conditions: Tensor | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -107,6 +111,7 @@ def load_real_images(
     held_out_split: str | None = None,
     *,
     caption_column: str | None = None,
+    condition_column: str | None = None,
     label_names: Sequence[str] | None = None,
 ) -> RealImages:
     """Both splits of a data set, in memory.
@@ -116,6 +121,7 @@ def load_real_images(
         held_out_split: Of images that it was not trained on; by default see `find_held_out_split`.
         caption_column: Read the captions of this column too. Free texts are then no labels, and neither are several labels
             an image.
+        condition_column: Read the condition images of this column too.
         label_names: Of a model's labels 0, 1, 2, ..., by which the images' labels are numbered if all of them are among
             these.
 
@@ -124,12 +130,13 @@ def load_real_images(
     """
     if caption_column is not None and not _has_labels_beside(config, caption_column):
         config = dataclasses.replace(config, unconditional=True)
-    train = _load_split(config, caption_column)
+    columns = {"share_by": caption_column, "condition_column": condition_column}
+    train = _load_split(config, **columns)
     if label_names is not None and set(train.images.label_names) <= set(label_names):
         train = train._replace(images=_numbered_by(label_names, train.images))
     held_out = None
     if (name := held_out_split or find_held_out_split(config)) is not None:
-        held_out = _load_like(train, dataclasses.replace(config, dataset_split=name), caption_column)
+        held_out = _load_like(train, dataclasses.replace(config, dataset_split=name), **columns)
     captions, notes = None, train.prepared.notes
     if caption_column is not None:
         captions = _find_captions(config, caption_column, [train] if held_out is None else [held_out, train])
@@ -143,6 +150,7 @@ def load_real_images(
         captions,
         train.prepared.whites,
         train.prepared.white,
+        *(None if split is None else _conditions_of(split.prepared) for split in (train, held_out)),
     )
 
 
@@ -153,12 +161,20 @@ def find_held_out_split(config: DataConfig) -> str | None:
     return next((name for name in HELD_OUT_SPLITS if name in names and name not in used), None)
 
 
-def _load_split(config: DataConfig, share_by: str | None) -> _Split:
-    prepared = prepare_images(config, share_by=share_by)
+def _conditions_of(data: ImageData) -> Tensor | None:
+    """The condition images in memory, as `to_labelled_images` has the images."""
+    if data.conditions is None:
+        return None
+    pixels = to_range(data.conditions[np.arange(len(data))], np.uint8)
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+
+def _load_split(config: DataConfig, **columns: str | None) -> _Split:
+    prepared = prepare_images(config, **columns)
     return _Split(config.dataset_split, prepared, to_labelled_images(prepared))
 
 
-def _load_like(train: _Split, config: DataConfig, share_by: str | None) -> _Split:
+def _load_like(train: _Split, config: DataConfig, **columns: str | None) -> _Split:
     """All images of another split, prepared as the training images are, whatever its own pictures would suggest."""
     like = train.prepared
     config = dataclasses.replace(
@@ -168,9 +184,9 @@ def _load_like(train: _Split, config: DataConfig, share_by: str | None) -> _Spli
         resize_mode=like.resize_mode,
         white_value=config.white_value or like.whites.integers,
     )
-    held_out = _load_split(config, share_by)
+    held_out = _load_split(config, **columns)
     if held_out.prepared.channels != like.channels <= len(CHANNEL_MODES):
-        held_out = _load_split(dataclasses.replace(config, image_mode=CHANNEL_MODES[like.channels - 1]), share_by)
+        held_out = _load_split(dataclasses.replace(config, image_mode=CHANNEL_MODES[like.channels - 1]), **columns)
     return held_out._replace(images=_with_labels_of(train.images, held_out.images, held_out.name))
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import diffusers_ext
 from diffusers_ext.atomic_files import finish_replacing
+from diffusers_ext.evaluation.conditioned import ConditionedImages
 from diffusers_ext.evaluation.generate import generate_images, shared_by_processes
 from diffusers_ext.evaluation.label_shares import describe_labels, proportional_labels
 from diffusers_ext.evaluation.labelled_images import convert_channels
@@ -77,20 +78,26 @@ class Asked:
         labels: The label that each image is to show, int64, or None if it is not known.
         proportions: Of the labels, see `describe_labels`; None where images are not asked for by label.
         captions: Column, split and number of the captions; None where images are not asked for by text.
+        image_condition: How the condition images are made that are asked for; None without.
     """
 
     condition: dict[str, list]
     labels: Tensor | None = None
     proportions: dict | None = None
     captions: dict | None = None
+    image_condition: dict | None = None
 
     @classmethod
     def of(cls, pipeline, real: RealImages, num_images: int, seed: int) -> "Asked":
         """Labels as often as the training images have them, or the captions of the data set in turn, or nothing.
 
+        For a pipeline with condition images, those of held-out images in turn, with their labels or captions.
+
         Raises:
             ValueError: if the pipeline's labels are not those of the data set.
         """
+        if getattr(pipeline, "image_condition", None) is not None:
+            return cls._of_images(pipeline, real, num_images, seed)
         if takes_prompts(pipeline):
             prompts, labels = real.captions.draw(num_images, seed)
             return cls({"prompts": prompts}, labels if real.has_labels else None, captions=real.captions.describe())
@@ -100,6 +107,18 @@ class Asked:
         _check_labels(pipeline, num_classes, real)
         labels, proportions = labels_for(real, num_classes, num_images)
         return cls({"labels": labels}, torch.tensor(labels) if real.has_labels else None, proportions)
+
+    @classmethod
+    def _of_images(cls, pipeline, real: RealImages, num_images: int, seed: int) -> "Asked":
+        conditioned = ConditionedImages.of(pipeline.image_condition, real, num_images, seed)
+        condition, captions = {"conditions": conditioned.conditions}, None
+        labels, num_classes = conditioned.labels if real.has_labels else None, num_labels_of(pipeline)
+        if takes_prompts(pipeline):
+            condition["prompts"], captions = real.captions.draw(num_images, seed)[0], real.captions.describe()
+        elif num_classes is not None and labels is not None:
+            _check_labels(pipeline, num_classes, real)
+            condition["labels"] = labels.tolist()
+        return cls(condition, labels, captions=captions, image_condition=conditioned.condition.to_config())
 
 
 def generate_for(
@@ -158,6 +177,7 @@ def generate_for(
         "by_label": asked.proportions is not None,
         "labels": asked.proportions,
         "captions": asked.captions,
+        "condition": asked.image_condition,
         "mixed_precision": "bf16" if bf16 else "no",
         "seed": seed,
     }

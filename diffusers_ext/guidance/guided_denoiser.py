@@ -27,8 +27,12 @@ from torch import Tensor, nn
 
 from diffusers_ext.diffusion.noising import NoiseLevel
 from diffusers_ext.guidance.labels import num_classes_of
+from diffusers_ext.guidance.regions import Regions
 from diffusers_ext.schedulers.levels import model_input, noise_level
 
+
+# Inputs that a network without condition images does not get.
+OF_CONDITION_IMAGES = ("condition_image", "condition_given", "condition_level")
 
 # Guiders that change the network for a prediction of its own, beside the conditional and the unconditional one.
 PERTURBING_APART = (SkipLayerGuidance, PerturbedAttentionGuidance, SmoothedEnergyGuidance)
@@ -87,6 +91,7 @@ class GuidedDenoiser:
             the conditional prediction.
         classifier, weak_denoiser: For guiders that use them.
         low_memory: Call the network once for each prediction, instead of once for all.
+        regions: What holds in parts of the sample: each conditional prediction, of whatever network, has it blended in.
     """
 
     def __init__(
@@ -100,9 +105,13 @@ class GuidedDenoiser:
         classifier: nn.Module | None = None,
         weak_denoiser: nn.Module | None = None,
         low_memory: bool = False,
+        regions: Regions | None = None,
     ):
         self.denoiser, self.scheduler, self.guider = denoiser, scheduler, guider
         self.conditions, self.channels, self.low_memory = conditions, channels, low_memory
+        self.regions = regions
+        # What guiders choose from: with regions also whether a prediction is a conditional one, which has them.
+        self._data = conditions if regions is None else conditions | {"regional": (True, False)}
         self.classifier, self.weak_denoiser = classifier, weak_denoiser
         self.changes_model = guider is not None and type(guider).prepare_models is not BaseGuidance.prepare_models
         if self.changes_model:
@@ -122,11 +131,12 @@ class GuidedDenoiser:
         """
         x = model_input(self.scheduler, x, timestep)
         if self.guider is None:
-            return self._predict(self.denoiser, x, timestep, {name: pair[0] for name, pair in self.conditions.items()})
+            inputs = {name: pair[0] for name, pair in self.conditions.items()}
+            return self._predictions(self.denoiser, x, timestep, [(inputs, self.regions is not None)])[0]
         guider = self.guider
         with self._acting(x, timestep, guide):
             guider.set_state(step=step, num_inference_steps=num_steps, timestep=timestep)
-            batches = prepare_inputs(guider, self.conditions)
+            batches = prepare_inputs(guider, self._data)
             for batch, output in zip(batches, self._outputs(batches, x, timestep), strict=True):
                 batch.noise_pred, batch.rest = output[:, : self.channels], output[:, self.channels :]
                 if type(guider).__name__ == "MagnitudeAwareGuidance":  # that of diffusers 0.42 fails with images
@@ -155,11 +165,41 @@ class GuidedDenoiser:
         """The outputs for each of the batches, of as few calls as there can be."""
         outputs = []
         for (network, apart), group in groupby(batches, self._call_of):
-            group = list(group)
-            conditions = {name: torch.cat([getattr(batch, name) for batch in group]) for name in self.conditions}
+            asked = [
+                ({name: getattr(batch, name) for name in self.conditions}, getattr(batch, "regional", False))
+                for batch in group
+            ]
             with self._prepared(network, apart):
-                outputs += self._predict(network, x, timestep, conditions, len(group)).chunk(len(group))
+                outputs += self._predictions(network, x, timestep, asked)
         return outputs
+
+    def _predictions(
+        self, network: nn.Module, x: Tensor, timestep: Tensor, asked: list[tuple[dict[str, Tensor], bool]]
+    ) -> list[Tensor]:
+        """The predictions for these inputs, by one call, each with the regions blended in or not."""
+        if not any(regional for _, regional in asked):
+            return self._predict_each(network, x, timestep, [inputs for inputs, _ in asked])
+        regions = self.regions
+        wanted = [inputs for inputs, _ in asked] + [*regions.inputs, regions.null]
+        # The same tensors are the same inputs: without labels, the base of the regions is the null prediction.
+        keys = [tuple(id(value) for value in inputs.values()) for inputs in wanted]
+        different = dict(zip(keys, wanted, strict=True))
+        by_key = dict(zip(different, self._predict_each(network, x, timestep, list(different.values())), strict=True))
+        *outputs, null = (by_key[key] for key in keys)
+        bases, of_regions = outputs[: len(asked)], outputs[len(asked) :]
+        return [
+            regions.blend(base, of_regions, null, self.channels) if regional else base
+            for base, (_, regional) in zip(bases, asked, strict=True)
+        ]
+
+    def _predict_each(
+        self, network: nn.Module, x: Tensor, timestep: Tensor, inputs: list[dict[str, Tensor]]
+    ) -> list[Tensor]:
+        """The prediction for each of the inputs, by one call or, to save memory, by one for each."""
+        if self.low_memory:
+            return [self._predict(network, x, timestep, each) for each in inputs]
+        together = {name: torch.cat([each[name] for each in inputs]) for name in self.conditions}
+        return list(self._predict(network, x, timestep, together, len(inputs)).chunk(len(inputs)))
 
     def _call_of(self, batch) -> tuple[nn.Module, str | None]:
         """The network of a prediction, and the name of how it is changed for it; neighbours that share both are one call."""
@@ -173,8 +213,11 @@ class GuidedDenoiser:
     ) -> Tensor:
         if "class_labels" in conditions and num_classes_of(network) is None:
             conditions = {name: value for name, value in conditions.items() if name != "class_labels"}
-        conditions = {
-            name: value.to(network.dtype) if value.is_floating_point() else value for name, value in conditions.items()
+        if "condition_image" in conditions and not network.config.get("condition_channels"):
+            conditions = {name: value for name, value in conditions.items() if name not in OF_CONDITION_IMAGES}
+        conditions = {  # numbers of a sample, such as a level, are embedded in float32
+            name: value.to(network.dtype) if value.is_floating_point() and value.ndim > 1 else value
+            for name, value in conditions.items()
         }
         x = x.repeat(copies, *[1] * (x.ndim - 1)).to(network.dtype)
         output = network(x, timestep.expand(len(x)), **conditions, return_dict=False)[0]

@@ -13,6 +13,13 @@ from torch import Tensor, nn
 
 from diffusers_ext.models.derivatives import in_torch_func
 from diffusers_ext.models.embeddings import TimestepEmbedding, pooled_dim, position_embedding, timestep_of_each
+from diffusers_ext.models.image_condition import (
+    check_condition_image,
+    check_condition_options,
+    concatenate_condition,
+    embed_level,
+    input_channels,
+)
 from diffusers_ext.models.layers import (
     attention,
     attention_bias,
@@ -198,6 +205,10 @@ class DiTModel(Network):
         learned_unconditional: Whether the network was trained to predict without its label or text too, as dropping them
             in a share of the batches does. If not, pipelines refuse to guide by it, and labels must be given; after
             training with such dropout, set it by `model.register_to_config(learned_unconditional=True)`.
+        condition_channels: Channels of the condition image, which is concatenated to x_t; 0 for none.
+        condition_level: Take the noise level in the condition image as an input too (arXiv 2106.15282).
+        learned_without_image: Whether the network was trained to predict without its condition image too; if not, it must be
+            given.
 
     Raises:
         ValueError: if the sizes or options do not fit one another.
@@ -205,7 +216,7 @@ class DiTModel(Network):
 
     _no_split_modules = ["DiTBlock"]
     _repeated_blocks = ["DiTBlock"]
-    _skip_layerwise_casting_patterns = ["patch_in", "norm", "time_embedding", "block_embeddings"]
+    _skip_layerwise_casting_patterns = ["patch_in", "norm", "time_embedding", "block_embeddings", "level_embedding"]
 
     @register_to_config
     def __init__(
@@ -227,6 +238,9 @@ class DiTModel(Network):
         embedding_per_block: bool = False,
         pool_context: bool = False,
         learned_unconditional: bool = True,
+        condition_channels: int = 0,
+        condition_level: bool = False,
+        learned_without_image: bool = True,
     ):
         super().__init__()
         out_channels = in_channels if out_channels is None else out_channels
@@ -236,7 +250,8 @@ class DiTModel(Network):
         _check_size(size, patch_size)
 
         self.grid = (size[0] // patch_size, size[1] // patch_size)
-        self.patch_in = nn.Linear(in_channels * patch_size**2, hidden_size)
+        seen_channels = in_channels + input_channels(condition_channels)
+        self.patch_in = nn.Linear(seen_channels * patch_size**2, hidden_size)
         self.register_buffer("positions", position_embedding(self.grid, self.grid, hidden_size), persistent=False)
         self.registers = nn.Parameter(torch.empty(num_registers, hidden_size)) if num_registers else None
 
@@ -250,6 +265,7 @@ class DiTModel(Network):
             )
 
         self.time_embedding = embedding()
+        self.level_embedding = TimestepEmbedding(hidden_size, FREQUENCIES, endpoint=True) if condition_level else None
         # The first block, and the output, have the one above.
         self.block_embeddings = nn.ModuleList(embedding() for _ in range((num_layers - 1) * embedding_per_block))
         self.transformer_blocks = nn.ModuleList(
@@ -292,7 +308,8 @@ class DiTModel(Network):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for embedding in (self.time_embedding, *self.block_embeddings):
+        level = [] if self.level_embedding is None else [self.level_embedding]
+        for embedding in (self.time_embedding, *self.block_embeddings, *level):
             for layer in (embedding.linear_1, embedding.linear_2, embedding.class_embedding):
                 if layer is not None:
                     nn.init.normal_(layer.weight, std=0.02)
@@ -311,6 +328,9 @@ class DiTModel(Network):
         class_labels: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
+        condition_image: Tensor | None = None,
+        condition_given: Tensor | None = None,
+        condition_level: Tensor | None = None,
         return_dict: bool = True,
     ) -> DiTOutput | tuple[Tensor]:
         """Predicts from a noisy sample what the network was trained for.
@@ -323,22 +343,28 @@ class DiTModel(Network):
                 shape `(batch, num_classes)`.
             encoder_hidden_states: Context, shape `(batch, tokens, cross_attention_dim)`.
             encoder_attention_mask: 1 or True at the tokens of the context to attend to, shape `(batch, tokens)`.
+            condition_image: In [-1, 1], shape `(batch, condition_channels, height, width)`; `None` for none.
+            condition_given: Which samples have a condition image, shape `(batch,)`; by default all, if it is given.
+            condition_level: Standard deviation of the noise in the condition image, in [0, 1], shape `(batch,)`; 0 by default.
             return_dict: `False` returns a tuple.
 
         Returns:
             Output of shape `(batch, out_channels, height, width)`.
         """
         class_labels = self._check_inputs(sample, class_labels, encoder_hidden_states)
+        check_condition_image(self.config, sample, condition_image, condition_given, condition_level)
         patch = self.config.patch_size
         grid = (sample.shape[2] // patch, sample.shape[3] // patch)
         timesteps = timestep_of_each(timestep, sample)
+        level = embed_level(self.level_embedding, condition_level, condition_given, sample)
         embeddings = [
-            F.silu(embed(timesteps, class_labels, sample.dtype, encoder_hidden_states, encoder_attention_mask))
+            F.silu(embed(timesteps, class_labels, sample.dtype, encoder_hidden_states, encoder_attention_mask) + level)
             for embed in (self.time_embedding, *self.block_embeddings)
         ]
         mask = attention_bias(encoder_attention_mask, sample.dtype)
 
-        x = F.pixel_unshuffle(sample, patch).flatten(2).transpose(1, 2)  # (batch, patches, in_channels * patch ** 2)
+        x = concatenate_condition(sample, self.config.condition_channels, condition_image, condition_given)
+        x = F.pixel_unshuffle(x, patch).flatten(2).transpose(1, 2)  # (batch, patches, channels * patch ** 2)
         x = self.patch_in(x)  # (batch, patches, hidden_size)
         x = x + self._positions(grid).to(x.dtype)
         if self.registers is not None:  # last, since smoothed energy guidance takes the first tokens for the image
@@ -409,6 +435,7 @@ class DiTModel(Network):
                 f"{config.mlp_ratio:g} and {config.num_registers}"
             )
         check_num_classes(config.num_classes)
+        check_condition_options(config.condition_channels, config.condition_level)
 
 
 def _check_size(size, patch_size: int):

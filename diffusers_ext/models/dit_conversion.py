@@ -55,6 +55,7 @@ NEEDED_OF_OURS = {
     "qk_norm": False,
     "num_registers": 0,
     "pool_context": False,
+    "condition_channels": 0,
 }
 
 

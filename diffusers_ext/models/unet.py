@@ -12,6 +12,13 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from diffusers_ext.models.embeddings import TimestepEmbedding, pooled_dim, timestep_of_each
+from diffusers_ext.models.image_condition import (
+    check_condition_image,
+    check_condition_options,
+    concatenate_condition,
+    embed_level,
+    input_channels,
+)
 from diffusers_ext.models.layers import (
     AffineGroupNorm,
     Attention,
@@ -222,6 +229,10 @@ class UNetModel(Network):
             training with such dropout, set it by `model.register_to_config(learned_unconditional=True)`.
         fourier_features: Exponents n of the channels sin(2^n pi x) and cos(2^n pi x) that are put beside the input x, for
             the details that likelihood rests on; 7 and 8 for 8 bits (Kingma et al. 2021, arXiv 2107.00630). Empty for none.
+        condition_channels: Channels of the condition image, which is concatenated to x_t; 0 for none.
+        condition_level: Take the noise level in the condition image as an input too (arXiv 2106.15282).
+        learned_without_image: Whether the network was trained to predict without its condition image too; if not, it must be
+            given.
 
     Raises:
         ValueError: if the sizes or options do not fit one another.
@@ -249,6 +260,9 @@ class UNetModel(Network):
         pool_context: bool = False,
         learned_unconditional: bool = True,
         fourier_features: tuple[int, ...] = (),
+        condition_channels: int = 0,
+        condition_level: bool = False,
+        learned_without_image: bool = True,
     ):
         super().__init__()
         if time_cond_proj_dim is not None:
@@ -256,6 +270,7 @@ class UNetModel(Network):
         check_options(
             in_channels, out_channels, block_out_channels, layers_per_block, attention_head_dim, num_classes, dims
         )
+        check_condition_options(condition_channels, condition_level)
         size = as_size(sample_size, dims)
         check_size(size, block_out_channels)
         embedding_dim = time_embedding_dim or 4 * block_out_channels[0]
@@ -275,7 +290,9 @@ class UNetModel(Network):
             num_classes,
             pooled_dim=pooled_dim(pool_context, cross_attention_dim),
         )
-        self.conv_in = convolution(in_channels * (1 + 2 * len(fourier_features)), block_out_channels[0], dims)
+        self.level_embedding = TimestepEmbedding(embedding_dim, block_out_channels[0]) if condition_level else None
+        seen_channels = in_channels * (1 + 2 * len(fourier_features)) + input_channels(condition_channels)
+        self.conv_in = convolution(seen_channels, block_out_channels[0], dims)
 
         # Each module of the encoder leaves its output for one block of the decoder; names give level and index.
         self.encoder, skip_channels = make_encoder(block, block_out_channels, layers_per_block, dims)
@@ -318,6 +335,9 @@ class UNetModel(Network):
         timestep_cond: None = None,
         cross_attention_kwargs: None = None,
         added_cond_kwargs: None = None,
+        condition_image: Tensor | None = None,
+        condition_given: Tensor | None = None,
+        condition_level: Tensor | None = None,
         return_dict: bool = True,
     ) -> UNetOutput | tuple[Tensor]:
         """Predicts from a noisy sample what the network was trained for.
@@ -330,21 +350,28 @@ class UNetModel(Network):
             encoder_hidden_states: Context, shape `(batch, tokens, cross_attention_dim)`.
             encoder_attention_mask: 1 or True at the tokens of the context to attend to, shape `(batch, tokens)`.
             timestep_cond, cross_attention_kwargs, added_cond_kwargs: Passed by diffusers' pipelines; must be empty.
+            condition_image: In [-1, 1], shape `(batch, condition_channels, *spatial)`; `None` for none.
+            condition_given: Which samples have a condition image, shape `(batch,)`; by default all, if it is given.
+            condition_level: Standard deviation of the noise in the condition image, in [0, 1], shape `(batch,)`; 0 by default.
             return_dict: `False` returns a tuple.
 
         Returns:
             Output of shape `(batch, out_channels, *spatial)`.
         """
         self._check_inputs(sample, class_labels, encoder_hidden_states)
+        check_condition_image(self.config, sample, condition_image, condition_given, condition_level)
         if timestep_cond is not None or cross_attention_kwargs or added_cond_kwargs:
             raise ValueError("UNetModel takes no timestep_cond, cross_attention_kwargs or added_cond_kwargs")
         timesteps = timestep_of_each(timestep, sample)
         embedding = F.silu(
             self.time_embedding(timesteps, class_labels, sample.dtype, encoder_hidden_states, encoder_attention_mask)
+            + embed_level(self.level_embedding, condition_level, condition_given, sample)
         )
         mask = attention_bias(encoder_attention_mask, sample.dtype)
 
-        x = stem(self.conv_in, with_fourier_features(sample, self.config.fourier_features))
+        x = with_fourier_features(sample, self.config.fourier_features)
+        x = concatenate_condition(x, self.config.condition_channels, condition_image, condition_given)
+        x = stem(self.conv_in, x)
         skips = [x]
         for module in self.encoder.values():
             x = run_module(self, module, x, embedding, encoder_hidden_states, mask)

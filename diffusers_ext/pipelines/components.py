@@ -41,6 +41,9 @@ def check_components(
             raise ValueError(
                 f"weak_denoiser must have no labels or the denoiser's {num_classes}, got {num_classes_of(weak_denoiser)}"
             )
+        theirs, ours = (network.config.get("condition_channels", 0) for network in (weak_denoiser, denoiser))
+        if theirs not in (0, ours):
+            raise ValueError(f"weak_denoiser must have no condition_channels or the denoiser's {ours}, got {theirs}")
     if classifier is not None:
         if classifier.config.in_channels != in_channels:
             raise ValueError(

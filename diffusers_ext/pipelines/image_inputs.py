@@ -79,7 +79,12 @@ def mask_to_tensor(mask: ImageInput, dims: int = 2, name: str = "mask_image") ->
         mask: As `images_to_tensor` takes them, with one channel or none, or bool; from half of white on the pixel is to be
             made anew. Where no integer is larger than 1, 1 is white, whatever the type.
     """
-    return (_to_unit_range(mask, 1, dims, name, is_mask=True) >= 0.5).float()
+    return (soft_mask_to_tensor(mask, dims, name) >= 0.5).float()
+
+
+def soft_mask_to_tensor(mask: ImageInput, dims: int = 2, name: str = "mask") -> Tensor:
+    """A mask with all of its values, float32 in [0, 1], shape `(batch, 1, *spatial)`; read as by `mask_to_tensor`."""
+    return _to_unit_range(mask, 1, dims, name, is_mask=True)
 
 
 def _to_unit_range(image: ImageInput, channels: int, dims: int, name: str, is_mask: bool = False) -> Tensor:

@@ -4,6 +4,7 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
+from diffusers_ext.pipelines.call_condition import CallCondition
 from diffusers_ext.pipelines.image_inputs import ImageInput, encode_pixels
 from diffusers_ext.pipelines.label_condition import LabelCondition, Labels
 from diffusers_ext.pipelines.outputs import decode_images
@@ -23,6 +24,7 @@ class InversionMixin:
         image: ImageInput,
         class_labels: Labels | None = None,
         *,
+        condition_image: ImageInput | None = None,
         num_inference_steps: int = 50,
         num_refinements: int = 0,
     ) -> Tensor:
@@ -33,7 +35,7 @@ class InversionMixin:
 
         Args:
             image: One or several, as for the call.
-            class_labels: As for the call.
+            class_labels, condition_image: As for the call.
             num_inference_steps: Number of steps, each of one call of the network.
             num_refinements: How often each step is repeated with its own result; each costs one more call of the
                 network a step and makes the way back more exact.
@@ -50,13 +52,14 @@ class InversionMixin:
         device = self._execution_device
         inverse.set_timesteps(num_inference_steps, device=device)
         condition = LabelCondition(self, class_labels)
+        whole = CallCondition(self, condition, condition_image=condition_image)
         if condition.weighted:
             raise ValueError("class_labels must be labels to invert, not weights of them")
         if condition.labels is not None and self.denoiser_num_classes is None:
             raise ValueError("class_labels would do nothing: the denoiser takes none; leave them out")
         x0 = encode_pixels(self._to_pixels(image, device), self.vae, self._sample_shape)
-        batch_size = count_images(1, **condition.per_image, image=x0)
-        predict = self._denoiser(inverse, None, condition, batch_size, device)
+        batch_size = count_images(1, **whole.per_image, image=x0)
+        predict = self._denoiser(inverse, None, whole, batch_size, device)
         with self._precision():
             latents = inverse.invert(
                 lambda x, t: predict(x, t)[:, : x.shape[1]], x0.expand(batch_size, *x0.shape[1:]), num_refinements
@@ -72,6 +75,7 @@ class InversionMixin:
         num_images: int = 8,
         class_labels: Labels | None = None,
         *,
+        condition_image: ImageInput | None = None,
         num_inference_steps: int = 50,
         num_refinements: int = 0,
         output_type: str = "pil",
@@ -83,7 +87,7 @@ class InversionMixin:
         Args:
             image_a, image_b: The two ends, as for the call.
             num_images: Number of images, the ends included; at least 2.
-            class_labels: One label for all of them, or none.
+            class_labels, condition_image: One for all of them, or none.
             num_inference_steps, num_refinements: As for `invert`.
             output_type: As for the call.
 
@@ -98,8 +102,12 @@ class InversionMixin:
         condition = LabelCondition(self, class_labels)
         if condition.labels is not None and len(condition.labels) != 1:
             raise ValueError("class_labels must be one label for all images of an interpolation")
+        whole = CallCondition(self, condition, condition_image=condition_image)
+        if whole.image is not None and len(whole.image) != 1:
+            raise ValueError("condition_image must be one for all images of an interpolation")
+        options = {"num_inference_steps": num_inference_steps, "num_refinements": num_refinements}
         ends = [
-            self.invert(image, class_labels, num_inference_steps=num_inference_steps, num_refinements=num_refinements)
+            self.invert(image, class_labels, condition_image=condition_image, **options)
             for image in (image_a, image_b)
         ]
         if any(len(end) != 1 for end in ends):
@@ -108,7 +116,7 @@ class InversionMixin:
         x = slerp(*ends, torch.linspace(0, 1, num_images, device=device))
         sampler, _ = deterministic(self.scheduler)
         sampler.set_timesteps(num_inference_steps, device=device)
-        predict = self._denoiser(sampler, None, condition, num_images, device)
+        predict = self._denoiser(sampler, None, whole, num_images, device)
         for t in sampler.timesteps:
             x = sampler.step(predict(x, t), t, x).prev_sample
         images = decode_images(x, self.vae, output_type)

@@ -4,6 +4,7 @@ import difflib
 import math
 from collections.abc import Collection, Mapping, Sequence
 from numbers import Real
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,17 +26,46 @@ class LabelCondition:
     Args:
         pipe: A pipeline with labels, perhaps a classifier's.
         class_labels: As the pipeline's call takes them.
+        of_regions: The label, or the set of labels, of each region of the image.
 
     Raises:
         ValueError: for a label that the model does not have.
     """
 
-    def __init__(self, pipe: "LabelledMixin", class_labels: Labels | None):
+    def __init__(self, pipe: "LabelledMixin", class_labels: Labels | None, of_regions: Sequence[Any] = ()):
         self.pipe = pipe
         self.labels = None if class_labels is None else pipe.label_tensor(class_labels)
-        self.per_image = {"class_labels": self.labels}
+        self.of_regions = [pipe.label_tensor([label]) for label in of_regions]
         # Such labels are for `ComposedGuidance` alone.
         self.weighted = self.labels is not None and self.labels.is_floating_point()
+        self._check_regions()
+        self.per_image = {"class_labels": self.labels}
+
+    def _check_regions(self) -> None:
+        if not self.of_regions:
+            return
+        if self.weighted or any(label.is_floating_point() for label in self.of_regions):
+            raise ValueError(
+                "regions have weights of their own: give each a label, and weights of labels as regions of a full mask"
+            )
+        if self.pipe.denoiser_num_classes is None:
+            raise ValueError("regions need a denoiser with labels, and this one was trained without")
+        if self.pipe.null_label is None:
+            raise ValueError(
+                "regions need a null label, from which the direction of each label is taken, and the model was trained with a "
+                "label on each image (label_dropout was 0)"
+            )
+        everything = [*self.of_regions, *([] if self.labels is None else [self.labels])]
+        if any(label.dtype == torch.bool for label in everything):  # the network is called with all of them at once
+            self.of_regions = [self._as_sets(label) for label in self.of_regions]
+            empty = torch.zeros(1, self.pipe.num_classes, dtype=torch.bool)
+            self.labels = empty if self.labels is None else self._as_sets(self.labels)
+
+    def _as_sets(self, labels: Tensor) -> Tensor:
+        if labels.dtype == torch.bool:
+            return labels
+        count = self.pipe.num_classes
+        return torch.nn.functional.one_hot(labels, count + 1)[:, :count].bool()  # none for the null label
 
     @property
     def can_guide(self) -> bool:
@@ -52,18 +82,29 @@ class LabelCondition:
         null = torch.full((batch_size,), pipe.null_label or 0, device=device)
         if labels is not None:
             labels = labels.to(device).expand(batch_size, *labels.shape[1:])
-            return {"class_labels": (labels, torch.zeros_like(labels) if labels.dtype == torch.bool else null)}
+            if not labels.is_floating_point() and pipe.null_label is None:
+                null = labels  # what the unconditional prediction leaves out is another condition
+            elif labels.dtype == torch.bool:
+                null = torch.zeros_like(labels)
+            return {"class_labels": (labels, null)}
         if pipe.denoiser_num_classes is None:
             return {}
         if pipe.null_label is None:
             raise ValueError(f"class_labels must be given: the model has {pipe.num_classes} labels and no null label")
         return {"class_labels": (null, null)}
 
-    def check(self, guider: BaseGuidance | None, timesteps: Tensor, guide: Sequence[bool]) -> None:
+    def region_inputs(self, batch_size: int, device: torch.device) -> list[dict[str, Tensor]]:
+        """The labels of each region, as `inputs` has those of the images."""
+        return [{"class_labels": label.to(device).expand(batch_size, *label.shape[1:])} for label in self.of_regions]
+
+    def check(
+        self, guider: BaseGuidance | None, timesteps: Tensor, guide: Sequence[bool], *, led_elsewhere: bool = False
+    ) -> None:
         """Refuses labels that would do nothing, and a guider that the components or the labels do not suffice for.
 
         Args:
             guide: In which of the steps it acts.
+            led_elsewhere: Whether there is another condition to guide to, such as an image.
 
         Raises:
             ValueError: with what is missing.
@@ -76,7 +117,7 @@ class LabelCondition:
         if isinstance(guider, ComposedGuidance):
             return  # its weights say whether it needs the null label, and it has looked
         has_labels, has_null = self.pipe.denoiser_num_classes is not None, self.pipe.null_label is not None
-        if has_null and self.labels is not None:
+        if led_elsewhere or has_null and self.labels is not None:
             return
         if not has_labels and isinstance(guider, AutoGuidance):
             return  # it weakens the network itself

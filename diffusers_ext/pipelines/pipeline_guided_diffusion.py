@@ -10,15 +10,18 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Generator, Tensor
 
+from diffusers_ext.conditions import ImageCondition
 from diffusers_ext.guidance.guiding import Interval
 from diffusers_ext.pipelines.adapters import AdapterMixin
+from diffusers_ext.pipelines.call_condition import CallCondition, image_condition_of
 from diffusers_ext.pipelines.call_defaults import check_call_defaults
 from diffusers_ext.pipelines.components import check_components
 from diffusers_ext.pipelines.image_inputs import ImageInput
 from diffusers_ext.pipelines.inversion import InversionMixin
-from diffusers_ext.pipelines.label_condition import LabelCondition, LabelledMixin, Labels
+from diffusers_ext.pipelines.label_condition import Label, LabelCondition, LabelledMixin, Labels
 from diffusers_ext.pipelines.loading import FromPipeMixin, SavedWithCodeMixin, replaceable
 from diffusers_ext.pipelines.outputs import GuidedDiffusionPipelineOutput
+from diffusers_ext.pipelines.regions import read_regions
 from diffusers_ext.pipelines.sampling import CallOptions, SamplingMixin
 
 
@@ -45,6 +48,9 @@ class GuidedDiffusionPipeline(
         call_defaults: What a call does where it does not say it, saved with the pipeline: `num_inference_steps`, 50 without;
             `guidance_scale` and `guidance_interval`, which count where the call says nothing of guidance and the pipeline has
             no guider (`training/calibrate.py` chooses them).
+        image_condition: How a condition image is made from an image, for a denoiser with `condition_channels`: a dict of the
+            arguments of `diffusers_ext.conditions.ImageCondition`, saved with the pipeline. By default condition images are
+            given at the size of the samples.
 
     Raises:
         ValueError: if the components do not fit one another.
@@ -74,6 +80,7 @@ class GuidedDiffusionPipeline(
         clip_guided_noise: bool = False,
         noise_path: str | None = None,
         call_defaults: dict | None = None,
+        image_condition: dict | None = None,
     ):
         super().__init__()
         self.register_to_config(noise_path=noise_path)
@@ -89,6 +96,10 @@ class GuidedDiffusionPipeline(
         # JSON turns the keys into strings, and so does this, so that a saved pipeline equals the loaded one.
         self.register_to_config(id2label=None if id2label is None else {str(k): v for k, v in id2label.items()})
         self.register_to_config(clip_guided_noise=clip_guided_noise, call_defaults=check_call_defaults(call_defaults))
+        image_condition_of(denoiser, image_condition, vae)  # which checks it
+        if isinstance(image_condition, ImageCondition):
+            image_condition = image_condition.to_config()
+        self.register_to_config(image_condition=image_condition)
 
     @torch.no_grad()
     def __call__(
@@ -104,6 +115,9 @@ class GuidedDiffusionPipeline(
         strength: float | None = None,
         mask_image: ImageInput | None = None,
         num_resample_steps: int = 1,
+        condition_image: ImageInput | None = None,
+        condition_noise_level: float | None = None,
+        regions: Sequence[tuple[ImageInput, Label | Sequence[Label], float]] | None = None,
         guider: BaseGuidance | None = None,
         guidance_rescale: float = 0.0,
         guidance_interval: Interval | None = None,
@@ -141,6 +155,14 @@ class GuidedDiffusionPipeline(
             mask_image: White (from 0.5 on) where to make the image anew, black where to keep it exactly.
             num_resample_steps: How often each step of inpainting is done, with noise added back between, so that the
                 new parts fit the known ones better (RePaint, arXiv 2201.09865).
+            condition_image: What the image is to be made of, for a model that was trained so: a low resolution of it, its grey
+                values, its lines. As `pipe.image_condition` says, in channels and size; one for all, or one for each;
+                `condition_from_image` makes it from an image. Guidance leads away from the prediction without it.
+            condition_noise_level: Standard deviation of noise that is put into the condition image, and that the network is
+                given, for a model that was trained so (cascades, arXiv 2106.15282); 0 by default.
+            regions: Parts of the image with a label of their own, as `(mask, label, weight)`: to the prediction of the call,
+                weight * mask * (prediction of the label - null prediction) is added at each pixel, in one call of the
+                network; guiders then act as ever, on the sum. Masks are of the size of the images, with values in [0, 1].
             guider: Takes the place of the pipeline's guider in this call.
             guidance_rescale: In [0, 1], how far a guided prediction gets the standard deviation of the conditional one
                 back (arXiv 2305.08891, Section 3.4). For `guidance_scale`; a guider has its own.
@@ -167,4 +189,6 @@ class GuidedDiffusionPipeline(
         """
         call = CallOptions.of(locals())
         with self._precision():
-            return self._sample(LabelCondition(self, class_labels), call)
+            regions = read_regions(regions)
+            labels = LabelCondition(self, class_labels, [region.condition for region in regions])
+            return self._sample(CallCondition(self, labels, regions, condition_image, condition_noise_level), call)

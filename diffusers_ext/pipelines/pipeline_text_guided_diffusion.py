@@ -11,13 +11,16 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Generator, Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from diffusers_ext.conditions import ImageCondition
 from diffusers_ext.guidance.guiding import Interval
 from diffusers_ext.guidance.texts import TextEmbeds, encode_tokens, longest_text, masks_padding_by_default, tokenize
 from diffusers_ext.pipelines.adapters import AdapterMixin
+from diffusers_ext.pipelines.call_condition import CallCondition, image_condition_of
 from diffusers_ext.pipelines.components import check_text_components
 from diffusers_ext.pipelines.image_inputs import ImageInput
 from diffusers_ext.pipelines.loading import FromPipeMixin, SavedWithCodeMixin, replaceable
 from diffusers_ext.pipelines.outputs import GuidedDiffusionPipelineOutput
+from diffusers_ext.pipelines.regions import read_regions
 from diffusers_ext.pipelines.sampling import CallOptions, SamplingMixin
 from diffusers_ext.pipelines.text_condition import TextCondition, texts_or_embeds
 
@@ -43,7 +46,7 @@ class TextGuidedDiffusionPipeline(SamplingMixin, AdapterMixin, FromPipeMixin, Sa
         max_text_length: Tokens at which a text is cut, saved with the pipeline; `None` for all that the encoder takes.
         mask_padding: Whether encoder and denoiser look away from the padding of a text, saved with the pipeline; `None`
             for no with CLIP and yes with any other encoder.
-        clip_guided_noise, noise_path: As for `GuidedDiffusionPipeline`.
+        clip_guided_noise, noise_path, image_condition: As for `GuidedDiffusionPipeline`.
 
     Raises:
         ValueError: if the components do not fit one another.
@@ -73,6 +76,7 @@ class TextGuidedDiffusionPipeline(SamplingMixin, AdapterMixin, FromPipeMixin, Sa
         mask_padding: bool | None = None,
         clip_guided_noise: bool = False,
         noise_path: str | None = None,
+        image_condition: dict | None = None,
     ):
         super().__init__()
         self.register_to_config(noise_path=noise_path)
@@ -89,6 +93,10 @@ class TextGuidedDiffusionPipeline(SamplingMixin, AdapterMixin, FromPipeMixin, Sa
         self.register_to_config(
             max_text_length=max_text_length, mask_padding=mask_padding, clip_guided_noise=clip_guided_noise
         )
+        image_condition_of(denoiser, image_condition, vae)  # which checks it
+        if isinstance(image_condition, ImageCondition):
+            image_condition = image_condition.to_config()
+        self.register_to_config(image_condition=image_condition)
 
     @torch.no_grad()
     def __call__(
@@ -109,6 +117,9 @@ class TextGuidedDiffusionPipeline(SamplingMixin, AdapterMixin, FromPipeMixin, Sa
         strength: float | None = None,
         mask_image: ImageInput | None = None,
         num_resample_steps: int = 1,
+        condition_image: ImageInput | None = None,
+        condition_noise_level: float | None = None,
+        regions: Sequence[tuple[ImageInput, str, float]] | None = None,
         guider: BaseGuidance | None = None,
         guidance_rescale: float = 0.0,
         guidance_interval: Interval | None = None,
@@ -141,23 +152,27 @@ class TextGuidedDiffusionPipeline(SamplingMixin, AdapterMixin, FromPipeMixin, Sa
                 prompt or for each.
             generator: Source of the noise. With a list, one generator for each image, image i depends on generator i
                 alone.
+            regions: Parts of the image with a text of their own, as `(mask, text, weight)`.
             latents: Start noise of unit variance, one for each image, shape `(images, in_channels, *sample_size)`.
 
         Raises:
             ValueError: if an argument does not fit the model, the scheduler or another argument.
         """
-        condition = TextCondition(
+        regions = read_regions(regions)
+        texts = TextCondition(
             self,
             texts_or_embeds("prompt", prompt, prompt_embeds, prompt_attention_mask),
             texts_or_embeds(
                 "negative_prompt", negative_prompt, negative_prompt_embeds, negative_prompt_attention_mask
             ),
             num_images_per_prompt,
+            [region.condition for region in regions],
         )
-        if guidance_scale is None and guider is None and self.guider is None and condition.can_guide:
+        condition = CallCondition(self, texts, regions, condition_image, condition_noise_level)
+        if guidance_scale is None and guider is None and self.guider is None and texts.can_guide:
             guidance_scale = DEFAULT_GUIDANCE_SCALE
         if isinstance(generator, list | tuple):
-            condition.check_count("generator", len(generator))
+            texts.check_count("generator", len(generator))
         call = CallOptions.of(locals())
         with self._precision():
             return self._sample(condition, call)

@@ -17,6 +17,7 @@ from diffusers_ext.guidance.guided_denoiser import GuidedDenoiser
 from diffusers_ext.guidance.guiding import Interval, choose_guider, guided_steps
 from diffusers_ext.latents import latent_scale
 from diffusers_ext.machine import fast_precision
+from diffusers_ext.pipelines.call_condition import CallCondition, ConditionImagesMixin
 from diffusers_ext.pipelines.call_defaults import with_defaults
 from diffusers_ext.pipelines.image_inputs import ImageInput, encode_pixels, images_to_tensor, mask_to_tensor
 from diffusers_ext.pipelines.inpainting import KnownPixels, check_resampling, mask_of_latents
@@ -111,7 +112,7 @@ class CallOptions:
         return wanted
 
 
-class SamplingMixin:
+class SamplingMixin(ConditionImagesMixin):
     """The call of a pipeline under a condition: labels or texts.
 
     The pipeline has a `denoiser` and a `scheduler`, and a `vae`, a `guider` and a `weak_denoiser`, which may be `None`.
@@ -171,6 +172,8 @@ class SamplingMixin:
             call.batch_size, **condition.per_image, latents=call.latents, image=pixels, mask_image=mask
         )
         generator = as_generators(call.generator, batch_size)
+        if isinstance(condition, CallCondition):
+            condition.draw_noise(batch_size, generator, device)
         scheduler, timesteps = set_timesteps(
             self.scheduler, call.num_inference_steps, call.timesteps, call.noise_share, device
         )
@@ -243,15 +246,19 @@ class SamplingMixin:
         low_memory: bool = False,
     ) -> GuidedDenoiser:
         """The network under its condition and guider."""
+        inputs, regions = condition.inputs(batch_size, device), None
+        if isinstance(condition, CallCondition):
+            regions = condition.regional(inputs, batch_size, device)
         return GuidedDenoiser(
             self.denoiser,
             scheduler,
             guider,
-            condition.inputs(batch_size, device),
+            inputs,
             self._sample_shape[0],
             classifier=getattr(self, "classifier", None),
             weak_denoiser=self.weak_denoiser,
             low_memory=low_memory,
+            regions=regions,
         )
 
     # For callbacks, under diffusers' names.

@@ -19,6 +19,7 @@ class TextCondition:
         prompt: What the images show: texts or their embeddings.
         negative: What to lead away from: one text, or one for each of `prompt`; `None` for the empty text.
         num_images_per_prompt: Images of each prompt, which come one after the other.
+        of_regions: The text of each region of the image.
 
     Raises:
         ValueError: if they do not fit one another or the width of the denoiser's context.
@@ -32,6 +33,7 @@ class TextCondition:
         prompt: list[str] | TextEmbeds | None,
         negative: list[str] | TextEmbeds | None,
         num_images_per_prompt: int,
+        of_regions: Sequence[str] = (),
     ):
         if prompt is None:
             raise ValueError("prompt or prompt_embeds must be given; an empty text stands for no text")
@@ -54,6 +56,18 @@ class TextCondition:
         self._empty: TextEmbeds | None = None
         # Whether any step asks for the unconditional prediction, or did before a callback changed the guidance.
         self._needs_negative = False
+        self.of_regions = [self._text_of_region(text) for text in of_regions]
+
+    def _text_of_region(self, text: str) -> TextEmbeds:
+        if not isinstance(text, str):
+            raise ValueError(f"regions of this pipeline must be of texts, (mask, text, weight), got {text!r}")
+        if not self.can_guide:
+            raise ValueError(
+                "regions need a text from which the direction of each text is taken, and the denoiser was trained without "
+                "empty texts (caption_dropout was 0): give a negative_prompt that is not empty"
+            )
+        self._needs_negative = True
+        return self.pipe.encode_prompt([text])
 
     @property
     def can_guide(self) -> bool:
@@ -71,11 +85,14 @@ class TextCondition:
                 f"{count}"
             )
 
-    def check(self, guider: BaseGuidance | None, timesteps: Tensor, guide: Sequence[bool]) -> None:
+    def check(
+        self, guider: BaseGuidance | None, timesteps: Tensor, guide: Sequence[bool], *, led_elsewhere: bool = False
+    ) -> None:
         """Refuses a guider that the components or the texts do not suffice for, and a negative text without one.
 
         Args:
             guide: In which of the steps it acts.
+            led_elsewhere: Whether there is another condition to guide to, such as an image.
 
         Raises:
             ValueError: with what is missing.
@@ -91,6 +108,8 @@ class TextCondition:
                 "negative_prompt needs guidance, which this call has none of: give a guidance_scale other than 1, or a "
                 "guider that looks at the unconditional prediction, in some of the steps"
             )
+        if needed and led_elsewhere and not self.can_guide:
+            return  # the text stays as it is in both predictions
         if needed and not self.can_guide and not self.pipe.knows_empty_text:
             raise ValueError(
                 "guidance needs a text to lead away from that the denoiser knows, and it was trained without empty texts "
@@ -110,15 +129,30 @@ class TextCondition:
             if self.negative is None and self._empty is None:
                 self._empty = self.pipe.encode_prompt([""])
             negative = self._empty if self.negative is None else self.negative
-        both = [embeds.to(device, self.pipe.denoiser.dtype).expand(batch_size) for embeds in (positive, negative)]
-        # Those of one pass have the same number of tokens; what is added to the shorter ones is masked.
-        length = max(embeds.states.shape[1] for embeds in both)
-        with_mask = any(embeds.mask is not None or embeds.states.shape[1] < length for embeds in both)
-        both = [embeds.padded(length, with_mask) for embeds in both]
+        both = self._alike([positive, negative], batch_size, device)
         pairs = {"encoder_hidden_states": tuple(embeds.states for embeds in both)}
-        if with_mask:
+        if both[0].mask is not None:
             pairs["encoder_attention_mask"] = tuple(embeds.mask for embeds in both)
         return pairs
+
+    def region_inputs(self, batch_size: int, device: torch.device) -> list[dict[str, Tensor]]:
+        """The embeddings of the text of each region, as `inputs` has those of the images."""
+        inputs = []
+        for embeds in self._alike(self.of_regions, batch_size, device):
+            inputs.append({"encoder_hidden_states": embeds.states})
+            if embeds.mask is not None:
+                inputs[-1]["encoder_attention_mask"] = embeds.mask
+        return inputs
+
+    def _alike(self, texts: list[TextEmbeds], batch_size: int, device: torch.device) -> list[TextEmbeds]:
+        """Texts with as many tokens as the longest of the call: what is added to the shorter ones is masked."""
+        every = [self.prompt, *self.of_regions]
+        if self._needs_negative:
+            every.append(self._empty if self.negative is None else self.negative)
+        length = max(embeds.states.shape[1] for embeds in every)
+        with_mask = any(embeds.mask is not None or embeds.states.shape[1] < length for embeds in every)
+        texts = [embeds.to(device, self.pipe.denoiser.dtype).expand(batch_size) for embeds in texts]
+        return [embeds.padded(length, with_mask) for embeds in texts]
 
 
 def texts_or_embeds(

@@ -9,6 +9,7 @@ from diffusers import ModelMixin, UNet2DModel
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import nn
 
+from diffusers_ext.conditions import parse_condition
 from diffusers_ext.data.batches import TIMESTEP_SAMPLINGS
 from diffusers_ext.data.image_table import ImageData
 from diffusers_ext.data.latent_cache import SampleSpace, prepare_samples, read_info
@@ -86,6 +87,22 @@ class DenoisingConfig(PathConfig):
     lora_target_modules: tuple[str, ...] | None = fixed_option(
         None, "ends of the names of the layers that it changes; by default those of attention", needs="lora_rank"
     )
+    condition: str | None = fixed_option(
+        None,
+        "condition image that is made of each image: lowres:K, of a K-th of the sides; grey, without colour; edges, its lines",
+        "condition images",
+    )
+    condition_column: str | None = fixed_option(
+        None, "column that holds the condition image of each image, of the same size, instead"
+    )
+    condition_dropout: float = fixed_option(
+        0.1, "probability of training an image without its condition image, for guidance"
+    )
+    condition_noise: float = fixed_option(
+        0.0,
+        "largest level of noise that is put into condition images, as its standard deviation in [0, 1], and given to the network too: "
+        "for cascades",
+    )
 
     scheduler: Literal[tuple(SCHEDULERS)] | None = option(
         None,
@@ -116,6 +133,7 @@ class DenoisingConfig(PathConfig):
             raise ValueError(
                 "ema_snapshot_steps takes averages of all weights, of which lora_rank trains none: leave it out"
             )
+        self._check_condition()
         for name in ("snr_gamma", "vlb_weight", "logit_std"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
@@ -138,6 +156,35 @@ class DenoisingConfig(PathConfig):
             taken["resolution"] = source.resolution
         for name, value in taken.items():
             object.__setattr__(self, name, value)
+
+    def _check_condition(self) -> None:
+        if self.condition is not None:
+            parse_condition(self.condition)
+        if self.condition is not None and self.condition_column is not None:
+            raise ValueError("condition and condition_column are two ways to the same: give one of them")
+        if self.condition_column is not None and self.streaming:
+            raise ValueError(
+                "condition_column needs images that are decoded beforehand, and streaming reads them while training: leave "
+                "streaming out, or make the condition of the images (condition)"
+            )
+        if not 0 <= self.condition_dropout < 1:
+            raise ValueError(f"condition_dropout must be in [0, 1), got {self.condition_dropout:g}")
+        if not 0 <= self.condition_noise <= 1:
+            raise ValueError(f"condition_noise must be in [0, 1], got {self.condition_noise:g}")
+        if not self.has_condition:
+            for name, default in (("condition_dropout", 0.1), ("condition_noise", 0.0)):
+                if getattr(self, name) != default:
+                    raise ValueError(f"{name} has no meaning without condition or condition_column: leave it out")
+
+    @property
+    def has_condition(self) -> bool:
+        """Whether the network sees a condition image."""
+        return self.condition is not None or self.condition_column is not None
+
+    @property
+    def drops_condition(self) -> bool:
+        """Whether the network learns to do without its condition image too."""
+        return self.has_condition and self.condition_dropout > 0
 
     def _check_path(self) -> None:
         if (self.objective == "bound") != (self.path == "learned"):
@@ -230,7 +277,7 @@ def build_model(
 
     Args:
         learned_unconditional: Whether any of its examples will be without label or text.
-        context: `build_network`'s options for a text.
+        context: `build_network`'s options for a text and for a condition image.
     """
     if config.pretrained_pipeline is not None:
         network = load_network(config, space, num_classes, learned_unconditional=learned_unconditional, **context)

@@ -28,8 +28,11 @@ from diffusers_ext.recipes.timestep_sampler import ImportanceTimesteps, LogitNor
 # Share of the noise levels, below which the loss is said to be on too few.
 SMALL_SHARE = 0.05
 
-# What a batch may have, beside labels, that the model is called with: texts, encoded or in tokens.
-TEXT_CONDITIONS = ("encoder_hidden_states", "encoder_attention_mask", "input_ids", "attention_mask")
+# What a batch may have, beside labels, that the model is called with: texts, encoded or in tokens; and a condition image.
+MODEL_CONDITIONS = (
+    *("encoder_hidden_states", "encoder_attention_mask", "input_ids", "attention_mask"),
+    *("condition_image", "condition_given", "condition_level"),
+)
 
 
 class DenoisingObjective(nn.Module):
@@ -129,8 +132,8 @@ class DenoisingObjective(nn.Module):
         x0, eps = batch["images"], batch["noise"]
         timesteps, weight = self.timestep_sampler(batch["time"])
         x_t = add_noise(x0, eps, self.schedule.level(timesteps, x0))
-        texts = {name: batch[name] for name in TEXT_CONDITIONS if name in batch}
-        output = model(x_t, self.schedule.labels(timesteps), class_labels=batch.get("labels"), **texts).sample
+        conditions = {name: batch[name] for name in MODEL_CONDITIONS if name in batch}
+        output = model(x_t, self.schedule.labels(timesteps), class_labels=batch.get("labels"), **conditions).sample
         error, loss, bound = self.losses(output, x0, eps, x_t, timesteps)
         if self.training:
             self._record(timesteps, weight, error, loss, bound)

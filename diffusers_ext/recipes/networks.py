@@ -153,10 +153,15 @@ def build_network(
     cross_attention_dim: int | None = None,
     pool_context: bool = False,
     learned_unconditional: bool = True,
+    **of_condition_image,
 ) -> UNetModel | DiTModel:
-    """A new network with weights that follow from the seed."""
+    """A new network with weights that follow from the seed.
+
+    Args:
+        of_condition_image: Options of the network for a condition image; without, it takes none.
+    """
     torch.manual_seed(config.seed)
-    common = {
+    common = of_condition_image | {
         "sample_size": sample_size,
         "in_channels": in_channels,
         "out_channels": out_channels,

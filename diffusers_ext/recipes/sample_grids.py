@@ -19,6 +19,7 @@ from torch import Tensor
 from diffusers_ext.evaluation.generate import condition_of, sample_images, shared_by_processes
 from diffusers_ext.figures import labelled_grid, save_picture
 from diffusers_ext.latents import decode_latents
+from diffusers_ext.recipes.condition_grids import SAMPLES_OF_EACH, ConditionPictures
 from diffusers_ext.recipes.denoising import DenoisingConfig
 from diffusers_ext.trainer.ending import EndingCost, seconds_of
 from diffusers_ext.trainer.loop import Trainer
@@ -38,6 +39,7 @@ def draw_samples(
     labels: Sequence[int] | None = None,
     prompts: Sequence[str] | None = None,
     names: Sequence[str] | None = None,
+    conditions: ConditionPictures | None = None,
     columns: int = 8,
     seed: int = 0,
     batch_size: int = 64,
@@ -45,17 +47,21 @@ def draw_samples(
 ) -> Image.Image | None:
     """A grid of samples with one row for each label or text, or of as many rows as columns without either.
 
+    With condition images each has a column: itself, its samples, and the image that it is of.
+
     All processes call this and share the samples; the main one draws them.
 
     Args:
-        labels, prompts, names: Of the rows; more than 16 rows are not drawn.
+        labels, prompts, names: Of the rows; more than 16 rows are not drawn. With condition images, labels and prompts are of
+            the columns.
+        conditions: Pictures of the columns.
         seed: Picture i is made from seed `seed + i`.
         settings: For the pipeline's call, such as `num_inference_steps` and `guidance_scale`.
 
     Returns:
         The grid, as saved; None in the other processes.
     """
-    rows, each = _pictures_of(columns, labels, prompts)
+    rows, columns, each = _pictures_of(columns, labels, prompts, conditions)
 
     def make(indices: range) -> Tensor:
         asked = {name: [values[i] for i in indices] for name, values in each.items()}
@@ -65,21 +71,41 @@ def draw_samples(
     images = shared_by_processes(rows * columns, make)
     if not PartialState().is_main_process:
         return None
-    grid = labelled_grid(images.unflatten(0, (rows, columns)), names and names[:rows])
+    drawn = list(images.unflatten(0, (rows, columns)))
+    if conditions is None:
+        names = names and names[:rows]
+    else:
+        drawn = [conditions.shown[:columns], *drawn, conditions.images[:columns]]
+    grid = labelled_grid(drawn, names)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_picture(grid, path)
     return grid
 
 
 def _pictures_of(
-    columns: int, labels: Sequence[int] | None = None, prompts: Sequence[str] | None = None
-) -> tuple[int, dict[str, list]]:
-    """The number of rows of a grid, and the `labels` or `prompts` of its pictures, row by row."""
+    columns: int,
+    labels: Sequence[int] | None = None,
+    prompts: Sequence[str] | None = None,
+    conditions: ConditionPictures | None = None,
+) -> tuple[int, int, dict[str, list]]:
+    """Rows and columns of the samples in a grid, and the `labels`, `prompts` or `conditions` of each, row by row."""
+    if conditions is not None:
+        columns = min(columns, len(conditions))
+        of_columns = {"labels": labels, "prompts": prompts, "conditions": conditions.conditions}
+        of_columns = {name: list(values[:columns]) for name, values in of_columns.items() if values is not None}
+        return SAMPLES_OF_EACH, columns, {name: values * SAMPLES_OF_EACH for name, values in of_columns.items()}
     of_rows = labels if prompts is None else prompts
     if of_rows is None:
-        return columns, {}
+        return columns, columns, {}
     of_rows = list(of_rows)[:MAX_ROWS]
-    return len(of_rows), {"labels" if prompts is None else "prompts": [row for row in of_rows for _ in range(columns)]}
+    name = "labels" if prompts is None else "prompts"
+    return len(of_rows), columns, {name: [row for row in of_rows for _ in range(columns)]}
+
+
+def first_of(rows: dict[str, Any]) -> dict[str, Any]:
+    """The condition of the first picture of a grid, as `draw_denoising` takes it."""
+    _, _, each = _pictures_of(1, **{name: value for name, value in rows.items() if name != "names"})
+    return {name.removesuffix("s"): values[0] for name, values in each.items()}
 
 
 def log_image(accelerator: Accelerator, name: str, image: Image.Image | None, step: int) -> None:
@@ -102,6 +128,7 @@ def draw_denoising(
     *,
     label: int | None = None,
     prompt: str | None = None,
+    condition: Tensor | None = None,
     num_inference_steps: int,
     columns: int = 8,
     seed: int = 0,
@@ -113,9 +140,9 @@ def draw_denoising(
     """
     last = num_inference_steps - 1
     steps = sorted({round(column * last / max(columns - 1, 1)) for column in range(columns)})
-    condition = condition_of(1, None if label is None else [label], None if prompt is None else [prompt])
+    each = (None if value is None else [value] for value in (label, prompt, condition))
     trajectory = pipe(
-        **condition,
+        **condition_of(1, *each),
         generator=[torch.Generator(pipe.device).manual_seed(seed)],
         output_type="pt",
         num_inference_steps=num_inference_steps,
@@ -156,8 +183,8 @@ def drawing_cost(
 ) -> EndingCost:
     """Seconds of `save_and_draw`, from a few steps with the network as it is. Its arguments are those of that."""
     config, accelerator = trainer.config, trainer.accelerator
-    num_rows, each = _pictures_of(config.sample_columns, rows.get("labels"), rows.get("prompts"))
-    share = -(-num_rows * config.sample_columns // accelerator.num_processes)
+    num_rows, columns, each = _pictures_of(config.sample_columns, *map(rows.get, ("labels", "prompts", "conditions")))
+    share = -(-num_rows * columns // accelerator.num_processes)
     count = min(share, grid_settings(config)["batch_size"])
     steps = config.num_inference_steps
     # What is sampled in the end is loaded anew, and not compiled.
@@ -197,7 +224,7 @@ def save_and_draw(
 
     Args:
         pipeline, rows: Of `draw_while_training`.
-        condition: `label` or `prompt` of `draw_denoising`.
+        condition: `label`, `prompt` and `condition` of `draw_denoising`.
     """
     config, accelerator, output_dir = trainer.config, trainer.accelerator, trainer.output_dir
     with pipeline(trainer) as pipe:
@@ -214,8 +241,8 @@ def save_and_draw(
             "columns, to end within --max_train_time"
         )
     settings |= {"num_inference_steps": steps, "columns": columns}
-    num_rows, _ = _pictures_of(columns, rows.get("labels"), rows.get("prompts"))
-    batches = math.ceil(math.ceil(num_rows * columns / accelerator.num_processes) / settings["batch_size"])
+    num_rows, num_columns, _ = _pictures_of(columns, *map(rows.get, ("labels", "prompts", "conditions")))
+    batches = math.ceil(math.ceil(num_rows * num_columns / accelerator.num_processes) / settings["batch_size"])
     bar = counting_bar((batches + 1) * steps, "drawing: step", enabled=accelerator.is_main_process)
 
     def count(*_):

@@ -168,12 +168,14 @@ class TextDenoiser(nn.Module):
         class_labels: None = None,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        **condition_image: Tensor,
     ):
         """The denoiser's output.
 
         Args:
             sample, timestep, class_labels: As for the denoiser.
             input_ids, attention_mask: Of the tokens, int64, shape `(batch, tokens)`.
+            condition_image: What the denoiser takes of a condition image.
         """
         embeds = encode_tokens(self.text_encoder, input_ids, attention_mask, self.mask_padding)
         return self.denoiser(
@@ -182,6 +184,7 @@ class TextDenoiser(nn.Module):
             class_labels=class_labels,
             encoder_hidden_states=embeds.states,
             encoder_attention_mask=embeds.mask,
+            **condition_image,
         )
 
     def enable_gradient_checkpointing(self):

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from diffusers_ext.diffusion.noising import NoiseSchedule, Normal, add_noise, training_target, x0_error_scale
 from diffusers_ext.diffusion.variational_bound import decoder_nats, prior_nats
 from diffusers_ext.models.learned_schedule import LearnedSchedule, level_of, schedule_of_log_snr
-from diffusers_ext.recipes.denoising_objective import TEXT_CONDITIONS
+from diffusers_ext.recipes.denoising_objective import MODEL_CONDITIONS
 from diffusers_ext.recipes.loss_record import LossRecord
 from diffusers_ext.recipes.running_sums import RunningSums
 
@@ -169,7 +169,7 @@ class VariationalObjective(nn.Module):
         return schedule_of_log_snr(self._noise_schedule().log_snr_table(self.num_train_timesteps))
 
     def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        conditions = {name: batch[name] for name in TEXT_CONDITIONS if name in batch}
+        conditions = {name: batch[name] for name in MODEL_CONDITIONS if name in batch}
         terms = model(batch["images"], batch["noise"], batch["time"], class_labels=batch.get("labels"), **conditions)
         terms = VariationalTerms(*terms)
         if self.training:

@@ -121,8 +121,9 @@ class Trainer:
         self.to_device = ToDevice(accelerator, prepare_batch, channels_last=config.channels_last)
         self.validation = None
         if validation_data is not None:
-            shapes = {name: getattr(self.batch_options, name) for name in ("latent_shape", "noise_shape")}
-            self.validation = ValidationBatches(validation_data, config.train_batch_size, **shapes)
+            self.validation = ValidationBatches(
+                validation_data, config.train_batch_size, **self.batch_options.of_held_out
+            )
 
     def _prepare_model(self, model: nn.Module):
         """`self.module` is what is saved and sampled, `self.model` what is called: the same, wrapped by accelerate."""

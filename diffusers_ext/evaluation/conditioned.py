@@ -1,0 +1,103 @@
+"""Images that are asked for by condition images: which these are, and how close what comes is to the images that they are of."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from diffusers_ext.conditions import GIVEN, ImageCondition
+from diffusers_ext.evaluation.labelled_images import convert_channels, drawn_order
+from diffusers_ext.evaluation.real_images import RealImages
+from diffusers_ext.figures import labelled_grid
+from diffusers_ext.metrics.reconstruction import psnr, ssim
+
+
+COLUMNS = 8  # of the picture
+AT_ONCE = 256  # images, of which the measures need some times the memory
+
+
+@dataclass(frozen=True, eq=False)
+class ConditionedImages:
+    """Real images whose condition images are asked for, in turn; held-out ones if there are some.
+
+    Attributes:
+        condition: How their condition images are made.
+        truth: uint8, shape `(number, channels, height, width)`, with the channels of the pipeline.
+        conditions: In [0, 1], of the same number, as the pipeline takes them.
+        labels: Of the images, int64; -1 without.
+        held_out: Whether the pipeline was not trained on them.
+    """
+
+    condition: ImageCondition
+    truth: Tensor
+    conditions: Tensor
+    labels: Tensor
+    held_out: bool
+
+    @classmethod
+    def of(cls, condition: ImageCondition, real: RealImages, number: int, seed: int) -> "ConditionedImages":
+        """`number` of the real images, in the order in which `Evaluator.measure_held_out` and `Captions.draw` take them.
+
+        Raises:
+            ValueError: if the real images are not what the condition is made from, or have no column of it.
+        """
+        held_out = real.held_out is not None
+        if real.captions is not None:  # whose texts go with the condition images
+            held_out = held_out and len(real.captions.texts) == len(real.held_out)
+        source = real.held_out if held_out else real.train
+        order = drawn_order(len(source), seed)
+        rows = order.repeat(-(-number // len(order)))[:number]
+        truth = convert_channels(source.images, condition.image_channels)[rows]
+        if condition.kind == GIVEN:
+            column = real.held_out_conditions if held_out else real.train_conditions
+            if column is None:
+                raise ValueError(
+                    "the pipeline's condition images are a column of its data set, and none is named: see --condition_column of "
+                    "training/evaluate.py"
+                )
+            conditions = column[rows].float() / 255
+        else:
+            parts = (condition.of_images(part.float() / 127.5 - 1) for part in truth.split(AT_ONCE))
+            conditions = (torch.cat([*parts]) / 2 + 0.5).clamp(0, 1)
+        return cls(condition, truth, conditions, source.labels[rows], held_out)
+
+    @property
+    def bicubic(self) -> Tensor | None:
+        """The images of low resolution, enlarged by bicubic interpolation, uint8; None for other conditions."""
+        if self.condition.kind != "lowres":
+            return None
+        enlarged = F.interpolate(self.conditions, size=self.condition.image_size, mode="bicubic", align_corners=False)
+        return enlarged.clamp(0, 1).mul(255).round().to(torch.uint8)
+
+    def measure(self, images: Tensor) -> dict[str, float | int | bool | str]:
+        """How close images, uint8, one for each condition image, are to the true ones.
+
+        Returns:
+            `psnr` in dB, of the mean squared error of all of the images, and `ssim`, their mean; the same with `bicubic_`
+            before them for bicubic interpolation of a low resolution; `num_images`; `held_out`; the `condition` in words.
+        """
+        result = {"condition": self.condition.describe(), "num_images": len(images), "held_out": self.held_out}
+        result |= closeness(convert_channels(images, self.truth.shape[1]), self.truth)
+        if self.bicubic is not None:
+            result |= {f"bicubic_{name}": value for name, value in closeness(self.bicubic, self.truth).items()}
+        return result
+
+    def draw(self, images: Tensor) -> Image.Image:
+        """A grid: condition, result, bicubic interpolation if there is one, and truth, side by side for the first images."""
+        shown = self.condition.shown(self.conditions[:COLUMNS])
+        rows = {"condition": shown}
+        if self.bicubic is not None:
+            rows["bicubic"] = self.bicubic[:COLUMNS] / 255
+        rows |= {"result": images[:COLUMNS] / 255, "truth": self.truth[:COLUMNS] / 255}
+        return labelled_grid(list(rows.values()), list(rows))
+
+
+def closeness(images: Tensor, truth: Tensor) -> dict[str, float]:
+    """PSNR of the mean squared error of all images, in dB, and mean SSIM; both uint8, of one shape."""
+    errors, similar = [], []
+    for one, other in zip(images.split(AT_ONCE), truth.split(AT_ONCE), strict=True):
+        errors.append(10 ** (-psnr(one / 255, other / 255) / 10))
+        similar.append(ssim(one / 255, other / 255))
+    return {"psnr": (-10 * torch.log10(torch.cat(errors).mean())).item(), "ssim": torch.cat(similar).mean().item()}
