@@ -11,6 +11,7 @@ from diffusers_ext.guidance.guiders import ClassifierGuidance, ComposedGuidance,
 from diffusers_ext.models.classifier import NoisyClassifierModel
 from diffusers_ext.models.dit import DiTModel
 from diffusers_ext.models.hierarchical_vae import HierarchicalVAEModel
+from diffusers_ext.models.statistics import DataStatisticsModel
 from diffusers_ext.models.unet import UNetModel
 from diffusers_ext.models.vae import VAEModel
 from diffusers_ext.pipelines.pipeline_guided_diffusion import GuidedDiffusionPipeline
@@ -33,6 +34,7 @@ __all__ = [
     "AnnealedLangevinScheduler",
     "ClassifierGuidance",
     "ComposedGuidance",
+    "DataStatisticsModel",
     "DiTModel",
     "ExtDDIMInverseScheduler",
     "ExtDDIMScheduler",

@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 
 import openmp  # noqa: F401  before torch is loaded
-from diffusers import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from diffusers_ext import GuidedDiffusionPipeline
@@ -23,6 +22,7 @@ from diffusers_ext.data.latent_cache import SampleSpace, load_vae
 from diffusers_ext.data.stream import StreamData
 from diffusers_ext.options import fixed_option, option, run_script, to_command
 from diffusers_ext.recipes.calibration import calibrate_run, with_calibration
+from diffusers_ext.recipes.data_statistics import with_statistics
 from diffusers_ext.recipes.denoising import (
     DenoisingConfig,
     build_model,
@@ -73,7 +73,7 @@ def main(config: TrainConfig) -> Path:
     with open_run(config, accelerator) as open_folder:
         vae = None if config.vae is None else load_vae(config.vae)
         data = load_data(config, accelerator, vae)
-        space = SampleSpace.of(data, vae)
+        space = with_statistics(config, data, SampleSpace.of(data, vae), accelerator)
         config = dataclasses.replace(config, resolution=space.resolution, resize_mode=data.resize_mode)
         config.check_sample(space.shape[1:], space.resolution)
         unlabelled = config.label_dropout > 0 or data.num_classes is None or data.has_unlabelled
@@ -81,8 +81,8 @@ def main(config: TrainConfig) -> Path:
         open_folder(config)
         network = build_model(config, space, data.num_classes, learned_unconditional=unlabelled)
         model = with_its_schedule(config, network, space.num_values)
-        scheduler = build_scheduler(config)
-        pipeline, rows = partial(averaged_pipeline, scheduler=scheduler, vae=vae), rows_of(data)
+        scheduler = build_scheduler(config, largest_x0=space.largest)
+        pipeline, rows = partial(averaged_pipeline, scheduler=scheduler, space=space), rows_of(data)
         trainer = Trainer(
             config,
             accelerator,
@@ -106,12 +106,17 @@ def main(config: TrainConfig) -> Path:
 
 
 @contextmanager
-def averaged_pipeline(trainer: Trainer, scheduler: SchedulerMixin, vae: ModelMixin | None):
+def averaged_pipeline(trainer: Trainer, scheduler: SchedulerMixin, space: SampleSpace):
     """The pipeline as it stands, with the averaged weights if there are any; the model's own come back at the end."""
     with trainer.averaged_model() as model:
         network, scheduler = without_its_schedule(trainer.config, model, scheduler)
         pipe = GuidedDiffusionPipeline(
-            denoiser=network, scheduler=scheduler, vae=vae, id2label=trainer.data.id2label, clip_guided_noise=True
+            denoiser=network,
+            scheduler=scheduler,
+            vae=space.vae,
+            statistics=space.statistics,
+            id2label=trainer.data.id2label,
+            clip_guided_noise=True,
         )
         pipe.set_progress_bar_config(disable=True)
         yield pipe

@@ -26,6 +26,7 @@ from diffusers_ext.data.latent_cache import SampleSpace, load_vae, prepare_sampl
 from diffusers_ext.data.validation import prepare_validation
 from diffusers_ext.guidance.texts import width_of
 from diffusers_ext.options import run_script, to_command
+from diffusers_ext.recipes.data_statistics import with_statistics
 from diffusers_ext.recipes.denoising import (
     build_model,
     build_objective,
@@ -55,13 +56,13 @@ def main(config: TextConfig) -> Path:
         vae = None if config.vae is None else load_vae(config.vae)
         data, held_out, texts = load_data(config, accelerator, vae)
         rows = rows_of(config, data)
-        space = SampleSpace.of(data, vae)
+        space = with_statistics(config, data, SampleSpace.of(data, vae), accelerator)
         config = dataclasses.replace(config, resolution=space.resolution, resize_mode=data.resize_mode)
         config.check_sample(space.shape[1:], space.resolution)
         empty = config.caption_dropout > 0 or any(not caption.strip() for caption in captions_of(data))
         refuse_unlearned_guidance(config, empty, "caption_dropout")
         open_folder(config)
-        scheduler = build_scheduler(config)
+        scheduler = build_scheduler(config, largest_x0=space.largest)
         model = build_model(
             config,
             space,
@@ -71,7 +72,7 @@ def main(config: TextConfig) -> Path:
         )
         if texts.trained:
             model = TextDenoiser(model, texts.text_encoder, texts.mask_padding)
-        pipeline = partial(averaged_pipeline, scheduler=scheduler, vae=vae, texts=texts)
+        pipeline = partial(averaged_pipeline, scheduler=scheduler, space=space, texts=texts)
         trainer = Trainer(
             config,
             accelerator,
@@ -127,7 +128,7 @@ def load_data(
 
 @contextmanager
 def averaged_pipeline(
-    trainer: Trainer, scheduler: SchedulerMixin, vae: ModelMixin | None, texts: Texts
+    trainer: Trainer, scheduler: SchedulerMixin, space: SampleSpace, texts: Texts
 ) -> Iterator[TextGuidedDiffusionPipeline]:
     """The pipeline as it stands, with the averaged weights if there are any; the model's own come back at the end."""
     with trainer.averaged_model() as model:
@@ -138,7 +139,8 @@ def averaged_pipeline(
             scheduler=type(scheduler).from_config(scheduler.config),  # a copy: sampling sets its timesteps
             tokenizer=texts.tokenizer,
             text_encoder=encoder,
-            vae=vae,
+            vae=space.vae,
+            statistics=space.statistics,
             max_text_length=texts.max_length,
             mask_padding=texts.mask_padding,
             clip_guided_noise=True,

@@ -34,6 +34,8 @@ class GuidedDiffusionPipeline(
         guider: How conditional and unconditional predictions are combined, if not by `guidance_scale`.
         classifier: `NoisyClassifierModel`, for `ClassifierGuidance`.
         weak_denoiser: A weaker network of the same data, for `WeakModelGuidance`.
+        statistics: `DataStatisticsModel`, by whose mean and standard deviation the denoiser's samples were normalised; what
+            the pipeline takes and gives are images all the same.
         id2label: Names of the labels by their ids, saved with the pipeline.
         clip_guided_noise: Whether DDIM, under guidance, takes the noise in x_t to be what the clipped x_0 leaves, as
             Dhariwal & Nichol 2021's sampler does, rather than what the guided prediction says. That leaves the range of
@@ -57,8 +59,9 @@ class GuidedDiffusionPipeline(
     """
 
     model_cpu_offload_seq = "denoiser->vae"
-    _exclude_from_cpu_offload = ["classifier", "weak_denoiser"]  # used in turns with the denoiser, in each step
-    _optional_components = ["vae", "guider", "classifier", "weak_denoiser"]
+    # The first two are used in turns with the denoiser, in each step; the others are small.
+    _exclude_from_cpu_offload = ["classifier", "weak_denoiser", "statistics"]
+    _optional_components = ["vae", "guider", "classifier", "weak_denoiser", "statistics"]
 
     @replaceable(_optional_components)
     def __init__(
@@ -69,6 +72,7 @@ class GuidedDiffusionPipeline(
         guider: BaseGuidance | None = None,
         classifier: ModelMixin | None = None,
         weak_denoiser: ModelMixin | None = None,
+        statistics: ModelMixin | None = None,
         id2label: dict | None = None,
         clip_guided_noise: bool = False,
         noise_path: str | None = None,
@@ -76,7 +80,7 @@ class GuidedDiffusionPipeline(
     ):
         super().__init__()
         self.register_to_config(noise_path=noise_path)
-        check_components(denoiser, vae, classifier, weak_denoiser)
+        check_components(denoiser, vae, classifier, weak_denoiser, statistics)
         self.register_modules(
             denoiser=denoiser,
             scheduler=scheduler,
@@ -84,6 +88,7 @@ class GuidedDiffusionPipeline(
             guider=guider,
             classifier=classifier,
             weak_denoiser=weak_denoiser,
+            statistics=statistics,
         )
         # JSON turns the keys into strings, and so does this, so that a saved pipeline equals the loaded one.
         self.register_to_config(id2label=None if id2label is None else {str(k): v for k, v in id2label.items()})

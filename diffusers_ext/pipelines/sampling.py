@@ -17,6 +17,7 @@ from diffusers_ext.guidance.guided_denoiser import GuidedDenoiser
 from diffusers_ext.guidance.guiding import Interval, choose_guider, guided_steps
 from diffusers_ext.latents import latent_scale
 from diffusers_ext.machine import fast_precision
+from diffusers_ext.models.statistics import DataStatisticsModel
 from diffusers_ext.pipelines.call_defaults import with_defaults
 from diffusers_ext.pipelines.image_inputs import ImageInput, encode_pixels, images_to_tensor, mask_to_tensor
 from diffusers_ext.pipelines.inpainting import KnownPixels, check_resampling, mask_of_latents
@@ -114,7 +115,8 @@ class CallOptions:
 class SamplingMixin:
     """The call of a pipeline under a condition: labels or texts.
 
-    The pipeline has a `denoiser` and a `scheduler`, and a `vae`, a `guider` and a `weak_denoiser`, which may be `None`.
+    The pipeline has a `denoiser` and a `scheduler`, and a `vae`, a `guider`, a `weak_denoiser` and `statistics`, which may be
+    `None`.
     """
 
     _callback_tensor_inputs = ["latents"]
@@ -190,7 +192,10 @@ class SamplingMixin:
             return denoise, _step_options(scheduler, generator, call, reuse_clipped)
 
         denoise, step_options = guided_by(call.guidance_scale)
-        x0 = None if pixels is None else encode_pixels(pixels, self.vae, self._sample_shape)
+        labels = labels_of_data(self.statistics, condition)
+        x0 = None
+        if pixels is not None:
+            x0 = encode_pixels(pixels, self.vae, self._sample_shape, self.statistics, labels)
         shape, start = (batch_size, *self._sample_shape), x0 if call.noise_share < 1 else None
         x = _noisy_start(scheduler, shape, generator, call.latents, start, timesteps)
         known = None
@@ -220,7 +225,7 @@ class SamplingMixin:
                         scale = self._guidance_scale
                         denoise, step_options = guided_by(scale)
 
-        images = decode_images(x, self.vae, call.output_type, pixels, mask)
+        images = decode_images(x, self.vae, call.output_type, pixels, mask, self.statistics, labels)
         self.maybe_free_model_hooks()
         trajectory = None if call.trajectory_steps is None else trajectory
         if not call.return_dict:
@@ -305,16 +310,49 @@ class SamplingMixin:
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs must be among {self._callback_tensor_inputs}, got {unknown}"
             )
-        if vae is None:
-            return
-        latent_scale(vae, torch.empty(1, self._sample_shape[0], *[1] * self._dims))
-        bound = config.get("clip_sample_range", 1.0)
-        if config.get("clip_sample") and bound <= 1:
-            warnings.warn(
-                f"the scheduler clips what it predicts to [-{bound:g}, {bound:g}], which is the range of images and not of "
-                "latents: make it with clip_sample=False",
-                stacklevel=5,
-            )
+        if vae is not None:
+            latent_scale(vae, torch.empty(1, self._sample_shape[0], *[1] * self._dims))
+        check_clipping(config, vae is not None, self.statistics)
+
+
+def check_clipping(config: Mapping[str, Any], in_latents: bool, statistics: DataStatisticsModel | None) -> None:
+    """Looks whether what a scheduler does to the predicted x_0 suits samples that are not images in [-1, 1].
+
+    Raises:
+        ValueError: if it scales them into [-1, 1].
+    """
+    if statistics is not None and config.get("thresholding"):
+        raise ValueError(
+            "thresholding must be False for a pipeline with statistics: it scales the predicted x_0 into [-1, 1], the range of "
+            "images and not of normalised ones; clip_sample=True clips them to clip_sample_range"
+        )
+    bound = config.get("clip_sample_range", 1.0)
+    if not config.get("clip_sample"):
+        return
+    if in_latents and bound <= 1:
+        samples, remedy = "latents", "clip_sample=False"
+    elif not in_latents and statistics is not None and bound < (1 - 1e-6) * statistics.largest:
+        samples, remedy = "normalised ones", f"clip_sample_range={statistics.largest:.6g}"
+    else:
+        return
+    warnings.warn(
+        f"the scheduler clips what it predicts to [-{bound:g}, {bound:g}], which is the range of images and not of "
+        f"{samples}: make it with {remedy}",
+        stacklevel=6,
+    )
+
+
+def labels_of_data(statistics: DataStatisticsModel | None, condition: Condition) -> Tensor | None:
+    """The labels of a call by which `statistics` know the mean of its images; None if they have one mean for all."""
+    if statistics is None or statistics.config.num_classes is None:
+        return None
+    if condition.labels is None:
+        warnings.warn(
+            "class_labels were not given, and from the data of this model the mean of each label was subtracted, which is not "
+            "known for images of no label: they get the mean of all data",
+            stacklevel=5,
+        )
+    return condition.labels
 
 
 def count_images(batch_size: int, **tensors: Tensor | None) -> int:
