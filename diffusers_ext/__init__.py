@@ -10,6 +10,7 @@ from diffusers.guiders import BaseGuidance
 from diffusers_ext.guidance.guiders import ClassifierGuidance, ComposedGuidance, WeakModelGuidance
 from diffusers_ext.models.classifier import NoisyClassifierModel
 from diffusers_ext.models.dit import DiTModel
+from diffusers_ext.models.gaussian_prior import GaussianPriorModel
 from diffusers_ext.models.hierarchical_vae import HierarchicalVAEModel
 from diffusers_ext.models.statistics import DataStatisticsModel
 from diffusers_ext.models.unet import UNetModel
@@ -40,6 +41,7 @@ __all__ = [
     "ExtDDIMScheduler",
     "ExtDDPMScheduler",
     "FlowScheduler",
+    "GaussianPriorModel",
     "GuidedDiffusionPipeline",
     "HierarchicalVAEModel",
     "NoisyClassifierModel",

@@ -57,6 +57,8 @@ SMALL = {
     "training/evaluate_vae.py": "--num_images 8 --num_likelihood_images 2 --num_samples 2 --num_threads 1",
     "training/compare_guidance.py": "--num_images 6 --num_inference_steps 5 --guidance_scales 1 2 --num_threads 1",
     "training/calibrate.py": "--max_time 1s --num_inference_steps 2 --max_train_samples 60 --num_threads 1",
+    "training/fit_prior.py": "--num_inference_steps 2 --max_train_samples 60 --num_threads 1",
+    "training/study.py": "--num_images 20 --num_data 40 --num_inference_steps 2 --lengths 10 1000 --max_train_samples 60 --num_threads 1",
     "training/sample_prompts.py": "--num_inference_steps 2 --guidance_scales 1 2",
     "benchmarks/train_stock.py": "--max_train_steps 1 --train_batch_size 1",
 }

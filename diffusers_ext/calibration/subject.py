@@ -53,6 +53,11 @@ class Subject:
                 f"a pipeline to calibrate must make images by label or of no condition, got {name}: of texts, compare scales of "
                 "guidance with training/sample_prompts.py"
             )
+        if (getattr(original, "config", {}).get("call_defaults") or {}).get("start_timestep") is not None:
+            raise ValueError(
+                "a pipeline to calibrate must start from pure noise, got a start_timestep in its call_defaults: calibrate it "
+                "before training/fit_prior.py"
+            )
         scheduler = own_scheduler(original.scheduler)
         if isinstance(original, GuidedDiffusionPipeline):
             original.scheduler = scheduler

@@ -7,7 +7,8 @@ from torch import Tensor
 from diffusers_ext.pipelines.image_inputs import ImageInput, encode_pixels
 from diffusers_ext.pipelines.label_condition import LabelCondition, Labels
 from diffusers_ext.pipelines.outputs import decode_images
-from diffusers_ext.pipelines.sampling import count_images, labels_of_data
+from diffusers_ext.pipelines.sampling import count_images
+from diffusers_ext.pipelines.statistics import labels_of_data
 from diffusers_ext.schedulers.levels import is_linear, path_name
 from diffusers_ext.schedulers.scheduling_ddim import ExtDDIMScheduler
 from diffusers_ext.schedulers.scheduling_ddim_inverse import ExtDDIMInverseScheduler

@@ -1,7 +1,6 @@
 """The call that the pipelines share: its options, and the loop from noise to images, with any scheduler and any guider."""
 
 import inspect
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
@@ -17,11 +16,12 @@ from diffusers_ext.guidance.guided_denoiser import GuidedDenoiser
 from diffusers_ext.guidance.guiding import Interval, choose_guider, guided_steps
 from diffusers_ext.latents import latent_scale
 from diffusers_ext.machine import fast_precision
-from diffusers_ext.models.statistics import DataStatisticsModel
 from diffusers_ext.pipelines.call_defaults import with_defaults
 from diffusers_ext.pipelines.image_inputs import ImageInput, encode_pixels, images_to_tensor, mask_to_tensor
 from diffusers_ext.pipelines.inpainting import KnownPixels, check_resampling, mask_of_latents
 from diffusers_ext.pipelines.outputs import GuidedDiffusionPipelineOutput, TrajectoryPoint, decode_images
+from diffusers_ext.pipelines.statistics import check_clipping, labels_of_data
+from diffusers_ext.pipelines.truncation import check_latents, truncated_start, truncated_timesteps
 from diffusers_ext.schedulers.levels import add_noise_at, path_name, start_scale
 from diffusers_ext.schedulers.samplers import check_sampler, set_timesteps
 from diffusers_ext.sizes import as_size
@@ -66,6 +66,7 @@ class CallOptions:
     guidance_interval: Interval | None
     classifier_scale: float = 0.0
     timesteps: list[int] | None
+    start_timestep: int | None = None
     eta: float
     use_clipped_model_output: bool | None
     low_memory: bool
@@ -91,6 +92,10 @@ class CallOptions:
             raise ValueError(f"strength must be in [0, 1], got {self.strength}")
         if self.latents is not None and self.noise_share < 1:
             raise ValueError("latents must not be given together with an image and a strength below 1: they are noise")
+        if self.start_timestep is not None:
+            given = [name for name in ("image", "timesteps") if getattr(self, name) is not None]
+            if given:
+                raise ValueError(f"start_timestep and {given[0]} both say where to start: give one of them")
 
     @property
     def noise_share(self) -> float:
@@ -173,8 +178,11 @@ class SamplingMixin:
             call.batch_size, **condition.per_image, latents=call.latents, image=pixels, mask_image=mask
         )
         generator = as_generators(call.generator, batch_size)
+        listed = call.timesteps
+        if call.start_timestep is not None:
+            listed = truncated_timesteps(self.scheduler, call.num_inference_steps, call.start_timestep)
         scheduler, timesteps = set_timesteps(
-            self.scheduler, call.num_inference_steps, call.timesteps, call.noise_share, device
+            self.scheduler, call.num_inference_steps, listed, call.noise_share, device
         )
         num_steps, guide = len(timesteps), guided_steps(call.guidance_interval, scheduler, timesteps)
         wanted, used = call.wanted_steps(num_steps), _channels_for_step(scheduler, self._sample_shape[0])
@@ -197,7 +205,10 @@ class SamplingMixin:
         if pixels is not None:
             x0 = encode_pixels(pixels, self.vae, self._sample_shape, self.statistics, labels)
         shape, start = (batch_size, *self._sample_shape), x0 if call.noise_share < 1 else None
-        x = _noisy_start(scheduler, shape, generator, call.latents, start, timesteps)
+        if call.start_timestep is None:
+            x = _noisy_start(scheduler, shape, generator, call.latents, start, timesteps)
+        else:
+            x = truncated_start(self, condition, shape, generator, call.latents, timesteps[:1])
         known = None
         if mask is not None:
             spatial_mask = mask if self.vae is None else mask_of_latents(mask, self._sample_shape[1:])
@@ -315,46 +326,6 @@ class SamplingMixin:
         check_clipping(config, vae is not None, self.statistics)
 
 
-def check_clipping(config: Mapping[str, Any], in_latents: bool, statistics: DataStatisticsModel | None) -> None:
-    """Looks whether what a scheduler does to the predicted x_0 suits samples that are not images in [-1, 1].
-
-    Raises:
-        ValueError: if it scales them into [-1, 1].
-    """
-    if statistics is not None and config.get("thresholding"):
-        raise ValueError(
-            "thresholding must be False for a pipeline with statistics: it scales the predicted x_0 into [-1, 1], the range of "
-            "images and not of normalised ones; clip_sample=True clips them to clip_sample_range"
-        )
-    bound = config.get("clip_sample_range", 1.0)
-    if not config.get("clip_sample"):
-        return
-    if in_latents and bound <= 1:
-        samples, remedy = "latents", "clip_sample=False"
-    elif not in_latents and statistics is not None and bound < (1 - 1e-6) * statistics.largest:
-        samples, remedy = "normalised ones", f"clip_sample_range={statistics.largest:.6g}"
-    else:
-        return
-    warnings.warn(
-        f"the scheduler clips what it predicts to [-{bound:g}, {bound:g}], which is the range of images and not of "
-        f"{samples}: make it with {remedy}",
-        stacklevel=6,
-    )
-
-
-def labels_of_data(statistics: DataStatisticsModel | None, condition: Condition) -> Tensor | None:
-    """The labels of a call by which `statistics` know the mean of its images; None if they have one mean for all."""
-    if statistics is None or statistics.config.num_classes is None:
-        return None
-    if condition.labels is None:
-        warnings.warn(
-            "class_labels were not given, and from the data of this model the mean of each label was subtracted, which is not "
-            "known for images of no label: they get the mean of all data",
-            stacklevel=5,
-        )
-    return condition.labels
-
-
 def count_images(batch_size: int, **tensors: Tensor | None) -> int:
     """The number of images that the arguments of a call agree on; one of an argument stands for any number.
 
@@ -440,9 +411,8 @@ def _noisy_start(
     device = timesteps.device
     if latents is None:
         noise = draw_normal(shape, generator=generator, device=device, dtype=torch.float32)
-    elif latents.shape != shape:
-        raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}")
     else:
+        check_latents(latents, shape)
         noise = latents.to(device, torch.float32)
     if x0 is None:
         return noise * start_scale(scheduler)

@@ -9,12 +9,13 @@ import torch
 from diffusers_ext.diffusion.betas import make_betas
 from diffusers_ext.diffusion.data_units import DataUnits
 from diffusers_ext.diffusion.losses import bound_loss
-from diffusers_ext.diffusion.noising import NoiseSchedule, Normal, add_noise
+from diffusers_ext.diffusion.noising import NoiseLevel, NoiseSchedule, Normal, add_noise, predict_eps
+from diffusers_ext.diffusion.paths import ContinuousTime
 from diffusers_ext.diffusion.probability_flow import flow_bound
 from diffusers_ext.diffusion.reverse_chain import ReverseChain
 from diffusers_ext.diffusion.timesteps import make_timesteps
 from diffusers_ext.diffusion.variational_bound import bits_per_dim, decoder_nats, variational_bound
-from gaussian_oracle import EPS, VARIANCE, X0, model_output, optimal_variance
+from gaussian_oracle import EPS, VARIANCE, X0, denoise, optimal_variance
 
 
 # By channel; of x ~ N(0, VARIANCE) the data are shift + scale x.
@@ -55,8 +56,12 @@ def test_the_bounds_of_gaussian_data_are_the_entropy_of_the_data_and_not_of_the_
     variances = [optimal_variance(schedule, *pair) for pair in zip(timesteps, [*timesteps[1:], -1], strict=True)]
     chain = ReverseChain(schedule, timesteps, torch.tensor(variances[::-1], dtype=torch.float64))
 
+    path = ContinuousTime(schedule)
+
     def answer(x_t, timesteps):
-        return model_output(schedule, "epsilon", x_t, timesteps)
+        angle = path.angle(timesteps).view(-1, 1, 1, 1)
+        level = NoiseLevel(angle.cos(), angle.sin())
+        return predict_eps(denoise(x_t, level), x_t, level)
 
     x0, eps = X0.expand(4, 2, 1, 1), EPS.expand(4, 2, 1, 1)
     options = {"num_bins": None, "units": UNITS}

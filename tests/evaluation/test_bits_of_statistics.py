@@ -56,7 +56,7 @@ def test_the_rate_is_of_the_normalised_and_the_distortion_of_bins_of_their_width
         x0 = (y - mean[label].double()) / torch.tensor(std).double()
 
         def denoise(x_t, timesteps, number=number):
-            return pipe.denoiser(x_t.float(), timesteps, class_labels=number).sample
+            return pipe.denoiser(x_t.float(), timesteps, class_labels=number).sample.detach()
 
         seen = []
         generator = [torch.Generator().manual_seed(2_000_000 + row)]
