@@ -332,7 +332,7 @@ def study_embedding(material: Material) -> Report:
         "in the plane."
     ]
     if missing:
-        lines.append("Without UMAP, whose library is not installed: pip install umap-learn.")
+        lines.append("Without UMAP, whose library is not installed: it is in the extra `study`.")
     names = label_names_of(pipe) or [str(label) for label in range(pipe.denoiser_num_classes)]
     return Report(
         "Where do images, samples and latents lie?", lines, rows, embeddings.draw_planes(planes, of_kinds, names)

@@ -146,9 +146,10 @@ def _moments(
     Images that are mirrored at random are taken both ways, and those that are cropped at random in their middle.
     """
     encode = None if space.vae is None else LatentEncoder(space.vae, device, space.cached)
+    size = BATCH if encode is None else config.train_batch_size
     for flip in (False, True) if config.random_flip else (False,):
-        for start in range(0, len(data), BATCH):
-            rows = np.arange(start, min(start + BATCH, len(data)))
+        for start in range(0, len(data), size):
+            rows = np.arange(start, min(start + size, len(data)))
             pixels = torch.from_numpy(data.read(rows, np.full((len(rows), 2), 0.5), np.full(len(rows), flip)))
             images = pixels.movedim(-1, 1)
             if encode is None:

@@ -99,17 +99,14 @@ def test_a_fitted_prior_is_where_calls_start_by_default(run, tmp_path, capsys):
     point = pipe(class_labels=5, trajectory_steps=[0]).trajectory[0]
     assert point.timestep == 300
     assert load(run).prior is None
-    for words, message in (
-        ([str(run)], "start_timestep must be given"),
-        ([str(run), "--start_timestep", "2000"], r"start_timestep must be an integer in \[0, 999\], got 2000"),
-        ([str(run), "--start_timestep", "9", "--vae_prior", "runs/vae", "--rank", "3"], "leave them or vae_prior out"),
-        (
-            [str(run), "--start_timestep", "99", "--vae_prior", str(tmp_path / "nothing")],
-            "cannot be loaded as an auto",
-        ),
+    for options, message in (
+        ({}, "start_timestep must be given"),
+        ({"start_timestep": 2000}, r"start_timestep must be an integer in \[0, 999\], got 2000"),
+        ({"start_timestep": 9, "vae_prior": "runs/vae", "rank": 3}, "leave them or vae_prior out"),
+        ({"start_timestep": 99, "vae_prior": str(tmp_path / "nothing")}, "cannot be loaded as an autoencoder"),
     ):
-        with pytest.raises((ValueError, SystemExit), match=message):
-            fit_prior.main(fit_prior.parse(words))
+        with pytest.raises(ValueError, match=message):
+            fit_prior.main(fit_prior.FitPriorConfig(pipeline=str(run), num_threads=1, **options))
 
 
 @pytest.mark.parametrize("name", study.STUDIES)
