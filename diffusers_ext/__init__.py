@@ -10,7 +10,9 @@ from diffusers.guiders import BaseGuidance
 from diffusers_ext.guidance.guiders import ClassifierGuidance, ComposedGuidance, WeakModelGuidance
 from diffusers_ext.models.classifier import NoisyClassifierModel
 from diffusers_ext.models.dit import DiTModel
+from diffusers_ext.models.gaussian_prior import GaussianPriorModel
 from diffusers_ext.models.hierarchical_vae import HierarchicalVAEModel
+from diffusers_ext.models.statistics import DataStatisticsModel
 from diffusers_ext.models.unet import UNetModel
 from diffusers_ext.models.vae import VAEModel
 from diffusers_ext.pipelines.pipeline_guided_diffusion import GuidedDiffusionPipeline
@@ -35,11 +37,13 @@ __all__ = [
     "ClassifierGuidance",
     "ComposedGuidance",
     "ConsistencyScheduler",
+    "DataStatisticsModel",
     "DiTModel",
     "ExtDDIMInverseScheduler",
     "ExtDDIMScheduler",
     "ExtDDPMScheduler",
     "FlowScheduler",
+    "GaussianPriorModel",
     "GuidedDiffusionPipeline",
     "HierarchicalVAEModel",
     "NoisyClassifierModel",

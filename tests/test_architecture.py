@@ -40,6 +40,7 @@ MAY_IMPORT = {
     "evaluation": "__init__ untrusted atomic_files conditions draws machine pixels sizes options figures diffusion schedulers models guidance pipelines data metrics",
     "calibration": "__init__ atomic_files figures diffusion schedulers guidance pipelines hub data trainer metrics evaluation",
     "recipes": "calibration __init__ untrusted atomic_files conditions draws machine pixels options figures latents sizes diffusion schedulers models guidance pipelines hub data trainer metrics evaluation",
+    "studies": "atomic_files figures diffusion",
     "__init__": "registration diffusion schedulers models guidance pipelines",
 }
 LONGEST_FUNCTION = 80

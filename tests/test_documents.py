@@ -58,6 +58,8 @@ SMALL = {
     "training/compare_guidance.py": "--num_images 6 --num_inference_steps 5 --guidance_scales 1 2 --num_threads 1",
     "training/calibrate.py": "--max_time 1s --num_inference_steps 2 --max_train_samples 60 --num_threads 1",
     "training/distill.py": f"{TRAINING.replace('steps 2', 'steps 3')} --sample_columns 2",
+    "training/fit_prior.py": "--num_inference_steps 2 --max_train_samples 60 --num_threads 1",
+    "training/study.py": "--num_images 20 --num_data 40 --num_inference_steps 2 --lengths 10 1000 --max_train_samples 60 --num_threads 1",
     "training/sample_prompts.py": "--num_inference_steps 2 --guidance_scales 1 2",
     "benchmarks/train_stock.py": "--max_train_steps 1 --train_batch_size 1",
     "benchmarks/fuzz.py": "--num_schedulers 20 --num_options 5",

@@ -274,12 +274,14 @@ def describe_set(
 ) -> dict:
     """The settings that all sets of images share."""
     scheduler = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
+    statistics = {} if pipe.statistics is None else {"statistics_sha256": hash_weights(pipe.statistics)}
     return json.loads(
         json.dumps(
             {
                 "dataset_name": config.dataset_name,
                 "denoiser_sha256": hash_weights(pipe.denoiser),
                 "vae_sha256": None if pipe.vae is None else hash_weights(pipe.vae),
+                **statistics,
                 "features_sha256": about_features["sha256"],
                 "scheduler_class": type(pipe.scheduler).__name__,
                 "scheduler": scheduler,

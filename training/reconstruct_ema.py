@@ -83,7 +83,8 @@ def main(config: ReconstructConfig) -> Path:
         )
     load_averages(models[0], averages)
     if schedule:
-        loaded.register_modules(scheduler=scheduler_of(run, schedule))
+        clip = loaded.scheduler.config.get("clip_sample_range", 1.0)
+        loaded.register_modules(scheduler=scheduler_of(run, schedule, clip))
     report = {"run": str(run), "step": step, "ema_std": config.ema_std, "misfit_of_weighting": misfit}
 
     def write(partial: Path):
@@ -107,13 +108,13 @@ def split_schedule(averages: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict
     return {name: value for name, value in averages.items() if not name.startswith(prefix)}, schedule
 
 
-def scheduler_of(run: Path, averages: dict[str, Tensor]) -> SchedulerMixin:
-    """The scheduler of a run with --path learned whose schedule is this average."""
+def scheduler_of(run: Path, averages: dict[str, Tensor], largest_x0: float = 1.0) -> SchedulerMixin:
+    """The scheduler of a run with --path learned whose schedule is this average; it clips as the run's does."""
     options = read_yaml_mapping(run / CONFIG_FILE)
     config = DenoisingConfig(**{name: options[name] for name in OPTIONS_OF_SCHEDULE})
     noise_schedule = config.make_noise_schedule()
     noise_schedule.load_state_dict(averages)
-    return build_scheduler(config, noise_schedule)
+    return build_scheduler(config, noise_schedule, largest_x0)
 
 
 def check_output_dir(config: ReconstructConfig) -> Path:

@@ -32,6 +32,7 @@ from diffusers_ext.data.latent_cache import SampleSpace, fingerprint, load_vae, 
 from diffusers_ext.data.stream import StreamData
 from diffusers_ext.data.validation import ValidationBatches, prepare_validation
 from diffusers_ext.diffusion.betas import BETA_SCHEDULES
+from diffusers_ext.models.statistics import check_statistics
 from diffusers_ext.models.unet import refuse_unmatched_resolutions
 from diffusers_ext.options import fixed_option, option, run_script, to_command
 from diffusers_ext.recipes.classifier_objective import ClassifierObjective, accuracy_by_level, save_accuracy
@@ -68,7 +69,8 @@ class TrainClassifierConfig(TrainerConfig):
 
     pipeline: str | None = fixed_option(
         None,
-        "take the noise levels of this pipeline, a folder or a name on the Hub, not those below; and its VAE, if it has one",
+        "take the noise levels of this pipeline, a folder or a name on the Hub, not those below; and its VAE and the statistics of "
+        "its data, if it has them",
         "diffusion",
     )
     vae: str | None = fixed_option(
@@ -80,6 +82,9 @@ class TrainClassifierConfig(TrainerConfig):
     beta_schedule: Literal[BETA_SCHEDULES] = fixed_option("cosine", "noise schedule", alias="ddpm_beta_schedule")
     beta_start: float = beta_option(1e-4, "first beta of linear, scaled_linear and sigmoid")
     beta_end: float = beta_option(0.02, "last beta of linear, scaled_linear and sigmoid")
+    beta_reference_timesteps: int | None = beta_option(
+        None, "length of the chain that beta_start and beta_end are for; by default num_train_timesteps", at_least=1
+    )
     rescale_betas_zero_snr: bool = fixed_option(False, "let the last level be pure noise")
     timestep_sampling: Literal[TIMESTEP_SAMPLINGS] = fixed_option(
         "stratified", "each image's level by itself, or evenly spread"
@@ -94,6 +99,7 @@ class TrainClassifierConfig(TrainerConfig):
         "beta_schedule",
         "beta_start",
         "beta_end",
+        "beta_reference_timesteps",
         "rescale_betas_zero_snr",
     )
 
@@ -124,9 +130,10 @@ def main(config: TrainClassifierConfig) -> Path:
     command = to_command(config, "training/train_classifier.py")
     config = resolve_for_machine(config)
     with open_run(config, accelerator) as open_folder:
-        path, vae = load_path(config)
+        path, vae, statistics = load_path(config)
         data, held_out = load_data(config, accelerator, vae)
-        space = SampleSpace.of(data, vae)
+        space = dataclasses.replace(SampleSpace.of(data, vae), statistics=statistics)
+        check_statistics(statistics, space.shape[0], space.shape[1:], data.num_classes)
         config = dataclasses.replace(config, resolution=space.resolution, resize_mode=data.resize_mode)
         check_latents(config, space)
         open_folder(config)
@@ -161,8 +168,9 @@ def main(config: TrainClassifierConfig) -> Path:
     return trainer.output_dir
 
 
-def load_path(config: TrainClassifierConfig) -> tuple[dict[str, Any], ModelMixin | None]:
-    """The noising path to train on, as `describe_path` has it, and the VAE whose latents go along it, if any.
+def load_path(config: TrainClassifierConfig) -> tuple[dict[str, Any], ModelMixin | None, ModelMixin | None]:
+    """The noising path to train on, as `describe_path` has it, and the VAE whose latents go along it and the statistics by
+    which its samples are normalised, if any.
 
     Raises:
         ValueError: if the pipeline has no such path, or is of pixels or of another VAE than the one that is given.
@@ -170,9 +178,8 @@ def load_path(config: TrainClassifierConfig) -> tuple[dict[str, Any], ModelMixin
     vae = None if config.vae is None else load_vae(config.vae)
     if config.pipeline is None:
         options = {name: getattr(config, name) for name in config.SCHEDULE_OPTIONS}
-        return describe_path(
-            ExtDDPMScheduler(**options, prediction_type="sample")
-        ), vae  # the type that any path allows
+        scheduler = ExtDDPMScheduler(**options, prediction_type="sample")  # the type that any path allows
+        return describe_path(scheduler), vae, None
     pipe = DiffusionPipeline.from_pretrained(config.pipeline)
     own = getattr(pipe, "vae", None)
     if vae is not None and (own is None or fingerprint(own) != fingerprint(vae)):
@@ -180,7 +187,8 @@ def load_path(config: TrainClassifierConfig) -> tuple[dict[str, Any], ModelMixin
             f"vae must be that of the pipeline {config.pipeline}, which has {'none' if own is None else 'another one'}: "
             "leave --vae out"
         )
-    return describe_path(pipe.scheduler), None if own is None else own.eval().requires_grad_(False)
+    own = None if own is None else own.eval().requires_grad_(False)
+    return describe_path(pipe.scheduler), own, getattr(pipe, "statistics", None)
 
 
 def load_data(
@@ -228,6 +236,7 @@ def build_model(
         attention_head_dim=config.attention_head_dim,
         dropout=config.dropout,
         noise_schedule=path,
+        data_statistics=None if space.statistics is None else space.statistics.fingerprint(),
     )
 
 

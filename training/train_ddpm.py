@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 
 import openmp  # noqa: F401  before torch is loaded
-from diffusers import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from diffusers_ext import GuidedDiffusionPipeline
@@ -27,6 +26,7 @@ from diffusers_ext.options import fixed_option, option, run_script, to_command
 from diffusers_ext.recipes.adapters import save_adapter, without_adapter
 from diffusers_ext.recipes.calibration import calibrate_run, with_calibration
 from diffusers_ext.recipes.condition_grids import condition_rows, described_run
+from diffusers_ext.recipes.data_statistics import with_statistics
 from diffusers_ext.recipes.denoising import (
     DenoisingConfig,
     build_model,
@@ -81,7 +81,7 @@ def main(config: TrainConfig) -> Path:
     with open_run(config, accelerator) as open_folder:
         vae = pretrained_vae(config)
         data = load_data(config, accelerator, vae)
-        space = SampleSpace.of(data, vae)
+        space = with_statistics(config, data, SampleSpace.of(data, vae), accelerator)
         config = dataclasses.replace(config, resolution=space.resolution, resize_mode=data.resize_mode)
         config.check_sample(space.shape[1:], space.resolution)
         unlabelled = config.label_dropout > 0 or data.num_classes is None or data.has_unlabelled
@@ -93,8 +93,8 @@ def main(config: TrainConfig) -> Path:
         of_image = network_options(config, condition, space)
         network = build_model(config, space, data.num_classes, learned_unconditional=unlabelled, **of_image)
         model = with_its_schedule(config, network, space.num_values)
-        scheduler = build_scheduler(config)
-        pipeline = partial(averaged_pipeline, scheduler=scheduler, vae=vae, condition=condition)
+        scheduler = build_scheduler(config, largest_x0=space.largest)
+        pipeline = partial(averaged_pipeline, scheduler=scheduler, space=space, condition=condition)
         trainer = Trainer(
             config,
             accelerator,
@@ -122,7 +122,7 @@ def main(config: TrainConfig) -> Path:
 
 @contextmanager
 def averaged_pipeline(
-    trainer: Trainer, scheduler: SchedulerMixin, vae: ModelMixin | None, condition: ImageCondition | None
+    trainer: Trainer, scheduler: SchedulerMixin, space: SampleSpace, condition: ImageCondition | None
 ):
     """The pipeline as it stands, with the averaged weights if there are any; the model's own come back at the end."""
     with trainer.averaged_model() as model:
@@ -130,7 +130,8 @@ def averaged_pipeline(
         pipe = GuidedDiffusionPipeline(
             denoiser=without_adapter(network),
             scheduler=scheduler,
-            vae=vae,
+            vae=space.vae,
+            statistics=space.statistics,
             id2label=names_of_labels(trainer.config, trainer.data),
             clip_guided_noise=True,
             image_condition=None if condition is None else condition.to_config(),

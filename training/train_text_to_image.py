@@ -30,6 +30,7 @@ from diffusers_ext.guidance.texts import width_of
 from diffusers_ext.options import run_script, to_command
 from diffusers_ext.recipes.adapters import save_adapter, without_adapter
 from diffusers_ext.recipes.condition_grids import condition_rows, described_run
+from diffusers_ext.recipes.data_statistics import with_statistics
 from diffusers_ext.recipes.denoising import (
     build_model,
     build_objective,
@@ -61,7 +62,7 @@ def main(config: TextConfig) -> Path:
         vae = pretrained_vae(config)
         data, held_out, texts = load_data(config, accelerator, vae)
         rows = rows_of(config, data)
-        space = SampleSpace.of(data, vae)
+        space = with_statistics(config, data, SampleSpace.of(data, vae), accelerator)
         config = dataclasses.replace(config, resolution=space.resolution, resize_mode=data.resize_mode)
         config.check_sample(space.shape[1:], space.resolution)
         empty = config.caption_dropout > 0 or any(not caption.strip() for caption in captions_of(data))
@@ -70,7 +71,7 @@ def main(config: TextConfig) -> Path:
         if condition is not None:
             rows = condition_rows(config, condition, held_out, data)
         open_folder(config)
-        scheduler = build_scheduler(config)
+        scheduler = build_scheduler(config, largest_x0=space.largest)
         model = build_model(
             config,
             space,
@@ -81,7 +82,7 @@ def main(config: TextConfig) -> Path:
         )
         if texts.trained:
             model = TextDenoiser(model, texts.text_encoder, texts.mask_padding)
-        pipeline = partial(averaged_pipeline, scheduler=scheduler, vae=vae, texts=texts, condition=condition)
+        pipeline = partial(averaged_pipeline, scheduler=scheduler, space=space, texts=texts, condition=condition)
         trainer = Trainer(
             config,
             accelerator,
@@ -142,7 +143,7 @@ def load_data(
 def averaged_pipeline(
     trainer: Trainer,
     scheduler: SchedulerMixin,
-    vae: ModelMixin | None,
+    space: SampleSpace,
     texts: Texts,
     condition: ImageCondition | None = None,
 ) -> Iterator[TextGuidedDiffusionPipeline]:
@@ -155,7 +156,8 @@ def averaged_pipeline(
             scheduler=type(scheduler).from_config(scheduler.config),  # a copy: sampling sets its timesteps
             tokenizer=texts.tokenizer,
             text_encoder=encoder,
-            vae=vae,
+            vae=space.vae,
+            statistics=space.statistics,
             max_text_length=texts.max_length,
             mask_padding=texts.mask_padding,
             clip_guided_noise=True,

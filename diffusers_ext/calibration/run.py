@@ -68,7 +68,7 @@ def calibrate(
     forget_calibration(subject)
     say(f"the errors of the predicted x_0, at {variance.NUM_POINTS} timesteps")
     prediction = variance.measure(subject, data.real.train, budget.part(SHARE_OF_VARIANCE), seed)
-    table = prediction.table(in_pixels=pipe.vae is None)
+    table = prediction.table(subject.last_noise)
     of_variance = {} if subject.learns_variance else {"variance_type": "analytic"}
     by_bound, bits = variance.lists_by_bound(subject, prediction, list(timesteps.NUMBERS))
     report = {

@@ -8,6 +8,8 @@ from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
 
+from diffusers_ext.diffusion.analytic_variance import VISIBLE_NOISE
+from diffusers_ext.diffusion.data_units import DataUnits
 from diffusers_ext.diffusion.noising import LEARNED_VARIANCES
 from diffusers_ext.evaluation.bits_per_dim import clip_of
 from diffusers_ext.evaluation.labelled_images import LabelledImages, convert_channels, drawn_order
@@ -56,6 +58,11 @@ class Subject:
             raise ValueError(
                 f"a pipeline to calibrate must have no condition images, got {original.image_condition.describe()}"
             )
+        if (getattr(original, "config", {}).get("call_defaults") or {}).get("start_timestep") is not None:
+            raise ValueError(
+                "a pipeline to calibrate must start from pure noise, got a start_timestep in its call_defaults: calibrate it "
+                "before training/fit_prior.py"
+            )
         scheduler = own_scheduler(original.scheduler)
         if isinstance(original, GuidedDiffusionPipeline):
             original.scheduler = scheduler
@@ -92,12 +99,24 @@ class Subject:
         pipe, rows = self.pipe, drawn_order(len(images), seed)[:number]
         channels = pipe.denoiser.config.in_channels if pipe.vae is None else pipe.vae.config.in_channels
         pixels = convert_channels(images.images[rows], channels).to(pipe.device, torch.float32) * (2 / 255) - 1
-        x0 = encode_pixels(pixels, pipe.vae, pipe._sample_shape)
-        if pipe.denoiser_num_classes is None:
-            return x0, None
-        known = len(images.label_names) == pipe.denoiser_num_classes
-        labels = images.labels[rows] if known else torch.full((len(rows),), pipe.null_label)
-        return x0, labels.to(pipe.device)
+        labels = None
+        if pipe.denoiser_num_classes is not None:
+            known = len(images.label_names) == pipe.denoiser_num_classes
+            labels = (images.labels[rows] if known else torch.full((len(rows),), pipe.null_label)).to(pipe.device)
+        return encode_pixels(pixels, pipe.vae, pipe._sample_shape, pipe.statistics, labels), labels
+
+    def units(self, labels: Tensor | None, like: Tensor) -> DataUnits | None:
+        """From samples of the network to images in [-1, 1]; None if they are the same, or latents."""
+        pipe = self.pipe
+        return None if pipe.vae is not None or pipe.statistics is None else pipe.statistics.units(labels, like)
+
+    @property
+    def last_noise(self) -> float | None:
+        """The most noise, as `X0Variances` has it, that cannot be seen in a channel of an image in 8 bits; None for latents."""
+        pipe = self.pipe
+        if pipe.vae is not None:
+            return None
+        return VISIBLE_NOISE if pipe.statistics is None else VISIBLE_NOISE / pipe.statistics.std.max().item()
 
     def network(self, labels: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
         """The network under these labels, without guidance and without its variances."""

@@ -1,6 +1,7 @@
 """The analytic variance of a model: one pass of its network over training images, at timesteps spread over the path."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -9,12 +10,12 @@ from torch import Tensor
 from diffusers_ext.calibration.budget import Budget
 from diffusers_ext.calibration.subject import Subject
 from diffusers_ext.diffusion.analytic_variance import (
-    VISIBLE_NOISE,
     PredictionMoments,
     X0Variances,
     measure_prediction,
     within_bounds,
 )
+from diffusers_ext.diffusion.data_units import DataUnits
 from diffusers_ext.diffusion.noising import NoiseSchedule, Normal
 from diffusers_ext.diffusion.precision import to_float64
 from diffusers_ext.diffusion.timestep_search import bound_costs, cheapest_lists, search_grid
@@ -50,11 +51,15 @@ class Prediction:
     num_images: int
     last_nats: Tensor | None
 
-    def table(self, in_pixels: bool) -> dict:
-        """As a scheduler's config has it; the noise of images in 8 bits is kept below what can be seen."""
+    def table(self, last_noise: float | None) -> dict:
+        """As a scheduler's config has it.
+
+        Args:
+            last_noise: What the noise of the last step is kept below, see `X0Variances`; None for no limit.
+        """
         values = [float(f"{value:.{NUM_DIGITS}g}") for value in self.x0_variance.flip(0).tolist()]
         table = {"timesteps": self.grid.flip(0).tolist(), "x0_variance": values}
-        return table | ({"last_noise": round(VISIBLE_NOISE, 5)} if in_pixels else {})
+        return table | ({} if last_noise is None else {"last_noise": round(last_noise, 5)})
 
 
 def measure(subject: Subject, images: LabelledImages, budget: Budget, seed: int) -> Prediction:
@@ -67,12 +72,13 @@ def measure(subject: Subject, images: LabelledImages, budget: Budget, seed: int)
     total: PredictionMoments | None = None
     for start in range(0, len(x0), BATCH):
         rows, before = slice(start, start + BATCH), budget.used
-        network = subject.network(None if labels is None else labels[rows])
+        of_rows = None if labels is None else labels[rows]
+        network = subject.network(of_rows)
         moments = measure_prediction(
             *(network, [x0[rows]], schedule, grid, config.prediction_type),
             clip=subject.clip,
             generator=generator,
-            decoder=None if pipe.vae is not None else _decoder,
+            decoder=None if pipe.vae is not None else partial(_decoder, units=subject.units(of_rows, x0[rows])),
         )
         total = moments if total is None else total + moments
         if budget.left < budget.used - before:
@@ -84,10 +90,10 @@ def measure(subject: Subject, images: LabelledImages, budget: Budget, seed: int)
     return Prediction(grid, x0_variance, total.x0_square / total.count, total.count // x0[0].numel(), last)
 
 
-def _decoder(x0: Tensor, x0_hat: Tensor, std: Tensor) -> Tensor:
+def _decoder(x0: Tensor, x0_hat: Tensor, std: Tensor, units: DataUnits | None) -> Tensor:
     """-log p(x_0 | x_t) of each coordinate of images in 8 bits."""
     x0, x0_hat, std = (to_float64(each) for each in (x0, x0_hat, std))
-    return decoder_nats(x0, Normal(x0_hat, std))
+    return decoder_nats(x0, Normal(x0_hat, std), units=units)
 
 
 def lists_by_bound(subject: Subject, prediction: Prediction, numbers: list[int]) -> tuple[dict, dict]:
@@ -114,7 +120,7 @@ def lists_by_bound(subject: Subject, prediction: Prediction, numbers: list[int])
 def _bits(schedule: NoiseSchedule, prediction: Prediction, timesteps: list[int]) -> float:
     """Bits/dim that the bound of these timesteps has by the measured errors of x_0."""
     at = torch.tensor(timesteps)
-    every = X0Variances(prediction.table(False), schedule).values
+    every = X0Variances(prediction.table(None), schedule).values
     last = prediction.last_nats
     if last is not None:
         last = torch.from_numpy(np.interp(timesteps, prediction.grid.flip(0).numpy(), last.flip(0).numpy()))

@@ -50,6 +50,7 @@ class BatchOptions:
         accumulation: Forward passes of an optimizer step.
         random_flip: Whether each image is mirrored left to right with probability 1/2.
         label_dropout: Probability that an image gets the null label `num_classes`, or loses all of its labels.
+        own_labels: Whether a batch keeps the labels as they were before that too.
         timestep_sampling: "uniform" draws each image's time by itself. "stratified" spreads the times of an optimizer
             step evenly over [0, 1) from one random start (Kingma et al. 2021), which keeps each time uniform and
             makes the loss less noisy.
@@ -69,6 +70,7 @@ class BatchOptions:
     accumulation: int = 1
     random_flip: bool = False
     label_dropout: float = 0.0
+    own_labels: bool = False
     timestep_sampling: str = "stratified"
     latent_shape: tuple[int, ...] | None = None
     noise_shape: tuple[int, int, int] | None = None
@@ -94,7 +96,7 @@ class BatchMaker:
     A batch is a dict: `pixels`, uint8 or uint16, and `noise`, float32, both of shape `(batch, channels, height, width)` in
     channels_last; `time`, float64 in [0, 1), and `labels`, int64, both of shape `(batch,)`. With several labels an image
     `labels` are bool, shape `(batch, num_classes)`, and none of them is the null label. Without labels there is no
-    `labels`. With a `latent_shape` there is `latent_noise`, float32, shape `(batch, *latent_shape)`. Instead of pixels
+    `labels`. With the option `own_labels` there are those before any was dropped. With a `latent_shape` there is `latent_noise`, float32, shape `(batch, *latent_shape)`. Instead of pixels
     there can be what a VAE made of them (see `diffusers_ext.data.latent_cache`).
 
     With condition images there is `condition_given`, bool, shape `(batch,)`, false where it is dropped; with noise in them
@@ -172,6 +174,8 @@ class BatchMaker:
             )
             items["condition_noise"] = torch.from_numpy(condition_noise)
         if labels is not None:
+            if options.own_labels:
+                items["own_labels"] = torch.from_numpy(np.array(labels))
             if labels.ndim == 1:
                 labels = np.where(dropped, self.num_classes, labels)
             else:

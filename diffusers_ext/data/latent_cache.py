@@ -303,14 +303,40 @@ class LatentEncoder:
     def __init__(self, vae: ModelMixin, device: torch.device, cached: bool):
         self.vae, self.cached = vae.to(device), cached
 
-    def __call__(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latents of images, or as they come from disk, at the VAE's own scale."""
         if self.cached:
-            mean, std = batch["images"].float().chunk(2, dim=1)
-        else:
-            posterior = self.vae.encode(batch["images"].to(self.vae.dtype)).latent_dist
-            mean, std = posterior.mean.float(), posterior.std.float()
+            return images.float().chunk(2, dim=1)
+        posterior = self.vae.encode(images.to(self.vae.dtype)).latent_dist
+        return posterior.mean.float(), posterior.std.float()
+
+    def __call__(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        mean, std = self.moments(batch["images"])
         latents = normalize_latents(self.vae, mean + std * batch["latent_noise"])
         return {name: value for name, value in batch.items() if name != "latent_noise"} | {"images": latents}
+
+
+class Normaliser:
+    """Turns the images or latents of a batch into samples of the denoiser, by the statistics of the data.
+
+    The batch gets `units`, the way back. The mean of a label is that of the image's own, also where its label was dropped to
+    train the unconditional prediction: that is one of what is left of the data without the means of their labels.
+
+    Args:
+        statistics: `DataStatisticsModel`, which is moved to `device`.
+        encode: What makes latents of a batch, if anything.
+    """
+
+    def __init__(self, statistics: ModelMixin, device: torch.device, encode: LatentEncoder | None):
+        self.statistics, self.encode = statistics.to(device), encode
+
+    def __call__(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        batch = dict(batch) if self.encode is None else self.encode(batch)
+        labels = batch.pop("own_labels", None)
+        labels = batch.get("labels") if labels is None else labels
+        images = batch["images"].float()
+        units = self.statistics.units(labels, images)
+        return batch | {"images": (images - units.shift) / units.scale, "units": units}
 
 
 @dataclass(frozen=True)
@@ -323,6 +349,8 @@ class SampleSpace:
         num_values: Of a channel of a pixel; None if they are continuous.
         vae: Between images and latents; None for images.
         cached: Whether the latents are on disk.
+        statistics: `DataStatisticsModel` by which samples are normalised; None for images in [-1, 1] or latents at their
+            VAE's scale.
     """
 
     shape: tuple[int, int, int]
@@ -330,6 +358,7 @@ class SampleSpace:
     num_values: int | None
     vae: ModelMixin | None = None
     cached: bool = False
+    statistics: ModelMixin | None = None
 
     @classmethod
     def of(cls, data: ImageData | StreamData, vae: ModelMixin | None) -> "SampleSpace":
@@ -356,13 +385,20 @@ class SampleSpace:
     @property
     def batch_options(self) -> dict:
         """Keywords of `BatchOptions`."""
+        own = {} if self.statistics is None else {"own_labels": self.statistics.config.num_classes is not None}
         if self.vae is None:
-            return {}
-        return {"latent_shape": self.shape, "noise_shape": (*self.shape[1:], self.shape[0])}
+            return own
+        return own | {"latent_shape": self.shape, "noise_shape": (*self.shape[1:], self.shape[0])}
 
-    def encoder(self, device: torch.device) -> LatentEncoder | None:
-        """Encodes a batch on its device; None for images."""
-        return None if self.vae is None else LatentEncoder(self.vae, device, self.cached)
+    @property
+    def largest(self) -> float:
+        """The least bound of the magnitude of an image as the denoiser knows it; of latents none is known, and it is 1."""
+        return 1.0 if self.vae is not None or self.statistics is None else self.statistics.largest
+
+    def encoder(self, device: torch.device) -> LatentEncoder | Normaliser | None:
+        """Makes samples of the images of a batch on its device; None for images as they are."""
+        encode = None if self.vae is None else LatentEncoder(self.vae, device, self.cached)
+        return encode if self.statistics is None else Normaliser(self.statistics, device, encode)
 
 
 def prepare_samples(

@@ -18,6 +18,7 @@ References:
 import torch
 from torch import Tensor
 
+from diffusers_ext.diffusion.data_units import DataUnits
 from diffusers_ext.diffusion.noising import (
     PREDICTION_TYPES,
     NoiseLevel,
@@ -172,6 +173,7 @@ def bound_loss(
     *,
     num_bins: int | None = 256,
     detach_mean: bool = False,
+    units: DataUnits | None = None,
 ) -> Tensor:
     """L_vlb from one timestep of each sample, in nats per dimension, shape `(batch,)` (Nichol & Dhariwal 2021).
 
@@ -185,9 +187,13 @@ def bound_loss(
         variance: One of `diffusers_ext.diffusion.reverse_chain.REVERSE_VARIANCES`.
         num_bins: Number of values that the data can have, or None if they are continuous.
         detach_mean: Whether gradients reach the variance alone, as in L_hybrid.
+        units: From `x0` to the data; None if these are the data.
     """
     wide = output.to(torch.promote_types(x0.dtype, torch.float32))
     nats = transition_nats(
-        wide, x0, x_t, chain, timesteps, prediction_type, variance, num_bins=num_bins, detach_mean=detach_mean
+        *(wide, x0, x_t, chain, timesteps, prediction_type, variance),
+        num_bins=num_bins,
+        detach_mean=detach_mean,
+        units=units,
     )
     return len(chain) * nats.flatten(1).mean(1)

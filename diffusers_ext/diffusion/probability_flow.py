@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from diffusers_ext.diffusion.data_units import DataUnits
 from diffusers_ext.diffusion.noising import (
     NoiseLevel,
     normal_log_prob,
@@ -73,11 +74,12 @@ def flow_bound(
     num_probes: int = 1,
     generator: Generator | list[Generator] | None = None,
     noise: Tensor | None = None,
+    units: DataUnits | None = None,
 ) -> FlowTerms:
     """The bound of each image by the probability flow from the cleanest timestep of `chain` to its noisiest.
 
     Args:
-        denoise, x0, prediction_type, variance, num_bins: As in `variational_bound`; the timesteps that the model is
+        denoise, x0, prediction_type, variance, num_bins, units: As in `variational_bound`; the timesteps that the model is
             asked at are fractional, in the dtype of `x0`. `variance` is that of the last transition, to the data.
         num_steps, divergence, num_probes: See `flow_log_density`.
         generator: Source of the noise and of the probes. With a list, the terms of image i follow from generator i.
@@ -88,13 +90,13 @@ def flow_bound(
     """
     check_variance(chain, variance)
     if num_bins is not None:
-        check_bins(x0, num_bins)
+        check_bins(x0 if units is None else units.data(x0), num_bins)
     if noise is None:
         noise = draw_normal(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
     with torch.no_grad():
         first = torch.zeros(len(x0), dtype=torch.int64)
         x_t, step, p = evaluate_transition(denoise, x0, noise, chain, first, prediction_type, variance)
-        decoder = decoder_nats(x0, p, num_bins).flatten(1).sum(1)
+        decoder = decoder_nats(x0, p, num_bins, units).flatten(1).sum(1)
         log_q = normal_log_prob(noise) - step.t.sigma.log()
     log_p = flow_log_density(
         denoise,

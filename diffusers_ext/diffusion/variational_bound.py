@@ -9,7 +9,8 @@ is the only place where they become bits.
 Data are in [-1, 1]. Of images in b bits there are 2^b values, evenly spaced from -1 to 1, and the distortion is the
 probability of the bin around each: half-way to its neighbours, without end at the two outermost (DDPM, Section 3.3).
 Bits per dimension are then those that a lossless code of the images would take. For continuous data, `num_bins=None`,
-the distortion is a density, and bits per dimension compare with a differential entropy.
+the distortion is a density, and bits per dimension compare with a differential entropy. Of a model of normalised samples,
+whose `units` lead back to the data, both are those of the data.
 
 References:
     DDPM: Ho, Jain, Abbeel 2020, Denoising Diffusion Probabilistic Models, arXiv 2006.11239.
@@ -24,6 +25,7 @@ import torch
 from torch import Generator, Tensor
 
 from diffusers_ext.diffusion.analytic_variance import Denoise, analytic_variance, measure_prediction
+from diffusers_ext.diffusion.data_units import DataUnits
 from diffusers_ext.diffusion.noising import (
     NoiseLevel,
     Normal,
@@ -51,13 +53,16 @@ def transition_kl(x0: Tensor, x_t: Tensor, step: ReverseStep, p: Normal) -> Tens
     return normal_kl(Normal(posterior(x0, x_t, step.t, step.s).mean, step.log_std_small.exp()), p)
 
 
-def decoder_nats(x0: Tensor, p: Normal, num_bins: int | None = 256) -> Tensor:
+def decoder_nats(x0: Tensor, p: Normal, num_bins: int | None = 256, units: DataUnits | None = None) -> Tensor:
     """The distortion -log p(x_0) of each coordinate, in nats, for the normal `p` that the last transition ends in.
 
     Args:
-        x0: In [-1, 1]; with bins, at their centres (see `check_bins`).
-        num_bins: Number of values that a coordinate can have, 256 for 8 bits; None for the density of `p`.
+        x0: The data of it are in [-1, 1]; with bins, at their centres (see `check_bins`).
+        num_bins: Number of values that a coordinate can have, 256 for 8 bits; None for the density of the data.
+        units: From `x0` and `p` to the data; None if these are the data.
     """
+    if units is not None:
+        x0, p = units.data(x0), units.normal(p)
     if num_bins is None:
         return -normal_log_prob(x0, p.mean, p.std.log())
     return -binned_log_prob(x0, p.mean, p.std, num_bins)
@@ -97,6 +102,7 @@ def transition_nats(
     *,
     num_bins: int | None = 256,
     detach_mean: bool = False,
+    units: DataUnits | None = None,
 ) -> Tensor:
     """The cost of transition `index` of each sample, for each coordinate, in nats: the KL, or for index 0 the distortion.
 
@@ -105,13 +111,14 @@ def transition_nats(
         index: int64, shape `(batch,)`.
         variance: One of `diffusers_ext.diffusion.reverse_chain.REVERSE_VARIANCES`.
         detach_mean: Whether gradients reach the variance alone.
+        units: See `decoder_nats`.
     """
     step = chain.at(index, x0)
     prediction, variance_output = split_output(output, variance)
     x0_hat = predict_x0(prediction.detach() if detach_mean else prediction, x_t, step.t, prediction_type)
     p = reverse_transition(x0_hat, x_t, step, reverse_log_std(step, variance, variance_output))
     is_last = (index == 0).view(-1, *[1] * (x0.ndim - 1))
-    return torch.where(is_last, decoder_nats(x0, p, num_bins), transition_kl(x0, x_t, step, p))
+    return torch.where(is_last, decoder_nats(x0, p, num_bins, units), transition_kl(x0, x_t, step, p))
 
 
 def prior_nats(x0: Tensor, level: NoiseLevel) -> Tensor:
@@ -219,13 +226,14 @@ def variational_bound(
     clip: Callable[[Tensor], Tensor] | None = None,
     generator: Generator | list[Generator] | None = None,
     noise: Callable[[int], Tensor] | None = None,
+    units: DataUnits | None = None,
 ) -> BoundTerms:
     """The variational bound of each image under the sampler that visits the timesteps of `chain`.
 
     Args:
         denoise: The model, from x_t and timesteps of shape `(batch,)` to its output.
-        x0: Images in [-1, 1], shape `(batch, channels, ...)`. The terms are computed in its dtype, for a bound to many
-            digits float64.
+        x0: Images in [-1, 1], or what `units` make such images of, shape `(batch, channels, ...)`. The terms are computed in
+            its dtype, for a bound to many digits float64.
         variance: One of `diffusers_ext.diffusion.reverse_chain.REVERSE_VARIANCES`.
         num_bins: See `decoder_nats`; None for continuous data.
         num_terms: Number of transitions looked at for each image, in [1, n - 1] for a chain of n, spread over the chain
@@ -234,13 +242,14 @@ def variational_bound(
         clip: What the sampler does to the predicted x_0, such as clamping it to [-1, 1].
         generator: Source of the noise. With a list, the terms of image i follow from generator i alone.
         noise: The unit noise of transition i itself, of the shape of `x0`, instead of a generator.
+        units: See `decoder_nats`.
 
     Raises:
         ValueError: If `x0` does not fit the bins, `num_terms` is out of range or the variance is not known.
     """
     check_variance(chain, variance)
     if num_bins is not None:
-        check_bins(x0, num_bins)
+        check_bins(x0 if units is None else units.data(x0), num_bins)
     last = len(chain) - 1
     if num_terms is not None and not 1 <= num_terms <= last:
         raise ValueError(f"num_terms must be in [1, {last}], one less than the chain's timesteps, got {num_terms}")
@@ -253,7 +262,7 @@ def variational_bound(
     def cost(column: int | None) -> Tensor:
         at = torch.zeros(len(x0), dtype=torch.int64) if column is None else index[:, column]
         x_t, step, p = evaluate_transition(denoise, x0, draw(int(at[0])), chain, at, prediction_type, variance, clip)
-        nats = decoder_nats(x0, p, num_bins) if column is None else transition_kl(x0, x_t, step, p)
+        nats = decoder_nats(x0, p, num_bins, units) if column is None else transition_kl(x0, x_t, step, p)
         return nats.flatten(1).sum(1)
 
     decoder = cost(None)

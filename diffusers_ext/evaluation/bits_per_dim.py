@@ -14,6 +14,7 @@ from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
 from diffusers_ext.diffusion.analytic_variance import X0Variances
+from diffusers_ext.diffusion.data_units import DataUnits
 from diffusers_ext.diffusion.noising import NoiseSchedule, dynamic_threshold
 from diffusers_ext.diffusion.probability_flow import flow_bound
 from diffusers_ext.diffusion.reverse_chain import LEARNED_VARIANCES, ReverseChain
@@ -55,6 +56,7 @@ class LikelihoodModel:
         null_label: The label that stands for none, or None.
         variance_type: Of the pipeline's scheduler, or None.
         analytic_variance: Of the pipeline's scheduler, for the variance "analytic".
+        statistics: Of the data, by which the network's samples are normalised, or None. The likelihood is that of the data.
     """
 
     network: torch.nn.Module
@@ -66,6 +68,7 @@ class LikelihoodModel:
     null_label: int | None
     variance_type: str | None
     analytic_variance: Mapping[str, Any] | None = None
+    statistics: torch.nn.Module | None = None
 
     @classmethod
     def of(cls, pipeline, num_steps: int | None = None) -> "LikelihoodModel":
@@ -111,6 +114,7 @@ class LikelihoodModel:
             getattr(pipeline, "null_label", None),
             variance,
             config.get("analytic_variance"),
+            getattr(pipeline, "statistics", None),
         )
 
     @property
@@ -150,14 +154,18 @@ class LikelihoodModel:
         return self.chain(chain_variances(chain, x0_variance.clamp(min=SMALLEST_VARIANCE)))
 
     def prepare(self, images: LabelledImages, rows: list[int], by_label: bool) -> tuple[Tensor, Tensor | None]:
-        """Images in [-1, 1], and their labels or the null label, on the device of this process."""
+        """Samples of the network, and the labels or the null label of them, on the device of this process."""
         device = PartialState().device
         dtype = torch.float32 if device.type == "mps" else torch.float64
         x0 = convert_channels(images.images[rows], self.channels).to(device, dtype) * (2 / 255) - 1
-        if self.num_classes is None:
-            return x0, None
-        labels = images.labels[rows] if by_label else torch.full((len(rows),), self.null_label)
-        return x0, labels.to(device)
+        labels = None
+        if self.num_classes is not None:
+            labels = (images.labels[rows] if by_label else torch.full((len(rows),), self.null_label)).to(device)
+        return x0 if self.statistics is None else self.statistics.normalise(x0, labels), labels
+
+    def units(self, labels: Tensor | None, like: Tensor) -> DataUnits | None:
+        """From samples of the network to images in [-1, 1]; None if they are the same."""
+        return None if self.statistics is None else self.statistics.units(labels, like)
 
     def denoiser(self, labels: Tensor | None, variance: str) -> Callable[[Tensor, Tensor], Tensor]:
         """The network in its own precision, without its variances if they are not asked for."""
@@ -201,7 +209,8 @@ def measure_bits_per_dim(
 ) -> dict:
     """The variational bound of images in 8 bits, without guidance; the processes share the images.
 
-    Each of the 256 values is a bin of a width of 2/255 on the scale of the model, and bits/dim is what a lossless code
+    Each of the 256 values is a bin of a width of 2/255 on the scale of the images, [-1, 1], also for a model of normalised
+    samples, and bits/dim is what a lossless code
     of these images would take for each value of a pixel, whether or not the data use all 256. Image i of the set, and
     its noise, depend on the seed and i alone.
 
@@ -327,10 +336,14 @@ class ImageBound:
         The columns: the bound, the bound by the flow (NaN if not asked for), the rate, the distortion, the prior, and the
         rate of each part of the timesteps.
         """
-        denoise = self.model.denoiser(labels, self.variance)
+        denoise, units = self.model.denoiser(labels, self.variance), self.model.units(labels, x0)
         path = (x0, self.chain, self.model.prediction_type, self.variance)
         terms = variational_bound(
-            denoise, *path, num_terms=self.num_terms, clip=self.model.clip, generator=self._generators(rows)
+            *(denoise, *path),
+            num_terms=self.num_terms,
+            clip=self.model.clip,
+            generator=self._generators(rows),
+            units=units,
         )
         by_part = torch.zeros(len(x0), NUM_PARTS, dtype=x0.dtype, device=x0.device)
         by_part.scatter_add_(1, _part_of(terms.index, self.chain), terms.weight * terms.kl)
@@ -338,7 +351,8 @@ class ImageBound:
         if self.num_flow_steps is not None:
             with torch.autocast(x0.device.type, enabled=False):
                 generators = self._generators(rows)
-                flow = flow_bound(denoise, *path, num_steps=self.num_flow_steps, generator=generators).total
+                options = {"num_steps": self.num_flow_steps, "generator": generators, "units": units}
+                flow = flow_bound(denoise, *path, **options).total
         columns = torch.stack([terms.total, flow, terms.rate, terms.distortion, terms.prior], 1)
         return bits_per_dim(torch.cat([columns, by_part], 1), terms.num_dims).cpu()
 

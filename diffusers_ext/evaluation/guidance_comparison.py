@@ -84,14 +84,24 @@ def add_networks(
             raise ValueError(
                 f"the weaker pipeline must have the noise levels of the pipeline, got alpha_bar up to {difference:.2g} apart"
             )
+        if _data_of(weak) != _data_of(pipe):
+            raise ValueError(
+                "the weaker pipeline must have the statistics of the pipeline, by which its samples are normalised, got others: "
+                "train both with the same data_mean and data_scale"
+            )
     weak_denoiser = pipe.weak_denoiser if weak is None else weak.denoiser
     classifier = pipe.classifier if classifier is None else classifier
-    check_components(pipe.denoiser, pipe.vae, classifier, weak_denoiser)
+    check_components(pipe.denoiser, pipe.vae, classifier, weak_denoiser, pipe.statistics)
     pipe.register_modules(weak_denoiser=weak_denoiser, classifier=classifier, guider=None)
     pipe.register_to_config(call_defaults=None)
     for network in (weak_denoiser, classifier):
         if network is not None:
             network.to(pipe.device)
+
+
+def _data_of(pipe: GuidedDiffusionPipeline) -> str | None:
+    """A digest of the statistics of a pipeline; None without."""
+    return None if pipe.statistics is None else pipe.statistics.fingerprint()
 
 
 def why_missing(method: str, pipe: GuidedDiffusionPipeline) -> str | None:

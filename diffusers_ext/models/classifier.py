@@ -80,6 +80,8 @@ class NoisyClassifierModel(Network):
         time_embedding_dim: As in `UNetModel`.
         noise_schedule: Description by `diffusers_ext.schedulers.levels.describe_path` of the noising path that it was
             trained on, which a pipeline compares with its scheduler's.
+        data_statistics: `DataStatisticsModel.fingerprint` of the statistics by which its samples were normalised, which a
+            pipeline compares with its own; `None` for images in [-1, 1], or latents at their VAE's scale.
 
     Raises:
         ValueError: if the sizes or options do not fit one another.
@@ -102,6 +104,7 @@ class NoisyClassifierModel(Network):
         dims: int = 2,
         time_embedding_dim: int | None = None,
         noise_schedule: dict[str, Any] | None = None,
+        data_statistics: str | None = None,
     ):
         super().__init__()
         check_options(

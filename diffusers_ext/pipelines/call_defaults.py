@@ -13,7 +13,10 @@ from diffusers_ext.guidance.guided_denoiser import check_guidance_scale
 # Of a pipeline that was saved without.
 DEFAULT_NUM_STEPS = 50
 
-CALL_DEFAULTS = ("num_inference_steps", "guidance_scale", "guidance_interval")
+CALL_DEFAULTS = ("num_inference_steps", "guidance_scale", "guidance_interval", "start_timestep")
+
+# Arguments of a call that say where it starts, beside which the default does not count.
+SAYS_START = ("start_timestep", "latents", "image", "timesteps")
 
 # Arguments of a call that say how to guide, with the value that says nothing: one that does takes the place of all the defaults
 # of guidance, which were chosen together.
@@ -46,6 +49,9 @@ def check_call_defaults(defaults: Mapping[str, Any] | None) -> dict[str, Any] | 
     steps = defaults.get("num_inference_steps", 1)
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"num_inference_steps of call_defaults must be an integer of at least 1, got {steps!r}")
+    start = defaults.get("start_timestep", 0)
+    if isinstance(start, bool) or not isinstance(start, int) or start < 0:
+        raise ValueError(f"start_timestep of call_defaults must be an integer of at least 0, got {start!r}")
     if "guidance_scale" in defaults:
         check_guidance_scale(defaults["guidance_scale"])
     saved = dict(defaults)
@@ -70,6 +76,8 @@ def with_defaults(given: Mapping[str, Any], defaults: Mapping[str, Any] | None, 
     defaults, filled = defaults or {}, {}
     if given["num_inference_steps"] is None:
         filled["num_inference_steps"] = defaults.get("num_inference_steps", DEFAULT_NUM_STEPS)
+    if all(given.get(name) is None for name in SAYS_START) and "start_timestep" in defaults:
+        filled["start_timestep"] = defaults["start_timestep"]
     silent = all(given.get(name, nothing) == nothing for name, nothing in OF_GUIDANCE.items())
     if can_guide and silent:
         filled |= {name: value for name, value in defaults.items() if name in OF_GUIDANCE}

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from diffusers_ext.guidance.labels import num_classes_of
 from diffusers_ext.guidance.texts import context_width, longest_text, width_of
 from diffusers_ext.latents import check_one_level
+from diffusers_ext.models.statistics import DataStatisticsModel, check_statistics
 from diffusers_ext.models.vae import VAEModel
 from diffusers_ext.pipelines.stock import check_stock_denoiser
 
@@ -19,6 +20,7 @@ def check_components(
     classifier: nn.Module | None = None,
     weak_denoiser: nn.Module | None = None,
     with_texts: bool = False,
+    statistics: DataStatisticsModel | None = None,
 ) -> None:
     """Refuses components that do not fit the denoiser, and a denoiser that is not called as the pipeline calls it.
 
@@ -32,6 +34,7 @@ def check_components(
     in_channels, num_classes = denoiser.config.in_channels, num_classes_of(denoiser)
     if vae is not None:
         _check_vae(vae, denoiser)
+    check_statistics(statistics, in_channels, _size(denoiser.config.sample_size, _dims(denoiser)), num_classes)
     if weak_denoiser is not None:
         for key in ("in_channels", "sample_size"):
             theirs, ours = weak_denoiser.config[key], denoiser.config[key]
@@ -49,8 +52,8 @@ def check_components(
             raise ValueError(
                 f"classifier must take the denoiser's {in_channels} channels, got {classifier.config.in_channels}"
             )
-        dims = denoiser.config.get("dims", 2)
-        theirs, ours = (_size(network.config.sample_size, dims) for network in (classifier, denoiser))
+        _check_data_of(classifier, statistics)
+        theirs, ours = (_size(network.config.sample_size, _dims(denoiser)) for network in (classifier, denoiser))
         if theirs != ours:
             raise ValueError(f"classifier must take the denoiser's size, {_text(ours)}, got {_text(theirs)}")
         if num_classes is not None and num_classes_of(classifier) != num_classes:
@@ -66,13 +69,14 @@ def check_text_components(
     vae: nn.Module | None,
     weak_denoiser: nn.Module | None,
     max_text_length: int | None,
+    statistics: DataStatisticsModel | None = None,
 ) -> None:
     """Refuses components of a pipeline of texts that do not fit one another.
 
     Raises:
         ValueError: with what differs.
     """
-    check_components(denoiser, vae, weak_denoiser=weak_denoiser, with_texts=True)
+    check_components(denoiser, vae, weak_denoiser=weak_denoiser, with_texts=True, statistics=statistics)
     _refuse_wrapped("text_encoder", text_encoder)
     width = context_width(denoiser)
     if width is None:
@@ -98,6 +102,19 @@ def check_text_components(
         )
 
 
+def _check_data_of(classifier: nn.Module, statistics: DataStatisticsModel | None) -> None:
+    """Refuses a classifier that was trained on samples of another scale than the denoiser's."""
+    theirs = classifier.config.get("data_statistics")
+    ours = None if statistics is None else statistics.fingerprint()
+    if theirs != ours:
+        knows = {None: "none"}
+        raise ValueError(
+            "classifier must be trained on samples of the denoiser's statistics, got one trained on those of "
+            f"{knows.get(theirs, 'other data')} for a pipeline with {knows.get(ours, 'statistics')}: train it by "
+            "training/train_classifier.py --pipeline"
+        )
+
+
 def _refuse_wrapped(name: str, network: nn.Module | None) -> None:
     """Refuses what spreads a network over devices; a compiled network is one like any other."""
     if isinstance(network, DataParallel | DistributedDataParallel):
@@ -119,13 +136,17 @@ def _check_vae(vae: nn.Module, denoiser: nn.Module) -> None:
     vae = getattr(vae, "_orig_mod", vae)  # of a compiled one
     if not isinstance(vae, VAEModel):
         return  # those of diffusers have a sample_size that says nothing of what they are used for
-    got, expected = vae.latent_shape[1:], _size(denoiser.config.sample_size, denoiser.config.get("dims", 2))
+    got, expected = vae.latent_shape[1:], _size(denoiser.config.sample_size, _dims(denoiser))
     if got != expected:
         raise ValueError(
             f"vae must have latents of the denoiser's size, {_text(expected)}, got {_text(got)} for its images of "
             f"{_text(_size(config.sample_size, config.dims))}; if it is to decode images of another size than it was "
             "trained on, say so by vae.register_to_config(sample_size=...)"
         )
+
+
+def _dims(denoiser: nn.Module) -> int:
+    return denoiser.config.get("dims", 2)
 
 
 def _size(value: int | Sequence[int], dims: int) -> tuple[int, ...]:

@@ -45,17 +45,30 @@ def images_to_tensor(image: ImageInput, channels: int, dims: int = 2, name: str 
     return 2 * _to_unit_range(image, channels, dims, name) - 1
 
 
-def encode_pixels(pixels: Tensor, vae: nn.Module | None, sample_shape: tuple[int, ...]) -> Tensor:
-    """Images as a denoiser knows them, shape `(batch, *sample_shape)`.
+def encode_pixels(
+    pixels: Tensor,
+    vae: nn.Module | None,
+    sample_shape: tuple[int, ...],
+    statistics: nn.Module | None = None,
+    labels: Tensor | None = None,
+) -> Tensor:
+    """Images as a denoiser knows them, shape `(batch, *sample_shape)`; `decode_samples` backwards.
 
     Args:
         pixels: From `images_to_tensor`.
         vae: Of the denoiser, if it is one of latents.
         sample_shape: (channels, *spatial) of the denoiser's samples.
+        statistics: `DataStatisticsModel` of the denoiser, if it has one.
+        labels: Of the images, or one of all, as for `statistics`.
 
     Raises:
         ValueError: if the images do not have the size that the denoiser takes.
     """
+    x0 = _encode(pixels, vae, sample_shape)
+    return x0 if statistics is None else statistics.normalise(x0, labels)
+
+
+def _encode(pixels: Tensor, vae: nn.Module | None, sample_shape: tuple[int, ...]) -> Tensor:
     size, got = list(sample_shape[1:]), list(pixels.shape[2:])
     if vae is None:
         if got != size:

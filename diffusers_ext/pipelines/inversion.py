@@ -9,6 +9,7 @@ from diffusers_ext.pipelines.image_inputs import ImageInput, encode_pixels
 from diffusers_ext.pipelines.label_condition import LabelCondition, Labels
 from diffusers_ext.pipelines.outputs import decode_images
 from diffusers_ext.pipelines.sampling import count_images
+from diffusers_ext.pipelines.statistics import labels_of_data
 from diffusers_ext.schedulers.levels import is_linear, path_name
 from diffusers_ext.schedulers.scheduling_ddim import ExtDDIMScheduler
 from diffusers_ext.schedulers.scheduling_ddim_inverse import ExtDDIMInverseScheduler
@@ -57,7 +58,8 @@ class InversionMixin:
             raise ValueError("class_labels must be labels to invert, not weights of them")
         if condition.labels is not None and self.denoiser_num_classes is None:
             raise ValueError("class_labels would do nothing: the denoiser takes none; leave them out")
-        x0 = encode_pixels(self._to_pixels(image, device), self.vae, self._sample_shape)
+        pixels, labels = self._to_pixels(image, device), labels_of_data(self.statistics, condition)
+        x0 = encode_pixels(pixels, self.vae, self._sample_shape, self.statistics, labels)
         batch_size = count_images(1, **whole.per_image, image=x0)
         predict = self._denoiser(inverse, None, whole, batch_size, device)
         with self._precision():
@@ -119,7 +121,8 @@ class InversionMixin:
         predict = self._denoiser(sampler, None, whole, num_images, device)
         for t in sampler.timesteps:
             x = sampler.step(predict(x, t), t, x).prev_sample
-        images = decode_images(x, self.vae, output_type)
+        labels = labels_of_data(self.statistics, condition)
+        images = decode_images(x, self.vae, output_type, statistics=self.statistics, labels=labels)
         self.maybe_free_model_hooks()
         return images
 

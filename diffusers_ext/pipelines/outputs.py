@@ -17,7 +17,8 @@ from diffusers_ext.schedulers.levels import noise_level, prediction_type_of, sta
 
 
 class TrajectoryPoint(NamedTuple):
-    """A step: `x_t` and the clean sample predicted from it, each on the scale of the model, [-1, 1] for data.
+    """A step: `x_t` and the clean sample predicted from it, each on the scale of the model: [-1, 1] for images without
+    statistics.
 
     `x0_hat` is `None` for a scheduler that works on another scale of x_t and does not say what it predicted.
     """
@@ -44,22 +45,42 @@ class GuidedDiffusionPipelineOutput(BaseOutput):
     trajectory: list[TrajectoryPoint] | None = None
 
 
+def decode_samples(
+    x: Tensor, vae: nn.Module | None, statistics: nn.Module | None = None, labels: Tensor | None = None
+) -> Tensor:
+    """Samples as a denoiser knows them to images, float32, in about [-1, 1].
+
+    Args:
+        vae: Of the samples, if they are latents.
+        statistics: `DataStatisticsModel` of the denoiser, if it has one.
+        labels: Of the samples, or one of all, as for `statistics`.
+    """
+    if statistics is not None:
+        x = statistics.restore(x, labels)
+    return x if vae is None else decode_latents(vae, x)
+
+
 def decode_images(
-    x: Tensor, vae: nn.Module | None, output_type: str, pixels: Tensor | None = None, mask: Tensor | None = None
+    x: Tensor,
+    vae: nn.Module | None,
+    output_type: str,
+    pixels: Tensor | None = None,
+    mask: Tensor | None = None,
+    statistics: nn.Module | None = None,
+    labels: Tensor | None = None,
 ) -> list[Image.Image] | np.ndarray | Tensor:
     """Samples as the sampler left them to images of the asked type.
 
     Args:
-        vae: Of the samples, if they are latents.
+        vae, statistics, labels: As for `decode_samples`.
         output_type: As for the call of a pipeline.
-        pixels, mask: Images, and where they are to be kept (0), which the way through latents changes.
+        pixels, mask: Images, and where they are to be kept (0), which the way through latents and statistics changes.
     """
     if output_type == "latent":
         return x
-    if vae is not None:
-        x = decode_latents(vae, x)
-        if mask is not None:
-            x = torch.where(mask.bool(), x, pixels)
+    x = decode_samples(x, vae, statistics, labels)
+    if mask is not None:
+        x = torch.where(mask.bool(), x, pixels)
     x = (x / 2 + 0.5).clamp(0, 1)
     if output_type == "pt":
         return x

@@ -12,6 +12,7 @@ from torch import Generator, Tensor
 
 from diffusers_ext.conditions import ImageCondition
 from diffusers_ext.guidance.guiding import Interval
+from diffusers_ext.guidance.labels import num_classes_of
 from diffusers_ext.pipelines.adapters import AdapterMixin
 from diffusers_ext.pipelines.call_condition import CallCondition, image_condition_of
 from diffusers_ext.pipelines.call_defaults import check_call_defaults
@@ -23,6 +24,7 @@ from diffusers_ext.pipelines.loading import FromPipeMixin, SavedWithCodeMixin, r
 from diffusers_ext.pipelines.outputs import GuidedDiffusionPipelineOutput
 from diffusers_ext.pipelines.regions import read_regions
 from diffusers_ext.pipelines.sampling import CallOptions, SamplingMixin
+from diffusers_ext.pipelines.truncation import check_prior
 
 
 class GuidedDiffusionPipeline(
@@ -38,6 +40,10 @@ class GuidedDiffusionPipeline(
         guider: How conditional and unconditional predictions are combined, if not by `guidance_scale`.
         classifier: `NoisyClassifierModel`, for `ClassifierGuidance`.
         weak_denoiser: A weaker network of the same data, for `WeakModelGuidance`.
+        statistics: `DataStatisticsModel`, by whose mean and standard deviation the denoiser's samples were normalised; what
+            the pipeline takes and gives are images all the same.
+        prior: `GaussianPriorModel` of the denoiser's clean samples, or an autoencoder of this package whose draws are such
+            images, for calls with a `start_timestep`.
         id2label: Names of the labels by their ids, saved with the pipeline.
         clip_guided_noise: Whether DDIM, under guidance, takes the noise in x_t to be what the clipped x_0 leaves, as
             Dhariwal & Nichol 2021's sampler does, rather than what the guided prediction says. That leaves the range of
@@ -46,7 +52,7 @@ class GuidedDiffusionPipeline(
         noise_path: What the denoiser was trained on, so that a scheduler of another path is refused: "vp" for betas, "linear"
             for rectified flow, "ve" or "subvp". By default what the scheduler is of; it is saved with the pipeline.
         call_defaults: What a call does where it does not say it, saved with the pipeline: `num_inference_steps`, 50 without;
-            `guidance_scale` and `guidance_interval`, which count where the call says nothing of guidance and the pipeline has
+            `start_timestep`, which counts where neither latents, nor an image, nor timesteps are given; `guidance_scale` and `guidance_interval`, which count where the call says nothing of guidance and the pipeline has
             no guider (`training/calibrate.py` chooses them).
         image_condition: How a condition image is made from an image, for a denoiser with `condition_channels`: a dict of the
             arguments of `diffusers_ext.conditions.ImageCondition`, saved with the pipeline. By default condition images are
@@ -64,8 +70,9 @@ class GuidedDiffusionPipeline(
     """
 
     model_cpu_offload_seq = "denoiser->vae"
-    _exclude_from_cpu_offload = ["classifier", "weak_denoiser"]  # used in turns with the denoiser, in each step
-    _optional_components = ["vae", "guider", "classifier", "weak_denoiser"]
+    # The first two are used in turns with the denoiser, in each step; the others are small.
+    _exclude_from_cpu_offload = ["classifier", "weak_denoiser", "statistics", "prior"]
+    _optional_components = ["vae", "guider", "classifier", "weak_denoiser", "statistics", "prior"]
 
     @replaceable(_optional_components)
     def __init__(
@@ -76,6 +83,8 @@ class GuidedDiffusionPipeline(
         guider: BaseGuidance | None = None,
         classifier: ModelMixin | None = None,
         weak_denoiser: ModelMixin | None = None,
+        statistics: ModelMixin | None = None,
+        prior: ModelMixin | None = None,
         id2label: dict | None = None,
         clip_guided_noise: bool = False,
         noise_path: str | None = None,
@@ -84,7 +93,8 @@ class GuidedDiffusionPipeline(
     ):
         super().__init__()
         self.register_to_config(noise_path=noise_path)
-        check_components(denoiser, vae, classifier, weak_denoiser)
+        check_components(denoiser, vae, classifier, weak_denoiser, statistics)
+        check_prior(prior, denoiser, vae is not None, num_classes_of(denoiser))
         self.register_modules(
             denoiser=denoiser,
             scheduler=scheduler,
@@ -92,6 +102,8 @@ class GuidedDiffusionPipeline(
             guider=guider,
             classifier=classifier,
             weak_denoiser=weak_denoiser,
+            statistics=statistics,
+            prior=prior,
         )
         # JSON turns the keys into strings, and so does this, so that a saved pipeline equals the loaded one.
         self.register_to_config(id2label=None if id2label is None else {str(k): v for k, v in id2label.items()})
@@ -123,6 +135,7 @@ class GuidedDiffusionPipeline(
         guidance_interval: Interval | None = None,
         classifier_scale: float = 0.0,
         timesteps: list[int] | None = None,
+        start_timestep: int | None = None,
         eta: float = 0.0,
         use_clipped_model_output: bool | None = None,
         low_memory: bool = False,
@@ -171,6 +184,9 @@ class GuidedDiffusionPipeline(
                 costs one call of the network (arXiv 2404.07724).
             classifier_scale: Weight of the pipeline's classifier (`ClassifierGuidance`), on top of `guidance_scale`.
             timesteps: Timesteps to visit, descending, in place of `num_inference_steps`.
+            start_timestep: Start there and not at pure noise (a truncated chain, arXiv 2202.09671): from a draw of the `prior`
+                with the noise of that timestep, or from `latents`, which are then x_t there as the scheduler has it. The
+                steps are evenly spaced below it. By default what `call_defaults` say.
             eta: Share of the noise that DDIM puts back in each step, in [0, 1]; other schedulers take none.
             use_clipped_model_output: Whether DDIM takes the noise in x_t to be what the clipped x_0 leaves; by default as
                 `clip_guided_noise` says. Other schedulers have no such choice.

@@ -43,6 +43,7 @@ class TextGuidedDiffusionPipeline(SamplingMixin, AdapterMixin, FromPipeMixin, Sa
         vae: `VAEModel` or an autoencoder of diffusers, for models trained on latents; `None` for models of pixels.
         guider: How conditional and unconditional predictions are combined, if not by `guidance_scale`.
         weak_denoiser: A weaker network of the same data and texts, for `WeakModelGuidance`.
+        statistics: As for `GuidedDiffusionPipeline`, with one mean.
         max_text_length: Tokens at which a text is cut, saved with the pipeline; `None` for all that the encoder takes.
         mask_padding: Whether encoder and denoiser look away from the padding of a text, saved with the pipeline; `None`
             for no with CLIP and yes with any other encoder.
@@ -59,8 +60,9 @@ class TextGuidedDiffusionPipeline(SamplingMixin, AdapterMixin, FromPipeMixin, Sa
     """
 
     model_cpu_offload_seq = "text_encoder->denoiser->vae"
-    _exclude_from_cpu_offload = ["weak_denoiser"]  # used in turns with the denoiser, in each step
-    _optional_components = ["tokenizer", "text_encoder", "vae", "guider", "weak_denoiser"]
+    # The first is used in turns with the denoiser, in each step; the other is small.
+    _exclude_from_cpu_offload = ["weak_denoiser", "statistics"]
+    _optional_components = ["tokenizer", "text_encoder", "vae", "guider", "weak_denoiser", "statistics"]
 
     @replaceable(_optional_components)
     def __init__(
@@ -72,6 +74,7 @@ class TextGuidedDiffusionPipeline(SamplingMixin, AdapterMixin, FromPipeMixin, Sa
         vae: ModelMixin | None = None,
         guider: BaseGuidance | None = None,
         weak_denoiser: ModelMixin | None = None,
+        statistics: ModelMixin | None = None,
         max_text_length: int | None = None,
         mask_padding: bool | None = None,
         clip_guided_noise: bool = False,
@@ -80,7 +83,9 @@ class TextGuidedDiffusionPipeline(SamplingMixin, AdapterMixin, FromPipeMixin, Sa
     ):
         super().__init__()
         self.register_to_config(noise_path=noise_path)
-        check_text_components(denoiser, tokenizer, text_encoder, vae, weak_denoiser, max_text_length)
+        check_text_components(
+            denoiser, tokenizer, text_encoder, vae, weak_denoiser, max_text_length, statistics=statistics
+        )
         self.register_modules(
             denoiser=denoiser,
             scheduler=scheduler,
@@ -89,6 +94,7 @@ class TextGuidedDiffusionPipeline(SamplingMixin, AdapterMixin, FromPipeMixin, Sa
             vae=vae,
             guider=guider,
             weak_denoiser=weak_denoiser,
+            statistics=statistics,
         )
         self.register_to_config(
             max_text_length=max_text_length, mask_padding=mask_padding, clip_guided_noise=clip_guided_noise

@@ -1,7 +1,6 @@
 """The call that the pipelines share: its options, and the loop from noise to images, with any scheduler and any guider."""
 
 import inspect
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
@@ -22,6 +21,8 @@ from diffusers_ext.pipelines.call_defaults import with_defaults
 from diffusers_ext.pipelines.image_inputs import ImageInput, encode_pixels, images_to_tensor, mask_to_tensor
 from diffusers_ext.pipelines.inpainting import KnownPixels, check_resampling, mask_of_latents
 from diffusers_ext.pipelines.outputs import GuidedDiffusionPipelineOutput, TrajectoryPoint, decode_images
+from diffusers_ext.pipelines.statistics import check_clipping, labels_of_data
+from diffusers_ext.pipelines.truncation import check_latents, truncated_start, truncated_timesteps
 from diffusers_ext.schedulers.levels import add_noise_at, path_name, start_scale
 from diffusers_ext.schedulers.samplers import check_sampler, set_timesteps
 from diffusers_ext.sizes import as_size
@@ -66,6 +67,7 @@ class CallOptions:
     guidance_interval: Interval | None
     classifier_scale: float = 0.0
     timesteps: list[int] | None
+    start_timestep: int | None = None
     eta: float
     use_clipped_model_output: bool | None
     low_memory: bool
@@ -91,6 +93,10 @@ class CallOptions:
             raise ValueError(f"strength must be in [0, 1], got {self.strength}")
         if self.latents is not None and self.noise_share < 1:
             raise ValueError("latents must not be given together with an image and a strength below 1: they are noise")
+        if self.start_timestep is not None:
+            given = [name for name in ("image", "timesteps") if getattr(self, name) is not None]
+            if given:
+                raise ValueError(f"start_timestep and {given[0]} both say where to start: give one of them")
 
     @property
     def noise_share(self) -> float:
@@ -115,7 +121,8 @@ class CallOptions:
 class SamplingMixin(ConditionImagesMixin):
     """The call of a pipeline under a condition: labels or texts.
 
-    The pipeline has a `denoiser` and a `scheduler`, and a `vae`, a `guider` and a `weak_denoiser`, which may be `None`.
+    The pipeline has a `denoiser` and a `scheduler`, and a `vae`, a `guider`, a `weak_denoiser` and `statistics`, which may be
+    `None`.
     """
 
     _callback_tensor_inputs = ["latents"]
@@ -174,8 +181,11 @@ class SamplingMixin(ConditionImagesMixin):
         generator = as_generators(call.generator, batch_size)
         if isinstance(condition, CallCondition):
             condition.draw_noise(batch_size, generator, device)
+        listed = call.timesteps
+        if call.start_timestep is not None:
+            listed = truncated_timesteps(self.scheduler, call.num_inference_steps, call.start_timestep)
         scheduler, timesteps = set_timesteps(
-            self.scheduler, call.num_inference_steps, call.timesteps, call.noise_share, device
+            self.scheduler, call.num_inference_steps, listed, call.noise_share, device
         )
         num_steps, guide = len(timesteps), guided_steps(call.guidance_interval, scheduler, timesteps)
         wanted, used = call.wanted_steps(num_steps), _channels_for_step(scheduler, self._sample_shape[0])
@@ -193,9 +203,15 @@ class SamplingMixin(ConditionImagesMixin):
             return denoise, _step_options(scheduler, generator, call, reuse_clipped)
 
         denoise, step_options = guided_by(call.guidance_scale)
-        x0 = None if pixels is None else encode_pixels(pixels, self.vae, self._sample_shape)
+        labels = labels_of_data(self.statistics, condition)
+        x0 = None
+        if pixels is not None:
+            x0 = encode_pixels(pixels, self.vae, self._sample_shape, self.statistics, labels)
         shape, start = (batch_size, *self._sample_shape), x0 if call.noise_share < 1 else None
-        x = _noisy_start(scheduler, shape, generator, call.latents, start, timesteps)
+        if call.start_timestep is None:
+            x = _noisy_start(scheduler, shape, generator, call.latents, start, timesteps)
+        else:
+            x = truncated_start(self, condition, shape, generator, call.latents, timesteps[:1])
         known = None
         if mask is not None:
             spatial_mask = mask if self.vae is None else mask_of_latents(mask, self._sample_shape[1:])
@@ -223,7 +239,7 @@ class SamplingMixin(ConditionImagesMixin):
                         scale = self._guidance_scale
                         denoise, step_options = guided_by(scale)
 
-        images = decode_images(x, self.vae, call.output_type, pixels, mask)
+        images = decode_images(x, self.vae, call.output_type, pixels, mask, self.statistics, labels)
         self.maybe_free_model_hooks()
         trajectory = None if call.trajectory_steps is None else trajectory
         if not call.return_dict:
@@ -312,16 +328,9 @@ class SamplingMixin(ConditionImagesMixin):
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs must be among {self._callback_tensor_inputs}, got {unknown}"
             )
-        if vae is None:
-            return
-        latent_scale(vae, torch.empty(1, self._sample_shape[0], *[1] * self._dims))
-        bound = config.get("clip_sample_range", 1.0)
-        if config.get("clip_sample") and bound <= 1:
-            warnings.warn(
-                f"the scheduler clips what it predicts to [-{bound:g}, {bound:g}], which is the range of images and not of "
-                "latents: make it with clip_sample=False",
-                stacklevel=5,
-            )
+        if vae is not None:
+            latent_scale(vae, torch.empty(1, self._sample_shape[0], *[1] * self._dims))
+        check_clipping(config, vae is not None, self.statistics)
 
 
 def count_images(batch_size: int, **tensors: Tensor | None) -> int:
@@ -409,9 +418,8 @@ def _noisy_start(
     device = timesteps.device
     if latents is None:
         noise = draw_normal(shape, generator=generator, device=device, dtype=torch.float32)
-    elif latents.shape != shape:
-        raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}")
     else:
+        check_latents(latents, shape)
         noise = latents.to(device, torch.float32)
     if x0 is None:
         return noise * start_scale(scheduler)

@@ -18,6 +18,7 @@ from diffusers_ext.data.validation import prepare_validation
 from diffusers_ext.diffusion.losses import DEFAULT_WEIGHTINGS, LOSS_WEIGHTINGS, OBJECTIVES
 from diffusers_ext.guidance.guided_denoiser import check_guidance_scale
 from diffusers_ext.models.dit import DiTModel
+from diffusers_ext.models.statistics import DATA_MEANS, DATA_SCALES
 from diffusers_ext.models.unet import UNetModel
 from diffusers_ext.options import fixed_option, option
 from diffusers_ext.recipes.adapters import add_adapter
@@ -48,6 +49,16 @@ class DenoisingConfig(PathConfig):
         "autoencoder whose latents are trained on: a folder, a pipeline that has one, or a name on the Hub; images are "
         "encoded at each batch unless dataset_name is a folder of training/cache_latents.py",
         "latents",
+    )
+
+    data_mean: Literal[DATA_MEANS] = fixed_option(
+        "none",
+        "what is subtracted from images or latents before noise is added, pixel by pixel: the mean of all, or of those of the "
+        "label; the pipeline adds it again",
+        "statistics of the data",
+    )
+    data_scale: Literal[DATA_SCALES] = fixed_option(
+        "none", "what is divided by before noise is added: the standard deviation of all values, or of each channel's"
     )
 
     objective: Literal[(*OBJECTIVES, "bound")] | None = fixed_option(
@@ -318,7 +329,8 @@ def without_its_schedule(
     """
     if config.path != "learned":
         return model, type(scheduler).from_config(scheduler.config)
-    return model.denoiser, build_scheduler(config, model.noise_schedule)
+    largest_x0 = scheduler.config.get("clip_sample_range", 1.0)
+    return model.denoiser, build_scheduler(config, model.noise_schedule, largest_x0)
 
 
 def build_objective(

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from diffusers_ext.diffusion.data_units import DataUnits
 from diffusers_ext.diffusion.losses import (
     DEFAULT_WEIGHTINGS,
     LOSS_WEIGHTINGS,
@@ -134,19 +135,26 @@ class DenoisingObjective(nn.Module):
         x_t = add_noise(x0, eps, self.schedule.level(timesteps, x0))
         conditions = {name: batch[name] for name in MODEL_CONDITIONS if name in batch}
         output = model(x_t, self.schedule.labels(timesteps), class_labels=batch.get("labels"), **conditions).sample
-        error, loss, bound = self.losses(output, x0, eps, x_t, timesteps)
+        error, loss, bound = self.losses(output, x0, eps, x_t, timesteps, batch.get("units"))
         if self.training:
             self._record(timesteps, weight, error, loss, bound)
         return (loss * weight).mean()
 
     def losses(
-        self, output: Tensor, x0: Tensor, eps: Tensor, x_t: Tensor, timesteps: Tensor
+        self,
+        output: Tensor,
+        x0: Tensor,
+        eps: Tensor,
+        x_t: Tensor,
+        timesteps: Tensor,
+        units: DataUnits | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Squared error of the prediction, loss, and bound in nats per dimension or 0, of each sample.
 
         Args:
             output: The model's output at `x_t`, which has `eps` in it.
             timesteps: int64, shape `(batch,)`.
+            units: From `x0` to the data, whose bound it is; None if these are the data.
         """
         level = self.schedule.level(timesteps, x0)
         channels = x0.shape[1] * (2 if self.learns_variance else 1)
@@ -172,6 +180,7 @@ class DenoisingObjective(nn.Module):
             *(output, x0, x_t, self.chain, timesteps, self.prediction_type),
             num_bins=self.num_bins,
             detach_mean=self.objective == "hybrid",
+            units=units,
         )
         return error, bound if self.objective == "vlb" else loss + self.vlb_weight * bound, bound
 

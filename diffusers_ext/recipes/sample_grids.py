@@ -18,7 +18,7 @@ from torch import Tensor
 
 from diffusers_ext.evaluation.generate import condition_of, sample_images, shared_by_processes
 from diffusers_ext.figures import labelled_grid, save_picture
-from diffusers_ext.latents import decode_latents
+from diffusers_ext.pipelines.outputs import decode_samples
 from diffusers_ext.recipes.condition_grids import SAMPLES_OF_EACH, ConditionPictures
 from diffusers_ext.recipes.denoising import DenoisingConfig
 from diffusers_ext.trainer.ending import EndingCost, seconds_of
@@ -136,7 +136,7 @@ def draw_denoising(
 ) -> None:
     """A strip with x_t above the predicted x_0, from the first step to the last at evenly spaced ones.
 
-    Those of a pipeline in latents are decoded.
+    Those of a pipeline in latents are decoded, and those of one with statistics shown with the mean of the data.
     """
     last = num_inference_steps - 1
     steps = sorted({round(column * last / max(columns - 1, 1)) for column in range(columns)})
@@ -156,10 +156,12 @@ def draw_denoising(
         ["x_t", "predicted x_0"],
         [x_t, x0_hat],
     )
-    if getattr(pipe, "vae", None) is not None:
+    vae, statistics = (getattr(pipe, name, None) for name in ("vae", "statistics"))
+    if vae is not None:
         names = [f"{name}, decoded" for name in names]
-        with torch.no_grad():
-            rows = [decode_latents(pipe.vae, row) for row in rows]
+    with torch.no_grad():
+        labels = None if label is None else torch.tensor([label])
+        rows = [decode_samples(row, vae, statistics, labels) for row in rows]
     save_picture(labelled_grid([(row.float() + 1) / 2 for row in rows], names, heads), path)
 
 

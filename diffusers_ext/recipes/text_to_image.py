@@ -98,6 +98,8 @@ class TextConfig(DenoisingConfig):
         for name in ("label_column", "num_classes", "label_names", "unconditional"):
             if getattr(self, name) != defaults[name]:
                 raise ValueError(f"{name} has no meaning here, where captions are the condition: see caption_column")
+        if self.data_mean == "class":
+            raise ValueError("data_mean class is for labels, which captions are not: use data_mean overall")
         if self.path == "learned":
             raise ValueError("path learned is for images without captions, of training/train_ddpm.py")
         if self.streaming:

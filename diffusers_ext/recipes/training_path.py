@@ -68,6 +68,12 @@ class PathConfig(NetworkConfig):
     )
     beta_start: float = beta_option(1e-4, "first beta of linear, scaled_linear and sigmoid")
     beta_end: float = beta_option(0.02, "last beta of linear, scaled_linear and sigmoid")
+    beta_reference_timesteps: int | None = beta_option(
+        None,
+        "length of the chain that beta_start and beta_end are for, such as 1000, whose alpha_bar a chain of another "
+        "num_train_timesteps then has; by default its own, and 1000 with path vp",
+        at_least=1,
+    )
     rescale_betas_zero_snr: bool = fixed_option(False, "let the last level be pure noise; not with epsilon")
     beta_min: float = _subvp_option(SubVariancePreserving.beta_min, "beta of subvp at the data, by unit of time")
     beta_max: float = _subvp_option(SubVariancePreserving.beta_max, "beta of subvp at the noise")
@@ -155,11 +161,14 @@ class PathConfig(NetworkConfig):
         return {"ve": "score_sde", "subvp": "score_sde", "linear": "flow"}.get(self.path, "ddim")
 
 
-def build_scheduler(config: "DenoisingConfig", noise_schedule: LearnedSchedule | None = None) -> SchedulerMixin:
+def build_scheduler(
+    config: "DenoisingConfig", noise_schedule: LearnedSchedule | None = None, largest_x0: float = 1.0
+) -> SchedulerMixin:
     """The scheduler that is saved with the pipeline; its path is the training's.
 
     Args:
         noise_schedule: Of path "learned", as it stands; by default as it is before training.
+        largest_x0: Of images, as the denoiser knows them: the predicted ones are clipped to it.
     """
     cls, length = SCHEDULERS[config.scheduler], config.num_train_timesteps
     if config.path == PRETRAINED_PATH:
@@ -171,7 +180,8 @@ def build_scheduler(config: "DenoisingConfig", noise_schedule: LearnedSchedule |
     }
     if config.path == "linear":
         return cls(**options)
-    clip = {"clip_sample": config.vae is None}  # images end at -1 and 1, latents do not
+    # Images end somewhere, latents do not.
+    clip = {"clip_sample": config.vae is None, "clip_sample_range": largest_x0}
     learned = {}
     if config.path == "learned":
         learned = learned_betas(noise_schedule or config.make_noise_schedule(), length)
@@ -210,8 +220,11 @@ def _path_options(config: "DenoisingConfig") -> dict[str, Any]:
             "beta_end": config.beta_end,
             "rescale_betas_zero_snr": config.rescale_betas_zero_snr,
         }
-        if config.path == "vp" and config.num_train_timesteps != REFERENCE_TIMESTEPS:
-            options["beta_reference_timesteps"] = REFERENCE_TIMESTEPS
+        reference = config.beta_reference_timesteps
+        if reference is None and config.path == "vp":
+            reference = REFERENCE_TIMESTEPS
+        if reference is not None and reference != config.num_train_timesteps:
+            options["beta_reference_timesteps"] = reference
         return options
     if config.path == "learned":
         return {}

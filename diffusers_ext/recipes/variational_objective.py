@@ -25,6 +25,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from diffusers_ext.diffusion.data_units import DataUnits
 from diffusers_ext.diffusion.noising import NoiseSchedule, Normal, add_noise, training_target, x0_error_scale
 from diffusers_ext.diffusion.variational_bound import decoder_nats, prior_nats
 from diffusers_ext.models.learned_schedule import LearnedSchedule, level_of, schedule_of_log_snr
@@ -77,12 +78,15 @@ class VariationalModel(nn.Module):
         self.num_train_timesteps, self.num_steps, self.num_bins = num_train_timesteps, num_steps, num_bins
         self._no_split_modules = list(getattr(denoiser, "_no_split_modules", None) or ())  # where FSDP may cut
 
-    def forward(self, x0: Tensor, eps: Tensor, time: Tensor, **conditions) -> VariationalTerms:
+    def forward(
+        self, x0: Tensor, eps: Tensor, time: Tensor, units: DataUnits | None = None, **conditions
+    ) -> VariationalTerms:
         """The terms of each sample.
 
         Args:
-            x0, eps: Clean samples in [-1, 1] and standard normal noise, shape `(batch, channels, ...)`.
+            x0, eps: Clean samples and standard normal noise, shape `(batch, channels, ...)`.
             time: In [0, 1), shape `(batch,)`.
+            units: From `x0` to the data, which are in [-1, 1]; None if these are the data.
             conditions: For the denoiser.
         """
         schedule, weigh = self.noise_schedule, _GradientWeight()
@@ -105,13 +109,15 @@ class VariationalModel(nn.Module):
         # |eps - eps_hat|^2 = snr |x_0 - x0_hat|^2
         diffusion = weight * (level.snr * x0_error_scale(level, self.prediction_type)).flatten() * error
         weigh.by(diffusion.detach())
-        return VariationalTerms(diffusion, *self._ends(x0, eps, gamma_0, gamma_1), error.detach(), tau.detach())
+        return VariationalTerms(diffusion, *self._ends(x0, eps, gamma_0, gamma_1, units), error.detach(), tau.detach())
 
-    def _ends(self, x0: Tensor, eps: Tensor, gamma_0: Tensor, gamma_1: Tensor) -> tuple[Tensor, Tensor]:
+    def _ends(
+        self, x0: Tensor, eps: Tensor, gamma_0: Tensor, gamma_1: Tensor, units: DataUnits | None
+    ) -> tuple[Tensor, Tensor]:
         """The prior and the reconstruction, which know nothing of the denoiser."""
         clean, noisy = level_of(gamma_0.reshape(1), x0), level_of(gamma_1.reshape(1), x0)
         std = clean.sigma / clean.alpha
-        reconstruction = decoder_nats(x0, Normal(x0 + std * eps, std), self.num_bins)
+        reconstruction = decoder_nats(x0, Normal(x0 + std * eps, std), self.num_bins, units)
         return prior_nats(x0, noisy).flatten(1).mean(1), reconstruction.flatten(1).mean(1)
 
     def enable_gradient_checkpointing(self):
@@ -170,7 +176,8 @@ class VariationalObjective(nn.Module):
 
     def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         conditions = {name: batch[name] for name in MODEL_CONDITIONS if name in batch}
-        terms = model(batch["images"], batch["noise"], batch["time"], class_labels=batch.get("labels"), **conditions)
+        sample = batch["images"], batch["noise"], batch["time"], batch.get("units")
+        terms = model(*sample, class_labels=batch.get("labels"), **conditions)
         terms = VariationalTerms(*terms)
         if self.training:
             self._record(terms)

@@ -18,6 +18,7 @@ from diffusers_ext.calibration import averages, guidance, timesteps, variance
 from diffusers_ext.calibration.budget import Budget, budget_of_training
 from diffusers_ext.calibration.guidance import Guidance, Parts, Trials, images_that_fit, search
 from diffusers_ext.calibration.subject import Subject
+from diffusers_ext.diffusion.analytic_variance import VISIBLE_NOISE
 from diffusers_ext.diffusion.timesteps import make_timesteps
 from diffusers_ext.evaluation.labelled_images import LabelledImages
 from diffusers_ext.evaluation.real_images import RealImages
@@ -70,7 +71,7 @@ def test_the_table_is_the_variance_of_x0_given_x_t():
     gain = 0.25 * level.alpha / (0.25 * level.alpha**2 + level.sigma**2)
     expected = (1 - level.alpha * gain) ** 2 * own + gain**2 * level.sigma**2
     torch.testing.assert_close(prediction.x0_variance, expected, rtol=0.06, atol=0)
-    table = prediction.table(in_pixels=True)
+    table = prediction.table(VISIBLE_NOISE)
     assert table["timesteps"] == sorted(table["timesteps"]) and len(str(table)) < 2000 and table["last_noise"] > 0
     assert (
         prediction.num_images == 64 and variance.measure(subject, images, NEVER, seed=0).num_images == variance.BATCH

@@ -89,9 +89,10 @@ def test_scripts_know_the_defaults(plain, chosen):
     [
         (
             {"steps": 5},
-            "call_defaults must be among num_inference_steps, guidance_scale, guidance_interval, got 'steps'",
+            "call_defaults must be among num_inference_steps, guidance_scale, guidance_interval, start_timestep, got 'steps'",
         ),
         ({"num_inference_steps": 0}, "num_inference_steps of call_defaults must be an integer of at least 1, got 0"),
+        ({"start_timestep": -1}, "start_timestep of call_defaults must be an integer of at least 0, got -1"),
         ({"guidance_scale": float("nan")}, "guidance_scale must be .*, got nan"),
         (
             {"guidance_scale": 2.0, "guidance_interval": (0.2, 0.8)},

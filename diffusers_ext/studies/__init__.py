@@ -1,0 +1,1 @@
+"""Questions about trained models, each answered by a figure and a table."""

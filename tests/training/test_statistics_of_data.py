@@ -1,0 +1,148 @@
+"""Runs with statistics of the data, what follows them, and studies of them, each the whole command on tiny networks."""
+
+import numpy as np
+import pytest
+import torch
+
+import diffusers_ext
+from diffusers_ext import GaussianPriorModel
+from diffusers_ext.data.prepare import prepare_images
+from diffusers_ext.evaluation.bits_per_dim import measure_bits_per_dim
+from diffusers_ext.evaluation.guidance_comparison import add_networks
+from diffusers_ext.evaluation.labelled_images import LabelledImages
+from diffusers_ext.recipes.denoising import DenoisingConfig
+from diffusers_ext.recipes.text_to_image import TextConfig
+from diffusers_ext.recipes.training_path import build_scheduler
+from diffusers_ext.trainer.run_folder import read_metrics
+from runs import forget_accelerate
+from training import fit_prior, study, train_classifier, train_ddpm
+
+
+SMALL = {
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "train_batch_size": 8,
+    "max_train_samples": 60,
+    "max_train_steps": 2,
+    "num_inference_steps": 2,
+    "sample_columns": 1,
+    "num_threads": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """One with means by label, a scale, and the bound of the data in its loss."""
+    options = {"data_mean": "class", "data_scale": "overall", "objective": "hybrid", "label_dropout": 0.5}
+    held_out = {"validation_split": "test", "validation_steps": 2, "max_validation_samples": 8, "logging_steps": 2}
+    folder = tmp_path_factory.mktemp("runs") / "class"
+    train_ddpm.main(train_ddpm.TrainConfig(**SMALL | options | held_out, output_dir=str(folder)))
+    forget_accelerate()
+    return folder
+
+
+def load(folder):
+    pipe = diffusers_ext.DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_the_pipeline_of_a_run_has_its_statistics_and_clips_to_what_they_make_of_images(run):
+    pipe, data = load(run), prepare_images("digits", max_samples=60)
+    x = data.pixels[np.arange(60)].astype(np.float64).transpose(0, 3, 1, 2) / 127.5 - 1
+    means = np.stack([*(x[data.labels == label].mean(0) for label in range(10)), x.mean(0)])
+    np.testing.assert_allclose(pipe.statistics.mean.numpy(), means, atol=1e-6)
+    assert pipe.statistics.std.item() == pytest.approx(np.sqrt(np.mean((x - means[data.labels]) ** 2)), rel=1e-5)
+    assert pipe.scheduler.config.clip_sample_range == pytest.approx(pipe.statistics.largest)
+    images = pipe(class_labels=[3, 4], num_inference_steps=2, output_type="np").images
+    assert images.shape == (2, 8, 8, 1) and np.isfinite(images).all()
+    assert (run / "samples.png").stat().st_size and (run / "denoising.png").stat().st_size
+    record = read_metrics(run / "metrics.jsonl")[-1]
+    assert record["loss"] > 0 and record["val_loss"] > 0
+    pixels = torch.from_numpy(data.pixels[np.arange(4)]).permute(0, 3, 1, 2)
+    names = [str(label) for label in range(10)]
+    found = measure_bits_per_dim(
+        pipe, LabelledImages(pixels, torch.from_numpy(data.labels[:4]), names), num_terms=4, show_progress=False
+    )
+    assert found["by_label"] and found["variance"] == "learned_range" and found["bits_per_dim"] > 0
+
+
+def test_a_classifier_of_a_pipeline_learns_its_samples_and_fits_into_it_alone(run, tmp_path):
+    options = {name: value for name, value in SMALL.items() if name not in ("num_inference_steps", "sample_columns")}
+    config = train_classifier.TrainClassifierConfig(
+        **options, pipeline=str(run), max_measured_samples=8, output_dir=str(tmp_path / "classifier")
+    )
+    train_classifier.main(config)
+    forget_accelerate()
+    pipe = load(run)
+    classifier = diffusers_ext.NoisyClassifierModel.from_pretrained(tmp_path / "classifier")
+    assert classifier.config.data_statistics == pipe.statistics.fingerprint()
+    add_networks(pipe, None, classifier)
+    other = load(run)
+    other.register_modules(statistics=None)
+    with pytest.raises(ValueError, match="trained on those of other data for a pipeline with none"):
+        add_networks(other, None, classifier)
+    with pytest.raises(ValueError, match="the weaker pipeline must have the statistics of the pipeline"):
+        add_networks(load(run), other, None)
+
+
+def test_a_fitted_prior_is_where_calls_start_by_default(run, tmp_path, capsys):
+    words = ["--start_timestep", "300", "--by_label", "--num_inference_steps", "3", "--num_threads", "1"]
+    folder = fit_prior.main(fit_prior.parse([str(run), *words, "--output_dir", str(tmp_path / "truncated")]))
+    assert (
+        "calls start at timestep 300 from a normal distribution of rank 64 for each label" in capsys.readouterr().out
+    )
+    pipe = load(folder)
+    assert isinstance(pipe.prior, GaussianPriorModel) and pipe.prior.mean.shape == (11, 1, 8, 8)
+    # Of normalised samples by the means of their labels: nothing is left of those.
+    assert pipe.prior.mean.abs().max() < 1e-5
+    point = pipe(class_labels=5, trajectory_steps=[0]).trajectory[0]
+    assert point.timestep == 300
+    assert load(run).prior is None
+    for options, message in (
+        ({}, "start_timestep must be given"),
+        ({"start_timestep": 2000}, r"start_timestep must be an integer in \[0, 999\], got 2000"),
+        ({"start_timestep": 9, "vae_prior": "runs/vae", "rank": 3}, "leave them or vae_prior out"),
+        ({"start_timestep": 99, "vae_prior": str(tmp_path / "nothing")}, "cannot be loaded as an autoencoder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fit_prior.main(fit_prior.FitPriorConfig(pipeline=str(run), num_threads=1, **options))
+
+
+@pytest.mark.parametrize("name", study.STUDIES)
+@pytest.mark.filterwarnings("ignore")
+def test_each_study_leaves_a_page_a_figure_and_numbers(run, name, tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFUSERS_EXT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(study, "features_for", lambda *args: (None, None))  # tested in test_evaluate.py; takes long
+    words = ["--num_images", "20", "--num_data", "40", "--num_inference_steps", "4", "--lengths", "10", "1000"]
+    page = study.main(
+        study.parse([name, "--pipelines", str(run), *words, "--num_levels", "3", "--output_dir", str(tmp_path)])
+    )
+    text = page.read_text()
+    assert page.name == f"{name}.md" and text.startswith("# ") and f"({name}.png)" in text
+    assert (tmp_path / f"{name}.png").stat().st_size > 1000 and (tmp_path / f"{name}.json").is_file()
+    assert "nan" not in text and len(text.split("| --- |")) > 1
+
+
+def test_the_betas_of_a_chain_of_another_length_can_be_asked_for():
+    small = {"block_out_channels": (8, 16)}
+    long = build_scheduler(DenoisingConfig(beta_schedule="linear", **small))
+    options = {"beta_schedule": "linear", "num_train_timesteps": 50, "beta_reference_timesteps": 1000}
+    short = build_scheduler(DenoisingConfig(**options, **small))
+    torch.testing.assert_close(short.alphas_cumprod, long.alphas_cumprod[19::20], rtol=1e-5, atol=0)
+    vp = build_scheduler(DenoisingConfig(path="vp", num_train_timesteps=50, **small))  # whose default it is
+    torch.testing.assert_close(vp.alphas_cumprod, short.alphas_cumprod)
+    with pytest.raises(ValueError, match="beta_reference_timesteps has no meaning without beta_schedule"):
+        DenoisingConfig(beta_reference_timesteps=1000, **small)
+    path, _, _ = train_classifier.load_path(train_classifier.TrainClassifierConfig(**options))
+    assert path["beta_reference_timesteps"] == 1000
+
+
+def test_means_by_label_are_refused_for_captions_and_unlabelled_images(tmp_path):
+    with pytest.raises(ValueError, match="data_mean class is for labels, which captions are not"):
+        TextConfig(data_mean="class")
+    config = train_ddpm.TrainConfig(**SMALL, data_mean="class", unconditional=True, output_dir=str(tmp_path / "run"))
+    with pytest.raises(ValueError, match="needs one label for each image, digits has no labels"):
+        train_ddpm.main(config)
+    forget_accelerate()
+    assert not (tmp_path / "run").exists()
