@@ -47,6 +47,11 @@ class CallCondition:
         self._noised: Tensor | None = None
 
     @property
+    def labels(self) -> Tensor | None:
+        """The labels of the images, as `LabelCondition` has them; `None` without, and of texts."""
+        return getattr(self.named, "labels", None)
+
+    @property
     def can_drop_image(self) -> bool:
         """Whether there is a condition image, and the network knows what to do without."""
         return self.image is not None and self.pipe.denoiser.config.get("learned_without_image", True)
