@@ -148,7 +148,7 @@ def test_a_pipeline_of_diffusers_and_one_of_latents_are_distilled(folders, tmp_p
     latent = GuidedDiffusionPipeline(
         UNetModel(4, 2, 2, block_out_channels=(8, 8), layers_per_block=1),
         v_scheduler(clip_sample=False),
-        vae=tiny_vae(),
+        vae=tiny_vae(2, 1),
     )
     latent.save_pretrained(tmp_path / "latent")
     data = ("--dataset_name", str(folders / "data"), "--max_train_steps", "1", "--teacher_steps", "4")
