@@ -131,8 +131,8 @@ class Layout:
         """Whether the embedding is a scale and a shift (use_scale_shift_norm), and not added."""
         return self.state["middle_block.0.emb_layers.1.weight"].shape[0] == 2 * self.widths[-1]
 
-    def head_dim(self, num_heads: int | None, num_head_channels: int | None) -> int:
-        """Channels of an attention head, one number for all levels.
+    def head_dim(self, num_heads: int | None, num_head_channels: int | None) -> int | None:
+        """Channels of an attention head, one number for all levels; `None` for one head of all channels.
 
         Raises:
             ValueError: if there is none.
@@ -142,6 +142,8 @@ class Layout:
                 "exactly one of num_heads and num_head_channels must be given, as the model was made, got "
                 f"{num_heads} and {num_head_channels}"
             )
+        if num_heads == 1:
+            return None
         widths = {self.widths[level] for level in range(self.num_levels) if self.attends(level)} | {self.widths[-1]}
         if num_head_channels is None and len(widths) > 1:
             raise ValueError(
@@ -220,7 +222,7 @@ def convert_unet(
     return network.eval()
 
 
-def _renamed(layout: Layout, name: str, value: Tensor, head_dim: int, split_first: bool) -> dict[str, Tensor]:
+def _renamed(layout: Layout, name: str, value: Tensor, head_dim: int | None, split_first: bool) -> dict[str, Tensor]:
     """A tensor under its name in `UNet2DModel`; that of queries, keys and values as three."""
     whole = {
         "time_embed.0": "time_embedding.linear_1",
@@ -254,10 +256,10 @@ def _renamed(layout: Layout, name: str, value: Tensor, head_dim: int, split_firs
     raise ValueError(f"the checkpoint has a layer {layer}, which no U-Net of guided-diffusion has")
 
 
-def _split(qkv: Tensor, head_dim: int, split_first: bool) -> dict[str, Tensor]:
+def _split(qkv: Tensor, head_dim: int | None, split_first: bool) -> dict[str, Tensor]:
     """Weights or biases of queries, keys and values, `(3 * channels, ...)`, by the letter of each."""
     rows = qkv.flatten(1) if qkv.ndim > 1 else qkv
-    if split_first:
+    if split_first or head_dim is None:
         return dict(zip("qkv", rows.chunk(3), strict=True))
     by_head = rows.unflatten(0, (-1, 3, head_dim))  # head by head, its queries, then its keys, then its values
     return {letter: by_head[:, index].flatten(0, 1) for index, letter in enumerate("qkv")}
