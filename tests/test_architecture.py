@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "hub": "atomic_files untrusted",
     "data": "untrusted atomic_files draws options pixels sizes latents guidance",
     "trainer": "untrusted atomic_files draws machine pixels options figures hub data",
+    "conversion": "schedulers",
     "metrics": "untrusted pixels diffusion sizes",
     "evaluation": "__init__ untrusted atomic_files conditions draws machine pixels sizes options figures diffusion schedulers models guidance pipelines data metrics",
     "calibration": "__init__ atomic_files figures diffusion schedulers guidance pipelines hub data trainer metrics evaluation",

@@ -24,12 +24,20 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMPipeline,
+    DDPMScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
 
 from diffusers_ext import ExtDDIMScheduler, GuidedDiffusionPipeline, TextGuidedDiffusionPipeline
 from diffusers_ext.hub.__main__ import main as hub_main
-from tiny import tiny_unet
+from guided_diffusion_unet import GuidedDiffusionUNet
+from tiny import tiny_stock_unet, tiny_unet
 from tiny_text import tiny_clip, tiny_text_unet, tiny_tokenizer
 
 
@@ -44,6 +52,10 @@ SCRIPTS = sorted(
 TRAINING = "--max_train_steps 2 --train_batch_size 2 --max_train_time 600 --num_threads 1"
 SAMPLES = "--num_inference_steps 2 --sample_columns 2"
 SMALL = {
+    "training/train_ddpm.py --pretrained_pipeline": f"{TRAINING} {SAMPLES}",
+    "training/train_text_to_image.py --pretrained_pipeline": f"{TRAINING} {SAMPLES}",
+    "training/convert_checkpoint.py": "--image_size 16",
+    "training/train_vae.py --pretrained_pipeline": f"{TRAINING} --sample_columns 2",
     "training/train_ddpm.py": f"{TRAINING} {SAMPLES} --block_out_channels 8 16 --layers_per_block 1",
     "training/train_ddpm.py --model dit": f"{TRAINING} {SAMPLES} --hidden_size 16 --num_layers 2 --num_attention_heads 2",
     "training/train_text_to_image.py": f"{TRAINING} {SAMPLES} --block_out_channels 8 16 --layers_per_block 1",
@@ -118,6 +130,11 @@ def save_stable_diffusion(folder):
     StableDiffusionPipeline(vae, encoder, tokenizer, unet, PNDMScheduler(), **checker).save_pretrained(folder)
 
 
+def save_ddpm(folder):
+    """An unconditional pipeline of diffusers."""
+    DDPMPipeline(tiny_stock_unet(), DDPMScheduler()).save_pretrained(folder)
+
+
 class Desk:
     """A folder to run a document in, as from the root of a checkout."""
 
@@ -130,6 +147,8 @@ class Desk:
         save_data(folder / "path/to/fashion_mnist", {"train": 18, "validation": 9}, 28, "L")
         save_data(folder / "path/to/twemoji64", {"train": 18, "test": 9}, 64, "RGB", with_texts=True)
         save_stable_diffusion(folder / "a/stable-diffusion")
+        save_ddpm(folder / "a/ddpm")
+        torch.save(GuidedDiffusionUNet(num_head_channels=64).state_dict(), folder / "path/to/64x64_diffusion.pt")
         self.names = {"__name__": "document"}
         self.launches = False  # by accelerate, in processes of their own
 

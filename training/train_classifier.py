@@ -36,6 +36,7 @@ from diffusers_ext.models.statistics import check_statistics
 from diffusers_ext.models.unet import refuse_unmatched_resolutions
 from diffusers_ext.options import fixed_option, option, run_script, to_command
 from diffusers_ext.recipes.classifier_objective import ClassifierObjective, accuracy_by_level, save_accuracy
+from diffusers_ext.recipes.pretrained_parts import PretrainedPart, hold, is_pipeline_with, read_part, take_over
 from diffusers_ext.recipes.training_path import beta_option
 from diffusers_ext.schedulers.levels import describe_path, schedule_of
 from diffusers_ext.sizes import downsampling_factor
@@ -90,6 +91,13 @@ class TrainClassifierConfig(TrainerConfig):
         "stratified", "each image's level by itself, or evenly spread"
     )
 
+    pretrained_pipeline: str | None = fixed_option(
+        None,
+        "begin with a classifier of this script: its folder, a pipeline that has one, or a name on the Hub. Its network, noise "
+        "levels and VAE are taken over",
+        "fine-tuning",
+    )
+
     max_measured_samples: int = option(
         2000, "images that the accuracy by noise level is measured on", "watching", at_least=1
     )
@@ -104,6 +112,8 @@ class TrainClassifierConfig(TrainerConfig):
     )
 
     def __post_init__(self):
+        if self.pretrained_pipeline is not None:
+            self._take_over()
         super().__post_init__()
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         changed = [name for name in self.SCHEDULE_OPTIONS if getattr(self, name) != defaults[name]]
@@ -117,6 +127,23 @@ class TrainClassifierConfig(TrainerConfig):
                     f"resolution must be a multiple of {self.size_multiple}, since each of block_out_channels but the last "
                     f"halves the images, got {side}"
                 )
+
+    def _take_over(self) -> None:
+        """Takes over what the classifier is that the run begins with."""
+        part = read_classifier(self)
+        names = ("block_out_channels", "layers_per_block", "attention_resolutions", "attention_head_dim")
+        take_over(self, {name: part.config[name] for name in names}, part.name)
+        if self.pipeline is not None:
+            raise ValueError(
+                f"pipeline and pretrained_pipeline {part.name} both say which noise levels to train on: give one of them"
+            )
+        path = part.config["noise_schedule"] or {}
+        for name in self.SCHEDULE_OPTIONS:
+            hold(self, name, path.get(name), part.name, known=name in path)
+        if self.vae is None and part.subfolder is not None and is_pipeline_with(part.name, "vae"):
+            object.__setattr__(self, "vae", part.name)
+        if self.resolution is None and self.vae is None:
+            object.__setattr__(self, "resolution", part.size)
 
     @property
     def size_multiple(self) -> int:
@@ -168,6 +195,20 @@ def main(config: TrainClassifierConfig) -> Path:
     return trainer.output_dir
 
 
+def read_classifier(config: TrainClassifierConfig) -> PretrainedPart:
+    """What is known of the classifier that the run begins with.
+
+    Raises:
+        ValueError: if it is none, or does not say its noise levels.
+    """
+    part = read_part(config.pretrained_pipeline, "classifier", ("NoisyClassifierModel",))
+    if part.config["noise_schedule"] is None:
+        raise ValueError(
+            f"--pretrained_pipeline {part.name} must say which noise levels it was trained on, got noise_schedule=None"
+        )
+    return part
+
+
 def load_path(config: TrainClassifierConfig) -> tuple[dict[str, Any], ModelMixin | None, ModelMixin | None]:
     """The noising path to train on, as `describe_path` has it, and the VAE whose latents go along it and the statistics by
     which its samples are normalised, if any.
@@ -176,6 +217,8 @@ def load_path(config: TrainClassifierConfig) -> tuple[dict[str, Any], ModelMixin
         ValueError: if the pipeline has no such path, or is of pixels or of another VAE than the one that is given.
     """
     vae = None if config.vae is None else load_vae(config.vae)
+    if config.pretrained_pipeline is not None:
+        return read_classifier(config).config["noise_schedule"], vae, None
     if config.pipeline is None:
         options = {name: getattr(config, name) for name in config.SCHEDULE_OPTIONS}
         scheduler = ExtDDPMScheduler(**options, prediction_type="sample")  # the type that any path allows
@@ -223,9 +266,18 @@ def check_latents(config: TrainClassifierConfig, space: SampleSpace) -> None:
 def build_model(
     config: TrainClassifierConfig, space: SampleSpace, num_classes: int, path: dict[str, Any]
 ) -> NoisyClassifierModel:
-    """A new model with weights that follow from the seed."""
-    torch.manual_seed(config.seed)
+    """A new model with weights that follow from the seed, or that of `pretrained_pipeline`."""
     channels, *size = space.shape
+    if config.pretrained_pipeline is not None:
+        part = read_classifier(config)
+        part.check_samples(channels, tuple(size))
+        if num_classes != part.config["num_classes"]:
+            raise ValueError(
+                f"the images must have the {part.config['num_classes']} labels that --pretrained_pipeline {part.name} tells "
+                f"apart, got {num_classes}"
+            )
+        return part.load()
+    torch.manual_seed(config.seed)
     return NoisyClassifierModel(
         sample_size=tuple(size),
         in_channels=channels,

@@ -39,6 +39,7 @@ from diffusers_ext.models.vae_likelihood import LIKELIHOODS
 from diffusers_ext.options import fixed_option, option, run_script, to_command
 from diffusers_ext.recipes import hierarchical_figures, vae_figures
 from diffusers_ext.recipes.hierarchical_vae import HierarchicalObjective, LevelRates, describe_levels, measure_levels
+from diffusers_ext.recipes.pretrained_parts import options_of_vae, read_vae, take_over
 from diffusers_ext.recipes.vae_objective import (
     ACTIVE_VARIANCE,
     BINARIZATIONS,
@@ -129,6 +130,13 @@ class TrainVAEConfig(TrainerConfig):
         2, "its convolutions that halve the side; a patch has 16, 34 or 70 pixels"
     )
 
+    pretrained_pipeline: str | None = fixed_option(
+        None,
+        "begin with an autoencoder of this script: its folder, a pipeline that has one, or a name on the Hub. Its architecture "
+        "and likelihood are taken over",
+        "fine-tuning",
+    )
+
     sample_columns: int = option(8, "pictures in a row", "pictures", at_least=1)
     max_measured_samples: int = option(
         20_000,
@@ -143,6 +151,8 @@ class TrainVAEConfig(TrainerConfig):
     }
 
     def __post_init__(self):
+        if self.pretrained_pipeline is not None:
+            self._take_over()
         super().__post_init__()
         for name in ("likelihood_scale", "perceptual_weight", "adversarial_learning_rate"):
             if not getattr(self, name) > 0:
@@ -176,6 +186,13 @@ class TrainVAEConfig(TrainerConfig):
                     f"a discriminator of {self.discriminator_layers} layers needs images of at least {smallest} pixels, got "
                     f"{side}: give fewer --discriminator_layers"
                 )
+
+    def _take_over(self) -> None:
+        """Takes over what the autoencoder is that the run begins with."""
+        part = read_vae(self.pretrained_pipeline)
+        take_over(self, options_of_vae(part), part.name)
+        if self.resolution is None:
+            object.__setattr__(self, "resolution", part.size)
 
     def too_long_for(self, num_steps: int) -> list[str]:
         lines = super().too_long_for(num_steps)
@@ -252,7 +269,9 @@ def load_data(config: TrainVAEConfig, accelerator: Accelerator) -> tuple[ImageDa
 
 
 def build_model(config: TrainVAEConfig, data: ImageData | StreamData) -> VAEModel | HierarchicalVAEModel:
-    """A new model with weights that follow from the seed."""
+    """A new model with weights that follow from the seed, or that of `pretrained_pipeline`."""
+    if config.pretrained_pipeline is not None:
+        return load_pretrained(config, data)
     torch.manual_seed(config.seed)
     common = {
         "sample_size": data.size,
@@ -271,6 +290,21 @@ def build_model(config: TrainVAEConfig, data: ImageData | StreamData) -> VAEMode
     return VAEModel(
         **common, architecture=config.architecture, latent_dim=config.latent_dim, hidden_dims=config.hidden_dims
     )
+
+
+def load_pretrained(config: TrainVAEConfig, data: ImageData | StreamData) -> VAEModel | HierarchicalVAEModel:
+    """The autoencoder that the run begins with, for these images; the scale of its latents is measured anew at the end.
+
+    Raises:
+        ValueError: if it does not take them.
+    """
+    part = read_vae(config.pretrained_pipeline)
+    part.check_samples(data.channels, None if config.architecture == "conv" else data.size)
+    vae = part.load()
+    vae.register_to_config(sample_size=data.size)
+    if isinstance(vae, VAEModel):  # what its encoder gives, as while it was trained
+        vae.register_to_config(latent_offset=0.0, shift_factor=None, scaling_factor=1.0)
+    return vae
 
 
 def build_adversary(config: TrainVAEConfig, data: ImageData | StreamData) -> Adversary | None:

@@ -1,5 +1,6 @@
 """The base of the networks: recomputed activations, compilation by block, and the conditions that a network takes."""
 
+import functools
 import inspect
 
 import torch
@@ -31,6 +32,9 @@ class Network(ModelMixin, PeftAdapterMixin, ConfigMixin):
             return self._gradient_checkpointing_func(module, *args)
         return module(*args)
 
+    @functools.wraps(
+        ModelMixin.save_pretrained
+    )  # whose signature pipelines look into for the options that they hand on
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Saves the weights and the config, as `diffusers.ModelMixin.save_pretrained`.
 

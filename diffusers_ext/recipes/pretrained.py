@@ -21,6 +21,7 @@ from diffusers_ext.guidance.labels import NUM_CLASSES_KEYS
 from diffusers_ext.models.dit import DiTModel
 from diffusers_ext.models.unet import UNetModel
 from diffusers_ext.pipelines.stock import stock_name
+from diffusers_ext.recipes.pretrained_parts import hold
 from diffusers_ext.schedulers.levels import describe_path, is_linear, prediction_type_of
 from diffusers_ext.sizes import as_size, downsampling_factor
 
@@ -208,7 +209,7 @@ def options_from(config: Any, source: Pretrained) -> dict[str, Any]:
     _check_condition(config, source)
     network = _network_options(source)
     for name in ("model", "dit_size", *OF_UNET, *OF_DIT):
-        _hold(config, name, network.get(name), source, known=name in network)
+        hold(config, name, network.get(name), source.name, known=name in network)
     learned = source.learns_variance
     if config.objective is not None and (config.objective in ("vlb", "hybrid")) != learned:
         raise ValueError(
@@ -264,27 +265,13 @@ def _path_options(config: Any, source: Pretrained) -> dict[str, Any]:
     for name in OF_PATH:
         if name == "path" and config.path == PRETRAINED_PATH:
             continue
-        _hold(config, name, theirs.get(name), source, known=name in theirs)
-    _hold(config, "prediction_type", source.prediction_type, source)
+        hold(config, name, theirs.get(name), source.name, known=name in theirs)
+    hold(config, "prediction_type", source.prediction_type, source.name)
     return {name: defaults[name] for name in OF_PATH} | {
         "path": PRETRAINED_PATH,
         "prediction_type": source.prediction_type,
         "num_train_timesteps": source.scheduler.config.num_train_timesteps,
     }
-
-
-def _hold(config: Any, name: str, theirs: Any, source: Pretrained, *, known: bool = True) -> None:
-    """Refuses an option that was given, and is not that of the pipeline.
-
-    Raises:
-        ValueError: if so.
-    """
-    default = next(field.default for field in dataclasses.fields(config) if field.name == name)
-    given = getattr(config, name)
-    if given == default or (known and given == theirs):
-        return
-    of = f"be {theirs!r}, as it is of" if known and theirs is not None else "be left out with"
-    raise ValueError(f"{name} must {of} --pretrained_pipeline {source.name}, got {given!r}")
 
 
 def load_denoiser(source: Pretrained) -> ModelMixin:
