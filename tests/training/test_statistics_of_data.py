@@ -109,11 +109,17 @@ def test_a_fitted_prior_is_where_calls_start_by_default(run, tmp_path, capsys):
             fit_prior.main(fit_prior.FitPriorConfig(pipeline=str(run), num_threads=1, **options))
 
 
+def no_features(*args):
+    """In the place of training a classifier, which takes long, is tested in test_evaluate.py, and needs gradients."""
+    assert torch.is_grad_enabled()
+    return None, None
+
+
 @pytest.mark.parametrize("name", study.STUDIES)
 @pytest.mark.filterwarnings("ignore")
 def test_each_study_leaves_a_page_a_figure_and_numbers(run, name, tmp_path, monkeypatch):
     monkeypatch.setenv("DIFFUSERS_EXT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(study, "features_for", lambda *args: (None, None))  # tested in test_evaluate.py; takes long
+    monkeypatch.setattr(study, "features_for", no_features)
     words = ["--num_images", "20", "--num_data", "40", "--num_inference_steps", "4", "--lengths", "10", "1000"]
     page = study.main(
         study.parse([name, "--pipelines", str(run), *words, "--num_levels", "3", "--output_dir", str(tmp_path)])
