@@ -118,6 +118,7 @@ class TextGuidedDiffusionPipeline(SamplingMixin, FromPipeMixin, SavedWithCodeMix
         guidance_rescale: float = 0.0,
         guidance_interval: Interval | None = None,
         timesteps: list[int] | None = None,
+        start_timestep: int | None = None,
         eta: float = 0.0,
         use_clipped_model_output: bool | None = None,
         low_memory: bool = False,
@@ -147,6 +148,7 @@ class TextGuidedDiffusionPipeline(SamplingMixin, FromPipeMixin, SavedWithCodeMix
             generator: Source of the noise. With a list, one generator for each image, image i depends on generator i
                 alone.
             latents: Start noise of unit variance, one for each image, shape `(images, in_channels, *sample_size)`.
+            start_timestep: Start there, from `latents` that are x_t there as the scheduler has it.
 
         Raises:
             ValueError: if an argument does not fit the model, the scheduler or another argument.
