@@ -140,7 +140,8 @@ def main(config: StudyConfig) -> Path:
     real = load_real_images(data.for_data(), data.held_out_split, label_names=label_names_of(pipe))
     features = None
     if config.study in ("noise_end", "data_draws") and real.can_be_classified:
-        features, _ = features_for(real, config.features, state)
+        with torch.enable_grad():  # which trains a classifier, if there is none
+            features, _ = features_for(real, config.features, state)
     report = MAKERS[config.study](Material(config, pipes, real, features))
     page = report.write(Path(config.output_dir), config.study)
     print(f"{report.table()}\n\n{page}")

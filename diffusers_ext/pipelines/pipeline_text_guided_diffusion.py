@@ -130,6 +130,7 @@ class TextGuidedDiffusionPipeline(SamplingMixin, AdapterMixin, FromPipeMixin, Sa
         guidance_rescale: float = 0.0,
         guidance_interval: Interval | None = None,
         timesteps: list[int] | None = None,
+        start_timestep: int | None = None,
         eta: float = 0.0,
         use_clipped_model_output: bool | None = None,
         low_memory: bool = False,
@@ -160,6 +161,7 @@ class TextGuidedDiffusionPipeline(SamplingMixin, AdapterMixin, FromPipeMixin, Sa
                 alone.
             regions: Parts of the image with a text of their own, as `(mask, text, weight)`.
             latents: Start noise of unit variance, one for each image, shape `(images, in_channels, *sample_size)`.
+            start_timestep: Start there, from `latents` that are x_t there as the scheduler has it.
 
         Raises:
             ValueError: if an argument does not fit the model, the scheduler or another argument.

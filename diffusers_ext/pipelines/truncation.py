@@ -59,9 +59,8 @@ def truncated_start(
         return latents.to(device, torch.float32)
     prior = getattr(pipe, "prior", None)
     if prior is None:
-        raise ValueError(
-            "start_timestep needs a prior of this pipeline, which training/fit_prior.py fits, or latents: x_t there"
-        )
+        fitted = "a prior of this pipeline, which training/fit_prior.py fits, or " if hasattr(pipe, "prior") else ""
+        raise ValueError(f"start_timestep needs {fitted}latents: x_t there")
     labels = getattr(condition, "labels", None)
     x0 = draw_clean(prior, shape[0], labels, pipe.statistics, generator, device)
     noise = draw_normal(shape, generator=generator, device=device, dtype=torch.float32)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import diffusers_ext
-from diffusers_ext import GaussianPriorModel
+from diffusers_ext import GaussianPriorModel, VAEModel
 from diffusers_ext.data.prepare import prepare_images
 from diffusers_ext.evaluation.bits_per_dim import measure_bits_per_dim
 from diffusers_ext.evaluation.guidance_comparison import add_networks
@@ -109,11 +109,40 @@ def test_a_fitted_prior_is_where_calls_start_by_default(run, tmp_path, capsys):
             fit_prior.main(fit_prior.FitPriorConfig(pipeline=str(run), num_threads=1, **options))
 
 
+def test_latents_are_normalised_by_channel_beside_the_scale_of_their_autoencoder(tmp_path):
+    torch.manual_seed(0)
+    vae = VAEModel(8, 1, 1, block_out_channels=(8, 8), latent_channels=2, scaling_factor=1.7, shift_factor=0.2)
+    for parameter in vae.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    vae.save_pretrained(tmp_path / "vae")
+    options = {"data_mean": "overall", "data_scale": "channel", "vae": str(tmp_path / "vae"), "random_flip": True}
+    folder = train_ddpm.main(train_ddpm.TrainConfig(**SMALL | options, output_dir=str(tmp_path / "run")))
+    forget_accelerate()
+    pipe, vae = load(folder), vae.eval()
+    assert pipe.statistics.std.shape == (2,) and not pipe.scheduler.config.clip_sample
+    pixels = prepare_images("digits", max_samples=60).pixels[np.arange(4)]
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
+    samples = pipe(class_labels=[1] * 4, image=images, strength=0, output_type="latent").images
+    with torch.no_grad():
+        latents = (vae.encode(2 * images - 1).latent_dist.mean - 0.2) * 1.7
+        expected = (latents - pipe.statistics.mean) / pipe.statistics.std.view(1, 2, 1, 1)
+        decoded = vae.decode(vae.encode(2 * images - 1).latent_dist.mean).sample
+    torch.testing.assert_close(samples, expected, rtol=1e-3, atol=1e-4)
+    again = pipe(class_labels=[1] * 4, image=images, strength=0, output_type="pt").images
+    torch.testing.assert_close(again, (decoded / 2 + 0.5).clamp(0, 1), rtol=1e-3, atol=1e-4)
+
+
+def no_features(*args):
+    """In the place of training a classifier, which takes long, is tested in test_evaluate.py, and needs gradients."""
+    assert torch.is_grad_enabled()
+    return None, None
+
+
 @pytest.mark.parametrize("name", study.STUDIES)
 @pytest.mark.filterwarnings("ignore")
 def test_each_study_leaves_a_page_a_figure_and_numbers(run, name, tmp_path, monkeypatch):
     monkeypatch.setenv("DIFFUSERS_EXT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(study, "features_for", lambda *args: (None, None))  # tested in test_evaluate.py; takes long
+    monkeypatch.setattr(study, "features_for", no_features)
     words = ["--num_images", "20", "--num_data", "40", "--num_inference_steps", "4", "--lengths", "10", "1000"]
     page = study.main(
         study.parse([name, "--pipelines", str(run), *words, "--num_levels", "3", "--output_dir", str(tmp_path)])
