@@ -30,25 +30,25 @@ class LabelCondition:
         ValueError: for a label that the model does not have.
     """
 
+    default_guidance_scale = None
+
     def __init__(self, pipe: "LabelledMixin", class_labels: Labels | None):
-        self.pipe = pipe
         self.labels = None if class_labels is None else pipe.label_tensor(class_labels)
         self.per_image = {"class_labels": self.labels}
         # Such labels are for `ComposedGuidance` alone.
         self.weighted = self.labels is not None and self.labels.is_floating_point()
 
-    @property
-    def can_guide(self) -> bool:
+    def can_guide(self, pipe: "LabelledMixin") -> bool:
         """Whether there are labels, and a null label to lead away from."""
-        return self.labels is not None and self.pipe.null_label is not None
+        return self.labels is not None and pipe.null_label is not None
 
-    def inputs(self, batch_size: int, device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
+    def inputs(self, pipe: "LabelledMixin", batch_size: int, device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
         """Pairs of labels and null labels, each of shape `(batch,)`, or multi-hot or weights `(batch, num_classes)`.
 
         Raises:
             ValueError: if there is no label, and the model has no null label.
         """
-        pipe, labels = self.pipe, self.labels
+        labels = self.labels
         null = torch.full((batch_size,), pipe.null_label or 0, device=device)
         if labels is not None:
             labels = labels.to(device).expand(batch_size, *labels.shape[1:])
@@ -59,7 +59,9 @@ class LabelCondition:
             raise ValueError(f"class_labels must be given: the model has {pipe.num_classes} labels and no null label")
         return {"class_labels": (null, null)}
 
-    def check(self, guider: BaseGuidance | None, timesteps: Tensor, guide: Sequence[bool]) -> None:
+    def check(
+        self, pipe: "LabelledMixin", guider: BaseGuidance | None, timesteps: Tensor, guide: Sequence[bool]
+    ) -> None:
         """Refuses labels that would do nothing, and a guider that the components or the labels do not suffice for.
 
         Args:
@@ -68,14 +70,14 @@ class LabelCondition:
         Raises:
             ValueError: with what is missing.
         """
-        self._check_labels(guider, guide)
+        self._check_labels(pipe, guider, guide)
         if guider is None:
             return
         if hasattr(guider, "check_pipeline"):
-            guider.check_pipeline(self.pipe, self.labels)
+            guider.check_pipeline(pipe, self.labels)
         if isinstance(guider, ComposedGuidance):
             return  # its weights say whether it needs the null label, and it has looked
-        has_labels, has_null = self.pipe.denoiser_num_classes is not None, self.pipe.null_label is not None
+        has_labels, has_null = pipe.denoiser_num_classes is not None, pipe.null_label is not None
         if has_null and self.labels is not None:
             return
         if not has_labels and isinstance(guider, AutoGuidance):
@@ -92,8 +94,8 @@ class LabelCondition:
             )
         raise ValueError("guidance needs class_labels to guide to, got None")
 
-    def _check_labels(self, guider: BaseGuidance | None, guide: Sequence[bool]) -> None:
-        pipe, labels = self.pipe, self.labels
+    def _check_labels(self, pipe: "LabelledMixin", guider: BaseGuidance | None, guide: Sequence[bool]) -> None:
+        labels = self.labels
         if labels is None:
             return
         if self.weighted and not isinstance(guider, ComposedGuidance):

@@ -12,20 +12,17 @@ from torch import Generator, Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diffusers_ext.guidance.guiding import Interval
-from diffusers_ext.guidance.texts import TextEmbeds, encode_tokens, longest_text, masks_padding_by_default, tokenize
 from diffusers_ext.pipelines.components import check_text_components
 from diffusers_ext.pipelines.image_inputs import ImageInput
 from diffusers_ext.pipelines.loading import FromPipeMixin, SavedWithCodeMixin, replaceable
 from diffusers_ext.pipelines.outputs import GuidedDiffusionPipelineOutput
 from diffusers_ext.pipelines.sampling import CallOptions, SamplingMixin
-from diffusers_ext.pipelines.text_condition import TextCondition, texts_or_embeds
+from diffusers_ext.pipelines.text_condition import TextCondition, TextEncodingMixin, texts_or_embeds
 
 
-# Of classifier-free guidance where neither the call nor the pipeline says otherwise.
-DEFAULT_GUIDANCE_SCALE = 4.0
-
-
-class TextGuidedDiffusionPipeline(SamplingMixin, FromPipeMixin, SavedWithCodeMixin, DiffusionPipeline):
+class TextGuidedDiffusionPipeline(
+    TextEncodingMixin, SamplingMixin, FromPipeMixin, SavedWithCodeMixin, DiffusionPipeline
+):
     """Generates images from texts.
 
     Args:
@@ -153,42 +150,8 @@ class TextGuidedDiffusionPipeline(SamplingMixin, FromPipeMixin, SavedWithCodeMix
             ),
             num_images_per_prompt,
         )
-        if guidance_scale is None and guider is None and self.guider is None and condition.can_guide:
-            guidance_scale = DEFAULT_GUIDANCE_SCALE
         if isinstance(generator, list | tuple):
             condition.check_count("generator", len(generator))
         call = CallOptions.of(locals())
         with self._precision():
             return self._sample(condition, call)
-
-    @property
-    def max_text_length(self) -> int:
-        """Tokens at which a text is cut, the special ones included."""
-        return longest_text(self.tokenizer, self.text_encoder, self.config.max_text_length)
-
-    @property
-    def mask_padding(self) -> bool:
-        """Whether encoder and denoiser look away from the padding of a text."""
-        asked = self.config.mask_padding
-        return masks_padding_by_default(self.text_encoder) if asked is None else asked
-
-    @property
-    def knows_empty_text(self) -> bool:
-        """Whether the denoiser was trained with empty texts too, which guidance leads away from by default."""
-        return bool(self.denoiser.config.get("learned_unconditional", True))
-
-    @torch.no_grad()
-    def encode_prompt(self, prompt: str | Sequence[str]) -> TextEmbeds:
-        """Hidden states and mask of one or several texts, to be given to the call as `prompt_embeds` and its mask.
-
-        Raises:
-            ValueError: if the pipeline has no tokenizer and text encoder.
-        """
-        if self.tokenizer is None or self.text_encoder is None:
-            raise ValueError(
-                "a text needs a pipeline with a tokenizer and a text_encoder: give those, or prompt_embeds"
-            )
-        prompt = [prompt] if isinstance(prompt, str) else prompt
-        ids, mask = tokenize(self.tokenizer, prompt, self.max_text_length, full_length=not self.mask_padding)
-        device = self._execution_device
-        return encode_tokens(self.text_encoder, ids.to(device), mask.to(device), self.mask_padding)
