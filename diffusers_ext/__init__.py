@@ -13,6 +13,7 @@ from diffusers_ext.models.dit import DiTModel
 from diffusers_ext.models.hierarchical_vae import HierarchicalVAEModel
 from diffusers_ext.models.unet import UNetModel
 from diffusers_ext.models.vae import VAEModel
+from diffusers_ext.pipelines.modular_blocks import GuidedDiffusionBlocks, TextGuidedDiffusionBlocks
 from diffusers_ext.pipelines.pipeline_guided_diffusion import GuidedDiffusionPipeline
 from diffusers_ext.pipelines.pipeline_text_guided_diffusion import TextGuidedDiffusionPipeline
 from diffusers_ext.registration import register_with_diffusers
@@ -38,10 +39,12 @@ __all__ = [
     "ExtDDIMScheduler",
     "ExtDDPMScheduler",
     "FlowScheduler",
+    "GuidedDiffusionBlocks",
     "GuidedDiffusionPipeline",
     "HierarchicalVAEModel",
     "NoisyClassifierModel",
     "ScoreSDEScheduler",
+    "TextGuidedDiffusionBlocks",
     "TextGuidedDiffusionPipeline",
     "UNetModel",
     "VAEModel",

@@ -26,9 +26,9 @@ MAY_IMPORT = {
     "figures": "atomic_files lettering",
     "latents": "",
     "registration": "",
-    "diffusion": "draws",
-    "schedulers": "draws diffusion",
-    "models": "draws sizes diffusion",
+    "diffusion": "draws machine",
+    "schedulers": "draws machine diffusion",
+    "models": "draws machine sizes diffusion",
     "guidance": "diffusion schedulers models",
     "pipelines": "draws machine pixels sizes diffusion schedulers models guidance latents hub",
     "hub": "atomic_files",
@@ -38,6 +38,7 @@ MAY_IMPORT = {
     "evaluation": "__init__ atomic_files draws machine pixels sizes options figures diffusion schedulers models guidance pipelines data metrics",
     "calibration": "__init__ atomic_files figures diffusion schedulers guidance pipelines hub data trainer metrics evaluation",
     "recipes": "calibration __init__ atomic_files draws machine pixels options figures latents sizes diffusion schedulers models guidance pipelines hub data trainer metrics evaluation",
+    "__main__": "",
     "__init__": "registration diffusion schedulers models guidance pipelines",
 }
 LONGEST_FUNCTION = 80

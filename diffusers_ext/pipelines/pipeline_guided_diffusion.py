@@ -56,6 +56,7 @@ class GuidedDiffusionPipeline(
         >>> other_threes = pipe(class_labels=3, batch_size=4, image=three, strength=0.6).images
     """
 
+    blocks_class_name = "GuidedDiffusionBlocks"
     model_cpu_offload_seq = "denoiser->vae"
     _exclude_from_cpu_offload = ["classifier", "weak_denoiser"]  # used in turns with the denoiser, in each step
     _optional_components = ["vae", "guider", "classifier", "weak_denoiser"]

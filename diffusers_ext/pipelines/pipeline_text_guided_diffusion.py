@@ -51,6 +51,7 @@ class TextGuidedDiffusionPipeline(
         >>> heart, apple = pipe(["red heart", "green apple"], num_inference_steps=50, guidance_scale=4.0).images
     """
 
+    blocks_class_name = "TextGuidedDiffusionBlocks"
     model_cpu_offload_seq = "text_encoder->denoiser->vae"
     _exclude_from_cpu_offload = ["weak_denoiser"]  # used in turns with the denoiser, in each step
     _optional_components = ["tokenizer", "text_encoder", "vae", "guider", "weak_denoiser"]

@@ -19,7 +19,7 @@ from diffusers_ext.machine import fast_precision
 from diffusers_ext.pipelines.call_defaults import with_defaults
 from diffusers_ext.pipelines.image_inputs import ImageInput, encode_pixels, images_to_tensor, mask_to_tensor
 from diffusers_ext.pipelines.inpainting import check_resampling
-from diffusers_ext.pipelines.outputs import GuidedDiffusionPipelineOutput, decode_images
+from diffusers_ext.pipelines.outputs import GuidedDiffusionPipelineOutput, check_output_type, decode_images
 from diffusers_ext.pipelines.steps import Steps, noisy_start
 from diffusers_ext.schedulers.levels import path_name
 from diffusers_ext.schedulers.samplers import check_sampler, set_timesteps
@@ -189,6 +189,7 @@ class SamplingMixin:
         self._guidance_scale, self._num_timesteps = scale, len(timesteps)
         with self.progress_bar(total=len(timesteps) * call.num_resample_steps) as bar:
             for i, t in enumerate(timesteps):
+                self._current_timestep = t
                 for times_left in reversed(range(call.num_resample_steps)):
                     output = steps.predict(x, i)
                     x = steps.advance(x, output, i, times_left)
@@ -251,6 +252,11 @@ class SamplingMixin:
         """Number of steps, and so of calls of a callback, in this call or the last."""
         return self._num_timesteps
 
+    @property
+    def current_timestep(self) -> Tensor:
+        """The timestep of the current step, or of the last one that was made."""
+        return self._current_timestep
+
     # Shapes and images.
 
     @property
@@ -278,11 +284,7 @@ class SamplingMixin:
         """Refuses outputs that the pipeline cannot give."""
         vae, config = self.vae, self.scheduler.config
         channels = self._sample_shape[0] if vae is None else vae.config.out_channels
-        if call.output_type == "pil" and (channels not in (1, 3, 4) or self._dims != 2):
-            raise ValueError(
-                f"output_type must be 'np' or 'pt' for this model: 'pil' is for images of 1, 3 or 4 channels, and its "
-                f"samples have {channels} channels and {self._dims} dimensions"
-            )
+        check_output_type(call.output_type, channels, self._dims)
         unknown = [
             name for name in call.callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs
         ]

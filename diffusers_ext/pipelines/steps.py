@@ -78,7 +78,7 @@ class Steps:
         """
         if mask is not None:
             shape = self.pipe._sample_shape
-            spatial_mask = mask if self.pipe.vae is None else mask_of_latents(mask, shape[1:])
+            spatial_mask = mask if mask.shape[2:] == shape[1:] else mask_of_latents(mask, shape[1:])
             self._known = KnownPixels(x0.expand(self.batch_size, *shape), spatial_mask, self.scheduler, self.generator)
 
     def predict(self, x: Tensor, i: int) -> Tensor:

@@ -20,6 +20,7 @@ from diffusers_ext.data.stream import StreamData
 from diffusers_ext.figures import draw_loss
 from diffusers_ext.hub import cards
 from diffusers_ext.hub import push as hub
+from diffusers_ext.hub.modular_index import MODULAR_FILES
 from diffusers_ext.hub.remote_code import add_code
 from diffusers_ext.hub.saved_folder import SavedFolder, loading_lines
 from diffusers_ext.machine import set_threads
@@ -143,8 +144,11 @@ def save_atomically(saved: DiffusionPipeline | ModelMixin, output_dir: Path) -> 
         if isinstance(saved, ModelMixin):  # pipelines do it themselves
             add_code(partial)
         # The index goes first and comes last: without it the folder is no pipeline.
-        (output_dir / index).unlink(missing_ok=True)
-        for path in sorted(Path(partial).iterdir(), key=lambda path: path.name == index):
+        for name in (index, *MODULAR_FILES):
+            (output_dir / name).unlink(missing_ok=True)
+        for path in sorted(
+            Path(partial).iterdir(), key=lambda path: (path.name == index) * 2 + (path.name in MODULAR_FILES)
+        ):
             target = output_dir / path.name
             if target.is_dir():
                 shutil.rmtree(target)
