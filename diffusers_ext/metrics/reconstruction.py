@@ -33,7 +33,7 @@ def ssim(x: Tensor, y: Tensor, *, window_size: int = 11, window_std: float = 1.5
     channels, side = x.shape[1], min(*x.shape[2:], window_size)
     side -= 1 - side % 2
     x, y = to_float64(x), to_float64(y)
-    offset = torch.arange(side, dtype=torch.float64, device=x.device) - side // 2
+    offset = torch.arange(side, dtype=x.dtype, device=x.device) - side // 2
     line = torch.exp(-0.5 * (offset / window_std).square())
     line = line / line.sum()
 
