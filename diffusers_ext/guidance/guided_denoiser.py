@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from diffusers_ext.diffusion.noising import NoiseLevel
 from diffusers_ext.guidance.labels import num_classes_of
+from diffusers_ext.models.caching import forget, prediction_of, predicts_apart
 from diffusers_ext.schedulers.levels import model_input, noise_level
 
 
@@ -107,6 +108,8 @@ class GuidedDenoiser:
         self.changes_model = guider is not None and type(guider).prepare_models is not BaseGuidance.prepare_models
         if self.changes_model:
             _list_indices(guider)
+        for network in (denoiser, weak_denoiser):
+            forget(network)
 
     def __call__(self, x: Tensor, timestep: Tensor, step: int = 0, num_steps: int = 1, guide: bool = True) -> Tensor:
         """The network's output, guided.
@@ -158,18 +161,26 @@ class GuidedDenoiser:
             group = list(group)
             conditions = {name: torch.cat([getattr(batch, name) for batch in group]) for name in self.conditions}
             with self._prepared(network, apart):
-                outputs += self._predict(network, x, timestep, conditions, len(group)).chunk(len(group))
+                name = getattr(group[0], BaseGuidance._identifier_key)
+                outputs += self._predict(network, x, timestep, conditions, len(group), name).chunk(len(group))
         return outputs
 
     def _call_of(self, batch) -> tuple[nn.Module, str | None]:
         """The network of a prediction, and the name of how it is changed for it; neighbours that share both are one call."""
         name = getattr(batch, BaseGuidance._identifier_key)
         plain = isinstance(self.guider, PERTURBING_APART) and name in ("pred_cond", "pred_uncond")
-        apart = self.low_memory or (self.changes_model and not plain)
-        return getattr(batch, "network", None) or self.denoiser, name if apart else None
+        network = getattr(batch, "network", None) or self.denoiser
+        apart = self.low_memory or (self.changes_model and not plain) or predicts_apart(network)
+        return network, name if apart else None
 
     def _predict(
-        self, network: nn.Module, x: Tensor, timestep: Tensor, conditions: dict[str, Tensor], copies: int = 1
+        self,
+        network: nn.Module,
+        x: Tensor,
+        timestep: Tensor,
+        conditions: dict[str, Tensor],
+        copies: int = 1,
+        name: str = "pred_cond",
     ) -> Tensor:
         if "class_labels" in conditions and num_classes_of(network) is None:
             conditions = {name: value for name, value in conditions.items() if name != "class_labels"}
@@ -177,7 +188,8 @@ class GuidedDenoiser:
             name: value.to(network.dtype) if value.is_floating_point() else value for name, value in conditions.items()
         }
         x = x.repeat(copies, *[1] * (x.ndim - 1)).to(network.dtype)
-        output = network(x, timestep.expand(len(x)), **conditions, return_dict=False)[0]
+        with prediction_of(network, name.removeprefix("pred_"), len(x)):
+            output = network(x, timestep.expand(len(x)), **conditions, return_dict=False)[0]
         return output.to(torch.promote_types(output.dtype, torch.float32))
 
     @contextmanager

@@ -4,6 +4,7 @@ import inspect
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
+from diffusers.models.attention import AttentionMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 COMPILATIONS_PER_BLOCK = 4
 
 
-class Network(ModelMixin, ConfigMixin):
-    """A model of diffusers that can recompute its activations and be compiled block by block."""
+class Network(AttentionMixin, ModelMixin, ConfigMixin):
+    """A model of diffusers that can recompute its activations, be compiled block by block and have other attention."""
 
     _supports_gradient_checkpointing = True
     gradient_checkpointing = False
