@@ -15,6 +15,7 @@ from diffusers_ext.models.hierarchical_vae import HierarchicalVAEModel
 from diffusers_ext.models.statistics import DataStatisticsModel
 from diffusers_ext.models.unet import UNetModel
 from diffusers_ext.models.vae import VAEModel
+from diffusers_ext.pipelines.modular_blocks import GuidedDiffusionBlocks, TextGuidedDiffusionBlocks
 from diffusers_ext.pipelines.pipeline_guided_diffusion import GuidedDiffusionPipeline
 from diffusers_ext.pipelines.pipeline_text_guided_diffusion import TextGuidedDiffusionPipeline
 from diffusers_ext.registration import register_with_diffusers
@@ -44,10 +45,12 @@ __all__ = [
     "ExtDDPMScheduler",
     "FlowScheduler",
     "GaussianPriorModel",
+    "GuidedDiffusionBlocks",
     "GuidedDiffusionPipeline",
     "HierarchicalVAEModel",
     "NoisyClassifierModel",
     "ScoreSDEScheduler",
+    "TextGuidedDiffusionBlocks",
     "TextGuidedDiffusionPipeline",
     "UNetModel",
     "VAEModel",

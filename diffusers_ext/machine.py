@@ -47,3 +47,15 @@ def set_threads(num_threads: int | None, num_processes: int):
         num_threads = max(1, min(physical, len(available_cores())) // num_here)
     if num_threads is not None:
         torch.set_num_threads(num_threads)
+
+
+# Kinds of devices that have no float64, as diffusers lists them; of Intel's GPUs (XPU) some have it.
+WITHOUT_FLOAT64 = ("mps", "npu", "neuron")
+
+
+def widest_float(device: torch.device | str | None) -> torch.dtype:
+    """float64, or float32 on a device that has none; `None` is the CPU."""
+    kind = device.type if isinstance(device, torch.device) else str(device or "cpu").partition(":")[0]
+    if kind in WITHOUT_FLOAT64 or (kind == "xpu" and not torch.xpu.get_device_properties(device).has_fp64):
+        return torch.float32
+    return torch.float64

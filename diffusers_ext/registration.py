@@ -28,7 +28,7 @@ from typing import Any
 
 import diffusers
 import diffusers.guiders
-from diffusers import AutoModel, ConfigMixin, DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers import AutoModel, ConfigMixin, DiffusionPipeline, ModelMixin, ModularPipelineBlocks, SchedulerMixin
 from diffusers.guiders import BaseGuidance
 from diffusers.pipelines import pipeline_loading_utils
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
@@ -40,11 +40,15 @@ from diffusers_ext.untrusted import check_component_folder, is_plain_name, read_
 logger = logging.get_logger(__name__)
 
 LIBRARY = "diffusers_ext"
+_OWN_PACKAGE = re.compile(rf"{LIBRARY}(_\w+)?")  # or what the code in a repository is imported as
 _CODE = (LIBRARY, f"modeling_{LIBRARY}")  # the files that an `auto_map` of ours names
 
 # Base classes of a pipeline's components. `diffusers_ext` has to expose each of these by its name, since diffusers saves
 # and loads a component by the methods of the base class, among its library's, that it derives from.
 BASE_CLASSES = (ModelMixin, SchedulerMixin, DiffusionPipeline, BaseGuidance)
+
+# What else diffusers finds by name: the blocks of a modular pipeline.
+NAMED_CLASSES = (*BASE_CLASSES, ModularPipelineBlocks)
 
 
 def register_with_diffusers(namespace: Mapping[str, object]) -> None:
@@ -59,7 +63,7 @@ def register_with_diffusers(namespace: Mapping[str, object]) -> None:
         if isinstance(value, type) and issubclass(value, BaseGuidance) and not hasattr(diffusers, name):
             setattr(diffusers, name, value)
     for name, value in namespace.items():
-        if not (isinstance(value, type) and issubclass(value, BASE_CLASSES) and _is_ours(value)):
+        if not (isinstance(value, type) and issubclass(value, NAMED_CLASSES) and _is_ours(value)):
             continue
         existing = getattr(diffusers, name, None)
         if existing is None or _is_ours(existing):
@@ -73,6 +77,7 @@ def register_with_diffusers(namespace: Mapping[str, object]) -> None:
     _read_configs_without_code()
     _load_ours_with_consent_too()
     _look_before_loading()
+    _load_our_blocks_without_code()
 
 
 def _read_configs_without_code() -> None:
@@ -181,6 +186,25 @@ def check_component(library: Any, class_name: Any, folder: Path | None) -> None:
         check_component_folder(folder)
 
 
+def _load_our_blocks_without_code() -> None:
+    """Lets `ModularPipelineBlocks`, and so `ModularPipeline`, take our blocks from here and not from a repository."""
+    load = ModularPipelineBlocks.__dict__["from_pretrained"].__func__
+    if hasattr(load, "__wrapped__"):
+        return
+
+    @functools.wraps(load)
+    def from_pretrained(cls, pretrained_model_name_or_path, trust_remote_code=False, **kwargs):
+        config = {}
+        with suppress(OSError):  # there is none, of which the function itself tells
+            config = cls.load_config(pretrained_model_name_or_path, **kwargs)
+        blocks = getattr(diffusers, str(config.get("_class_name")), None)
+        if config.get("_library") == LIBRARY and _is_ours(blocks) and issubclass(blocks, ModularPipelineBlocks):
+            return blocks()
+        return load(cls, pretrained_model_name_or_path, trust_remote_code, **kwargs)
+
+    ModularPipelineBlocks.from_pretrained = classmethod(from_pretrained)
+
+
 def without_code(config: Any) -> Any:
     """A saved config without the names of the code beside it, if that is code of this package; else the same.
 
@@ -192,7 +216,7 @@ def without_code(config: Any) -> Any:
     components = {
         key: entry[1]
         for key, entry in config.items()
-        if isinstance(entry, list) and len(entry) == 2 and entry[0] == LIBRARY
+        if isinstance(entry, list) and (entry[0:1] == [LIBRARY] and len(entry) == 2 or _is_modular_of_ours(entry))
     }
     saved_class = config.get("_class_name")
     class_name = saved_class[-1] if named and isinstance(saved_class, list) and saved_class else saved_class
@@ -202,7 +226,20 @@ def without_code(config: Any) -> Any:
     if named:
         config = {key: value for key, value in config.items() if key != "auto_map"} | {"_class_name": class_name}
     # As classes of diffusers, since it would take those of a library from a file of this name, if there is one.
-    return config | {key: ["diffusers", name] for key, name in components.items()}
+    return config | {key: _of_diffusers(config[key]) for key in components}
+
+
+def _of_diffusers(entry: list) -> list:
+    names = ["diffusers", entry[1]]
+    return names if len(entry) == 2 else [*names, entry[2] | {"type_hint": names}]
+
+
+def _is_modular_of_ours(entry: list) -> bool:
+    """Whether it is the entry of a component in a modular index, of this package or of the code beside the index."""
+    if len(entry) != 3 or not isinstance(entry[2], dict):
+        return False
+    hint = entry[2].get("type_hint")
+    return hint == entry[:2] and isinstance(entry[0], str) and bool(_OWN_PACKAGE.fullmatch(entry[0]))
 
 
 def _file_in(auto_map: Any) -> str | None:

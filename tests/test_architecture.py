@@ -28,9 +28,9 @@ MAY_IMPORT = {
     "figures": "atomic_files lettering",
     "latents": "",
     "registration": "untrusted",
-    "diffusion": "draws",
-    "schedulers": "untrusted draws diffusion",
-    "models": "draws sizes untrusted diffusion",
+    "diffusion": "draws machine",
+    "schedulers": "untrusted draws machine diffusion",
+    "models": "draws machine sizes untrusted diffusion",
     "guidance": "diffusion schedulers models",
     "pipelines": "conditions draws machine pixels sizes diffusion schedulers models guidance latents hub",
     "hub": "atomic_files untrusted",
@@ -42,6 +42,7 @@ MAY_IMPORT = {
     "calibration": "__init__ atomic_files figures diffusion schedulers guidance pipelines hub data trainer metrics evaluation",
     "recipes": "calibration __init__ untrusted atomic_files conditions draws machine pixels options figures latents sizes diffusion schedulers models guidance pipelines hub data trainer metrics evaluation",
     "studies": "atomic_files figures diffusion",
+    "__main__": "",
     "__init__": "registration diffusion schedulers models guidance pipelines",
 }
 LONGEST_FUNCTION = 80

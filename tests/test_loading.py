@@ -215,6 +215,7 @@ def test_import_brings_in_nothing_but_what_diffusers_does():
 import sys
 from diffusers import AutoModel, DDIMInverseScheduler, DDIMScheduler, DDPMScheduler, DiffusionPipeline
 from diffusers import FlowMatchEulerDiscreteScheduler, ModelMixin, SchedulerMixin, ScoreSdeVeScheduler
+from diffusers import CacheMixin, ModularPipelineBlocks
 from diffusers.guiders import BaseGuidance
 before = set(sys.modules)
 import diffusers_ext

@@ -250,7 +250,7 @@ def available_methods(config: CompareConfig, pipe: GuidedDiffusionPipeline, stat
         guide = guided_steps(settings.get("guidance_interval"), pipe.scheduler, pipe.scheduler.timesteps)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # said once more when it is
-            condition.check(guider, pipe.scheduler.timesteps, guide)
+            condition.check(pipe, guider, pipe.scheduler.timesteps, guide)
     return methods
 
 

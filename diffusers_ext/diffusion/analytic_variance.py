@@ -34,6 +34,7 @@ from diffusers_ext.diffusion.noising import (
     predict_x0,
 )
 from diffusers_ext.draws import draw_normal
+from diffusers_ext.machine import widest_float
 
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
@@ -154,7 +155,7 @@ def measure_prediction(
     x0_square, count = 0.0, 0
     for x0 in batches:
         count += x0.numel()
-        x0_square += x0.double().square().sum().item() if x0.device.type != "mps" else x0.square().sum().item()
+        x0_square += x0.to(widest_float(x0.device)).square().sum().item()
         for i, timestep in enumerate(timesteps.tolist()):
             eps = noise(i) if noise else draw_normal(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
             at = torch.full((len(x0),), timestep)

@@ -235,11 +235,11 @@ def solve_flow(
         with torch.no_grad():
             output = denoise(seen, path.labels(timestep).to(x).expand(len(x))).to(x.dtype)
             v = velocity(output, seen, level, prediction_type)
-        return (v.double().cpu() * angle).flatten().numpy()
+        return (v.cpu().double() * angle).flatten().numpy()
 
     times = torch.tensor(timesteps, dtype=torch.float64)
     scales, ends = path.scale(times).tolist(), path.angle(times).log().tolist()
-    start = (x.double().cpu() / scales[0]).flatten().numpy()
+    start = (x.cpu().double() / scales[0]).flatten().numpy()
     solution = solve_ivp(slope, ends, start, method="RK45", t_eval=ends[1:], rtol=rtol, atol=atol)
     if not solution.success:
         raise RuntimeError(f"the flow could not be solved with rtol={rtol} and atol={atol}: {solution.message}")

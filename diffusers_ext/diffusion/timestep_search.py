@@ -30,6 +30,7 @@ from diffusers_ext.diffusion.noising import (
     add_noise,
     posterior_std,
 )
+from diffusers_ext.diffusion.precision import to_float64
 from diffusers_ext.diffusion.timesteps import check_number_of_steps, check_timesteps
 
 
@@ -118,8 +119,8 @@ def trajectory_costs(points: Tensor, x0_hat: Tensor, levels: NoiseLevel) -> np.n
     Returns: Root mean square over images and coordinates, shape `(M, M + 1)`; 0 where a step would not go on.
     """
     size = len(x0_hat)
-    points, x0_hat = points.double().flatten(1), x0_hat.double().flatten(1)
-    alpha, sigma = (part.double().to(points.device).view(-1, 1) for part in levels)
+    points, x0_hat = to_float64(points).flatten(1), to_float64(x0_hat).flatten(1)
+    alpha, sigma = (part.cpu().double().to(points.device).view(-1, 1) for part in levels)
     costs = np.zeros((size, size + 1))
     for i in range(size):
         follows = sigma[i + 1] > 0

@@ -46,6 +46,7 @@ from diffusers_ext.diffusion.reverse_chain import (
     split_output,
 )
 from diffusers_ext.draws import draw_normal
+from diffusers_ext.machine import widest_float
 
 
 def transition_kl(x0: Tensor, x_t: Tensor, step: ReverseStep, p: Normal) -> Tensor:
@@ -342,5 +343,4 @@ def _spread(
 def _uniform(*shape: int, generator: Generator | None) -> Tensor:
     """Uniform in [0, 1), float64, on the CPU."""
     device = torch.device("cpu") if generator is None else generator.device
-    dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-    return torch.rand(*shape, generator=generator, device=device, dtype=dtype).cpu().double()
+    return torch.rand(*shape, generator=generator, device=device, dtype=widest_float(device)).cpu().double()

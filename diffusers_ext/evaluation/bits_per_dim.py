@@ -28,6 +28,7 @@ from diffusers_ext.diffusion.variational_bound import (
 from diffusers_ext.evaluation.generate import SEED_STRIDE
 from diffusers_ext.evaluation.labelled_images import LabelledImages, convert_channels, drawn_order
 from diffusers_ext.evaluation.pipeline_facts import image_size_of, num_labels_of
+from diffusers_ext.machine import widest_float
 from diffusers_ext.schedulers import ExtDDPMScheduler
 from diffusers_ext.schedulers.levels import model_schedule, prediction_type_of
 
@@ -156,8 +157,7 @@ class LikelihoodModel:
     def prepare(self, images: LabelledImages, rows: list[int], by_label: bool) -> tuple[Tensor, Tensor | None]:
         """Samples of the network, and the labels or the null label of them, on the device of this process."""
         device = PartialState().device
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        x0 = convert_channels(images.images[rows], self.channels).to(device, dtype) * (2 / 255) - 1
+        x0 = convert_channels(images.images[rows], self.channels).to(device, widest_float(device)) * (2 / 255) - 1
         labels = None
         if self.num_classes is not None:
             labels = (images.labels[rows] if by_label else torch.full((len(rows),), self.null_label)).to(device)

@@ -23,7 +23,8 @@ from diffusers_ext.evaluation.labelled_images import convert_channels
 from diffusers_ext.evaluation.pipeline_facts import default_of, label_names_of, num_labels_of, takes_prompts
 from diffusers_ext.evaluation.real_images import RealImages
 from diffusers_ext.pipelines.pipeline_guided_diffusion import GuidedDiffusionPipeline
-from diffusers_ext.pipelines.pipeline_text_guided_diffusion import DEFAULT_GUIDANCE_SCALE, TextGuidedDiffusionPipeline
+from diffusers_ext.pipelines.pipeline_text_guided_diffusion import TextGuidedDiffusionPipeline
+from diffusers_ext.pipelines.text_condition import DEFAULT_GUIDANCE_SCALE
 from diffusers_ext.schedulers.levels import is_linear, path_name
 from diffusers_ext.schedulers.samplers import check_sampler
 

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from diffusers_ext.diffusion.noising import NoiseLevel
 from diffusers_ext.guidance.labels import num_classes_of
 from diffusers_ext.guidance.regions import Regions
+from diffusers_ext.models.caching import forget, prediction_of, predicts_apart
 from diffusers_ext.schedulers.levels import model_input, noise_level
 
 
@@ -116,6 +117,8 @@ class GuidedDenoiser:
         self.changes_model = guider is not None and type(guider).prepare_models is not BaseGuidance.prepare_models
         if self.changes_model:
             _list_indices(guider)
+        for network in (denoiser, weak_denoiser):
+            forget(network)
 
     def __call__(self, x: Tensor, timestep: Tensor, step: int = 0, num_steps: int = 1, guide: bool = True) -> Tensor:
         """The network's output, guided.
@@ -165,26 +168,29 @@ class GuidedDenoiser:
         """The outputs for each of the batches, of as few calls as there can be."""
         outputs = []
         for (network, apart), group in groupby(batches, self._call_of):
+            group = list(group)
             asked = [
                 ({name: getattr(batch, name) for name in self.conditions}, getattr(batch, "regional", False))
                 for batch in group
             ]
             with self._prepared(network, apart):
-                outputs += self._predictions(network, x, timestep, asked)
+                name = getattr(group[0], BaseGuidance._identifier_key)
+                outputs += self._predictions(network, x, timestep, asked, name)
         return outputs
 
     def _predictions(
-        self, network: nn.Module, x: Tensor, timestep: Tensor, asked: list[tuple[dict[str, Tensor], bool]]
+        self, network: nn.Module, x: Tensor, timestep: Tensor, asked: list[tuple[dict[str, Tensor], bool]], name: str
     ) -> list[Tensor]:
         """The predictions for these inputs, by one call, each with the regions blended in or not."""
         if not any(regional for _, regional in asked):
-            return self._predict_each(network, x, timestep, [inputs for inputs, _ in asked])
+            return self._predict_each(network, x, timestep, [inputs for inputs, _ in asked], name)
         regions = self.regions
         wanted = [inputs for inputs, _ in asked] + [*regions.inputs, regions.null]
         # The same tensors are the same inputs: without labels, the base of the regions is the null prediction.
         keys = [tuple(id(value) for value in inputs.values()) for inputs in wanted]
         different = dict(zip(keys, wanted, strict=True))
-        by_key = dict(zip(different, self._predict_each(network, x, timestep, list(different.values())), strict=True))
+        predictions = self._predict_each(network, x, timestep, list(different.values()), name)
+        by_key = dict(zip(different, predictions, strict=True))
         *outputs, null = (by_key[key] for key in keys)
         bases, of_regions = outputs[: len(asked)], outputs[len(asked) :]
         return [
@@ -193,23 +199,35 @@ class GuidedDenoiser:
         ]
 
     def _predict_each(
-        self, network: nn.Module, x: Tensor, timestep: Tensor, inputs: list[dict[str, Tensor]]
+        self, network: nn.Module, x: Tensor, timestep: Tensor, inputs: list[dict[str, Tensor]], name: str
     ) -> list[Tensor]:
-        """The prediction for each of the inputs, by one call or, to save memory, by one for each."""
+        """The prediction for each of the inputs, by one call or, to save memory, by one for each.
+
+        Args:
+            name: Of the first prediction, by which a cache keeps it apart from others; those of regions get a number.
+        """
         if self.low_memory:
-            return [self._predict(network, x, timestep, each) for each in inputs]
-        together = {name: torch.cat([each[name] for each in inputs]) for name in self.conditions}
-        return list(self._predict(network, x, timestep, together, len(inputs)).chunk(len(inputs)))
+            names = [name, *(f"{name}_{i}" for i in range(1, len(inputs)))]
+            return [self._predict(network, x, timestep, each, name=of) for each, of in zip(inputs, names, strict=True)]
+        together = {key: torch.cat([each[key] for each in inputs]) for key in self.conditions}
+        return list(self._predict(network, x, timestep, together, len(inputs), name).chunk(len(inputs)))
 
     def _call_of(self, batch) -> tuple[nn.Module, str | None]:
         """The network of a prediction, and the name of how it is changed for it; neighbours that share both are one call."""
         name = getattr(batch, BaseGuidance._identifier_key)
         plain = isinstance(self.guider, PERTURBING_APART) and name in ("pred_cond", "pred_uncond")
-        apart = self.low_memory or (self.changes_model and not plain)
-        return getattr(batch, "network", None) or self.denoiser, name if apart else None
+        network = getattr(batch, "network", None) or self.denoiser
+        apart = self.low_memory or (self.changes_model and not plain) or predicts_apart(network)
+        return network, name if apart else None
 
     def _predict(
-        self, network: nn.Module, x: Tensor, timestep: Tensor, conditions: dict[str, Tensor], copies: int = 1
+        self,
+        network: nn.Module,
+        x: Tensor,
+        timestep: Tensor,
+        conditions: dict[str, Tensor],
+        copies: int = 1,
+        name: str = "pred_cond",
     ) -> Tensor:
         if "class_labels" in conditions and num_classes_of(network) is None:
             conditions = {name: value for name, value in conditions.items() if name != "class_labels"}
@@ -220,7 +238,8 @@ class GuidedDenoiser:
             for name, value in conditions.items()
         }
         x = x.repeat(copies, *[1] * (x.ndim - 1)).to(network.dtype)
-        output = network(x, timestep.expand(len(x)), **conditions, return_dict=False)[0]
+        with prediction_of(network, name.removeprefix("pred_"), len(x)):
+            output = network(x, timestep.expand(len(x)), **conditions, return_dict=False)[0]
         return output.to(torch.promote_types(output.dtype, torch.float32))
 
     @contextmanager

@@ -119,7 +119,7 @@ def _check_settings(guider: BaseGuidance) -> None:
         warnings.warn(
             f"{name} with a dropout below 1 draws from torch's global generator, so that an image is not its generator's "
             "alone; a dropout of 1 drops the layers entirely",
-            stacklevel=8,
+            stacklevel=9,
         )
 
 
@@ -177,6 +177,6 @@ def guided_steps(interval: Interval | None, scheduler: SchedulerMixin, timesteps
     if guide and low < high and not any(guide):
         warnings.warn(
             f"guidance_interval holds none of the {len(guide)} steps, so that none is guided: got {bounds!r} ({unit})",
-            stacklevel=5,
+            stacklevel=6,
         )
     return guide

@@ -14,6 +14,7 @@ from huggingface_hub.constants import ENDPOINT
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
+from diffusers_ext.hub.modular_index import MODULAR_FILES
 from diffusers_ext.hub.remote_code import CODE_FILES, ForeignParts, files_with_code
 from diffusers_ext.hub.saved_folder import SavedFolder
 
@@ -97,8 +98,9 @@ def push_folder(
     """
     folder = Path(folder)
     saved = SavedFolder.read(folder)
-    files = _files_to_upload(folder, ignore_patterns)
+    there = _files_to_upload(folder, ignore_patterns)
     repo_id = prepare_repo(repo_id, token=token, private=private)
+    files = there | _code_to_upload(folder, repo_id, branch)
 
     api = _api(token)
     with _clear_refusals(repo_id), _branch(api, repo_id, branch):
@@ -107,7 +109,7 @@ def push_folder(
         stale = [
             name
             for name in before
-            if name not in files and (name.split("/")[0] in saved.folders or name in CODE_FILES)
+            if name not in files and (name.split("/")[0] in saved.folders or name in CODE_FILES + MODULAR_FILES)
         ]
         # Not `upload_folder`: it splits a large folder into several commits.
         commit = api.create_commit(
@@ -123,8 +125,8 @@ def push_folder(
     return commit.commit_url
 
 
-def _files_to_upload(folder: Path, ignore_patterns: Sequence[str]) -> dict[str, Path | bytes]:
-    """By their paths in the repository: files as they are in the folder, and the code, which need not be there."""
+def _files_to_upload(folder: Path, ignore_patterns: Sequence[str]) -> dict[str, Path]:
+    """The files of a folder by their paths in it."""
     there = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     files = {name: folder / name for name in filter_repo_objects(there, ignore_patterns=list(ignore_patterns))}
     for path in files.values():
@@ -133,11 +135,16 @@ def _files_to_upload(folder: Path, ignore_patterns: Sequence[str]) -> dict[str, 
                 f"{str(path)!r} is a link to {str(path.resolve())!r}, which would be uploaded: put a copy of what is to be "
                 "published there, or remove the link"
             )
+    return files
+
+
+def _code_to_upload(folder: Path, repo_id: str, branch: str | None) -> dict[str, bytes]:
+    """The files that load it without this package, which need not be in the folder, and the configs that name them."""
     try:
-        return files | {name: text.encode() for name, text in files_with_code(folder).items()}
+        return {name: text.encode() for name, text in files_with_code(folder, repo_id, branch).items()}
     except ForeignParts as parts:
         logger.warning(str(parts))
-        return files
+        return {}
 
 
 @contextmanager

@@ -10,6 +10,7 @@ package name that has the version and a hash of the code in it, so that differen
     COMPONENT/diffusers_ext.py    a way from the component to its class in pipeline.py
     model_index.json              "_class_name": ["pipeline", CLASS], and an "auto_map" for `diffusers.AutoModel`
     modeling_diffusers_ext.py     in the folder of a single model: what pipeline.py is in that of a pipeline
+    modular_*.json                the same pipeline in blocks (`diffusers_ext.hub.modular_index`)
 
 Nothing of this is kept by hand: it is made of the sources that run. With the package imported none of it is run or
 needs consent (`diffusers_ext.registration`).
@@ -32,6 +33,7 @@ from diffusers.guiders import BaseGuidance
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
 from diffusers_ext.atomic_files import atomic_write
+from diffusers_ext.hub.modular_index import modular_files
 from diffusers_ext.hub.saved_folder import saved_class
 from diffusers_ext.untrusted import is_plain_name, read_json
 
@@ -135,11 +137,16 @@ def package_name() -> str:
     return re.search(r"^NAME = '(\w+)'$", code_of_pipeline(), flags=re.MULTILINE)[1]
 
 
-def files_with_code(folder: str | os.PathLike) -> dict[str, str]:
+def files_with_code(
+    folder: str | os.PathLike, repo_id: str | None = None, revision: str | None = None
+) -> dict[str, str]:
     """The files that a saved folder has to have for loading without the package: texts by their paths in the folder.
 
     The configs among them are those of the folder, with the names of the code added. There are none for a folder with
     nothing of this package.
+
+    Args:
+        repo_id, revision: The repository, and its branch, that the files are for; a folder has no need to know its name.
 
     Raises:
         ForeignParts: if it has parts whose code is neither of this package nor of diffusers or transformers.
@@ -147,7 +154,7 @@ def files_with_code(folder: str | os.PathLike) -> dict[str, str]:
     """
     folder = Path(folder)
     if (folder / DiffusionPipeline.config_name).is_file():
-        return _files_of_pipeline(folder)
+        return _files_of_pipeline(folder, repo_id, revision)
     if (folder / ModelMixin.config_name).is_file():
         config = read_json(folder / ModelMixin.config_name)
         name = config.get("_class_name")
@@ -158,18 +165,21 @@ def files_with_code(folder: str | os.PathLike) -> dict[str, str]:
     return {}
 
 
-def add_code(folder: str | os.PathLike) -> None:
+def add_code(folder: str | os.PathLike, repo_id: str | None = None) -> None:
     """Writes the files of `files_with_code` into `folder`, the configs last.
+
+    Args:
+        repo_id: As for `files_with_code`.
 
     Raises:
         ForeignParts: as for `files_with_code`; nothing is written then.
     """
-    for name, text in files_with_code(folder).items():
+    for name, text in files_with_code(folder, repo_id).items():
         with atomic_write(Path(folder) / name) as partial:
             partial.write_text(text, encoding="utf-8")
 
 
-def _files_of_pipeline(folder: Path) -> dict[str, str]:
+def _files_of_pipeline(folder: Path, repo_id: str | None, revision: str | None) -> dict[str, str]:
     index = read_json(folder / DiffusionPipeline.config_name)
     classes, class_name = public_classes(), saved_class(index, folder / DiffusionPipeline.config_name)
     ours = []
@@ -194,6 +204,10 @@ def _files_of_pipeline(folder: Path) -> dict[str, str]:
         return {}
     files = {PIPELINE_FILE: code_of_pipeline()}
     files |= {f"{name}/{COMPONENT_FILE}": code_of_component() for name in ours}
+    blocks = getattr(classes.get(class_name), "blocks_class_name", None)
+    if blocks is not None:
+        modular = modular_files(index, blocks, package_name(), repo_id, revision)
+        files |= {name: _json(config) for name, config in modular.items()}
     return files | {DiffusionPipeline.config_name: _json(index)}
 
 

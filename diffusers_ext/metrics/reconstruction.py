@@ -73,7 +73,7 @@ def _similarity(x: Tensor, y: Tensor, window_size: int, window_std: float) -> tu
     """The luminance term, and the product of the contrast and structure terms, at each position of the window."""
     channels, side = x.shape[1], min(*x.shape[2:], window_size)
     side -= 1 - side % 2
-    offset = torch.arange(side, dtype=torch.float64, device=x.device) - side // 2
+    offset = torch.arange(side, dtype=x.dtype, device=x.device) - side // 2
     line = torch.exp(-0.5 * (offset / window_std).square())
     line = line / line.sum()
 

@@ -11,6 +11,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
+from diffusers_ext.models.caching import CachedBlocksMixin
 from diffusers_ext.models.derivatives import in_torch_func
 from diffusers_ext.models.embeddings import TimestepEmbedding, pooled_dim, position_embedding, timestep_of_each
 from diffusers_ext.models.image_condition import (
@@ -177,7 +178,7 @@ register_attention(DiTAttentionProcessor)
 register_skippable(DiTBlock)
 
 
-class DiTModel(Network):
+class DiTModel(CachedBlocksMixin, Network):
     """A diffusion transformer: patches as tokens, with labels or a text as condition.
 
     Works as `transformer` of diffusers' `DiTPipeline`, as `denoiser` of `GuidedDiffusionPipeline`, and is converted from
@@ -253,7 +254,7 @@ class DiTModel(Network):
         seen_channels = in_channels + input_channels(condition_channels)
         self.patch_in = nn.Linear(seen_channels * patch_size**2, hidden_size)
         self.register_buffer("positions", position_embedding(self.grid, self.grid, hidden_size), persistent=False)
-        self.registers = nn.Parameter(torch.empty(num_registers, hidden_size)) if num_registers else None
+        self.registers = nn.Parameter(torch.zeros(num_registers, hidden_size)) if num_registers else None
 
         def embedding() -> TimestepEmbedding:
             return TimestepEmbedding(

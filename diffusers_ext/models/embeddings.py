@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffusers_ext.machine import widest_float
+
 
 def timestep_of_each(timestep: Tensor | float | int, sample: Tensor) -> Tensor:
     """The timestep of each sample on its device, shape `(batch,)`, from one number for all or one for each.
@@ -46,7 +48,7 @@ def position_embedding(size: tuple[int, int], base_size: tuple[int, int], dim: i
     Returns:
         float32, shape `(rows * columns, dim)`.
     """
-    like = {"dtype": torch.float32 if str(device).startswith("mps") else torch.float64, "device": device}
+    like = {"dtype": widest_float(device), "device": device}
     frequencies = 10000.0 ** -(torch.arange(dim // 4, **like) / (dim // 4))
     row, column = (
         (torch.arange(n, **like) * (base / n))[:, None] * frequencies for n, base in zip(size, base_size, strict=True)

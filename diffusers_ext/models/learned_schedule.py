@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_ext.diffusion.noising import NoiseLevel, NoiseSchedule
+from diffusers_ext.machine import widest_float
 
 
 # These few numbers move so many times as fast as the weights of the network, whose optimizer they share.
@@ -95,13 +96,14 @@ class LearnedSchedule(nn.Module):
 
         They are the timesteps that the network is given, and depend on the endpoints alone.
         """
-        gamma_0, gamma_1 = self.endpoints.double().cpu()
+        gamma_0, gamma_1 = self.endpoints.cpu().double()
         return -torch.lerp(gamma_0, gamma_1, torch.linspace(0, 1, num_timesteps, dtype=torch.float64))
 
     @torch.no_grad()
     def timesteps(self, num_timesteps: int, num_times: int = 101) -> list[float]:
         """The timestep, in [0, T - 1], that each of evenly spaced times from 0 to 1 is at: the interior as a table."""
-        times = torch.linspace(0, 1, num_times, dtype=torch.float64, device=self.endpoint_offsets.device)
+        device = self.endpoint_offsets.device
+        times = torch.linspace(0, 1, num_times, dtype=widest_float(device), device=device)
         return ((num_timesteps - 1) * self.interior(times).share).tolist()
 
 

@@ -6,6 +6,7 @@ import inspect
 import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.loaders.peft import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
@@ -16,8 +17,11 @@ from diffusers_ext.untrusted import check_config
 COMPILATIONS_PER_BLOCK = 4
 
 
-class Network(ModelMixin, PeftAdapterMixin, ConfigMixin):
-    """A model of diffusers that can recompute its activations, be compiled block by block, and take adapters of peft."""
+class Network(AttentionMixin, ModelMixin, PeftAdapterMixin, ConfigMixin):
+    """A model of diffusers that can recompute its activations, be compiled block by block, and take adapters of peft.
+
+    Its attention can be another (`set_attn_processor`).
+    """
 
     _supports_gradient_checkpointing = True
     gradient_checkpointing = False

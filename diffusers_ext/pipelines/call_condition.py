@@ -39,6 +39,7 @@ class CallCondition:
     ):
         self.pipe, self.named, self.regions = pipe, named, regions
         self.weighted = named.weighted
+        self.default_guidance_scale = named.default_guidance_scale if named.can_guide(pipe) else None
         self.image = _read_image(pipe, condition_image)
         self.noise_level = _check_noise_level(pipe.image_condition, self.image, condition_noise_level)
         self.masks = masks_for(pipe, regions)
@@ -56,10 +57,9 @@ class CallCondition:
         """Whether there is a condition image, and the network knows what to do without."""
         return self.image is not None and self.pipe.denoiser.config.get("learned_without_image", True)
 
-    @property
-    def can_guide(self) -> bool:
+    def can_guide(self, pipe) -> bool:
         """Whether there is a condition, and one without it to lead away from."""
-        return self.named.can_guide or self.can_drop_image or bool(self.regions)
+        return self.named.can_guide(pipe) or self.can_drop_image or bool(self.regions)
 
     def draw_noise(self, batch_size: int, generator, device: torch.device) -> None:
         """Puts noise of the asked level into the condition image, before the start noise is drawn; none at level 0."""
@@ -69,17 +69,17 @@ class CallCondition:
         eps = draw_normal(image.shape, generator, device=device, dtype=image.dtype)
         self._noised = add_condition_noise(image, eps, torch.full((batch_size,), self.noise_level, device=device))
 
-    def check(self, guider: BaseGuidance | None, timesteps: Tensor, guide: Sequence[bool]) -> None:
+    def check(self, pipe, guider: BaseGuidance | None, timesteps: Tensor, guide: Sequence[bool]) -> None:
         """Refuses a guider that it, or the components, do not suffice for in the steps in which it acts."""
         led_elsewhere = self.can_drop_image or bool(self.regions)
-        self.named.check(guider, timesteps, guide, led_elsewhere=led_elsewhere)
+        self.named.check(pipe, guider, timesteps, guide, led_elsewhere=led_elsewhere)
 
-    def inputs(self, batch_size: int, device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
+    def inputs(self, pipe, batch_size: int, device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
         """Pairs of conditional and unconditional inputs of the network, by name, each of shape `(batch, ...)`.
 
         The unconditional ones have neither label or text nor image, as far as the network has learned to do without.
         """
-        return self.named.inputs(batch_size, device) | self._image_inputs(batch_size, device)
+        return self.named.inputs(pipe, batch_size, device) | self._image_inputs(batch_size, device)
 
     def _image_inputs(self, batch_size: int, device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
         if self.image is None:
@@ -106,7 +106,7 @@ class CallCondition:
         # The condition image holds everywhere, so that it is in the null prediction of the regions too.
         image = {name: pair[0] for name, pair in pairs.items() if name.startswith("condition_")}
         null = {name: image.get(name, pair[1]) for name, pair in pairs.items()}
-        inputs = [{**null, **each} for each in self.named.region_inputs(batch_size, device)]
+        inputs = [{**null, **each} for each in self.named.region_inputs(self.pipe, batch_size, device)]
         masks = [mask.to(device) for mask in self.masks]
         return Regions(inputs, null, masks, [region.weight for region in self.regions])
 

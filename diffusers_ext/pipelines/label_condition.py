@@ -32,53 +32,47 @@ class LabelCondition:
         ValueError: for a label that the model does not have.
     """
 
+    default_guidance_scale = None
+
     def __init__(self, pipe: "LabelledMixin", class_labels: Labels | None, of_regions: Sequence[Any] = ()):
-        self.pipe = pipe
         self.labels = None if class_labels is None else pipe.label_tensor(class_labels)
         self.of_regions = [pipe.label_tensor([label]) for label in of_regions]
         # Such labels are for `ComposedGuidance` alone.
         self.weighted = self.labels is not None and self.labels.is_floating_point()
-        self._check_regions()
+        self._check_regions(pipe)
         self.per_image = {"class_labels": self.labels}
 
-    def _check_regions(self) -> None:
+    def _check_regions(self, pipe: "LabelledMixin") -> None:
         if not self.of_regions:
             return
         if self.weighted or any(label.is_floating_point() for label in self.of_regions):
             raise ValueError(
                 "regions have weights of their own: give each a label, and weights of labels as regions of a full mask"
             )
-        if self.pipe.denoiser_num_classes is None:
+        if pipe.denoiser_num_classes is None:
             raise ValueError("regions need a denoiser with labels, and this one was trained without")
-        if self.pipe.null_label is None:
+        if pipe.null_label is None:
             raise ValueError(
                 "regions need a null label, from which the direction of each label is taken, and the model was trained with a "
                 "label on each image (label_dropout was 0)"
             )
         everything = [*self.of_regions, *([] if self.labels is None else [self.labels])]
         if any(label.dtype == torch.bool for label in everything):  # the network is called with all of them at once
-            self.of_regions = [self._as_sets(label) for label in self.of_regions]
-            empty = torch.zeros(1, self.pipe.num_classes, dtype=torch.bool)
-            self.labels = empty if self.labels is None else self._as_sets(self.labels)
+            self.of_regions = [_as_sets(label, pipe.num_classes) for label in self.of_regions]
+            empty = torch.zeros(1, pipe.num_classes, dtype=torch.bool)
+            self.labels = empty if self.labels is None else _as_sets(self.labels, pipe.num_classes)
 
-    def _as_sets(self, labels: Tensor) -> Tensor:
-        if labels.dtype == torch.bool:
-            return labels
-        count = self.pipe.num_classes
-        return torch.nn.functional.one_hot(labels, count + 1)[:, :count].bool()  # none for the null label
-
-    @property
-    def can_guide(self) -> bool:
+    def can_guide(self, pipe: "LabelledMixin") -> bool:
         """Whether there are labels, and a null label to lead away from."""
-        return self.labels is not None and self.pipe.null_label is not None
+        return self.labels is not None and pipe.null_label is not None
 
-    def inputs(self, batch_size: int, device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
+    def inputs(self, pipe: "LabelledMixin", batch_size: int, device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
         """Pairs of labels and null labels, each of shape `(batch,)`, or multi-hot or weights `(batch, num_classes)`.
 
         Raises:
             ValueError: if there is no label, and the model has no null label.
         """
-        pipe, labels = self.pipe, self.labels
+        labels = self.labels
         null = torch.full((batch_size,), pipe.null_label or 0, device=device)
         if labels is not None:
             labels = labels.to(device).expand(batch_size, *labels.shape[1:])
@@ -93,12 +87,18 @@ class LabelCondition:
             raise ValueError(f"class_labels must be given: the model has {pipe.num_classes} labels and no null label")
         return {"class_labels": (null, null)}
 
-    def region_inputs(self, batch_size: int, device: torch.device) -> list[dict[str, Tensor]]:
+    def region_inputs(self, pipe: "LabelledMixin", batch_size: int, device: torch.device) -> list[dict[str, Tensor]]:
         """The labels of each region, as `inputs` has those of the images."""
         return [{"class_labels": label.to(device).expand(batch_size, *label.shape[1:])} for label in self.of_regions]
 
     def check(
-        self, guider: BaseGuidance | None, timesteps: Tensor, guide: Sequence[bool], *, led_elsewhere: bool = False
+        self,
+        pipe: "LabelledMixin",
+        guider: BaseGuidance | None,
+        timesteps: Tensor,
+        guide: Sequence[bool],
+        *,
+        led_elsewhere: bool = False,
     ) -> None:
         """Refuses labels that would do nothing, and a guider that the components or the labels do not suffice for.
 
@@ -109,14 +109,14 @@ class LabelCondition:
         Raises:
             ValueError: with what is missing.
         """
-        self._check_labels(guider, guide)
+        self._check_labels(pipe, guider, guide)
         if guider is None:
             return
         if hasattr(guider, "check_pipeline"):
-            guider.check_pipeline(self.pipe, self.labels)
+            guider.check_pipeline(pipe, self.labels)
         if isinstance(guider, ComposedGuidance):
             return  # its weights say whether it needs the null label, and it has looked
-        has_labels, has_null = self.pipe.denoiser_num_classes is not None, self.pipe.null_label is not None
+        has_labels, has_null = pipe.denoiser_num_classes is not None, pipe.null_label is not None
         if led_elsewhere or has_null and self.labels is not None:
             return
         if not has_labels and isinstance(guider, AutoGuidance):
@@ -133,8 +133,8 @@ class LabelCondition:
             )
         raise ValueError("guidance needs class_labels to guide to, got None")
 
-    def _check_labels(self, guider: BaseGuidance | None, guide: Sequence[bool]) -> None:
-        pipe, labels = self.pipe, self.labels
+    def _check_labels(self, pipe: "LabelledMixin", guider: BaseGuidance | None, guide: Sequence[bool]) -> None:
+        labels = self.labels
         if labels is None:
             return
         if self.weighted and not isinstance(guider, ComposedGuidance):
@@ -155,6 +155,12 @@ class LabelCondition:
                 "class_labels would do nothing: the denoiser takes none, and the pipeline's classifier is not asked; give "
                 "classifier_scale, or leave class_labels out"
             )
+
+
+def _as_sets(labels: Tensor, num_classes: int) -> Tensor:
+    if labels.dtype == torch.bool:
+        return labels
+    return torch.nn.functional.one_hot(labels, num_classes + 1)[:, :num_classes].bool()  # none for the null label
 
 
 class LabelledMixin:

@@ -90,7 +90,9 @@ def _saved_index(cls: type[DiffusionPipeline], name, kwargs: dict) -> dict:
 
 
 class SavedWithCodeMixin:
-    """Saves a pipeline together with the code that loads it without this package."""
+    """Saves a pipeline together with the code that loads it without this package, and as a modular pipeline too."""
+
+    blocks_class_name: str  # of those that are this pipeline
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Saves the components, the config, and the code of the classes (see `diffusers_ext.hub.remote_code`).
@@ -104,15 +106,15 @@ class SavedWithCodeMixin:
         super().save_pretrained(save_directory, *args, **kwargs)
         self._add_code(save_directory)
 
-    def _upload_folder(self, working_dir, *args, **kwargs):
+    def _upload_folder(self, working_dir, repo_id, *args, **kwargs):
         # Within `save_pretrained`, if that is to push, and after it in `push_to_hub`.
-        self._add_code(working_dir)
-        return super()._upload_folder(working_dir, *args, **kwargs)
+        self._add_code(working_dir, repo_id)
+        return super()._upload_folder(working_dir, repo_id, *args, **kwargs)
 
     @staticmethod
-    def _add_code(folder):
+    def _add_code(folder, repo_id=None):
         try:
-            add_code(folder)
+            add_code(folder, repo_id)
         except ForeignParts as parts:
             logger.warning(str(parts))
 

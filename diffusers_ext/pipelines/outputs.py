@@ -60,6 +60,15 @@ def decode_samples(
     return x if vae is None else decode_latents(vae, x)
 
 
+def check_output_type(output_type: str, channels: int, dims: int) -> None:
+    """Refuses pictures of samples that are none: of another number of channels, or of a sequence."""
+    if output_type == "pil" and (channels not in (1, 3, 4) or dims != 2):
+        raise ValueError(
+            f"output_type must be 'np' or 'pt' for this model: 'pil' is for images of 1, 3 or 4 channels, and its "
+            f"samples have {channels} channels and {dims} dimensions"
+        )
+
+
 def decode_images(
     x: Tensor,
     vae: nn.Module | None,

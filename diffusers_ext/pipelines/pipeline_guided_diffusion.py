@@ -69,6 +69,7 @@ class GuidedDiffusionPipeline(
         >>> other_threes = pipe(class_labels=3, batch_size=4, image=three, strength=0.6).images
     """
 
+    blocks_class_name = "GuidedDiffusionBlocks"
     model_cpu_offload_seq = "denoiser->vae"
     # The first two are used in turns with the denoiser, in each step; the others are small.
     _exclude_from_cpu_offload = ["classifier", "weak_denoiser", "statistics", "prior"]

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diffusers_ext.conditions import ImageCondition
 from diffusers_ext.guidance.guiding import Interval
-from diffusers_ext.guidance.texts import TextEmbeds, encode_tokens, longest_text, masks_padding_by_default, tokenize
 from diffusers_ext.pipelines.adapters import AdapterMixin
 from diffusers_ext.pipelines.call_condition import CallCondition, image_condition_of
 from diffusers_ext.pipelines.components import check_text_components
@@ -22,14 +21,12 @@ from diffusers_ext.pipelines.loading import FromPipeMixin, SavedWithCodeMixin, r
 from diffusers_ext.pipelines.outputs import GuidedDiffusionPipelineOutput
 from diffusers_ext.pipelines.regions import read_regions
 from diffusers_ext.pipelines.sampling import CallOptions, SamplingMixin
-from diffusers_ext.pipelines.text_condition import TextCondition, texts_or_embeds
+from diffusers_ext.pipelines.text_condition import TextCondition, TextEncodingMixin, texts_or_embeds
 
 
-# Of classifier-free guidance where neither the call nor the pipeline says otherwise.
-DEFAULT_GUIDANCE_SCALE = 4.0
-
-
-class TextGuidedDiffusionPipeline(SamplingMixin, AdapterMixin, FromPipeMixin, SavedWithCodeMixin, DiffusionPipeline):
+class TextGuidedDiffusionPipeline(
+    TextEncodingMixin, SamplingMixin, AdapterMixin, FromPipeMixin, SavedWithCodeMixin, DiffusionPipeline
+):
     """Generates images from texts.
 
     Args:
@@ -59,6 +56,7 @@ class TextGuidedDiffusionPipeline(SamplingMixin, AdapterMixin, FromPipeMixin, Sa
         >>> heart, apple = pipe(["red heart", "green apple"], num_inference_steps=50, guidance_scale=4.0).images
     """
 
+    blocks_class_name = "TextGuidedDiffusionBlocks"
     model_cpu_offload_seq = "text_encoder->denoiser->vae"
     # The first is used in turns with the denoiser, in each step; the other is small.
     _exclude_from_cpu_offload = ["weak_denoiser", "statistics"]
@@ -177,42 +175,8 @@ class TextGuidedDiffusionPipeline(SamplingMixin, AdapterMixin, FromPipeMixin, Sa
             [region.condition for region in regions],
         )
         condition = CallCondition(self, texts, regions, condition_image, condition_noise_level)
-        if guidance_scale is None and guider is None and self.guider is None and texts.can_guide:
-            guidance_scale = DEFAULT_GUIDANCE_SCALE
         if isinstance(generator, list | tuple):
             texts.check_count("generator", len(generator))
         call = CallOptions.of(locals())
         with self._precision():
             return self._sample(condition, call)
-
-    @property
-    def max_text_length(self) -> int:
-        """Tokens at which a text is cut, the special ones included."""
-        return longest_text(self.tokenizer, self.text_encoder, self.config.max_text_length)
-
-    @property
-    def mask_padding(self) -> bool:
-        """Whether encoder and denoiser look away from the padding of a text."""
-        asked = self.config.mask_padding
-        return masks_padding_by_default(self.text_encoder) if asked is None else asked
-
-    @property
-    def knows_empty_text(self) -> bool:
-        """Whether the denoiser was trained with empty texts too, which guidance leads away from by default."""
-        return bool(self.denoiser.config.get("learned_unconditional", True))
-
-    @torch.no_grad()
-    def encode_prompt(self, prompt: str | Sequence[str]) -> TextEmbeds:
-        """Hidden states and mask of one or several texts, to be given to the call as `prompt_embeds` and its mask.
-
-        Raises:
-            ValueError: if the pipeline has no tokenizer and text encoder.
-        """
-        if self.tokenizer is None or self.text_encoder is None:
-            raise ValueError(
-                "a text needs a pipeline with a tokenizer and a text_encoder: give those, or prompt_embeds"
-            )
-        prompt = [prompt] if isinstance(prompt, str) else prompt
-        ids, mask = tokenize(self.tokenizer, prompt, self.max_text_length, full_length=not self.mask_padding)
-        device = self._execution_device
-        return encode_tokens(self.text_encoder, ids.to(device), mask.to(device), self.mask_padding)

@@ -1,6 +1,5 @@
 """The call that the pipelines share: its options, and the loop from noise to images, with any scheduler and any guider."""
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
@@ -11,19 +10,20 @@ from diffusers.guiders import BaseGuidance
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Generator, Tensor
 
-from diffusers_ext.draws import as_generators, draw_normal
+from diffusers_ext.draws import as_generators
 from diffusers_ext.guidance.guided_denoiser import GuidedDenoiser
-from diffusers_ext.guidance.guiding import Interval, choose_guider, guided_steps
+from diffusers_ext.guidance.guiding import Interval
 from diffusers_ext.latents import latent_scale
 from diffusers_ext.machine import fast_precision
 from diffusers_ext.pipelines.call_condition import CallCondition, ConditionImagesMixin
 from diffusers_ext.pipelines.call_defaults import with_defaults
 from diffusers_ext.pipelines.image_inputs import ImageInput, encode_pixels, images_to_tensor, mask_to_tensor
-from diffusers_ext.pipelines.inpainting import KnownPixels, check_resampling, mask_of_latents
-from diffusers_ext.pipelines.outputs import GuidedDiffusionPipelineOutput, TrajectoryPoint, decode_images
+from diffusers_ext.pipelines.inpainting import check_resampling
+from diffusers_ext.pipelines.outputs import GuidedDiffusionPipelineOutput, check_output_type, decode_images
 from diffusers_ext.pipelines.statistics import check_clipping, labels_of_data
-from diffusers_ext.pipelines.truncation import check_latents, truncated_start, truncated_timesteps
-from diffusers_ext.schedulers.levels import add_noise_at, path_name, start_scale
+from diffusers_ext.pipelines.steps import Steps, noisy_start
+from diffusers_ext.pipelines.truncation import truncated_start, truncated_timesteps
+from diffusers_ext.schedulers.levels import path_name
 from diffusers_ext.schedulers.samplers import check_sampler, set_timesteps
 from diffusers_ext.sizes import as_size
 
@@ -35,13 +35,18 @@ class Condition(Protocol):
     """The labels or texts that the images of a call are to show."""
 
     weighted: bool  # whether it has weights of labels
-    can_guide: bool  # whether there is a condition, and one without it to lead away from
+    default_guidance_scale: float | None  # of a call that says nothing of guidance
     per_image: dict[str, Tensor | None]  # its tensors by the names of their arguments, each of one image or of all
 
-    def check(self, guider: BaseGuidance | None, timesteps: Tensor, guide: Sequence[bool]) -> None:
+    def can_guide(self, pipe: "SamplingMixin") -> bool:
+        """Whether there is a condition, and one without it to lead away from."""
+
+    def check(
+        self, pipe: "SamplingMixin", guider: BaseGuidance | None, timesteps: Tensor, guide: Sequence[bool]
+    ) -> None:
         """Refuses a guider that it, or the components, do not suffice for in the steps in which it acts."""
 
-    def inputs(self, batch_size: int, device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
+    def inputs(self, pipe: "SamplingMixin", batch_size: int, device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
         """Pairs of conditional and unconditional inputs of the network, by name, each of shape `(batch, ...)`."""
 
 
@@ -187,49 +192,27 @@ class SamplingMixin(ConditionImagesMixin):
         scheduler, timesteps = set_timesteps(
             self.scheduler, call.num_inference_steps, listed, call.noise_share, device
         )
-        num_steps, guide = len(timesteps), guided_steps(call.guidance_interval, scheduler, timesteps)
-        wanted, used = call.wanted_steps(num_steps), _channels_for_step(scheduler, self._sample_shape[0])
-
-        def guided_by(guidance_scale: float | None) -> tuple[GuidedDenoiser, dict[str, Any]]:
-            """The network under the guider of this scale, and the options of the scheduler's step under it."""
-            guider = self.guider if call.guider is None else call.guider
-            guider = choose_guider(
-                guider, guidance_scale, call.guidance_rescale, call.classifier_scale, weighted=condition.weighted
-            )
-            condition.check(guider, timesteps, guide)
-            denoise = self._denoiser(scheduler, guider, condition, batch_size, device, call.low_memory)
-            is_guided = guider is not None and guider._enabled and any(guide)
-            reuse_clipped = is_guided and bool(self.config.get("clip_guided_noise"))
-            return denoise, _step_options(scheduler, generator, call, reuse_clipped)
-
-        denoise, step_options = guided_by(call.guidance_scale)
+        steps = Steps(self, condition, call, scheduler, timesteps, batch_size, generator)
         labels = labels_of_data(self.statistics, condition)
         x0 = None
         if pixels is not None:
             x0 = encode_pixels(pixels, self.vae, self._sample_shape, self.statistics, labels)
         shape, start = (batch_size, *self._sample_shape), x0 if call.noise_share < 1 else None
         if call.start_timestep is None:
-            x = _noisy_start(scheduler, shape, generator, call.latents, start, timesteps)
+            x = noisy_start(scheduler, shape, generator, call.latents, start, timesteps)
         else:
-            x = truncated_start(self, condition, shape, generator, call.latents, timesteps[:1])
-        known = None
-        if mask is not None:
-            spatial_mask = mask if self.vae is None else mask_of_latents(mask, self._sample_shape[1:])
-            known = KnownPixels(x0.expand_as(x), spatial_mask, scheduler, generator)
+            x = truncated_start(self, condition, shape, generator, call.latents, timesteps[:1], scheduler)
+        steps.keep(x0, mask)
 
         scale = 1.0 if call.guidance_scale is None else call.guidance_scale
-        self._guidance_scale, self._num_timesteps, trajectory = scale, num_steps, []
-        with self.progress_bar(total=num_steps * call.num_resample_steps) as bar:
+        self._guidance_scale, self._num_timesteps = scale, len(timesteps)
+        with self.progress_bar(total=len(timesteps) * call.num_resample_steps) as bar:
             for i, t in enumerate(timesteps):
+                self._current_timestep = t
                 for times_left in reversed(range(call.num_resample_steps)):
-                    output = denoise(x, t, i, num_steps, guide[i])
-                    step = scheduler.step(output[:, :used], t, x, **step_options)
-                    if i in wanted and not times_left:
-                        trajectory.append(TrajectoryPoint.of_step(scheduler, t, x, output, step))
-                    x = step.prev_sample
-                    if known is not None:
-                        x = known.put_into(x, timesteps[i + 1] if i + 1 < num_steps else None)
-                        x = known.renoise(x, t) if times_left else x
+                    output = steps.predict(x, i)
+                    x = steps.advance(x, output, i, times_left)
+                    x = steps.put_known(x, i, times_left)
                     bar.update()
 
                 if call.callback_on_step_end is not None:
@@ -237,18 +220,21 @@ class SamplingMixin(ConditionImagesMixin):
                     x = (returned or {}).get("latents", x)
                     if self._guidance_scale != scale:
                         scale = self._guidance_scale
-                        denoise, step_options = guided_by(scale)
+                        steps.guide_by(scale)
 
         images = decode_images(x, self.vae, call.output_type, pixels, mask, self.statistics, labels)
         self.maybe_free_model_hooks()
-        trajectory = None if call.trajectory_steps is None else trajectory
+        trajectory = None if call.trajectory_steps is None else steps.trajectory
         if not call.return_dict:
             return (images,) if trajectory is None else (images, trajectory)
         return GuidedDiffusionPipelineOutput(images=images, trajectory=trajectory)
 
     def _completed(self, condition: Condition, call: CallOptions) -> CallOptions:
         """The call with what it leaves open as the pipeline was saved."""
-        can_guide = condition.can_guide and not condition.weighted and self.guider is None
+        can_guide = condition.can_guide(self)
+        if can_guide and call.guidance_scale is None and call.guider is None and self.guider is None:
+            call = replace(call, guidance_scale=condition.default_guidance_scale)
+        can_guide = can_guide and not condition.weighted and self.guider is None
         given = {field.name: getattr(call, field.name) for field in fields(call)}
         return replace(call, **with_defaults(given, self.config.get("call_defaults"), can_guide))
 
@@ -262,7 +248,7 @@ class SamplingMixin(ConditionImagesMixin):
         low_memory: bool = False,
     ) -> GuidedDenoiser:
         """The network under its condition and guider."""
-        inputs, regions = condition.inputs(batch_size, device), None
+        inputs, regions = condition.inputs(self, batch_size, device), None
         if isinstance(condition, CallCondition):
             regions = condition.regional(inputs, batch_size, device)
         return GuidedDenoiser(
@@ -288,6 +274,11 @@ class SamplingMixin(ConditionImagesMixin):
     def num_timesteps(self) -> int:
         """Number of steps, and so of calls of a callback, in this call or the last."""
         return self._num_timesteps
+
+    @property
+    def current_timestep(self) -> Tensor:
+        """The timestep of the current step, or of the last one that was made."""
+        return self._current_timestep
 
     # Shapes and images.
 
@@ -316,11 +307,7 @@ class SamplingMixin(ConditionImagesMixin):
         """Refuses outputs that the pipeline cannot give."""
         vae, config = self.vae, self.scheduler.config
         channels = self._sample_shape[0] if vae is None else vae.config.out_channels
-        if call.output_type == "pil" and (channels not in (1, 3, 4) or self._dims != 2):
-            raise ValueError(
-                f"output_type must be 'np' or 'pt' for this model: 'pil' is for images of 1, 3 or 4 channels, and its "
-                f"samples have {channels} channels and {self._dims} dimensions"
-            )
+        check_output_type(call.output_type, channels, self._dims)
         unknown = [
             name for name in call.callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs
         ]
@@ -351,77 +338,3 @@ def count_images(batch_size: int, **tensors: Tensor | None) -> int:
     if size < 1:
         raise ValueError(f"batch_size must be at least 1, got {size}")
     return size
-
-
-def _channels_for_step(scheduler: SchedulerMixin, channels: int) -> int | None:
-    """Channels of a network's output that the scheduler's step takes: those of the sample, or all, with a learned variance.
-
-    Raises:
-        ValueError: if the scheduler would misread a learned variance.
-    """
-    # A config keeps the keys of the scheduler that it came from, whether or not the class knows them.
-    known = inspect.signature(type(scheduler).__init__).parameters
-    if "variance_type" not in known or not str(scheduler.config.variance_type).startswith("learned"):
-        return channels
-    if "algorithm_type" not in known:
-        return None
-    # Solvers of diffusers use no variance, and keep 3 channels of what they get, whatever the data.
-    if channels > 3:
-        name = type(scheduler).__name__
-        raise ValueError(
-            f"{name} takes no learned variance for {channels} channels, got variance_type="
-            f"{scheduler.config.variance_type!r}; make it by {name}.from_config(config, variance_type=None)"
-        )
-    return channels
-
-
-def _step_options(
-    scheduler: SchedulerMixin,
-    generator: Generator | list[Generator] | None,
-    call: CallOptions,
-    reuse_clipped: bool,
-) -> dict[str, Any]:
-    """Options of the scheduler's step, of those that it has.
-
-    Args:
-        reuse_clipped: Whether DDIM uses the clipped x_0 where the call does not say it.
-
-    Raises:
-        ValueError: if the call asks for one that it has not.
-    """
-    accepted = inspect.signature(scheduler.step).parameters
-    asked = call.use_clipped_model_output
-    for name, value, neutral in (("eta", call.eta, 0), ("use_clipped_model_output", asked, None)):
-        if value and name not in accepted:
-            kind = type(scheduler).__name__
-            raise ValueError(f"{name} must be {neutral} for {kind}, which has none, got {value}")
-    reuse = reuse_clipped if asked is None else asked
-    options = {"generator": generator, "eta": call.eta, "use_clipped_model_output": reuse}
-    return {name: value for name, value in options.items() if name in accepted}
-
-
-def _noisy_start(
-    scheduler: SchedulerMixin,
-    shape: tuple[int, ...],
-    generator: Generator | list[Generator] | None,
-    latents: Tensor | None,
-    x0: Tensor | None,
-    timesteps: Tensor,
-) -> Tensor:
-    """x_T from noise, or from clean samples the level of the first timestep; float32, whatever the network's precision,
-    since sampling is a sum of many small steps.
-
-    Args:
-        latents: The noise, of unit variance, if it is given.
-        x0: Clean samples to start from, one or as many as `shape` says, on the scale of the denoiser; `None` for noise.
-    """
-    device = timesteps.device
-    if latents is None:
-        noise = draw_normal(shape, generator=generator, device=device, dtype=torch.float32)
-    else:
-        check_latents(latents, shape)
-        noise = latents.to(device, torch.float32)
-    if x0 is None:
-        return noise * start_scale(scheduler)
-    x0 = x0.expand(shape)
-    return add_noise_at(scheduler, x0, noise, timesteps[:1]) if len(timesteps) else x0

@@ -8,7 +8,18 @@ from torch import Tensor
 
 from diffusers_ext.guidance.guiders import ClassifierGuidance, ComposedGuidance
 from diffusers_ext.guidance.guiding import asks_for_unconditional
-from diffusers_ext.guidance.texts import TextEmbeds, context_width
+from diffusers_ext.guidance.texts import (
+    TextEmbeds,
+    context_width,
+    encode_tokens,
+    longest_text,
+    masks_padding_by_default,
+    tokenize,
+)
+
+
+# Of classifier-free guidance where neither the call nor the pipeline says otherwise.
+DEFAULT_GUIDANCE_SCALE = 4.0
 
 
 class TextCondition:
@@ -26,6 +37,7 @@ class TextCondition:
     """
 
     weighted = False  # as labels can be
+    default_guidance_scale = DEFAULT_GUIDANCE_SCALE
 
     def __init__(
         self,
@@ -39,8 +51,7 @@ class TextCondition:
             raise ValueError("prompt or prompt_embeds must be given; an empty text stands for no text")
         if num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}")
-        self.pipe = pipe
-        width = context_width(pipe.denoiser)
+        width = None if pipe.denoiser is None else context_width(pipe.denoiser)
         embeds = _embeds("prompt", prompt, pipe.encode_prompt, width)
         count = len(embeds.states)
         negative_is_text = negative is not None and not isinstance(negative, TextEmbeds)
@@ -56,25 +67,29 @@ class TextCondition:
         self._empty: TextEmbeds | None = None
         # Whether any step asks for the unconditional prediction, or did before a callback changed the guidance.
         self._needs_negative = False
-        self.of_regions = [self._text_of_region(text) for text in of_regions]
+        self.of_regions = [self._text_of_region(pipe, text) for text in of_regions]
 
-    def _text_of_region(self, text: str) -> TextEmbeds:
+    def _text_of_region(self, pipe, text: str) -> TextEmbeds:
         if not isinstance(text, str):
             raise ValueError(f"regions of this pipeline must be of texts, (mask, text, weight), got {text!r}")
-        if not self.can_guide:
+        if not self.can_guide(pipe):
             raise ValueError(
                 "regions need a text from which the direction of each text is taken, and the denoiser was trained without "
                 "empty texts (caption_dropout was 0): give a negative_prompt that is not empty"
             )
         self._needs_negative = True
-        return self.pipe.encode_prompt([text])
+        return pipe.encode_prompt([text])
 
-    @property
-    def can_guide(self) -> bool:
+    def encode_empty(self, pipe) -> None:
+        """Encodes the empty text, to lead away from where the call has no negative one; afterwards no encoder is needed."""
+        if self._empty is None:
+            self._empty = pipe.encode_prompt([""])
+
+    def can_guide(self, pipe) -> bool:
         """Whether there is, or can be made, something to lead away from that the denoiser knows."""
-        if not self.pipe.knows_empty_text and (self.negative is None or self.negative_is_empty):
+        if not pipe.knows_empty_text and (self.negative is None or self.negative_is_empty):
             return False
-        return self.negative is not None or self.pipe.text_encoder is not None
+        return self.negative is not None or self._empty is not None or pipe.text_encoder is not None
 
     def check_count(self, name: str, count: int) -> None:
         """Refuses an argument that must be given once for each image, and is given `count` times."""
@@ -86,7 +101,13 @@ class TextCondition:
             )
 
     def check(
-        self, guider: BaseGuidance | None, timesteps: Tensor, guide: Sequence[bool], *, led_elsewhere: bool = False
+        self,
+        pipe,
+        guider: BaseGuidance | None,
+        timesteps: Tensor,
+        guide: Sequence[bool],
+        *,
+        led_elsewhere: bool = False,
     ) -> None:
         """Refuses a guider that the components or the texts do not suffice for, and a negative text without one.
 
@@ -100,7 +121,7 @@ class TextCondition:
         if isinstance(guider, ClassifierGuidance | ComposedGuidance):
             raise ValueError(f"{type(guider).__name__} is for labels, and this pipeline has texts")
         if hasattr(guider, "check_pipeline"):
-            guider.check_pipeline(self.pipe, None)
+            guider.check_pipeline(pipe, None)
         needed = guider is not None and asks_for_unconditional(guider, timesteps, guide)
         # A callback may end the guidance that there was.
         if self.negative is not None and not (needed or self._needs_negative):
@@ -108,51 +129,87 @@ class TextCondition:
                 "negative_prompt needs guidance, which this call has none of: give a guidance_scale other than 1, or a "
                 "guider that looks at the unconditional prediction, in some of the steps"
             )
-        if needed and led_elsewhere and not self.can_guide:
+        if needed and led_elsewhere and not self.can_guide(pipe):
             return  # the text stays as it is in both predictions
-        if needed and not self.can_guide and not self.pipe.knows_empty_text:
+        if needed and not self.can_guide(pipe) and not pipe.knows_empty_text:
             raise ValueError(
                 "guidance needs a text to lead away from that the denoiser knows, and it was trained without empty texts "
                 "(caption_dropout was 0): give a negative_prompt that is not empty, or a guidance_scale of 1"
             )
-        if needed and not self.can_guide:
+        if needed and not self.can_guide(pipe):
             raise ValueError(
                 "guidance needs something to lead away from: give negative_prompt_embeds together with prompt_embeds, or "
                 "a pipeline with a tokenizer and a text_encoder, which encodes the empty text"
             )
         self._needs_negative |= needed
 
-    def inputs(self, batch_size: int, device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
+    def inputs(self, pipe, batch_size: int, device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
         """Pairs of the embeddings of texts and negative texts, and of their masks where tokens are masked."""
         positive = negative = self.prompt
         if self._needs_negative:
-            if self.negative is None and self._empty is None:
-                self._empty = self.pipe.encode_prompt([""])
+            if self.negative is None:
+                self.encode_empty(pipe)
             negative = self._empty if self.negative is None else self.negative
-        both = self._alike([positive, negative], batch_size, device)
+        both = self._alike(pipe, [positive, negative], batch_size, device)
         pairs = {"encoder_hidden_states": tuple(embeds.states for embeds in both)}
         if both[0].mask is not None:
             pairs["encoder_attention_mask"] = tuple(embeds.mask for embeds in both)
         return pairs
 
-    def region_inputs(self, batch_size: int, device: torch.device) -> list[dict[str, Tensor]]:
+    def region_inputs(self, pipe, batch_size: int, device: torch.device) -> list[dict[str, Tensor]]:
         """The embeddings of the text of each region, as `inputs` has those of the images."""
         inputs = []
-        for embeds in self._alike(self.of_regions, batch_size, device):
+        for embeds in self._alike(pipe, self.of_regions, batch_size, device):
             inputs.append({"encoder_hidden_states": embeds.states})
             if embeds.mask is not None:
                 inputs[-1]["encoder_attention_mask"] = embeds.mask
         return inputs
 
-    def _alike(self, texts: list[TextEmbeds], batch_size: int, device: torch.device) -> list[TextEmbeds]:
+    def _alike(self, pipe, texts: list[TextEmbeds], batch_size: int, device: torch.device) -> list[TextEmbeds]:
         """Texts with as many tokens as the longest of the call: what is added to the shorter ones is masked."""
         every = [self.prompt, *self.of_regions]
         if self._needs_negative:
             every.append(self._empty if self.negative is None else self.negative)
         length = max(embeds.states.shape[1] for embeds in every)
         with_mask = any(embeds.mask is not None or embeds.states.shape[1] < length for embeds in every)
-        texts = [embeds.to(device, self.pipe.denoiser.dtype).expand(batch_size) for embeds in texts]
+        texts = [embeds.to(device, pipe.denoiser.dtype).expand(batch_size) for embeds in texts]
         return [embeds.padded(length, with_mask) for embeds in texts]
+
+
+class TextEncodingMixin:
+    """Texts to hidden states, for a pipeline with a `tokenizer`, a `text_encoder` and a `denoiser`."""
+
+    @property
+    def max_text_length(self) -> int:
+        """Tokens at which a text is cut, the special ones included."""
+        return longest_text(self.tokenizer, self.text_encoder, self.config.max_text_length)
+
+    @property
+    def mask_padding(self) -> bool:
+        """Whether encoder and denoiser look away from the padding of a text."""
+        asked = self.config.mask_padding
+        return masks_padding_by_default(self.text_encoder) if asked is None else asked
+
+    @property
+    def knows_empty_text(self) -> bool:
+        """Whether the denoiser was trained with empty texts too, which guidance leads away from by default."""
+        return bool(self.denoiser.config.get("learned_unconditional", True))
+
+    @torch.no_grad()
+    def encode_prompt(self, prompt: str | Sequence[str]) -> TextEmbeds:
+        """Hidden states and mask of one or several texts, to be given to the call as `prompt_embeds` and its mask.
+
+        Raises:
+            ValueError: if the pipeline has no tokenizer and text encoder.
+        """
+        if self.tokenizer is None or self.text_encoder is None:
+            raise ValueError(
+                "a text needs a pipeline with a tokenizer and a text_encoder: give those, or prompt_embeds"
+            )
+        prompt = [prompt] if isinstance(prompt, str) else prompt
+        ids, mask = tokenize(self.tokenizer, prompt, self.max_text_length, full_length=not self.mask_padding)
+        device = self._execution_device
+        return encode_tokens(self.text_encoder, ids.to(device), mask.to(device), self.mask_padding)
 
 
 def texts_or_embeds(
@@ -176,14 +233,14 @@ def texts_or_embeds(
     return texts
 
 
-def _embeds(name: str, given: list[str] | TextEmbeds, encode: Callable, width: int) -> TextEmbeds:
+def _embeds(name: str, given: list[str] | TextEmbeds, encode: Callable, width: int | None) -> TextEmbeds:
     if not isinstance(given, TextEmbeds):
         return encode(given)
     states, mask = given
-    if states.ndim != 3 or states.shape[2] != width:
+    if states.ndim != 3 or states.shape[2] != (width or states.shape[2]):
         raise ValueError(
-            f"{name}_embeds must have shape (prompts, tokens, {width}), the denoiser's cross_attention_dim, got "
-            f"{tuple(states.shape)}"
+            f"{name}_embeds must have shape (prompts, tokens, {width or 'cross_attention_dim'}), the denoiser's "
+            f"cross_attention_dim, got {tuple(states.shape)}"
         )
     if mask is None:
         return given

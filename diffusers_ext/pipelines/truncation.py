@@ -43,12 +43,14 @@ def truncated_start(
     generator: Generator | list[Generator] | None,
     latents: Tensor | None,
     timestep: Tensor,
+    scheduler: SchedulerMixin,
 ) -> Tensor:
     """x_t at the timestep that the chain starts from, float32: as it is given, or a draw of the pipeline's prior with noise.
 
     Args:
-        pipe: With its scheduler's timesteps set.
+        pipe: With its `prior` and `statistics`.
         timestep: Shape `(1,)`.
+        scheduler: With its timesteps set.
 
     Raises:
         ValueError: if there is neither a prior nor x_t, or x_t has another shape.
@@ -64,7 +66,7 @@ def truncated_start(
     labels = getattr(condition, "labels", None)
     x0 = draw_clean(prior, shape[0], labels, pipe.statistics, generator, device)
     noise = draw_normal(shape, generator=generator, device=device, dtype=torch.float32)
-    return add_noise_at(pipe.scheduler, x0, noise, timestep)
+    return add_noise_at(scheduler, x0, noise, timestep)
 
 
 def check_latents(latents: Tensor, shape: tuple[int, ...]) -> None:

@@ -176,7 +176,7 @@ def path_difference(path: Mapping[str, Any], scheduler: SchedulerMixin) -> float
     """
     mine, table = schedule_of(path), getattr(scheduler, "alphas_cumprod", None)
     if isinstance(table, Tensor) and not hasattr(scheduler, "level") and not is_linear(scheduler):
-        alpha_bar = table.double().cpu()  # which need not be that of the scheduler's config
+        alpha_bar = table.cpu().double()  # which need not be that of the scheduler's config
         scale = torch.ones_like(alpha_bar)
     else:
         theirs = model_schedule(scheduler)

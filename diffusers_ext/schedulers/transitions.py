@@ -10,6 +10,7 @@ from diffusers_ext.diffusion.analytic_variance import X0Variances
 from diffusers_ext.diffusion.noising import NoiseLevel, NoiseSchedule, Transition
 from diffusers_ext.diffusion.paths import Linear
 from diffusers_ext.diffusion.tables import DeviceTable, dtype_beside
+from diffusers_ext.machine import widest_float
 
 
 # How far two levels of the linear path have to be apart to be two: timesteps are float32, and some pipelines round them.
@@ -74,10 +75,9 @@ class Transitions:
             raise ValueError(
                 f"timestep must be one or one for each of the {len(like)} samples, got shape {tuple(timestep.shape)}"
             )
-        # In float64, as the host's: differences of squares follow. MPS has none.
-        dtype = torch.float32 if like.device.type == "mps" else torch.float64
         try:
-            return self._kind.of(self._table.gather(timestep, like, dtype))
+            # In float64, as the host's: differences of squares follow.
+            return self._kind.of(self._table.gather(timestep, like, widest_float(like.device)))
         except IndexError:
             raise ValueError(
                 f"timestep must be in [0, {len(self._next.values) - 1}], got {timestep.tolist()}"
@@ -161,19 +161,19 @@ class FlowTransitions:
                     numbers = self._between(torch.tensor(self._checked(known), dtype=torch.float64)).flatten()
                     self._on_host[known] = Transition.of([number.item() for number in numbers])
                 return self._on_host[known]
-        return self._between(self._beside(timestep, like, torch.float64))
+        return self._between(self._beside(timestep, like))
 
     def level(self, timestep: Tensor | float, like: Tensor) -> NoiseLevel:
         """The level at `timestep`, broadcasting against `like`, in float32 or wider."""
         if not isinstance(timestep, Tensor):
             self._checked(timestep)
-        level = Linear().level(self._sigma(self._beside(timestep, like, torch.float64)))
+        level = Linear().level(self._sigma(self._beside(timestep, like)))
         return NoiseLevel(*[factor.to(dtype_beside(like)) for factor in level])
 
     def following(self, timestep: Tensor | float) -> Tensor:
         """The timestep that `timestep` steps to: the next listed one, or that of the clean end."""
         timestep = torch.as_tensor(timestep)
-        values = timestep.to(torch.float32 if timestep.device.type == "mps" else torch.float64)
+        values = timestep.to(widest_float(timestep.device))
         return self._after(self._share(values))[0].to(self.timesteps.dtype)
 
     def index(self, timestep: Tensor | float) -> int | None:
@@ -211,9 +211,9 @@ class FlowTransitions:
         _, s = self._after(self._share(timestep))
         return Transition.between(Linear().level(t), Linear().level(s.minimum(t)), self.prediction_type)
 
-    def _beside(self, timestep: Tensor | float, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """`timestep` on the device of `like`, broadcasting against it."""
-        dtype = torch.float32 if like.device.type == "mps" else dtype
+    def _beside(self, timestep: Tensor | float, like: Tensor) -> Tensor:
+        """`timestep` on the device of `like`, in as wide a type as that has, broadcasting against it."""
+        dtype = widest_float(like.device)
         if not isinstance(timestep, Tensor):
             return torch.full((1,) * like.ndim, timestep, device=like.device, dtype=dtype)
         shape = timestep.shape if timestep.ndim else timestep.shape + (1,)

@@ -5,6 +5,8 @@ import time
 import torch
 from accelerate import Accelerator
 
+from diffusers_ext.machine import widest_float
+
 
 class RunClock:
     """Seconds of a run, from its first step on and over all its parts."""
@@ -29,5 +31,5 @@ def max_over_processes(accelerator: Accelerator, *values: float) -> list[float]:
     """The maximum of each value over the processes, the same in all of them; waits for the device."""
     if accelerator.num_processes == 1:
         return list(values)
-    mine = torch.tensor([values], dtype=torch.float64, device=accelerator.device)
+    mine = torch.tensor([values], dtype=widest_float(accelerator.device), device=accelerator.device)
     return accelerator.gather(mine).amax(0).tolist()

@@ -6,6 +6,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from diffusers_ext.machine import widest_float
 from diffusers_ext.pixels import to_images
 
 
@@ -33,7 +34,7 @@ class ToDevice:
     def move(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The batch on the device, with `images` instead of `pixels`."""
         device = self._accelerator.device
-        batch = in_float32(batch) if device.type == "mps" else batch
+        batch = batch if widest_float(device) == torch.float64 else in_float32(batch)
         batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
         if "pixels" in batch:
             images = batch.pop("pixels")

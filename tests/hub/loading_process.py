@@ -17,7 +17,7 @@ def load_all(way, repos):
     else:
         sys.modules["diffusers_ext"] = None  # importing it raises, as where it is not installed
 
-    from diffusers import AutoModel, DiffusionPipeline
+    from diffusers import AutoModel, DiffusionPipeline, ModularPipeline
 
     consent = {} if way == "package" else {"trust_remote_code": True}
     found = {}
@@ -43,6 +43,9 @@ def load_all(way, repos):
             }
             found[f"{where} scheduler"] = described(scheduler) | {"same config": same}
             found[f"{where} without consent"] = without_consent(place)
+            modular = ModularPipeline.from_pretrained(place, **consent)
+            modular.load_components()
+            found[f"{where} modular pipeline"] = described(modular.blocks) | {"image": image_error(modular, folder)}
     pipe.save_pretrained(f"{folder}-again")
     return found
 
@@ -89,8 +92,10 @@ def image_error(pipe, folder):
     import torch
 
     pipe.set_progress_bar_config(disable=True)
+    options = {"output": "images"} if hasattr(pipe, "blocks") else {}
     generator = torch.Generator().manual_seed(0)
-    images = pipe(batch_size=1, num_inference_steps=4, generator=generator, output_type="np").images
+    images = pipe(batch_size=1, num_inference_steps=4, generator=generator, output_type="np", **options)
+    images = images if options else images.images
     return float(abs(images - np.load(f"{folder}/expected.npy")).max())
 
 

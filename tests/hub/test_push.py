@@ -1,9 +1,11 @@
+import json
 import subprocess
 import sys
 
 import diffusers
 import pytest
 import torch
+from diffusers import ModularPipeline
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
@@ -44,6 +46,8 @@ def test_push_is_one_commit_of_the_pipeline_alone(hub, folder):
         "README.md",
         "metrics.jsonl",
         "model_index.json",
+        "modular_config.json",
+        "modular_model_index.json",
         "pipeline.py",
         "samples.png",
         "scheduler/diffusers_ext.py",
@@ -52,8 +56,28 @@ def test_push_is_one_commit_of_the_pipeline_alone(hub, folder):
         "denoiser/diffusers_ext.py",
         "denoiser/diffusion_pytorch_model.safetensors",
     }
-    for name in set(uploaded) - {".gitattributes"}:
+    for name in set(uploaded) - {".gitattributes", "modular_model_index.json"}:
         assert uploaded[name] == (folder / name).read_bytes()
+    # From where diffusers loads the components of a modular pipeline: a folder can be moved and names none.
+    assert weights_of_index(uploaded["modular_model_index.json"]) == ("alice/my-digits", None)
+    assert weights_of_index((folder / "modular_model_index.json").read_bytes()) == (None, None)
+
+
+def weights_of_index(content):
+    spec = json.loads(content)["denoiser"][2]
+    return spec["pretrained_model_name_or_path"], spec["revision"]
+
+
+def test_a_branch_has_its_own_components_in_a_modular_pipeline_too(hub, folder):
+    push_folder(folder, "alice/my-digits", token=ALICE)
+    pipe = GuidedDiffusionPipeline.from_pretrained(folder)
+    torch.nn.init.zeros_(pipe.denoiser.conv_out.weight)
+    pipe.denoiser.save_pretrained(folder / "denoiser")
+    push_folder(folder, "alice/my-digits", token=ALICE, branch="later")
+    for branch, is_zero in (("main", False), ("later", True)):
+        modular = ModularPipeline.from_pretrained("alice/my-digits", revision=branch)
+        modular.load_components()
+        assert bool((modular.denoiser.conv_out.weight == 0).all()) == is_zero
 
 
 def test_second_push_leaves_no_stale_weights(hub, folder):

@@ -84,7 +84,7 @@ def test_every_part_loads_in_every_way(hub, folders, pipeline, tmp_path):
     for way, package in (("package", "diffusers_ext"), ("code", remote_code.package_name())):
         result = run_in_empty_cache(tmp_path, LOADING, way, *repos)
         found = json.loads(result.stdout.splitlines()[-1])
-        assert len(found) == 2 * (10 + 6)
+        assert len(found) == 2 * (11 + 7)
         for name, loaded in found.items():
             assert loaded.get("package", package) == package, name
             assert not loaded.get("wrong tensors") and loaded.get("same config", True), name
@@ -93,7 +93,14 @@ def test_every_part_loads_in_every_way(hub, folders, pipeline, tmp_path):
                 assert (
                     "custom code in pipeline.py" in loaded["refused"] and "trust_remote_code=True" in loaded["refused"]
                 )
-        classes = {"GuidedDiffusionPipeline", "UNetModel", "VAEModel", "ExtDDIMScheduler", None}
+        classes = {
+            "GuidedDiffusionPipeline",
+            "GuidedDiffusionBlocks",
+            "UNetModel",
+            "VAEModel",
+            "ExtDDIMScheduler",
+            None,
+        }
         assert {loaded.get("class") for loaded in found.values()} == classes
         # No file is missed, no import unknown, no key of a config unexpected.
         for word in ("might require", "Could not locate", "not expected"):
