@@ -135,7 +135,7 @@ class GuidedDenoiser:
         x = model_input(self.scheduler, x, timestep)
         if self.guider is None:
             inputs = {name: pair[0] for name, pair in self.conditions.items()}
-            return self._predictions(self.denoiser, x, timestep, [(inputs, self.regions is not None)])[0]
+            return self._predictions(self.denoiser, x, timestep, [(inputs, self.regions is not None)], "pred_cond")[0]
         guider = self.guider
         with self._acting(x, timestep, guide):
             guider.set_state(step=step, num_inference_steps=num_steps, timestep=timestep)
