@@ -135,6 +135,15 @@ def save_ddpm(folder):
     DDPMPipeline(tiny_stock_unet(), DDPMScheduler()).save_pretrained(folder)
 
 
+def save_pipelines():
+    """Those that docstrings take for granted, one of labels and one of texts."""
+    schedule = ExtDDIMScheduler(timestep_spacing="trailing")
+    GuidedDiffusionPipeline(tiny_unet(num_classes=10), schedule).save_pretrained("runs/digits")
+    tokenizer = tiny_tokenizer()
+    parts = {"tokenizer": tokenizer, "text_encoder": tiny_clip(tokenizer)}
+    TextGuidedDiffusionPipeline(tiny_text_unet(), schedule, **parts).save_pretrained("runs/twemoji64")
+
+
 class Desk:
     """A folder to run a document in, as from the root of a checkout."""
 
@@ -288,6 +297,7 @@ def test_commands_in_docstrings_and_in_sentences_have_valid_options(desk):
     """They are read and checked as those of the blocks, and end there."""
     told = [command for script in SCRIPTS for command in commands_in(docstring_of(script), IN_DOCSTRINGS)]
     assert len(told) > 15
+    save_pipelines()  # which a run can begin with
     told += [command for path in DOCUMENTS for command in commands_in((ROOT / path).read_text(), IN_SENTENCES)]
     for script, options in sorted({(script, tuple(options)) for script, options in told}):
         assert script in SCRIPTS
@@ -330,11 +340,7 @@ def examples_in(path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_examples_of_docstrings_run(desk):
-    schedule = ExtDDIMScheduler(timestep_spacing="trailing")
-    GuidedDiffusionPipeline(tiny_unet(num_classes=10), schedule).save_pretrained("runs/digits")
-    tokenizer = tiny_tokenizer()
-    parts = {"tokenizer": tokenizer, "text_encoder": tiny_clip(tokenizer)}
-    TextGuidedDiffusionPipeline(tiny_text_unet(), schedule, **parts).save_pretrained("runs/twemoji64")
+    save_pipelines()
     with_examples = [path for path in sorted((ROOT / "diffusers_ext").glob("**/*.py")) if ">>> " in path.read_text()]
     assert len(with_examples) >= 2
     for path in with_examples:

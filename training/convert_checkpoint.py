@@ -1,7 +1,6 @@
 """Make a pipeline of a checkpoint of OpenAI's guided-diffusion or improved-diffusion.
 
-    python training/convert_checkpoint.py 64x64_diffusion.pt --output_dir runs/adm64 --image_size 64 \\
-        --num_head_channels 64 --use_new_attention_order --noise_schedule cosine
+    python training/convert_checkpoint.py adm64.pt --output_dir runs/adm64 --image_size 64 --num_head_channels 64
 
 FILE holds the weights of a U-Net, or their EMA. What a checkpoint does not say is given by the names that it has in those
 projects. The pipeline is loaded as any other, and `--pretrained_pipeline` of the training scripts goes on with it.
