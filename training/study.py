@@ -36,6 +36,7 @@ from diffusers_ext.evaluation.options import DataOptions, take_options_of_run
 from diffusers_ext.evaluation.pipeline_facts import image_size_of, label_names_of
 from diffusers_ext.evaluation.real_images import RealImages, load_real_images
 from diffusers_ext.evaluation.subject import load_pipeline
+from diffusers_ext.figures import labelled_grid
 from diffusers_ext.machine import set_threads
 from diffusers_ext.metrics.features import FeatureClassifierModel
 from diffusers_ext.options import option, parse_config, run_script
@@ -267,7 +268,6 @@ def study_data_draws(material: Material) -> Report:
             generator.manual_seed(config.seed)
             noise = torch.randn(config.num_images, *images.shape[1:], generator=generator, device=images.device)
             samples = data_draws.ancestral(x0_of, noise, schedule, timesteps, generator)
-            made[kind] = samples
             distances = data_draws.nearest(samples, images)
             pictures = torch.cat(
                 [
@@ -294,7 +294,8 @@ def study_data_draws(material: Material) -> Report:
         "best network is E[x_0 | x_t] of the data: it too ends in them, given many steps. A trained network, which does not "
         "reach it, makes others.",
     ]
-    return Report("What if the predicted x_0 were a draw of the data?", lines, rows, _draw_rows(made))
+    figure = labelled_grid([images / 255 for images in made.values()], list(made))
+    return Report("What if the predicted x_0 were a draw of the data?", lines, rows, figure)
 
 
 def study_embedding(material: Material) -> Report:
@@ -343,21 +344,6 @@ def study_embedding(material: Material) -> Report:
 def _to_bytes(images: Tensor) -> Tensor:
     """Images in [0, 1] as uint8, on the CPU."""
     return images.float().mul(255).round().clamp(0, 255).to(torch.uint8).cpu()
-
-
-def _draw_rows(rows: dict[str, Tensor]):
-    """A row of images, uint8, for each name."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 0.9 * len(rows) + 0.2), layout="constrained")
-    grid = figure.subplots(len(rows), len(next(iter(rows.values()))), squeeze=False)
-    for line, (name, images) in zip(grid, rows.items(), strict=True):
-        for axes, image in zip(line, images, strict=True):
-            picture = image.movedim(0, -1).numpy()
-            axes.imshow(picture[..., 0] if picture.shape[-1] == 1 else picture, cmap="gray", vmin=0, vmax=255)
-            axes.set_axis_off()
-        line[0].set_title(name, loc="left", fontsize="small")
-    return figure
 
 
 MAKERS = {

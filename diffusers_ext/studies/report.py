@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from PIL import Image
+
 from diffusers_ext.atomic_files import atomic_write
 from diffusers_ext.figures import save_picture
 
@@ -22,13 +24,13 @@ class Report:
         title: The question.
         lines: What was measured, and what came out, a paragraph each.
         rows: Of the table, each from the name of a column to its value; all with the same columns.
-        figure: Of Matplotlib.
+        figure: Of Matplotlib, or a picture.
     """
 
     title: str
     lines: Sequence[str]
     rows: Sequence[Mapping[str, str | float | int | None]]
-    figure: "Figure"
+    figure: "Figure | Image.Image"
 
     def table(self) -> str:
         """In Markdown."""
@@ -51,4 +53,4 @@ class Report:
 def _text(value: str | float | int | None) -> str:
     if value is None:
         return "-"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f"{value:.3g}" if isinstance(value, float) else str(value).replace("|", "\\|")  # which would end the cell

@@ -1,14 +1,17 @@
 """The parts of the studies, each against an answer in closed form."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from diffusers_ext.diffusion.betas import make_betas
 from diffusers_ext.diffusion.noising import NoiseSchedule
 from diffusers_ext.studies import data_draws, embeddings, noise_end, scaling
+from diffusers_ext.studies.report import Report
 from gaussian_oracle import model_output
 
 
@@ -111,3 +114,11 @@ def test_neighbours_agree_in_clusters_and_not_in_noise():
     assert plane.shape == (60, 2) and embeddings.label_agreement(plane, labels) > 0.95
     with pytest.raises(ValueError, match="method must be one of t-SNE, UMAP, got 'PCA'"):
         embeddings.embed(clusters, "PCA")
+
+
+def test_a_table_has_as_many_cells_as_columns_whatever_is_in_them(tmp_path):
+    rows = [{"x_0": "E[x_0 | x_t]", "value": 0.12345}, {"x_0": "a draw", "value": None}]
+    page = Report("What?", ["So."], rows, Image.new("L", (8, 8))).write(tmp_path, "what")
+    lines = [line for line in page.read_text().splitlines() if line.startswith("|")]
+    assert lines == ["| x_0 | value |", "| --- | --- |", r"| E[x_0 \| x_t] | 0.123 |", "| a draw | - |"]
+    assert json.loads((tmp_path / "what.json").read_text())["rows"] == rows and (tmp_path / "what.png").is_file()
