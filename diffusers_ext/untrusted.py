@@ -197,19 +197,18 @@ def check_attention(config: Mapping[str, Any], where: object) -> None:
             raise ValueError(f"{where} must name no code of the Hub under {name}, got {value!r}")
 
 
-def from_mapping(cls: type[Fields], values: Mapping[str, Any], types: Mapping[str, type | tuple], where: object):
-    """A dataclass from what a file says of its fields.
+def from_mapping(cls: type[Fields], values: Mapping[str, Any], where: object) -> Fields:
+    """A dataclass from what a file says of its fields, by their annotations; those with a default may be missing.
 
     Args:
-        types: Of the values by field, as for `isinstance`; a field with a default may be missing.
         where: The file, for errors.
 
     Raises:
         ValueError: if a field is missing, unknown, or of another type.
     """
-    fields = {field.name: field for field in dataclasses.fields(cls)}
     if not isinstance(values, Mapping):
         raise ValueError(f"{where} must hold a mapping, got {type(values).__name__}")
+    fields, hints = {field.name: field for field in dataclasses.fields(cls)}, get_type_hints(cls)
     unknown = [str(name) for name in values if name not in fields]
     missing = [name for name, field in fields.items() if name not in values and _is_required(field)]
     if unknown or missing:
@@ -217,8 +216,8 @@ def from_mapping(cls: type[Fields], values: Mapping[str, Any], types: Mapping[st
             f"{where} must have {', '.join(missing) or 'no other entries'}, got {', '.join(unknown) or 'none of them'}"
         )
     for name, value in values.items():
-        if not isinstance(value, types[name]) or (isinstance(value, bool) and types[name] is not bool):
-            raise ValueError(f"{where}: {name} is of the wrong type, {type(value).__name__}")
+        if not fits(value, hints[name]):
+            raise ValueError(f"{where}: {name} must be {_in_words(hints[name])}, got {_shortened(value)}")
     return cls(**values)
 
 
