@@ -69,10 +69,10 @@ def check_options(config: Any) -> None:
     """
     for field in dataclasses.fields(config):
         value, lowest, needs = getattr(config, field.name), field.metadata["at_least"], field.metadata["needs"]
-        if any(part != part for part in (value if isinstance(value, tuple) else (value,))):
-            raise ValueError(f"{field.name} must be a number, got {value}")
         if lowest is not None and value is not None and not value >= lowest:
             raise ValueError(f"{field.name} must be at least {lowest}, got {value}")
+        if any(part != part for part in (value if isinstance(value, tuple) else (value,))):
+            raise ValueError(f"{field.name} must be a number, got {value}")
         if needs is not None and value != field.default and (missing := _missing(config, needs)):
             raise ValueError(f"{field.name} has no meaning without {missing}: give both or neither")
 

@@ -6,6 +6,7 @@ at before it is read, a name in it is no path, and an error says what is wrong w
 
 import dataclasses
 import json
+import math
 import os
 import re
 import unicodedata
@@ -24,6 +25,8 @@ INDEX_SUFFIX = ".index.json"  # of the files that say which shard holds which we
 
 # Of what a config may ask for: widths, timesteps, numbers of labels; numbers in a list, such as betas; layers of a network.
 LARGEST_NUMBER, MOST_NUMBERS, MOST_LAYERS = 2**20, 2**20, 2**10
+
+_SIZES = ("dim", "dims", "channels", "size", "heads", "classes")  # end the names of what is counted from 0
 
 # Characters that turn the direction of what is printed after them.
 _DIRECTIONS = re.compile("[\u202a-\u202e\u2066-\u2069]")
@@ -194,19 +197,18 @@ def check_attention(config: Mapping[str, Any], where: object) -> None:
             raise ValueError(f"{where} must name no code of the Hub under {name}, got {value!r}")
 
 
-def from_mapping(cls: type[Fields], values: Mapping[str, Any], types: Mapping[str, type | tuple], where: object):
-    """A dataclass from what a file says of its fields.
+def from_mapping(cls: type[Fields], values: Mapping[str, Any], where: object) -> Fields:
+    """A dataclass from what a file says of its fields, by their annotations; those with a default may be missing.
 
     Args:
-        types: Of the values by field, as for `isinstance`; a field with a default may be missing.
         where: The file, for errors.
 
     Raises:
         ValueError: if a field is missing, unknown, or of another type.
     """
-    fields = {field.name: field for field in dataclasses.fields(cls)}
     if not isinstance(values, Mapping):
         raise ValueError(f"{where} must hold a mapping, got {type(values).__name__}")
+    fields, hints = {field.name: field for field in dataclasses.fields(cls)}, get_type_hints(cls)
     unknown = [str(name) for name in values if name not in fields]
     missing = [name for name, field in fields.items() if name not in values and _is_required(field)]
     if unknown or missing:
@@ -214,16 +216,17 @@ def from_mapping(cls: type[Fields], values: Mapping[str, Any], types: Mapping[st
             f"{where} must have {', '.join(missing) or 'no other entries'}, got {', '.join(unknown) or 'none of them'}"
         )
     for name, value in values.items():
-        if not isinstance(value, types[name]) or (isinstance(value, bool) and types[name] is not bool):
-            raise ValueError(f"{where}: {name} is of the wrong type, {type(value).__name__}")
+        if not fits(value, hints[name]):
+            raise ValueError(f"{where}: {name} must be {_in_words(hints[name])}, got {_shortened(value)}")
     return cls(**values)
 
 
-def check_config(config: Mapping[str, Any], init: Callable) -> None:
+def check_config(config: Mapping[str, Any], init: Callable, finite: bool = False) -> None:
     """Refuses a config whose values are of other types than an `__init__` has, or numbers out of all proportion.
 
     Args:
-        init: Whose annotations say the types, and which numbers are counts of layers.
+        init: Whose annotations say the types.
+        finite: Whether all numbers must be finite; else the caller looks at them.
 
     Raises:
         ValueError: with the value.
@@ -241,8 +244,10 @@ def check_config(config: Mapping[str, Any], init: Callable) -> None:
         for number in numbers:
             if isinstance(number, Integral) and not -largest <= number <= largest:
                 raise ValueError(f"{name} must be an integer of at most {largest}, got {_shortened(number)}")
-            if number != number:
-                raise ValueError(f"{name} must be a number, got {number}")
+            if name.endswith(_SIZES) and number < 0:
+                raise ValueError(f"{name} must be at least 0, got {number}")
+            if finite and not -math.inf < number < math.inf:
+                raise ValueError(f"{name} must be a finite number, got {number}")
 
 
 @cache

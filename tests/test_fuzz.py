@@ -13,12 +13,12 @@ def classes():
 
 
 def test_configs_of_schedulers_work_or_are_refused_in_a_sentence():
-    assert fuzz.fuzz("scheduler", fuzz.try_scheduler, range(600)) == []
+    assert fuzz.fuzz("scheduler", fuzz.try_scheduler, range(300)) == []
 
 
 def test_options_of_scripts_are_refused_in_a_sentence_or_come_back_as_they_are(classes):
     assert len(classes) >= 10
-    assert fuzz.fuzz("options", partial(fuzz.try_options, classes=classes), range(120)) == []
+    assert fuzz.fuzz("options", partial(fuzz.try_options, classes=classes), range(60)) == []
 
 
 def test_what_fails_is_found():

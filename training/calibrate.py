@@ -14,6 +14,7 @@ nothing was chosen by. Images of a test split are not looked at.
 import dataclasses
 import shutil
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -87,7 +88,7 @@ def main(config: CalibrateConfig) -> dict:
     Raises:
         FolderInUse: if another run writes to the folder of the pipeline.
     """
-    with lock_folder(config.folder):
+    with lock_folder(config.folder) if config.folder.is_dir() else nullcontext():
         return calibrate_and_save(config)
 
 

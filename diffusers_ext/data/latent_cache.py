@@ -80,17 +80,6 @@ class LatentsInfo:
         return 2 if self.random_flip else 1
 
 
-_TYPES_OF_INFO = {
-    **dict.fromkeys(("dataset_name", "dataset_split", "resize_mode", "vae", "vae_fingerprint"), str),
-    **dict.fromkeys(("dataset_config_name", "image_mode", "label_column", "contents"), str | None),
-    **dict.fromkeys(("pad_value", "num_images"), int),
-    **dict.fromkeys(("max_train_samples", "white_value"), int | None),
-    **dict.fromkeys(("resolution", "latent_shape"), list),
-    "random_flip": bool,
-    "id2label": dict | None,
-}
-
-
 def write_info(folder: Path, infos: dict[str, LatentsInfo]) -> None:
     """Writes `latents.yaml`, what the folder holds of each split, atomically."""
     splits = {split: json.loads(json.dumps(dataclasses.asdict(info))) for split, info in infos.items()}
@@ -116,7 +105,7 @@ def read_info(folder: str | Path) -> dict[str, LatentsInfo]:
 
 
 def _checked_info(entry: object, path: Path) -> LatentsInfo:
-    info = from_mapping(LatentsInfo, entry, _TYPES_OF_INFO, path)
+    info = from_mapping(LatentsInfo, entry, path)
     shapes = {name: tuple(getattr(info, name)) for name in ("resolution", "latent_shape")}
     for name, length in (("resolution", 2), ("latent_shape", 3)):
         sides = shapes[name]

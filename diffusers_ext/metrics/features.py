@@ -63,7 +63,7 @@ class FeatureClassifierModel(ModelMixin, ConfigMixin):
         label_names: list[str] | None = None,
     ):
         super().__init__()
-        check_config(self.config, FeatureClassifierModel.__init__)
+        check_config(self.config, FeatureClassifierModel.__init__, finite=True)
         if num_classes < 2:
             raise ValueError(f"num_classes must be at least 2 for a classifier, got {num_classes}")
         if label_names is not None and len(label_names) != num_classes:

@@ -28,7 +28,7 @@ class Network(AttentionMixin, ModelMixin, PeftAdapterMixin, ConfigMixin):
 
     def __init__(self):
         super().__init__()
-        check_config(self.config, type(self).__init__)  # which may be a saved one, and anybody's
+        check_config(self.config, type(self).__init__, finite=True)  # a saved one may be anybody's
 
     def run(self, module: nn.Module, *args) -> Tensor:
         """Calls a module of the network; with gradient checkpointing, its activations are recomputed in backward."""

@@ -66,19 +66,6 @@ class RunState:
         return means
 
 
-_TYPES_OF_STATE = {
-    "step": int,
-    "position": int,
-    "num_images": int | None,
-    "seconds": float | int,
-    "warmup_steps": int | None,
-    "warmup_seconds": float | int,
-    "losses": list,
-    "norms": list,
-    "adversary_losses": list,
-}
-
-
 def save_run(
     folder: Path,
     accelerator: Accelerator,
@@ -153,7 +140,9 @@ def load_run(
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(f"{folder} cannot be read: {type(error).__name__}: {reason}") from error
     given = read_json(folder / STATE_FILE)
-    saved = from_mapping(RunState, given, _TYPES_OF_STATE, folder / STATE_FILE)
+    saved = from_mapping(RunState, given, folder / STATE_FILE)
+    if min(saved.step, saved.position) < 0 or not 0 <= saved.seconds < math.inf:
+        raise ValueError(f"{folder / STATE_FILE} must have a step, a position and seconds of at least 0")
     if saved.step > warmup_steps and "warmup_steps" not in given:
         saved.warmup_steps = warmup_steps
     for field_ in dataclasses.fields(saved):

@@ -1,13 +1,16 @@
+import ast
 import re
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 from PIL import Image
 
+from diffusers_ext import ExtDDPMScheduler, GuidedDiffusionPipeline
 from diffusers_ext.hub.cards import Figure, TrainingRun, add_figures, describe_machine, source_commit, write_card
 from diffusers_ext.hub.saved_folder import loading_lines
 from diffusers_ext.models.unet import UNetModel
@@ -204,3 +207,19 @@ def test_card_says_the_ways_to_load_and_each_runs(folder, monkeypatch):
 def test_card_of_a_branch_loads_the_branch(folder):
     text = write_card(folder, data="Digits.", repo_id="alice/my-digits", revision="step-10").read_text()
     assert text.count('from_pretrained("alice/my-digits", ') == 3 and text.count('revision="step-10"') == 3
+
+
+def test_what_others_have_named_stays_in_its_line_and_is_no_template(tmp_path):
+    """Labels, files and metrics may be anybody's: a heading, a rule, template code or a mark that turns the text around."""
+    hostile = ["a\n---\n# Heading", "{{ 7 * 7 }}{% for x in y %}", "\u202eeb ot\r\x1b[2J", "```\n<script>"]
+    pipeline = GuidedDiffusionPipeline(tiny_unet(num_classes=4), ExtDDPMScheduler(), id2label=dict(enumerate(hostile)))
+    pipeline.save_pretrained(tmp_path)
+    figure = Figure("x\n| y", 1.0, 1, None, None, "python a.py '```\n# Heading'", "x")
+    card = write_card(tmp_path, data="Noise.", figures=[figure], title="t\n# Heading").read_text()
+    head, text = card.split("\n---\n", 1)
+    assert "0 a --- # Heading, 1 {{ 7 * 7 }}{% for x in y %}, 2 eb ot  [2J, 3 ``` <script>." in text
+    assert "\u202e" not in card and "\x1b" not in card
+    assert not [line for line in text.splitlines() if line.startswith(("---", "# Heading"))][1:]
+    assert yaml.safe_load(head.removeprefix("---\n"))["library_name"] == "diffusers"
+    name = 'x")\nimport os\n("'
+    assert ast.literal_eval(loading_lines(name).split("from_pretrained")[1]) == name

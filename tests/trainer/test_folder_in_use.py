@@ -4,8 +4,6 @@ import os
 import random
 import resource
 import signal
-import stat
-import tempfile
 import time
 from pathlib import Path
 
@@ -21,9 +19,6 @@ from diffusers_ext.trainer.run_folder import check_output_dir, read_metrics
 from every_write import finish, start
 from runs import trainer
 from tiny import tiny_unet
-
-
-NOBODY = 65534
 
 
 def held_by_another(folder):
@@ -79,22 +74,17 @@ def test_a_folder_is_free_after_an_error(tmp_path):
     assert finish(start(lambda: lock_folder(tmp_path).__enter__())) == 0
 
 
-def test_a_folder_that_nothing_may_be_written_to_is_refused_before_the_training():
-    with tempfile.TemporaryDirectory() as place:
-        os.chmod(place, 0o755)
-        folder = Path(place, "run")
-        folder.mkdir()
-        folder.chmod(stat.S_IRUSR | stat.S_IXUSR | stat.S_IROTH | stat.S_IXOTH)
-
-        def work():
-            if os.getuid() == 0:  # to whom nothing is read-only
-                os.setuid(NOBODY)
-            for each in (folder, folder / "below"):
-                with pytest.raises(OSError, match=r"cannot be written to \(Permission denied\)"):
-                    claim(each)
-
-        assert finish(start(work)) == 0
-        folder.chmod(0o755)
+def test_a_folder_that_nothing_may_be_written_to_is_refused_before_the_training(tmp_path):
+    if os.getuid() == 0:  # to whom no folder of a disk is read-only
+        folder = Path("/proc")
+        if not folder.is_dir():
+            pytest.skip("there is no folder that root may not write to")
+    else:
+        folder = tmp_path / "run"
+        folder.mkdir(mode=0o555)
+    for each in (folder, folder / "below"):
+        with pytest.raises(OSError, match=rf"{each} cannot be written to \("):
+            claim(each)
 
 
 def test_a_save_without_room_leaves_the_old_pipeline(tmp_path):
