@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 from contextlib import contextmanager
 
 import psutil
@@ -27,6 +26,7 @@ from diffusers_ext.trainer.checkpoints import (
     list_checkpoints,
     step_from_name,
 )
+from processes import fork
 from runs import CountedError, assert_same_run, forget_accelerate, trainer
 
 
@@ -44,21 +44,6 @@ def data():
     data = prepare_images("digits", max_samples=20)
     data.pixels[[0]]  # maps the file, which the forks then share
     return data
-
-
-def fork(work):
-    """Runs `work` in a fork of this process, which ends without running what this one has to do at its end."""
-    child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        work()
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(status)
 
 
 def wait_for_its_work(child, seconds):

@@ -1,8 +1,6 @@
-"""Two processes, joined by gloo, against one: one launch for all of it."""
+"""Two processes, joined by gloo, against one: one start for all of it."""
 
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffusers_ext.trainer.checkpoints import find_checkpoint
-from environment import HUNG_AFTER
+from processes import in_ranks
 from runs import assert_same_run, forget_accelerate, metrics, saved
 
 
@@ -24,24 +22,11 @@ HERE = Path(__file__).parent
 def one_and_two(tmp_path_factory):
     """The folders of what two_processes.py does in one process, which is this one, and in two."""
     folder = tmp_path_factory.mktemp("processes")
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.accelerate_cli",
-        "launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-    ]
-    command += ["--num_machines", "1", "--main_process_port", "0", str(HERE / "two_processes.py"), str(folder / "two")]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
-    environment |= {"PYTHONPATH": f"{HERE.parents[1]}:{HERE.parent}", "OMP_NUM_THREADS": "1"}
-    two = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HUNG_AFTER)
-    assert two.returncode == 0, two.stdout + two.stderr
-    forget_accelerate()
     sys.path.insert(0, str(HERE))
     import two_processes
 
+    in_ranks(lambda: two_processes.run_all(folder / "two"))
+    forget_accelerate()
     two_processes.main(folder / "one", resume=False)
     forget_accelerate()
     return folder / "one", folder / "two"

@@ -1,7 +1,4 @@
-"""Runs that `accelerate launch` starts in two processes, for test_processes.py; with one process, what to compare with.
-
-accelerate launch --multi_gpu --num_processes 2 tests/trainer/two_processes.py FOLDER
-"""
+"""Runs of two processes, for test_processes.py; with one process, what to compare with."""
 
 import os
 import sys
@@ -189,8 +186,8 @@ def find_in_both(folder):
         (folder / f"{name}-{index}.txt").write_text(end)
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    failed = Path(sys.argv[1]).resolve() / "failed"
-    fail_in_one_process(main(failed.parent), failed)
+def run_all(folder):
+    """All of it, in each of the two processes."""
+    failed = folder / "failed"
+    fail_in_one_process(main(folder), failed)
     find_in_both(failed)

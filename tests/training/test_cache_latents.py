@@ -1,10 +1,6 @@
 """Latents from disk beside the same images encoded at each batch."""
 
 import dataclasses
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import datasets
 import pytest
@@ -17,14 +13,13 @@ from diffusers_ext.data.batches import BatchOptions, make_batches
 from diffusers_ext.data.latent_cache import SampleSpace, fingerprint, load_vae, prepare_samples, read_info
 from diffusers_ext.evaluation.options import DataOptions, take_options_of_run
 from diffusers_ext.trainer.run_folder import read_metrics
-from environment import HUNG_AFTER
+from processes import in_ranks
 from runs import forget_accelerate
 from training.cache_latents import CacheConfig, main
 from training.train_ddpm import TrainConfig
 from training.train_ddpm import main as train
 
 
-ROOT = Path(__file__).parents[2]
 CACHE = {"max_train_samples": 40, "shard_size": 16, "batch_size": 8, "mixed_precision": "no", "num_threads": 1}
 RUN = {
     "max_train_samples": 40,
@@ -129,22 +124,16 @@ def test_shards_can_be_read_by_anyone(folder, vae_path):
 def test_two_processes_and_a_second_go_make_the_same_shards(folder, vae_path, tmp_path):
     """One shard is there already, as after a run that was stopped."""
     there = tmp_path / "latents"
-    options = ["--vae", vae_path, "--output_dir", str(there), "--random_flip"]
-    options += [word for name, value in CACHE.items() for word in (f"--{name}", str(value))]
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu"]
-    command += ["--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command += [str(ROOT / "training" / "cache_latents.py"), *options]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HUNG_AFTER)
-    assert result.returncode == 0, result.stderr
-    assert "40 images of train in 3 shards, 0 of them there already" in result.stdout
+    config = CacheConfig(vae=vae_path, output_dir=str(there), random_flip=True, **CACHE)
+    output = in_ranks(lambda: main(config))
+    assert output.count("40 images of train in 3 shards, 0 of them there already") == 1
 
     names = [f"train-{number:05}-of-00003.parquet" for number in range(3)]
     for name in names:
         assert pixels_of(there / name) == pixels_of(folder / name)
     kept = (there / names[0]).stat().st_mtime_ns
     (there / names[1]).unlink()
-    main(CacheConfig(vae=vae_path, output_dir=str(there), random_flip=True, **CACHE))
+    main(config)
     assert (there / names[0]).stat().st_mtime_ns == kept
     assert pixels_of(there / names[1]) == pixels_of(folder / names[1])
 

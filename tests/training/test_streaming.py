@@ -3,11 +3,7 @@
 import dataclasses
 import io
 import json
-import os
-import subprocess
-import sys
 import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,15 +11,11 @@ from PIL import Image
 
 from diffusers_ext import DiffusionPipeline
 from diffusers_ext.data.prepare import prepare_data, prepare_stream
-from diffusers_ext.options import to_yaml
 from diffusers_ext.trainer.config import TrainerConfig
 from diffusers_ext.trainer.run_folder import read_metrics
-from environment import HUNG_AFTER
+from processes import in_ranks
 from runs import assert_same_run, metrics, stop_before_step, trainer
 from training.train_ddpm import TrainConfig, main
-
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -81,17 +73,10 @@ def test_processes_train_on_tars_and_go_on_only_together(tars, tmp_path):
         logging_steps=2,
         num_inference_steps=2,
         sample_columns=2,
+        num_threads=1,
         output_dir=str(tmp_path / "run"),
     )
-    (tmp_path / "config.yaml").write_text(to_yaml(config))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command += ["--num_machines", "1", "--main_process_port", "0", str(ROOT / "training" / "train_ddpm.py")]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command += ["--config", str(tmp_path / "config.yaml")]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HUNG_AFTER)
-    output = process.stdout + process.stderr
-    assert process.returncode == 0, output
+    output = in_ranks(lambda: main(config))
     assert f"{tars}, split train: a stream of images, 8x4 grey, 3 labels" in output
     assert "8x8 images are scaled to cover 8x4 and cropped to it at random places" in output
     assert "the loss is taken on 10 images of the split validation too" in output

@@ -1,10 +1,7 @@
 """Runs of the script on made-up pictures, whose captions say what they show."""
 
 import dataclasses
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +19,7 @@ from diffusers_ext.options import parse_config
 from diffusers_ext.recipes.text_encoder import train_tokenizer
 from diffusers_ext.recipes.text_to_image import TextConfig, Texts
 from diffusers_ext.trainer.run_folder import read_metrics
-from environment import HUNG_AFTER
+from processes import in_ranks
 from runs import assert_same_run, forget_accelerate
 from tiny_text import (
     CAPTIONS,
@@ -45,7 +42,6 @@ from training.sample_prompts import main as draw
 from training.train_text_to_image import main
 
 
-ROOT = Path(__file__).parents[2]
 SMALL = {
     "block_out_channels": (8, 16),
     "layers_per_block": 1,
@@ -165,24 +161,9 @@ def test_two_processes_make_the_run_of_one(folder, tmp_path):
     settings = {"max_train_steps": 3, "save_images_steps": 2, "validation_split": "test", "validation_steps": 2}
     settings |= {"caption_dropout": 0.3, "logging_steps": 1, "max_grad_norm": 0.1}
     whole = main(config_of(folder, tmp_path / "one", **settings))
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.accelerate_cli",
-        "launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-    ]
-    command += ["--num_machines", "1", "--main_process_port", "0", str(ROOT / "training" / "train_text_to_image.py")]
-    command += ["--config", str(whole / "train_config.yaml"), "--output_dir", str(tmp_path / "two")]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, "--train_batch_size", "4"], env=environment, capture_output=True, text=True, timeout=HUNG_AFTER
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("captions of the column text") == 1
+    options = ["--config", str(whole / "train_config.yaml"), "--output_dir", str(tmp_path / "two")]
+    half = parse_config(TextConfig, [*options, "--train_batch_size", "4", "--num_threads", "1"])
+    assert in_ranks(lambda: main(half)).count("captions of the column text") == 1
     for name in ("model", "average"):
         one, two = (load_file(tmp_path / run / "checkpoint-3" / f"{name}.safetensors") for run in ("one", "two"))
         assert one.keys() == two.keys() and any(key.startswith("text_encoder.") for key in one)
