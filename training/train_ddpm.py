@@ -1,4 +1,4 @@
-"""Train a Gaussian diffusion model on images, by label if there are labels.
+"""Train a Gaussian diffusion model on images or sequences, by label if there are labels.
 
     accelerate launch training/train_ddpm.py
     python training/train_ddpm.py --dataset_name path/to/fashion_mnist --resolution 32 --max_train_time 10m
@@ -19,8 +19,9 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from diffusers_ext import GuidedDiffusionPipeline
 from diffusers_ext.data.image_table import ImageData
-from diffusers_ext.data.latent_cache import SampleSpace, load_vae
+from diffusers_ext.data.latent_cache import SampleSpace, load_vae, value_scale_of
 from diffusers_ext.data.stream import StreamData
+from diffusers_ext.hub.cards import DEFAULT_LIMITATIONS
 from diffusers_ext.options import fixed_option, option, run_script, to_command
 from diffusers_ext.recipes.calibration import calibrate_run, with_calibration
 from diffusers_ext.recipes.denoising import (
@@ -40,9 +41,18 @@ from diffusers_ext.trainer.loop import Trainer
 from diffusers_ext.trainer.run import describe_data, finish_run, make_accelerator, open_run
 
 
+# What the card of a model of sequences says that is not so of images.
+CARD_OF_SEQUENCES = {
+    "pipeline_tag": "other",  # the Hub has no name for the task
+    "limitations": DEFAULT_LIMITATIONS.replace("makes images", "makes sequences").replace(
+        "training images", "training data"
+    ),
+}
+
+
 @dataclass(frozen=True)
 class TrainConfig(DenoisingConfig):
-    """Train a Gaussian diffusion model on images, by label if there are labels."""
+    """Train a Gaussian diffusion model on images or sequences, by label if there are labels."""
 
     label_dropout: float = fixed_option(
         0.1, "probability of training an image without its label, for guidance", "labels"
@@ -82,7 +92,8 @@ def main(config: TrainConfig) -> Path:
         network = build_model(config, space, data.num_classes, learned_unconditional=unlabelled)
         model = with_its_schedule(config, network, space.num_values)
         scheduler = build_scheduler(config)
-        pipeline, rows = partial(averaged_pipeline, scheduler=scheduler, vae=vae), rows_of(data)
+        scale = value_scale_of(data, vae)
+        pipeline, rows = partial(averaged_pipeline, scheduler=scheduler, vae=vae, value_scale=scale), rows_of(data)
         trainer = Trainer(
             config,
             accelerator,
@@ -101,17 +112,25 @@ def main(config: TrainConfig) -> Path:
         save_and_draw(pipeline, rows, trainer, label=None if data.id2label is None else data.used_labels[0])
         calibrate_run(trainer, config.calibrate, command)
         if accelerator.is_main_process:
-            finish_run(trainer, command, "\n\n".join([describe_data(config, data), *data.notes]))
+            about = "\n\n".join([describe_data(config, data), *data.notes])
+            finish_run(trainer, command, about, **({} if scale is None else CARD_OF_SEQUENCES))
     return trainer.output_dir
 
 
 @contextmanager
-def averaged_pipeline(trainer: Trainer, scheduler: SchedulerMixin, vae: ModelMixin | None):
+def averaged_pipeline(
+    trainer: Trainer, scheduler: SchedulerMixin, vae: ModelMixin | None, value_scale: dict | None = None
+):
     """The pipeline as it stands, with the averaged weights if there are any; the model's own come back at the end."""
     with trainer.averaged_model() as model:
         network, scheduler = without_its_schedule(trainer.config, model, scheduler)
         pipe = GuidedDiffusionPipeline(
-            denoiser=network, scheduler=scheduler, vae=vae, id2label=trainer.data.id2label, clip_guided_noise=True
+            denoiser=network,
+            scheduler=scheduler,
+            vae=vae,
+            id2label=trainer.data.id2label,
+            clip_guided_noise=True,
+            value_scale=value_scale,
         )
         pipe.set_progress_bar_config(disable=True)
         yield pipe

@@ -74,7 +74,7 @@ class InversionMixin:
         *,
         num_inference_steps: int = 50,
         num_refinements: int = 0,
-        output_type: str = "pil",
+        output_type: str | None = None,
     ):
         """Images on the way from one image to another, both included: inverted, mixed as noise, and made again.
 
@@ -111,7 +111,7 @@ class InversionMixin:
         predict = self._denoiser(sampler, None, condition, num_images, device)
         for t in sampler.timesteps:
             x = sampler.step(predict(x, t), t, x).prev_sample
-        images = decode_images(x, self.vae, output_type)
+        images = decode_images(x, self.vae, output_type or self._default_output, value_scale=self._value_scale)
         self.maybe_free_model_hooks()
         return images
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from diffusers_ext.diffusion.noising import predict_x0
 from diffusers_ext.latents import decode_latents
 from diffusers_ext.schedulers.levels import noise_level, prediction_type_of, start_scale
+from diffusers_ext.value_scale import ValueScale
 
 
 class TrajectoryPoint(NamedTuple):
@@ -38,14 +39,19 @@ class TrajectoryPoint(NamedTuple):
 
 @dataclass
 class GuidedDiffusionPipelineOutput(BaseOutput):
-    """Images of the asked type and, for the asked steps, points of the trajectory."""
+    """Images, or sequences, of the asked type and, for the asked steps, points of the trajectory."""
 
     images: list[Image.Image] | np.ndarray | Tensor
     trajectory: list[TrajectoryPoint] | None = None
 
 
 def decode_images(
-    x: Tensor, vae: nn.Module | None, output_type: str, pixels: Tensor | None = None, mask: Tensor | None = None
+    x: Tensor,
+    vae: nn.Module | None,
+    output_type: str,
+    pixels: Tensor | None = None,
+    mask: Tensor | None = None,
+    value_scale: ValueScale | None = None,
 ) -> list[Image.Image] | np.ndarray | Tensor:
     """Samples as the sampler left them to images of the asked type.
 
@@ -53,6 +59,7 @@ def decode_images(
         vae: Of the samples, if they are latents.
         output_type: As for the call of a pipeline.
         pixels, mask: Images, and where they are to be kept (0), which the way through latents changes.
+        value_scale: Of sequences, whose values are then given in own units.
     """
     if output_type == "latent":
         return x
@@ -60,7 +67,7 @@ def decode_images(
         x = decode_latents(vae, x)
         if mask is not None:
             x = torch.where(mask.bool(), x, pixels)
-    x = (x / 2 + 0.5).clamp(0, 1)
+    x = (x / 2 + 0.5).clamp(0, 1) if value_scale is None else value_scale.to_values(x)
     if output_type == "pt":
         return x
     images = x.movedim(1, -1).cpu().numpy()

@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 
 from diffusers_ext.guidance.guiding import Interval
 from diffusers_ext.pipelines.call_defaults import check_call_defaults
-from diffusers_ext.pipelines.components import check_components
+from diffusers_ext.pipelines.components import check_components, check_value_scale
 from diffusers_ext.pipelines.image_inputs import ImageInput
 from diffusers_ext.pipelines.inversion import InversionMixin
 from diffusers_ext.pipelines.label_condition import LabelCondition, LabelledMixin, Labels
@@ -44,6 +44,9 @@ class GuidedDiffusionPipeline(
         call_defaults: What a call does where it does not say it, saved with the pipeline: `num_inference_steps`, 50 without;
             `guidance_scale` and `guidance_interval`, which count where the call says nothing of guidance and the pipeline has
             no guider (`training/calibrate.py` chooses them).
+        value_scale: Of sequences, `{"shift": [...], "scale": [...]}` with a number for each channel: what the networks make in
+            about [-1, 1] times the scale plus the shift is in the data's own units. Without it sequences are given in [0, 1],
+            like images.
 
     Raises:
         ValueError: if the components do not fit one another.
@@ -73,10 +76,12 @@ class GuidedDiffusionPipeline(
         clip_guided_noise: bool = False,
         noise_path: str | None = None,
         call_defaults: dict | None = None,
+        value_scale: dict | None = None,
     ):
         super().__init__()
         self.register_to_config(noise_path=noise_path)
         check_components(denoiser, vae, classifier, weak_denoiser)
+        check_value_scale(value_scale, denoiser, vae)
         self.register_modules(
             denoiser=denoiser,
             scheduler=scheduler,
@@ -88,6 +93,7 @@ class GuidedDiffusionPipeline(
         # JSON turns the keys into strings, and so does this, so that a saved pipeline equals the loaded one.
         self.register_to_config(id2label=None if id2label is None else {str(k): v for k, v in id2label.items()})
         self.register_to_config(clip_guided_noise=clip_guided_noise, call_defaults=check_call_defaults(call_defaults))
+        self.register_to_config(value_scale=value_scale)
 
     @torch.no_grad()
     def __call__(
@@ -111,7 +117,7 @@ class GuidedDiffusionPipeline(
         eta: float = 0.0,
         use_clipped_model_output: bool | None = None,
         low_memory: bool = False,
-        output_type: str = "pil",
+        output_type: str | None = None,
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, Tensor, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
@@ -134,7 +140,8 @@ class GuidedDiffusionPipeline(
             image: Images to start from, or to keep what `mask_image` says of: PIL images, read as in training,
                 with transparent pixels on black; arrays `(batch, height, width, channels)` or tensors
                 `(batch, channels, height, width)`, floats in [0, 1] or integers (see `diffusers_ext.pixels.Whites`); one
-                for all, or one for each.
+                for all, or one for each. Sequences are arrays `(batch, length, channels)` or tensors
+                `(batch, channels, length)`, in own units if there is a `value_scale`.
             strength: How far to go back to noise, in [0, 1]: 0 gives the image itself, 1 does not look at it. By
                 default 0.8, or 1 with a `mask_image`. The steps taken are that share of `num_inference_steps`.
             mask_image: White (from 0.5 on) where to make the image anew, black where to keep it exactly.
@@ -152,8 +159,9 @@ class GuidedDiffusionPipeline(
             use_clipped_model_output: Whether DDIM takes the noise in x_t to be what the clipped x_0 leaves; by default as
                 `clip_guided_noise` says. Other schedulers have no such choice.
             low_memory: Call the network once for each prediction of a guider, instead of once for all.
-            output_type: "pil"; "np", `(batch, height, width, channels)` in [0, 1]; "pt",
-                `(batch, channels, height, width)` in [0, 1]; or "latent", as the sampler left them.
+            output_type: "pil", the default; "np", `(batch, height, width, channels)` in [0, 1]; "pt",
+                `(batch, channels, height, width)` in [0, 1]; or "latent", as the sampler left them. Of sequences "np", the
+                default, `(batch, length, channels)`, and "pt", `(batch, channels, length)`, in own units by `value_scale`.
             return_dict: `False` returns a tuple of images and, if asked for, trajectory.
             callback_on_step_end: Called as `callback(pipeline, step, timestep, tensors)` after each step; may return
                 tensors to go on with, and set `pipeline._guidance_scale` for the steps that follow. It is one of

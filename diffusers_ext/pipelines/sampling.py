@@ -18,12 +18,19 @@ from diffusers_ext.guidance.guiding import Interval, choose_guider, guided_steps
 from diffusers_ext.latents import latent_scale
 from diffusers_ext.machine import fast_precision
 from diffusers_ext.pipelines.call_defaults import with_defaults
-from diffusers_ext.pipelines.image_inputs import ImageInput, encode_pixels, images_to_tensor, mask_to_tensor
+from diffusers_ext.pipelines.image_inputs import (
+    ImageInput,
+    encode_pixels,
+    images_to_tensor,
+    mask_to_tensor,
+    sequences_to_tensor,
+)
 from diffusers_ext.pipelines.inpainting import KnownPixels, check_resampling, mask_of_latents
 from diffusers_ext.pipelines.outputs import GuidedDiffusionPipelineOutput, TrajectoryPoint, decode_images
 from diffusers_ext.schedulers.levels import add_noise_at, path_name, start_scale
 from diffusers_ext.schedulers.samplers import check_sampler, set_timesteps
 from diffusers_ext.sizes import as_size
+from diffusers_ext.value_scale import ValueScale
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -68,7 +75,7 @@ class CallOptions:
     eta: float
     use_clipped_model_output: bool | None
     low_memory: bool
-    output_type: str
+    output_type: str | None
     return_dict: bool
     callback_on_step_end: Callable[[Any, int, Tensor, dict], dict] | None
     callback_on_step_end_tensor_inputs: Sequence[str]
@@ -80,7 +87,7 @@ class CallOptions:
         return cls(**{field.name: arguments[field.name] for field in fields(cls) if field.name in arguments})
 
     def __post_init__(self):
-        if self.output_type not in OUTPUT_TYPES:
+        if self.output_type not in (None, *OUTPUT_TYPES):
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {self.output_type!r}")
         if self.image is None:
             given = [name for name in ("strength", "mask_image") if getattr(self, name) is not None]
@@ -220,7 +227,7 @@ class SamplingMixin:
                         scale = self._guidance_scale
                         denoise, step_options = guided_by(scale)
 
-        images = decode_images(x, self.vae, call.output_type, pixels, mask)
+        images = decode_images(x, self.vae, call.output_type, pixels, mask, self._value_scale)
         self.maybe_free_model_hooks()
         trajectory = None if call.trajectory_steps is None else trajectory
         if not call.return_dict:
@@ -231,7 +238,10 @@ class SamplingMixin:
         """The call with what it leaves open as the pipeline was saved."""
         can_guide = condition.can_guide and not condition.weighted and self.guider is None
         given = {field.name: getattr(call, field.name) for field in fields(call)}
-        return replace(call, **with_defaults(given, self.config.get("call_defaults"), can_guide))
+        output_type = call.output_type or self._default_output
+        return replace(
+            call, output_type=output_type, **with_defaults(given, self.config.get("call_defaults"), can_guide)
+        )
 
     def _denoiser(
         self,
@@ -273,6 +283,15 @@ class SamplingMixin:
         return self.denoiser.config.get("dims", 2)
 
     @property
+    def _default_output(self) -> str:
+        return "pil" if self._dims == 2 else "np"
+
+    @property
+    def _value_scale(self) -> ValueScale | None:
+        """Between own units of sequences and the samples; None for images."""
+        return ValueScale.of_config(self.config.get("value_scale"))
+
+    @property
     def _sample_shape(self) -> tuple[int, ...]:
         """`(channels, *spatial)` of what the denoiser makes."""
         config = self.denoiser.config
@@ -280,6 +299,8 @@ class SamplingMixin:
 
     def _to_pixels(self, image: ImageInput, device: torch.device) -> Tensor:
         channels = self._sample_shape[0] if self.vae is None else self.vae.config.in_channels
+        if (scale := self._value_scale) is not None:
+            return sequences_to_tensor(image, scale).to(device)
         return images_to_tensor(image, channels, self._dims).to(device)
 
     def _to_mask(self, mask_image: ImageInput, pixels: Tensor) -> Tensor:

@@ -56,6 +56,8 @@ def why_not(trainer: Trainer, wanted: bool | None, seconds: float) -> str | None
         return "several processes trained it"
     if not isinstance(trainer.data, ImageData):
         return "its data are a stream"
+    if len(trainer.data.size) == 1:
+        return "" if wanted is None else "its data are sequences, and what it measures is of images"
     if len(trainer.data) * trainer.data.channels * math.prod(trainer.data.size) > MOST_TO_READ:
         return "its data are many to be read into memory"
     return None
