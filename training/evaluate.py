@@ -56,13 +56,15 @@ SVC_UP_TO = 16 * 16
 
 # How a model card names the measures.
 METRICS = {
-    "frechet_distance": "Fréchet distance in the features of a classifier of {dataset}",
+    "frechet_distance": "Fréchet distance in the features of {features}",
     "feature_precision": "precision in these features, k={k}",
     "feature_recall": "recall in these features, k={k}",
     "label_accuracy": "share that this classifier gives the label {whose}",
     "pixel_precision": "precision in pixels, k={k}",
     "pixel_recall": "recall in pixels, k={k}",
-    "svc_label_accuracy": "share that an SVC of the real pixels gives the label {whose}",
+    "value_precision": "precision in values of [0, 1], k={k}",
+    "value_recall": "recall in values of [0, 1], k={k}",
+    "svc_label_accuracy": "share that an SVC of the real {values} gives the label {whose}",
 }
 
 # And its metadata, which the Hub shows in its tables.
@@ -73,6 +75,8 @@ METRIC_NAMES = {
     "label_accuracy": "label accuracy",
     "pixel_precision": "precision in pixels",
     "pixel_recall": "recall in pixels",
+    "value_precision": "precision in values",
+    "value_recall": "recall in values",
     "svc_label_accuracy": "label accuracy by an SVC",
 }
 
@@ -110,7 +114,8 @@ class EvaluateConfig(DataOptions):
 
     features: str | None = option(
         None,
-        "folder of a classifier of training/train_features.py; by default one is trained on the data set, once, and kept",
+        "folder of a classifier of training/train_features.py, or of an autoencoder of train_vae.py, whose latents are features "
+        "too; by default a classifier is trained on the data set, once, and kept",
         "how",
     )
     num_neighbours: int = option(5, "k of precision and recall", at_least=1)
@@ -286,6 +291,11 @@ def get_bits_per_dim(config: EvaluateConfig, real: RealImages, pipeline, bf16: b
     """The variational bound of held-out images, see `measure_bits_per_dim`."""
     if pipeline is None:
         raise ValueError(f"--bits_per_dim is of a model, and {config.pipeline} is a folder of images")
+    if real.value_scale is not None:
+        raise ValueError(
+            f"--bits_per_dim is of images in 8 bits, and {real.name} holds sequences of numbers, which have a density and no "
+            "probability, so that no lossless code has a length"
+        )
     if real.held_out is None:
         raise ValueError(
             f"--bits_per_dim is of images not trained on: name a split of {real.name} by --held_out_split"
@@ -355,9 +365,11 @@ def report(config: EvaluateConfig, result: dict):
         print(describe_likelihood(result["likelihood"]))
     if result["features"]:
         about = result["features"]
+        reads = about.get("held_out_accuracy")
+        of = "of the autoencoder in" if reads is None else "of the classifier in"
+        how_well = "" if reads is None else f", which reads {reads:.2%} of held-out images"
         print(
-            f"features: {about['dim']} of the classifier in {about['folder']}, which reads {about['held_out_accuracy']:.2%}"
-            f" of held-out images; the Fréchet distance is from all {result['num_train_images']} training images and is"
+            f"features: {about['dim']} {of} {about['folder']}{how_well}; the Fréchet distance is from all {result['num_train_images']} training images and is"
             " comparable only with distances in the same features"
         )
     print(f"written to {path}")
@@ -410,7 +422,15 @@ def figures_of(config: EvaluateConfig, result: dict) -> list[Figure]:
     if sampling["labels"]:
         sampler += f", labels {sampling['labels']['proportions']}"
     command = to_command(config, "training/evaluate.py", launcher="python", first="pipeline")
-    known = {"dataset": Path(result["dataset_name"]).name, "k": result["num_neighbours"], "whose": "asked for"}
+    dataset = Path(result["dataset_name"]).name
+    is_classifier = "held_out_accuracy" in (result["features"] or {})
+    known = {
+        "dataset": dataset,
+        "k": result["num_neighbours"],
+        "whose": "asked for",
+        "values": "values" if len(result["image_shape"]) == 2 else "pixels",
+        "features": f"a classifier of {dataset}" if is_classifier else "an autoencoder, its latents",
+    }
     asked = ""
     if captions := sampling["captions"]:
         known["whose"] = "of the picture whose caption was asked for"
