@@ -23,8 +23,8 @@ class DataConfig:
 
     dataset_name: str = option(
         "digits",
-        "digits, a data set on the Hub, or a local folder or file: images (perhaps zipped), parquet, WebDataset tars, or what "
-        "save_to_disk wrote",
+        "digits, a data set on the Hub, or a local folder or file: images (perhaps zipped), parquet, WebDataset tars, NumPy "
+        "arrays, audio, or what save_to_disk wrote",
         "data",
         alias="train_data_dir",
     )

@@ -32,7 +32,10 @@ def find_image_column(source: Rows, name: str | None = None) -> str:
         reason = "holds no images" if name in source.features else "is not in the data set"
         raise ValueError(f"image_column {name!r} {reason}; its columns are: {columns}")
     if not found:
-        raise ValueError(f"the data set has no column of images, nor one of sequences; its columns are: {columns}")
+        raise ValueError(
+            f"the data set has no column of images; its columns are: {columns}. Nor is one of sequences among them: lists or "
+            "arrays of numbers, or audio"
+        )
     # Arrays of floats can be anything, so that they are images only where nothing else is.
     likely = [column for column, feature in found.items() if not _is_float(feature)] or list(found)
     if name is None and len(likely) > 1:

@@ -74,8 +74,8 @@ class LocalFolder:
         if sequences := split_sequence_files(entries):
             return cls(path, sequences=sequences)
         raise ValueError(
-            "it holds no pictures, no files of rows (parquet, arrow, WebDataset tars, csv, json), no NumPy arrays and no audio"
-            + "".join(f"; {note}" for note in contents.notes)
+            "it holds no pictures, and no files of rows (parquet, arrow, WebDataset tars, csv, json), of arrays (npy, npz) or of "
+            "audio" + "".join(f"; {note}" for note in contents.notes)
         )
 
     def split_names(self, config_name: str | None = None) -> list[str]:

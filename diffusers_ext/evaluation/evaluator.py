@@ -199,7 +199,10 @@ def describe_left_out(real: RealImages, features: FeatureClassifierModel | None,
             f"images than num_neighbours, {num_neighbours}, got {len(real.held_out)}"
         )
     if features is not None and real.has_labels and not knows_labels(features, real.train):
-        lines.append(f"the features know no labels of {real.name} by their names, so label_accuracy is left out")
+        what = "feature classifier" if isinstance(features, FeatureClassifierModel) else "autoencoder"
+        lines.append(
+            f"the {what} does not know the labels of {real.name} by their names, so label_accuracy is left out"
+        )
     return lines
 
 

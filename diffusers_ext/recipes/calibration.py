@@ -76,7 +76,8 @@ def calibrate_run(trainer: Trainer, wanted: bool | None, command: str) -> None:
     reason = why_not(trainer, wanted, seconds)
     if reason is not None:
         if reason:
-            say(f"not calibrated, since {reason}: python training/calibrate.py {folder}")
+            later = "" if len(trainer.data.size) == 1 else f": python training/calibrate.py {folder}"
+            say(f"not calibrated, since {reason}{later}")
         return
     say(f"calibrating for {budget_of_training(seconds):.0f} s (--no-calibrate leaves it)", flush=True)
     try:

@@ -185,7 +185,7 @@ REFUSED = {
     "two columns": ({"a": [[1.0, 2]], "b": [[1.0, 2]]}, {}, r"\(a, b\): name one with --sequence_column"),
     "no such column": ({"a": [[1.0, 2]]}, {"sequence_column": "c"}, "sequence_column 'c' is not in the data set"),
     "no numbers": ({"a": ["x"]}, {"sequence_column": "a"}, "'a' holds no sequences of numbers; its columns are: a"),
-    "nothing of either": ({"a": ["x"]}, {}, "no column of images, nor one of sequences"),
+    "nothing of either": ({"a": ["x"]}, {}, r"no column of images; .*\(string\). Nor is one of sequences among them"),
     "a mode of pictures": (
         {"a": [[1.0, 2]]},
         {"image_mode": "L"},

@@ -87,6 +87,10 @@ def test_a_pipeline_gives_arrays_in_the_units_of_the_data(data, run):
     assert np.allclose(same, given, rtol=1e-6)
     tensors = pipe(image=torch.from_numpy(given).movedim(-1, 1), strength=0.0, output_type="pt").images
     assert tensors.shape == (2, CHANNELS, LENGTH) and np.allclose(tensors.movedim(1, -1), given, rtol=1e-6)
+    mask = np.arange(LENGTH) >= LENGTH // 2
+    partly = pipe(image=given, class_labels=[0, 1], mask_image=mask, num_inference_steps=2).images
+    assert np.allclose(partly[:, ~mask], given[:, ~mask], rtol=1e-6)
+    assert np.abs(partly[:, mask] - given[:, mask]).min() > 0
     assert pipe.interpolate(given[:1], given[1:], 3, num_inference_steps=2).shape == (3, LENGTH, CHANNELS)
 
 
@@ -97,6 +101,7 @@ def test_a_run_draws_curves_and_says_what_it_was_trained_on(run):
     card = (run / "README.md").read_text()
     assert "48 sequences, length 16, 2 channels, 2 labels" in card and "It makes sequences like those" in card
     assert "pipeline_tag: other" in card and "cut to 16 at random" in card
+    assert "UNetModel" in card and "DDPMPipeline" not in card  # which makes images
     assert yaml.safe_load((run / "train_config.yaml").read_text())["resize_mode"] == "random_crop"
 
 
@@ -135,7 +140,7 @@ def test_sequences_are_measured_in_features_and_values(data, run, tmp_path, monk
     assert about["held_out_accuracy"] > 0.9
     forget_accelerate()
     options = {"num_images": 12, "num_inference_steps": 2, "num_threads": 1, "mixed_precision": "no"}
-    options |= {"pipeline": str(run), "features": str(tmp_path / "features"), "resize_mode": "crop"}
+    options |= {"pipeline": str(run), "features": str(tmp_path / "features")}
     result = evaluate.main(evaluate.EvaluateConfig(**options))
     generated, held_out = result["generated"], result["held_out"]
     assert {"frechet_distance", "label_accuracy", "value_precision", "value_recall"} <= set(generated)
