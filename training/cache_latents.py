@@ -87,7 +87,7 @@ def main(config: CacheConfig) -> Path:
         raise ValueError(f"dataset_split must be a split without a slice, whose name the shards bear, got {split}")
     vae = load_vae(config.vae).to(accelerator.device)
     with accelerator.local_main_process_first():
-        data = scaled_for(vae, prepare_images(config, multiple_of=downsampling(vae)))
+        data = scaled_for(vae, prepare_images(config, multiple_of=downsampling(vae)), config)
     info = describe(config, data, vae)
     count = -(-len(data) // config.shard_size)
     paths = [shard_path(folder, split, number, count) for number in range(count)]
@@ -142,6 +142,8 @@ def describe(config: CacheConfig, data: ImageData, vae: ModelMixin) -> LatentsIn
         white_value=config.white_value,
         max_train_samples=config.max_train_samples,
         label_column=config.label_column,
+        sequence_column=config.sequence_column,
+        sequence_layout=config.sequence_layout,
         latent_shape=latent_shape(vae, data.size),
         num_images=len(data),
         random_flip=config.random_flip,

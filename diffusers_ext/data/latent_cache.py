@@ -45,7 +45,8 @@ class LatentsInfo:
     Attributes:
         dataset_name, dataset_config_name, dataset_split: Where the images are from.
         resolution: (height, width) of the images, or (length,) of sequences.
-        resize_mode, pad_value, image_mode, white_value, max_train_samples, label_column: As for `DataConfig`.
+        resize_mode, pad_value, image_mode, white_value, max_train_samples, label_column, sequence_column, sequence_layout: As
+            for `DataConfig`.
         latent_shape: Of one image, (channels, height, width), or of one sequence, (channels, length).
         num_images: How many; each has a second row, mirrored, if `random_flip`.
         random_flip: See `num_images`.
@@ -72,6 +73,8 @@ class LatentsInfo:
     vae_fingerprint: str
     white_value: int | None = None
     contents: str | None = None
+    sequence_column: str | None = None
+    sequence_layout: str | None = None
 
     @property
     def rows_per_image(self) -> int:
@@ -247,6 +250,8 @@ def _check_options(config: DataConfig, info: LatentsInfo, folder: Path) -> None:
         "image_mode",
         "white_value",
         "label_column",
+        "sequence_column",
+        "sequence_layout",
         "dataset_config_name",
     ):
         asked, made = getattr(config, name), getattr(info, name)
@@ -255,7 +260,7 @@ def _check_options(config: DataConfig, info: LatentsInfo, folder: Path) -> None:
             raise ValueError(
                 f"{folder} holds latents made with {name} {made}, got {asked}: leave it out or encode again"
             )
-    for name in ("num_classes", "label_names", "image_column", "sequence_column", "sequence_layout", "sequence_scale"):
+    for name in ("num_classes", "label_names", "image_column", "sequence_scale"):
         if getattr(config, name) is not None:
             raise ValueError(
                 f"{name} was settled when the latents in {folder} were made: leave it out or encode again"
@@ -336,10 +341,20 @@ class SampleSpace:
         return None if self.vae is None else LatentEncoder(self.vae, device, self.cached)
 
 
-def scaled_for(vae: ModelMixin, data: ImageData | StreamData) -> ImageData | StreamData:
-    """The data, of sequences in the scale that an autoencoder was trained in, if its config says it."""
+def scaled_for(vae: ModelMixin, data: ImageData | StreamData, config: DataConfig) -> ImageData | StreamData:
+    """The data, of sequences in the scale that an autoencoder was trained in, if its config says it.
+
+    Raises:
+        ValueError: if the options ask for a scale of their own.
+    """
     scale = ValueScale.of_config(vae.config.get("value_scale"))
-    return dataclasses.replace(data, value_scale=scale) if scale and isinstance(data, SequenceData) else data
+    if scale is None or not isinstance(data, SequenceData):
+        return data
+    if config.sequence_scale is not None:
+        raise ValueError(
+            f"sequence_scale {config.sequence_scale} has no meaning beside --vae, which has a scale: leave it out"
+        )
+    return dataclasses.replace(data, value_scale=scale)
 
 
 def value_scale_of(data: ImageData | StreamData, vae: ModelMixin | None) -> dict[str, list[float]] | None:
@@ -361,7 +376,7 @@ def prepare_samples(
     if not read_info(config.dataset_name):
         factor = 1 if vae is None else downsampling(vae)
         data = prepare_data(config, multiple_of * factor, read_ahead=read_ahead)
-        return data if vae is None else scaled_for(vae, data)
+        return data if vae is None else scaled_for(vae, data, config)
     if config.streaming:
         raise ValueError(f"{config.dataset_name} holds latents, which are read where they are: leave streaming out")
     return prepare_latents(config, vae)

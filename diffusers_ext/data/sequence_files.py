@@ -19,23 +19,36 @@ AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")  # those but wav are read by 
 SEQUENCE_COLUMN = "sequence"  # of the one array of a .npy file
 
 
-def split_sequence_files(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
-    """The files of each split: of arrays, whose names say it, or of audio, whose folders do; none if there are none."""
-    for suffixes, divide in ((ARRAY_SUFFIXES, divide_tables), (AUDIO_SUFFIXES, divide_pictures)):
-        if found := [entry for entry in entries if entry.suffix in suffixes]:
-            return divide(found)[0]
-    return {}
+def split_sequence_files(entries: Sequence[Entry]) -> tuple[dict[str, list[Entry]], list[str]]:
+    """The files of each split, of arrays, whose names say it, or of audio, whose folders do, and a line on what is of none.
+
+    Without either there are no splits.
+    """
+    if found := [entry for entry in entries if entry.suffix in ARRAY_SUFFIXES]:
+        return divide_tables(found)
+    if found := [entry for entry in entries if entry.suffix in AUDIO_SUFFIXES]:
+        splits, _, notes = divide_pictures(found)
+        return splits, [note.replace("pictures", "files") for note in notes]
+    return {}, []
 
 
 def read_sequence_files(entries: Sequence[Entry]) -> datasets.Dataset:
     """The rows of files of one kind, in their order.
 
     Raises:
-        ValueError: if a file of arrays is damaged, or holds no numbers or not as many rows in all arrays.
+        ValueError: if a file of arrays is damaged, holds no numbers or not as many rows in all arrays, or other arrays than
+            the first.
     """
-    if entries[0].suffix in ARRAY_SUFFIXES:
-        return datasets.concatenate_datasets([_read_arrays(Path(entry.file)) for entry in entries])
-    return _audio_of(entries)
+    if entries[0].suffix not in ARRAY_SUFFIXES:
+        return _audio_of(entries)
+    parts = [_read_arrays(Path(entry.file)) for entry in entries]
+    for entry, part in zip(entries, parts, strict=True):
+        if part.features != parts[0].features:
+            raise ValueError(
+                f"{entry.path} holds other arrays than {entries[0].path}, and both are of one split: put arrays of the same "
+                "examples, such as values and labels, into one .npz, and say a split in a file's name (train, test)"
+            )
+    return datasets.concatenate_datasets(parts)
 
 
 def _audio_of(entries: Sequence[Entry]) -> datasets.Dataset:

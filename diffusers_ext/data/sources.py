@@ -71,8 +71,9 @@ class LocalFolder:
         if contents.tables:
             splits, notes = divide_tables(contents.tables)
             return cls(path, tables=splits, reader=contents.reader, notes=(*contents.notes, *notes))
-        if sequences := split_sequence_files(entries):
-            return cls(path, sequences=sequences)
+        sequences, notes = split_sequence_files(entries)
+        if sequences:
+            return cls(path, sequences=sequences, notes=tuple(notes))
         raise ValueError(
             "it holds no pictures, and no files of rows (parquet, arrow, WebDataset tars, csv, json), of arrays (npy, npz) or of "
             "audio" + "".join(f"; {note}" for note in contents.notes)

@@ -62,12 +62,13 @@ def test_sequences_are_the_same_however_they_lie_on_disk(write, tmp_path):
 
 
 def test_files_of_arrays_are_split_by_their_names(tmp_path):
-    for name, rows in (("train", slice(0, 8)), ("test", slice(8, None))):
+    for name, rows in (("train", slice(0, 8)), ("test", slice(8, None)), ("other", slice(0, 1))):
         np.save(tmp_path / f"{name}.npy", VALUES[rows, :, 0])
     assert split_names(str(tmp_path)) == ["train", "test"]
     config = TrainerConfig(dataset_name=str(tmp_path), dataset_split="train[:50%]", validation_split="test")
     data = prepare_data(config)
     assert np.array_equal(data.pixels[np.arange(4)][..., 0], VALUES[:4, :, 0]) and len(data) == 4
+    assert "1 files are of no split and not used, such as other.npy" in data.notes[0]
     held_out = prepare_validation(dataclasses.replace(config, resolution=data.size), data)
     # Held-out sequences are seen in the scale of the training, which their own values may leave.
     assert held_out.value_scale == data.value_scale
@@ -216,6 +217,11 @@ def test_files_that_hold_no_arrays_or_need_a_decoder_are_refused(tmp_path):
     np.savez(tmp_path / "b.npz", x=np.zeros((3, 4)), label=np.zeros(2))
     with pytest.raises(ValueError, match=r"as many in all, got x \(3, 4\), label \(2,\)"):
         prepare_images(str(tmp_path / "b.npz"))
+    (tmp_path / "apart").mkdir()
+    for name, array in (("x", np.zeros((3, 4))), ("y", np.zeros(3, int))):
+        np.save(tmp_path / "apart" / f"{name}.npy", array)
+    with pytest.raises(ValueError, match="y.npy holds other arrays than x.npy, .* into one .npz"):
+        prepare_images(str(tmp_path / "apart"))
     (tmp_path / "music").mkdir()
     (tmp_path / "music" / "0.flac").write_bytes(b"fLaC" + bytes(40))
     with pytest.raises(ValueError, match="none of the first 1 sequences can be read"):

@@ -122,6 +122,9 @@ def test_latents_of_sequences_are_trained_on_in_the_scale_of_their_autoencoder(d
     on_the_fly = train(data, tmp_path / "latent", vae=str(vae), max_train_samples=20, max_train_steps=2)
     # Of fewer sequences the range is another, and yet the scale is that of the autoencoder.
     assert quiet(on_the_fly).config.value_scale == scale
+    with pytest.raises(ValueError, match="sequence_scale mean_max has no meaning beside --vae"):
+        train(data, tmp_path / "other", vae=str(vae), sequence_scale="mean_max")
+    forget_accelerate()
     with pytest.raises(ValueError, match="random_crop needs the images anew"):
         cache_latents.CacheConfig(dataset_name=data, vae=str(vae), resize_mode="random_crop")
     options = {"dataset_name": data, "vae": str(vae), "resolution": (LENGTH,), "resize_mode": "crop"}
