@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from diffusers_ext.atomic_files import atomic_write
+from diffusers_ext.curves import are_sequences, curve_grid
 from diffusers_ext.lettering import font_of, wrapped
 
 
@@ -39,15 +40,17 @@ def labelled_grid(
 ) -> Image.Image:
     """A PIL image of rows of pictures, each row with its name on the left and each column with its head above.
 
-    Small pictures are enlarged by a whole number, pixel by pixel.
+    Small pictures are enlarged by a whole number, pixel by pixel. Sequences are drawn as curves (`curve_grid`).
 
     Args:
         rows: Tensors of shape `(columns, channels, height, width)`, float in [0, 1]. Of other than 1, 3 or 4 channels the
-            first is shown.
+            first is shown. Or of shape `(columns, channels, length)`, sequences in any unit.
         names: One for each row.
         heads: One for each column.
         title: Above all of it.
     """
+    if are_sequences(rows):
+        return curve_grid(rows, names, heads, title)
     pictures = [[enlarged(_to_pil(picture)) for picture in row] for row in rows]
     width, height = pictures[0][0].size
     columns = max(map(len, pictures))

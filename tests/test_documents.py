@@ -112,6 +112,15 @@ def save_files(folder, side):
                 Image.effect_noise((side, side), 60).save(folder / split / label / f"{index}.png")
 
 
+def save_sequences(folder, channels):
+    """Arrays of two labels."""
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for split, number in (("train", 18), ("test", 9)):
+        values = generator.normal(size=(number, 24, channels))
+        np.savez(folder / f"{split}.npz", values=values, label=np.arange(number) % 2)
+
+
 def save_stable_diffusion(folder):
     tokenizer = tiny_tokenizer()
     encoder = tiny_clip(tokenizer)
@@ -155,6 +164,8 @@ class Desk:
         save_data(folder / "path/to/captioned_images", {"train": 12, "test": 9}, 32, "RGB", with_texts=True)
         save_data(folder / "path/to/fashion_mnist", {"train": 18, "validation": 9}, 28, "L")
         save_data(folder / "path/to/twemoji64", {"train": 18, "test": 9}, 64, "RGB", with_texts=True)
+        save_sequences(folder / "path/to/sequences", channels=2)
+        save_sequences(folder / "path/to/italy_power_demand", channels=1)
         save_stable_diffusion(folder / "a/stable-diffusion")
         save_ddpm(folder / "a/ddpm")
         torch.save(GuidedDiffusionUNet(num_head_channels=64).state_dict(), folder / "path/to/64x64_diffusion.pt")

@@ -37,12 +37,15 @@ from diffusers_ext.data.latent_cache import (
     latent_shape,
     load_vae,
     read_info,
+    scaled_for,
     shard_path,
     write_info,
 )
 from diffusers_ext.data.prepare import prepare_images
+from diffusers_ext.data.sequences import SequenceData
 from diffusers_ext.machine import is_fast_at_bf16, set_threads
 from diffusers_ext.options import option, run_script
+from diffusers_ext.pixels import to_images
 
 
 # What the shards that are there were made with, until all are.
@@ -89,7 +92,7 @@ def main(config: CacheConfig) -> Path:
         raise ValueError(f"dataset_split must be a split without a slice, whose name the shards bear, got {split}")
     vae = load_vae(config.vae).to(accelerator.device)
     with accelerator.local_main_process_first():
-        data = prepare_images(config, multiple_of=downsampling(vae))
+        data = scaled_for(vae, prepare_images(config, multiple_of=downsampling(vae)), config)
     info = describe(config, data, vae)
     count = -(-len(data) // config.shard_size)
     paths = [shard_path(folder, split, number, count) for number in range(count)]
@@ -153,6 +156,8 @@ def describe(config: CacheConfig, data: ImageData, vae: ModelMixin) -> LatentsIn
         white_value=config.white_value,
         max_train_samples=config.max_train_samples,
         label_column=config.label_column,
+        sequence_column=config.sequence_column,
+        sequence_layout=config.sequence_layout,
         latent_shape=latent_shape(vae, data.size),
         num_images=len(data),
         random_flip=config.random_flip,
@@ -210,20 +215,22 @@ def encoded(
     vae: ModelMixin, data: ImageData, rows: range, config: CacheConfig, accelerator: Accelerator, bar: tqdm
 ) -> Iterator[dict]:
     """The rows of a shard: mean and standard deviation, and the label; of each image, and then of its mirror image."""
-    scale = 2 / np.iinfo(data.dtype).max
     for start in range(rows.start, rows.stop, config.batch_size):
         numbers = np.arange(start, min(start + config.batch_size, rows.stop))
         pixels = data.pixels[numbers]
+        if isinstance(data, SequenceData):
+            pixels = data.value_scale.normalized(pixels)
         views = [pixels]
         if config.random_flip:
             views.append(mirror(pixels.copy(), np.ones(len(pixels), bool)))
         moments = []
         for view in views:
-            images = torch.from_numpy(view).to(accelerator.device).permute(0, 3, 1, 2).float() * scale - 1
+            images = torch.from_numpy(view).to(accelerator.device).movedim(-1, 1)
+            images = images if images.is_floating_point() else to_images(images)
             with accelerator.autocast():
                 posterior = vae.encode(images).latent_dist
             both = torch.cat([posterior.mean.float(), posterior.std.float()], dim=1)
-            moments.append(both.permute(0, 2, 3, 1).cpu().numpy())
+            moments.append(both.movedim(1, -1).cpu().numpy())
         stacked = np.stack(moments, axis=1)
         if not np.isfinite(stacked).all() or np.abs(stacked).max() > np.finfo(DTYPE).max:
             raise ValueError(f"the VAE's latents of images {numbers[0]} to {numbers[-1]} do not fit float16")

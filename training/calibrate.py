@@ -26,6 +26,7 @@ from diffusers_ext.atomic_files import lock_folder
 from diffusers_ext.calibration import report as reports
 from diffusers_ext.calibration.run import Data, calibrate
 from diffusers_ext.calibration.subject import Subject
+from diffusers_ext.data.sequences import refuse_sequences
 from diffusers_ext.draws import check_seed
 from diffusers_ext.evaluation.feature_folders import features_for
 from diffusers_ext.evaluation.generate import LARGEST_SEED_OF_SETS
@@ -101,6 +102,7 @@ def calibrate_and_save(config: CalibrateConfig) -> dict:
     config = complete(config, pipe)
     subject.num_steps = config.num_inference_steps
     real = load_real_images(config.for_data(), config.held_out_split, label_names=label_names_of(pipe))
+    refuse_sequences(real, "training/calibrate.py")
     features, _ = features_for(real, config.features, state)
     name = config.held_out_split or find_held_out_split(config.for_data())
     run = Path(config.pipeline) if Path(config.pipeline).is_dir() else None

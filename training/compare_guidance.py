@@ -28,6 +28,7 @@ from torch import Tensor
 
 from diffusers_ext import GuidedDiffusionPipeline, NoisyClassifierModel
 from diffusers_ext.data.identity import hash_weights
+from diffusers_ext.data.sequences import refuse_sequences
 from diffusers_ext.draws import check_seed
 from diffusers_ext.evaluation.evaluator import (
     Evaluator,
@@ -182,6 +183,7 @@ def load_data(
     """
     with state.main_process_first():
         real = load_real_images(config.for_data(), config.held_out_split, label_names=label_names_of(pipe))
+        refuse_sequences(real, "training/compare_guidance.py")
     features, about = features_for(real, config.features, state)
     if features is None or not real.has_labels:
         raise ValueError(

@@ -69,7 +69,9 @@ METRICS = {
     "label_accuracy": "share that this classifier gives the label {whose}",
     "pixel_precision": "precision in pixels, k={k}",
     "pixel_recall": "recall in pixels, k={k}",
-    "svc_label_accuracy": "share that an SVC of the real pixels gives the label {whose}",
+    "value_precision": "precision in values of [0, 1], k={k}",
+    "value_recall": "recall in values of [0, 1], k={k}",
+    "svc_label_accuracy": "share that an SVC of the real {values} gives the label {whose}",
 }
 
 # And its metadata, which the Hub shows in its tables.
@@ -85,6 +87,8 @@ METRIC_NAMES = {
     "label_accuracy": "label accuracy",
     "pixel_precision": "precision in pixels",
     "pixel_recall": "recall in pixels",
+    "value_precision": "precision in values",
+    "value_recall": "recall in values",
     "svc_label_accuracy": "label accuracy by an SVC",
 }
 
@@ -132,9 +136,9 @@ class EvaluateConfig(DataOptions):
 
     features: str | None = option(
         None,
-        "folder of a classifier of training/train_features.py; or inception (whose Fréchet distance is FID), dinov2 or clip, "
-        "the last two also with a folder or name of the network after a colon; by default a classifier is trained on the "
-        "data set, once, and kept",
+        "folder of a classifier of training/train_features.py, or of an autoencoder of train_vae.py, whose latents are features "
+        "too; or inception (whose Fréchet distance is FID), dinov2 or clip, the last two also with a folder or name of the "
+        "network after a colon; by default a classifier is trained on the data set, once, and kept",
         "how",
     )
     num_neighbours: int = option(5, "k of precision and recall", at_least=1)
@@ -326,6 +330,11 @@ def get_bits_per_dim(config: EvaluateConfig, real: RealImages, pipeline, bf16: b
     """The variational bound of held-out images, see `measure_bits_per_dim`."""
     if pipeline is None:
         raise ValueError(f"--bits_per_dim is of a model, and {config.pipeline} is a folder of images")
+    if real.value_scale is not None:
+        raise ValueError(
+            f"--bits_per_dim is of images in 8 bits, and {real.name} holds sequences of numbers, which have a density and no "
+            "probability, so that no lossless code has a length"
+        )
     if real.held_out is None:
         raise ValueError(
             f"--bits_per_dim is of images not trained on: name a split of {real.name} by --held_out_split"
@@ -434,7 +443,8 @@ def report(config: EvaluateConfig, result: dict):
         print(describe_conditioned(result["conditioned"]))
     if result["features"]:
         about = result["features"]
-        network = f"the network {about['name']}" if "name" in about else f"the classifier in {about['folder']}"
+        kind = "classifier" if "held_out_accuracy" in about else "autoencoder"
+        network = f"the network {about['name']}" if "name" in about else f"the {kind} in {about['folder']}"
         reads = (
             f", which reads {about['held_out_accuracy']:.2%} of held-out images"
             if "held_out_accuracy" in about
@@ -494,10 +504,16 @@ def figures_of(config: EvaluateConfig, result: dict) -> list[Figure]:
     if sampling["labels"]:
         sampler += f", labels {sampling['labels']['proportions']}"
     command = to_command(config, "training/evaluate.py", launcher="python", first="pipeline")
-    known = {"dataset": Path(result["dataset_name"]).name, "k": result["num_neighbours"], "whose": "asked for"}
-    pretrained = (result["features"] or {}).get("name")
-    known["features"] = f"a classifier of {known['dataset']}" if pretrained is None else f"the network {pretrained}"
-    names = METRIC_NAMES | (NAMES_OF_INCEPTION if pretrained == "inception" else {})
+    dataset, about = Path(result["dataset_name"]).name, result["features"] or {}
+    features = f"a classifier of {dataset}" if "held_out_accuracy" in about else "an autoencoder, its latents"
+    known = {
+        "dataset": dataset,
+        "k": result["num_neighbours"],
+        "whose": "asked for",
+        "values": "values" if len(result["image_shape"]) == 2 else "pixels",
+        "features": f"the network {about['name']}" if "name" in about else features,
+    }
+    names = METRIC_NAMES | (NAMES_OF_INCEPTION if about.get("name") == "inception" else {})
     asked = ""
     if captions := sampling["captions"]:
         known["whose"] = "of the picture whose caption was asked for"

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from diffusers_ext import HierarchicalVAEModel, VAEModel
 from diffusers_ext.atomic_files import atomic_write
+from diffusers_ext.data.sequences import refuse_sequences
 from diffusers_ext.diffusion.variational_bound import bits_per_dim
 from diffusers_ext.draws import check_seed
 from diffusers_ext.evaluation.evaluator import format_table
@@ -118,6 +119,7 @@ def main(config: EvaluateVAEConfig) -> dict | None:
     vae = load_autoencoder(config.model).to(state.device).eval()
     with state.main_process_first():
         real = load_real_images(config.for_data(), config.held_out_split)
+        refuse_sequences(real, "training/evaluate_vae.py")
     images = held_out_images(config, real, vae)
     how = config.binarize or "none"
     features, about_features = (None, None) if how != "none" else features_for(real, config.features, state)

@@ -29,6 +29,7 @@ from diffusers_ext import DiffusionPipeline, ExtDDPMScheduler, NoisyClassifierMo
 from diffusers_ext.data.batches import TIMESTEP_SAMPLINGS, make_batches
 from diffusers_ext.data.image_table import ImageData
 from diffusers_ext.data.latent_cache import SampleSpace, fingerprint, load_vae, prepare_samples
+from diffusers_ext.data.sequences import refuse_sequences
 from diffusers_ext.data.stream import StreamData
 from diffusers_ext.data.validation import ValidationBatches, prepare_validation
 from diffusers_ext.diffusion.betas import BETA_SCHEDULES
@@ -240,6 +241,7 @@ def load_data(
     """The images or latents, made by the first process of each machine and read by the others; and held-out ones, if any."""
     with accelerator.local_main_process_first():
         data = prepare_samples(config, vae, multiple_of=config.size_multiple)
+        refuse_sequences(data, "training/train_classifier.py")
         if data.id2label is None:
             raise ValueError(f"{config.dataset_name} has no labels for a classifier to learn; see --label_column")
         if data.has_label_sets:

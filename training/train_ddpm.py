@@ -1,4 +1,4 @@
-"""Train a Gaussian diffusion model on images, by label if there are labels.
+"""Train a Gaussian diffusion model on images or sequences, by label if there are labels.
 
     accelerate launch training/train_ddpm.py
     accelerate launch training/train_ddpm.py --pretrained_pipeline runs/digits --output_dir runs/on_from_digits
@@ -20,8 +20,9 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers_ext import GuidedDiffusionPipeline
 from diffusers_ext.conditions import ImageCondition
 from diffusers_ext.data.image_table import ImageData
-from diffusers_ext.data.latent_cache import SampleSpace
+from diffusers_ext.data.latent_cache import SampleSpace, value_scale_of
 from diffusers_ext.data.stream import StreamData
+from diffusers_ext.hub.cards import DEFAULT_LIMITATIONS
 from diffusers_ext.options import fixed_option, option, run_script, to_command
 from diffusers_ext.recipes.adapters import save_adapter, without_adapter
 from diffusers_ext.recipes.calibration import calibrate_run, with_calibration
@@ -46,9 +47,18 @@ from diffusers_ext.trainer.loop import Trainer
 from diffusers_ext.trainer.run import describe_data, finish_run, make_accelerator, open_run
 
 
+# What the card of a model of sequences says that is not so of images.
+CARD_OF_SEQUENCES = {
+    "pipeline_tag": "other",  # the Hub has no name for the task
+    "limitations": DEFAULT_LIMITATIONS.replace("makes images", "makes sequences").replace(
+        "training images", "training data"
+    ),
+}
+
+
 @dataclass(frozen=True)
 class TrainConfig(DenoisingConfig):
-    """Train a Gaussian diffusion model on images, by label if there are labels."""
+    """Train a Gaussian diffusion model on images or sequences, by label if there are labels."""
 
     label_dropout: float = fixed_option(
         0.1, "probability of training an image without its label, for guidance", "labels"
@@ -93,8 +103,8 @@ def main(config: TrainConfig) -> Path:
         of_image = network_options(config, condition, space)
         network = build_model(config, space, data.num_classes, learned_unconditional=unlabelled, **of_image)
         model = with_its_schedule(config, network, space.num_values)
-        scheduler = build_scheduler(config, largest_x0=space.largest)
-        pipeline = partial(averaged_pipeline, scheduler=scheduler, space=space, condition=condition)
+        scheduler, scale = build_scheduler(config, largest_x0=space.largest), value_scale_of(data, vae)
+        pipeline = partial(averaged_pipeline, scheduler=scheduler, space=space, condition=condition, value_scale=scale)
         trainer = Trainer(
             config,
             accelerator,
@@ -116,13 +126,18 @@ def main(config: TrainConfig) -> Path:
         calibrate_run(trainer, config.calibrate, command)
         if accelerator.is_main_process:
             described = "\n\n".join([describe_data(config, data), *data.notes])
-            finish_run(trainer, command, described, **described_run(condition))
+            about = described_run(condition) | ({} if scale is None else CARD_OF_SEQUENCES)
+            finish_run(trainer, command, described, **about)
     return trainer.output_dir
 
 
 @contextmanager
 def averaged_pipeline(
-    trainer: Trainer, scheduler: SchedulerMixin, space: SampleSpace, condition: ImageCondition | None
+    trainer: Trainer,
+    scheduler: SchedulerMixin,
+    space: SampleSpace,
+    condition: ImageCondition | None,
+    value_scale: dict | None = None,
 ):
     """The pipeline as it stands, with the averaged weights if there are any; the model's own come back at the end."""
     with trainer.averaged_model() as model:
@@ -135,6 +150,7 @@ def averaged_pipeline(
             id2label=names_of_labels(trainer.config, trainer.data),
             clip_guided_noise=True,
             image_condition=None if condition is None else condition.to_config(),
+            value_scale=value_scale,
         )
         pipe.set_progress_bar_config(disable=True)
         yield pipe

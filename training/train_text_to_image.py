@@ -25,6 +25,7 @@ from diffusers_ext.conditions import ImageCondition
 from diffusers_ext.data.captions import captions_of, find_caption_column, with_texts
 from diffusers_ext.data.image_table import ImageData
 from diffusers_ext.data.latent_cache import SampleSpace, prepare_samples
+from diffusers_ext.data.sequences import refuse_sequences
 from diffusers_ext.data.validation import prepare_validation
 from diffusers_ext.guidance.texts import width_of
 from diffusers_ext.options import run_script, to_command
@@ -122,6 +123,7 @@ def load_data(
             )
             find_caption_column(held_out_config, data_config.label_column)  # which looks whether they are all there
         data = prepare_samples(data_config, vae, multiple_of=config.size_multiple)
+        refuse_sequences(data, "training/train_text_to_image.py")
         captions = captions_of(data)
         texts = Texts.of(config, captions)
         data = with_texts(data, texts.table(captions, accelerator.device))

@@ -1,4 +1,4 @@
-"""Train a variational autoencoder on images.
+"""Train a variational autoencoder on images or sequences.
 
     python training/train_vae.py
     python training/train_vae.py --dataset_name path/to/fashion_mnist --architecture conv --max_train_time 5m
@@ -30,6 +30,7 @@ from torch import Tensor
 from diffusers_ext import HierarchicalVAEModel, VAEModel
 from diffusers_ext.data.batches import BatchOptions, make_batches
 from diffusers_ext.data.image_table import ImageData
+from diffusers_ext.data.latent_cache import value_scale_of
 from diffusers_ext.data.prepare import prepare_data
 from diffusers_ext.data.stream import StreamData
 from diffusers_ext.data.validation import ValidationBatches, prepare_validation
@@ -72,7 +73,7 @@ adversary_option = partial(fixed_option, needs="adversarial_weight")
 
 @dataclass(frozen=True)
 class TrainVAEConfig(TrainerConfig):
-    """Train a variational autoencoder on images, for pictures of its own or as the first stage of a diffusion model."""
+    """Train a variational autoencoder on images or sequences, by itself or as the first stage of a diffusion model."""
 
     architecture: Literal[(*ARCHITECTURES, HIERARCHICAL)] = fixed_option(
         "mlp",
@@ -254,7 +255,8 @@ def main(config: TrainVAEConfig) -> Path:
             vae = type(vae).from_pretrained(trainer.output_dir).to(accelerator.device)
             draw(config, trainer, vae, trainer.output_dir)
             figures = figures_of(vae)
-            finish_run(trainer, command, "\n\n".join(notes), figures.pictures_of(vae), limitations=figures.LIMITATIONS)
+            about = {"limitations": figures.LIMITATIONS} | ({"pipeline_tag": "other"} if len(data.size) == 1 else {})
+            finish_run(trainer, command, "\n\n".join(notes), figures.pictures_of(vae), **about)
     return trainer.output_dir
 
 
@@ -270,11 +272,13 @@ def load_data(config: TrainVAEConfig, accelerator: Accelerator) -> tuple[ImageDa
 
 def build_model(config: TrainVAEConfig, data: ImageData | StreamData) -> VAEModel | HierarchicalVAEModel:
     """A new model with weights that follow from the seed, or that of `pretrained_pipeline`."""
+    refuse_what_is_of_images(config, data)
     if config.pretrained_pipeline is not None:
         return load_pretrained(config, data)
     torch.manual_seed(config.seed)
     common = {
         "sample_size": data.size,
+        "dims": len(data.size),
         "in_channels": data.channels,
         "out_channels": data.channels,
         "block_out_channels": config.block_out_channels,
@@ -288,7 +292,11 @@ def build_model(config: TrainVAEConfig, data: ImageData | StreamData) -> VAEMode
     if config.architecture == HIERARCHICAL:
         return HierarchicalVAEModel(**common, num_levels=config.num_levels)
     return VAEModel(
-        **common, architecture=config.architecture, latent_dim=config.latent_dim, hidden_dims=config.hidden_dims
+        **common,
+        architecture=config.architecture,
+        latent_dim=config.latent_dim,
+        hidden_dims=config.hidden_dims,
+        value_scale=value_scale_of(data, None),
     )
 
 
@@ -305,6 +313,19 @@ def load_pretrained(config: TrainVAEConfig, data: ImageData | StreamData) -> VAE
     if isinstance(vae, VAEModel):  # what its encoder gives, as while it was trained
         vae.register_to_config(latent_offset=0.0, shift_factor=None, scaling_factor=1.0)
     return vae
+
+
+def refuse_what_is_of_images(config: TrainVAEConfig, data: ImageData | StreamData) -> None:
+    """Raises: ValueError: if the data are sequences, and an option has no meaning for them."""
+    asked = {
+        "architecture hierarchical": config.architecture == HIERARCHICAL,
+        "likelihood bernoulli": config.likelihood == "bernoulli",
+        "perceptual_network": config.perceptual_network is not None,
+        "adversarial_weight": config.adversarial_weight > 0,
+    }
+    given = [name for name, is_given in asked.items() if is_given]
+    if given and len(data.size) == 1:
+        raise ValueError(f"{given[0]} is of images, and {data.name} holds sequences: leave it out")
 
 
 def build_adversary(config: TrainVAEConfig, data: ImageData | StreamData) -> Adversary | None:

@@ -55,8 +55,8 @@ class BatchOptions:
             step evenly over [0, 1) from one random start (Kingma et al. 2021), which keeps each time uniform and
             makes the loss less noisy.
         latent_shape: Shape of the latents of an image that need noise of their own, or None.
-        noise_shape: (height, width, channels) of the noise that a denoiser is trained on, where it is not that of the
-            images.
+        noise_shape: (height, width, channels), or (length, channels), of the noise that a denoiser is trained on, where it
+            is not that of the images.
         condition_dropout: Probability that an image loses its condition image, and with `BOTH_DROPPED` its label too where
             labels are dropped; None without condition images.
         condition_noise: The largest level of the noise in condition images, in [0, 1].
@@ -73,7 +73,7 @@ class BatchOptions:
     own_labels: bool = False
     timestep_sampling: str = "stratified"
     latent_shape: tuple[int, ...] | None = None
-    noise_shape: tuple[int, int, int] | None = None
+    noise_shape: tuple[int, ...] | None = None
     condition_dropout: float | None = None
     condition_noise: float = 0.0
     condition_shape: tuple[int, int, int] | None = None
@@ -94,7 +94,7 @@ class BatchMaker:
     """Makes batches of images that are at hand: adds noise and times, flips, drops labels, says where to crop.
 
     A batch is a dict: `pixels`, uint8 or uint16, and `noise`, float32, both of shape `(batch, channels, height, width)` in
-    channels_last; `time`, float64 in [0, 1), and `labels`, int64, both of shape `(batch,)`. With several labels an image
+    channels_last; of sequences both float32, `(batch, channels, length)`, and the pixels already in about [-1, 1]; `time`, float64 in [0, 1), and `labels`, int64, both of shape `(batch,)`. With several labels an image
     `labels` are bool, shape `(batch, num_classes)`, and none of them is the null label. Without labels there is no
     `labels`. With the option `own_labels` there are those before any was dropped. With a `latent_shape` there is `latent_noise`, float32, shape `(batch, *latent_shape)`. Instead of pixels
     there can be what a VAE made of them (see `diffusers_ext.data.latent_cache`).
@@ -235,7 +235,7 @@ class TrainingBatches(Dataset):
 
 
 def _channels_first(array: np.ndarray) -> Tensor:
-    return torch.from_numpy(array).permute(0, 3, 1, 2)
+    return torch.from_numpy(array).movedim(-1, 1)
 
 
 class Batches(Iterator[dict[str, Tensor]]):

@@ -6,6 +6,11 @@ from typing import ClassVar, Literal
 from diffusers_ext.data.images import LONGEST, RESIZE_MODES
 from diffusers_ext.options import check_options, fixed_option, option
 from diffusers_ext.pixels import IMAGE_MODES
+from diffusers_ext.value_scale import KINDS as SCALE_KINDS
+
+
+# Axes of the arrays of sequences of several channels.
+SEQUENCE_LAYOUTS = ("length_channels", "channels_length")
 
 
 @dataclass(frozen=True)
@@ -18,14 +23,27 @@ class DataConfig:
 
     dataset_name: str = option(
         "digits",
-        "digits, a data set on the Hub, or a local folder or file: images (perhaps zipped), parquet, WebDataset tars, or what "
-        "save_to_disk wrote",
+        "digits, a data set on the Hub, or a local folder or file: images (perhaps zipped), parquet, WebDataset tars, NumPy "
+        "arrays, audio, or what save_to_disk wrote",
         "data",
         alias="train_data_dir",
     )
     dataset_config_name: str | None = fixed_option(None, "configuration of a data set that has several")
     dataset_split: str = fixed_option("train", "split to train on, such as train or train[:90%]")
     image_column: str | None = fixed_option(None, "column of the images; by default the only one that holds images")
+    sequence_column: str | None = fixed_option(
+        None,
+        "column of sequences: lists or arrays of numbers, or audio; by default the only one, in a data set without images",
+    )
+    sequence_layout: Literal[SEQUENCE_LAYOUTS] | None = fixed_option(
+        None,
+        "axes of sequences of several channels; by default the length is the axis that differs, or the longer one",
+    )
+    sequence_scale: Literal[SCALE_KINDS] | None = fixed_option(
+        None,
+        "how the values of each channel become those in [-1, 1] that are trained on: the smallest -1 and the largest 1, the "
+        "default; or the mean 0 and what is farthest from it -1 or 1",
+    )
     label_column: str | None = fixed_option(
         None,
         "column of the labels; by default the class labels, or else one called label or cls; a column of lists, of labels or of "
@@ -41,13 +59,15 @@ class DataConfig:
     )
     unconditional: bool = fixed_option(False, "leave the labels out")
     resolution: tuple[int, ...] | None = fixed_option(
-        None, "side of the images in pixels, or height and width; by default their own"
+        None, "side of the images in pixels, or height and width, or length of sequences; by default their own"
     )
     resize_mode: Literal[("auto", *RESIZE_MODES)] = fixed_option(
         "auto",
         "how images get there: crop and random_crop scale them to cover, and cut in the middle or at random; pad centres "
         "them on a border and never enlarges; stretch scales each side for itself. auto: pad if they are of one size and "
-        f"fill at least 3/4 of each side, else crop. Of what is longer random_crop keeps the middle, {LONGEST} times the side",
+        f"fill at least 3/4 of each side, else crop. Of what is longer random_crop keeps the middle, {LONGEST} times the side. "
+        "Sequences are not scaled: pad puts values behind, crop and random_crop cut what is longer too; auto: random_crop if "
+        "any is",
     )
     pad_value: int = fixed_option(0, "value of the border and behind transparent pixels, in the images' own range")
     image_mode: Literal[tuple(IMAGE_MODES)] | None = fixed_option(
@@ -60,7 +80,9 @@ class DataConfig:
         "value that is white in pixels of more than 8 bits; by default 65535 for 16 bits, 1 for floats, and for other integers "
         "the largest of 1, 8, 10, 12, 14 or 16 bits, by the first images",
     )
-    random_flip: bool = fixed_option(False, "mirror every other image left to right, at random")
+    random_flip: bool = fixed_option(
+        False, "mirror every other image left to right, or turn every other sequence round in time, at random"
+    )
     max_train_samples: int | None = fixed_option(
         None,
         "number of images to use, of each label its share, always the same ones; of a stream the first",

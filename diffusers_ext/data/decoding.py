@@ -6,7 +6,7 @@ A cell is undecoded: the bytes or the path of a picture's file, or an array. Its
 import math
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import datasets
 import numpy as np
@@ -18,6 +18,10 @@ from diffusers_ext.data.image_columns import undecoded
 from diffusers_ext.data.image_table import PixelTable, RandomCropTable
 from diffusers_ext.data.images import cover, fit
 from diffusers_ext.pixels import DEFAULT_WHITES, Whites, image_mode, open_picture, to_array, to_range
+
+
+if TYPE_CHECKING:
+    from diffusers_ext.data.sequence_columns import SequenceFit
 
 
 _CACHE_VERSION = 3  # part of the cache's key: raise it whenever the stored pixels change
@@ -59,6 +63,20 @@ class Fit:
     white: int = 255
     array_dtype: str | None = None
     channels_first: bool = False
+
+    noun: ClassVar[str] = "image"
+
+    @property
+    def bytes_per_row(self) -> int:
+        return math.prod(self.size) * self.channels * np.dtype(self.dtype).itemsize
+
+    def decode(self, value: Any) -> np.ndarray:
+        return decode_cell(value, self)
+
+    def table(self, table: datasets.Dataset, rows: np.ndarray) -> PixelTable:
+        """The decoded rows, as they are read."""
+        kind = RandomCropTable if self.resize_mode == "random_crop" else PixelTable
+        return kind(table, (*self.size, self.channels), np.dtype(self.dtype), rows)
 
     @property
     def border(self) -> int:
@@ -124,7 +142,7 @@ def read_cell(value: Any, array_dtype: str | None = None) -> Image.Image | np.nd
 def decode_rows(
     source: datasets.Dataset,
     column: str,
-    how: Fit,
+    how: "Fit | SequenceFit",
     *,
     max_bad_share: float = 0.01,
     num_proc: int | None = None,
@@ -144,8 +162,7 @@ def decode_rows(
     Raises:
         ValueError: if more than `max_bad_share` of the rows fail, or all of them.
     """
-    bytes_per_row = int(np.prod(how.size)) * how.channels * np.dtype(how.dtype).itemsize
-    rows_per_chunk = int(np.clip(2**26 // bytes_per_row, 1, 1000))
+    rows_per_chunk = int(np.clip(2**26 // how.bytes_per_row, 1, 1000))
     columns = [column] if like is None else [column, like]
     rows = source.select_columns(columns)
     for each in columns:
@@ -159,32 +176,31 @@ def decode_rows(
         features=datasets.Features(_DECODED),
         fn_kwargs={"column": column, "how": how, "version": _CACHE_VERSION} | ({} if like is None else {"like": like}),
         num_proc=num_proc if num_proc and num_proc > 1 else None,
-        desc="decoding images",
+        desc=f"decoding {how.noun}s",
     )
     faults = table.data.column("fault").to_pylist()
     bad = [row for row, fault in enumerate(faults) if fault]
     files = table.select(bad)["file"]
     for row, file in list(zip(bad, files, strict=True))[:10]:
-        print(f"image {file or f'of row {row}'} left out: {faults[row]}", file=sys.stderr)
+        print(f"{how.noun} {file or f'of row {row}'} left out: {faults[row]}", file=sys.stderr)
     if len(bad) > allowed_faults(len(table), max_bad_share) or len(bad) == len(table):
         raise ValueError(
-            f"{len(bad)} of {len(table)} images cannot be decoded, the first in {files[0] or f'row {bad[0]}'} "
+            f"{len(bad)} of {len(table)} {how.noun}s cannot be decoded, the first in {files[0] or f'row {bad[0]}'} "
             f"({faults[bad[0]]}); at most a share of {max_bad_share:g} may fail (--max_bad_share)"
         )
     good = np.flatnonzero([not fault for fault in faults])
-    kind = RandomCropTable if how.resize_mode == "random_crop" else PixelTable
-    return kind(table, (*how.size, how.channels), np.dtype(how.dtype), good), good, len(bad)
+    return how.table(table, good), good, len(bad)
 
 
 def _decode_batch(
-    rows: dict[str, list], column: str, how: Fit, version: int, like: str | None = None
+    rows: dict[str, list], column: str, how: "Fit | SequenceFit", version: int, like: str | None = None
 ) -> dict[str, list]:
     done = {name: [] for name in _DECODED}
     for row, value in enumerate(rows[column]):
         try:
             if like is not None:
                 check_same_size(value, rows[like][row])
-            picture, fault, file = decode_cell(value, how), "", ""
+            picture, fault, file = how.decode(value), "", ""
         except Exception as error:  # a decoder raises what it likes on a damaged file
             # A blank keeps the rows of one length, where they are.
             picture, fault = np.zeros((*how.size, how.channels), how.dtype), describe_fault(error)

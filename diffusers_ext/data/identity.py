@@ -49,7 +49,10 @@ def hash_cell(value: Any) -> bytes:
     if value is None:
         return _digest(b"")
     if not isinstance(value, dict):
-        array = np.asarray(value)
+        try:
+            array = np.asarray(value)
+        except ValueError:  # lists of unequal lengths, which are refused when they are decoded
+            return _digest(repr(value).encode())
         return _digest(repr(array.shape).encode(), np.ascontiguousarray(array).tobytes())
     if value["bytes"] is not None:
         return _digest(value["bytes"])

@@ -37,7 +37,10 @@ def find_image_column(source: Rows, name: str | None = None, condition_column: s
         reason = "holds no images" if name in source.features else "is not in the data set"
         raise ValueError(f"image_column {name!r} {reason}; its columns are: {columns}")
     if not found:
-        raise ValueError(f"the data set has no column of images; its columns are: {columns}")
+        raise ValueError(
+            f"the data set has no column of images; its columns are: {columns}. Nor is one of sequences among them: lists or "
+            "arrays of numbers, or audio"
+        )
     found = {column: feature for column, feature in found.items() if column == name or column != condition_column}
     if not found:
         raise ValueError(
@@ -54,8 +57,8 @@ def undecoded(rows: Rows, column: str) -> Rows:
     """The rows with the bytes or the paths of the images instead of the images."""
     if isinstance(rows, datasets.IterableDataset):
         return rows.decode(False)  # also what fetches and decodes in threads, as folders on the Hub do
-    if isinstance(rows.features[column], datasets.Image):
-        return rows.cast_column(column, datasets.Image(decode=False))
+    if isinstance(rows.features[column], datasets.Image | datasets.Audio):
+        return rows.cast_column(column, type(rows.features[column])(decode=False))
     return rows
 
 

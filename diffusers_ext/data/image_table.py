@@ -69,13 +69,13 @@ class ImageData:
         return mirror(pixels, flipped)
 
     @property
-    def size(self) -> tuple[int, int]:
-        """(height, width)"""
-        return self.pixels.shape[:2]
+    def size(self) -> tuple[int, ...]:
+        """(height, width), or (length,) of sequences"""
+        return self.pixels.shape[:-1]
 
     @property
     def channels(self) -> int:
-        return self.pixels.shape[2]
+        return self.pixels.shape[-1]
 
     @property
     def dtype(self) -> np.dtype:
@@ -123,8 +123,8 @@ class ImageData:
 
 
 def mirror(pixels: np.ndarray, flipped: np.ndarray) -> np.ndarray:
-    """Mirrors some of the rows left to right, in place."""
-    pixels[flipped] = pixels[flipped, :, ::-1]
+    """Mirrors some of the rows along their last axis but that of the channels, in place."""
+    pixels[flipped] = pixels[flipped][..., ::-1, :]
     return pixels
 
 
@@ -133,8 +133,8 @@ class PixelTable:
 
     Args:
         table: A dataset with the binary column `pixels`, whose rows are all of the same length.
-        shape: (height, width, channels) of a row.
-        dtype: uint8 or uint16.
+        shape: (height, width, channels) of a row, or (length, channels).
+        dtype: uint8 or uint16; float32 for sequences.
         rows: Row numbers of the table that count, in order.
     """
 

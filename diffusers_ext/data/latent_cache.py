@@ -24,10 +24,12 @@ from diffusers_ext.data.identity import hash_weights
 from diffusers_ext.data.image_table import ImageData, PixelTable
 from diffusers_ext.data.label_columns import fair_share, read_labels
 from diffusers_ext.data.prepare import prepare_data
+from diffusers_ext.data.sequences import SequenceData
 from diffusers_ext.data.stream import StreamData
 from diffusers_ext.latents import check_one_level, latent_scale, normalize_latents
 from diffusers_ext.sizes import downsampling_factor
 from diffusers_ext.untrusted import from_mapping, read_yaml_mapping
+from diffusers_ext.value_scale import ValueScale
 
 
 LATENTS_FILE = "latents.yaml"
@@ -46,9 +48,10 @@ class LatentsInfo:
 
     Attributes:
         dataset_name, dataset_config_name, dataset_split: Where the images are from.
-        resolution: (height, width) of the images.
-        resize_mode, pad_value, image_mode, white_value, max_train_samples, label_column: As for `DataConfig`.
-        latent_shape: Of one image, (channels, height, width).
+        resolution: (height, width) of the images, or (length,) of sequences.
+        resize_mode, pad_value, image_mode, white_value, max_train_samples, label_column, sequence_column, sequence_layout: As
+            for `DataConfig`.
+        latent_shape: Of one image, (channels, height, width), or of one sequence, (channels, length).
         num_images: How many; each has a second row, mirrored, if `random_flip`.
         random_flip: See `num_images`.
         id2label: Name of each label, or None.
@@ -74,6 +77,8 @@ class LatentsInfo:
     vae_fingerprint: str
     white_value: int | None = None
     contents: str | None = None
+    sequence_column: str | None = None
+    sequence_layout: str | None = None
 
     @property
     def rows_per_image(self) -> int:
@@ -165,8 +170,10 @@ def load_vae(name: str) -> ModelMixin:
     if not hasattr(vae, "encode") or vae.config.get("latent_channels") is None:
         raise ValueError(f"--vae {name} must be an autoencoder with latent_channels, got a {type(vae).__name__}")
     check_one_level(vae, f"--vae {name}")
-    if vae.config.get("architecture") == "mlp" or vae.config.get("dims", 2) != 2:
-        raise ValueError(f"--vae {name} must have latents with height and width, which a denoiser has room for")
+    if vae.config.get("architecture") == "mlp":
+        raise ValueError(
+            f"--vae {name} must have latents with height and width, or length, which a denoiser has room for"
+        )
     latent_scale(vae, torch.empty(1, vae.config.latent_channels, 1, 1))  # refuses one that was never measured
     return vae.eval().requires_grad_(False)
 
@@ -191,12 +198,16 @@ def downsampling(vae: ModelMixin) -> int:
 
 
 @torch.no_grad()
-def latent_shape(vae: ModelMixin, size: tuple[int, int]) -> tuple[int, int, int]:
-    """(channels, height, width) of the latents of an image of (height, width).
+def latent_shape(vae: ModelMixin, size: tuple[int, ...]) -> tuple[int, ...]:
+    """(channels, height, width) of the latents of an image of (height, width), or (channels, length) of a sequence's.
 
     Raises:
         ValueError: if the VAE does not take images of that size.
     """
+    dims = vae.config.get("dims", 2)
+    if dims != len(size):
+        kinds = {1: "sequences", 2: "images"}
+        raise ValueError(f"--vae is of {kinds[dims]}, and the data are {kinds[len(size)]}")
     images = torch.zeros(1, vae.config.in_channels, *size, device=vae.device, dtype=vae.dtype)
     return tuple(vae.encode(images).latent_dist.mean.shape[1:])
 
@@ -239,8 +250,8 @@ def prepare_latents(config: DataConfig, vae: ModelMixin | None) -> LatentData:
     each = info.rows_per_image
     images = table.select(range(0, num_rows, each))  # without the mirrored ones
     chosen = fair_share(images, config.max_train_samples or info.num_images, "label")
-    channels, height, width = info.latent_shape
-    shape = (height, width, 2 * channels)
+    channels, *size = info.latent_shape
+    shape = (*size, 2 * channels)
     labelled = info.id2label is not None and not config.unconditional
     return LatentData(
         PixelTable(table.select_columns(["pixels"]), shape, DTYPE, (chosen[:, None] * each + np.arange(each)).ravel()),
@@ -266,15 +277,17 @@ def _check_options(config: DataConfig, info: LatentsInfo, folder: Path) -> None:
         "image_mode",
         "white_value",
         "label_column",
+        "sequence_column",
+        "sequence_layout",
         "dataset_config_name",
     ):
         asked, made = getattr(config, name), getattr(info, name)
-        asked = (asked[0], asked[-1]) if name == "resolution" and asked else asked
+        asked = (asked[0], asked[-1])[: len(made)] if name == "resolution" and asked else asked
         if asked not in (defaults[name], made):
             raise ValueError(
                 f"{folder} holds latents made with {name} {made}, got {asked}: leave it out or encode again"
             )
-    for name in ("num_classes", "label_names", "image_column"):
+    for name in ("num_classes", "label_names", "image_column", "sequence_scale"):
         if getattr(config, name) is not None:
             raise ValueError(
                 f"{name} was settled when the latents in {folder} were made: leave it out or encode again"
@@ -333,8 +346,8 @@ class SampleSpace:
     """The space in which a denoiser is trained: images, or their latents.
 
     Attributes:
-        shape: Of a sample, (channels, height, width).
-        resolution: (height, width) of the images.
+        shape: Of a sample, (channels, height, width) or (channels, length).
+        resolution: (height, width) of the images, or (length,) of the sequences.
         num_values: Of a channel of a pixel; None if they are continuous.
         vae: Between images and latents; None for images.
         cached: Whether the latents are on disk.
@@ -342,8 +355,8 @@ class SampleSpace:
             VAE's scale.
     """
 
-    shape: tuple[int, int, int]
-    resolution: tuple[int, int]
+    shape: tuple[int, ...]
+    resolution: tuple[int, ...]
     num_values: int | None
     vae: ModelMixin | None = None
     cached: bool = False
@@ -359,7 +372,8 @@ class SampleSpace:
             ValueError: if the VAE does not take these images.
         """
         if vae is None:
-            return cls((data.channels, *data.size), data.size, int(np.iinfo(data.dtype).max) + 1)
+            num_values = int(np.iinfo(data.dtype).max) + 1 if data.dtype.kind == "u" else None
+            return cls((data.channels, *data.size), data.size, num_values)
         cached = isinstance(data, LatentData)
         if not cached and data.channels != vae.config.in_channels:
             raise ValueError(
@@ -368,7 +382,7 @@ class SampleSpace:
             )
         resolution = data.info.resolution if cached else data.size
         shape = data.info.latent_shape if cached else latent_shape(vae, data.size)
-        vae.register_to_config(sample_size=resolution[0] if resolution[0] == resolution[1] else resolution)
+        vae.register_to_config(sample_size=resolution[0] if len(set(resolution)) == 1 else resolution)
         return cls(shape, resolution, None, vae, cached)
 
     @property
@@ -390,6 +404,28 @@ class SampleSpace:
         return encode if self.statistics is None else Normaliser(self.statistics, device, encode)
 
 
+def scaled_for(vae: ModelMixin, data: ImageData | StreamData, config: DataConfig) -> ImageData | StreamData:
+    """The data, of sequences in the scale that an autoencoder was trained in, if its config says it.
+
+    Raises:
+        ValueError: if the options ask for a scale of their own.
+    """
+    scale = ValueScale.of_config(vae.config.get("value_scale"))
+    if scale is None or not isinstance(data, SequenceData):
+        return data
+    if config.sequence_scale is not None:
+        raise ValueError(
+            f"sequence_scale {config.sequence_scale} has no meaning beside --vae, which has a scale: leave it out"
+        )
+    return dataclasses.replace(data, value_scale=scale)
+
+
+def value_scale_of(data: ImageData | StreamData, vae: ModelMixin | None) -> dict[str, list[float]] | None:
+    """The `value_scale` of a pipeline for these data; None for images."""
+    scale = getattr(data, "value_scale", None)
+    return scale.to_config() if scale else None if vae is None else vae.config.get("value_scale")
+
+
 def prepare_samples(
     config: TrainingDataConfig, vae: ModelMixin | None, multiple_of: int = 1, *, read_ahead: bool = False
 ) -> ImageData | StreamData:
@@ -402,7 +438,8 @@ def prepare_samples(
     """
     if not read_info(config.dataset_name):
         factor = 1 if vae is None else downsampling(vae)
-        return prepare_data(config, multiple_of * factor, read_ahead=read_ahead)
+        data = prepare_data(config, multiple_of * factor, read_ahead=read_ahead)
+        return data if vae is None else scaled_for(vae, data, config)
     if config.streaming:
         raise ValueError(f"{config.dataset_name} holds latents, which are read where they are: leave streaming out")
     return prepare_latents(config, vae)

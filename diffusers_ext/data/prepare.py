@@ -16,6 +16,8 @@ from diffusers_ext.data.image_columns import find_image_column, undecoded
 from diffusers_ext.data.image_table import ImageData, PixelTable
 from diffusers_ext.data.label_columns import fair_share, find_stream_labels, read_labels
 from diffusers_ext.data.probing import PROBED_ROWS, decide_fit
+from diffusers_ext.data.sequence_columns import SequenceFit, decide_sequence_fit, find_sequence_column
+from diffusers_ext.data.sequences import SequenceData, measure_scale
 from diffusers_ext.data.sources import Source, open_source
 from diffusers_ext.data.stream import StreamData
 
@@ -50,7 +52,7 @@ def prepare_images(
     condition_column: str | None = None,
     **options: Any,
 ) -> ImageData:
-    """Loads, decodes and fits the images of a data set, and reads their labels.
+    """Loads, decodes and fits the images, or the sequences, of a data set, and reads their labels.
 
     Args:
         config: Which images, and how they are read; or the name of a data set.
@@ -67,7 +69,10 @@ def prepare_images(
     """
     config = _with_options(config, options, DataConfig)
     source, notes, _ = _open(config, streaming=read_ahead)
-    column = find_image_column(source, config.image_column, condition_column)
+    column, noun, decide = find_sequence_column(source, config), "sequences", decide_sequence_fit
+    if column is None:
+        column = find_image_column(source, config.image_column, condition_column)
+        noun, decide = "images", decide_fit
     max_samples, chosen = config.max_train_samples, None
     if read_ahead:
         rows = undecoded(source, column)
@@ -77,11 +82,11 @@ def prepare_images(
         )
     elif max_samples is not None and max_samples < len(source):
         chosen = fair_share(source, max_samples, share_by or config.label_column)
-        notes += (f"{len(chosen)} of {len(source)} images are taken, of each label its share",)
+        notes += (f"{len(chosen)} of {len(source)} {noun} are taken, of each label its share",)
         source = source.select(chosen)
     labels = None if config.unconditional else read_labels(source, config.label_column, config.names_of_labels)
     first_rows = undecoded(source.select_columns([column]).select(range(min(len(source), PROBED_ROWS))), column)
-    how, decided = decide_fit(first_rows, source.features[column], column, config, multiple_of)
+    how, decided = decide(first_rows, source.features[column], column, config, multiple_of)
     num_proc = config.preprocessing_num_workers
     decoding = {"max_bad_share": config.max_bad_share, "num_proc": num_proc}
     pixels, rows, bad = decode_rows(source, column, how, **decoding)
@@ -92,12 +97,15 @@ def prepare_images(
         pixels, conditions, bad = pixels.of_rows(rows), conditions.of_rows(rows), len(source) - len(rows)
         notes += of_conditions
     if bad:
-        notes.append(f"{bad} of {len(rows) + bad} images could not be decoded and are left out")
-    more = {"rows": rows if chosen is None else chosen[rows], "whites": how.whites, "white": how.white}
-    more["conditions"] = conditions
+        notes.append(f"{bad} of {len(rows) + bad} {noun} could not be decoded and are left out")
+    kind, more = ImageData, {"rows": rows if chosen is None else chosen[rows]}
+    if isinstance(how, SequenceFit):
+        kind, more["value_scale"] = SequenceData, measure_scale(pixels, config.sequence_scale or "min_max")
+    else:
+        more |= {"whites": how.whites, "white": how.white, "conditions": conditions}
     if labels is None:
-        return ImageData(pixels, None, None, config.dataset_name, tuple(notes), how.resize_mode, **more)
-    data = ImageData(pixels, labels[0][rows], labels[1], config.dataset_name, tuple(notes), how.resize_mode, **more)
+        return kind(pixels, None, None, config.dataset_name, tuple(notes), how.resize_mode, **more)
+    data = kind(pixels, labels[0][rows], labels[1], config.dataset_name, tuple(notes), how.resize_mode, **more)
     return dataclasses.replace(data, notes=(*data.notes, *_about_labels(data)))
 
 
@@ -165,6 +173,10 @@ def prepare_stream(config: TrainingDataConfig | str, *, multiple_of: int = 1, **
     config = _with_options(config, options, partial(TrainingDataConfig, streaming=True))
     shuffle_buffer, max_samples = config.shuffle_buffer or DEFAULT_SHUFFLE_BUFFER, config.max_train_samples
     source, notes, files = _open(config, streaming=True)
+    if find_sequence_column(source, config) is not None:
+        raise ValueError(
+            "sequences are not read as a stream, since the scale of their values is measured on all of them: leave streaming out"
+        )
     column = find_image_column(source, config.image_column)
     labels = None if config.unconditional else find_stream_labels(source, config.label_column, config.names_of_labels)
     columns = [column] if labels is None else [column, labels.column]

@@ -20,6 +20,7 @@ from diffusers_ext.data.folders import (
 )
 from diffusers_ext.data.image_columns import with_image_columns
 from diffusers_ext.data.picture_folders import PictureSplit, join, read_pictures
+from diffusers_ext.data.sequence_files import read_sequence_files, split_sequence_files
 from diffusers_ext.untrusted import one_line
 
 
@@ -42,6 +43,7 @@ class LocalFolder:
         path: Of the folder.
         pictures: The splits of a folder of pictures.
         tables: The files of rows of each split.
+        sequences: The files of arrays or of audio of each split, where there are no others.
         reader: What `datasets` calls the reader of the tables.
         declared: Files of a folder that says itself, in its README.md, which are its data; `datasets` follows that.
         notes: One line for each decision that a user may want to know of.
@@ -50,6 +52,7 @@ class LocalFolder:
     path: Path
     pictures: Mapping[str, PictureSplit] | None = None
     tables: Mapping[str, Sequence[Entry]] | None = None
+    sequences: Mapping[str, Sequence[Entry]] | None = None
     reader: str | None = None
     declared: Sequence[Entry] | None = None
     notes: tuple[str, ...] = ()
@@ -69,15 +72,18 @@ class LocalFolder:
         if contents.tables:
             splits, notes = divide_tables(contents.tables)
             return cls(path, tables=splits, reader=contents.reader, notes=(*contents.notes, *notes))
+        sequences, notes = split_sequence_files(entries)
+        if sequences:
+            return cls(path, sequences=sequences, notes=tuple(notes))
         raise ValueError(
-            "it holds no pictures, and no files of rows (parquet, arrow, WebDataset tars, csv, json)"
-            + "".join(f"; {note}" for note in contents.notes)
+            "it holds no pictures, and no files of rows (parquet, arrow, WebDataset tars, csv, json), of arrays (npy, npz) or of "
+            "audio" + "".join(f"; {note}" for note in contents.notes)
         )
 
     def split_names(self, config_name: str | None = None) -> list[str]:
         if self.declared is not None:
             return datasets.get_dataset_split_names(str(self.path), config_name)
-        return list(self.pictures or self.tables)
+        return list(self.pictures or self.tables or self.sequences)
 
     def open(
         self, config_name: str | None, split: str, streaming: bool = False, cache_dir: str | None = None
@@ -96,6 +102,8 @@ class LocalFolder:
         if config_name is not None:
             raise ValueError(f"it has no configurations, got {config_name!r}: leave dataset_config_name out")
         names = self._names_in(split)
+        if self.sequences is not None:
+            return self._sequences_in(split, streaming)
         if self.tables is not None:
             files = {name: [glob.escape(entry.file) for entry in entries] for name, entries in self.tables.items()}
             rows = datasets.load_dataset(self.reader, data_files=files, **options)
@@ -113,12 +121,23 @@ class LocalFolder:
         Raises:
             ValueError: if there is no such split.
         """
-        there = list(self.pictures or self.tables)
+        there = list(self.pictures or self.tables or self.sequences)
         names = [part.split("[")[0].strip() for part in split.split("+")]
         for name in names:
             if name not in there:
                 raise ValueError(f"Unknown split {name!r}: there are {', '.join(there)}")
         return names
+
+    def _sequences_in(self, split: str, streaming: bool) -> Source:
+        opened = {name: read_sequence_files(self.sequences[name]) for name in self._names_in(split)}
+        parts = datasets.ReadInstruction.from_spec(split).to_absolute(
+            {name: len(rows) for name, rows in opened.items()}
+        )
+        rows = datasets.concatenate_datasets(
+            [opened[part.splitname].select(range(part.from_, part.to)) for part in parts]
+        )
+        files = tuple(entry for name in opened for entry in self.sequences[name])
+        return Source(rows.to_iterable_dataset() if streaming else rows, self.notes, files)
 
     def _pictures_in(self, split: str, cache_dir: str | None) -> datasets.Dataset:
         lengths = {name: len(each.rows) for name, each in self.pictures.items()}

@@ -12,6 +12,7 @@ from diffusers_ext.data.batches import EPOCH, BatchMaker, BatchOptions
 from diffusers_ext.data.config import TrainingDataConfig
 from diffusers_ext.data.image_table import ImageData
 from diffusers_ext.data.prepare import prepare_data
+from diffusers_ext.data.sequences import SequenceData
 from diffusers_ext.data.stream import StreamData
 
 
@@ -46,6 +47,8 @@ def prepare_validation(
         ),
         read_ahead=True,
     )
+    if isinstance(held_out, SequenceData):
+        held_out = dataclasses.replace(held_out, value_scale=data.value_scale)
     what = f"the images of the split {config.validation_split!r}"
     mine, theirs = (held_out.channels, held_out.dtype), (data.channels, data.dtype)
     if mine != theirs:

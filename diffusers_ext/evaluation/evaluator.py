@@ -13,6 +13,7 @@ from diffusers_ext.metrics.classes import classifier_score
 from diffusers_ext.metrics.features import FeatureClassifierModel
 from diffusers_ext.metrics.frechet import FeatureStatistics, extrapolated_frechet_distance, frechet_distance
 from diffusers_ext.metrics.kernel import kernel_distance
+from diffusers_ext.metrics.module_features import ModuleFeatures
 from diffusers_ext.metrics.neighbours import PrecisionRecall, density_coverage, nearest_distances, precision_recall
 
 
@@ -30,18 +31,20 @@ class Evaluator:
 
     Args:
         train: The images that a generator was trained on.
-        features: A classifier of such images or a network of `load_pretrained_features`, or None for no measure in features.
+        features: A classifier of such images, a network of `load_pretrained_features`, or any module in a `ModuleFeatures`; None
+            for no measure in features.
         num_reference: Real images that precision and recall compare with, drawn by `seed`; at most all of them. The
             paper compares sets of equal size.
         num_neighbours: The k of precision and recall.
-        in_pixels: Measure precision, recall and distances to the nearest training image in pixels too.
+        in_pixels: Measure precision, recall and distances to the nearest training image in pixels too; of sequences, in
+            their values.
         svc: A fitted classifier with scikit-learn's `predict`, of flattened pixels in [0, 1] (see `fit_svc`), or None.
         extrapolate: Estimate the Fréchet distance of infinitely many images too, from more than twice as many as features.
         seed: Of the draw of the reference.
     """
 
     train: LabelledImages
-    features: FeatureClassifierModel | PretrainedFeatures | None = None
+    features: FeatureClassifierModel | PretrainedFeatures | ModuleFeatures | None = None
     num_reference: int = 1000
     num_neighbours: int = 5
     in_pixels: bool = True
@@ -73,7 +76,7 @@ class Evaluator:
         """Every measure of these images.
 
         Args:
-            images: uint8, of the shape of the real ones.
+            images: uint8, or of sequences float32 in own units; of the shape of the real ones.
             labels: The label asked for each image, if any was.
 
         Returns:
@@ -84,7 +87,8 @@ class Evaluator:
             name), if it knows the labels of the real images;
             `reference_weighted`, True where the real images were weighted to the labels' proportions, see the class;
             in pixels: `pixel_precision`, `pixel_recall`, `nearest_train_distance` (median Euclidean distance to the
-            nearest training image, pixels in [0, 1]), `svc_label_accuracy`. Those that do not apply are left out.
+            nearest training image, pixels in [0, 1]), `svc_label_accuracy`. Those that do not apply are left out. Of
+            sequences the first two are `value_precision` and `value_recall`, of values that are in [0, 1] by `value_scale`.
 
         Raises:
             ValueError: if the images have another shape than the real ones, or are too few for `num_neighbours`.
@@ -105,7 +109,7 @@ class Evaluator:
         if self.in_pixels:
             result |= self._measure_in_pixels(images, weights)
         if self.svc is not None and labels is not None:
-            predicted = torch.as_tensor(self.svc.predict(_pixels(images).numpy()))
+            predicted = torch.as_tensor(self.svc.predict(self.train.flat(images).numpy()))
             result["svc_label_accuracy"] = _share_equal(predicted, labels)
         return result
 
@@ -136,10 +140,11 @@ class Evaluator:
         return result
 
     def _measure_in_pixels(self, images: Tensor, weights: Tensor | None) -> dict[str, float]:
-        pixels, real = _pixels(images), _pixels(self.train.images)
+        pixels, real = self.train.flat(images), self.train.flat(self.train.images)
+        what = "pixel" if self.train.value_scale is None else "value"
         precision, recall = self._precision_recall(real, pixels, weights)
         distance = nearest_distances(pixels, real).median().item()
-        return {"pixel_precision": precision, "pixel_recall": recall, "nearest_train_distance": distance}
+        return {f"{what}_precision": precision, f"{what}_recall": recall, "nearest_train_distance": distance}
 
     def _precision_recall(self, real: Tensor, points: Tensor, weights: Tensor | None) -> PrecisionRecall:
         reference = self._reference
@@ -221,8 +226,7 @@ def describe_left_out(
             f"the held-out split of {real.name} is not measured beside the generated images: precision and recall take more "
             f"images than num_neighbours, {num_neighbours}, got {len(real.held_out)}"
         )
-    by_class = isinstance(features, FeatureClassifierModel)
-    if by_class and real.has_labels and not knows_labels(features, real.train):
+    if isinstance(features, FeatureClassifierModel) and real.has_labels and not knows_labels(features, real.train):
         lines.append(
             f"the feature classifier does not know the labels of {real.name} by their names, so label_accuracy is left out"
         )
@@ -236,7 +240,7 @@ def fit_svc(train: LabelledImages):
     """
     from sklearn.svm import SVC
 
-    return SVC(kernel="rbf", C=10).fit(_pixels(train.images).numpy(), train.labels.numpy())
+    return SVC(kernel="rbf", C=10).fit(train.flat(train.images).numpy(), train.labels.numpy())
 
 
 def format_table(columns: dict[str, dict[str, float | int]]) -> str:
@@ -256,10 +260,6 @@ def _format(value: float | int | None) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return str(value) if isinstance(value, int) else f"{value:.4g}"
-
-
-def _pixels(images: Tensor) -> Tensor:
-    return images.flatten(1).double() / 255
 
 
 def _share_equal(a: Tensor, b: Tensor) -> float:

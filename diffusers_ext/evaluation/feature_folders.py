@@ -7,6 +7,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 from huggingface_hub.constants import HF_HOME
+from torch import Tensor, nn
 
 from diffusers_ext.atomic_files import finish_replacing, replace_files
 from diffusers_ext.data.identity import hash_weights
@@ -19,7 +20,11 @@ from diffusers_ext.evaluation.pretrained_features import (
 )
 from diffusers_ext.evaluation.real_images import RealImages
 from diffusers_ext.metrics.features import FeatureClassifierModel
+from diffusers_ext.metrics.module_features import ModuleFeatures
+from diffusers_ext.models.vae import VAEModel
+from diffusers_ext.sizes import as_size
 from diffusers_ext.untrusted import read_json
+from diffusers_ext.value_scale import ValueScale
 
 
 # What a folder of a trained feature classifier says of its training.
@@ -32,11 +37,7 @@ def split_for_training(real: RealImages, seed: int) -> tuple[LabelledImages, Lab
         return real.train, real.held_out
     order = drawn_order(len(real.train), seed)
     num_held_out = max(1, len(order) // 10)
-    held_out, train = [
-        LabelledImages(real.train.images[rows], real.train.labels[rows], real.train.label_names)
-        for rows in (order[:num_held_out], order[num_held_out:])
-    ]
-    return train, held_out
+    return real.train.take(order[num_held_out:]), real.train.take(order[:num_held_out])
 
 
 def train_and_save_features(real: RealImages, folder: Path, **settings) -> dict:
@@ -73,17 +74,46 @@ def train_and_save_features(real: RealImages, folder: Path, **settings) -> dict:
     return about
 
 
-def load_features(folder: str | Path) -> tuple[FeatureClassifierModel, dict]:
-    """A saved feature classifier, and the contents of its `features.json`.
+def load_features(
+    folder: str | Path, real: RealImages | None = None
+) -> tuple[FeatureClassifierModel | ModuleFeatures, dict]:
+    """A saved feature classifier, and the contents of its `features.json`; or the latents of a saved `VAEModel`.
+
+    Args:
+        real: The data that an autoencoder's latents are to be features of.
 
     Raises:
-        ValueError: if the folder is not one that `training/train_features.py` has made.
+        ValueError: if the folder is not one that `training/train_features.py` or `training/train_vae.py` has made.
     """
     folder = Path(folder)
     finish_replacing(folder)
+    if real is not None and (folder / "config.json").is_file() and not (folder / FEATURES_FILE).is_file():
+        return latents_as_features(folder, real), {}
     if not (folder / FEATURES_FILE).is_file():
         raise ValueError(f"{folder} is no folder of a feature classifier: make one with training/train_features.py")
     return FeatureClassifierModel.from_pretrained(folder).eval(), read_json(folder / FEATURES_FILE)
+
+
+def latents_as_features(folder: Path, real: RealImages) -> ModuleFeatures:
+    """The posterior means of an autoencoder of data like these, flattened.
+
+    Raises:
+        ValueError: if the folder holds no `VAEModel` for them.
+    """
+    if read_json(folder / "config.json").get("_class_name") != VAEModel.__name__:
+        raise ValueError(f"{folder} must hold a feature classifier or a VAEModel, whose latents are features")
+    vae = VAEModel.from_pretrained(folder).eval()
+    shape = (vae.config.in_channels, *as_size(vae.config.sample_size, vae.config.dims))
+    return ModuleFeatures(_Means(vae), shape, ValueScale.of_config(vae.config.value_scale) or real.value_scale)
+
+
+class _Means(nn.Module):
+    def __init__(self, vae: VAEModel):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, samples: Tensor) -> Tensor:
+        return self.vae.encode(samples).latent_dist.mode().flatten(1)
 
 
 def cached_features_folder(real: RealImages) -> Path:
@@ -95,6 +125,8 @@ def cached_features_folder(real: RealImages) -> Path:
         content.update(part.images.numpy().tobytes())
         content.update(part.labels.numpy().tobytes())
     content.update(repr(real.train.label_names).encode())
+    if real.value_scale is not None:
+        content.update(repr(real.value_scale).encode())
     shape = "x".join(map(str, real.image_shape))
     slug = Path(os.path.abspath(real.name)).name
     root = os.environ.get("DIFFUSERS_EXT_CACHE", os.path.join(HF_HOME, "diffusers_ext"))
@@ -142,8 +174,9 @@ def features_for(
 
     if folder is None and not real.can_be_classified:
         state.print(
-            f"{real.name} has {_how_many_labels(real)} to train a feature classifier on, so only pixels are measured;"
-            " --features takes a classifier trained on other images of this size, and evaluate.py dinov2, clip and inception",
+            f"{real.name} has {_how_many_labels(real)} to train a feature classifier on, so only "
+            f"{'pixels' if real.value_scale is None else 'values'} are measured; --features takes a classifier trained on "
+            "others of this size, an autoencoder of training/train_vae.py, and in evaluate.py dinov2, clip and inception",
             flush=True,
         )
         return None, None
@@ -152,11 +185,12 @@ def features_for(
         state.print(f"training a feature classifier on {real.name}, kept in {folder}", flush=True)
         train_and_save_features(real, folder)
         state.wait_for_everyone()
-    model, about = load_features(folder)
+    model, about = load_features(folder, real)
     if model.image_shape != real.image_shape:
         raise ValueError(
-            f"the feature classifier {folder} takes images of (channels, height, width) {model.image_shape}, but those"
-            f" of {real.name} are {real.image_shape}: train one on them with training/train_features.py"
+            f"the features of {folder} are of images of (channels, height, width), or sequences of (channels, length), "
+            f"{model.image_shape}, but those of {real.name} are {real.image_shape}: train a classifier on them with "
+            "training/train_features.py"
         )
     known = {"folder": str(folder), "dim": model.feature_dim, "sha256": hash_weights(model)}
     return model.to(state.device), known | about

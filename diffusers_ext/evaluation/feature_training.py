@@ -17,7 +17,6 @@ from tqdm.auto import tqdm
 from diffusers_ext.evaluation.labelled_images import LabelledImages
 from diffusers_ext.machine import is_fast_at_bf16
 from diffusers_ext.metrics.features import FeatureClassifierModel
-from diffusers_ext.pixels import to_images
 
 
 def fit_feature_classifier(
@@ -56,7 +55,9 @@ def fit_feature_classifier(
     device = accelerator.device.type
     autocast = torch.autocast(device, torch.bfloat16, enabled=is_fast_at_bf16(device) if bf16 is None else bf16)
     set_seed(seed)
-    model = FeatureClassifierModel.for_images(tuple(train.images.shape[1:]), train.label_names)
+    scale = None if train.value_scale is None else train.value_scale.to_config()
+    model = FeatureClassifierModel.for_images(tuple(train.images.shape[1:]), train.label_names, scale)
+    to_sample = model.to_sample
     model = model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
     loader = DataLoader(train, batch_size, shuffle=True, drop_last=True)
@@ -71,9 +72,8 @@ def fit_feature_classifier(
         for epoch in range(1, num_epochs + 1):
             for images, labels in loader:
                 images = _mirrored_at_random(images, flips) if random_flip else images
-                sample = to_images(images).contiguous(memory_format=torch.channels_last)
                 with autocast:
-                    loss = F.cross_entropy(model(sample), labels)
+                    loss = F.cross_entropy(model(to_sample(images)), labels)
                 accelerator.backward(loss)
                 optimizer.step()
                 optimizer.zero_grad()
@@ -97,7 +97,7 @@ def _choose_length(num_images: int, num_epochs: int | None, batch_size: int | No
 
 def _mirrored_at_random(images: Tensor, generator: torch.Generator) -> Tensor:
     flip = torch.rand(len(images), generator=generator).lt(0.5).to(images.device)
-    return torch.where(flip[:, None, None, None], images.flip(3), images)
+    return torch.where(flip.view(-1, *[1] * (images.ndim - 1)), images.flip(-1), images)
 
 
 def accuracy(model: FeatureClassifierModel, data: LabelledImages) -> float:

@@ -60,7 +60,8 @@ def sample_images(
         settings: Further keywords of the pipeline's call.
 
     Yields:
-        float32 in [0, 1], shape `(batch, channels, height, width)`, on the CPU.
+        float32 in [0, 1], shape `(batch, channels, height, width)`, on the CPU; sequences in own units, `(batch, channels,
+        length)`.
     """
     each = _given(labels=labels, prompts=prompts, conditions=conditions)
     for start in range(0, len(seeds), batch_size):
@@ -119,7 +120,8 @@ def generate_images(
         seed: Of the set.
 
     Returns:
-        uint8, shape `(len(indices), channels, height, width)`, on the CPU.
+        uint8, shape `(len(indices), channels, height, width)`, on the CPU; sequences float32 in own units, shape
+        `(len(indices), channels, length)`.
 
     Raises:
         ValueError: if the pipeline takes no `guidance_scale` or no labels or prompts and one is given, or if it makes NaN.
@@ -141,7 +143,8 @@ def generate_images(
                 raise ValueError(
                     f"{type(pipeline).__name__} made NaN or infinity for images {batch[0]} to {batch[-1]}"
                 )
-            batches.append(images.mul(255).round().clamp(0, 255).to(torch.uint8))
+            is_sequence = images.ndim == 3
+            batches.append(images if is_sequence else images.mul(255).round().clamp(0, 255).to(torch.uint8))
             done += len(images)
             progress.update(len(images))
     return torch.cat(batches)

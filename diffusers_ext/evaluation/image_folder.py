@@ -48,6 +48,8 @@ def read_image_folder(
     Raises:
         ValueError: if more files cannot be decoded, or none can.
     """
+    if real.value_scale is not None:
+        raise ValueError(f"{name} holds images, and {real.name} sequences: give a pipeline")
     channels, height, width = real.image_shape
     if channels > len(CHANNEL_MODES):
         raise ValueError(f"files hold images of up to 4 channels, but those of {real.name} have {channels}")

@@ -1,23 +1,30 @@
-"""Images in 8 bits with their labels, as all measures take them."""
+"""Images in 8 bits, or sequences in their own units, with their labels, as all measures take them."""
 
 import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
+from diffusers_ext.value_scale import ValueScale
+
 
 class LabelledImages(TensorDataset):
     """8-bit images `(number, channels, height, width)`, their labels `(number,)`, and the labels' names.
 
-    Images without labels have the label -1 and no names.
+    Images without labels have the label -1 and no names. With a `value_scale` they are sequences in own units, float32,
+    `(number, channels, length)`, and that is the scale of those trained on.
 
     Raises:
         TypeError, ValueError: if the images are not uint8 of that shape, or a label is missing or out of range.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, label_names: list[str]):
-        if images.dtype != torch.uint8:
+    def __init__(self, images: Tensor, labels: Tensor, label_names: list[str], value_scale: ValueScale | None = None):
+        if value_scale is not None and (images.ndim != 3 or not images.is_floating_point()):
+            raise ValueError(
+                f"sequences must be floating point, (number, channels, length), got {images.dtype} {tuple(images.shape)}"
+            )
+        if value_scale is None and images.dtype != torch.uint8:
             raise TypeError(f"images must be uint8 in [0, 255], got {images.dtype}")
-        if images.ndim != 4:
+        if value_scale is None and images.ndim != 4:
             raise ValueError(f"images must have shape (number, channels, height, width), got {tuple(images.shape)}")
         if labels.shape != images.shape[:1]:
             raise ValueError(f"labels must be one for each of the {len(images)} images, got {tuple(labels.shape)}")
@@ -29,7 +36,17 @@ class LabelledImages(TensorDataset):
                 f"labels must be in [0, {len(label_names) - 1}], got {int(labels.min())} to {int(labels.max())}"
             )
         super().__init__(images, labels)
-        self.label_names = list(label_names)
+        self.label_names, self.value_scale = list(label_names), value_scale
+
+    def take(self, rows: Tensor) -> "LabelledImages":
+        """Those of these numbers."""
+        return LabelledImages(self.images[rows], self.labels[rows], self.label_names, self.value_scale)
+
+    def flat(self, images: Tensor) -> Tensor:
+        """Images like these as float64, shape `(number, values)`: in [0, 1], or for sequences in about that range."""
+        if self.value_scale is None:
+            return images.flatten(1).double() / 255
+        return (self.value_scale.to_model(images).flatten(1).double() + 1) / 2
 
     @property
     def images(self) -> Tensor:

@@ -27,19 +27,20 @@ def takes_prompts(pipeline) -> bool:
     return "prompt" in parameters_of(pipeline) and "class_labels" not in parameters_of(pipeline)
 
 
-def image_size_of(pipeline) -> tuple[int, int]:
-    """The (height, width) of the images that a pipeline makes, from the configs of its networks.
+def image_size_of(pipeline) -> tuple[int, ...]:
+    """The (height, width) of the images that a pipeline makes, or (length,), from the configs of its networks.
 
     Raises:
         ValueError: if they do not say it.
     """
     for name in ("denoiser", "unet", "transformer"):
-        size = getattr(getattr(getattr(pipeline, name, None), "config", None), "sample_size", None)
+        config = getattr(getattr(pipeline, name, None), "config", None)
+        size = getattr(config, "sample_size", None)
         if size is not None:
-            height, width = (size, size) if isinstance(size, int) else size
+            sides = (size,) * config.get("dims", 2) if isinstance(size, int) else size
             vae = getattr(pipeline, "vae", None)
             scale = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
-            return height * scale, width * scale
+            return tuple(side * scale for side in sides)
     raise ValueError(f"the size of the images of {type(pipeline).__name__} is not in its configs: give --resolution")
 
 

@@ -15,9 +15,11 @@ from diffusers_ext.data.config import DataConfig
 from diffusers_ext.data.image_table import ImageData
 from diffusers_ext.data.label_columns import find_label_column
 from diffusers_ext.data.prepare import prepare_images
+from diffusers_ext.data.sequences import SequenceData
 from diffusers_ext.data.sources import load_source, split_names
 from diffusers_ext.evaluation.labelled_images import LabelledImages, drawn_order
 from diffusers_ext.pixels import DEFAULT_WHITES, IMAGE_MODES, Whites, to_range
+from diffusers_ext.value_scale import ValueScale
 
 
 HELD_OUT_SPLITS = ("validation", "test", "valid", "val")
@@ -84,8 +86,13 @@ class RealImages:
     held_out_conditions: Tensor | None = None
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """`(channels, height, width)`"""
+    def value_scale(self) -> ValueScale | None:
+        """Of sequences, between own units, in which they are, and [-1, 1]; None for images."""
+        return self.train.value_scale
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """`(channels, height, width)`, or `(channels, length)` of sequences."""
         return tuple(self.train.images.shape[1:])
 
     @property
@@ -185,24 +192,28 @@ def _load_like(train: _Split, config: DataConfig, **columns: str | None) -> _Spl
         white_value=config.white_value or like.whites.integers,
     )
     held_out = _load_split(config, **columns)
-    if held_out.prepared.channels != like.channels <= len(CHANNEL_MODES):
+    if isinstance(like, SequenceData) and isinstance(held_out.prepared, SequenceData):
+        scaled = dataclasses.replace(held_out.prepared, value_scale=like.value_scale)
+        held_out = held_out._replace(prepared=scaled, images=to_labelled_images(scaled))
+    elif held_out.prepared.channels != like.channels <= len(CHANNEL_MODES):
         held_out = _load_split(dataclasses.replace(config, image_mode=CHANNEL_MODES[like.channels - 1]), **columns)
     return held_out._replace(images=_with_labels_of(train.images, held_out.images, held_out.name))
 
 
 def to_labelled_images(data: ImageData) -> LabelledImages:
-    """All images in memory, in 8 bits, channels first. Without labels, `label_names` are empty."""
-    pixels = to_range(data.pixels[np.arange(len(data))], np.uint8)
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+    """All images in memory, in 8 bits, channels first; sequences in own units. Without labels, `label_names` are empty."""
+    pixels, scale = data.pixels[np.arange(len(data))], getattr(data, "value_scale", None)
+    pixels = to_range(pixels, np.uint8) if scale is None else pixels
+    images = torch.from_numpy(pixels).movedim(-1, 1).contiguous()
     if data.labels is None:
-        return LabelledImages(images, torch.full([len(images)], -1), [])
+        return LabelledImages(images, torch.full([len(images)], -1), [], scale)
     names = [data.id2label[label] for label in range(len(data.id2label))]
     if data.has_label_sets:
         raise ValueError(
             f"{data.name} has several labels an image, and what is measured by label takes one: name a column of single "
             "labels with --label_column"
         )
-    return LabelledImages(images, torch.from_numpy(data.labels), names)
+    return LabelledImages(images, torch.from_numpy(data.labels), names, scale)
 
 
 def _with_labels_of(train: LabelledImages, held_out: LabelledImages, split: str) -> LabelledImages:
@@ -222,7 +233,7 @@ def _numbered_by(label_names: Sequence[str], images: LabelledImages) -> Labelled
         return images
     ids = {name: label for label, name in enumerate(label_names)}
     numbers = torch.tensor([ids[name] for name in images.label_names])
-    return LabelledImages(images.images, numbers[images.labels], list(label_names))
+    return LabelledImages(images.images, numbers[images.labels], list(label_names), images.value_scale)
 
 
 def _has_labels_beside(config: DataConfig, caption_column: str) -> bool:

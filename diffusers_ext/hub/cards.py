@@ -248,7 +248,7 @@ def _ways_to_load(saved: SavedFolder, name: str, revision: str | None) -> dict[s
     fitting = {
         (None if saved.is_model else component.name): (component.class_name, FITS[component.class_name])
         for component in saved.components
-        if component.class_name in FITS
+        if component.class_name in FITS and component.dims == 2  # those pipelines make images
     }
     return {
         "loading_lines": loading_lines(name, model_class, revision),

@@ -21,12 +21,14 @@ class Component:
         name: Its name in the pipeline, which is its folder too; "model" for a model that was saved by itself.
         library, class_name: Where its class comes from.
         num_parameters: As its weights have them; 0 for what has none.
+        dims: Of its samples: 2 for images, 1 for sequences.
     """
 
     name: str
     library: str
     class_name: str
     num_parameters: int
+    dims: int = 2
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class SavedFolder:
                 raise ValueError(
                     f"config.json in {str(folder)!r} is of a {class_name}, but there are no weights beside it"
                 )
-            return cls(class_name, True, [Component("model", "diffusers_ext", class_name, weights)])
+            return cls(class_name, True, [Component("model", "diffusers_ext", class_name, weights, _dims_of(folder))])
         raise ValueError(
             f"{str(folder)!r} must hold a saved pipeline or model, but has no model_index.json and no config.json. Save"
             " one there with `save_pretrained(folder)`."
@@ -153,12 +155,17 @@ def _components(folder: Path, entries: dict) -> list[Component]:
             raise ValueError(
                 f"model_index.json in {str(folder)!r} names the component {name!r}, but has no such folder"
             )
-        components.append(Component(name, *entry, _count_parameters(folder / name)))
+        components.append(Component(name, *entry, _count_parameters(folder / name), _dims_of(folder / name)))
     return components
 
 
 def _is_dotted(name: str) -> bool:
     return all(part.isidentifier() for part in name.split("."))
+
+
+def _dims_of(folder: Path) -> int:
+    path = folder / "config.json"
+    return read_json(path).get("dims", 2) if path.is_file() else 2
 
 
 def _count_parameters(folder: Path) -> int:

@@ -84,6 +84,8 @@ class VAEModel(AutoencoderNetwork):
         likelihood_scale: Standard deviation of "gaussian", b of "laplace", where data is in [-1, 1].
         learn_scale: Whether that is where the scale starts and it is learned, one number for all pixels.
         scaling_factor, shift_factor: See above.
+        value_scale: Of series, between [-1, 1] and own units of the data that it was trained on, see `GuidedDiffusionPipeline`;
+            what is trained on its latents reads its data so. It does not change what is encoded or decoded.
         latent_offset: Taken from the encoder's means and added again before the decoder. The prior of the latents is
             N(-latent_offset, 1): without the offset it is the standard normal.
 
@@ -114,6 +116,7 @@ class VAEModel(AutoencoderNetwork):
         scaling_factor: float = 1.0,
         shift_factor: float | None = None,
         latent_offset: float = 0.0,
+        value_scale: dict | None = None,
     ):
         super().__init__()
         _check_options(self.config)

@@ -12,6 +12,7 @@ from diffusers_ext.latents import check_one_level
 from diffusers_ext.models.statistics import DataStatisticsModel, check_statistics
 from diffusers_ext.models.vae import VAEModel
 from diffusers_ext.pipelines.stock import check_stock_denoiser
+from diffusers_ext.value_scale import ValueScale
 
 
 def check_components(
@@ -60,6 +61,24 @@ def check_components(
             raise ValueError(
                 f"classifier must have the denoiser's {num_classes} labels, got {num_classes_of(classifier)}"
             )
+
+
+def check_value_scale(value_scale: dict | None, denoiser: nn.Module, vae: nn.Module | None) -> None:
+    """Refuses a scale of values that is none, or of other data.
+
+    Raises:
+        ValueError: saying so.
+    """
+    if value_scale is None:
+        return
+    scale = ValueScale.of_config(value_scale)
+    if denoiser.config.get("dims", 2) != 1:
+        raise ValueError("value_scale is of sequences, and the denoiser makes images: leave it out")
+    channels = denoiser.config.in_channels if vae is None else vae.config.out_channels
+    if scale.channels != channels:
+        raise ValueError(
+            f"value_scale must have a shift and a scale for each of {channels} channels, got {scale.channels}"
+        )
 
 
 def check_text_components(

@@ -20,6 +20,7 @@ from diffusers_ext.pixels import (
     upright,
     wide_values,
 )
+from diffusers_ext.value_scale import ValueScale
 
 
 ImageInput = Image.Image | np.ndarray | Tensor | Sequence[Image.Image | np.ndarray | Tensor]
@@ -43,6 +44,27 @@ def images_to_tensor(image: ImageInput, channels: int, dims: int = 2, name: str 
         ValueError: if it is no such image, its values are out of range, or the images differ in size.
     """
     return 2 * _to_unit_range(image, channels, dims, name) - 1
+
+
+def sequences_to_tensor(sequence: ImageInput, scale: ValueScale, name: str = "image") -> Tensor:
+    """Sequences in own units to those that a network sees, float32, shape `(batch, channels, length)`.
+
+    Args:
+        sequence: One or a list of: an array `(length, channels)`; a tensor `(channels, length)`; or either with a batch of
+            them.
+        scale: Between the two.
+        name: Of the argument, for the error.
+
+    Raises:
+        ValueError: if it is none, has other channels, NaN or infinity, or the sequences differ in length.
+    """
+    parts = [_to_tensor(part, scale.channels, 1, name, False, Whites()).double() for part in _parts(sequence, name)]
+    if len(lengths := {part.shape[2] for part in parts}) > 1:
+        raise ValueError(f"{name} must hold sequences of one length, got {', '.join(map(str, sorted(lengths)))}")
+    values = torch.cat(parts)
+    if not values.isfinite().all():
+        raise ValueError(f"{name} must have finite values, got NaN or infinity")
+    return scale.to_model(values)
 
 
 def encode_pixels(

@@ -80,7 +80,7 @@ class InversionMixin:
         condition_image: ImageInput | None = None,
         num_inference_steps: int = 50,
         num_refinements: int = 0,
-        output_type: str = "pil",
+        output_type: str | None = None,
     ):
         """Images on the way from one image to another, both included: inverted, mixed as noise, and made again.
 
@@ -122,7 +122,12 @@ class InversionMixin:
         for t in sampler.timesteps:
             x = sampler.step(predict(x, t), t, x).prev_sample
         labels = labels_of_data(self.statistics, condition)
-        images = decode_images(x, self.vae, output_type, statistics=self.statistics, labels=labels)
+        images = decode_images(
+            *(x, self.vae, output_type or self._default_output),
+            statistics=self.statistics,
+            labels=labels,
+            value_scale=self._value_scale,
+        )
         self.maybe_free_model_hooks()
         return images
 

@@ -35,7 +35,7 @@ from diffusers_ext.pipelines.image_inputs import encode_pixels
 from diffusers_ext.pipelines.inpainting import check_resampling
 from diffusers_ext.pipelines.label_condition import LabelCondition
 from diffusers_ext.pipelines.modular_components import CallInputs, Components, component_specs, config_specs
-from diffusers_ext.pipelines.outputs import check_output_type, decode_images
+from diffusers_ext.pipelines.outputs import check_output_type, decode_images, default_output_type
 from diffusers_ext.pipelines.pipeline_guided_diffusion import GuidedDiffusionPipeline
 from diffusers_ext.pipelines.pipeline_text_guided_diffusion import TextGuidedDiffusionPipeline
 from diffusers_ext.pipelines.sampling import count_images
@@ -44,6 +44,7 @@ from diffusers_ext.pipelines.steps import Steps, noisy_start
 from diffusers_ext.pipelines.text_condition import TextCondition, texts_or_embeds
 from diffusers_ext.pipelines.truncation import truncated_start, truncated_timesteps
 from diffusers_ext.schedulers.samplers import check_sampler, set_timesteps
+from diffusers_ext.value_scale import ValueScale
 
 
 ARGUMENTS = CallInputs(GuidedDiffusionPipeline.__call__, TextGuidedDiffusionPipeline.__call__)
@@ -157,6 +158,7 @@ class EncodeImages(Block):
 
     about = "Images to start from and masks, to tensors; through the VAE for models of latents."
     components, needed = ("denoiser", "vae", "statistics"), ("denoiser",)
+    configs = ("value_scale",)
     arguments = ("image", "mask_image")
     takes = ("condition",)
     gives = ("pixels", "mask", "image_latents")
@@ -322,7 +324,7 @@ class DecodeImages(Block):
     """Latents to images of the asked type."""
 
     about = "Decodes latents, and makes images of the asked type of them."
-    components = ("vae", "statistics")
+    components, configs = ("vae", "statistics"), ("value_scale",)
     arguments = ("output_type",)
     takes = ("pixels", "mask", "condition")
     requires = ("latents",)
@@ -331,9 +333,13 @@ class DecodeImages(Block):
     def run(self, parts, values):
         ARGUMENTS.options(output_type=values.output_type)
         x, vae = values.latents, parts.vae
-        check_output_type(values.output_type, x.shape[1] if vae is None else vae.config.out_channels, x.ndim - 2)
+        output_type = values.output_type or default_output_type(x.ndim - 2)
+        check_output_type(output_type, x.shape[1] if vae is None else vae.config.out_channels, x.ndim - 2)
         labels = None if values.condition is None else labels_of_data(parts.statistics, values.condition)
-        values.images = decode_images(x, vae, values.output_type, values.pixels, values.mask, parts.statistics, labels)
+        values.images = decode_images(
+            *(x, vae, output_type, values.pixels, values.mask, parts.statistics, labels),
+            value_scale=ValueScale.of_config(parts.config.value_scale),
+        )
 
 
 def _with_images(values, **given):

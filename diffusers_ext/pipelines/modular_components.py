@@ -31,6 +31,7 @@ CONFIGS = {
     "call_defaults": None,
     "clip_guided_noise": False,
     "noise_path": None,
+    "value_scale": None,
     "max_text_length": None,
     "mask_padding": None,
 }

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from diffusers_ext.diffusion.noising import predict_x0
 from diffusers_ext.latents import decode_latents
 from diffusers_ext.schedulers.levels import noise_level, prediction_type_of, start_scale
+from diffusers_ext.value_scale import ValueScale
 
 
 class TrajectoryPoint(NamedTuple):
@@ -39,7 +40,7 @@ class TrajectoryPoint(NamedTuple):
 
 @dataclass
 class GuidedDiffusionPipelineOutput(BaseOutput):
-    """Images of the asked type and, for the asked steps, points of the trajectory."""
+    """Images, or sequences, of the asked type and, for the asked steps, points of the trajectory."""
 
     images: list[Image.Image] | np.ndarray | Tensor
     trajectory: list[TrajectoryPoint] | None = None
@@ -60,6 +61,11 @@ def decode_samples(
     return x if vae is None else decode_latents(vae, x)
 
 
+def default_output_type(dims: int) -> str:
+    """Pictures of images, and arrays of sequences."""
+    return "pil" if dims == 2 else "np"
+
+
 def check_output_type(output_type: str, channels: int, dims: int) -> None:
     """Refuses pictures of samples that are none: of another number of channels, or of a sequence."""
     if output_type == "pil" and (channels not in (1, 3, 4) or dims != 2):
@@ -77,6 +83,7 @@ def decode_images(
     mask: Tensor | None = None,
     statistics: nn.Module | None = None,
     labels: Tensor | None = None,
+    value_scale: ValueScale | None = None,
 ) -> list[Image.Image] | np.ndarray | Tensor:
     """Samples as the sampler left them to images of the asked type.
 
@@ -84,13 +91,14 @@ def decode_images(
         vae, statistics, labels: As for `decode_samples`.
         output_type: As for the call of a pipeline.
         pixels, mask: Images, and where they are to be kept (0), which the way through latents and statistics changes.
+        value_scale: Of sequences, whose values are then given in own units.
     """
     if output_type == "latent":
         return x
     x = decode_samples(x, vae, statistics, labels)
     if mask is not None:
         x = torch.where(mask.bool(), x, pixels)
-    x = (x / 2 + 0.5).clamp(0, 1)
+    x = (x / 2 + 0.5).clamp(0, 1) if value_scale is None else value_scale.to_values(x)
     if output_type == "pt":
         return x
     images = x.movedim(1, -1).cpu().numpy()

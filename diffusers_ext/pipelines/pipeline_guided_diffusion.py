@@ -16,7 +16,7 @@ from diffusers_ext.guidance.labels import num_classes_of
 from diffusers_ext.pipelines.adapters import AdapterMixin
 from diffusers_ext.pipelines.call_condition import CallCondition, image_condition_of
 from diffusers_ext.pipelines.call_defaults import check_call_defaults
-from diffusers_ext.pipelines.components import check_components
+from diffusers_ext.pipelines.components import check_components, check_value_scale
 from diffusers_ext.pipelines.image_inputs import ImageInput
 from diffusers_ext.pipelines.inversion import InversionMixin
 from diffusers_ext.pipelines.label_condition import Label, LabelCondition, LabelledMixin, Labels
@@ -57,6 +57,9 @@ class GuidedDiffusionPipeline(
         image_condition: How a condition image is made from an image, for a denoiser with `condition_channels`: a dict of the
             arguments of `diffusers_ext.conditions.ImageCondition`, saved with the pipeline. By default condition images are
             given at the size of the samples.
+        value_scale: Of sequences, `{"shift": [...], "scale": [...]}` with a number for each channel: what the networks make in
+            about [-1, 1] times the scale plus the shift is in the data's own units. Without it sequences are given in [0, 1],
+            like images.
 
     Raises:
         ValueError: if the components do not fit one another.
@@ -91,11 +94,13 @@ class GuidedDiffusionPipeline(
         noise_path: str | None = None,
         call_defaults: dict | None = None,
         image_condition: dict | None = None,
+        value_scale: dict | None = None,
     ):
         super().__init__()
         self.register_to_config(noise_path=noise_path)
         check_components(denoiser, vae, classifier, weak_denoiser, statistics)
         check_prior(prior, denoiser, vae is not None, num_classes_of(denoiser))
+        check_value_scale(value_scale, denoiser, vae)
         self.register_modules(
             denoiser=denoiser,
             scheduler=scheduler,
@@ -113,6 +118,7 @@ class GuidedDiffusionPipeline(
         if isinstance(image_condition, ImageCondition):
             image_condition = image_condition.to_config()
         self.register_to_config(image_condition=image_condition)
+        self.register_to_config(value_scale=value_scale)
 
     @torch.no_grad()
     def __call__(
@@ -140,7 +146,7 @@ class GuidedDiffusionPipeline(
         eta: float = 0.0,
         use_clipped_model_output: bool | None = None,
         low_memory: bool = False,
-        output_type: str = "pil",
+        output_type: str | None = None,
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, Tensor, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
@@ -163,7 +169,8 @@ class GuidedDiffusionPipeline(
             image: Images to start from, or to keep what `mask_image` says of: PIL images, read as in training,
                 with transparent pixels on black; arrays `(batch, height, width, channels)` or tensors
                 `(batch, channels, height, width)`, floats in [0, 1] or integers (see `diffusers_ext.pixels.Whites`); one
-                for all, or one for each.
+                for all, or one for each. Sequences are arrays `(batch, length, channels)` or tensors
+                `(batch, channels, length)`, in own units if there is a `value_scale`.
             strength: How far to go back to noise, in [0, 1]: 0 gives the image itself, 1 does not look at it. By
                 default 0.8, or 1 with a `mask_image`. The steps taken are that share of `num_inference_steps`.
             mask_image: White (from 0.5 on) where to make the image anew, black where to keep it exactly.
@@ -192,8 +199,9 @@ class GuidedDiffusionPipeline(
             use_clipped_model_output: Whether DDIM takes the noise in x_t to be what the clipped x_0 leaves; by default as
                 `clip_guided_noise` says. Other schedulers have no such choice.
             low_memory: Call the network once for each prediction of a guider, instead of once for all.
-            output_type: "pil"; "np", `(batch, height, width, channels)` in [0, 1]; "pt",
-                `(batch, channels, height, width)` in [0, 1]; or "latent", as the sampler left them.
+            output_type: "pil", the default; "np", `(batch, height, width, channels)` in [0, 1]; "pt",
+                `(batch, channels, height, width)` in [0, 1]; or "latent", as the sampler left them. Of sequences "np", the
+                default, `(batch, length, channels)`, and "pt", `(batch, channels, length)`, in own units by `value_scale`.
             return_dict: `False` returns a tuple of images and, if asked for, trajectory.
             callback_on_step_end: Called as `callback(pipeline, step, timestep, tensors)` after each step; may return
                 tensors to go on with, and set `pipeline._guidance_scale` for the steps that follow. It is one of

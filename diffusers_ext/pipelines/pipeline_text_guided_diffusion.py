@@ -132,7 +132,7 @@ class TextGuidedDiffusionPipeline(
         eta: float = 0.0,
         use_clipped_model_output: bool | None = None,
         low_memory: bool = False,
-        output_type: str = "pil",
+        output_type: str | None = None,
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, Tensor, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),

@@ -17,15 +17,27 @@ from diffusers_ext.latents import latent_scale
 from diffusers_ext.machine import fast_precision
 from diffusers_ext.pipelines.call_condition import CallCondition, ConditionImagesMixin
 from diffusers_ext.pipelines.call_defaults import with_defaults
-from diffusers_ext.pipelines.image_inputs import ImageInput, encode_pixels, images_to_tensor, mask_to_tensor
+from diffusers_ext.pipelines.image_inputs import (
+    ImageInput,
+    encode_pixels,
+    images_to_tensor,
+    mask_to_tensor,
+    sequences_to_tensor,
+)
 from diffusers_ext.pipelines.inpainting import check_resampling
-from diffusers_ext.pipelines.outputs import GuidedDiffusionPipelineOutput, check_output_type, decode_images
+from diffusers_ext.pipelines.outputs import (
+    GuidedDiffusionPipelineOutput,
+    check_output_type,
+    decode_images,
+    default_output_type,
+)
 from diffusers_ext.pipelines.statistics import check_clipping, labels_of_data
 from diffusers_ext.pipelines.steps import Steps, noisy_start
 from diffusers_ext.pipelines.truncation import truncated_start, truncated_timesteps
 from diffusers_ext.schedulers.levels import path_name
 from diffusers_ext.schedulers.samplers import check_sampler, set_timesteps
 from diffusers_ext.sizes import as_size
+from diffusers_ext.value_scale import ValueScale
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -76,7 +88,7 @@ class CallOptions:
     eta: float
     use_clipped_model_output: bool | None
     low_memory: bool
-    output_type: str
+    output_type: str | None
     return_dict: bool
     callback_on_step_end: Callable[[Any, int, Tensor, dict], dict] | None
     callback_on_step_end_tensor_inputs: Sequence[str]
@@ -88,7 +100,7 @@ class CallOptions:
         return cls(**{field.name: arguments[field.name] for field in fields(cls) if field.name in arguments})
 
     def __post_init__(self):
-        if self.output_type not in OUTPUT_TYPES:
+        if self.output_type not in (None, *OUTPUT_TYPES):
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {self.output_type!r}")
         if self.image is None:
             given = [name for name in ("strength", "mask_image") if getattr(self, name) is not None]
@@ -222,7 +234,9 @@ class SamplingMixin(ConditionImagesMixin):
                         scale = self._guidance_scale
                         steps.guide_by(scale)
 
-        images = decode_images(x, self.vae, call.output_type, pixels, mask, self.statistics, labels)
+        images = decode_images(
+            *(x, self.vae, call.output_type, pixels, mask), self.statistics, labels, self._value_scale
+        )
         self.maybe_free_model_hooks()
         trajectory = None if call.trajectory_steps is None else steps.trajectory
         if not call.return_dict:
@@ -236,7 +250,10 @@ class SamplingMixin(ConditionImagesMixin):
             call = replace(call, guidance_scale=condition.default_guidance_scale)
         can_guide = can_guide and not condition.weighted and self.guider is None
         given = {field.name: getattr(call, field.name) for field in fields(call)}
-        return replace(call, **with_defaults(given, self.config.get("call_defaults"), can_guide))
+        output_type = call.output_type or self._default_output
+        return replace(
+            call, output_type=output_type, **with_defaults(given, self.config.get("call_defaults"), can_guide)
+        )
 
     def _denoiser(
         self,
@@ -287,6 +304,15 @@ class SamplingMixin(ConditionImagesMixin):
         return self.denoiser.config.get("dims", 2)
 
     @property
+    def _default_output(self) -> str:
+        return default_output_type(self._dims)
+
+    @property
+    def _value_scale(self) -> ValueScale | None:
+        """Between own units of sequences and the samples; None for images."""
+        return ValueScale.of_config(self.config.get("value_scale"))
+
+    @property
     def _sample_shape(self) -> tuple[int, ...]:
         """`(channels, *spatial)` of what the denoiser makes."""
         config = self.denoiser.config
@@ -294,6 +320,8 @@ class SamplingMixin(ConditionImagesMixin):
 
     def _to_pixels(self, image: ImageInput, device: torch.device) -> Tensor:
         channels = self._sample_shape[0] if self.vae is None else self.vae.config.in_channels
+        if (scale := self._value_scale) is not None:
+            return sequences_to_tensor(image, scale).to(device)
         return images_to_tensor(image, channels, self._dims).to(device)
 
     def _to_mask(self, mask_image: ImageInput, pixels: Tensor) -> Tensor:

@@ -56,6 +56,8 @@ def why_not(trainer: Trainer, wanted: bool | None, seconds: float) -> str | None
         return "several processes trained it"
     if not isinstance(trainer.data, ImageData):
         return "its data are a stream"
+    if len(trainer.data.size) == 1:
+        return "" if wanted is None else "its data are sequences, and what it measures is of images"
     if len(trainer.data) * trainer.data.channels * math.prod(trainer.data.size) > MOST_TO_READ:
         return "its data are many to be read into memory"
     return None
@@ -74,7 +76,8 @@ def calibrate_run(trainer: Trainer, wanted: bool | None, command: str) -> None:
     reason = why_not(trainer, wanted, seconds)
     if reason is not None:
         if reason:
-            say(f"not calibrated, since {reason}: python training/calibrate.py {folder}")
+            later = "" if len(trainer.data.size) == 1 else f": python training/calibrate.py {folder}"
+            say(f"not calibrated, since {reason}{later}")
         return
     say(f"calibrating for {budget_of_training(seconds):.0f} s (--no-calibrate leaves it)", flush=True)
     try:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diffusers_ext.data.image_table import ImageData
 from diffusers_ext.data.latent_cache import LatentEncoder, SampleSpace
+from diffusers_ext.data.sequences import SequenceData
 from diffusers_ext.data.stream import StreamData
 from diffusers_ext.latents import latent_scale
 from diffusers_ext.models.statistics import DataStatisticsModel
@@ -38,6 +39,11 @@ def with_statistics(
     """
     if (config.data_mean, config.data_scale) == ("none", "none"):
         return space
+    if isinstance(data, SequenceData):
+        raise ValueError(
+            f"data_mean and data_scale are of images, and {data.name} holds sequences, whose values sequence_scale scales: leave "
+            "them out"
+        )
     if not isinstance(data, ImageData):
         raise ValueError(
             "data_mean and data_scale are measured in one pass over all images before the first step, which a stream does not "

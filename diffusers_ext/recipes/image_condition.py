@@ -6,6 +6,7 @@ from torch import Tensor
 from diffusers_ext.conditions import GIVEN, ImageCondition, add_condition_noise
 from diffusers_ext.data.image_table import ImageData
 from diffusers_ext.data.latent_cache import LatentData, LatentEncoder, SampleSpace
+from diffusers_ext.data.sequences import SequenceData
 from diffusers_ext.data.stream import StreamData
 from diffusers_ext.pixels import to_images
 from diffusers_ext.recipes.denoising import DenoisingConfig
@@ -21,6 +22,8 @@ def condition_of_run(
     """
     if config.condition is None and config.condition_column is None:
         return None
+    if isinstance(data, SequenceData):
+        raise ValueError(f"condition images are made of images, and {data.name} holds sequences: leave them out")
     if isinstance(data, LatentData):
         raise ValueError(
             f"condition images are made at each batch, of images that {data.name} has only the latents of: give the data set of "

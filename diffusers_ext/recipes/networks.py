@@ -108,19 +108,19 @@ class NetworkConfig(TrainerConfig):
             return downsampling_factor(self.block_out_channels)
         return self.patch_size or (1 if self.dit_size is None else dit_config(self.dit_size)["patch_size"])
 
-    def check_sample(self, size: tuple[int, int], resolution: tuple[int, int]) -> None:
+    def check_sample(self, size: tuple[int, ...], resolution: tuple[int, ...]) -> None:
         """Refuses samples that the network cannot halve or cut into patches, or has not the maps of that options name.
 
         Args:
-            size: (height, width) of the samples: of the images, or of their latents.
-            resolution: (height, width) of the images.
+            size: (height, width), or (length,), of the samples: of the images, or of their latents.
+            resolution: Of the images.
 
         Raises:
             ValueError: if a side is no multiple of `size_multiple`, or no map has a side of `attention_resolutions`.
         """
         multiple = self.size_multiple
         if any(side % multiple for side in size):
-            sizes = [f"{sides[0]}x{sides[1]}" for sides in (size, resolution)]
+            sizes = ["x".join(map(str, sides)) for sides in (size, resolution)]
             factor = max(1, round(resolution[0] / size[0]))
             raise ValueError(
                 f"the sides of the latents must be multiples of {multiple}, since {self._why_multiple()}, got {sizes[0]} from "
@@ -146,7 +146,7 @@ def _default_patch_size(sample_size: int | tuple[int, int]) -> int:
 def build_network(
     config: NetworkConfig,
     *,
-    sample_size: int | tuple[int, int],
+    sample_size: int | tuple[int, ...],
     in_channels: int,
     out_channels: int,
     num_classes: int | None,
@@ -159,7 +159,13 @@ def build_network(
 
     Args:
         of_condition_image: Options of the network for a condition image; without, it takes none.
+
+    Raises:
+        ValueError: if a DiT is asked for sequences.
     """
+    dims = 2 if isinstance(sample_size, int) else len(sample_size)
+    if config.model == "dit" and dims == 1:
+        raise ValueError("model dit cuts images into patches, and the data are sequences: leave it out, for a U-Net")
     torch.manual_seed(config.seed)
     common = of_condition_image | {
         "sample_size": sample_size,
@@ -174,6 +180,7 @@ def build_network(
         return DiTModel(**common, **config.dit_options(sample_size))
     return UNetModel(
         **common,
+        dims=dims,
         block_out_channels=config.block_out_channels,
         layers_per_block=config.layers_per_block,
         attention_resolutions=config.attention_resolutions,

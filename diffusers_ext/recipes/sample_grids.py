@@ -25,6 +25,7 @@ from diffusers_ext.trainer.ending import EndingCost, seconds_of
 from diffusers_ext.trainer.loop import Trainer
 from diffusers_ext.trainer.progress import counting_bar
 from diffusers_ext.trainer.run import save_atomically
+from diffusers_ext.value_scale import ValueScale
 
 
 MAX_ROWS = 16
@@ -162,7 +163,9 @@ def draw_denoising(
     with torch.no_grad():
         labels = None if label is None else torch.tensor([label])
         rows = [decode_samples(row, vae, statistics, labels) for row in rows]
-    save_picture(labelled_grid([(row.float() + 1) / 2 for row in rows], names, heads), path)
+    scale = ValueScale.of_config(pipe.config.get("value_scale"))
+    shown = [(row.float() + 1) / 2 if scale is None else scale.to_values(row.float()) for row in rows]
+    save_picture(labelled_grid(shown, names, heads), path)
 
 
 def draw_while_training(

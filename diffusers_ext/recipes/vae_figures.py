@@ -8,6 +8,7 @@ from torch import Tensor
 from diffusers_ext.figures import labelled_grid, save_picture
 from diffusers_ext.models.vae import VAEModel
 from diffusers_ext.pipelines.inversion import slerp
+from diffusers_ext.value_scale import ValueScale
 
 
 PICTURES = {
@@ -44,7 +45,7 @@ def draw_pictures(vae: VAEModel, images: Tensor, folder: Path, *, columns: int =
     """
     folder.mkdir(parents=True, exist_ok=True)
     shown = images[:columns]
-    both = [in_unit_range(shown), decoded(vae, vae.encode(shown).latent_dist.mode())]
+    both = [as_shown(vae, shown), decoded(vae, vae.encode(shown).latent_dist.mode())]
     save_picture(labelled_grid(both, ["image", "decoded"]), folder / "reconstructions.png")
     generator = torch.Generator(vae.device).manual_seed(seed)
     drawn = decoded(vae, vae.sample_prior(columns * columns, generator))
@@ -60,6 +61,8 @@ def prior_title(vae: VAEModel) -> str:
     """The title of a grid of draws from the prior; of feature maps it says why they show no objects."""
     if len(vae.latent_shape) == 1:
         return "decoded draws from the prior"
+    if vae.config.dims == 1:
+        return "Decoded draws from the prior, which are no samples of the data: a diffusion model on the latents makes those."
     return (
         "Decoded draws from the prior, which takes each place of the latents for itself: they show textures and no objects. "
         "Images are made by a diffusion model trained on the latents."
@@ -136,8 +139,14 @@ def draw_manifold(vae: VAEModel, path: Path, *, side: int = 16) -> None:
 
 
 def decoded(vae: VAEModel, z: Tensor) -> Tensor:
-    """Latents to images in [0, 1]."""
-    return in_unit_range(vae.decode(z).sample)
+    """Latents to images in [0, 1], or to sequences in own units."""
+    return as_shown(vae, vae.decode(z).sample)
+
+
+def as_shown(vae: VAEModel, samples: Tensor) -> Tensor:
+    """Samples in [-1, 1] to images in [0, 1], cut to it; or to sequences in own units."""
+    scale = ValueScale.of_config(vae.config.value_scale)
+    return in_unit_range(samples) if scale is None else scale.to_values(samples.float())
 
 
 def in_unit_range(images: Tensor) -> Tensor:

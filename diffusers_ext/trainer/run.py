@@ -129,14 +129,14 @@ def prepare_repo(config: TrainerConfig) -> str:
 def describe_data(config: TrainerConfig, data: ImageData | StreamData) -> str:
     """The data in a line."""
     channels = {1: "grey", 3: "RGB"}.get(data.channels, f"{data.channels}-channel")
+    what, size = "images", f"{'x'.join(map(str, data.size))} {channels}"
+    if len(data.size) == 1:
+        what, size = "sequences", f"length {data.size[0]}, {data.channels} channel{'s' * (data.channels > 1)}"
     kind = "labels" if getattr(data, "texts", None) is None else "different captions"
     labels = "no labels" if data.id2label is None else f"{data.num_classes} {kind}"
     labels += ", of which an image can have several" if data.has_label_sets else ""
-    height, width = data.size
     count = "a stream of" if data.num_images is None else len(data)
-    return (
-        f"{one_line(data.name)}, split {config.dataset_split}: {count} images, {height}x{width} {channels}, {labels}"
-    )
+    return f"{one_line(data.name)}, split {config.dataset_split}: {count} {what}, {size}, {labels}"
 
 
 def save_atomically(

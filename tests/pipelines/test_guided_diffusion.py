@@ -233,7 +233,7 @@ def test_pil_images_have_the_mode_of_their_channels(channels, mode):
 def test_samples_that_are_no_images_need_another_output_type():
     pipe = pipeline(dims=1, sample_size=16, in_channels=2, out_channels=2)
     with pytest.raises(ValueError, match="output_type must be 'np' or 'pt'.* 2 channels and 1 dimensions"):
-        pipe(class_labels=1)
+        pipe(class_labels=1, output_type="pil")
     assert sample(pipe, class_labels=[1, 2]).shape == (2, 2, 16)
 
 
