@@ -13,6 +13,7 @@ from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES, _fetch_
 import diffusers_ext
 from diffusers_ext import ExtDDIMScheduler, ExtDDPMScheduler, GuidedDiffusionPipeline, UNetModel
 from diffusers_ext.registration import BASE_CLASSES, register_with_diffusers, without_code
+from environment import HUNG_AFTER
 from tiny import assert_same_output, assert_same_pipeline, image_of, tiny_unet
 
 
@@ -64,26 +65,52 @@ def test_pipeline_loads_as_it_was_saved(pipeline, tmp_path, way):
     assert_same_pipeline(loaded, pipeline)
 
 
-def test_pipeline_loads_in_a_new_process(tmp_path):
-    pipeline = PIPELINES["ours"]()
-    expected = image_of(pipeline)
-    pipeline.save_pretrained(tmp_path / "pipeline")
-    code = f"""
+# A new process, in which libraries of the extras cannot be imported.
+NEW_PROCESS = """
+import json, sys
+for name in ("matplotlib", "datasets", "sklearn", "pandas", "tensorboard"):
+    sys.modules[name] = None  # importing it raises
+from diffusers import AutoModel, DDIMInverseScheduler, DDIMScheduler, DDPMScheduler, DiffusionPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, ModelMixin, SchedulerMixin, ScoreSdeVeScheduler
+from diffusers import CacheMixin, ModularPipelineBlocks
+from diffusers.guiders import BaseGuidance
+before = set(sys.modules)
 import diffusers_ext
+new = set(sys.modules) - before
+packages = {name.split(".")[0] for name in new} - set(sys.stdlib_module_names)
+modules = {name for name in new if name.startswith(("diffusers.", "transformers.", "torch."))}
+
 import diffusers
 import numpy
 import torch
-
 images = []
 for cls in (diffusers.DiffusionPipeline, diffusers_ext.DiffusionPipeline, diffusers_ext.GuidedDiffusionPipeline):
-    pipeline = cls.from_pretrained({str(tmp_path / "pipeline")!r})
+    pipeline = cls.from_pretrained(sys.argv[1] + "/pipeline")
     assert type(pipeline) is diffusers_ext.GuidedDiffusionPipeline
     generator = torch.Generator().manual_seed(0)
     images.append(pipeline(batch_size=1, num_inference_steps=4, generator=generator, output_type="np").images)
-numpy.save({str(tmp_path / "images.npy")!r}, images)
+numpy.save(sys.argv[1] + "/images.npy", images)
+
+import diffusers_ext.metrics
+print(json.dumps({"packages": sorted(packages), "modules": sorted(modules), "metrics": True}))
 """
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-    for image in np.load(tmp_path / "images.npy"):
+
+
+@pytest.fixture(scope="module")
+def new_process(tmp_path_factory):
+    """What `NEW_PROCESS` says, the images that it made, and those that were to be made. One process for all that it tells."""
+    folder, pipeline = tmp_path_factory.mktemp("new_process"), PIPELINES["ours"]()
+    expected = image_of(pipeline)
+    pipeline.save_pretrained(folder / "pipeline")
+    command = [sys.executable, "-c", NEW_PROCESS, str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=HUNG_AFTER)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1]), np.load(folder / "images.npy"), expected
+
+
+def test_pipeline_loads_in_a_new_process(new_process):
+    _, images, expected = new_process
+    for image in images:
         assert_same_output(image, expected)
 
 
@@ -210,29 +237,11 @@ def test_registering_again_changes_nothing():
 # Importing.
 
 
-def test_import_brings_in_nothing_but_what_diffusers_does():
-    code = """
-import sys
-from diffusers import AutoModel, DDIMInverseScheduler, DDIMScheduler, DDPMScheduler, DiffusionPipeline
-from diffusers import FlowMatchEulerDiscreteScheduler, ModelMixin, SchedulerMixin, ScoreSdeVeScheduler
-from diffusers import CacheMixin, ModularPipelineBlocks
-from diffusers.guiders import BaseGuidance
-before = set(sys.modules)
-import diffusers_ext
-print({name.split(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names))
-print({name for name in set(sys.modules) - before if name.startswith(("diffusers.", "transformers.", "torch."))})
-"""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    packages, modules = map(eval, result.stdout.splitlines())
-    assert packages == {"diffusers_ext"}
-    assert modules == set()
+def test_import_brings_in_nothing_but_what_diffusers_does(new_process):
+    found, _, _ = new_process
+    assert found["packages"] == ["diffusers_ext"] and found["modules"] == []
 
 
-def test_import_needs_none_of_the_extras():
-    code = """
-import sys
-for name in ("matplotlib", "datasets", "sklearn", "pandas", "tensorboard"):
-    sys.modules[name] = None  # importing it raises
-import diffusers_ext
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+def test_importing_sampling_and_the_metrics_need_none_of_the_extras(new_process):
+    """The metrics are for other projects' training loops too."""
+    assert new_process[0]["metrics"]

@@ -159,10 +159,10 @@ def test_a_broken_folder_is_not_pushed(hub, folder, tmp_path):
 
 def test_loading_lines_run_as_they_stand(hub, folder):
     push_folder(folder, "alice/my-digits", token=ALICE)
-    for name in (folder, "alice/my-digits"):
-        code = loading_lines(name) + "\nprint(type(pipeline).__name__)"
-        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        assert result.stdout == "GuidedDiffusionPipeline\n"
+    names = ("alice/my-digits", folder)
+    code = "\n".join(f"{loading_lines(name)}\nprint(type(pipeline).__name__)" for name in names)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "GuidedDiffusionPipeline\n" * 2
 
 
 def test_a_model_by_itself_is_pushed_and_loads(hub, tmp_path):
