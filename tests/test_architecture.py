@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "hub": "atomic_files",
     "data": "atomic_files draws options pixels sizes latents guidance",
     "trainer": "atomic_files draws machine pixels options figures hub data",
+    "conversion": "schedulers",
     "metrics": "pixels diffusion sizes",
     "evaluation": "__init__ atomic_files draws machine pixels sizes options figures diffusion schedulers models guidance pipelines data metrics",
     "calibration": "__init__ atomic_files figures diffusion schedulers guidance pipelines hub data trainer metrics evaluation",

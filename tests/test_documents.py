@@ -36,6 +36,7 @@ from PIL import Image
 
 from diffusers_ext import ExtDDIMScheduler, GuidedDiffusionPipeline, TextGuidedDiffusionPipeline
 from diffusers_ext.hub.__main__ import main as hub_main
+from guided_diffusion_unet import GuidedDiffusionUNet
 from tiny import tiny_stock_unet, tiny_unet
 from tiny_text import tiny_clip, tiny_text_unet, tiny_tokenizer
 
@@ -53,6 +54,7 @@ SAMPLES = "--num_inference_steps 2 --sample_columns 2"
 SMALL = {
     "training/train_ddpm.py --pretrained_pipeline": f"{TRAINING} {SAMPLES}",
     "training/train_text_to_image.py --pretrained_pipeline": f"{TRAINING} {SAMPLES}",
+    "training/convert_checkpoint.py": "--image_size 16",
     "training/train_vae.py --pretrained_pipeline": f"{TRAINING} --sample_columns 2",
     "training/train_ddpm.py": f"{TRAINING} {SAMPLES} --block_out_channels 8 16 --layers_per_block 1",
     "training/train_ddpm.py --model dit": f"{TRAINING} {SAMPLES} --hidden_size 16 --num_layers 2 --num_attention_heads 2",
@@ -129,6 +131,15 @@ def save_ddpm(folder):
     DDPMPipeline(tiny_stock_unet(), DDPMScheduler()).save_pretrained(folder)
 
 
+def save_pipelines():
+    """Those that docstrings take for granted, one of labels and one of texts."""
+    schedule = ExtDDIMScheduler(timestep_spacing="trailing")
+    GuidedDiffusionPipeline(tiny_unet(num_classes=10), schedule).save_pretrained("runs/digits")
+    tokenizer = tiny_tokenizer()
+    parts = {"tokenizer": tokenizer, "text_encoder": tiny_clip(tokenizer)}
+    TextGuidedDiffusionPipeline(tiny_text_unet(), schedule, **parts).save_pretrained("runs/twemoji64")
+
+
 class Desk:
     """A folder to run a document in, as from the root of a checkout."""
 
@@ -142,6 +153,7 @@ class Desk:
         save_data(folder / "path/to/twemoji64", {"train": 18, "test": 9}, 64, "RGB", with_texts=True)
         save_stable_diffusion(folder / "a/stable-diffusion")
         save_ddpm(folder / "a/ddpm")
+        torch.save(GuidedDiffusionUNet(num_head_channels=64).state_dict(), folder / "path/to/64x64_diffusion.pt")
         self.names = {"__name__": "document"}
         self.launches = False  # by accelerate, in processes of their own
 
@@ -281,6 +293,7 @@ def test_commands_in_docstrings_and_in_sentences_have_valid_options(desk):
     """They are read and checked as those of the blocks, and end there."""
     told = [command for script in SCRIPTS for command in commands_in(docstring_of(script), IN_DOCSTRINGS)]
     assert len(told) > 15
+    save_pipelines()  # which a run can begin with
     told += [command for path in DOCUMENTS for command in commands_in((ROOT / path).read_text(), IN_SENTENCES)]
     for script, options in sorted({(script, tuple(options)) for script, options in told}):
         assert script in SCRIPTS
@@ -323,11 +336,7 @@ def examples_in(path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_examples_of_docstrings_run(desk):
-    schedule = ExtDDIMScheduler(timestep_spacing="trailing")
-    GuidedDiffusionPipeline(tiny_unet(num_classes=10), schedule).save_pretrained("runs/digits")
-    tokenizer = tiny_tokenizer()
-    parts = {"tokenizer": tokenizer, "text_encoder": tiny_clip(tokenizer)}
-    TextGuidedDiffusionPipeline(tiny_text_unet(), schedule, **parts).save_pretrained("runs/twemoji64")
+    save_pipelines()
     with_examples = [path for path in sorted((ROOT / "diffusers_ext").glob("**/*.py")) if ">>> " in path.read_text()]
     assert len(with_examples) >= 2
     for path in with_examples:
