@@ -153,7 +153,8 @@ def material(tmp_path_factory):
     FeatureClassifierModel(8, 1, 2, label_names=list(LABELS)).save_pretrained(folder / "features")
     about = {"dataset_name": "data", "num_train_images": 16, "num_held_out_images": 8, "held_out_accuracy": 0.5}
     (folder / "features" / FEATURES_FILE).write_text(json.dumps(about))
-    VAEModel(8, 1, 1, block_out_channels=(8, 8), latent_channels=2, scaling_factor=1.0).save_pretrained(folder / "vae")
+    vae = VAEModel(8, 1, 1, block_out_channels=(8, 8), latent_channels=2, scaling_factor=1.7, shift_factor=0.3)
+    vae.save_pretrained(folder / "vae")
     scheduler = ExtDDIMScheduler(timestep_spacing="trailing", num_train_timesteps=40, beta_reference_timesteps=1000)
     pipe = GuidedDiffusionPipeline(tiny_unet(num_classes=2), scheduler, id2label=dict(enumerate(LABELS)))
     pipe.save_pretrained(folder / "pipeline")
