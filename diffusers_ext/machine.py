@@ -47,3 +47,14 @@ def set_threads(num_threads: int | None, num_processes: int):
         num_threads = max(1, min(physical, len(available_cores())) // num_here)
     if num_threads is not None:
         torch.set_num_threads(num_threads)
+
+
+def process_state():
+    """accelerate's `PartialState` of this process, joined with the others of its launch.
+
+    On CPUs accelerate joins them only if it is told that it is to use CPUs; otherwise each would do all of the work, and
+    write the same files.
+    """
+    from accelerate import PartialState  # of the extra for training, which pipelines do without
+
+    return PartialState(cpu=not torch.accelerator.is_available())
