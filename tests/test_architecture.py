@@ -38,7 +38,8 @@ MAY_IMPORT = {
     "evaluation": "__init__ atomic_files draws machine pixels sizes options figures diffusion schedulers models guidance pipelines data metrics",
     "calibration": "__init__ atomic_files figures diffusion schedulers guidance pipelines hub data trainer metrics evaluation",
     "recipes": "calibration __init__ atomic_files draws machine pixels options figures latents sizes diffusion schedulers models guidance pipelines hub data trainer metrics evaluation",
-    "__init__": "registration diffusion schedulers models guidance pipelines",
+    "examples": "pipelines",
+    "__init__": "examples registration diffusion schedulers models guidance pipelines",
 }
 LONGEST_FUNCTION = 80
 
