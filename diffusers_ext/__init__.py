@@ -7,6 +7,7 @@ Importing the package registers its classes with diffusers (see `diffusers_ext.r
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.guiders import BaseGuidance
 
+from diffusers_ext.examples import example
 from diffusers_ext.guidance.guiders import ClassifierGuidance, ComposedGuidance, WeakModelGuidance
 from diffusers_ext.models.classifier import NoisyClassifierModel
 from diffusers_ext.models.dit import DiTModel
@@ -56,6 +57,7 @@ __all__ = [
     "VAEModel",
     "VPredictionScheduler",
     "WeakModelGuidance",
+    "example",
     # diffusers' own. It looks its base classes up in the library that a component comes from, so they stand here; and
     # with our classes registered, its `DiffusionPipeline` loads our pipelines as well as its own.
     "BaseGuidance",

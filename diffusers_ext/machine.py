@@ -59,3 +59,14 @@ def widest_float(device: torch.device | str | None) -> torch.dtype:
     if kind in WITHOUT_FLOAT64 or (kind == "xpu" and not torch.xpu.get_device_properties(device).has_fp64):
         return torch.float32
     return torch.float64
+
+
+def process_state():
+    """accelerate's `PartialState` of this process, joined with the others of its launch.
+
+    On CPUs accelerate joins them only if it is told that it is to use CPUs; otherwise each would do all of the work, and
+    write the same files.
+    """
+    from accelerate import PartialState  # of the extra for training, which pipelines do without
+
+    return PartialState(cpu=not torch.accelerator.is_available())

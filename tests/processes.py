@@ -64,7 +64,6 @@ def in_ranks(work, number=2):
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = {"WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
     shared |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0, "OMP_NUM_THREADS": 1}
-    shared |= {"ACCELERATE_USE_CPU": True}  # as --cpu has it
 
     def joined(rank):
         environment = shared | {"RANK": rank, "LOCAL_RANK": rank}

@@ -45,7 +45,8 @@ MAY_IMPORT = {
     "recipes": "calibration __init__ untrusted atomic_files conditions draws machine pixels options figures latents sizes value_scale diffusion schedulers models guidance pipelines hub data trainer metrics evaluation",
     "studies": "atomic_files figures diffusion",
     "__main__": "",
-    "__init__": "registration diffusion schedulers models guidance pipelines",
+    "examples": "pipelines",
+    "__init__": "examples registration diffusion schedulers models guidance pipelines",
 }
 LONGEST_FUNCTION = 80
 

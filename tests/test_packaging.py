@@ -55,8 +55,11 @@ def test_a_wheel_is_the_package_and_works_without_its_sources(sources, tmp_path)
         wheel.extractall(tmp_path / "installed")
     package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "diffusers_ext").rglob("*.py")}
     others = {"diffusers_ext/py.typed", "diffusers_ext/hub/model_card_template.md"}
+    examples = [path for path in (ROOT / "diffusers_ext" / "examples").rglob("*") if path.is_file()]
+    others |= {path.relative_to(ROOT).as_posix() for path in examples if "__pycache__" not in path.parts} - package
     assert {name for name in names if ".dist-info/" not in name} == package | others
-    script = "import diffusers_ext; from diffusers_ext.hub import cards; print(diffusers_ext.__file__)"
+    script = "import diffusers_ext; from diffusers_ext.hub import cards; diffusers_ext.example('digits'); "
+    script += "print(diffusers_ext.__file__)"
     where = run(sys.executable, "-c", script, cwd=tmp_path, PYTHONPATH=str(tmp_path / "installed"))
     assert Path(where.strip()) == tmp_path / "installed" / "diffusers_ext" / "__init__.py"
     metadata = (next((tmp_path / "installed").glob("*.dist-info")) / "METADATA").read_text(encoding="utf-8")
@@ -68,4 +71,5 @@ def test_a_source_archive_has_the_scripts_and_builds_again(sources, tmp_path):
     with tarfile.open(tmp_path / name) as archive:
         names = {"/".join(each.split("/")[1:]) for each in archive.getnames()}
     assert {"training/train_ddpm.py", "CHANGELOG.md", "constraints.txt", "LICENSE", "diffusers_ext/py.typed"} <= names
+    assert "diffusers_ext/examples/digits/model_index.json" in names
     assert not [each for each in names if "__pycache__" in each]

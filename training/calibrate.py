@@ -20,7 +20,6 @@ from functools import partial
 from pathlib import Path
 
 import openmp  # noqa: F401  before torch is loaded
-from accelerate import PartialState
 
 from diffusers_ext.atomic_files import lock_folder
 from diffusers_ext.calibration import report as reports
@@ -35,7 +34,7 @@ from diffusers_ext.evaluation.pipeline_facts import default_of, image_size_of, l
 from diffusers_ext.evaluation.real_images import find_held_out_split, load_real_images
 from diffusers_ext.evaluation.subject import load_pipeline
 from diffusers_ext.hub.cards import add_calibration
-from diffusers_ext.machine import set_threads
+from diffusers_ext.machine import process_state, set_threads
 from diffusers_ext.options import option, parse_config, run_script, to_command
 from diffusers_ext.trainer.config import parse_duration
 from diffusers_ext.trainer.run import save_atomically
@@ -94,7 +93,7 @@ def main(config: CalibrateConfig) -> dict:
 
 
 def calibrate_and_save(config: CalibrateConfig) -> dict:
-    state = PartialState()
+    state = process_state()
     set_threads(config.num_threads, state.num_processes)
     command = to_command(config, "training/calibrate.py", launcher="python")
     pipe = load_pipeline(config.pipeline).to(state.device)

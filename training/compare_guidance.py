@@ -57,7 +57,7 @@ from diffusers_ext.evaluation.real_images import RealImages, load_real_images
 from diffusers_ext.evaluation.subject import generate_for, labels_for, load_pipeline
 from diffusers_ext.figures import labelled_grid, save_picture
 from diffusers_ext.guidance.guiding import choose_guider, guided_steps
-from diffusers_ext.machine import is_fast_at_bf16, set_threads
+from diffusers_ext.machine import is_fast_at_bf16, process_state, set_threads
 from diffusers_ext.metrics.features import FeatureClassifierModel
 from diffusers_ext.options import option, parse_config, run_script, to_command
 from diffusers_ext.pipelines.label_condition import LabelCondition
@@ -120,7 +120,7 @@ class CompareConfig(GuidanceOptions, DataOptions):
 
 def main(config: CompareConfig) -> dict | None:
     """Generates, measures, prints and writes. Returns what it wrote, on the main process, and None on the others."""
-    state = PartialState()
+    state = process_state()
     set_threads(config.num_threads, state.num_processes)
     command = to_command(config, "training/compare_guidance.py", launcher="python")
     pipe = load_for_comparison(config, state)

@@ -48,7 +48,7 @@ from diffusers_ext.evaluation.real_images import RealImages, load_real_images
 from diffusers_ext.evaluation.subject import generate_for, load_pipeline
 from diffusers_ext.figures import save_picture
 from diffusers_ext.hub.cards import Figure, add_figures
-from diffusers_ext.machine import is_fast_at_bf16, set_threads
+from diffusers_ext.machine import is_fast_at_bf16, process_state, set_threads
 from diffusers_ext.options import option, parse_config, run_script, to_command
 
 
@@ -204,7 +204,7 @@ class EvaluateConfig(DataOptions):
 def main(config: EvaluateConfig) -> dict | None:
     """Generates, measures, prints and writes. Returns what it wrote, on the main process, and None on the others."""
     start = time.perf_counter()
-    state = PartialState()
+    state = process_state()
     set_threads(config.num_threads, state.num_processes)
     pipeline = None
     if not is_image_folder(config.pipeline):

@@ -18,7 +18,6 @@ from typing import Literal
 
 import openmp  # noqa: F401  before torch is loaded
 import torch
-from accelerate import PartialState
 from torch import Tensor
 
 from diffusers_ext import HierarchicalVAEModel, VAEModel
@@ -32,7 +31,7 @@ from diffusers_ext.evaluation.labelled_images import drawn_order
 from diffusers_ext.evaluation.options import DataOptions, take_options_of_run
 from diffusers_ext.evaluation.real_images import RealImages, load_real_images
 from diffusers_ext.hub.cards import Figure, add_figures
-from diffusers_ext.machine import set_threads
+from diffusers_ext.machine import process_state, set_threads
 from diffusers_ext.metrics.frechet import FeatureStatistics, frechet_distance
 from diffusers_ext.metrics.reconstruction import psnr, ssim
 from diffusers_ext.models.vae_likelihood import vae_likelihood
@@ -113,7 +112,7 @@ class EvaluateVAEConfig(DataOptions):
 def main(config: EvaluateVAEConfig) -> dict | None:
     """Measures, prints and writes. Returns what it wrote, on the main process, and None on the others."""
     start = time.perf_counter()
-    state = PartialState()
+    state = process_state()
     set_threads(config.num_threads, state.num_processes)
     given, config = config, take_options_of_run(config, config.model, ["binarize"])
     vae = load_autoencoder(config.model).to(state.device).eval()

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Literal
 
 import openmp  # noqa: F401  before torch is loaded
-from accelerate import PartialState
 
 from diffusers_ext.draws import check_seed
 from diffusers_ext.evaluation.feature_folders import train_and_save_features
 from diffusers_ext.evaluation.options import DataOptions
 from diffusers_ext.evaluation.real_images import load_real_images
-from diffusers_ext.machine import set_threads
+from diffusers_ext.machine import process_state, set_threads
 from diffusers_ext.options import option, parse_config
 
 
@@ -61,7 +60,7 @@ def main(config: FeaturesConfig) -> dict:
     if folder.is_dir() and any(folder.iterdir()) and not config.overwrite_output_dir:
         raise ValueError(f"output_dir {folder} is not empty: give another one, or --overwrite_output_dir")
 
-    state = PartialState()
+    state = process_state()
     set_threads(config.num_threads, state.num_processes)
     with state.main_process_first():
         real = load_real_images(data, config.held_out_split)

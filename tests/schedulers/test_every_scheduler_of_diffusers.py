@@ -115,8 +115,10 @@ def test_a_config_makes_the_path_of_its_source(cls, tmp_path):
         if ours is ExtDDIMScheduler:
             nearly_nothing = {"_class_name": cls.__name__}
             results += [ours.from_config(config) for config in (*others, content, nearly_nothing)]
-        back = type(source).from_config(results[0].config)
-        for result in (*results, back):
+        back = []
+        if ours is ExtDDIMScheduler or cls is diffusers.DDPMScheduler:  # some take seconds to be made
+            back = [cls.from_config(results[0].config)]
+        for result in (*results, *back):
             torch.testing.assert_close(
                 result.alphas_cumprod.double(), source.alphas_cumprod.double(), rtol=2e-3, atol=1e-6, msg=ours.__name__
             )

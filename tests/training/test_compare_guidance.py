@@ -1,10 +1,6 @@
 """The whole command on tiny networks, with a feature classifier of random weights."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,11 +13,10 @@ from diffusers_ext.evaluation.guidance_comparison import GuidanceOptions, call_s
 from diffusers_ext.evaluation.guidance_results import saved_share
 from diffusers_ext.metrics.features import FeatureClassifierModel
 from diffusers_ext.schedulers.levels import describe_path
-from environment import HUNG_AFTER
+from processes import in_ranks
 from training import compare_guidance, evaluate
 
 
-ROOT = Path(__file__).parents[2]
 STEPS = 5
 pytestmark = pytest.mark.filterwarnings("ignore:the Fréchet distance of 128 features is unreliable")
 
@@ -72,8 +67,8 @@ def folders(tmp_path_factory):
 
 def arguments(folders, *more, output_dir):
     words = [folders / "run", "--features", folders / "features", "--num_images", 12, "--num_inference_steps", STEPS]
-    words += ["--guidance_scales", 1, 3, "--mixed_precision", "no", "--output_dir", output_dir, *more]
-    return [str(word) for word in words]
+    words += ["--guidance_scales", 1, 3, "--mixed_precision", "no", "--num_threads", 1, *more]
+    return [str(word) for word in (*words, "--output_dir", output_dir)]
 
 
 def compare(folders, *more, output_dir):
@@ -232,23 +227,13 @@ def test_counting_ends_with_its_block():
 
 
 def test_two_processes_give_the_measures_of_one(folders, compared, tmp_path):
-    words = arguments(folders, "--methods", "cfg", "cfg_interval", output_dir=tmp_path)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    done = subprocess.run(
-        [*command, str(ROOT / "training" / "compare_guidance.py"), *words],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=HUNG_AFTER,
-    )
-    assert done.returncode == 0, done.stderr
+    output = in_ranks(lambda: compare(folders, "--methods", "cfg", "cfg_interval", output_dir=tmp_path))
     two = json.loads((tmp_path / "guidance.json").read_text())
     for method in ("cfg", "cfg_interval"):
         mine, theirs = row_of(two, method), row_of(compared, method)
         assert mine["calls"] == theirs["calls"]
         assert mine["frechet_distance"] == pytest.approx(theirs["frechet_distance"], rel=1e-3)
-    assert done.stdout.count("written to") == 1
+    assert output.count("written to") == 1
 
 
 @pytest.mark.parametrize(

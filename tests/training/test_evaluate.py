@@ -1,6 +1,4 @@
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from diffusers_ext import ExtDDIMScheduler, GuidedDiffusionPipeline, UNetModel
 from diffusers_ext.draws import LARGEST_SEED
 from diffusers_ext.hub.cards import write_card
 from diffusers_ext.options import parse_config
-from environment import HUNG_AFTER
+from processes import in_ranks
 
 
 ROOT = Path(__file__).parents[2]
@@ -274,27 +272,17 @@ def test_two_processes_give_the_measures_of_one(tmp_path, features_folder):
     folder = save_pipeline(tmp_path / "run")
     arguments = (
         *(folder, "--dataset_name", "digits", "--features", features_folder, "--num_images", 131),
-        *("--num_inference_steps", 2, "--mixed_precision", "no"),
+        *("--num_inference_steps", 2, "--mixed_precision", "no", "--num_threads", 1),
         *("--bits_per_dim", "--num_likelihood_images", 21, "--num_likelihood_terms", 4),
     )
     one = run(*arguments)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(ROOT / "training" / "evaluate.py"), *map(str, arguments)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=HUNG_AFTER,
-    )
-    assert done.returncode == 0, done.stderr
+    output = in_ranks(lambda: run(*arguments))
     two = json.loads((folder / "evaluation.json").read_text())
     assert two["generated"] == pytest.approx(one["generated"], rel=1e-3)
     for name in ("bits_per_dim", "standard_error", "rate", "distortion"):
         assert two["likelihood"][name] == pytest.approx(one["likelihood"][name], rel=1e-5)
     assert two["likelihood"]["num_images"] == 21
-    assert done.stdout.count("written to") == 1
+    assert output.count("written to") == 1
 
 
 def test_features_of_training_are_not_overwritten(features_folder):
