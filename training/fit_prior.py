@@ -17,7 +17,6 @@ from pathlib import Path
 
 import openmp  # noqa: F401  before torch is loaded
 import torch
-from accelerate import PartialState
 from diffusers import AutoModel
 from torch import Tensor, nn
 
@@ -27,7 +26,7 @@ from diffusers_ext.evaluation.options import DataOptions, take_options_of_run
 from diffusers_ext.evaluation.pipeline_facts import default_of, image_size_of, label_names_of
 from diffusers_ext.evaluation.real_images import load_real_images
 from diffusers_ext.evaluation.subject import load_pipeline
-from diffusers_ext.machine import set_threads
+from diffusers_ext.machine import process_state, set_threads
 from diffusers_ext.options import option, parse_config, run_script
 from diffusers_ext.pipelines.truncation import check_prior, truncated_timesteps
 from diffusers_ext.trainer.run import save_atomically
@@ -80,7 +79,7 @@ class FitPriorConfig(DataOptions):
 @torch.no_grad()
 def main(config: FitPriorConfig) -> Path:
     """Fits and saves, and returns the folder of the pipeline."""
-    state = PartialState()
+    state = process_state()
     set_threads(config.num_threads, state.num_processes)
     pipe = load_pipeline(config.pipeline)
     if not isinstance(pipe, GuidedDiffusionPipeline):

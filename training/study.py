@@ -21,7 +21,6 @@ from typing import Literal
 
 import openmp  # noqa: F401  before torch is loaded
 import torch
-from accelerate import PartialState
 from torch import Tensor
 
 from diffusers_ext import GuidedDiffusionPipeline
@@ -37,7 +36,7 @@ from diffusers_ext.evaluation.pipeline_facts import image_size_of, label_names_o
 from diffusers_ext.evaluation.real_images import RealImages, load_real_images
 from diffusers_ext.evaluation.subject import load_pipeline
 from diffusers_ext.figures import labelled_grid
-from diffusers_ext.machine import set_threads
+from diffusers_ext.machine import process_state, set_threads
 from diffusers_ext.metrics.features import FeatureClassifierModel
 from diffusers_ext.options import option, parse_config, run_script
 from diffusers_ext.pipelines.outputs import decode_samples
@@ -123,7 +122,7 @@ class Material:
 @torch.no_grad()
 def main(config: StudyConfig) -> Path:
     """Makes the report, and returns its page."""
-    state = PartialState()
+    state = process_state()
     set_threads(config.num_threads, state.num_processes)
     pipes = {}
     for folder in config.pipelines:

@@ -1,6 +1,7 @@
 """The call of our pipelines as blocks of diffusers' modular pipelines, which can be taken apart, run alone and replaced.
 
     encode       labels or texts               condition
+    add_conditions  condition_image, regions   condition
     encode_image image, mask_image             pixels, mask, image_latents
     set_timesteps                              sampler, timesteps, start
     prepare_latents                            latents: what the first step begins at
@@ -29,6 +30,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from diffusers_ext.draws import as_generators
+from diffusers_ext.pipelines.call_condition import CallCondition
 from diffusers_ext.pipelines.call_defaults import with_defaults
 from diffusers_ext.pipelines.components import check_components
 from diffusers_ext.pipelines.image_inputs import encode_pixels
@@ -38,6 +40,7 @@ from diffusers_ext.pipelines.modular_components import CallInputs, Components, c
 from diffusers_ext.pipelines.outputs import check_output_type, decode_images, default_output_type
 from diffusers_ext.pipelines.pipeline_guided_diffusion import GuidedDiffusionPipeline
 from diffusers_ext.pipelines.pipeline_text_guided_diffusion import TextGuidedDiffusionPipeline
+from diffusers_ext.pipelines.regions import read_regions
 from diffusers_ext.pipelines.sampling import count_images
 from diffusers_ext.pipelines.statistics import labels_of_data
 from diffusers_ext.pipelines.steps import Steps, noisy_start
@@ -51,7 +54,7 @@ ARGUMENTS = CallInputs(GuidedDiffusionPipeline.__call__, TextGuidedDiffusionPipe
 
 # What blocks hand to one another.
 VALUES = {
-    "condition": (LabelCondition | TextCondition, "labels or texts that the images are to show"),
+    "condition": (CallCondition | LabelCondition | TextCondition, "what the images are to show"),
     "pixels": (Tensor, "images to start from in [-1, 1], shape (batch, channels, *spatial)"),
     "mask": (Tensor, "1 where to make the image anew, 0 where to keep it, shape (batch, 1, *spatial)"),
     "image_latents": (Tensor, "the images as the denoiser knows them, shape (batch, in_channels, *sample_size)"),
@@ -119,11 +122,12 @@ class EncodeLabels(Block):
     about = "Labels by id or by name, to what the network gets."
     components, needed = ("denoiser", "classifier"), ("denoiser",)
     configs = ("id2label",)
-    arguments = ("class_labels",)
+    arguments = ("class_labels", "regions")
     gives = ("condition",)
 
     def run(self, parts, values):
-        values.condition = LabelCondition(parts, values.class_labels)
+        of_regions = [region.condition for region in read_regions(values.regions)]
+        values.condition = LabelCondition(parts, values.class_labels, of_regions)
 
 
 class EncodeTexts(Block):
@@ -140,6 +144,7 @@ class EncodeTexts(Block):
         "prompt_attention_mask",
         "negative_prompt_embeds",
         "negative_prompt_attention_mask",
+        "regions",
     )
     gives = ("condition",)
 
@@ -148,9 +153,27 @@ class EncodeTexts(Block):
             texts_or_embeds(name, *(getattr(values, f"{name}{end}") for end in ("", "_embeds", "_attention_mask")))
             for name in ("prompt", "negative_prompt")
         ]
-        values.condition = TextCondition(parts, *texts, values.num_images_per_prompt)
+        of_regions = [region.condition for region in read_regions(values.regions)]
+        if of_regions and parts.denoiser is None:
+            raise ValueError("regions need the denoiser when texts are encoded, got None")
+        values.condition = TextCondition(parts, *texts, values.num_images_per_prompt, of_regions)
         if texts[1] is None and parts.text_encoder is not None:
             values.condition.encode_empty(parts)
+
+
+class AddConditions(Block):
+    """A condition image, and the masks of regions, beside labels or texts."""
+
+    about = "Adds a condition image, and the masks of the regions in which labels or texts hold."
+    components, needed = ("denoiser", "vae"), ("denoiser",)
+    configs = ("image_condition",)
+    arguments = ("regions", "condition_image", "condition_noise_level")
+    requires = ("condition",)
+    gives = ("condition",)
+
+    def run(self, parts, values):
+        regions, image = read_regions(values.regions), values.condition_image
+        values.condition = CallCondition(parts, values.condition, regions, image, values.condition_noise_level)
 
 
 class EncodeImages(Block):
@@ -220,6 +243,8 @@ class PrepareLatents(Block):
             mask_image=values.mask,
         )
         shape, generator = (batch_size, *parts._sample_shape), as_generators(values.generator, batch_size)
+        if isinstance(values.condition, CallCondition):
+            values.condition.draw_noise(batch_size, generator, parts._execution_device)
         if values.start is None:
             x0 = values.image_latents if call.noise_share < 1 else None
             values.latents = noisy_start(values.sampler, shape, generator, values.latents, x0, values.timesteps)
@@ -299,8 +324,6 @@ class Denoise(LoopSequentialPipelineBlocks):
     def __call__(self, components, state):
         values = self.get_block_state(state)
         parts = Components(components, "denoiser")
-        if parts.denoiser.config.get("condition_channels"):
-            raise ValueError("blocks take no condition images, which this denoiser needs: use its pipeline")
         check_components(parts.denoiser, None, parts.classifier, parts.weak_denoiser)
         call = ARGUMENTS.options(**{name: getattr(values, name) for name in self.arguments})
         call = parts._completed(values.condition, call)
@@ -359,8 +382,8 @@ class GuidedDiffusionBlocks(SequentialPipelineBlocks):
         >>> three = pipe(class_labels=3, num_inference_steps=50, guidance_scale=2.0, output="images")[0]
     """
 
-    block_classes = [EncodeLabels, EncodeImages, SetTimesteps, PrepareLatents, Denoise, DecodeImages]
-    block_names = ["encode", "encode_image", "set_timesteps", "prepare_latents", "denoise", "decode"]
+    block_classes = [EncodeLabels, AddConditions, EncodeImages, SetTimesteps, PrepareLatents, Denoise, DecodeImages]
+    block_names = ["encode", "add_conditions", "encode_image", "set_timesteps", "prepare_latents", "denoise", "decode"]
 
     @property
     def description(self) -> str:

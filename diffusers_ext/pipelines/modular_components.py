@@ -28,6 +28,7 @@ COMPONENTS = {
 # Of the pipelines' configs, by what they are without.
 CONFIGS = {
     "id2label": None,
+    "image_condition": None,
     "call_defaults": None,
     "clip_guided_noise": False,
     "noise_path": None,
