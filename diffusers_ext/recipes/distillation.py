@@ -305,14 +305,12 @@ def student_scheduler(config: DistillConfig, teacher: Teacher) -> SchedulerMixin
         lists = {str(number): angle_timesteps(teacher.schedule, number) for number in numbers}
     else:
         lists = {str(number): make_timesteps("trailing", number, length).tolist() for number in numbers}
-    forgotten: dict[str, Any] = {"analytic_variance": None}
+    measured = ["analytic_variance", "optimal_timesteps"]  # of the teacher
     if source.get("variance_type") == "analytic":
-        forgotten["variance_type"] = None
-    if cls is ConsistencyScheduler:
-        forgotten = {}
-    source = {key: value for key, value in source.items() if key not in ("analytic_variance", "optimal_timesteps")}
+        measured.append("variance_type")
+    source = {key: value for key, value in source.items() if key not in measured}
     chosen = {"spacing": "trailing", "trajectory": lists}
-    return cls.from_config(source, timestep_spacing="optimal", optimal_timesteps=chosen, **forgotten)
+    return cls.from_config(source, timestep_spacing="optimal", optimal_timesteps=chosen)
 
 
 def check_steps(config: DistillConfig, teacher: Teacher) -> None:

@@ -7,6 +7,7 @@ from diffusers_ext import ConsistencyScheduler, ExtDDIMScheduler, GuidedDiffusio
 from diffusers_ext.diffusion.noising import add_noise, training_target
 from diffusers_ext.guidance.guided_denoiser import GuidedDenoiser
 from diffusers_ext.guidance.guiding import classifier_free_guidance
+from diffusers_ext.recipes.distillation import DistillConfig, student_scheduler
 from diffusers_ext.recipes.distillation_objective import ConsistencyObjective, ProgressiveObjective
 from diffusers_ext.recipes.teacher import Teacher
 from mixture_oracle import MixtureDenoiser
@@ -183,6 +184,22 @@ def test_a_run_goes_on_with_the_teacher_that_it_had():
     next(pipe.denoiser.parameters()).data += 1e-3
     with pytest.raises(ValueError, match="of a run with another pipeline to distil"):
         ProgressiveObjective(Teacher(pipe), [900, 100]).load_state_dict(state)
+
+
+@pytest.mark.parametrize("method", ["progressive", "consistency"])
+def test_a_student_forgets_what_was_measured_of_its_teacher(method):
+    table = {"timesteps": [0, 500, 999], "x0_variance": [1e-4, 0.1, 0.2]}
+    lists = {"spacing": "trailing", "trajectory": {"2": [999, 7]}}
+    scheduler = ExtDDIMScheduler.from_config(
+        exact_pipe().scheduler.config, variance_type="analytic", analytic_variance=table, optimal_timesteps=lists
+    )
+    config = DistillConfig(pipeline="runs/digits", method=method, output_dir="runs/student")
+    student = student_scheduler(config, Teacher(GuidedDiffusionPipeline(tiny_unet(2), scheduler)))
+    assert student.config.get("variance_type") is None and student.config.get("analytic_variance") is None
+    student.set_timesteps(2)
+    assert student.timesteps[0] == 999 and student.timesteps[1] > 200
+    x = torch.randn(1, 1, 8, 8)
+    assert student.step(x, student.timesteps[0], x).prev_sample.isfinite().all()
 
 
 def test_what_cannot_be_distilled_is_refused():
