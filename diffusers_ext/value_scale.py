@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusers_ext.machine import widest_float
+
 
 KINDS = ("min_max", "mean_max")
 
@@ -105,7 +107,7 @@ class ValueScale:
 
     def _for(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """In float64, where the device has it: the shift may be large beside the scale."""
-        dtype = torch.float32 if values.device.type == "mps" else torch.float64
+        dtype = widest_float(values.device)
         return tuple(
             torch.tensor(each, dtype=dtype, device=values.device)[:, None] for each in (self.shift, self.scale)
         )

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "pixels": "",
     "sizes": "",
     "untrusted": "",
-    "value_scale": "",
+    "value_scale": "machine",
     "curves": "",
     "options": "foreign_options untrusted",
     "figures": "atomic_files curves lettering",

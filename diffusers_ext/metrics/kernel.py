@@ -50,10 +50,12 @@ def kernel_distance(
             raise ValueError(f"weights must be one for each of {len(features)} samples and none negative")
         if int((each > 0).sum()) < 4:
             raise ValueError(f"the kernel distance needs at least 4 {name} images, got {int((each > 0).sum())}")
-        weights.append(to_float64(each.to(features.device)))
+        weights.append(each)
+    x = to_float64(real.detach())
+    y = to_float64(generated.detach().to(real.device))
+    weights = [each.to(x.device, x.dtype) for each in weights]
     kept = weights[0] > 0
-    sets = (to_float64(real.detach())[kept], to_float64(generated.detach()).to(real.device))
-    weights = (weights[0][kept], weights[1].to(real.device))
+    sets, weights = (x[kept], y), (weights[0][kept], weights[1])
     num_folds = max(2, min(num_folds, len(sets[0]) // 2, len(sets[1]) // 2))
     folds = [torch.arange(len(features), device=features.device) % num_folds for features in sets]
 

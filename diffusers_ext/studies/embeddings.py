@@ -26,7 +26,7 @@ def embed(points: Tensor, method: str, seed: int = 0) -> np.ndarray:
     Raises:
         ValueError: for another method.
     """
-    flat = points.flatten(1).double().cpu().numpy()
+    flat = points.flatten(1).cpu().double().numpy()
     if method == "t-SNE":
         from sklearn.manifold import TSNE
 
