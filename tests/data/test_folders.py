@@ -242,7 +242,7 @@ def test_missing_and_unreadable_captions_are_errors_with_the_cause(write):
     with pytest.raises(ValueError, match="1.json must hold the caption of a picture as a text, or under one of"):
         find_caption_column(config)
     put(root, "1.json", "{")
-    with pytest.raises(ValueError, match="1.json, the caption of a picture, cannot be read: Expecting"):
+    with pytest.raises(ValueError, match="1.json, the caption of a picture, cannot be read: it must be JSON: Expecting"):
         find_caption_column(config)
 
 
@@ -268,16 +268,24 @@ def test_pandas_parquet_of_bytes_structs_and_paths(write, tmp_path):
         "bytes": cells,
         "structs": [{"bytes": cell, "path": None} for cell in cells],
         "only_bytes": [{"bytes": cell} for cell in cells],
-        "absolute": [str(root / f"pictures/{number}.png") for number in range(2)],
+        "absolute": [str(tmp_path / f"absolute/pictures/{number}.png") for number in range(2)],
     }
+    for number in range(2):
+        put(tmp_path / "absolute", f"pictures/{number}.png", cells[number])
     for name, column in columns.items():
         folder = tmp_path / name
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         pd.DataFrame({"text": ["a", "b"], "img": column, "label": [3, 4]}).to_parquet(folder / "data.parquet")
         data = prepare(folder)
         assert values(data) == [5, 6] and names_of(data) == ["3", "4"], name
         stream = prepare_stream(str(folder), label_names=["3", "4"])
         assert stream.size == (8, 8) and [row["label"] for row in stream.source] == [3, 4]
+    # A table leads to no file outside of its folder.
+    outside = [str(root / f"pictures/{number}.png") for number in range(2)]
+    (tmp_path / "outside").mkdir()
+    pd.DataFrame({"img": outside}).to_parquet(tmp_path / "outside/data.parquet")
+    with pytest.raises(ValueError, match="must name files in .*outside, got .*give a folder that holds both"):
+        prepare(tmp_path / "outside")
     # A table larger than the pictures beside it, with paths relative to the folder.
     folder = tmp_path / "relative"
     for number in range(2):
