@@ -154,7 +154,7 @@ class GuidedDiffusionUNet(nn.Module):
     def forward(self, x, timesteps, labels=None):
         half = self.width // 2
         angles = timesteps[:, None].float() * torch.exp(-math.log(10000) * torch.arange(half) / half)
-        embedding = self.time_embed(torch.cat([angles.cos(), angles.sin()], dim=1))
+        embedding = self.time_embed(torch.cat([angles.cos(), angles.sin()], dim=1).to(x.dtype))
         if self.label_emb is not None:
             embedding = embedding + self.label_emb(labels)
         skips = []
