@@ -242,7 +242,9 @@ def test_missing_and_unreadable_captions_are_errors_with_the_cause(write):
     with pytest.raises(ValueError, match="1.json must hold the caption of a picture as a text, or under one of"):
         find_caption_column(config)
     put(root, "1.json", "{")
-    with pytest.raises(ValueError, match="1.json, the caption of a picture, cannot be read: it must be JSON: Expecting"):
+    with pytest.raises(
+        ValueError, match="1.json, the caption of a picture, cannot be read: it must be JSON: Expecting"
+    ):
         find_caption_column(config)
 
 
