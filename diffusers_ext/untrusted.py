@@ -280,7 +280,7 @@ def _in_words(hint: Any) -> str:
     if kind in (Union, UnionType):
         return " or ".join(map(_in_words, parts))
     if kind is Literal:
-        return f"one of {', '.join(map(repr, parts))}"
+        return f"one of {', '.join(map(str, parts))}"
     if kind in (tuple, list, Sequence):
         return "a list" + (f" of {_in_words(parts[0])}" if parts else "")
     names = {int: "an integer", float: "a number", str: "a text", bool: "true or false", type(None): "None"}

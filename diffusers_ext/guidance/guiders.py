@@ -293,7 +293,7 @@ def _check_path(classifier: nn.Module, scheduler: SchedulerMixin) -> None:
         warnings.warn(
             "the classifier's config has no noise_schedule, so that it may have been trained on other noise "
             "levels than this scheduler's; set it by describe_path(scheduler)",
-            stacklevel=9,
+            stacklevel=10,
         )
         return
     difference = path_difference(path, scheduler)

@@ -20,8 +20,8 @@ def check_components(
     vae: nn.Module | None = None,
     classifier: nn.Module | None = None,
     weak_denoiser: nn.Module | None = None,
-    with_texts: bool = False,
     statistics: DataStatisticsModel | None = None,
+    with_texts: bool = False,
 ) -> None:
     """Refuses components that do not fit the denoiser, and a denoiser that is not called as the pipeline calls it.
 

@@ -77,7 +77,7 @@ def test_every_size_that_the_config_allows(config, shape, latents):
         ({"block_out_channels": ()}, "block_out_channels must be one or more positive numbers"),
         ({"dims": 3}, "dims must be one of 1, 2, got 3"),
         ({"architecture": "vq"}, "architecture must be one of conv, mlp, got 'vq'"),
-        ({"likelihood": "beta"}, "likelihood must be one of 'bernoulli', 'gaussian', 'laplace', got 'beta'"),
+        ({"likelihood": "beta"}, "likelihood must be one of bernoulli, gaussian, laplace, got 'beta'"),
         ({"likelihood_scale": 0.0}, "likelihood_scale must be positive, got 0"),
         ({"likelihood": "bernoulli", "learn_scale": True}, "learn_scale has no meaning"),
         ({"latent_channels": 0}, "latent_channels must be at least 1, got 0"),

@@ -209,9 +209,10 @@ def test_a_guider_that_cannot_act_is_refused_before_a_network_is_called():
     assert called
 
 
-LABELS = {"class_labels"}
+IMAGES_AND_REGIONS = {"condition_image", "condition_noise_level", "regions"}
+LABELS = {"class_labels"} | IMAGES_AND_REGIONS
 TEXTS = {"prompt", "num_images_per_prompt", "prompt_embeds", "prompt_attention_mask"}
-TEXTS |= {"negative_prompt", "negative_prompt_embeds", "negative_prompt_attention_mask"}
+TEXTS |= {"negative_prompt", "negative_prompt_embeds", "negative_prompt_attention_mask"} | IMAGES_AND_REGIONS
 
 
 @pytest.mark.parametrize(
