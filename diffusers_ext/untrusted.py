@@ -268,6 +268,8 @@ def fits(value: Any, hint: Any) -> bool:
         # How many there must be follows from other options, such as the number of axes.
         return isinstance(value, list | tuple) and (not parts or all(fits(each, parts[0]) for each in value))
     kind = type(None) if hint is None else kind or hint
+    if getattr(kind, "__name__", "") == "ndarray":
+        return hasattr(value, "__array__")  # a tensor does as well
     return not isinstance(kind, type) or isinstance(value, kind)
 
 
