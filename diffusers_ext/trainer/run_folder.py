@@ -54,6 +54,8 @@ def check_output_dir(config: TrainerConfig, is_main_process: bool = True) -> Non
     if is_main_process and ((path / LOCK).exists() or (path / SAVED).exists()):
         with lock_folder(path):  # which another run may hold
             finish_replacing(path)
+            for left in path.glob(".checkpoint-*"):  # half written, or half removed
+                shutil.rmtree(left)
     checkpoints = list_checkpoints(path)
     holds_run = checkpoints or any((path / name).exists() for name in (*_OF_A_RUN, STAGES))
     if holds_run and not (config.resume_from_checkpoint or config.overwrite_output_dir):

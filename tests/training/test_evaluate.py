@@ -127,9 +127,9 @@ def test_the_training_images_as_a_folder_are_perfect(tmp_path, features_folder):
     assert generated["frechet_distance"] == pytest.approx(0, abs=1e-6)
     assert generated["extrapolated_frechet_distance"] < 0  # of all it is 0 and of a part it is not
     assert generated["coverage"] == 1 and generated["density"] > 1  # each image lies in its own ball too
-    assert abs(generated["kernel_distance"]) < 3 * generated["kernel_distance_error"] + 1e-3
+    assert generated["kernel_distance"] < 0  # pairs of an image with itself are left out within a set, and not across
     assert 5 < generated["classifier_score"] <= 10
-    assert result["held_out"]["coverage"] > 0.8
+    assert result["held_out"]["coverage"] > 0.4  # of 297 images, balls around 1500
     for name in ("pixel_precision", "pixel_recall", "feature_precision", "feature_recall"):
         assert generated[name] == 1
     assert generated["nearest_train_distance"] == pytest.approx(0, abs=1e-6)
@@ -251,7 +251,7 @@ def test_a_data_set_of_one_label_is_measured_in_pixels(tmp_path, capsys):
         (
             sample_prompts.SampleConfig,
             ["--guidance_scales", "nan"],
-            "guidance_scale must be finite and at least 0, got nan",
+            "guidance_scales must be a number, got (nan,)",
         ),
         (train_features.FeaturesConfig, ["--num_train_epochs", "0"], "num_train_epochs must be at least 1, got 0"),
         (train_features.FeaturesConfig, ["--train_batch_size", "1"], "train_batch_size must be at least 2, got 1"),
@@ -310,7 +310,7 @@ def test_what_cannot_be_evaluated_is_refused(tmp_path, features_folder):
         ((ten,), "has no train_config.yaml that names its data set: give --dataset_name"),
         ((ten, "--dataset_name", "digits", "--features", empty), "is no folder of a feature classifier: make one"),
         ((ten, *digits, "--scheduler", "UNetModel"), "scheduler must be a scheduler class .*, got UNetModel"),
-        ((ten, *digits, "--resolution", 16), r"takes images of .* \(1, 8, 8\), but those of digits are \(1, 16, 16\)"),
+        ((ten, *digits, "--resolution", 16), r"are of images of .* \(1, 8, 8\), but those of digits are \(1, 16, 16\)"),
         (
             (save_pipeline(tmp_path / "four", num_classes=4), *digits),
             r"the pipeline's 4 labels \(0, 1, 2, 3\) are not the 10 of digits",

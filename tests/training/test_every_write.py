@@ -171,6 +171,7 @@ def material(tmp_path_factory):
 def state_of(folder):
     """What a folder is to whoever loads it: weights and configs by their names, and the log of a run."""
     files = [path for path in folder.rglob("*") if path.suffix in (".safetensors", ".parquet") or path.name in LOADED]
+    files = [path for path in files if not path.relative_to(folder).parts[0].startswith(".")]  # which nobody loads
     timed = ("seconds", "images_per_second")
     log = [{k: v for k, v in record.items() if k not in timed} for record in read_metrics(folder / "metrics.jsonl")]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}, log
@@ -208,9 +209,12 @@ def test_a_script_that_is_ended_at_a_write_goes_on_or_leaves_what_was_there(name
 
 
 def comparable(state, name):
-    """Which timesteps and scales `calibrate` chooses follows from how far it comes in its time."""
+    """Which timesteps and scales `calibrate` chooses follows from how far it comes in its time.
+
+    The config of a network has the folder that it was loaded from.
+    """
     digests, log = state
-    chosen = ("scheduler/scheduler_config.json", "model_index.json")
+    chosen = ("scheduler/scheduler_config.json", "model_index.json", "denoiser/config.json")
     return ({k: v for k, v in digests.items() if name != "calibrate" or k not in chosen}, log)
 
 
