@@ -63,13 +63,13 @@ class LatentsInfo:
     dataset_name: str
     dataset_config_name: str | None
     dataset_split: str
-    resolution: tuple[int, int]
+    resolution: tuple[int, ...]
     resize_mode: str
     pad_value: int
     image_mode: str | None
     max_train_samples: int | None
     label_column: str | None
-    latent_shape: tuple[int, int, int]
+    latent_shape: tuple[int, ...]
     num_images: int
     random_flip: bool
     id2label: dict[int, str] | None
@@ -112,7 +112,8 @@ def read_info(folder: str | Path) -> dict[str, LatentsInfo]:
 def _checked_info(entry: object, path: Path) -> LatentsInfo:
     info = from_mapping(LatentsInfo, entry, path)
     shapes = {name: tuple(getattr(info, name)) for name in ("resolution", "latent_shape")}
-    for name, length in (("resolution", 2), ("latent_shape", 3)):
+    dims = 1 if len(shapes["resolution"]) == 1 else 2
+    for name, length in (("resolution", dims), ("latent_shape", dims + 1)):
         sides = shapes[name]
         if len(sides) != length or not all(type(side) is int and 0 < side <= LONGEST_SIDE for side in sides):
             raise ValueError(f"{path}: {name} must be {length} integers in [1, {LONGEST_SIDE}], got {list(sides)}")
