@@ -310,7 +310,10 @@ def test_what_cannot_be_evaluated_is_refused(tmp_path, features_folder):
         ((ten,), "has no train_config.yaml that names its data set: give --dataset_name"),
         ((ten, "--dataset_name", "digits", "--features", empty), "is no folder of a feature classifier: make one"),
         ((ten, *digits, "--scheduler", "UNetModel"), "scheduler must be a scheduler class .*, got UNetModel"),
-        ((ten, *digits, "--resolution", 16), r"are of images of .* \(1, 8, 8\), but those of digits are \(1, 16, 16\)"),
+        (
+            (ten, *digits, "--resolution", 16),
+            r"are of images of .* \(1, 8, 8\), but those of digits are \(1, 16, 16\)",
+        ),
         (
             (save_pipeline(tmp_path / "four", num_classes=4), *digits),
             r"the pipeline's 4 labels \(0, 1, 2, 3\) are not the 10 of digits",
