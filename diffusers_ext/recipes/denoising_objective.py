@@ -2,7 +2,6 @@
 
 import math
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from diffusers_ext.diffusion.losses import (
 from diffusers_ext.diffusion.noising import PREDICTION_TYPES, NoiseSchedule, add_noise
 from diffusers_ext.diffusion.reverse_chain import ReverseChain
 from diffusers_ext.diffusion.tables import DeviceTable
-from diffusers_ext.recipes.loss_record import LossRecord
+from diffusers_ext.recipes.loss_record import LossRecord, RecordedObjective
 from diffusers_ext.recipes.timestep_sampler import ImportanceTimesteps, LogitNormalTimesteps, UniformTimesteps
 
 
@@ -36,7 +35,7 @@ MODEL_CONDITIONS = (
 )
 
 
-class DenoisingObjective(nn.Module):
+class DenoisingObjective(RecordedObjective):
     """The mean loss of a batch, to be called with the model and the batch (see `diffusers_ext.data.batches`).
 
     It trains nothing of its own. Its state is in the buffers of `timestep_sampler`, the same in all processes after each
@@ -196,17 +195,6 @@ class DenoisingObjective(nn.Module):
         self.loss_record.add(timesteps, rows[:, 1:2], rows[:, 2:])
         if has_history:
             self.timestep_sampler.update(timesteps, rows[:, 3])
-
-    # The trainer's side, see `diffusers_ext.trainer.loop.Trainer`.
-
-    def collect(self) -> None:
-        self.loss_record.collect()
-
-    def metrics(self) -> dict[str, float]:
-        return self.loss_record.metrics()
-
-    def draw(self, folder: str | Path) -> dict[str, str]:
-        return self.loss_record.draw(folder)
 
     def load_state_dict(self, state_dict: dict[str, Tensor], *args: Any, **kwargs: Any):
         """Takes also checkpoints that name the buffers without the modules that they are in."""

@@ -5,7 +5,6 @@ References: those of `diffusers_ext.diffusion.distillation`.
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from diffusers_ext.diffusion.losses import denoising_loss
 from diffusers_ext.diffusion.noising import add_noise, predict_eps, predict_x0
 from diffusers_ext.diffusion.tables import DeviceTable
 from diffusers_ext.diffusion.timesteps import check_timesteps
-from diffusers_ext.recipes.loss_record import LossRecord
+from diffusers_ext.recipes.loss_record import LossRecord, RecordedObjective
 from diffusers_ext.recipes.teacher import Teacher, call_network
 from diffusers_ext.trainer.validation import random_state_kept
 
@@ -39,7 +38,7 @@ DISTILLATION_WEIGHTINGS = ("truncated_snr", "snr_plus_one", "sample")
 WITH_BOUNDARY_CONDITION = ("v_prediction", "flow")
 
 
-class StudentObjective(nn.Module):
+class StudentObjective(RecordedObjective):
     """The mean loss of a batch, to be called with the student and the batch (see `diffusers_ext.data.batches`).
 
     Its state is in the buffers of `loss_record`, the same in all processes after `collect`; and a digest of the teacher's
@@ -70,17 +69,6 @@ class StudentObjective(nn.Module):
 
     def _output(self, model: nn.Module, x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
         return call_network(model, x_t, self.schedule.labels(timesteps), labels)
-
-    # The trainer's side, see `diffusers_ext.trainer.loop.Trainer`.
-
-    def collect(self) -> None:
-        self.loss_record.collect()
-
-    def metrics(self) -> dict[str, float]:
-        return self.loss_record.metrics()
-
-    def draw(self, folder: str | Path) -> dict[str, str]:
-        return self.loss_record.draw(folder)
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], *args: Any, **kwargs: Any):
         """Refuses the state of a run with another teacher.

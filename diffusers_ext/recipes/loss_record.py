@@ -133,3 +133,18 @@ class LossRecord(nn.Module):
             writer.writerows(rows)
         draw_loss_by_snr(rows, Path(folder, "loss_by_snr.png"))
         return {"loss_by_snr.png": "the loss at each noise level; its numbers are in loss_by_snr.csv"}
+
+
+class RecordedObjective(nn.Module):
+    """An objective with a `loss_record`: what `diffusers_ext.trainer.loop.Trainer` asks of it is asked of the record."""
+
+    loss_record: LossRecord
+
+    def collect(self) -> None:
+        self.loss_record.collect()
+
+    def metrics(self) -> dict[str, float]:
+        return self.loss_record.metrics()
+
+    def draw(self, folder: str | Path) -> dict[str, str]:
+        return self.loss_record.draw(folder)
