@@ -24,7 +24,12 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from diffusers_ext.diffusion.analytic_variance import Denoise, analytic_variance, measure_prediction
+from diffusers_ext.diffusion.analytic_variance import (
+    Denoise,
+    X0Variances,
+    analytic_variance,
+    measure_prediction,
+)
 from diffusers_ext.diffusion.data_units import DataUnits
 from diffusers_ext.diffusion.noising import (
     NoiseLevel,
@@ -45,6 +50,7 @@ from diffusers_ext.diffusion.reverse_chain import (
     reverse_transition,
     split_output,
 )
+from diffusers_ext.diffusion.timestep_search import search_grid
 from diffusers_ext.draws import draw_normal
 from diffusers_ext.machine import widest_float
 
@@ -288,6 +294,7 @@ def optimal_variances(
     clip: Callable[[Tensor], Tensor] | None = None,
     generator: Generator | None = None,
     noise: Callable[[int], Tensor] | None = None,
+    num_measured: int | None = None,
 ) -> Tensor:
     """The reverse variances, one for each transition, under which these images have the smallest bound.
 
@@ -295,16 +302,21 @@ def optimal_variances(
 
     Args:
         batches: Images in [-1, 1], each of shape `(batch, channels, ...)`.
+        num_measured: Of a longer chain, the error of x_0 is measured at so many timesteps of its path, see `search_grid`, and
+            interpolated between them, see `X0Variances`. By default it is measured at all of the chain's.
 
     Returns: float64, shape `(len(chain),)`, for `ReverseChain(schedule, timesteps, variances)`.
     """
+    in_part = num_measured is not None and num_measured < len(chain)
+    timesteps = search_grid(chain.schedule, num_measured).flip(0) if in_part else chain.timesteps
     moments = measure_prediction(
-        *(denoise, batches, chain.schedule, chain.timesteps, prediction_type),
-        clip=clip,
-        generator=generator,
-        noise=noise,
+        *(denoise, batches, chain.schedule, timesteps, prediction_type), clip=clip, generator=generator, noise=noise
     )
-    return chain_variances(chain, moments.x0_variance)
+    x0_variance = moments.x0_variance
+    if in_part:
+        table = {"timesteps": timesteps.tolist(), "x0_variance": x0_variance.tolist()}
+        x0_variance = X0Variances(table, chain.schedule).values[chain.timesteps]
+    return chain_variances(chain, x0_variance)
 
 
 def chain_variances(chain: ReverseChain, x0_variance: Tensor) -> Tensor:

@@ -39,6 +39,9 @@ FIXED_VARIANCES = ("fixed_small", "fixed_large", "analytic", "optimal")
 # The rate is reported by parts of the timesteps, of about equal numbers.
 NUM_PARTS = 20
 
+# Timesteps of a chain at which the variance "optimal" is measured; between them it is interpolated.
+NUM_MEASURED = 64
+
 # Of a transition, for which a log is finite; in 8 bits a millionth of a bin.
 SMALLEST_VARIANCE = 1e-16
 
@@ -92,7 +95,8 @@ class LikelihoodModel:
         config, schedule = pipeline.scheduler.config, model_schedule(pipeline.scheduler)
         variance = config.get("variance_type")
         if variance is None and (config.get("path", "vp") != "vp" or not schedule.preserves_variance):
-            variance = "fixed_small"  # the steps of these paths are large at the data, where fixed_large costs much
+            # Which of the fixed ones is the better there depends on the number of steps, and is wrong by bits for the other.
+            variance = "optimal"
         elif variance is None and "_learned_timesteps" in config:
             variance = "fixed_small"  # whose bound the model and its schedule were trained by
         timesteps = range(len(schedule) - 1, -1, -1)
@@ -124,7 +128,7 @@ class LikelihoodModel:
 
     @property
     def variance(self) -> str:
-        """The model's own kind of variance: learned, or that of its scheduler, or fixed_large if that has none."""
+        """The model's own kind of variance: learned, or that of its scheduler or path, or fixed_large if that has none."""
         given = (self.variance_type or "fixed_large").removesuffix("_log")
         if given == "analytic":
             return given
@@ -217,12 +221,13 @@ def measure_bits_per_dim(
     Args:
         pipeline: See `LikelihoodModel.of`.
         images: Held-out images, with labels if the model takes them; without labels it is given the null label.
-        train: The training images; the variance "optimal" is measured on `batch_size` of them.
+        train: The training images; the variance "optimal" is measured on `batch_size` of them, at `NUM_MEASURED` timesteps.
         num_images: Number of images to measure, drawn by the seed; at most all.
         num_steps: Timesteps of the sampler whose bound it is; all of the training's by default.
         num_terms: Number of timesteps evaluated for each image, see `variational_bound`; None for all.
         variance: "fixed_small", "fixed_large", "analytic", as the scheduler's config has it, or "optimal"; by default the
-            model's own.
+            model's own: learned, its scheduler's, or else for the variance-preserving path fixed_large (of a learned
+            schedule fixed_small) and for others optimal, or without `train` fixed_large.
         num_flow_steps: Measure the bound by the probability flow too, in this number of steps, each of four evaluations
             and gradients of the network; without clipping of the predicted x_0.
         batch_size: Images at a time.
@@ -239,7 +244,7 @@ def measure_bits_per_dim(
     """
     state = PartialState()
     model = LikelihoodModel.of(pipeline, num_steps)
-    kind = _choose_variance(model, variance)
+    kind = _choose_variance(model, variance, can_measure=train is not None)
     by_label = _check_images(model, images, image_size_of(pipeline))
     order = drawn_order(len(images), seed)[:num_images].tolist()
     model.network.eval()
@@ -275,11 +280,12 @@ def measure_bits_per_dim(
     }
 
 
-def _choose_variance(model: LikelihoodModel, variance: str | None) -> str:
-    kind = model.variance if variance is None else variance
-    if variance is not None and variance not in FIXED_VARIANCES:
+def _choose_variance(model: LikelihoodModel, variance: str | None, can_measure: bool) -> str:
+    if variance is None:
+        return "fixed_large" if model.variance == "optimal" and not can_measure else model.variance
+    if variance not in FIXED_VARIANCES:
         raise ValueError(f"variance must be one of {', '.join(FIXED_VARIANCES)}, or None, got {variance!r}")
-    return kind
+    return variance
 
 
 def _check_images(model: LikelihoodModel, images: LabelledImages, size: tuple[int, int]) -> bool:
@@ -312,6 +318,7 @@ def _measure_variances(
         *([x0], chain, model.prediction_type),
         clip=model.clip,
         generator=torch.Generator().manual_seed(seed),
+        num_measured=NUM_MEASURED,
     )
 
 

@@ -91,6 +91,27 @@ def test_optimal_variances_are_the_analytic_ones_and_the_best(schedule):
         assert bits(terms) > best + 1e-3
 
 
+def test_optimal_variances_measured_at_some_timesteps_are_those_of_all(schedule):
+    """The error of the Gaussian's best prediction is a smooth function of log SNR, which a line between 64 points follows."""
+    chain, asked = ReverseChain(schedule), []
+
+    def answer(x_t, timesteps):
+        asked.append(int(timesteps[0]))
+        return model_output(schedule, "epsilon", x_t, timesteps)
+
+    variances = optimal_variances(answer, [X0], chain, "epsilon", noise=lambda i: EPS, num_measured=64)
+    assert len(asked) <= 64 and {0, 999} <= set(asked)
+    pairs = zip(range(1000), range(-1, 999), strict=True)
+    expected = torch.tensor([optimal_variance(schedule, t, s) for t, s in pairs], dtype=torch.float64)
+    torch.testing.assert_close(variances, expected, rtol=2e-3, atol=0)
+    few = ReverseChain(schedule, make_timesteps("trailing", 20, 1000))
+    same = [
+        optimal_variances(answer, [X0], few, "epsilon", noise=lambda i: EPS, num_measured=number)
+        for number in (None, 20, 64)
+    ]
+    assert same[0].equal(same[1]) and same[0].equal(same[2])
+
+
 @pytest.mark.parametrize("num_bins", [2, 256])
 def test_a_uniform_source_costs_its_bits(num_bins):
     """2^b equal values cost b bits, and the best denoiser and variances a little more, the less the more steps.

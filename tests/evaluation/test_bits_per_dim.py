@@ -91,12 +91,14 @@ def test_the_bound_is_that_of_the_path_at_the_scale_at_which_the_network_sees_it
         terms = variational_bound(
             lambda x_t, timesteps: pipeline.denoiser(x_t.float(), timesteps).sample,
             images.images[row : row + 1].double() / 127.5 - 1,
-            *(ReverseChain(schedule), prediction_type, "fixed_small"),
+            *(ReverseChain(schedule), prediction_type, "fixed_large"),
             generator=[torch.Generator().manual_seed(row)],
         )
         totals.append(bits_per_dim(terms.total, 64))
     assert result["bits_per_dim"] == pytest.approx(torch.cat(totals).mean().item(), rel=1e-5)
-    assert result["variance"] == "fixed_small"
+    assert result["variance"] == "fixed_large"  # without training images
+    measured = {variance: measure(pipeline, images, train=images, variance=variance) for variance in (None, "optimal")}
+    assert measured[None] == measured["optimal"] and measured[None]["variance"] == "optimal"
     assert measure(pipeline, images, num_flow_steps=2)["flow_bits_per_dim"] > 0
     if name == "linear":
         stock = diffusers.FlowMatchEulerDiscreteScheduler(12)
