@@ -1,0 +1,50 @@
+"""The script's rows are recipes that train_ddpm.py takes, and its table says what was measured."""
+
+import importlib
+import shlex
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from diffusers_ext.options import parse_config
+from training.train_ddpm import TrainConfig
+
+
+@pytest.fixture(scope="module")
+def speedrun():
+    folder = str(Path(__file__).parents[2] / "benchmarks")
+    sys.path.insert(0, folder)
+    yield importlib.import_module("speedrun")
+    sys.path.remove(folder)
+
+
+def test_each_row_is_a_recipe_that_differs_from_the_base(speedrun):
+    configs = {name: parse_config(TrainConfig, ["--model", "dit", *shlex.split(row)]) for name, row in speedrun.ROWS.items()}
+    base = configs.pop("base")
+    assert all(config != base for config in configs.values())
+
+
+def test_the_table_has_the_nearest_first_beside_the_base(speedrun):
+    def of(*distances):
+        return {
+            str(seed): {"distance": {"1.0": value, "1.5": value / 2}, "steps": 100 + seed, "seconds": 240.2}
+            for seed, value in enumerate(distances)
+        }
+
+    arguments = SimpleNamespace(rows=["base", "linear", "batch_16"], scales=["1.0", "1.5"])
+    results = {"base": of(10.0, 12.0), "linear": of(6.0, 5.0), "batch_16": of(22.0), "flip": of(1.0)}
+    rows = speedrun.table(results, arguments).splitlines()
+    assert rows[2:] == [
+        "| linear | `--path linear` | 100, 101 | 240, 240 | 6, 5 | 3, 2.5 | 0.50 |",
+        "| base |  | 100, 101 | 240, 240 | 10, 12 | 5, 6 | 1.00 |",
+        "| batch_16 | `--train_batch_size 16` | 100 | 240 | 22 | 11 | 2.00 |",
+    ]
+
+
+def test_each_row_of_the_picture_is_a_recipe(speedrun):
+    pictures = {name: torch.full((3, 1, 2, 4), value, dtype=torch.uint8) for name, value in (("base", 7), ("linear", 9))}
+    whole = speedrun.rows_image(pictures)
+    assert whole.size == (12, 4) and whole.getpixel((11, 1)) == 7 and whole.getpixel((0, 2)) == 9
