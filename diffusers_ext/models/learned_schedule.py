@@ -21,8 +21,17 @@ from diffusers_ext.machine import widest_float
 # These few numbers move so many times as fast as the weights of the network, whose optimizer they share.
 RATE = 10.0
 
-# Slopes of the steps that s is made of, from one that spans all of [0, 1] to one that spans a few hundredths of it.
+# Slopes of the steps that t(s) is made of, from one that spans all of [0, 1] to one that spans a few hundredths of it.
 SLOPES = (4.0, 64.0)
+
+# The share of the times that stays evenly spread over s, whatever is learned: no level is drawn less than so often beside a
+# linear interior, and no sample weighs more than 1 / UNIFORM_SHARE times as much. Without it levels that are hardly ever
+# drawn have weights so large that the schedule, and the network with it, runs away. Of the best interior the second moment
+# is at most 1 / (1 - UNIFORM_SHARE) times as large for it (a defensive mixture: Hesterberg 1995).
+UNIFORM_SHARE = 0.1
+
+# Of [0, 1], in which t(s) is inverted, and the steps in each, which leave only rounding.
+NUM_INTERVALS, NEWTON_STEPS = 512, 10
 
 
 class Interior(NamedTuple):
@@ -35,8 +44,9 @@ class Interior(NamedTuple):
 class LearnedSchedule(nn.Module):
     """gamma(t) with two trained endpoints and a trained or a linear interior.
 
-    The interior is a monotone network of one hidden layer with positive weights (Kingma et al. 2021): a sum of
-    a line and of sigmoids. All trained numbers are offsets from what they start at, which is next to linear.
+    The interior is the inverse of a monotone network of one hidden layer with positive weights (that of Kingma et al. 2021,
+    there not inverted): t(s), a sum of a line and of sigmoids, whose derivative is the density of the levels that are drawn,
+    and has a floor (`UNIFORM_SHARE`). All trained numbers are offsets from what they start at, which is next to linear.
 
     Args:
         gamma_0, gamma_1: Where the endpoints start. At gamma_0 = -13.3 the noise is a sixth of the distance of two values
@@ -69,21 +79,46 @@ class LearnedSchedule(nn.Module):
         """s and its derivative at times in [0, 1], float32 or wider, shape `(batch,)`."""
         if not self.num_features:
             return Interior(t, torch.ones_like(t))
-        ends = t.new_tensor([0.0, 1.0])
-        value, slope = self._unscaled(torch.cat([t, ends]))
-        low, height = value[-2], value[-1] - value[-2]
-        return Interior((value[:-2] - low) / height, slope[:-2] / height)
+        start = self._invert(t.detach())
+        time, density = self._time(start)
+        # The value of `start`, with the gradients of the inverse function.
+        share = start + (t - t.detach() - (time - time.detach())) / density.detach()
+        return Interior(share, 1 / self._time(share)[1])
 
-    def _unscaled(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        number = self.num_features
-        log_slope, centre, log_weight = (RATE * self.offsets.to(t)).unbind()
-        spread = torch.arange(number, dtype=t.dtype, device=t.device) / max(number - 1, 1)
+    def _time(self, share: Tensor) -> tuple[Tensor, Tensor]:
+        """t of these s, and dt/ds, the density in which uniform times fall on s."""
+        ends = share.new_tensor([0.0, 1.0])
+        value, slope = self._unscaled(torch.cat([share, ends]))
+        low, height = value[-2], value[-1] - value[-2]
+        time, density = (value[:-2] - low) / height, slope[:-2] / height
+        return torch.lerp(time, share, UNIFORM_SHARE), UNIFORM_SHARE + (1 - UNIFORM_SHARE) * density
+
+    @torch.no_grad()
+    def _invert(self, t: Tensor) -> Tensor:
+        """s of these t: the interval of a grid that it is in, from its chord Newton's method, and bisection where that leaves."""
+        grid = torch.linspace(0, 1, NUM_INTERVALS + 1, dtype=t.dtype, device=t.device)
+        times = self._time(grid)[0].contiguous()
+        last = torch.searchsorted(times, t).clamp(1, NUM_INTERVALS)
+        low, high = grid[last - 1], grid[last]
+        share = torch.lerp(low, high, (t - times[last - 1]) / (times[last] - times[last - 1]))
+        for _ in range(NEWTON_STEPS):
+            time, density = self._time(share)
+            low, high = torch.where(time < t, share, low), torch.where(time < t, high, share)
+            newton = share - (time - t) / density
+            share = torch.where((low <= newton) & (newton <= high), newton, (low + high) / 2)
+        return share
+
+    def _unscaled(self, share: Tensor) -> tuple[Tensor, Tensor]:
+        """A monotone function and its derivative: a line and sigmoids."""
+        number, like = self.num_features, {"dtype": share.dtype, "device": share.device}
+        log_slope, centre, log_weight = (RATE * self.offsets.to(share)).unbind()
+        spread = torch.arange(number, **like) / max(number - 1, 1)
         # Neighbours in place have slopes far apart: multiples of the golden ratio fill the range evenly.
-        shares = (torch.arange(number, dtype=t.dtype, device=t.device) * ((5**0.5 - 1) / 2)) % 1
-        slope = SLOPES[0] * (SLOPES[1] / SLOPES[0]) ** shares * log_slope.exp()
+        of_slopes = (torch.arange(number, **like) * ((5**0.5 - 1) / 2)) % 1
+        slope = SLOPES[0] * (SLOPES[1] / SLOPES[0]) ** of_slopes * log_slope.exp()
         weight = log_weight.exp() / number
-        step = (slope * (t[:, None] - spread - 0.1 * centre)).sigmoid()
-        return t + (weight * step).sum(1), 1 + (weight * slope * step * (1 - step)).sum(1)
+        step = (slope * (share[:, None] - spread - 0.1 * centre)).sigmoid()
+        return share + (weight * step).sum(1), 1 + (weight * slope * step * (1 - step)).sum(1)
 
     def forward(self, t: Tensor) -> Tensor:
         """gamma at times in [0, 1], shape `(batch,)`."""

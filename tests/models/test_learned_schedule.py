@@ -32,6 +32,32 @@ def test_gamma_rises_from_end_to_end_with_the_slope_that_it_says(make):
     torch.testing.assert_close(interior.slope, slope, rtol=1e-9, atol=0)
 
 
+def test_no_level_is_drawn_less_than_a_tenth_as_often_as_by_a_linear_interior():
+    """However far the numbers run: where the density is least, 1 / slope is its floor, and t(s) is still inverted."""
+    t = torch.linspace(0, 1, 2001, dtype=torch.float64)
+    for seed in range(3):
+        schedule = bent(seed, std=0.2)
+        with torch.no_grad():
+            schedule.offsets[0].abs_()  # steps that are steep
+            schedule.offsets[2] += torch.linspace(0, 1, schedule.num_features)  # nearly all at the noise
+        share, slope = schedule.interior(t)
+        assert 6 < slope.max() < 10
+        assert (share.diff() > 0).all() and share[0] == 0 and share[-1] == pytest.approx(1, abs=1e-12)
+        torch.testing.assert_close(schedule._time(share)[0], t, rtol=0, atol=1e-5)
+
+
+def test_its_gradients_are_those_of_the_inverse_function():
+    schedule, t = bent(num_features=8), torch.tensor([0.1, 0.45, 0.8], dtype=torch.float64)
+
+    def interior(offsets):
+        schedule.offsets = offsets
+        return torch.stack(schedule.interior(t))
+
+    offsets = schedule.offsets.detach().clone().requires_grad_()
+    del schedule.offsets  # a parameter, in the place of which plain tensors are put
+    assert torch.autograd.gradcheck(interior, (offsets,))
+
+
 def test_it_starts_next_to_linear_and_can_bend():
     t = torch.linspace(0, 1, 101, dtype=torch.float64)
     share = LearnedSchedule().double().interior(t).share
