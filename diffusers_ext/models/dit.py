@@ -77,9 +77,13 @@ def dit_config(name: str) -> dict[str, int]:
 
 @dataclass
 class DiTOutput(BaseOutput):
-    """`sample` is the network's output, shape `(batch, out_channels, height, width)`."""
+    """`sample` is the network's output, shape `(batch, out_channels, height, width)`.
+
+    `internal_sample`, of the same shape, is that of the head on a middle layer, if the network has one.
+    """
 
     sample: Tensor
+    internal_sample: Tensor | None = None
 
 
 def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float, norm: str = "layer") -> Tensor:
@@ -273,6 +277,8 @@ class DiTModel(CachedBlocksMixin, Network):
         value_residual: Attention's values, but in the first block, are a learned mix of the block's own and those of the
             first (arXiv 2410.17897).
         patch_embedding: "linear", or "conv": strided convolutions, for a `patch_size` of 1, 2, 4 or 8 (arXiv 2106.14881).
+        internal_guidance_layer: Predict also from the tokens after this number of blocks, in [1, num_layers - 1], by an output
+            layer of its own, for `InternalGuidance` (arXiv 2512.24176); `None` for no such output. It is trained along.
         long_skips: Join the output of each of the first blocks to the input of its mirror image among the last (U-ViT, arXiv
             2209.12152).
         num_registers: Learned tokens that the others can attend to and that are dropped at the end (Darcet et al. 2023).
@@ -325,6 +331,7 @@ class DiTModel(CachedBlocksMixin, Network):
         value_residual: bool = False,
         patch_embedding: Literal[PATCH_EMBEDDINGS] = "linear",
         long_skips: bool = False,
+        internal_guidance_layer: int | None = None,
     ):
         super().__init__()
         out_channels = in_channels if out_channels is None else out_channels
@@ -374,6 +381,9 @@ class DiTModel(CachedBlocksMixin, Network):
         )
         self.modulation_out = nn.Linear(hidden_size, 2 * hidden_size)
         self.patch_out = nn.Linear(hidden_size, patch_size**2 * out_channels)
+        has_internal = internal_guidance_layer is not None
+        self.internal_modulation_out = nn.Linear(hidden_size, 2 * hidden_size) if has_internal else None
+        self.internal_patch_out = nn.Linear(hidden_size, patch_size**2 * out_channels) if has_internal else None
         self.initialize_weights()
 
     @classmethod
@@ -394,6 +404,11 @@ class DiTModel(CachedBlocksMixin, Network):
 
         return to_diffusers(self)
 
+    def remove_internal_output(self) -> None:
+        """Takes away the output of the middle layer, and leaves all else as it is."""
+        self.internal_modulation_out = self.internal_patch_out = None
+        self.register_to_config(internal_guidance_layer=None)
+
     def initialize_weights(self):
         """As in the paper's code: each residual branch and the output start at zero, so that a block is the identity."""
         for module in self.modules():
@@ -412,6 +427,8 @@ class DiTModel(CachedBlocksMixin, Network):
                 nn.init.kaiming_normal_(conv.weight)
                 nn.init.zeros_(conv.bias)
         zero = [self.modulation_out, self.patch_out]
+        if self.internal_patch_out is not None:
+            zero += [self.internal_modulation_out, self.internal_patch_out]
         for block in self.transformer_blocks:
             zero += [block.modulation] if block.cross_attn is None else [block.modulation, block.cross_attn.to_out]
             if block.skip_in is not None:
@@ -444,10 +461,10 @@ class DiTModel(CachedBlocksMixin, Network):
             condition_image: In [-1, 1], shape `(batch, condition_channels, height, width)`; `None` for none.
             condition_given: Which samples have a condition image, shape `(batch,)`; by default all, if it is given.
             condition_level: Standard deviation of the noise in the condition image, in [0, 1], shape `(batch,)`; 0 by default.
-            return_dict: `False` returns a tuple.
+            return_dict: `False` returns a tuple of `sample` alone.
 
         Returns:
-            Output of shape `(batch, out_channels, height, width)`.
+            Output of shape `(batch, out_channels, height, width)`, and that of the middle layer if the network has one.
         """
         class_labels = check_inputs(self.config, sample, class_labels, encoder_hidden_states)
         check_condition_image(self.config, sample, condition_image, condition_given, condition_level)
@@ -474,7 +491,7 @@ class DiTModel(CachedBlocksMixin, Network):
             of_attention["first_values"] = FirstValues()
         if self.registers is not None:  # last, since smoothed energy guidance takes the first tokens for the image
             x = torch.cat([x, self.registers.to(x.dtype).expand(len(x), -1, -1)], dim=1)
-        skips = []
+        skips, internal = [], None
         for i, block in enumerate(self.transformer_blocks):
             embedding, skip = (
                 embeddings[i if self.block_embeddings else 0],
@@ -483,12 +500,20 @@ class DiTModel(CachedBlocksMixin, Network):
             x = self.run(block, x, embedding, encoder_hidden_states, mask, skip, of_attention)
             if i < self.num_skips:
                 skips.append(x)
-        shift, scale = self.modulation_out(embeddings[0]).chunk(2, dim=-1)
-        x = self.patch_out(modulated_norm(x[:, : grid[0] * grid[1]], scale, shift, 1e-6, self.config.norm))
-        x = x.unflatten(1, grid).unflatten(3, (patch, patch, -1))  # (batch, rows, columns, patch, patch, channels)
-        x = x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (batch, out_channels, height, width)
+            if i + 1 == self.config.internal_guidance_layer and return_dict:
+                internal = self._predict(x, embeddings[0], grid, self.internal_modulation_out, self.internal_patch_out)
+        x = self._predict(x, embeddings[0], grid, self.modulation_out, self.patch_out)
+        return DiTOutput(sample=x, internal_sample=internal) if return_dict else (x,)
 
-        return DiTOutput(sample=x) if return_dict else (x,)
+    def _predict(
+        self, x: Tensor, embedding: Tensor, grid: tuple[int, int], modulation: nn.Linear, patch_out: nn.Linear
+    ):
+        """Tokens `(batch, tokens, hidden_size)` to an output, by the two layers of a head."""
+        patch = self.config.patch_size
+        shift, scale = modulation(embedding).chunk(2, dim=-1)
+        x = patch_out(modulated_norm(x[:, : grid[0] * grid[1]], scale, shift, 1e-6, self.config.norm))
+        x = x.unflatten(1, grid).unflatten(3, (patch, patch, -1))  # (batch, rows, columns, patch, patch, channels)
+        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (batch, out_channels, height, width)
 
     def _positions(self, grid: tuple[int, int]) -> Tensor:
         if grid == self.grid:

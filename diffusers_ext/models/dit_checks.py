@@ -69,6 +69,12 @@ def _check_parts(config) -> None:
             "value_residual takes the first block's values into the later ones, so that num_layers must be at least 2, got "
             f"{config.num_layers}"
         )
+    layer = config.internal_guidance_layer
+    if layer is not None and not 1 <= layer < config.num_layers:
+        raise ValueError(
+            "internal_guidance_layer must be the number of blocks before the output of a middle layer, in [1, num_layers - 1], "
+            f"got {layer} of {config.num_layers}"
+        )
     if config.long_skips and config.num_layers < 3:
         raise ValueError(
             "long_skips join the first blocks to the last over at least one between them, so that num_layers must be at "

@@ -62,6 +62,7 @@ NEEDED_OF_OURS = {
     "value_residual": False,
     "patch_embedding": "linear",
     "long_skips": False,
+    "internal_guidance_layer": None,
 }
 
 

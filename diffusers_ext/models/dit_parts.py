@@ -25,7 +25,15 @@ MLPS = ("gelu", "swiglu")
 PATCH_EMBEDDINGS = ("linear", "conv")
 
 # The options of `DiTModel` that choose them.
-PARTS_OF_DIT = ("position_embedding", "norm", "mlp", "value_residual", "patch_embedding", "long_skips")
+PARTS_OF_DIT = (
+    "position_embedding",
+    "norm",
+    "mlp",
+    "value_residual",
+    "patch_embedding",
+    "long_skips",
+    "internal_guidance_layer",
+)
 
 # Positions of images are few: Heo et al. take 100 for the 10000 of texts, so that the slowest rotation is felt.
 ROTARY_BASE = 100.0

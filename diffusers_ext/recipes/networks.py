@@ -75,6 +75,9 @@ class NetworkConfig(TrainerConfig):
         "linear", "patches by a linear layer, or by strided convolutions (conv), for patches of 1, 2, 4 or 8"
     )
     long_skips: bool = dit_option(False, "join the output of each of the first blocks to the input of one of the last")
+    internal_guidance_layer: int | None = dit_option(
+        None, "train a second output after this number of blocks along, for internal guidance"
+    )
     pretrained_pipeline: str | None = fixed_option(
         None,
         "begin with the network of a pipeline, a folder or a name on the Hub: one of this package, whose EMA weights are those "
