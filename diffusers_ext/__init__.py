@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.guiders import BaseGuidance
 
 from diffusers_ext.examples import example
-from diffusers_ext.guidance.guiders import ClassifierGuidance, ComposedGuidance, WeakModelGuidance
+from diffusers_ext.guidance.guiders import ClassifierGuidance, ComposedGuidance, InternalGuidance, WeakModelGuidance
 from diffusers_ext.models.classifier import NoisyClassifierModel
 from diffusers_ext.models.dit import DiTModel
 from diffusers_ext.models.gaussian_prior import GaussianPriorModel
@@ -49,6 +49,7 @@ __all__ = [
     "GuidedDiffusionBlocks",
     "GuidedDiffusionPipeline",
     "HierarchicalVAEModel",
+    "InternalGuidance",
     "NoisyClassifierModel",
     "ScoreSDEScheduler",
     "TextGuidedDiffusionBlocks",

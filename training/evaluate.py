@@ -103,7 +103,14 @@ CONDITIONED_PICTURE = "conditions.png"
 OPTIONS_OF_SAMPLING = ["num_inference_steps", "guidance_scale"]
 
 # Options that do nothing for a folder of images.
-OPTIONS_OF_PIPELINES = [*OPTIONS_OF_SAMPLING, "num_images", "scheduler", "eval_batch_size", "mixed_precision"]
+OPTIONS_OF_PIPELINES = [
+    *OPTIONS_OF_SAMPLING,
+    "internal_guidance_scale",
+    "num_images",
+    "scheduler",
+    "eval_batch_size",
+    "mixed_precision",
+]
 
 
 @dataclass(frozen=True)
@@ -120,6 +127,7 @@ class EvaluateConfig(DataOptions):
         None, "steps of the sampler; by default the run's or the pipeline's", at_least=1
     )
     guidance_scale: float | None = option(None, "by default the run's or the pipeline's")
+    internal_guidance_scale: float = option(1.0, "guidance away from the network's middle layer; 1 is none")
     caption_column: str | None = option(
         None, "column of the captions that texts are taken from; by default found as in training"
     )
@@ -230,6 +238,7 @@ def main(config: EvaluateConfig) -> dict | None:
             config.num_images,
             num_inference_steps=config.num_inference_steps,
             guidance_scale=config.guidance_scale,
+            settings=settings_of(config),
             batch_size=config.eval_batch_size,
             bf16=bf16,
             seed=config.seed,
@@ -251,6 +260,12 @@ def main(config: EvaluateConfig) -> dict | None:
     }
     report(config, result)
     return result
+
+
+def settings_of(config: EvaluateConfig) -> dict[str, float]:
+    """Arguments of the pipeline's call that not every pipeline has, where they say something."""
+    scale = config.internal_guidance_scale
+    return {} if scale == 1 else {"internal_guidance_scale": scale}
 
 
 def complete(config: EvaluateConfig, pipeline: DiffusionPipeline | None) -> EvaluateConfig:
@@ -500,6 +515,8 @@ def figures_of(config: EvaluateConfig, result: dict) -> list[Figure]:
     sampler = sampling["scheduler_class"]
     if sampling["guidance_scale"] not in (None, 1.0):
         sampler += f", guidance {sampling['guidance_scale']:g}"
+    if sampling["internal_guidance_scale"] != 1.0:
+        sampler += f", internal guidance {sampling['internal_guidance_scale']:g}"
     if sampling["guider"]:
         sampler += f", {sampling['guider']}"
     if sampling["labels"]:

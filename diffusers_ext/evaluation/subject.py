@@ -173,6 +173,7 @@ def generate_for(
         "scheduler_class": type(pipeline.scheduler).__name__,
         "num_inference_steps": num_inference_steps or default_of(pipeline, "num_inference_steps"),
         "guidance_scale": _default_scale(pipeline) if guidance_scale is None else guidance_scale,
+        "internal_guidance_scale": (settings or {}).get("internal_guidance_scale", 1.0),
         "call_defaults": getattr(pipeline, "config", {}).get("call_defaults"),
         "guider": None if guider is None else type(guider).__name__,
         "by_label": asked.proportions is not None,

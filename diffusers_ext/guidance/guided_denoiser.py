@@ -73,6 +73,19 @@ def check_guidance_scale(guidance_scale: float) -> None:
         )
 
 
+def check_internal_guidance_scale(internal_guidance_scale: float) -> None:
+    """Refuses a weight of the output against that of a middle layer that leads nowhere.
+
+    Raises:
+        ValueError: if it is not finite or is negative.
+    """
+    if not (math.isfinite(internal_guidance_scale) and internal_guidance_scale >= 0):
+        raise ValueError(
+            f"internal_guidance_scale must be finite and at least 0, got {internal_guidance_scale}: 1 is the network's output, "
+            "and above 1 leads away from what its middle layer predicts"
+        )
+
+
 def check_guidance_rescale(guidance_rescale: float) -> None:
     """Refuses a share of the standard deviation to get back that is not in [0, 1]."""
     if not 0 <= guidance_rescale <= 1:
@@ -238,9 +251,20 @@ class GuidedDenoiser:
             for name, value in conditions.items()
         }
         x = x.repeat(copies, *[1] * (x.ndim - 1)).to(network.dtype)
+        # The only guider of which each prediction is one of two outputs; a weaker network has but one.
+        internal_scale = getattr(self.guider, "internal_scale", 1.0) if network is self.denoiser else 1.0
         with prediction_of(network, name.removeprefix("pred_"), len(x)):
-            output = network(x, timestep.expand(len(x)), **conditions, return_dict=False)[0]
-        return output.to(torch.promote_types(output.dtype, torch.float32))
+            output = network(x, timestep.expand(len(x)), **conditions, return_dict=internal_scale != 1)
+        wide = torch.promote_types(output[0].dtype, torch.float32)
+        if internal_scale == 1:
+            return output[0].to(wide)
+        return self._led_away(output.sample.to(wide), output.internal_sample.to(wide), internal_scale)
+
+    def _led_away(self, sample: Tensor, internal: Tensor, scale: float) -> Tensor:
+        """The network's output, led away from that of its middle layer; but not that of a learned variance."""
+        mean, rest = sample[:, : self.channels], sample[:, self.channels :]
+        internal = internal[:, : self.channels]
+        return torch.cat([internal + scale * (mean - internal), rest], dim=1)
 
     @contextmanager
     def _prepared(self, network: nn.Module, name: str | None) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Guiders of this package: by a classifier, by a weaker network, by weights of labels.
+"""Guiders of this package: by a classifier, by a weaker network, by a middle layer, by weights of labels.
 
 They are saved with a pipeline like diffusers' own. They need more than conditional and unconditional predictions, which
 `diffusers_ext.guidance.guided_denoiser.GuidedDenoiser` gives them: before each step it calls `see` with the noisy sample, its timestep
@@ -16,7 +16,12 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
 
 from diffusers_ext.diffusion.noising import add_to_score
-from diffusers_ext.guidance.guided_denoiser import StepContext, check_guidance_rescale, check_guidance_scale
+from diffusers_ext.guidance.guided_denoiser import (
+    StepContext,
+    check_guidance_rescale,
+    check_guidance_scale,
+    check_internal_guidance_scale,
+)
 from diffusers_ext.schedulers.levels import (
     PATH_TOLERANCE,
     describe_path,
@@ -60,12 +65,14 @@ class _ContextGuidance(BaseGuidance):
         """Names of the predictions to ask for in this step."""
         raise NotImplementedError
 
-    def _is_on(self) -> bool:
+    def _is_on(self, start: float = 0.0, stop: float = 1.0) -> bool:
+        """Whether it acts in this step, and the step is within these shares of them too."""
         if not self._enabled:
             return False
         if self._num_inference_steps is None:
             return True
-        first, end = (int(share * self._num_inference_steps) for share in (self._start, self._stop))
+        bounds = (max(start, self._start), min(stop, self._stop))
+        first, end = (int(share * self._num_inference_steps) for share in bounds)
         return first <= self._step < end
 
 
@@ -190,6 +197,88 @@ class WeakModelGuidance(_ContextGuidance):
 
     def _names(self) -> list[str]:
         return self._input_predictions if self._is_on() and self.guidance_scale != 1 else ["pred_cond"]
+
+
+class InternalGuidance(_ContextGuidance):
+    """Guidance away from what the network predicts in a middle layer (Zhou et al. 2025, arXiv 2512.24176).
+
+        internal + internal_guidance_scale * (output - internal)
+
+    for each prediction; the conditional and the unconditional one then make classifier-free guidance at `guidance_scale`. Both
+    outputs come from one call of the network, so that the former costs no further one. Needs a network with a second output, a
+    `DiTModel` with an `internal_guidance_layer` that was trained along.
+
+    Args:
+        internal_guidance_scale: Finite, at least 0; 1 is the network's output alone.
+        guidance_scale: Of classifier-free guidance; 1 is none.
+        guidance_rescale: In [0, 1], how far the result gets the standard deviation of the conditional prediction back, which
+            classifier-free guidance has changed.
+        start, stop: Share of the steps after which guidance starts and stops, in [0, 1].
+        enabled: Whether it acts at all.
+        internal_start, internal_stop: The same for what the middle layer does, within those. The paper has it end before
+            the last, clean levels.
+
+    Raises:
+        ValueError: if a scale is out of range.
+    """
+
+    _input_predictions = ["pred_cond", "pred_uncond"]
+
+    @register_to_config
+    def __init__(
+        self,
+        internal_guidance_scale: float = 1.4,
+        guidance_scale: float = 1.0,
+        guidance_rescale: float = 0.0,
+        start: float = 0.0,
+        stop: float = 1.0,
+        enabled: bool = True,
+        internal_start: float = 0.0,
+        internal_stop: float = 1.0,
+    ):
+        super().__init__(guidance_scale, guidance_rescale, start, stop, enabled)
+        check_internal_guidance_scale(internal_guidance_scale)
+        if not 0 <= internal_start <= internal_stop <= 1:
+            raise ValueError(
+                "internal_start and internal_stop must be in [0, 1], the smaller one first, got "
+                f"{internal_start} and {internal_stop}"
+            )
+        self.internal_guidance_scale = internal_guidance_scale
+        self.internal_start, self.internal_stop = internal_start, internal_stop
+
+    def check_pipeline(self, pipe, labels: Tensor | None) -> None:
+        if pipe.denoiser.config.get("internal_guidance_layer") is None:
+            raise ValueError(
+                "InternalGuidance needs a network with a second output in a middle layer, such as a DiTModel that was trained "
+                "with --internal_guidance_layer; this one has none"
+            )
+        if getattr(pipe.denoiser, "caches_blocks", False):
+            raise ValueError(
+                "InternalGuidance needs each block in each step, and the cache that is enabled skips some: call "
+                "denoiser.disable_cache(), or take a cache of attention"
+            )
+
+    @property
+    def internal_scale(self) -> float:
+        """The weight by which each prediction of this step is led away from that of the middle layer."""
+        return self.internal_guidance_scale if self._is_on(self.internal_start, self.internal_stop) else 1.0
+
+    def prepare_inputs(self, data: dict[str, tuple[Tensor, Tensor]]) -> list:
+        return [self._prepare_batch(data, int(name == "pred_uncond"), name) for name in self._names()]
+
+    def forward(self, pred_cond: Tensor | None = None, pred_uncond: Tensor | None = None) -> GuiderOutput:
+        if pred_cond is None or pred_uncond is None:
+            pred = pred_uncond if pred_cond is None else pred_cond
+        else:
+            pred = pred_uncond + self.guidance_scale * (pred_cond - pred_uncond)
+            if self.guidance_rescale > 0:
+                pred = rescale_noise_cfg(pred, pred_cond, self.guidance_rescale)
+        return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=pred_uncond)
+
+    def _names(self) -> list[str]:
+        if not self._is_on() or self.guidance_scale == 1:
+            return ["pred_cond"]
+        return ["pred_uncond"] if self.guidance_scale == 0 else ["pred_cond", "pred_uncond"]
 
 
 class ComposedGuidance(_ContextGuidance):

@@ -12,7 +12,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from diffusers_ext.guidance.guided_denoiser import check_guidance_rescale, check_guidance_scale, prepare_inputs
-from diffusers_ext.guidance.guiders import ClassifierGuidance, ComposedGuidance
+from diffusers_ext.guidance.guiders import ClassifierGuidance, ComposedGuidance, InternalGuidance
 from diffusers_ext.schedulers.levels import noise_level
 
 
@@ -39,6 +39,7 @@ def choose_guider(
     guidance_scale: float | None = None,
     guidance_rescale: float = 0.0,
     classifier_scale: float = 0.0,
+    internal_guidance_scale: float = 1.0,
     *,
     weighted: bool = False,
 ) -> BaseGuidance | None:
@@ -46,7 +47,7 @@ def choose_guider(
 
     Args:
         guider: Of the call or of its pipeline.
-        guidance_scale, guidance_rescale, classifier_scale: Short forms, for a call without a guider.
+        guidance_scale, guidance_rescale, classifier_scale, internal_guidance_scale: Short forms, for a call without a guider.
         weighted: Whether the labels of the call have weights.
 
     Raises:
@@ -57,6 +58,7 @@ def choose_guider(
             "guidance_scale": (guidance_scale, None),
             "guidance_rescale": (guidance_rescale, 0),
             "classifier_scale": (classifier_scale, 0),
+            "internal_guidance_scale": (internal_guidance_scale, 1),
         }
         for name, (value, default) in short.items():
             if value != default:
@@ -67,14 +69,20 @@ def choose_guider(
         _check_settings(guider)
         return guider
     if weighted:
-        if guidance_scale is not None or classifier_scale != 0:
+        if guidance_scale is not None or classifier_scale != 0 or internal_guidance_scale != 1:
             raise ValueError(
-                "class_labels with weights are a guidance of their own, which goes with no guidance_scale or "
-                "classifier_scale"
+                "class_labels with weights are a guidance of their own, which goes with no guidance_scale, classifier_scale or "
+                "internal_guidance_scale"
             )
         return ComposedGuidance(guidance_rescale=guidance_rescale)
     check_guidance_rescale(guidance_rescale)
     guidance_scale = 1.0 if guidance_scale is None else guidance_scale
+    if classifier_scale and internal_guidance_scale != 1:
+        raise ValueError(
+            "classifier_scale and internal_guidance_scale are two guiders, of which a call has one: leave one of them out"
+        )
+    if internal_guidance_scale != 1:
+        return InternalGuidance(internal_guidance_scale, guidance_scale, guidance_rescale)
     if classifier_scale:
         return ClassifierGuidance(classifier_scale, guidance_scale, guidance_rescale=guidance_rescale)
     return classifier_free_guidance(guidance_scale, guidance_rescale)

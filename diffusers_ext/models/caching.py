@@ -17,6 +17,8 @@ CACHES = (
     "PyramidAttentionBroadcastConfig",
     "FasterCacheConfig",
 )
+# Those that skip blocks as a whole, so that what a middle layer puts out is none of this step's.
+OF_BLOCKS = ("FirstBlockCacheConfig", "MagCacheConfig")
 # Those that have one state for all predictions of a step, which so have to come in one call of the network.
 OF_ONE_STATE = ("PyramidAttentionBroadcastConfig", "FasterCacheConfig")
 
@@ -55,7 +57,7 @@ class CachedBlocksMixin(CacheMixin):
             config = replace(
                 config,
                 use_lite_mode=False,
-                cache_identifiers=["patch_out"],
+                cache_identifiers=["(internal_)?patch_out"],
                 skip_predict_identifiers=[r"transformer_blocks\.\d+"],
             )
         if name == "TaylorSeerCacheConfig":
@@ -67,6 +69,11 @@ class CachedBlocksMixin(CacheMixin):
                     f"{', '.join(idle)} of TaylorSeerCacheConfig must match the name of a module, got none"
                 )
         super().enable_cache(config)
+
+    @property
+    def caches_blocks(self) -> bool:
+        """Whether blocks are skipped, and what comes out of the last of them is made up for."""
+        return self.is_cache_enabled and type(self._cache_config).__name__ in OF_BLOCKS
 
     @property
     def caches_apart(self) -> bool:

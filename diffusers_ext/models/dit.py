@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +13,26 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from diffusers_ext.models.caching import CachedBlocksMixin
-from diffusers_ext.models.derivatives import in_torch_func
-from diffusers_ext.models.embeddings import TimestepEmbedding, pooled_dim, position_embedding, timestep_of_each
+from diffusers_ext.models.dit_checks import PATCH_SIZES, check_inputs, check_options, check_size
+from diffusers_ext.models.dit_parts import (
+    MLPS,
+    NORMS,
+    PATCH_EMBEDDINGS,
+    POSITION_EMBEDDINGS,
+    ConvPatchEmbedding,
+    FirstValues,
+    gated_width,
+    init_skip_,
+    learned_norm,
+    normalise,
+    num_long_skips,
+    rotary_table,
+    rotate,
+)
+from diffusers_ext.models.embeddings import TimestepEmbedding, pooled_dim, timestep_of_each
+from diffusers_ext.models.embeddings import position_embedding as sincos_embedding
 from diffusers_ext.models.image_condition import (
     check_condition_image,
-    check_condition_options,
     concatenate_condition,
     embed_level,
     input_channels,
@@ -29,7 +45,7 @@ from diffusers_ext.models.layers import (
     register_skippable,
     zero_,
 )
-from diffusers_ext.models.network import Network, check_conditions, check_num_classes, check_shape
+from diffusers_ext.models.network import Network
 from diffusers_ext.sizes import as_size
 
 
@@ -40,10 +56,6 @@ DIT_CONFIGS = {
     "DiT-L": {"hidden_size": 1024, "num_layers": 24, "num_attention_heads": 16},
     "DiT-XL": {"hidden_size": 1152, "num_layers": 28, "num_attention_heads": 16},
 }
-PATCH_SIZES = range(1, 9)
-
-# The null label of diffusers' `DiTPipeline`, whatever the number of labels is.
-NULL_LABEL_OF_DIFFUSERS = 1000
 
 FREQUENCIES = 256  # width of the sinusoidal embedding of timesteps, as in the paper's code
 
@@ -65,25 +77,40 @@ def dit_config(name: str) -> dict[str, int]:
 
 @dataclass
 class DiTOutput(BaseOutput):
-    """`sample` is the network's output, shape `(batch, out_channels, height, width)`."""
+    """`sample` is the network's output, shape `(batch, out_channels, height, width)`.
+
+    `internal_sample`, of the same shape, is that of the head on a middle layer, if the network has one.
+    """
 
     sample: Tensor
+    internal_sample: Tensor | None = None
 
 
-def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
-    """Layer normalisation, then `(1 + scale) * x + shift`; tokens `(batch, tokens, dim)`, the others `(batch, dim)`."""
-    return torch.addcmul(shift[:, None], F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale[:, None])
+def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float, norm: str = "layer") -> Tensor:
+    """Normalisation, then `(1 + scale) * x + shift`; tokens `(batch, tokens, dim)`, the others `(batch, dim)`."""
+    return torch.addcmul(shift[:, None], normalise(x, norm, eps), 1 + scale[:, None])
 
 
 class DiTFeedForward(FeedForward):
-    """Two linear layers with the tanh form of GELU between them, tokens `(batch, tokens, dim)` to tokens."""
+    """Two linear layers with an activation between them, tokens `(batch, tokens, dim)` to tokens.
 
-    def __init__(self, dim: int, hidden_dim: int, dropout: float = 0.0):
-        super().__init__(dim, inner_dim=hidden_dim, dropout=dropout, activation_fn="gelu-approximate")
+    Args:
+        mlp: "gelu", in its tanh form; or "swiglu", whose first layer has two halves, of which the second, through SiLU, is
+            the gate of the first, at a width at which there are as many parameters.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, dropout: float = 0.0, mlp: str = "gelu"):
+        gated = mlp == "swiglu"
+        width, activation = (gated_width(hidden_dim), "swiglu") if gated else (hidden_dim, "gelu-approximate")
+        super().__init__(dim, inner_dim=width, dropout=dropout, activation_fn=activation)
+        self.gated = gated
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         linear_in, dropout, linear_out = self.net[0].proj, self.net[1], self.net[2]
         x = linear_in(hidden_states)
+        if self.gated:
+            x, gate = x.chunk(2, dim=-1)
+            return linear_out(dropout(x * F.silu(gate)))
         # The CPU's kernel of the tanh form takes 2.5 to 6 times as long in bfloat16 as that of the form with erf. They
         # differ by less than 5e-4, and so does their input by its rounding.
         fast = x.device.type == "cpu" and x.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
@@ -96,11 +123,21 @@ class DiTAttentionProcessor:
     _attention_backend = None  # set by diffusers' `set_attention_backend`
 
     def __call__(
-        self, attn: "DiTAttention", hidden_states: Tensor, context: Tensor | None = None, mask: Tensor | None = None
+        self,
+        attn: "DiTAttention",
+        hidden_states: Tensor,
+        context: Tensor | None = None,
+        mask: Tensor | None = None,
+        rotation: Tensor | None = None,
+        first_values: FirstValues | None = None,
     ) -> Tensor:
         query, key, value = project_heads(attn, hidden_states, hidden_states if context is None else context)
         if attn.norm_q is not None:
             query, key = attn.norm_q(query).to(value.dtype), attn.norm_k(key).to(value.dtype)
+        if rotation is not None:
+            query, key = rotate(query, rotation), rotate(key, rotation)
+        if first_values is not None:
+            value = first_values.mixed(value, attn.own_share)
         out = attention(query, key, value, mask, self._attention_backend)
         return attn.to_out(out.transpose(1, 2).flatten(2))
 
@@ -113,29 +150,49 @@ class DiTAttention(nn.Module, AttentionModuleMixin):
         heads: Number of heads.
         qk_norm: Normalise queries and keys, which bounds the logits (Dehghani et al. 2023).
         context_dim: Width of the context's tokens; `None` for self-attention.
+        norm: How queries and keys are normalised, "layer" or "rms".
+        mixes_values: Learn which share of the values is the layer's own; the rest are those of the first block.
     """
 
     _supports_qkv_fusion = False
 
-    def __init__(self, dim: int, heads: int, qk_norm: bool = False, context_dim: int | None = None):
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        qk_norm: bool = False,
+        context_dim: int | None = None,
+        *,
+        norm: str = "layer",
+        mixes_values: bool = False,
+    ):
         super().__init__()
         self.num_heads, self.is_cross_attention = heads, context_dim is not None
         self.to_q = nn.Linear(dim, dim)
         self.to_kv = nn.Linear(dim if context_dim is None else context_dim, 2 * dim)
-        self.norm_q = nn.LayerNorm(dim // heads, bias=False) if qk_norm else None
-        self.norm_k = nn.LayerNorm(dim // heads, bias=False) if qk_norm else None
+        self.norm_q = learned_norm(dim // heads, norm, eps=1e-5, bias=False) if qk_norm else None
+        self.norm_k = learned_norm(dim // heads, norm, eps=1e-5, bias=False) if qk_norm else None
+        self.own_share = nn.Parameter(torch.full((1,), 0.5)) if mixes_values else None
         self.to_out = nn.Linear(dim, dim)
         self.set_processor(DiTAttentionProcessor())
 
-    def forward(self, hidden_states: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """Tokens `(batch, tokens, dim)` and context `(batch, other_tokens, context_dim)` to tokens."""
-        return self.processor(self, hidden_states, context, mask)
+    def forward(
+        self, hidden_states: Tensor, context: Tensor | None = None, mask: Tensor | None = None, **options
+    ) -> Tensor:
+        """Tokens `(batch, tokens, dim)` and context `(batch, other_tokens, context_dim)` to tokens.
+
+        Args:
+            options: `rotation` of the positions (`dit_parts.rotary_table`) and `first_values`, in networks that have them.
+        """
+        return self.processor(self, hidden_states, context, mask, **options)
 
 
 class DiTBlock(nn.Module):
     """Self-attention, cross-attention if there is a context, and a feed-forward layer (the paper's adaLN-Zero block).
 
     The embedding sets scale and shift of the normalisations, and gates of the residual branches that start at zero.
+    `takes_skip`: whether the output of an earlier block is joined to the tokens first, by a linear layer that begins as the
+    tokens alone. The other arguments are options of `DiTModel`.
     """
 
     def __init__(
@@ -148,15 +205,20 @@ class DiTBlock(nn.Module):
         qk_norm: bool = False,
         context_dim: int | None = None,
         mlp_norm_eps: float = 1e-6,
+        norm: str = "layer",
+        mlp: str = "gelu",
+        mixes_values: bool = False,
+        takes_skip: bool = False,
     ):
         super().__init__()
-        self.mlp_norm_eps = mlp_norm_eps
+        self.mlp_norm_eps, self.norm = mlp_norm_eps, norm
+        self.skip_in = nn.Linear(2 * dim, dim) if takes_skip else None
         self.modulation = nn.Linear(dim, 6 * dim)
-        self.attn = DiTAttention(dim, heads, qk_norm)
+        self.attn = DiTAttention(dim, heads, qk_norm, norm=norm, mixes_values=mixes_values)
         self.dropout = nn.Dropout(dropout)
-        self.cross_norm = None if context_dim is None else nn.LayerNorm(dim, eps=1e-6)
-        self.cross_attn = None if context_dim is None else DiTAttention(dim, heads, qk_norm, context_dim)
-        self.ff = DiTFeedForward(dim, int(dim * mlp_ratio), dropout)
+        self.cross_norm = None if context_dim is None else learned_norm(dim, norm, eps=1e-6, bias=True)
+        self.cross_attn = None if context_dim is None else DiTAttention(dim, heads, qk_norm, context_dim, norm=norm)
+        self.ff = DiTFeedForward(dim, int(dim * mlp_ratio), dropout, mlp)
 
     def forward(
         self,
@@ -164,14 +226,23 @@ class DiTBlock(nn.Module):
         embedding: Tensor,
         encoder_hidden_states: Tensor | None = None,
         mask: Tensor | None = None,
+        skip: Tensor | None = None,
+        of_attention: dict | None = None,
     ) -> Tensor:
-        """Tokens `(batch, tokens, dim)` to tokens, given an embedding `(batch, dim)` of timestep and label."""
+        """Tokens `(batch, tokens, dim)` to tokens, given an embedding `(batch, dim)` of timestep and label.
+
+        Args:
+            skip: Tokens that an earlier block put out, if the block takes them.
+            of_attention: Further arguments of self-attention, by name.
+        """
         shift, scale, gate, shift_ff, scale_ff, gate_ff = self.modulation(embedding).chunk(6, dim=-1)
-        x = hidden_states
-        x = torch.addcmul(x, gate[:, None], self.dropout(self.attn(modulated_norm(x, scale, shift, 1e-6))))
+        x = hidden_states if skip is None else self.skip_in(torch.cat([hidden_states, skip], dim=-1))
+        h = modulated_norm(x, scale, shift, 1e-6, self.norm)
+        x = torch.addcmul(x, gate[:, None], self.dropout(self.attn(h, **(of_attention or {}))))
         if self.cross_attn is not None:
             x = x + self.dropout(self.cross_attn(self.cross_norm(x).to(x.dtype), encoder_hidden_states, mask))
-        return torch.addcmul(x, gate_ff[:, None], self.ff(modulated_norm(x, scale_ff, shift_ff, self.mlp_norm_eps)))
+        h = modulated_norm(x, scale_ff, shift_ff, self.mlp_norm_eps, self.norm)
+        return torch.addcmul(x, gate_ff[:, None], self.ff(h))
 
 
 register_attention(DiTAttentionProcessor)
@@ -198,6 +269,18 @@ class DiTModel(CachedBlocksMixin, Network):
         cross_attention_dim: Width of `encoder_hidden_states`, which each block then attends to, or `None`.
         dropout: Share of the features dropped while training: of attention's outputs, and within feed-forward layers.
         qk_norm: Normalise queries and keys, which keeps attention's logits bounded in long runs.
+        position_embedding: "sincos" adds sines and cosines of a patch's row and column to its token; "rope" turns queries and
+            keys by them, so that attention depends on distances (in two axes, arXiv 2403.13298). Registers are not turned.
+        norm: "layer", or "rms", which divides by the root mean square without subtracting the mean (arXiv 1910.07467).
+        mlp: Feed-forward layers: "gelu", or "swiglu", gated and of two thirds of the width, so that there are as many
+            parameters (arXiv 2002.05202).
+        value_residual: Attention's values, but in the first block, are a learned mix of the block's own and those of the
+            first (arXiv 2410.17897).
+        patch_embedding: "linear", or "conv": strided convolutions, for a `patch_size` of 1, 2, 4 or 8 (arXiv 2106.14881).
+        internal_guidance_layer: Predict also from the tokens after this number of blocks, in [1, num_layers - 1], by an output
+            layer of its own, for `InternalGuidance` (arXiv 2512.24176); `None` for no such output. It is trained along.
+        long_skips: Join the output of each of the first blocks to the input of its mirror image among the last (U-ViT, arXiv
+            2209.12152).
         num_registers: Learned tokens that the others can attend to and that are dropped at the end (Darcet et al. 2023).
         mlp_norm_eps: Added to the variance by the normalisation before feed-forward layers. diffusers has 1e-5.
         embedding_per_block: Give each block an embedding of timestep and label of its own, as diffusers' has it.
@@ -242,18 +325,28 @@ class DiTModel(CachedBlocksMixin, Network):
         condition_channels: int = 0,
         condition_level: bool = False,
         learned_without_image: bool = True,
+        position_embedding: Literal[POSITION_EMBEDDINGS] = "sincos",
+        norm: Literal[NORMS] = "layer",
+        mlp: Literal[MLPS] = "gelu",
+        value_residual: bool = False,
+        patch_embedding: Literal[PATCH_EMBEDDINGS] = "linear",
+        long_skips: bool = False,
+        internal_guidance_layer: int | None = None,
     ):
         super().__init__()
         out_channels = in_channels if out_channels is None else out_channels
         self.register_to_config(out_channels=out_channels)  # a number, since pipelines read it
-        self._check_config()
+        check_options(self.config)
         size = as_size(sample_size)
-        _check_size(size, patch_size)
+        check_size(size, patch_size)
 
         self.grid = (size[0] // patch_size, size[1] // patch_size)
         seen_channels = in_channels + input_channels(condition_channels)
-        self.patch_in = nn.Linear(seen_channels * patch_size**2, hidden_size)
-        self.register_buffer("positions", position_embedding(self.grid, self.grid, hidden_size), persistent=False)
+        if patch_embedding == "linear":
+            self.patch_in = nn.Linear(seen_channels * patch_size**2, hidden_size)
+        else:
+            self.patch_in = ConvPatchEmbedding(seen_channels, hidden_size, patch_size)
+        self.register_buffer("positions", self._make_positions(self.grid), persistent=False)
         self.registers = nn.Parameter(torch.zeros(num_registers, hidden_size)) if num_registers else None
 
         def embedding() -> TimestepEmbedding:
@@ -267,6 +360,7 @@ class DiTModel(CachedBlocksMixin, Network):
 
         self.time_embedding = embedding()
         self.level_embedding = TimestepEmbedding(hidden_size, FREQUENCIES, endpoint=True) if condition_level else None
+        self.num_skips = num_long_skips(num_layers) if long_skips else 0
         # The first block, and the output, have the one above.
         self.block_embeddings = nn.ModuleList(embedding() for _ in range((num_layers - 1) * embedding_per_block))
         self.transformer_blocks = nn.ModuleList(
@@ -278,11 +372,18 @@ class DiTModel(CachedBlocksMixin, Network):
                 qk_norm=qk_norm,
                 context_dim=cross_attention_dim,
                 mlp_norm_eps=mlp_norm_eps,
+                norm=norm,
+                mlp=mlp,
+                mixes_values=value_residual and i > 0,
+                takes_skip=num_layers - i <= self.num_skips,
             )
-            for _ in range(num_layers)
+            for i in range(num_layers)
         )
         self.modulation_out = nn.Linear(hidden_size, 2 * hidden_size)
         self.patch_out = nn.Linear(hidden_size, patch_size**2 * out_channels)
+        has_internal = internal_guidance_layer is not None
+        self.internal_modulation_out = nn.Linear(hidden_size, 2 * hidden_size) if has_internal else None
+        self.internal_patch_out = nn.Linear(hidden_size, patch_size**2 * out_channels) if has_internal else None
         self.initialize_weights()
 
     @classmethod
@@ -303,6 +404,11 @@ class DiTModel(CachedBlocksMixin, Network):
 
         return to_diffusers(self)
 
+    def remove_internal_output(self) -> None:
+        """Takes away the output of the middle layer, and leaves all else as it is."""
+        self.internal_modulation_out = self.internal_patch_out = None
+        self.register_to_config(internal_guidance_layer=None)
+
     def initialize_weights(self):
         """As in the paper's code: each residual branch and the output start at zero, so that a block is the identity."""
         for module in self.modules():
@@ -316,9 +422,17 @@ class DiTModel(CachedBlocksMixin, Network):
                     nn.init.normal_(layer.weight, std=0.02)
         if self.registers is not None:
             nn.init.normal_(self.registers, std=0.02)
+        if isinstance(self.patch_in, ConvPatchEmbedding):
+            for conv in self.patch_in.convs:
+                nn.init.kaiming_normal_(conv.weight)
+                nn.init.zeros_(conv.bias)
         zero = [self.modulation_out, self.patch_out]
+        if self.internal_patch_out is not None:
+            zero += [self.internal_modulation_out, self.internal_patch_out]
         for block in self.transformer_blocks:
             zero += [block.modulation] if block.cross_attn is None else [block.modulation, block.cross_attn.to_out]
+            if block.skip_in is not None:
+                init_skip_(block.skip_in)
         for layer in zero:
             zero_(layer)
 
@@ -347,12 +461,12 @@ class DiTModel(CachedBlocksMixin, Network):
             condition_image: In [-1, 1], shape `(batch, condition_channels, height, width)`; `None` for none.
             condition_given: Which samples have a condition image, shape `(batch,)`; by default all, if it is given.
             condition_level: Standard deviation of the noise in the condition image, in [0, 1], shape `(batch,)`; 0 by default.
-            return_dict: `False` returns a tuple.
+            return_dict: `False` returns a tuple of `sample` alone.
 
         Returns:
-            Output of shape `(batch, out_channels, height, width)`.
+            Output of shape `(batch, out_channels, height, width)`, and that of the middle layer if the network has one.
         """
-        class_labels = self._check_inputs(sample, class_labels, encoder_hidden_states)
+        class_labels = check_inputs(self.config, sample, class_labels, encoder_hidden_states)
         check_condition_image(self.config, sample, condition_image, condition_given, condition_level)
         patch = self.config.patch_size
         grid = (sample.shape[2] // patch, sample.shape[3] // patch)
@@ -365,82 +479,51 @@ class DiTModel(CachedBlocksMixin, Network):
         mask = attention_bias(encoder_attention_mask, sample.dtype)
 
         x = concatenate_condition(sample, self.config.condition_channels, condition_image, condition_given)
-        x = F.pixel_unshuffle(x, patch).flatten(2).transpose(1, 2)  # (batch, patches, channels * patch ** 2)
+        if self.config.patch_embedding == "linear":
+            x = F.pixel_unshuffle(x, patch).flatten(2).transpose(1, 2)  # (batch, patches, channels * patch ** 2)
         x = self.patch_in(x)  # (batch, patches, hidden_size)
-        x = x + self._positions(grid).to(x.dtype)
+        positions, of_attention = self._positions(grid).to(x.dtype), {}
+        if self.config.position_embedding == "rope":
+            of_attention["rotation"] = positions
+        else:
+            x = x + positions
+        if self.config.value_residual:
+            of_attention["first_values"] = FirstValues()
         if self.registers is not None:  # last, since smoothed energy guidance takes the first tokens for the image
             x = torch.cat([x, self.registers.to(x.dtype).expand(len(x), -1, -1)], dim=1)
+        skips, internal = [], None
         for i, block in enumerate(self.transformer_blocks):
-            x = self.run(block, x, embeddings[i if self.block_embeddings else 0], encoder_hidden_states, mask)
-        shift, scale = self.modulation_out(embeddings[0]).chunk(2, dim=-1)
-        x = self.patch_out(modulated_norm(x[:, : grid[0] * grid[1]], scale, shift, 1e-6))
-        x = x.unflatten(1, grid).unflatten(3, (patch, patch, -1))  # (batch, rows, columns, patch, patch, channels)
-        x = x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (batch, out_channels, height, width)
+            embedding, skip = (
+                embeddings[i if self.block_embeddings else 0],
+                None if block.skip_in is None else skips.pop(),
+            )
+            x = self.run(block, x, embedding, encoder_hidden_states, mask, skip, of_attention)
+            if i < self.num_skips:
+                skips.append(x)
+            if i + 1 == self.config.internal_guidance_layer and return_dict:
+                internal = self._predict(x, embeddings[0], grid, self.internal_modulation_out, self.internal_patch_out)
+        x = self._predict(x, embeddings[0], grid, self.modulation_out, self.patch_out)
+        return DiTOutput(sample=x, internal_sample=internal) if return_dict else (x,)
 
-        return DiTOutput(sample=x) if return_dict else (x,)
+    def _predict(
+        self, x: Tensor, embedding: Tensor, grid: tuple[int, int], modulation: nn.Linear, patch_out: nn.Linear
+    ):
+        """Tokens `(batch, tokens, hidden_size)` to an output, by the two layers of a head."""
+        patch = self.config.patch_size
+        shift, scale = modulation(embedding).chunk(2, dim=-1)
+        x = patch_out(modulated_norm(x[:, : grid[0] * grid[1]], scale, shift, 1e-6, self.config.norm))
+        x = x.unflatten(1, grid).unflatten(3, (patch, patch, -1))  # (batch, rows, columns, patch, patch, channels)
+        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (batch, out_channels, height, width)
 
     def _positions(self, grid: tuple[int, int]) -> Tensor:
         if grid == self.grid:
             return self.positions
-        return position_embedding(grid, self.grid, self.config.hidden_size, self.positions.device)
+        return self._make_positions(grid, self.positions.device)
 
-    def _check_inputs(self, sample: Tensor, class_labels: Tensor | None, context: Tensor | None) -> Tensor | None:
+    def _make_positions(self, grid: tuple[int, int], device=None) -> Tensor:
+        """What is added to the tokens, or by which queries and keys are turned."""
         config = self.config
-        check_shape(sample, config.in_channels)
-        _check_size(sample.shape[2:], config.patch_size)
-        check_conditions(config, class_labels, context)
-        if context is not None and (
-            context.ndim != 3 or context.shape[::2] != (len(sample), config.cross_attention_dim)
-        ):
-            raise ValueError(
-                f"encoder_hidden_states must have shape ({len(sample)}, tokens, {config.cross_attention_dim}), got "
-                f"{tuple(context.shape)}"
-            )
-        if class_labels is None:
-            return None
-        if class_labels.shape == (len(sample), config.num_classes):
-            return class_labels  # sets of labels
-        if class_labels.shape != sample.shape[:1]:
-            raise ValueError(
-                f"class_labels must be one for each of the {len(sample)} samples, got {tuple(class_labels.shape)}"
-            )
-        if config.num_classes < NULL_LABEL_OF_DIFFUSERS:
-            class_labels = class_labels.masked_fill(class_labels == NULL_LABEL_OF_DIFFUSERS, config.num_classes)
-        # On other devices the embedding checks the range itself, and a check here would wait for the device.
-        if class_labels.device.type == "cpu" and not (torch.compiler.is_compiling() or in_torch_func()):
-            last = config.num_classes if config.learned_unconditional else config.num_classes - 1
-            outside = class_labels[(class_labels < 0) | (class_labels > last)]
-            if len(outside):
-                reason = "" if config.learned_unconditional else ", since the model has no null label"
-                raise ValueError(f"class_labels must be in [0, {last}]{reason}, got {outside.tolist()}")
-        return class_labels
-
-    def _check_config(self):
-        config = self.config
-        counts = ("in_channels", "out_channels", "hidden_size", "num_layers", "num_attention_heads")
-        if min(config[name] for name in counts) < 1:
-            raise ValueError(
-                f"{', '.join(counts[:-1])} and {counts[-1]} must be at least 1, got "
-                f"{', '.join(str(config[name]) for name in counts)}"
-            )
-        if config.patch_size not in PATCH_SIZES:
-            raise ValueError(f"patch_size must be in [{PATCH_SIZES[0]}, {PATCH_SIZES[-1]}], got {config.patch_size}")
-        if config.hidden_size % config.num_attention_heads or config.hidden_size % 4:
-            raise ValueError(
-                f"hidden_size must be a multiple of num_attention_heads ({config.num_attention_heads}) and of 4, got "
-                f"{config.hidden_size}"
-            )
-        if config.hidden_size * config.mlp_ratio < 1 or config.num_registers < 0:
-            raise ValueError(
-                "mlp_ratio must be positive and num_registers not negative, got "
-                f"{config.mlp_ratio:g} and {config.num_registers}"
-            )
-        check_num_classes(config.num_classes)
-        check_condition_options(config.condition_channels, config.condition_level)
-
-
-def _check_size(size, patch_size: int):
-    if any(side < patch_size or side % patch_size for side in size):
-        raise ValueError(
-            f"each side of the sample must be a multiple of patch_size ({patch_size}), got {' x '.join(map(str, size))}"
-        )
+        if config.position_embedding == "rope":
+            head_dim = config.hidden_size // config.num_attention_heads
+            return rotary_table(grid, self.grid, head_dim, config.num_registers, device)
+        return sincos_embedding(grid, self.grid, config.hidden_size, device)

@@ -56,6 +56,13 @@ NEEDED_OF_OURS = {
     "num_registers": 0,
     "pool_context": False,
     "condition_channels": 0,
+    "position_embedding": "sincos",
+    "norm": "layer",
+    "mlp": "gelu",
+    "value_residual": False,
+    "patch_embedding": "linear",
+    "long_skips": False,
+    "internal_guidance_layer": None,
 }
 
 

@@ -26,6 +26,7 @@ OF_GUIDANCE = {
     "guidance_interval": None,
     "guidance_rescale": 0.0,
     "classifier_scale": 0.0,
+    "internal_guidance_scale": 1.0,
 }
 
 

@@ -300,6 +300,7 @@ class Denoise(LoopSequentialPipelineBlocks):
         "guidance_rescale",
         "guidance_interval",
         "classifier_scale",
+        "internal_guidance_scale",
         "eta",
         "use_clipped_model_output",
         "low_memory",

@@ -141,6 +141,7 @@ class GuidedDiffusionPipeline(
         guidance_rescale: float = 0.0,
         guidance_interval: Interval | None = None,
         classifier_scale: float = 0.0,
+        internal_guidance_scale: float = 1.0,
         timesteps: list[int] | None = None,
         start_timestep: int | None = None,
         eta: float = 0.0,
@@ -191,6 +192,8 @@ class GuidedDiffusionPipeline(
                 sigma / alpha, or `{"timestep": (low, high)}`. Elsewhere the conditional prediction is used alone, which
                 costs one call of the network (arXiv 2404.07724).
             classifier_scale: Weight of the pipeline's classifier (`ClassifierGuidance`), on top of `guidance_scale`.
+            internal_guidance_scale: How far each prediction is led away from that of the network's middle layer
+                (`InternalGuidance`), beneath `guidance_scale`, at no further call of the network; 1 is none.
             timesteps: Timesteps to visit, descending, in place of `num_inference_steps`.
             start_timestep: Start there and not at pure noise (a truncated chain, arXiv 2202.09671): from a draw of the `prior`
                 with the noise of that timestep, or from `latents`, which are then x_t there as the scheduler has it. The

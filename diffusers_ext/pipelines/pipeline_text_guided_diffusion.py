@@ -127,6 +127,7 @@ class TextGuidedDiffusionPipeline(
         guider: BaseGuidance | None = None,
         guidance_rescale: float = 0.0,
         guidance_interval: Interval | None = None,
+        internal_guidance_scale: float = 1.0,
         timesteps: list[int] | None = None,
         start_timestep: int | None = None,
         eta: float = 0.0,

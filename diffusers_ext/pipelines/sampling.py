@@ -83,6 +83,7 @@ class CallOptions:
     guidance_rescale: float
     guidance_interval: Interval | None
     classifier_scale: float = 0.0
+    internal_guidance_scale: float = 1.0
     timesteps: list[int] | None
     start_timestep: int | None = None
     eta: float

@@ -60,6 +60,7 @@ class Steps:
             guidance_scale,
             call.guidance_rescale,
             call.classifier_scale,
+            call.internal_guidance_scale,
             weighted=self.condition.weighted,
         )
         self.condition.check(pipe, guider, self.timesteps, self.guide)

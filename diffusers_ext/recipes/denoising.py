@@ -22,7 +22,7 @@ from diffusers_ext.models.statistics import DATA_MEANS, DATA_SCALES
 from diffusers_ext.models.unet import UNetModel
 from diffusers_ext.options import fixed_option, option
 from diffusers_ext.recipes.adapters import add_adapter
-from diffusers_ext.recipes.denoising_objective import DenoisingObjective
+from diffusers_ext.recipes.denoising_objective import DenoisingObjective, check_internal_weight
 from diffusers_ext.recipes.fine_tuning import load_network, with_labels_of
 from diffusers_ext.recipes.networks import build_network
 from diffusers_ext.recipes.pretrained import options_from, read_pretrained
@@ -84,6 +84,10 @@ class DenoisingConfig(PathConfig):
     )
     logit_mean: float = _logit_normal_option(0.0, "mean of the logit of time; below 0 for cleaner levels")
     logit_std: float = _logit_normal_option(1.0, "standard deviation of the logit of time")
+
+    internal_guidance_loss_weight: float = fixed_option(
+        0.5, "weight of the loss of the middle layer's output (arXiv 2512.24176)", needs="internal_guidance_layer"
+    )
 
     lora_rank: int | None = fixed_option(
         None,
@@ -148,6 +152,7 @@ class DenoisingConfig(PathConfig):
         for name in ("snr_gamma", "vlb_weight", "logit_std"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        check_internal_weight(self.internal_guidance_loss_weight)
         check_guidance_scale(self.guidance_scale)
         if self.objective == "vlb" and self.loss_weighting != "uniform":
             raise ValueError(
@@ -202,6 +207,10 @@ class DenoisingConfig(PathConfig):
             raise ValueError(
                 f"objective bound is for path learned alone, and path learned for it, got objective {self.objective} with path "
                 f"{self.path}; on another path it is loss_weighting likelihood"
+            )
+        if self.path == "learned" and self.internal_guidance_layer is not None:
+            raise ValueError(
+                "internal_guidance_layer has no loss with path learned, whose schedule is that of the network's output: leave it out"
             )
         if self.path == "learned" and (self.loss_weighting, self.time_sampling) != (
             "likelihood",
@@ -368,6 +377,7 @@ def build_objective(
         vlb_weight=config.vlb_weight,
         importance_sampling=config.timestep_sampling == "importance",
         logit_normal=logit_normal,
+        internal_weight=None if config.internal_guidance_layer is None else config.internal_guidance_loss_weight,
         num_bins=num_bins,
         accelerator=accelerator,
     )

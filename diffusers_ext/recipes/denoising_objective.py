@@ -35,6 +35,12 @@ MODEL_CONDITIONS = (
 )
 
 
+def check_internal_weight(internal_weight: float) -> None:
+    """Refuses a weight of the middle layer's loss that is not finite or is negative."""
+    if not (math.isfinite(internal_weight) and internal_weight >= 0):
+        raise ValueError(f"internal_guidance_loss_weight must be finite and at least 0, got {internal_weight}")
+
+
 class DenoisingObjective(RecordedObjective):
     """The mean loss of a batch, to be called with the model and the batch (see `diffusers_ext.data.batches`).
 
@@ -54,6 +60,8 @@ class DenoisingObjective(RecordedObjective):
         vlb_weight: Weight of the bound in "hybrid".
         importance_sampling: See `ImportanceTimesteps`.
         logit_normal: Mean and standard deviation of the logit of time, see `LogitNormalTimesteps`; None for even times.
+        internal_weight: Weight of the loss of the output of the model's middle layer, `internal_sample`, in the training loss;
+            None for a model that has none. The record, and the loss in evaluation mode, are those of the output alone.
         num_bins: Number of values that the data can have, 256 for 8 bits; None for continuous data (latents).
         accelerator: Collects the losses of all processes; without one there is one process.
 
@@ -73,6 +81,7 @@ class DenoisingObjective(RecordedObjective):
         vlb_weight: float = 1e-3,
         importance_sampling: bool = False,
         logit_normal: tuple[float, float] | None = None,
+        internal_weight: float | None = None,
         num_bins: int | None = 256,
         accelerator: Accelerator | None = None,
     ):
@@ -96,7 +105,9 @@ class DenoisingObjective(RecordedObjective):
         self.weights = {"weighting": weighting, "snr_gamma": snr_gamma, "p2_gamma": p2_gamma}
         if objective != "vlb" and not importance_sampling:  # which draws them as often as the loss is there
             self._warn_of_few_levels()
-        self.vlb_weight, self.num_bins = vlb_weight, num_bins
+        if internal_weight is not None:
+            check_internal_weight(internal_weight)
+        self.vlb_weight, self.num_bins, self.internal_weight = vlb_weight, num_bins, internal_weight
         self.accelerator = accelerator
         self.chain = ReverseChain(schedule) if self.learns_variance else None
         self._x0_weights = None  # of the timesteps, where the weighting is no function of the level alone
@@ -133,10 +144,18 @@ class DenoisingObjective(RecordedObjective):
         timesteps, weight = self.timestep_sampler(batch["time"])
         x_t = add_noise(x0, eps, self.schedule.level(timesteps, x0))
         conditions = {name: batch[name] for name in MODEL_CONDITIONS if name in batch}
-        output = model(x_t, self.schedule.labels(timesteps), class_labels=batch.get("labels"), **conditions).sample
-        error, loss, bound = self.losses(output, x0, eps, x_t, timesteps, batch.get("units"))
+        output = model(x_t, self.schedule.labels(timesteps), class_labels=batch.get("labels"), **conditions)
+        error, loss, bound = self.losses(output.sample, x0, eps, x_t, timesteps, batch.get("units"))
         if self.training:
             self._record(timesteps, weight, error, loss, bound)
+        if self.training and self.internal_weight is not None:  # also at 0: each parameter is to get a gradient
+            if getattr(output, "internal_sample", None) is None:
+                raise ValueError(
+                    "internal_guidance_loss_weight needs a model with an output in a middle layer, a DiTModel with "
+                    "internal_guidance_layer; this one has none"
+                )
+            internal = self.losses(output.internal_sample, x0, eps, x_t, timesteps, batch.get("units"))[1]
+            loss = loss + self.internal_weight * internal
         return (loss * weight).mean()
 
     def losses(

@@ -19,6 +19,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from diffusers_ext.guidance.labels import NUM_CLASSES_KEYS
 from diffusers_ext.models.dit import DiTModel
+from diffusers_ext.models.dit_parts import PARTS_OF_DIT
 from diffusers_ext.models.unet import UNetModel
 from diffusers_ext.pipelines.stock import stock_name
 from diffusers_ext.recipes.pretrained_parts import hold
@@ -33,7 +34,10 @@ KINDS = {"UNetModel": "unet", "UNet2DModel": "unet", "DiTModel": "dit", "DiTTran
 
 # Options of a network that are in the config of those of this package by the same name.
 OF_UNET = ("block_out_channels", "layers_per_block", "attention_resolutions", "attention_head_dim", "fourier_features")
-OF_DIT = ("patch_size", "hidden_size", "num_layers", "num_attention_heads", "mlp_ratio", "qk_norm", "num_registers")
+OF_DIT = (
+    *("patch_size", "hidden_size", "num_layers", "num_attention_heads", "mlp_ratio", "qk_norm", "num_registers"),
+    *PARTS_OF_DIT,
+)
 OF_PATH = (
     *("path", "num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "rescale_betas_zero_snr"),
     *(

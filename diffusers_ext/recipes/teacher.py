@@ -66,7 +66,10 @@ class Teacher:
 
     def copy_network(self) -> nn.Module:
         """A network that begins as the teacher's, to be trained."""
-        return copy.deepcopy(self.network).float().requires_grad_(True).train()
+        network = copy.deepcopy(self.network).float().requires_grad_(True).train()
+        if network.config.get("internal_guidance_layer") is not None:
+            network.remove_internal_output()  # which nothing would train, and a student is not guided
+        return network
 
     @torch.no_grad()
     def x0(self, x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:

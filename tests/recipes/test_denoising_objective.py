@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator, debug_launcher
 from safetensors.torch import load_file, save_file
 
+from diffusers_ext import DiTModel
 from diffusers_ext.diffusion.betas import make_betas, rescale_zero_terminal_snr
 from diffusers_ext.diffusion.losses import DEFAULT_WEIGHTINGS, bound_loss, denoising_loss
 from diffusers_ext.diffusion.noising import PREDICTION_TYPES, NoiseSchedule, add_noise, predict_x0
@@ -387,3 +388,55 @@ def test_a_weighting_that_trains_few_levels_is_warned_of_and_is_nobodys_default(
         UserWarning, match="uniform with prediction_type score puts the loss on 0.7% .* score is simple"
     ):
         DenoisingObjective(schedule, "score", weighting="uniform")
+
+
+def with_middle_layer(sample, timesteps, class_labels=None):
+    return SimpleNamespace(sample=model(sample, timesteps).sample, internal_sample=sample.cos())
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "min_snr"])
+def test_the_middle_layers_loss_is_added_in_training_and_not_recorded(weighting):
+    batch, weight = make_batch(0), 0.3
+    of_output, of_middle = (make_objective(weighting=weighting) for _ in range(2))
+    both = make_objective(weighting=weighting, internal_weight=weight)
+    loss = both(with_middle_layer, batch)
+    middle = of_middle(lambda sample, *args, **kwargs: SimpleNamespace(sample=sample.cos()), batch)
+    torch.testing.assert_close(loss, of_output(model, batch) + weight * middle)
+    assert both.metrics() == of_output.metrics()
+    both.eval()
+    assert torch.equal(both(with_middle_layer, batch), of_output.eval()(model, batch))
+
+
+def test_a_middle_layer_of_weight_0_trains_what_a_network_without_one_does():
+    """To the bit, and its own parameters get a gradient of zero, which distributed training waits for."""
+    networks = []
+    for layer in (None, 1):
+        torch.manual_seed(0)
+        network = DiTModel(
+            (2, 4), 1, 1, hidden_size=8, num_layers=2, num_attention_heads=2, internal_guidance_layer=layer
+        )
+        generator = torch.Generator().manual_seed(1)
+        for name, parameter in network.named_parameters():
+            if "internal" not in name:
+                parameter.data.normal_(std=0.2, generator=generator)
+        networks.append(network)
+    batch = make_batch(0) | {name: torch.randn(16, 1, 2, 4) for name in ("images", "noise")}
+    losses = [
+        make_objective(internal_weight=weight)(network, batch)
+        for network, weight in zip(networks, (None, 0.0), strict=True)
+    ]
+    assert torch.equal(*losses)
+    for loss in losses:
+        loss.backward()
+    plain, other = (dict(network.named_parameters()) for network in networks)
+    assert all(torch.equal(other[name].grad, parameter.grad) for name, parameter in plain.items())
+    assert all(not p.grad.any() for name, p in other.items() if "internal" in name)
+    make_objective(internal_weight=0.5)(networks[1], batch).backward()
+    assert other["internal_patch_out.weight"].grad.any()
+
+
+def test_a_middle_layers_weight_that_makes_no_sense_is_refused():
+    with pytest.raises(ValueError, match="internal_guidance_loss_weight must be finite and at least 0, got -1"):
+        make_objective(internal_weight=-1.0)
+    with pytest.raises(ValueError, match="needs a model with an output in a middle layer"):
+        make_objective(internal_weight=0.5)(model, make_batch(0))

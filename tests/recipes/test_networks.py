@@ -83,8 +83,10 @@ def test_attention_at_a_side_that_no_map_has_is_refused():
 
 def test_every_option_of_a_dit_arrives():
     settings = {
-        **{"patch_size": 2, "hidden_size": 32, "num_layers": 1, "num_attention_heads": 4},
+        **{"patch_size": 2, "hidden_size": 32, "num_layers": 3, "num_attention_heads": 4},
         **{"mlp_ratio": 2.0, "qk_norm": True, "num_registers": 3, "dropout": 0.25},
+        **{"position_embedding": "rope", "norm": "rms", "mlp": "swiglu", "patch_embedding": "conv"},
+        **{"value_residual": True, "long_skips": True, "internal_guidance_layer": 1},
     }
     config = build(model="dit", **settings).config
     assert {name: config[name] for name in settings} == settings

@@ -144,6 +144,15 @@ def test_the_command_of_a_resolved_config_is_the_same_run(name):
         ({"path": "subvp", "beta_max": 0.01}, "beta_min must be at least 0 and less than beta_max"),
         ({"path": "learned", "loss_weighting": "simple"}, "the schedule itself says how often a noise level is seen"),
         ({"path": "learned", "timestep_sampling": "importance"}, "leave loss_weighting and timestep_sampling out"),
+        (
+            {"path": "learned", "model": "dit", "internal_guidance_layer": 1},
+            "internal_guidance_layer has no loss with path learned",
+        ),
+        ({"internal_guidance_loss_weight": 0.1}, "has no meaning without internal_guidance_layer"),
+        (
+            {"model": "dit", "internal_guidance_layer": 1, "internal_guidance_loss_weight": -0.1},
+            "internal_guidance_loss_weight must be finite and at least 0, got -0.1",
+        ),
         ({"path": "learned", "objective": "vlb"}, "objective bound is for path learned alone"),
         ({"objective": "bound"}, "with path None; on another path it is loss_weighting likelihood"),
         ({"path": "learned", "log_snr_max": -6.0}, "log_snr_min must be less than log_snr_max, got -5 and -6"),

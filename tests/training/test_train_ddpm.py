@@ -320,7 +320,11 @@ def test_options_that_make_no_sense_are_refused(settings, message):
 
 
 def test_a_transformer_is_trained_saved_and_goes_on(tmp_path):
-    dit = {"model": "dit", "patch_size": 2, "hidden_size": 16, "num_layers": 1}
+    dit = {
+        **{"model": "dit", "patch_size": 2, "hidden_size": 16, "num_layers": 3, "position_embedding": "rope"},
+        **{"norm": "rms", "mlp": "swiglu", "value_residual": True, "patch_embedding": "conv", "long_skips": True},
+        **{"internal_guidance_layer": 2, "internal_guidance_loss_weight": 0.3},
+    }
     unet = ("block_out_channels", "layers_per_block")
     config = TrainConfig(
         **{name: value for name, value in SMALL.items() if name not in unet},
@@ -331,10 +335,12 @@ def test_a_transformer_is_trained_saved_and_goes_on(tmp_path):
     folder = main(config)
     pipe = DiffusionPipeline.from_pretrained(folder)
     assert isinstance(pipe.denoiser, diffusers_ext.DiTModel) and pipe.denoiser.config.patch_size == 2
+    assert pipe.denoiser.internal_patch_out.weight.any()
+    assert pipe(class_labels=3, num_inference_steps=2, internal_guidance_scale=1.5, output_type="np").images.any()
     written = parse_config(TrainConfig, ["--config", str(folder / "train_config.yaml")])
     assert written.dit_options(8) == config.dit_options(8)
     with pytest.raises(ValueError, match="num_layers"):
-        main(dataclasses.replace(config, num_layers=2, max_train_steps=3, resume_from_checkpoint="latest"))
+        main(dataclasses.replace(config, num_layers=4, max_train_steps=3, resume_from_checkpoint="latest"))
     main(dataclasses.replace(config, max_train_steps=3, resume_from_checkpoint="latest"))
     assert read_metrics(folder / "metrics.jsonl")[-1]["step"] == 3
 
