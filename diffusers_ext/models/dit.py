@@ -116,6 +116,7 @@ class DiTAttention(nn.Module, AttentionModuleMixin):
     """
 
     _supports_qkv_fusion = False
+    _fused_layers = {"to_kv": 2}
 
     def __init__(self, dim: int, heads: int, qk_norm: bool = False, context_dim: int | None = None):
         super().__init__()
@@ -137,6 +138,8 @@ class DiTBlock(nn.Module):
 
     The embedding sets scale and shift of the normalisations, and gates of the residual branches that start at zero.
     """
+
+    _fused_layers = {"modulation": 6}
 
     def __init__(
         self,
@@ -217,6 +220,7 @@ class DiTModel(CachedBlocksMixin, Network):
 
     _no_split_modules = ["DiTBlock"]
     _repeated_blocks = ["DiTBlock"]
+    _hidden_parts = ("transformer_blocks",)
     _skip_layerwise_casting_patterns = ["patch_in", "norm", "time_embedding", "block_embeddings", "level_embedding"]
 
     @register_to_config

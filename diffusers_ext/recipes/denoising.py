@@ -144,6 +144,8 @@ class DenoisingConfig(PathConfig):
             raise ValueError(
                 "ema_snapshot_steps takes averages of all weights, of which lora_rank trains none: leave it out"
             )
+        if self.lora_rank is not None and self.optimizer == "muon":
+            raise ValueError("optimizer muon is for full matrices, and lora_rank trains factors of them: take adamw")
         self._check_condition()
         for name in ("snr_gamma", "vlb_weight", "logit_std"):
             if not getattr(self, name) > 0:
