@@ -84,6 +84,11 @@ class DenoisingConfig(PathConfig):
     )
     logit_mean: float = _logit_normal_option(0.0, "mean of the logit of time; below 0 for cleaner levels")
     logit_std: float = _logit_normal_option(1.0, "standard deviation of the logit of time")
+    timestep_shift: float = fixed_option(
+        1.0,
+        "s, by which a time t in [0, 1) becomes s t / (1 + (s - 1) t): above 1 for noisier levels more often, with equal weights",
+        needs={"timestep_sampling": TIMESTEP_SAMPLINGS},
+    )
 
     lora_rank: int | None = fixed_option(
         None,
@@ -147,7 +152,7 @@ class DenoisingConfig(PathConfig):
         if self.lora_rank is not None and self.optimizer == "muon":
             raise ValueError("optimizer muon is for full matrices, and lora_rank trains factors of them: take adamw")
         self._check_condition()
-        for name in ("snr_gamma", "vlb_weight", "logit_std"):
+        for name in ("snr_gamma", "vlb_weight", "logit_std", "timestep_shift"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         check_guidance_scale(self.guidance_scale)
@@ -205,13 +210,14 @@ class DenoisingConfig(PathConfig):
                 f"objective bound is for path learned alone, and path learned for it, got objective {self.objective} with path "
                 f"{self.path}; on another path it is loss_weighting likelihood"
             )
-        if self.path == "learned" and (self.loss_weighting, self.time_sampling) != (
-            "likelihood",
-            self.timestep_sampling,
+        if self.path == "learned" and (self.loss_weighting, self.time_sampling, self.timestep_shift) != (
+            *("likelihood", self.timestep_sampling),
+            1.0,
         ):
             raise ValueError(
                 "with path learned the schedule itself says how often a noise level is seen and what it weighs: leave "
-                f"loss_weighting and timestep_sampling out, got {self.loss_weighting} and {self.timestep_sampling}"
+                f"loss_weighting, timestep_sampling and timestep_shift out, got {self.loss_weighting}, "
+                f"{self.timestep_sampling} and {self.timestep_shift:g}"
             )
         if (self.scheduler == "flow") != self.is_linear:
             raise ValueError(
@@ -370,6 +376,7 @@ def build_objective(
         vlb_weight=config.vlb_weight,
         importance_sampling=config.timestep_sampling == "importance",
         logit_normal=logit_normal,
+        timestep_shift=config.timestep_shift,
         num_bins=num_bins,
         accelerator=accelerator,
     )
