@@ -12,6 +12,7 @@ References:
     Salimans, Ho 2022, Progressive Distillation for Fast Sampling of Diffusion Models, arXiv 2202.00512.
     Choi et al. 2022, Perception Prioritized Training of Diffusion Models, arXiv 2204.00227 (P2).
     Song, Durkan, Murray, Ermon 2021, Maximum Likelihood Training of Score-Based Diffusion Models, arXiv 2101.09258.
+    Li, He 2025, Back to Basics: Let Denoising Generative Models Denoise, arXiv 2511.13720.
     Kingma, Salimans, Poole, Ho 2021, Variational Diffusion Models, arXiv 2107.00630.
 """
 
@@ -31,7 +32,12 @@ from diffusers_ext.diffusion.reverse_chain import ReverseChain
 from diffusers_ext.diffusion.variational_bound import transition_nats
 
 
-LOSS_WEIGHTINGS = ("uniform", "simple", "min_snr", "truncated_snr", "snr_plus_one", "p2", "sample", "likelihood")
+LOSS_WEIGHTINGS = (
+    *("uniform", "simple", "min_snr", "truncated_snr", "snr_plus_one", "p2", "velocity", "sample", "likelihood"),
+)
+
+# The smallest sigma that an error of x_0 is divided by, for that of the velocity (Li & He 2025).
+SMALLEST_DIVISOR = 0.05
 
 # The weighting of each prediction type where none is given: that under which the model's outputs at all noise levels are of
 # one size. For the score, whose size is 1 / sigma, equal weights would train the cleanest levels alone.
@@ -77,6 +83,8 @@ def loss_weight(
     | truncated_snr | max(snr, 1) | Salimans & Ho 2022 |
     | snr_plus_one | snr + 1: every error of v counts the same | Salimans & Ho 2022 |
     | p2 | snr / (1 + snr)^p2_gamma | Choi et al. 2022, with k = 1 |
+    | velocity | 1 / max(sigma, 0.05)^2: every error of the velocity counts the same, which is eps - x_0 on the linear path \
+and v where alpha^2 + sigma^2 = 1; but not at the cleanest levels | Li & He 2025, "JiT", for networks that output x_0 |
     | sample | 1: every error of x_0 counts the same | |
     | likelihood | `x0_weight`, of `likelihood_weights`: the bound | Song et al. 2021, Kingma et al. 2021 |
 
@@ -100,6 +108,8 @@ def loss_weight(
             x0_weight = snr + 1
         case "p2":
             x0_weight = snr / (1 + snr) ** p2_gamma
+        case "velocity":
+            x0_weight = torch.as_tensor(level.sigma).clamp(min=SMALLEST_DIVISOR) ** -2
         case "sample":
             x0_weight = snr.new_ones(snr.shape)
         case "likelihood":

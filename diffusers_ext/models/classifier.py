@@ -89,6 +89,7 @@ class NoisyClassifierModel(Network):
 
     _no_split_modules = ["UNetBlock"]
     _repeated_blocks = ["UNetBlock"]
+    _hidden_parts = ("encoder", "middle")
 
     @register_to_config
     def __init__(

@@ -155,6 +155,7 @@ class DiTAttention(nn.Module, AttentionModuleMixin):
     """
 
     _supports_qkv_fusion = False
+    _fused_layers = {"to_kv": 2}
 
     def __init__(
         self,
@@ -194,6 +195,8 @@ class DiTBlock(nn.Module):
     `takes_skip`: whether the output of an earlier block is joined to the tokens first, by a linear layer that begins as the
     tokens alone. The other arguments are options of `DiTModel`.
     """
+
+    _fused_layers = {"modulation": 6}
 
     def __init__(
         self,
@@ -300,6 +303,7 @@ class DiTModel(CachedBlocksMixin, Network):
 
     _no_split_modules = ["DiTBlock"]
     _repeated_blocks = ["DiTBlock"]
+    _hidden_parts = ("transformer_blocks",)
     _skip_layerwise_casting_patterns = ["patch_in", "norm", "time_embedding", "block_embeddings", "level_embedding"]
 
     @register_to_config

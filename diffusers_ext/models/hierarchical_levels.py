@@ -105,6 +105,8 @@ class TopDownLevel(nn.Module):
         attention: Whether positions of the level above attend to one another.
     """
 
+    _hidden_parts = ("block_above", "upsample", "blocks", "posterior_block")
+
     def __init__(
         self, channels: int, channels_above: int | None, width: int, num_blocks: int, dims: int, attention: bool
     ):

@@ -97,6 +97,7 @@ class HierarchicalVAEModel(AutoencoderNetwork):
 
     _no_split_modules = ["VAEBlock"]
     _repeated_blocks = ["VAEBlock"]
+    _hidden_parts = ("encoder_levels",)
 
     @register_to_config
     def __init__(

@@ -340,6 +340,7 @@ class Attention(nn.Module, AttentionModuleMixin):
     """
 
     _supports_qkv_fusion = False
+    _fused_layers = {"to_kv": 2}
 
     def __init__(self, channels: int, head_dim: int = 64, context_dim: int | None = None):
         super().__init__()

@@ -60,6 +60,8 @@ class UNetBlock(nn.Module):
         dropout: Share of the features that are dropped before the last convolution.
     """
 
+    _fused_layers = {"scale_shift": 2}
+
     def __init__(
         self,
         in_channels: int,
@@ -240,6 +242,7 @@ class UNetModel(Network):
 
     _no_split_modules = ["UNetBlock"]
     _repeated_blocks = ["UNetBlock"]
+    _hidden_parts = ("encoder", "middle", "decoder")
 
     @register_to_config
     def __init__(

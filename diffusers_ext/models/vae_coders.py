@@ -36,6 +36,8 @@ class ConvCoder(nn.Module):
         mid_attention: Whether positions attend to one another at the lowest resolution.
     """
 
+    _hidden_parts = ("stack",)
+
     def __init__(
         self,
         in_channels: int,

@@ -84,6 +84,11 @@ class DenoisingConfig(PathConfig):
     )
     logit_mean: float = _logit_normal_option(0.0, "mean of the logit of time; below 0 for cleaner levels")
     logit_std: float = _logit_normal_option(1.0, "standard deviation of the logit of time")
+    timestep_shift: float = fixed_option(
+        1.0,
+        "s, by which a time t in [0, 1) becomes s t / (1 + (s - 1) t): above 1 for noisier levels more often, with equal weights",
+        needs={"timestep_sampling": TIMESTEP_SAMPLINGS},
+    )
 
     internal_guidance_loss_weight: float = fixed_option(
         0.5, "weight of the loss of the middle layer's output (arXiv 2512.24176)", needs="internal_guidance_layer"
@@ -148,8 +153,10 @@ class DenoisingConfig(PathConfig):
             raise ValueError(
                 "ema_snapshot_steps takes averages of all weights, of which lora_rank trains none: leave it out"
             )
+        if self.lora_rank is not None and self.optimizer == "muon":
+            raise ValueError("optimizer muon is for full matrices, and lora_rank trains factors of them: take adamw")
         self._check_condition()
-        for name in ("snr_gamma", "vlb_weight", "logit_std"):
+        for name in ("snr_gamma", "vlb_weight", "logit_std", "timestep_shift"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         check_internal_weight(self.internal_guidance_loss_weight)
@@ -212,13 +219,14 @@ class DenoisingConfig(PathConfig):
             raise ValueError(
                 "internal_guidance_layer has no loss with path learned, whose schedule is that of the network's output: leave it out"
             )
-        if self.path == "learned" and (self.loss_weighting, self.time_sampling) != (
-            "likelihood",
-            self.timestep_sampling,
+        if self.path == "learned" and (self.loss_weighting, self.time_sampling, self.timestep_shift) != (
+            *("likelihood", self.timestep_sampling),
+            1.0,
         ):
             raise ValueError(
                 "with path learned the schedule itself says how often a noise level is seen and what it weighs: leave "
-                f"loss_weighting and timestep_sampling out, got {self.loss_weighting} and {self.timestep_sampling}"
+                f"loss_weighting, timestep_sampling and timestep_shift out, got {self.loss_weighting}, "
+                f"{self.timestep_sampling} and {self.timestep_shift:g}"
             )
         if (self.scheduler == "flow") != self.is_linear:
             raise ValueError(
@@ -378,6 +386,7 @@ def build_objective(
         importance_sampling=config.timestep_sampling == "importance",
         logit_normal=logit_normal,
         internal_weight=None if config.internal_guidance_layer is None else config.internal_guidance_loss_weight,
+        timestep_shift=config.timestep_shift,
         num_bins=num_bins,
         accelerator=accelerator,
     )

@@ -62,6 +62,7 @@ class DenoisingObjective(RecordedObjective):
         logit_normal: Mean and standard deviation of the logit of time, see `LogitNormalTimesteps`; None for even times.
         internal_weight: Weight of the loss of the output of the model's middle layer, `internal_sample`, in the training loss;
             None for a model that has none. The record, and the loss in evaluation mode, are those of the output alone.
+        timestep_shift: Of `UniformTimesteps`; not with the two above.
         num_bins: Number of values that the data can have, 256 for 8 bits; None for continuous data (latents).
         accelerator: Collects the losses of all processes; without one there is one process.
 
@@ -82,6 +83,7 @@ class DenoisingObjective(RecordedObjective):
         importance_sampling: bool = False,
         logit_normal: tuple[float, float] | None = None,
         internal_weight: float | None = None,
+        timestep_shift: float = 1.0,
         num_bins: int | None = 256,
         accelerator: Accelerator | None = None,
     ):
@@ -115,8 +117,10 @@ class DenoisingObjective(RecordedObjective):
             self._x0_weights = DeviceTable(likelihood_weights(schedule)[:, None])
         if logit_normal is not None:
             self.timestep_sampler = LogitNormalTimesteps(len(schedule), *logit_normal)
+        elif importance_sampling:
+            self.timestep_sampler = ImportanceTimesteps(len(schedule))
         else:
-            self.timestep_sampler = (ImportanceTimesteps if importance_sampling else UniformTimesteps)(len(schedule))
+            self.timestep_sampler = UniformTimesteps(len(schedule), timestep_shift)
         self.loss_record = LossRecord(
             schedule,
             has_error=self.learns_variance or weighting != "uniform",

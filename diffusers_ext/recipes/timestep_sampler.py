@@ -7,7 +7,7 @@ distribution of its timesteps instead, and logit-normal times through that of th
 References:
     Nichol, Dhariwal 2021, Improved Denoising Diffusion Probabilistic Models, arXiv 2102.09672, Section 3.3 (importance).
     Esser et al. 2024, Scaling Rectified Flow Transformers for High-Resolution Image Synthesis, arXiv 2403.03206, Section
-        3.1 (logit-normal).
+        3.1 (logit-normal) and 5.3.2 (shifted).
 """
 
 import math
@@ -24,11 +24,23 @@ UNIFORM_SHARE = 0.001
 
 
 class UniformTimesteps(nn.Module):
-    """Each of T timesteps with probability 1 / T."""
+    """Each of T timesteps with probability 1 / T; or, shifted, more often some than others, with equal weights.
 
-    def __init__(self, num_timesteps: int):
+    Uniform in evaluation mode.
+
+    Args:
+        shift: s, by which time u becomes s u / (1 + (s - 1) u): more often noisy above 1, and more often clean below it
+            (Esser et al. 2024, Section 5.3.2).
+
+    Raises:
+        ValueError: if `shift` is not positive.
+    """
+
+    def __init__(self, num_timesteps: int, shift: float = 1.0):
         super().__init__()
-        self.num_timesteps = num_timesteps
+        if not (math.isfinite(shift) and shift > 0):
+            raise ValueError(f"timestep_shift must be positive, got {shift}")
+        self.num_timesteps, self.shift = num_timesteps, shift
 
     def forward(self, time: Tensor) -> tuple[Tensor, Tensor]:
         """Timesteps, and the weights 1 / (T p_t) of their losses.
@@ -38,13 +50,19 @@ class UniformTimesteps(nn.Module):
 
         Returns: int64 and float32, shape `(batch,)`.
         """
+        if self.training and self.shift != 1:
+            time = self.shift * time / (1 + (self.shift - 1) * time)
+        return self._of_times(time)
+
+    def _of_times(self, time: Tensor) -> tuple[Tensor, Tensor]:
+        time = time.clamp(max=1 - 0.5 / self.num_timesteps)  # which rounding may have made 1
         return (time * self.num_timesteps).long(), torch.ones_like(time, dtype=torch.float32)
 
 
 class LogitNormalTimesteps(UniformTimesteps):
     """Times sigmoid(mean + std z), z standard normal (Esser et al. 2024, Section 3.1). Uniform in evaluation mode.
 
-    As in the paper losses keep the weight 1, so that the loss that is minimised is another one: with the density of these
+    A shift by s, as of `UniformTimesteps`, is ln s more of the mean. As in the paper losses keep the weight 1, so that the loss that is minimised is another one: with the density of these
     times as a further weight of the noise levels.
 
     Args:
@@ -63,10 +81,9 @@ class LogitNormalTimesteps(UniformTimesteps):
 
     def forward(self, time: Tensor) -> tuple[Tensor, Tensor]:
         if not self.training:
-            return super().forward(time)
+            return self._of_times(time)
         logit = self.mean + self.std * torch.special.ndtri(time)  # -inf at 0, whose sigmoid is 0
-        timesteps, ones = super().forward(logit.sigmoid())
-        return timesteps.clamp(max=self.num_timesteps - 1), ones
+        return self._of_times(logit.sigmoid())
 
 
 class ImportanceTimesteps(UniformTimesteps):

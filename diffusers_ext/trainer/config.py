@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -12,11 +13,15 @@ from diffusers_ext.draws import check_seed
 from diffusers_ext.machine import available_cores, is_fast_at_bf16
 from diffusers_ext.options import fixed_option, option
 from diffusers_ext.trainer.ema import power_function_exponent
+from diffusers_ext.trainer.optimizers import OPTIMIZERS
 from diffusers_ext.trainer.schedule import LR_SCHEDULERS, Budget, default_warmup_steps, parse_duration
 from diffusers_ext.trainer.trackers import tracker_names
 
 
 DEFAULT_VALIDATION_STEPS = 500
+
+
+_muon_option = partial(option, needs={"optimizer": ("muon",)})
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,15 @@ class TrainerConfig(TrainingDataConfig):
     train_batch_size: int = option(32, "images of one process in one forward pass", at_least=1)
     gradient_accumulation_steps: int = option(1, "forward passes of one optimizer step", at_least=1)
 
-    learning_rate: float = option(1e-3, "peak learning rate", "optimizer")
+    optimizer: Literal[OPTIMIZERS] = fixed_option(
+        "adamw",
+        "adamw; or muon for the hidden matrices, with adamw for embeddings, first and last layers, norms and biases",
+        "optimizer",
+    )
+    learning_rate: float = option(1e-3, "peak learning rate")
+    muon_learning_rate: float = _muon_option(0.02, "peak learning rate of muon's matrices")
+    muon_momentum: float = _muon_option(0.95, "momentum of muon")
+    muon_weight_decay: float = _muon_option(0.0, "weight decay of muon's matrices", at_least=0)
     lr_scheduler: Literal[LR_SCHEDULERS] = option(
         "cosine", "decay after the warm-up, over the steps or the time that the run has left"
     )
@@ -54,6 +67,14 @@ class TrainerConfig(TrainingDataConfig):
         None,
         "optimizer steps of the linear warm-up; by default 100, but at most a tenth of the run",
         at_least=0,
+    )
+    lr_warmup_share: float | None = option(
+        None, "share of the run, in steps or in time, that the warm-up takes instead of lr_warmup_steps", at_least=0
+    )
+    lr_decay_share: float = option(
+        0.2,
+        "share of what follows the warm-up that warmup_stable_decay decays in",
+        needs={"lr_scheduler": ("warmup_stable_decay",)},
     )
     lr_num_cycles: int = option(1, "cycles of cosine_with_restarts", needs={"lr_scheduler": ("cosine_with_restarts",)})
     lr_power: float = option(1.0, "power of polynomial", needs={"lr_scheduler": ("polynomial",)})
@@ -145,14 +166,26 @@ class TrainerConfig(TrainingDataConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate:g}")
+        for name in ("learning_rate", "muon_learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name):g}")
+        self._check_shares()
         check_seed(self.seed)
         tracker_names(self.report_to)  # refuses unknown ones
         if self.overwrite_output_dir and self.resume_from_checkpoint:
             raise ValueError("overwrite_output_dir and resume_from_checkpoint contradict each other")
         self._check_ema()
         self.budget()
+
+    def _check_shares(self):
+        if not 0 <= self.muon_momentum < 1:
+            raise ValueError(f"muon_momentum must be in [0, 1), got {self.muon_momentum:g}")
+        if self.lr_warmup_share is not None and not 0 <= self.lr_warmup_share < 1:
+            raise ValueError(f"lr_warmup_share must be in [0, 1), got {self.lr_warmup_share:g}")
+        if self.lr_warmup_share is not None and self.lr_warmup_steps is not None:
+            raise ValueError("lr_warmup_share and lr_warmup_steps are two lengths of the warm-up: give one of them")
+        if not 0 < self.lr_decay_share <= 1:
+            raise ValueError(f"lr_decay_share must be in (0, 1], got {self.lr_decay_share:g}")
 
     def _check_ema(self):
         if self.ema_std is not None and self.ema_decay is not None:
@@ -212,7 +245,7 @@ def resolve_for_machine(config: TrainerConfig) -> TrainerConfig:
         changes["ema_stds"] = (0.05, 0.1)
     if config.max_train_steps is None and config.max_train_time is None:
         changes["max_train_steps"] = config.DEFAULT_MAX_TRAIN_STEPS
-    if config.lr_warmup_steps is None and config.max_train_time is None:
+    if config.lr_warmup_steps is None and config.lr_warmup_share is None and config.max_train_time is None:
         changes["lr_warmup_steps"] = default_warmup_steps(config.budget().max_steps)
     if config.validation_split is not None and config.validation_steps is None:
         changes["validation_steps"] = DEFAULT_VALIDATION_STEPS

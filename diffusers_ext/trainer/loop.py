@@ -24,11 +24,12 @@ from diffusers_ext.trainer.checkpoints import all_or_none, find_for_all, remove_
 from diffusers_ext.trainer.clock import RunClock, max_over_processes
 from diffusers_ext.trainer.config import TrainerConfig
 from diffusers_ext.trainer.device_batches import ToDevice
-from diffusers_ext.trainer.ema import WeightAverage, trained_parameters
+from diffusers_ext.trainer.ema import WeightAverage
 from diffusers_ext.trainer.ending import Ending, EndingCost
 from diffusers_ext.trainer.hooks import StepHook
 from diffusers_ext.trainer.milestones import Milestones
 from diffusers_ext.trainer.notes import notes_after, notes_before
+from diffusers_ext.trainer.optimizers import make_optimizer, set_learning_rate, set_options
 from diffusers_ext.trainer.posthoc_ema import AverageSnapshots
 from diffusers_ext.trainer.profiling import StepProfile
 from diffusers_ext.trainer.progress import WAITING, TimeShares
@@ -108,6 +109,8 @@ class Trainer:
             warmup_steps=config.lr_warmup_steps,
             num_cycles=config.lr_num_cycles,
             power=config.lr_power,
+            warmup_share=config.lr_warmup_share,
+            decay_share=config.lr_decay_share,
         )
         self.batch_options = BatchOptions(
             seed=config.seed,
@@ -136,14 +139,7 @@ class Trainer:
             self.module.enable_gradient_checkpointing()
         if config.compile:
             self.module.compile()
-        optimizer = torch.optim.AdamW(
-            trained_parameters(self.module).values(),
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            weight_decay=config.adam_weight_decay,
-            eps=config.adam_epsilon,
-            fused=accelerator.device.type in ("cpu", "cuda"),
-        )
+        optimizer = make_optimizer(config, self.module, sharded=self._unsharded is not None)
         self.model, self.optimizer = accelerator.prepare(self.module, optimizer)
 
     def _start_ema(self):
@@ -283,8 +279,7 @@ class Trainer:
         if state.warmup_steps is None and self.learning_rate.is_warm(state.step, state.seconds):
             state.warmup_steps, state.warmup_seconds = state.step, state.seconds
         rate = self.learning_rate.at(state.step, state.seconds, state.warmup_end)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_learning_rate(self.optimizer, config, rate)
         self.hook.begin_step(state.step, rate / config.learning_rate)
         # Of the default generators, Python's and NumPy's included.
         seed_generators(derived_seed(config.seed, state.position, accelerator.process_index), accelerator.device)
@@ -451,6 +446,7 @@ class Trainer:
         for line in lines:
             accelerator.print(line)
         load_run(folder, accelerator, warmup_steps=self.learning_rate.warmup_steps, **self._parts)
+        set_options(self.optimizer, self.config)
         self.last_checkpoint = folder
         accelerator.print(f"going on from {folder} (step {state.step}, {state.position} images seen)")
         return None if data.num_images is not None else load_stream_state(folder, accelerator.process_index)

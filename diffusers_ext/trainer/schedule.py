@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable
 
 import torch
 from diffusers.optimization import get_scheduler
@@ -10,7 +11,10 @@ from diffusers.optimization import get_scheduler
 # The default warm-up: this number of steps, and no more than this share of the run.
 DEFAULT_WARMUP_STEPS, WARMUP_SHARE = 100, 0.1
 
-LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+LR_SCHEDULERS = (
+    *("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"),
+    "warmup_stable_decay",
+)
 
 
 def parse_duration(text: str) -> float:
@@ -72,11 +76,15 @@ class LearningRate:
     time, the decay follows the time used, so that it is complete when the time is.
 
     Args:
-        name: One of `LR_SCHEDULERS`, with diffusers' curves.
+        name: One of `LR_SCHEDULERS`, with diffusers' curves; "warmup_stable_decay" stays at the peak, and falls to 0 by
+            1 - sqrt(x) in the last part x in [0, 1] (Hägele et al. 2024, arXiv 2405.18392).
         peak: Learning rate after the warm-up.
         warmup_steps: Optimizer steps of the warm-up; step k (from 0) has (k + 1) / warmup_steps of the peak. None for
             100 of them, or a tenth of the budget's steps or time if that is less.
         num_cycles, power: Of "cosine_with_restarts" and "polynomial".
+        warmup_share: Share of the budget that the warm-up takes, by steps or time, whichever comes first; instead of
+            `warmup_steps`.
+        decay_share: Of what follows the warm-up, the share that "warmup_stable_decay" decays in.
     """
 
     def __init__(
@@ -88,18 +96,21 @@ class LearningRate:
         warmup_steps: int | None = 0,
         num_cycles: int = 1,
         power: float = 1.0,
+        warmup_share: float | None = None,
+        decay_share: float = 0.2,
     ):
         if name not in LR_SCHEDULERS:
             raise ValueError(f"lr_scheduler must be one of {', '.join(LR_SCHEDULERS)}, got {name!r}")
         self.peak, self.budget = peak, budget
-        self.warmup_share = WARMUP_SHARE if warmup_steps is None else math.inf
-        self.warmup_steps = default_warmup_steps(budget.max_steps) if warmup_steps is None else warmup_steps
-        # With one step in all, diffusers' multiplier is a function of the progress in [0, 1].
-        stand_in = torch.optim.SGD([torch.zeros(1)], lr=peak)
-        curve = get_scheduler(
-            name, stand_in, num_warmup_steps=0, num_training_steps=1, num_cycles=num_cycles, power=power
-        )
-        self._multiplier = curve.lr_lambdas[0]
+        if warmup_share is not None:
+            self.warmup_share = warmup_share
+            self.warmup_steps = (
+                math.inf if math.isinf(budget.max_steps) else math.floor(warmup_share * budget.max_steps)
+            )
+        else:
+            self.warmup_share = WARMUP_SHARE if warmup_steps is None else math.inf
+            self.warmup_steps = default_warmup_steps(budget.max_steps) if warmup_steps is None else warmup_steps
+        self._multiplier = _decay(name, peak, num_cycles, power, decay_share)
 
     def is_warm(self, step: int, seconds: float) -> bool:
         """Whether the warm-up is over when optimizer step `step` (from 0) begins, `seconds` after the start."""
@@ -120,6 +131,16 @@ class LearningRate:
             return self.peak * min(1.0, max((step + 1) / self.warmup_steps, seconds / self._warmup_seconds))
         start_steps, start_seconds = warmup_end or (self.warmup_steps, 0.0)
         return self.peak * self._multiplier(self.budget.progress(step, seconds, start_steps, start_seconds))
+
+
+def _decay(name: str, peak: float, num_cycles: int, power: float, decay_share: float) -> Callable[[float], float]:
+    """The learning rate relative to its peak, as a function of the progress in [0, 1] after the warm-up."""
+    if name == "warmup_stable_decay":
+        return lambda progress: 1 - math.sqrt(max(0.0, 1 - (1 - progress) / decay_share))
+    # With one step in all, diffusers' multiplier is a function of the progress.
+    stand_in = torch.optim.SGD([torch.zeros(1)], lr=peak)
+    curve = get_scheduler(name, stand_in, num_warmup_steps=0, num_training_steps=1, num_cycles=num_cycles, power=power)
+    return curve.lr_lambdas[0]
 
 
 def default_warmup_steps(max_steps: float) -> int:

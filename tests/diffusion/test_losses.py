@@ -57,6 +57,7 @@ def test_weighted_loss_is_the_same_for_every_prediction_type(schedule, batch, we
         ("truncated_snr", lambda snr: torch.maximum(snr, torch.tensor(1.0))),
         ("snr_plus_one", lambda snr: snr + 1),
         ("p2", lambda snr: snr / (1 + snr)),
+        ("velocity", lambda snr: (snr + 1).clamp(max=400)),
         ("sample", torch.ones_like),
     ],
 )
@@ -65,6 +66,23 @@ def test_weight_of_the_error_of_x0(schedule, weighting, expected):
     like = torch.zeros(1000, 1, dtype=torch.float64)
     weight = loss_weight(schedule.level(torch.arange(1000), like), weighting, "sample").flatten()
     torch.testing.assert_close(weight, expected(alpha_bar / (1 - alpha_bar)), rtol=1e-9, atol=0)
+
+
+def test_the_velocity_weighting_is_the_loss_in_v_of_a_network_that_outputs_x0(batch):
+    """Li & He 2025: |v - v_hat|^2 with v = (x - z) / max(1 - t, 0.05), where t is 1 at the data."""
+    x0, _, guess, _ = batch
+    schedule, timesteps = PathSchedule(PATHS["linear"](), 1000), torch.tensor([0, 30, 49, 60, 500, 999])
+    level = schedule.level(timesteps, x0)
+    x_t, divisor = level.alpha * x0 + level.sigma * guess, (1 - level.alpha).clamp(min=0.05)
+    output = (x0 + guess).tanh()
+    velocity, predicted = (x0 - x_t) / divisor, (output - x_t) / divisor
+    expected = (velocity - predicted).square().flatten(1).mean(1)
+    loss = denoising_loss(output, x0, guess, level, "sample", weighting="velocity")
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=0)
+    # Away from the data it is what a network that outputs the flow has.
+    weight = loss_weight(level, "velocity", "flow").flatten()
+    torch.testing.assert_close(weight[3:], torch.ones(3, dtype=torch.float64), rtol=1e-9, atol=0)
+    assert (weight[:2] < 1).all()
 
 
 @pytest.mark.parametrize("prediction_type, divisor", [("epsilon", lambda s: s), ("v_prediction", lambda s: s + 1)])

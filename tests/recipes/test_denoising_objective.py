@@ -17,7 +17,10 @@ from diffusers_ext.diffusion.losses import DEFAULT_WEIGHTINGS, bound_loss, denoi
 from diffusers_ext.diffusion.noising import PREDICTION_TYPES, NoiseSchedule, add_noise, predict_x0
 from diffusers_ext.diffusion.paths import PATHS, PathSchedule
 from diffusers_ext.diffusion.reverse_chain import ReverseChain
+from diffusers_ext.recipes.denoising import DenoisingConfig, build_objective
 from diffusers_ext.recipes.denoising_objective import DenoisingObjective
+from diffusers_ext.recipes.training_path import build_scheduler
+from diffusers_ext.schedulers.levels import model_schedule
 from runs import forget_accelerate
 
 
@@ -154,6 +157,63 @@ def test_logit_normal_times_have_their_density_and_stay_stratified():
     assert objective.timestep_sampler(torch.tensor([0.0, 1 - 1e-17], dtype=torch.float64))[0].tolist() == [0, 999]
     objective.eval()
     assert torch.equal(objective.timestep_sampler(time)[0], (1000 * time).long())
+
+
+@pytest.mark.parametrize("shift", [3.0, 0.5])
+def test_shifted_times_have_their_density_and_stay_stratified(shift):
+    """The odds of a time are multiplied by the shift, so that those of a share below a level are divided by it."""
+    objective = make_objective(1000, timestep_shift=shift)
+    time = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
+    timesteps, weight = objective.timestep_sampler(time)
+    assert (weight == 1).all() and timesteps.dtype == torch.int64 and (timesteps.diff() >= 0).all()
+    level = torch.tensor([0.05, 0.3, 0.5, 0.9], dtype=torch.float64)
+    share = torch.stack([(timesteps < 1000 * one).double().mean() for one in level])
+    torch.testing.assert_close(share, (level.logit() - np.log(shift)).sigmoid(), rtol=0, atol=1 / 4000 + 1e-9)
+    assert objective.timestep_sampler(torch.tensor([0.0, 1 - 1e-17], dtype=torch.float64))[0].tolist() == [0, 999]
+    objective.eval()
+    assert torch.equal(objective.timestep_sampler(time)[0], (1000 * time).long())
+
+
+@pytest.mark.parametrize("path", ["vp", "linear"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prediction_type": "sample", "loss_weighting": "velocity", "timestep_shift": 2.0},
+        {"loss_weighting": "min_snr"},
+        {"prediction_type": "sample", "loss_weighting": "min_snr", "timestep_sampling": "logit_normal"},
+        {"loss_weighting": "velocity", "timestep_sampling": "logit_normal", "logit_mean": 0.8, "logit_std": 0.8},
+    ],
+)
+def test_weightings_and_times_make_a_loss_on_either_path(path, options):
+    """By the options of a run; the loss is the weighted error of x_0 at the times that the options ask for."""
+    config = DenoisingConfig(path=path, num_train_timesteps=50, **options)
+    scheduler = build_scheduler(config)
+    objective, batch = build_objective(config, scheduler), make_batch(0)
+    given = batch["time"]
+    if "timestep_shift" in options:
+        time = 2 * given / (1 + given)
+    elif "timestep_sampling" in options:
+        spread, mean = (0.8, 0.8) if "logit_std" in options else (1.0, 0.0)
+        time = torch.distributions.Normal(mean, spread).icdf(given).sigmoid()
+    else:
+        time = given
+    level = model_schedule(scheduler).level((50 * time).long(), batch["images"].double())
+    x0, x_t = batch["images"].double(), level.alpha * batch["images"] + level.sigma * batch["noise"]
+    seen = []
+
+    def network(x, timesteps, class_labels=None):
+        seen.append(x.double())
+        return SimpleNamespace(sample=x.tanh())
+
+    loss = objective(network, batch)
+    torch.testing.assert_close(seen[0], x_t, rtol=0, atol=1e-5)
+    x0_hat = predict_x0(x_t.tanh(), x_t, level, config.prediction_type)
+    snr = level.snr.flatten()
+    weight = (
+        snr.clamp(max=5) if options["loss_weighting"] == "min_snr" else level.sigma.flatten().clamp(min=0.05) ** -2
+    )
+    expected = (weight * (x0 - x0_hat).square().flatten(1).mean(1)).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-3)
 
 
 def test_a_network_is_given_the_labels_of_its_path():

@@ -143,7 +143,16 @@ def test_the_command_of_a_resolved_config_is_the_same_run(name):
         ({"path": "ve", "sigma_max": 0.001}, "sigma_min must be above 0 and less than sigma_max"),
         ({"path": "subvp", "beta_max": 0.01}, "beta_min must be at least 0 and less than beta_max"),
         ({"path": "learned", "loss_weighting": "simple"}, "the schedule itself says how often a noise level is seen"),
-        ({"path": "learned", "timestep_sampling": "importance"}, "leave loss_weighting and timestep_sampling out"),
+        (
+            {"path": "learned", "timestep_sampling": "importance"},
+            "leave loss_weighting, timestep_sampling and timestep_shift out",
+        ),
+        ({"path": "learned", "timestep_shift": 2.0}, "leave loss_weighting, timestep_sampling and timestep_shift out"),
+        ({"timestep_shift": 0.0}, "timestep_shift must be positive, got 0"),
+        (
+            {"timestep_sampling": "logit_normal", "timestep_shift": 2.0},
+            "timestep_shift has no meaning without timestep_sampling uniform or stratified",
+        ),
         (
             {"path": "learned", "model": "dit", "internal_guidance_layer": 1},
             "internal_guidance_layer has no loss with path learned",

@@ -46,6 +46,14 @@ def test_two_processes_with_half_the_batch_each_make_the_run_of_one(one_and_two)
         assert mine == pytest.approx(theirs, rel=1e-4)
 
 
+def test_muon_makes_the_run_of_one_too(one_and_two):
+    """Each process makes the averaged gradients orthogonal; that raises what their sums differ by."""
+    one, two = (saved(folder / "muon", 6) for folder in one_and_two)
+    assert one[0].keys() == two[0].keys() and sum("momentum_buffer" in name for name in one[0]) == 1
+    for name in one[0]:
+        torch.testing.assert_close(one[0][name], two[0][name], rtol=1e-2, atol=1e-4)
+
+
 def test_the_loss_on_held_out_images_is_that_of_one_process(one_and_two):
     """11 images in batches of 4, or of 2 in two processes, of which the one has one batch more."""
     one, two = (

@@ -2,6 +2,7 @@ import pytest
 import torch
 from diffusers.optimization import get_scheduler
 
+from diffusers_ext.trainer.config import TrainerConfig
 from diffusers_ext.trainer.schedule import LR_SCHEDULERS, Budget, LearningRate, parse_duration
 
 
@@ -83,3 +84,41 @@ def test_empty_budgets_are_refused(steps, seconds, message):
 def test_unknown_scheduler_names_the_choices():
     with pytest.raises(ValueError, match=f"lr_scheduler must be one of {', '.join(LR_SCHEDULERS)}, got 'step'"):
         LearningRate("step", 1.0, Budget(1))
+
+
+def test_warmup_stable_decay_stays_at_its_peak_and_falls_at_the_end():
+    """By steps and by time: after the warm-up, 0.8 of what is left at the peak, then 1 - sqrt(x)."""
+    options = {"warmup_share": 0.1, "decay_share": 0.2}
+    by_steps = LearningRate("warmup_stable_decay", 2.0, Budget(110), **options)
+    assert by_steps.warmup_steps == 11 and by_steps.at(0, 0.0) == pytest.approx(2 / 11)
+    assert by_steps.at(10, 0.0) == by_steps.at(11, 0.0) == by_steps.at(90, 0.0) == 2.0
+    left = LearningRate("warmup_stable_decay", 2.0, Budget(100), warmup_steps=0, decay_share=0.2)
+    expected = {80: 2.0, 85: 2 * (1 - 0.25**0.5), 90: 2 * (1 - 0.5**0.5), 100: 0.0}
+    assert {step: left.at(step, 0.0) for step in expected} == pytest.approx(expected)
+    by_time = LearningRate("warmup_stable_decay", 2.0, Budget(max_seconds=100.0), **options)
+    assert by_time.at(7, 5.0) == 1.0 and not by_time.is_warm(10**6, 9.9) and by_time.is_warm(3, 10.0)
+    assert by_time.at(50, 81.9, (3, 10.0)) == 2.0
+    assert by_time.at(60, 91.0, (3, 10.0)) == pytest.approx(2 * (1 - 0.5**0.5))
+    assert by_time.at(70, 100.0, (3, 10.0)) == pytest.approx(0.0, abs=1e-7)
+
+
+def test_a_share_of_the_run_without_warm_up_begins_at_the_peak():
+    for budget in (Budget(40), Budget(max_seconds=10.0)):
+        assert LearningRate("constant", 1.0, budget, warmup_share=0.0).at(0, 0.0) == 1.0
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"lr_warmup_share": 1.0}, r"lr_warmup_share must be in \[0, 1\), got 1"),
+        ({"lr_warmup_share": 0.1, "lr_warmup_steps": 5}, "are two lengths of the warm-up: give one of them"),
+        ({"lr_decay_share": 0.5}, "lr_decay_share has no meaning without lr_scheduler warmup_stable_decay"),
+        (
+            {"lr_scheduler": "warmup_stable_decay", "lr_decay_share": 0.0},
+            r"lr_decay_share must be in \(0, 1\], got 0",
+        ),
+    ],
+)
+def test_shares_that_fit_no_run_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        TrainerConfig(**options)

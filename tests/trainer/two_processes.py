@@ -15,7 +15,7 @@ from diffusers_ext.data.prepare import prepare_images
 from diffusers_ext.recipes.sample_grids import draw_samples
 from diffusers_ext.trainer.adversary import Adversary
 from diffusers_ext.trainer.checkpoints import CheckpointError, find_for_all
-from runs import forget_accelerate, stop_before_step, trainer
+from runs import Denoiser, forget_accelerate, stop_before_step, trainer
 from tiny import tiny_unet
 
 
@@ -85,6 +85,7 @@ def main(folder, resume=True):
     few_held_out_images(data, folder)
     spread(data, folder, batch_size, resume)
     by_time(data, folder)
+    with_muon(data, folder, batch_size)
 
     forget_accelerate()
     Accelerator(cpu=True)
@@ -150,6 +151,27 @@ def by_time(data, folder):
     run.train()
     weights = {name: value.contiguous() for name, value in run.module.state_dict().items()}
     save_file(weights, folder / f"by-time-{index}.safetensors")
+
+
+class Hidden(Denoiser):
+    """With a convolution of two fused matrices between the two."""
+
+    _hidden_parts = ("hidden",)
+
+    def __init__(self):
+        super().__init__()
+        self.hidden = nn.Sequential(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1)))
+        self.hidden[0]._fused_layers = {"0": 2}
+
+    def forward(self, x):
+        return self.last(self.hidden(self.first(x).relu()).relu())
+
+
+def with_muon(data, folder, batch_size):
+    forget_accelerate()
+    torch.manual_seed(0)
+    settings = {"optimizer": "muon", "max_train_steps": 6, "train_batch_size": batch_size}
+    trainer(data, folder / "muon", model=Hidden(), **settings).train()
 
 
 def fail_in_one_process(data, folder):

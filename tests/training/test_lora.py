@@ -75,6 +75,7 @@ def test_what_an_adapter_cannot_do_is_refused(base, tmp_path):
     with pytest.raises(ValueError, match="lora_rank has no meaning without pretrained_pipeline"):
         TrainConfig(lora_rank=2)
     refused("ema_snapshot_steps takes averages of all weights", ema_snapshot_steps=1)
+    refused("lora_rank trains factors of them: take adamw", optimizer="muon")
     refused("lora_target_modules must be ends .* such as .*to_q.*, got q", lora_target_modules=("q",))
     DDPMPipeline(tiny_stock_unet(), DDPMScheduler()).save_pretrained(tmp_path / "stock")
     refused("lora_rank is for UNetModel and DiTModel", base=str(tmp_path / "stock"), unconditional=True)
