@@ -38,19 +38,38 @@ ROOT = Path(__file__).resolve().parents[1]
 SEED = 900  # of the sets of images
 SHOWN = 16  # images of a row of the picture
 
-# Options of train_ddpm.py by the name of the recipe; `base` is what each of the others differs from in one thing.
+# Options of train_ddpm.py by the name of the recipe. Those of `base` are of all but `cosine`, which has none, and the others
+# differ from it in what they are named after.
+BASE = "--path linear"
 ROWS: dict[str, str] = {
     "base": "",
-    "linear": "--path linear",
+    "cosine": "--path cosine",
     "logit_normal": "--timestep_sampling logit_normal",
-    "min_snr": "--loss_weighting min_snr",
+    "shift_2": "--timestep_shift 2",
+    "x_prediction": "--prediction_type sample --loss_weighting velocity",
+    "muon": "--optimizer muon",
+    "rope": "--position_embedding rope",
+    "rms_norm": "--norm rms",
+    "qk_norm": "--qk_norm",
+    "swiglu": "--mlp swiglu",
+    "value_residual": "--value_residual",
+    "conv_stem": "--patch_embedding conv",
+    "long_skips": "--long_skips",
+    "internal_guidance": "--internal_guidance_layer 2",
     "batch_16": "--train_batch_size 16",
     "batch_64": "--train_batch_size 64",
-    "lr_2e-3": "--learning_rate 2e-3",
-    "lr_5e-4": "--learning_rate 5e-4",
+    "learning_rate_2e-3": "--learning_rate 2e-3",
+    "stable_decay": "--lr_scheduler warmup_stable_decay",
     "flip": "--random_flip",
     "patch_2": "--patch_size 2",
 }
+
+# Keywords of the pipeline's call that belong to a recipe, at no further call of the network.
+CALLS = {"internal_guidance": {"internal_guidance_scale": 1.4}}
+
+
+def options_of(name: str) -> list[str]:
+    return shlex.split(ROWS[name] if name == "cosine" else f"{BASE} {ROWS[name]}")
 
 
 def train(name: str, folder: Path, seed: int, arguments: argparse.Namespace) -> None:
@@ -60,7 +79,7 @@ def train(name: str, folder: Path, seed: int, arguments: argparse.Namespace) -> 
     command = [sys.executable, f"{ROOT}/training/train_ddpm.py", "--dataset_name", arguments.dataset_name]
     command += ["--resolution", str(arguments.resolution), "--model", "dit", "--seed", str(seed), "--no-calibrate"]
     command += ["--max_train_time", f"{arguments.minutes}m", "--output_dir", str(folder), "--overwrite_output_dir"]
-    command += [*arguments.common, *shlex.split(ROWS[name])]
+    command += [*arguments.common, *options_of(name)]
     print(f"\n{name}, seed {seed}: {shlex.join(command[1:])}", flush=True)
     with (folder.parent / f"{folder.name}.log").open("w") as log:
         done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT)
@@ -80,7 +99,7 @@ class Judge:
         number = min(arguments.num_images, len(real.held_out))
         self.held_out = self.evaluator.measure_held_out(real.held_out, number)["frechet_distance"]
 
-    def measure(self, pipe, scale: float) -> tuple[float, float | None, torch.Tensor]:
+    def measure(self, pipe, scale: float, settings: dict) -> tuple[float, float | None, torch.Tensor]:
         """The Fréchet distance, the share of the labels that the classifier reads, and the images."""
         images = generate_images(
             pipe,
@@ -88,6 +107,7 @@ class Judge:
             labels=self.labels,
             num_inference_steps=self.arguments.num_inference_steps,
             guidance_scale=scale,
+            settings=settings,
             seed=SEED,
             show_progress=False,
         )
@@ -112,7 +132,7 @@ def table(results: dict, arguments: argparse.Namespace) -> str:
     lines = [f"| {' | '.join([*head, 'beside base'])} |", "|---" * (len(head) + 1) + "|"]
     for name in sorted(kept, key=lambda name: means[name][first]):
         runs = [kept[name][seed] for seed in sorted(kept[name])]
-        cells = [name, f"`{ROWS[name]}`" if ROWS[name] else ""]
+        cells = [name, f"`{ROWS[name] or BASE}`"]
         cells += [", ".join(str(run["steps"]) for run in runs), ", ".join(f"{run['seconds']:.0f}" for run in runs)]
         cells += [", ".join(f"{run['distance'][scale]:.3g}" for run in runs) for scale in arguments.scales]
         cells.append(f"{means[name][first] / means['base'][first]:.2f}" if "base" in means else "")
@@ -145,7 +165,9 @@ def main(arguments: argparse.Namespace) -> None:
             pipe.set_progress_bar_config(disable=True)
             judge = judge or Judge(pipe, run, arguments)
             for scale in missing:
-                of_row["distance"][scale], of_row["labels"][scale], images = judge.measure(pipe, float(scale))
+                of_row["distance"][scale], of_row["labels"][scale], images = judge.measure(
+                    pipe, float(scale), CALLS.get(name, {})
+                )
                 if scale == arguments.scales[-1]:
                     pictures[name] = images
             of_row |= {"steps": last_line(run)["step"], "seconds": last_line(run)["seconds"]}
