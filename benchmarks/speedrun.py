@@ -38,16 +38,18 @@ ROOT = Path(__file__).resolve().parents[1]
 SEED = 900  # of the sets of images
 SHOWN = 16  # images of a row of the picture
 
-# Options of train_ddpm.py by the name of the recipe. Those of `base` are of all but `cosine`, which has none, and the others
-# differ from it in what they are named after.
-BASE = "--path linear"
+# Options of train_ddpm.py by the name of the recipe. Those of `base` are of all of them, and the others differ from it in what
+# they are named after.
+BASE = "--path linear --optimizer muon"
 ROWS: dict[str, str] = {
     "base": "",
     "cosine": "--path cosine",
     "logit_normal": "--timestep_sampling logit_normal",
     "shift_2": "--timestep_shift 2",
     "x_prediction": "--prediction_type sample --loss_weighting velocity",
-    "muon": "--optimizer muon",
+    "adamw": "--optimizer adamw",
+    "muon_0.01": "--muon_learning_rate 0.01",
+    "muon_0.04": "--muon_learning_rate 0.04",
     "rope": "--position_embedding rope",
     "rms_norm": "--norm rms",
     "qk_norm": "--qk_norm",
@@ -69,7 +71,7 @@ CALLS = {"internal_guidance": {"internal_guidance_scale": 1.4}}
 
 
 def options_of(name: str) -> list[str]:
-    return shlex.split(ROWS[name] if name == "cosine" else f"{BASE} {ROWS[name]}")
+    return shlex.split(f"{BASE} {ROWS[name]}")
 
 
 def train(name: str, folder: Path, seed: int, arguments: argparse.Namespace) -> None:

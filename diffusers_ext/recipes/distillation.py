@@ -23,6 +23,7 @@ from diffusers_ext.options import fixed_option, option
 from diffusers_ext.pipelines.pipeline_guided_diffusion import GuidedDiffusionPipeline
 from diffusers_ext.recipes.distillation_objective import (
     DISTILLATION_WEIGHTINGS,
+    STEPS_A_DOUBLING,
     ConsistencyObjective,
     ProgressiveObjective,
     StudentObjective,
@@ -94,7 +95,8 @@ class DistillConfig(TrainerConfig):
     )
     doublings: int | None = _consistency_option(
         None,
-        "how often the two noise levels of the loss come nearer by a factor of 2; by default until they are neighbours",
+        "how often the two noise levels of the loss come nearer by a factor of 2; by default until they are neighbours, but each "
+        f"time after {STEPS_A_DOUBLING} optimizer steps at the soonest",
         at_least=0,
     )
     noise_mean: float = _consistency_option(-1.1, "mean of log(sigma / alpha) of the noisier one")

@@ -3,6 +3,7 @@
 References: those of `diffusers_ext.diffusion.distillation`.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -33,6 +34,10 @@ from diffusers_ext.trainer.validation import random_state_kept
 
 # Those of Salimans & Ho 2022 that leave the level without signal a weight, and equal weights of x_0.
 DISTILLATION_WEIGHTINGS = ("truncated_snr", "snr_plus_one", "sample")
+
+# Optimizer steps that a student needs at least for each doubling. Fashion-MNIST in 400 steps of 32 images: with one doubling the
+# images of one call improve from a Fréchet distance of 55 to 29, with ten they lose their labels and all that they show.
+STEPS_A_DOUBLING = 300
 
 # Of x_0 in its output: at the data the prediction is what the network is given, whatever it says.
 WITH_BOUNDARY_CONDITION = ("v_prediction", "flow")
@@ -148,13 +153,14 @@ class ConsistencyObjective(StudentObjective):
 
     Args:
         doublings: How often r comes nearer by a factor of 2, evenly over the training; by default as often as it takes for
-            each timestep to be paired with its neighbour.
+            each timestep to be paired with its neighbour, but not before `STEPS_A_DOUBLING` steps for each.
         noise_mean, noise_std: Of log(sigma / alpha) of t.
         bend: Of `pseudo_huber`.
         weighting: One of `diffusers_ext.diffusion.distillation.CONSISTENCY_WEIGHTINGS`.
 
     Attributes:
         progress: Gives the share of the training that is over, in [0, 1].
+        steps: Gives the optimizer steps so far, by which the doublings of the default are held back.
 
     Raises:
         ValueError: if the prediction type lacks the boundary condition, or the weighting is unknown.
@@ -189,12 +195,15 @@ class ConsistencyObjective(StudentObjective):
             torch.stack([consistency_weights(self.schedule, each, weighting) for each in partners])
         )
         self._noise = DeviceTable(noise_ratio(self.schedule))
+        self.held_back = doublings is None
         self.progress: Callable[[], float] = lambda: 1.0
+        self.steps: Callable[[], float] = lambda: math.inf
 
     @property
     def done_doublings(self) -> int:
         """As often r came nearer so far."""
-        return min(int(self.progress() * (self.doublings + 1)), self.doublings)
+        done = min(int(self.progress() * (self.doublings + 1)), self.doublings)
+        return int(min(done, self.steps() // STEPS_A_DOUBLING)) if self.held_back else done
 
     def timesteps(self, time: Tensor) -> Tensor:
         """Those of uniform times in [0, 1), shape `(batch,)`, by the log-normal distribution of their noise; int64."""

@@ -139,9 +139,13 @@ class _GradientWeight:
         self._factor = None
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        if tensor.requires_grad:
-            tensor.register_hook(lambda gradient: gradient * self._factor.to(gradient))
-        return tensor
+        if not tensor.requires_grad:
+            return tensor
+        seen = tensor.view_as(
+            tensor
+        )  # so that what else follows from the tensor, such as another one of these, keeps its own
+        seen.register_hook(lambda gradient: gradient * self._factor.to(gradient))
+        return seen
 
     def by(self, losses: Tensor) -> None:
         self._factor = 2 * losses / losses.mean().clamp(min=torch.finfo(losses.dtype).tiny)

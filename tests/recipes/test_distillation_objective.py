@@ -8,7 +8,7 @@ from diffusers_ext.diffusion.noising import add_noise, training_target
 from diffusers_ext.guidance.guided_denoiser import GuidedDenoiser
 from diffusers_ext.guidance.guiding import classifier_free_guidance
 from diffusers_ext.recipes.distillation import DistillConfig, student_scheduler
-from diffusers_ext.recipes.distillation_objective import ConsistencyObjective, ProgressiveObjective
+from diffusers_ext.recipes.distillation_objective import STEPS_A_DOUBLING, ConsistencyObjective, ProgressiveObjective
 from diffusers_ext.recipes.teacher import Teacher
 from mixture_oracle import MixtureDenoiser
 from tiny import tiny_unet
@@ -120,6 +120,20 @@ def test_pairs_of_noise_levels_come_nearer_with_the_progress_of_the_run():
         gaps.append((t - r).double().mean().item())
     assert gaps == sorted(gaps, reverse=True) and gaps[-1] < 0.5 * gaps[0]
     assert objective.metrics()["doublings"] == 3
+
+
+def test_by_default_a_doubling_waits_for_its_steps():
+    """However short the run is: a student that is hurried unlearns what the pipeline knew."""
+    objective = ConsistencyObjective(Teacher(exact_pipe()))
+    assert objective.doublings >= 2 and objective.done_doublings == objective.doublings
+    done = []
+    for steps in (0, STEPS_A_DOUBLING - 1, STEPS_A_DOUBLING, 2 * STEPS_A_DOUBLING):
+        objective.steps = lambda steps=steps: steps
+        done.append(objective.done_doublings)
+    assert done == [0, 0, 1, 2]
+    asked = ConsistencyObjective(Teacher(exact_pipe()), doublings=3)
+    asked.steps = lambda: 1
+    assert asked.done_doublings == 3
 
 
 def test_a_consistency_function_has_a_loss_only_where_its_partner_is_the_data():
