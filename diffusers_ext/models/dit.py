@@ -26,6 +26,7 @@ from diffusers_ext.models.dit_parts import (
     learned_norm,
     normalise,
     num_long_skips,
+    patch_layer,
     rotary_table,
     rotate,
 )
@@ -347,10 +348,7 @@ class DiTModel(CachedBlocksMixin, Network):
 
         self.grid = (size[0] // patch_size, size[1] // patch_size)
         seen_channels = in_channels + input_channels(condition_channels)
-        if patch_embedding == "linear":
-            self.patch_in = nn.Linear(seen_channels * patch_size**2, hidden_size)
-        else:
-            self.patch_in = ConvPatchEmbedding(seen_channels, hidden_size, patch_size)
+        self.patch_in = patch_layer(patch_embedding, seen_channels, hidden_size, patch_size)
         self.register_buffer("positions", self._make_positions(self.grid), persistent=False)
         self.registers = nn.Parameter(torch.zeros(num_registers, hidden_size)) if num_registers else None
 

@@ -147,6 +147,13 @@ class ConvPatchEmbedding(nn.Module):
         return self.proj(x.flatten(2).transpose(1, 2))
 
 
+def patch_layer(patch_embedding: str, in_channels: int, dim: int, patch_size: int) -> nn.Module:
+    """From patches to tokens: a linear layer of unfolded patches, or convolutions of the sample."""
+    if patch_embedding == "conv":
+        return ConvPatchEmbedding(in_channels, dim, patch_size)
+    return nn.Linear(in_channels * patch_size**2, dim)
+
+
 class FirstValues:
     """The values of the first block's attention, `(batch, heads, tokens, head_dim)`, on their way to the later blocks.
 
