@@ -215,8 +215,8 @@ class InternalGuidance(_ContextGuidance):
             classifier-free guidance has changed.
         start, stop: Share of the steps after which guidance starts and stops, in [0, 1].
         enabled: Whether it acts at all.
-        internal_start, internal_stop: The same for what the middle layer does, within those. The paper has it end before
-            the last, clean levels.
+        internal_start, internal_stop: The same for what the middle layer does, within those. The paper finds it
+            of use at high and middle noise levels above all.
 
     Raises:
         ValueError: if a scale is out of range.

@@ -26,6 +26,7 @@ from diffusers_ext.models.dit_parts import (
     learned_norm,
     normalise,
     num_long_skips,
+    patch_layer,
     rotary_table,
     rotate,
 )
@@ -104,6 +105,8 @@ class DiTFeedForward(FeedForward):
         width, activation = (gated_width(hidden_dim), "swiglu") if gated else (hidden_dim, "gelu-approximate")
         super().__init__(dim, inner_dim=width, dropout=dropout, activation_fn=activation)
         self.gated = gated
+        if gated:
+            self.net[0]._fused_layers = {"proj": 2}  # two matrices, one above the other, each an optimizer's by itself
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         linear_in, dropout, linear_out = self.net[0].proj, self.net[1], self.net[2]
@@ -230,18 +233,21 @@ class DiTBlock(nn.Module):
         encoder_hidden_states: Tensor | None = None,
         mask: Tensor | None = None,
         skip: Tensor | None = None,
-        of_attention: dict | None = None,
+        rotation: Tensor | None = None,
+        first_values: FirstValues | None = None,
     ) -> Tensor:
         """Tokens `(batch, tokens, dim)` to tokens, given an embedding `(batch, dim)` of timestep and label.
 
         Args:
             skip: Tokens that an earlier block put out, if the block takes them.
-            of_attention: Further arguments of self-attention, by name.
+            rotation, first_values: Of self-attention, in networks that have them.
         """
         shift, scale, gate, shift_ff, scale_ff, gate_ff = self.modulation(embedding).chunk(6, dim=-1)
         x = hidden_states if skip is None else self.skip_in(torch.cat([hidden_states, skip], dim=-1))
         h = modulated_norm(x, scale, shift, 1e-6, self.norm)
-        x = torch.addcmul(x, gate[:, None], self.dropout(self.attn(h, **(of_attention or {}))))
+        given = {"rotation": rotation, "first_values": first_values}  # which processors of others do not know
+        given = {name: value for name, value in given.items() if value is not None}
+        x = torch.addcmul(x, gate[:, None], self.dropout(self.attn(h, **given)))
         if self.cross_attn is not None:
             x = x + self.dropout(self.cross_attn(self.cross_norm(x).to(x.dtype), encoder_hidden_states, mask))
         h = modulated_norm(x, scale_ff, shift_ff, self.mlp_norm_eps, self.norm)
@@ -346,10 +352,7 @@ class DiTModel(CachedBlocksMixin, Network):
 
         self.grid = (size[0] // patch_size, size[1] // patch_size)
         seen_channels = in_channels + input_channels(condition_channels)
-        if patch_embedding == "linear":
-            self.patch_in = nn.Linear(seen_channels * patch_size**2, hidden_size)
-        else:
-            self.patch_in = ConvPatchEmbedding(seen_channels, hidden_size, patch_size)
+        self.patch_in = patch_layer(patch_embedding, seen_channels, hidden_size, patch_size)
         self.register_buffer("positions", self._make_positions(self.grid), persistent=False)
         self.registers = nn.Parameter(torch.zeros(num_registers, hidden_size)) if num_registers else None
 
@@ -486,22 +489,19 @@ class DiTModel(CachedBlocksMixin, Network):
         if self.config.patch_embedding == "linear":
             x = F.pixel_unshuffle(x, patch).flatten(2).transpose(1, 2)  # (batch, patches, channels * patch ** 2)
         x = self.patch_in(x)  # (batch, patches, hidden_size)
-        positions, of_attention = self._positions(grid).to(x.dtype), {}
+        positions, rotation = self._positions(grid), None
         if self.config.position_embedding == "rope":
-            of_attention["rotation"] = positions
+            rotation = positions
         else:
-            x = x + positions
-        if self.config.value_residual:
-            of_attention["first_values"] = FirstValues()
+            x = x + positions.to(x.dtype)
+        first_values = FirstValues() if self.config.value_residual else None
         if self.registers is not None:  # last, since smoothed energy guidance takes the first tokens for the image
             x = torch.cat([x, self.registers.to(x.dtype).expand(len(x), -1, -1)], dim=1)
         skips, internal = [], None
         for i, block in enumerate(self.transformer_blocks):
-            embedding, skip = (
-                embeddings[i if self.block_embeddings else 0],
-                None if block.skip_in is None else skips.pop(),
-            )
-            x = self.run(block, x, embedding, encoder_hidden_states, mask, skip, of_attention)
+            embedding = embeddings[i if self.block_embeddings else 0]
+            skip = None if block.skip_in is None else skips.pop()
+            x = self.run(block, x, embedding, encoder_hidden_states, mask, skip, rotation, first_values)
             if i < self.num_skips:
                 skips.append(x)
             if i + 1 == self.config.internal_guidance_layer and return_dict:
@@ -511,7 +511,7 @@ class DiTModel(CachedBlocksMixin, Network):
 
     def _predict(
         self, x: Tensor, embedding: Tensor, grid: tuple[int, int], modulation: nn.Linear, patch_out: nn.Linear
-    ):
+    ) -> Tensor:
         """Tokens `(batch, tokens, hidden_size)` to an output, by the two layers of a head."""
         patch = self.config.patch_size
         shift, scale = modulation(embedding).chunk(2, dim=-1)

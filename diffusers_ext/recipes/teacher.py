@@ -67,7 +67,7 @@ class Teacher:
     def copy_network(self) -> nn.Module:
         """A network that begins as the teacher's, to be trained."""
         network = copy.deepcopy(self.network).float().requires_grad_(True).train()
-        if network.config.get("internal_guidance_layer") is not None:
+        if getattr(network, "config", {}).get("internal_guidance_layer") is not None:
             network.remove_internal_output()  # which nothing would train, and a student is not guided
         return network
 

@@ -63,13 +63,14 @@ def test_rotary_scores_depend_on_the_distance_alone(size):
 def test_rotation_is_multiplication_by_complex_numbers():
     x, (rows, columns) = draw(2, 3, 7, 8), (2, 3)
     table = rotary_table((rows, columns), (rows, columns), 8, num_unrotated=1)
-    pairs = torch.complex(x[..., :4], x[..., 4:]).to(torch.complex128)
+    pairs = torch.complex(x[..., ::2], x[..., 1::2]).to(torch.complex128)
     for token in range(rows * columns):
         row, column = divmod(token, columns)
         angles = torch.tensor([row, row * 0.1, column, column * 0.1], dtype=torch.float64)
         pairs[:, :, token] *= torch.polar(torch.ones(4, dtype=torch.float64), angles)
-    expected = torch.cat([pairs.real, pairs.imag], dim=-1).float()
+    expected = torch.view_as_real(pairs).flatten(-2).float()
     torch.testing.assert_close(rotate(x, table), expected)
+    torch.testing.assert_close(torch.func.vmap(lambda each: rotate(each, table))(x[None])[0], expected)
 
 
 def test_a_point_of_the_image_keeps_its_rotation_at_another_resolution():

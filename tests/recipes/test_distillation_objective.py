@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffusers_ext import ConsistencyScheduler, ExtDDIMScheduler, GuidedDiffusionPipeline
+from diffusers_ext import ConsistencyScheduler, DiTModel, ExtDDIMScheduler, GuidedDiffusionPipeline
 from diffusers_ext.diffusion.noising import add_noise, training_target
 from diffusers_ext.guidance.guided_denoiser import GuidedDenoiser
 from diffusers_ext.guidance.guiding import classifier_free_guidance
@@ -233,3 +233,11 @@ def test_what_cannot_be_distilled_is_refused():
     student = ConsistencyScheduler.from_config(exact_pipe().scheduler.config)
     with pytest.raises(ValueError, match="one of a denoiser, got .* which ConsistencyScheduler samples"):
         Teacher(GuidedDiffusionPipeline(tiny_unet(2), student))
+
+
+def test_a_student_has_no_output_in_a_middle_layer():
+    """Which nothing would train."""
+    network = DiTModel(8, 4, 1, hidden_size=16, num_layers=2, num_attention_heads=2, internal_guidance_layer=1)
+    student = Teacher(GuidedDiffusionPipeline(network, exact_pipe().scheduler)).copy_network()
+    assert student.config.internal_guidance_layer is None and network.config.internal_guidance_layer == 1
+    assert {name for name in network.state_dict() if "internal" not in name} == set(student.state_dict())

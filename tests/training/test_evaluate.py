@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusers_ext import ExtDDIMScheduler, GuidedDiffusionPipeline, UNetModel
+from diffusers_ext import DiTModel, ExtDDIMScheduler, GuidedDiffusionPipeline, UNetModel
 from diffusers_ext.draws import LARGEST_SEED
 from diffusers_ext.hub.cards import write_card
 from diffusers_ext.options import parse_config
@@ -142,6 +142,21 @@ def test_a_folder_without_known_labels_has_no_label_accuracy(tmp_path, features_
     result = run(folder, "--dataset_name", "digits", "--features", features_folder, "--no-svc")
     assert "label_accuracy" not in result["generated"]
     assert result["generated"]["frechet_distance"] == pytest.approx(result["held_out"]["frechet_distance"], rel=1e-4)
+
+
+def test_internal_guidance_is_measured_and_named(tmp_path, features_folder):
+    size = {"hidden_size": 16, "num_layers": 2, "num_attention_heads": 2}
+    dit = DiTModel(8, 4, 1, num_classes=10, internal_guidance_layer=1, **size)
+    names = {label: str(label) for label in range(10)}
+    folder = tmp_path / "run"
+    GuidedDiffusionPipeline(dit, ExtDDIMScheduler(timestep_spacing="trailing"), id2label=names).save_pretrained(folder)
+    (folder / "train_config.yaml").write_text("dataset_name: digits\nresolution: [8, 8]\nnum_inference_steps: 1\n")
+    write_card(folder, data="Digits.")
+    settings = ("--features", features_folder, "--num_images", 20, "--no-svc", "--no-pixel_metrics")
+    result = run(folder, *settings, "--internal_guidance_scale", 1.5)
+    assert result["sampling"]["internal_guidance_scale"] == 1.5
+    card = (folder / "README.md").read_text()
+    assert ", internal guidance 1.5" in card and "--internal_guidance_scale 1.5" in card
 
 
 def test_a_stock_pipeline_is_measured_with_another_scheduler(tmp_path, features_folder):
