@@ -1,28 +1,66 @@
 """The machine: its cores, and the precision that its hardware is fast at."""
 
 import os
+import platform
+from typing import NamedTuple
 
 import torch
+
+
+# What CPUs are told apart by, of the names of `torch.cpu.get_capabilities`, the fastest at products of matrices first.
+INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "avx512_f", "avx2")
+
+
+class Fastest(NamedTuple):
+    """What a network runs fastest with on a device.
+
+    Attributes:
+        hardware: What of the device decides that, in a few words.
+        precision: Under autocast.
+        channels_last: Whether that is the memory layout of images.
+    """
+
+    hardware: str
+    precision: torch.dtype
+    channels_last: bool
+
+
+def fastest(device: str) -> Fastest:
+    """What a network runs fastest with on a kind of device: the only place where that is decided."""
+    if device == "cpu":
+        precision = torch.bfloat16 if is_fast_at_bf16(device) else torch.float32
+        return Fastest(f"a CPU with {cpu_instructions()}", precision, channels_last=True)
+    if device == "cuda":
+        precision = torch.bfloat16 if is_fast_at_bf16(device) else torch.float16
+        return Fastest(torch.cuda.get_device_name(), precision, channels_last=True)
+    return Fastest(device, torch.float32, channels_last=False)
+
+
+def cpu_instructions() -> str:
+    """The first of `INSTRUCTIONS` that the CPU has, or else its architecture."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        capabilities = torch.cpu.get_capabilities()
+    else:  # torch 2.6 has no public way to ask
+        capabilities = {
+            "amx_bf16": torch.cpu._is_amx_tile_supported(),
+            "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
+            "avx512_f": torch.cpu._is_avx512_supported(),
+            "avx2": torch.cpu._is_avx2_supported(),
+        }
+    return next((name for name in INSTRUCTIONS if capabilities.get(name)), platform.machine() or "no vectors")
 
 
 def is_fast_at_bf16(device: str) -> bool:
     """Whether bf16 is computed by the hardware: AMX or AVX-512 BF16 on a CPU, Ampere and later on CUDA."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device != "cpu":
-        return False
-    if not hasattr(torch.cpu, "get_capabilities"):  # torch 2.6 has no public way to ask
-        return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+    return device == "cpu" and cpu_instructions() in ("amx_bf16", "avx512_bf16")
 
 
 def fast_precision(device: str) -> torch.dtype:
     """The precision that a network runs fastest in under autocast: bfloat16 where the hardware has it, float16 on other
     accelerators of CUDA, or else float32."""
-    if is_fast_at_bf16(device):
-        return torch.bfloat16
-    return torch.float16 if device == "cuda" else torch.float32
+    return fastest(device).precision
 
 
 def available_cores() -> list[int]:

@@ -25,6 +25,7 @@ from diffusers_ext.data.stream import StreamData
 from diffusers_ext.hub.cards import DEFAULT_LIMITATIONS
 from diffusers_ext.options import fixed_option, option, run_script, to_command
 from diffusers_ext.recipes.adapters import save_adapter, without_adapter
+from diffusers_ext.recipes.augmentation import augmenting, check_augmentation
 from diffusers_ext.recipes.calibration import calibrate_run, with_calibration
 from diffusers_ext.recipes.condition_grids import condition_rows, described_run
 from diffusers_ext.recipes.data_statistics import with_statistics
@@ -96,6 +97,7 @@ def main(config: TrainConfig) -> Path:
         config.check_sample(space.shape[1:], space.resolution)
         unlabelled = config.label_dropout > 0 or data.num_classes is None or data.has_unlabelled
         refuse_unlearned_guidance(config, unlabelled or config.drops_condition, "label_dropout")
+        check_augmentation(config, data)
         condition = condition_of_run(config, data, space)
         held_out = load_validation(config, accelerator, data, vae)
         rows = rows_of(data) if condition is None else condition_rows(config, condition, held_out, data)
@@ -113,10 +115,11 @@ def main(config: TrainConfig) -> Path:
             data,
             batch_options={"label_dropout": config.label_dropout, "timestep_sampling": config.time_sampling}
             | space.batch_options
-            | batch_options(config, condition),
+            | batch_options(config, condition)
+            | {"augmentation": config.augmentation_probability > 0},
             on_images=partial(draw_while_training, pipeline, rows),
             validation_data=held_out,
-            prepare_batch=batch_maker(condition, space, accelerator.device),
+            prepare_batch=augmenting(config, batch_maker(condition, space, accelerator.device)),
             ending_cost=with_calibration(partial(drawing_cost, pipeline, rows), config.calibrate),
             saved=pipeline,
         )

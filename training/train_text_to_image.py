@@ -30,6 +30,7 @@ from diffusers_ext.data.validation import prepare_validation
 from diffusers_ext.guidance.texts import width_of
 from diffusers_ext.options import run_script, to_command
 from diffusers_ext.recipes.adapters import save_adapter, without_adapter
+from diffusers_ext.recipes.augmentation import augmenting, check_augmentation
 from diffusers_ext.recipes.condition_grids import condition_rows, described_run
 from diffusers_ext.recipes.data_statistics import with_statistics
 from diffusers_ext.recipes.denoising import (
@@ -68,6 +69,7 @@ def main(config: TextConfig) -> Path:
         config.check_sample(space.shape[1:], space.resolution)
         empty = config.caption_dropout > 0 or any(not caption.strip() for caption in captions_of(data))
         refuse_unlearned_guidance(config, empty or config.drops_condition, "caption_dropout")
+        check_augmentation(config, data)
         condition = condition_of_run(config, data, space)
         if condition is not None:
             rows = condition_rows(config, condition, held_out, data)
@@ -92,10 +94,11 @@ def main(config: TextConfig) -> Path:
             data,
             batch_options={"label_dropout": config.caption_dropout, "timestep_sampling": config.time_sampling}
             | space.batch_options
-            | batch_options(config, condition),
+            | batch_options(config, condition)
+            | {"augmentation": config.augmentation_probability > 0},
             on_images=partial(draw_while_training, pipeline, rows),
             validation_data=held_out,
-            prepare_batch=batch_maker(condition, space, accelerator.device),
+            prepare_batch=augmenting(config, batch_maker(condition, space, accelerator.device)),
             ending_cost=partial(drawing_cost, pipeline, rows),
             saved=pipeline,
         )

@@ -29,10 +29,12 @@ if TYPE_CHECKING:
 TIMESTEP_SAMPLINGS = ("uniform", "stratified")
 
 # Independent streams of random numbers: of one image, of one optimizer step, of the order of one epoch, of the order of
-# one window of a stream.
-_IMAGE, _STEP, EPOCH, WINDOW = range(4)
+# one window of a stream; and of one image's augmentation.
+_IMAGE, _STEP, EPOCH, WINDOW, _AUGMENTATION = range(5)
 # Order of the uniform numbers of an image; room is left so that a new use changes no old one.
 _FLIP, _DROP, _TIME, _CROP, _LEVEL, _CONDITION, _NUM_UNIFORM = 0, 1, 2, slice(3, 5), 5, 6, 8
+
+NUM_AUGMENTATION = 14  # numbers that an image's augmentation follows from
 
 # Of the images that lose their condition image, the share that loses its label or text too, so that a network learns to predict
 # without both, which guidance leads away from.
@@ -61,6 +63,7 @@ class BatchOptions:
             labels are dropped; None without condition images.
         condition_noise: The largest level of the noise in condition images, in [0, 1].
         condition_shape: (channels, height, width) of a condition image, which has noise of its own.
+        augmentation: Whether images come with numbers for their augmentation.
     """
 
     seed: int
@@ -77,6 +80,7 @@ class BatchOptions:
     condition_dropout: float | None = None
     condition_noise: float = 0.0
     condition_shape: tuple[int, int, int] | None = None
+    augmentation: bool = False
 
     @property
     def images_per_step(self) -> int:
@@ -102,6 +106,8 @@ class BatchMaker:
     With condition images there is `condition_given`, bool, shape `(batch,)`, false where it is dropped; with noise in them
     `condition_level`, float32, shape `(batch,)`, and `condition_noise`, float32, shape `(batch, *condition_shape)`; and
     `condition_pixels`, like `pixels`, where they are a column of the data.
+
+    With augmentation there is `augmentation_uniform`, float32 in [0, 1), shape `(batch, NUM_AUGMENTATION)`.
 
     Args:
         shape: (height, width, channels) of an image, and of the noise unless the options say otherwise.
@@ -158,6 +164,9 @@ class BatchMaker:
             "noise": _channels_first(noise),
             "time": torch.from_numpy(time.copy()),
         }
+        if options.augmentation:
+            numbers = [self.at(_AUGMENTATION, one).random(NUM_AUGMENTATION, np.float32) for one in positions]
+            items["augmentation_uniform"] = torch.from_numpy(np.stack(numbers))
         if options.latent_shape:
             items["latent_noise"] = torch.from_numpy(latent_noise)
         if conditions is not None:

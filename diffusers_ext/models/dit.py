@@ -30,7 +30,13 @@ from diffusers_ext.models.dit_parts import (
     rotary_table,
     rotate,
 )
-from diffusers_ext.models.embeddings import TimestepEmbedding, pooled_dim, timestep_of_each
+from diffusers_ext.models.embeddings import (
+    TimestepEmbedding,
+    augmentation_layer,
+    embed_augmentation,
+    pooled_dim,
+    timestep_of_each,
+)
 from diffusers_ext.models.embeddings import position_embedding as sincos_embedding
 from diffusers_ext.models.image_condition import (
     check_condition_image,
@@ -302,6 +308,8 @@ class DiTModel(CachedBlocksMixin, Network):
         condition_level: Take the noise level in the condition image as an input too (arXiv 2106.15282).
         learned_without_image: Whether the network was trained to predict without its condition image too; if not, it must be
             given.
+        augmentation_dim: Numbers that say how images of training were changed, which the network takes as an input too (Karras
+            et al. 2022, Appendix F.2), so that it samples unchanged ones; 0 for none.
 
     Raises:
         ValueError: if the sizes or options do not fit one another.
@@ -310,7 +318,14 @@ class DiTModel(CachedBlocksMixin, Network):
     _no_split_modules = ["DiTBlock"]
     _repeated_blocks = ["DiTBlock"]
     _hidden_parts = ("transformer_blocks",)
-    _skip_layerwise_casting_patterns = ["patch_in", "norm", "time_embedding", "block_embeddings", "level_embedding"]
+    _skip_layerwise_casting_patterns = [
+        "patch_in",
+        "norm",
+        "time_embedding",
+        "block_embeddings",
+        "level_embedding",
+        "augmentation",
+    ]
 
     @register_to_config
     def __init__(
@@ -342,6 +357,7 @@ class DiTModel(CachedBlocksMixin, Network):
         patch_embedding: Literal[PATCH_EMBEDDINGS] = "linear",
         long_skips: bool = False,
         internal_guidance_layer: int | None = None,
+        augmentation_dim: int = 0,
     ):
         super().__init__()
         out_channels = in_channels if out_channels is None else out_channels
@@ -368,6 +384,7 @@ class DiTModel(CachedBlocksMixin, Network):
         self.time_embedding = embedding()
         self.level_embedding = TimestepEmbedding(hidden_size, FREQUENCIES, endpoint=True) if condition_level else None
         self.num_skips = num_long_skips(num_layers) if long_skips else 0
+        self.augmentation_embedding = augmentation_layer(augmentation_dim, hidden_size)
         # The first block, and the output, have the one above.
         self.block_embeddings = nn.ModuleList(embedding() for _ in range((num_layers - 1) * embedding_per_block))
         self.transformer_blocks = nn.ModuleList(
@@ -421,7 +438,8 @@ class DiTModel(CachedBlocksMixin, Network):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         level = [] if self.level_embedding is None else [self.level_embedding]
         for embedding in (self.time_embedding, *self.block_embeddings, *level):
             for layer in (embedding.linear_1, embedding.linear_2, embedding.class_embedding):
@@ -453,6 +471,7 @@ class DiTModel(CachedBlocksMixin, Network):
         condition_image: Tensor | None = None,
         condition_given: Tensor | None = None,
         condition_level: Tensor | None = None,
+        augmentation: Tensor | None = None,
         return_dict: bool = True,
     ) -> DiTOutput | tuple[Tensor]:
         """Predicts from a noisy sample what the network was trained for.
@@ -468,6 +487,7 @@ class DiTModel(CachedBlocksMixin, Network):
             condition_image: In [-1, 1], shape `(batch, condition_channels, height, width)`; `None` for none.
             condition_given: Which samples have a condition image, shape `(batch,)`; by default all, if it is given.
             condition_level: Standard deviation of the noise in the condition image, in [0, 1], shape `(batch,)`; 0 by default.
+            augmentation: What was done to the images of training, shape `(batch, augmentation_dim)`; `None` for nothing.
             return_dict: `False` returns a tuple of `sample` alone.
 
         Returns:
@@ -479,6 +499,7 @@ class DiTModel(CachedBlocksMixin, Network):
         grid = (sample.shape[2] // patch, sample.shape[3] // patch)
         timesteps = timestep_of_each(timestep, sample)
         level = embed_level(self.level_embedding, condition_level, condition_given, sample)
+        level = level + embed_augmentation(self.augmentation_embedding, augmentation, sample)
         embeddings = [
             F.silu(embed(timesteps, class_labels, sample.dtype, encoder_hidden_states, encoder_attention_mask) + level)
             for embed in (self.time_embedding, *self.block_embeddings)

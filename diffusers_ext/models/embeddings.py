@@ -123,6 +123,38 @@ class TimestepEmbedding(nn.Module):
         return torch.cat([members, none], dim=1) @ weight
 
 
+def embed_augmentation(layer: nn.Linear | None, augmentation: Tensor | None, sample: Tensor) -> Tensor | float:
+    """The embedding `(batch, dim)` of what was done to images, to be added to that of the timestep; 0 for nothing.
+
+    Args:
+        layer: Of the network, without a bias; `None` for one that is not given it.
+        augmentation: Shape `(batch, augmentation_dim)`; `None` for images that were not changed.
+
+    Raises:
+        ValueError: if it is given to a network without, or of another shape.
+    """
+    if augmentation is None:
+        return 0.0
+    if layer is None:
+        raise ValueError("augmentation was given to a model that takes none: it was built with augmentation_dim=0")
+    if augmentation.shape != (len(sample), layer.in_features):
+        raise ValueError(
+            f"augmentation must have shape {(len(sample), layer.in_features)}, got {tuple(augmentation.shape)}"
+        )
+    return layer(augmentation.to(sample.dtype))
+
+
+def augmentation_layer(augmentation_dim: int, dim: int) -> nn.Linear | None:
+    """The layer of `embed_augmentation` for the option of a network; 0 is none.
+
+    Raises:
+        ValueError: if the option is negative.
+    """
+    if augmentation_dim < 0:
+        raise ValueError(f"augmentation_dim must be at least 0, got {augmentation_dim}")
+    return nn.Linear(augmentation_dim, dim, bias=False) if augmentation_dim else None
+
+
 def mean_of_tokens(context: Tensor, mask: Tensor | None) -> Tensor:
     """Mean `(batch, dim)` of tokens `(batch, tokens, dim)`, of those whose mask `(batch, tokens)` is not 0."""
     if mask is None:

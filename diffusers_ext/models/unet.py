@@ -11,7 +11,13 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from diffusers_ext.models.embeddings import TimestepEmbedding, pooled_dim, timestep_of_each
+from diffusers_ext.models.embeddings import (
+    TimestepEmbedding,
+    augmentation_layer,
+    embed_augmentation,
+    pooled_dim,
+    timestep_of_each,
+)
 from diffusers_ext.models.image_condition import (
     check_condition_image,
     check_condition_options,
@@ -235,6 +241,8 @@ class UNetModel(Network):
         condition_level: Take the noise level in the condition image as an input too (arXiv 2106.15282).
         learned_without_image: Whether the network was trained to predict without its condition image too; if not, it must be
             given.
+        augmentation_dim: Numbers that say how images of training were changed, which the network takes as an input too (Karras
+            et al. 2022, Appendix F.2), so that it samples unchanged ones; 0 for none.
 
     Raises:
         ValueError: if the sizes or options do not fit one another.
@@ -266,6 +274,7 @@ class UNetModel(Network):
         condition_channels: int = 0,
         condition_level: bool = False,
         learned_without_image: bool = True,
+        augmentation_dim: int = 0,
     ):
         super().__init__()
         if time_cond_proj_dim is not None:
@@ -294,6 +303,7 @@ class UNetModel(Network):
             pooled_dim=pooled_dim(pool_context, cross_attention_dim),
         )
         self.level_embedding = TimestepEmbedding(embedding_dim, block_out_channels[0]) if condition_level else None
+        self.augmentation_embedding = augmentation_layer(augmentation_dim, embedding_dim)
         seen_channels = in_channels * (1 + 2 * len(fourier_features)) + input_channels(condition_channels)
         self.conv_in = convolution(seen_channels, block_out_channels[0], dims)
 
@@ -341,6 +351,7 @@ class UNetModel(Network):
         condition_image: Tensor | None = None,
         condition_given: Tensor | None = None,
         condition_level: Tensor | None = None,
+        augmentation: Tensor | None = None,
         return_dict: bool = True,
     ) -> UNetOutput | tuple[Tensor]:
         """Predicts from a noisy sample what the network was trained for.
@@ -356,6 +367,7 @@ class UNetModel(Network):
             condition_image: In [-1, 1], shape `(batch, condition_channels, *spatial)`; `None` for none.
             condition_given: Which samples have a condition image, shape `(batch,)`; by default all, if it is given.
             condition_level: Standard deviation of the noise in the condition image, in [0, 1], shape `(batch,)`; 0 by default.
+            augmentation: What was done to the images of training, shape `(batch, augmentation_dim)`; `None` for nothing.
             return_dict: `False` returns a tuple.
 
         Returns:
@@ -369,6 +381,7 @@ class UNetModel(Network):
         embedding = F.silu(
             self.time_embedding(timesteps, class_labels, sample.dtype, encoder_hidden_states, encoder_attention_mask)
             + embed_level(self.level_embedding, condition_level, condition_given, sample)
+            + embed_augmentation(self.augmentation_embedding, augmentation, sample)
         )
         mask = attention_bias(encoder_attention_mask, sample.dtype)
 

@@ -22,6 +22,7 @@ from diffusers_ext.models.statistics import DATA_MEANS, DATA_SCALES
 from diffusers_ext.models.unet import UNetModel
 from diffusers_ext.options import fixed_option, option
 from diffusers_ext.recipes.adapters import add_adapter
+from diffusers_ext.recipes.augmentation import NUM_LABELS
 from diffusers_ext.recipes.denoising_objective import DenoisingObjective, check_internal_weight
 from diffusers_ext.recipes.fine_tuning import load_network, with_labels_of
 from diffusers_ext.recipes.networks import build_network
@@ -94,6 +95,12 @@ class DenoisingConfig(PathConfig):
         0.5, "weight of the loss of the middle layer's output (arXiv 2512.24176)", needs="internal_guidance_layer"
     )
 
+    augmentation_probability: float = fixed_option(
+        0.0,
+        "probability with which each image is changed in each of six ways: mirrored left to right or upside down, scaled, turned, "
+        "stretched, shifted; the network is given by how much, and samples unchanged images. 0.12 in its paper",
+    )
+
     lora_rank: int | None = fixed_option(
         None,
         "train an adapter of this rank alone, LoRA, whose weights are saved beside a pipeline that has it in its own",
@@ -156,6 +163,7 @@ class DenoisingConfig(PathConfig):
         if self.lora_rank is not None and self.optimizer == "muon":
             raise ValueError("optimizer muon is for full matrices, and lora_rank trains factors of them: take adamw")
         self._check_condition()
+        self._check_augmentation()
         for name in ("snr_gamma", "vlb_weight", "logit_std", "timestep_shift"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
@@ -198,6 +206,22 @@ class DenoisingConfig(PathConfig):
             for name, default in (("condition_dropout", 0.1), ("condition_noise", 0.0)):
                 if getattr(self, name) != default:
                     raise ValueError(f"{name} has no meaning without condition or condition_column: leave it out")
+
+    def _check_augmentation(self) -> None:
+        if not 0 <= self.augmentation_probability <= 1:
+            raise ValueError(f"augmentation_probability must be in [0, 1], got {self.augmentation_probability:g}")
+        if not self.augmentation_probability:
+            return
+        reasons = {
+            "random_flip": (self.random_flip, "counts mirrored images as data, which augmentation marks as changed"),
+            "condition and condition_column": (self.has_condition, "give an image that is not changed along"),
+            "pretrained_pipeline": (self.pretrained_pipeline, "begins with a network that is not given the changes"),
+        }
+        for name, (is_given, reason) in reasons.items():
+            if is_given:
+                raise ValueError(
+                    f"augmentation_probability does not fit {name}, which {reason}: leave one of them out"
+                )
 
     @property
     def has_condition(self) -> bool:
@@ -313,6 +337,7 @@ def build_model(
     channels, *size = space.shape
     return build_network(
         config,
+        augmentation_dim=NUM_LABELS if config.augmentation_probability else 0,
         sample_size=tuple(size),
         in_channels=channels,
         out_channels=channels * (2 if config.learns_variance else 1),

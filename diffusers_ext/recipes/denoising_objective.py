@@ -28,10 +28,11 @@ from diffusers_ext.recipes.timestep_sampler import ImportanceTimesteps, LogitNor
 # Share of the noise levels, below which the loss is said to be on too few.
 SMALL_SHARE = 0.05
 
-# What a batch may have, beside labels, that the model is called with: texts, encoded or in tokens; and a condition image.
+# What a batch may have, beside labels, that the model is called with: texts, encoded or in tokens; a condition image; and what
+# was done to the images.
 MODEL_CONDITIONS = (
     *("encoder_hidden_states", "encoder_attention_mask", "input_ids", "attention_mask"),
-    *("condition_image", "condition_given", "condition_level"),
+    *("condition_image", "condition_given", "condition_level", "augmentation"),
 )
 
 

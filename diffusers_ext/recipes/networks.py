@@ -169,6 +169,7 @@ def build_network(
     cross_attention_dim: int | None = None,
     pool_context: bool = False,
     learned_unconditional: bool = True,
+    augmentation_dim: int = 0,
     **of_condition_image,
 ) -> UNetModel | DiTModel:
     """A new network with weights that follow from the seed.
@@ -190,6 +191,7 @@ def build_network(
         "num_classes": num_classes,
         "cross_attention_dim": cross_attention_dim,
         "pool_context": pool_context,
+        "augmentation_dim": augmentation_dim,
         "learned_unconditional": learned_unconditional,
     }
     if config.model == "dit":

@@ -10,7 +10,7 @@ import torch
 
 from diffusers_ext.data.config import TrainingDataConfig
 from diffusers_ext.draws import check_seed
-from diffusers_ext.machine import available_cores, is_fast_at_bf16
+from diffusers_ext.machine import available_cores, fastest
 from diffusers_ext.options import fixed_option, option
 from diffusers_ext.trainer.ema import power_function_exponent
 from diffusers_ext.trainer.optimizers import OPTIMIZERS
@@ -231,12 +231,12 @@ def resolve_for_machine(config: TrainerConfig) -> TrainerConfig:
     if config.mixed_precision is None:
         # `accelerate launch` says "no" whether or not it was asked to, so only another word of it counts.
         launched_with = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        default = "bf16" if is_fast_at_bf16(device) else "no"
+        default = "bf16" if fastest(device).precision == torch.bfloat16 else "no"
         changes["mixed_precision"] = launched_with if launched_with in ("fp16", "bf16") else default
     if device == "cpu" and "fp16" in (config.mixed_precision, changes.get("mixed_precision")):
         raise ValueError("mixed_precision fp16 needs a GPU, and this machine has none: take bf16 or no")
     if config.channels_last is None:
-        changes["channels_last"] = device in ("cpu", "cuda")
+        changes["channels_last"] = fastest(device).channels_last
     if config.dataloader_num_workers is None:
         changes["dataloader_num_workers"] = 0 if device == "cpu" else min(4, len(available_cores()))
     if config.use_ema and config.ema_std is None and config.ema_decay is None:
@@ -252,3 +252,28 @@ def resolve_for_machine(config: TrainerConfig) -> TrainerConfig:
     if config.output_dir is None:
         changes["output_dir"] = f"runs/{os.path.basename(os.path.abspath(config.dataset_name))}"
     return dataclasses.replace(config, **changes)
+
+
+_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def describe_speed(config: TrainerConfig, device: str) -> str:
+    """A line that says with what a run computes, and what is fastest there if that is something else.
+
+    Args:
+        config: The options, settled for this machine.
+        device: The kind of device that the run is on.
+    """
+
+    def words(precision: torch.dtype, channels_last: bool) -> str:
+        name = str(precision).removeprefix("torch.")
+        return f"{name}, {'channels_last' if channels_last else 'contiguous'}"
+
+    best = fastest(device)
+    used, there = (
+        words(_DTYPES[config.mixed_precision], config.channels_last),
+        words(best.precision, best.channels_last),
+    )
+    threads = torch.get_num_threads()
+    line = f"on {best.hardware}: {used}" + (f", {threads} thread{'s' * (threads > 1)}" if device == "cpu" else "")
+    return line if used == there else f"{line}; fastest there: {there}"

@@ -29,6 +29,7 @@ OPTIMIZERS = ("adamw", "muon")
 # is in [0.68, 1.21]; one near 0 becomes 485 times as large.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
+ELEMENTS_AT_ONCE = 2**16  # on CPUs, whose caches then hold what is multiplied
 SMALLEST_NORM = 1e-7  # of a matrix that is raised to unit size
 
 
@@ -38,6 +39,12 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     Its singular values are those of the matrix over its Frobenius norm, five times through the quintic of
     `NEWTON_SCHULZ`.
     """
+    is_cpu = matrices.device.type == "cpu"
+    at_once = max(1, ELEMENTS_AT_ONCE // matrices[0].numel()) if is_cpu else len(matrices)
+    return torch.cat([_iterated(part) for part in matrices.split(at_once)])
+
+
+def _iterated(matrices: Tensor) -> Tensor:
     a, b, c = NEWTON_SCHULZ
     is_tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if is_tall else matrices

@@ -24,7 +24,7 @@ from diffusers_ext.hub.saved_folder import SavedFolder, loading_lines
 from diffusers_ext.machine import set_threads
 from diffusers_ext.options import to_yaml
 from diffusers_ext.trainer.checkpoints import list_checkpoints
-from diffusers_ext.trainer.config import TrainerConfig, resolve_for_machine
+from diffusers_ext.trainer.config import TrainerConfig, describe_speed, resolve_for_machine
 from diffusers_ext.trainer.loop import Trainer
 from diffusers_ext.trainer.milestones import hub_access, hub_name
 from diffusers_ext.trainer.run_folder import (
@@ -51,6 +51,7 @@ def make_accelerator(config: TrainerConfig) -> Accelerator:
         project_config=ProjectConfiguration(config.output_dir, logging_dir=f"{config.output_dir}/logs"),
     )
     set_threads(config.num_threads, accelerator.num_processes)
+    accelerator.print(describe_speed(config, accelerator.device.type))
     return accelerator
 
 

@@ -54,6 +54,13 @@ def test_an_orthogonalized_matrix_has_its_singular_vectors_and_values_near_one(s
     assert torch.equal(orthogonalize(torch.zeros(1, 2, 3)), torch.zeros(1, 2, 3))
 
 
+def test_many_matrices_are_orthogonalized_as_each_by_itself():
+    """Of 2^15 elements each, so that a CPU takes them two at a time."""
+    (matrices,) = shapes_of((5, 128, 256))
+    each = torch.cat([orthogonalize(matrix[None]) for matrix in matrices])
+    torch.testing.assert_close(orthogonalize(matrices), each, rtol=0, atol=1e-4)
+
+
 def test_fused_matrices_move_as_separate_ones_do():
     """Six of 4 x 3, one above the other; the separate ones have other neighbours of their shape, which is all the same."""
     (start, *gradients) = shapes_of((24, 3), (24, 3), (24, 3), (24, 3))

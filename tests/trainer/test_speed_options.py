@@ -6,9 +6,18 @@ import torch
 from torch._dynamo.utils import counters
 
 from diffusers_ext.data.prepare import prepare_images
-from diffusers_ext.machine import available_cores, set_threads
+from diffusers_ext.machine import (
+    INSTRUCTIONS,
+    available_cores,
+    cpu_instructions,
+    fast_precision,
+    fastest,
+    is_fast_at_bf16,
+    set_threads,
+)
 from diffusers_ext.models.unet import UNetBlock
-from diffusers_ext.trainer.config import TrainerConfig, resolve_for_machine
+from diffusers_ext.trainer.config import TrainerConfig, describe_speed, resolve_for_machine
+from diffusers_ext.trainer.run import make_accelerator
 from runs import forget_accelerate, metrics, saved, trainer
 from tiny import tiny_unet
 
@@ -63,6 +72,32 @@ def test_fp16_is_refused_without_a_gpu():
         pytest.skip("there is a GPU")
     with pytest.raises(ValueError, match="mixed_precision fp16 needs a GPU, .* take bf16 or no"):
         resolve_for_machine(TrainerConfig(mixed_precision="fp16"))
+
+
+def test_one_function_decides_what_is_fastest_and_a_run_says_what_it_computes_with(monkeypatch, capsys, tmp_path):
+    """By what the CPU has: bfloat16 where it multiplies matrices in it. The line names what the options changed."""
+
+    def lines(*instructions, **settings):
+        capabilities = {name: name in instructions for name in INSTRUCTIONS}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+        config = resolve_for_machine(TrainerConfig(output_dir=str(tmp_path), **settings))
+        line = describe_speed(config, "cpu").replace(f", {torch.get_num_threads()} thread", ", N thread")
+        return line.replace("threads", "thread")
+
+    assert lines("avx2", "avx512_f") == "on a CPU with avx512_f: float32, channels_last, N thread"
+    assert lines("avx2", "avx512_bf16") == "on a CPU with avx512_bf16: bfloat16, channels_last, N thread"
+    assert lines(*INSTRUCTIONS) == "on a CPU with amx_bf16: bfloat16, channels_last, N thread"
+    assert fast_precision("cpu") == fastest("cpu").precision == torch.bfloat16 and is_fast_at_bf16("cpu")
+    assert lines(*INSTRUCTIONS, mixed_precision="no", channels_last=False) == (
+        "on a CPU with amx_bf16: float32, contiguous, N thread; fastest there: bfloat16, channels_last"
+    )
+    assert "float32" in lines() and fast_precision("cpu") == torch.float32 and not is_fast_at_bf16("cpu")
+    monkeypatch.undo()
+    assert fastest("mps").precision == torch.float32 and not fastest("mps").channels_last
+    if not torch.accelerator.is_available():
+        make_accelerator(TrainerConfig(output_dir=str(tmp_path)))
+        forget_accelerate()
+        assert capsys.readouterr().out.startswith(f"on a CPU with {cpu_instructions()}: ")
 
 
 def test_cores_are_shared_by_the_processes_of_one_machine(monkeypatch):
