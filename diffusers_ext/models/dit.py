@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
+from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.attention import AttentionModuleMixin, FeedForward
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
@@ -94,6 +95,7 @@ class DiTAttentionProcessor:
     """The computation of `DiTAttention`, as diffusers' hooks expect it."""
 
     _attention_backend = None  # set by diffusers' `set_attention_backend`
+    _parallel_config = None  # set by diffusers' `enable_parallelism`
 
     def __call__(
         self, attn: "DiTAttention", hidden_states: Tensor, context: Tensor | None = None, mask: Tensor | None = None
@@ -101,7 +103,9 @@ class DiTAttentionProcessor:
         query, key, value = project_heads(attn, hidden_states, hidden_states if context is None else context)
         if attn.norm_q is not None:
             query, key = attn.norm_q(query).to(value.dtype), attn.norm_k(key).to(value.dtype)
-        out = attention(query, key, value, mask, self._attention_backend)
+        # Where tokens are spread over processes, each process has the whole of a context.
+        parallel = self._parallel_config if context is None else None
+        out = attention(query, key, value, mask, self._attention_backend, parallel)
         return attn.to_out(out.transpose(1, 2).flatten(2))
 
 
@@ -218,6 +222,11 @@ class DiTModel(CachedBlocksMixin, Network):
     _no_split_modules = ["DiTBlock"]
     _repeated_blocks = ["DiTBlock"]
     _skip_layerwise_casting_patterns = ["patch_in", "norm", "time_embedding", "block_embeddings", "level_embedding"]
+    # Context parallelism of diffusers: tokens, with the registers, are spread over processes from the first block to the output.
+    _cp_plan = {
+        "transformer_blocks.0": {"hidden_states": ContextParallelInput(split_dim=1, expected_dims=3)},
+        "patch_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
+    }
 
     @register_to_config
     def __init__(
@@ -373,7 +382,10 @@ class DiTModel(CachedBlocksMixin, Network):
         for i, block in enumerate(self.transformer_blocks):
             x = self.run(block, x, embeddings[i if self.block_embeddings else 0], encoder_hidden_states, mask)
         shift, scale = self.modulation_out(embeddings[0]).chunk(2, dim=-1)
-        x = self.patch_out(modulated_norm(x[:, : grid[0] * grid[1]], scale, shift, 1e-6))
+        x = self.patch_out(modulated_norm(x, scale, shift, 1e-6))
+        x = x[
+            :, : grid[0] * grid[1]
+        ]  # without the registers, and here, where context parallelism has gathered the tokens
         x = x.unflatten(1, grid).unflatten(3, (patch, patch, -1))  # (batch, rows, columns, patch, patch, channels)
         x = x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (batch, out_channels, height, width)
 
