@@ -206,6 +206,7 @@ def stream_of(sources, kind, **settings):
     return prepare_stream(sources[kind], **{"label_names": LABEL_NAMES.get(kind), "shuffle_buffer": 6} | settings)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("kind", ["parquet", "tars", "images"])
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_run_goes_on_in_a_window_as_if_it_had_never_stopped(sources, kind, num_workers):

@@ -57,6 +57,7 @@ def outputs(network, x, arguments):
     return network(x, **arguments, return_dict=False)[0]
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_outputs_and_gradients_are_those_of_the_cpu(name, layout, device):
