@@ -101,7 +101,7 @@ class DiTAttentionProcessor:
         self, attn: "DiTAttention", hidden_states: Tensor, context: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
         query, key, value = project_heads(attn, hidden_states, hidden_states if context is None else context)
-        if attn.norm_q is not None:
+        if attn.norm_q is not None and attn.norm_k is not None:
             query, key = attn.norm_q(query).to(value.dtype), attn.norm_k(key).to(value.dtype)
         # Where tokens are spread over processes, each process has the whole of a context.
         parallel = self._parallel_config if context is None else None
@@ -173,7 +173,7 @@ class DiTBlock(nn.Module):
         shift, scale, gate, shift_ff, scale_ff, gate_ff = self.modulation(embedding).chunk(6, dim=-1)
         x = hidden_states
         x = torch.addcmul(x, gate[:, None], self.dropout(self.attn(modulated_norm(x, scale, shift, 1e-6))))
-        if self.cross_attn is not None:
+        if self.cross_attn is not None and self.cross_norm is not None:
             x = x + self.dropout(self.cross_attn(self.cross_norm(x).to(x.dtype), encoder_hidden_states, mask))
         return torch.addcmul(x, gate_ff[:, None], self.ff(modulated_norm(x, scale_ff, shift_ff, self.mlp_norm_eps)))
 
