@@ -20,6 +20,7 @@ def as_published(**config):
     return model
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("make", [random_stock_dit, as_published])
 @pytest.mark.parametrize(
     "config",

@@ -78,6 +78,7 @@ def test_a_timestep_between_the_listed_ones_steps_to_the_next_lower(cls):
     assert torch.equal(prev_sample, expected)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("cls", [*SAMPLERS, ExtDDIMInverseScheduler])
 @pytest.mark.parametrize("timestep", [1000, -1, 1500])
 def test_timesteps_outside_the_path_are_refused(cls, timestep):
@@ -157,6 +158,7 @@ def test_bad_noise_sources_are_refused(cls):
         scheduler.step(output, 500, sample, variance_noise=output[:1], **kwargs)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("cls", SAMPLERS)
 @pytest.mark.parametrize("channels", [1, 4, 9])
 def test_output_of_the_wrong_channels_is_refused(cls, channels):
@@ -181,6 +183,7 @@ def test_eta_out_of_range_is_refused(eta):
         ExtDDIMScheduler().step(output, 500, sample, eta)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("cls", SAMPLERS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_half_precision_rounds_once(cls, dtype):
@@ -293,6 +296,7 @@ def test_custom_timesteps():
     assert not scheduler.custom_timesteps
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("cls", [*SAMPLERS, ExtDDIMInverseScheduler])
 @pytest.mark.parametrize(
     ("kwargs", "message"),
