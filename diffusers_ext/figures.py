@@ -107,6 +107,22 @@ def _to_pil(picture: Tensor) -> Image.Image:
     return Image.fromarray(array if array.shape[2] in (3, 4) else np.ascontiguousarray(array[..., 0]))
 
 
+def _margins(figure: "Figure", left: float = 1.0) -> dict[str, float]:
+    """Room for labels of axes that stand above one another: matplotlib's own search for it takes half of the drawing's time.
+
+    Args:
+        left: In inches, for the labels of the vertical axes.
+    """
+    width, height = figure.get_size_inches()
+    return {
+        "left": left / width,
+        "right": 1 - 0.15 / width,
+        "bottom": 0.55 / height,
+        "top": 1 - 0.15 / height,
+        "hspace": 0.12,
+    }
+
+
 def draw_loss(records: Sequence[dict[str, Any]], path: Path) -> None:
     """The loss over optimizer steps, as logged and smoothed, and on held-out images; the learning rate below it.
 
@@ -121,8 +137,8 @@ def draw_loss(records: Sequence[dict[str, Any]], path: Path) -> None:
     steps = np.array([record["step"] for record in records])
     losses = np.array([record["loss"] for record in records])
     short = len(records) < _SMOOTHED_FROM
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    figure = Figure(figsize=(7, 4.5))
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1), gridspec_kw=_margins(figure))
     dots = {"marker": "."} if short else {"alpha": 0.35}
     above.plot(steps, losses, color="C0", label="mean between two lines of the log", **dots)
     if not short:
@@ -164,8 +180,11 @@ def draw_loss_by_snr(rows: Sequence[dict[str, float]], path: Path) -> None:
 
     log_snr = [row["log_snr"] for row in rows]
     bound = "vlb_bits_per_dim" in rows[0]
-    figure = Figure(figsize=(7, 6 if bound else 4), layout="constrained")
-    above, *below = figure.subplots(2 if bound else 1, 1, sharex=True, squeeze=False).flatten()
+    figure = Figure(figsize=(7, 6 if bound else 4))
+    rows_of_axes = 2 if bound else 1
+    above, *below = figure.subplots(
+        rows_of_axes, 1, sharex=True, squeeze=False, gridspec_kw=_margins(figure)
+    ).flatten()
     loss, error = ([row[name] for row in rows] for name in ("loss", "error"))
     above.plot(log_snr, loss, color="C0", marker=".", label="loss")
     if loss != error:

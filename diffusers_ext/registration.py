@@ -115,7 +115,7 @@ def _load_ours_with_consent_too() -> None:
                     return loaded
             raise
 
-    from_pretrained.ours_with_consent = True
+    from_pretrained.ours_with_consent = True  # type: ignore[attr-defined]
     AutoModel.from_pretrained = classmethod(from_pretrained)
 
 

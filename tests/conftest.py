@@ -4,18 +4,27 @@ Two options look for tests that rest on what another machine may do otherwise:
 
     python -m pytest --shuffle 3        # files, and the tests of each, in an order drawn from this seed
     python -m pytest --other-kernels    # sums are rounded by shape and address, see other_kernels.py
+
+And one chooses how many cases of a product of parameters are run, see cases.py:
+
+    python -m pytest                    # of tests marked `product`, so many that each value of each parameter occurs
+    python -m pytest --cases all        # all of them
+    python -m pytest --cases covering   # of every test as of those that are marked
 """
 
+import gc
 import os
 import random
 import sys
 import tempfile
+from collections import defaultdict
 from itertools import groupby
 
 import pytest
 from hypothesis import settings
 
 import environment
+from cases import covering, parameters_of
 from local_hub import LocalHub
 
 
@@ -41,12 +50,37 @@ os.register_at_fork(after_in_child=compute_in_one_thread)
 
 def pytest_addoption(parser):
     parser.addoption("--shuffle", type=int, metavar="SEED", help="run the tests in a random order")
+    parser.addoption(
+        "--cases", choices=("all", "covering"), help="all cases of products of parameters, or few of each"
+    )
     parser.addoption("--every-write", type=int, metavar="N", help="end each script at each N-th of its writes")
     parser.addoption("--other-kernels", action="store_true", help="round as a CPU with other kernels would")
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
+    choose_cases(config, items)
+    shuffle(config, items)
+
+
+def choose_cases(config, items):
+    """Of the tests that were asked for: a case that is named alone is run."""
+    which, left_out = config.getoption("cases"), set()
+    if which == "all":
+        return
+    cases_of = defaultdict(list)
+    for item in items:
+        if hasattr(item, "callspec") and (which == "covering" or item.get_closest_marker("product")):
+            cases_of[item.path, item.cls, item.originalname].append(item)
+    for cases in cases_of.values():
+        chosen = covering([parameters_of(item) for item in cases])
+        left_out |= set(cases) - {cases[index] for index in chosen}
+    if left_out:
+        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+        items[:] = [item for item in items if item not in left_out]
+
+
+def shuffle(config, items):
     if (seed := config.getoption("shuffle")) is None:
         return
     # The tests of a file stay together, since they share what is costly to make.
@@ -56,6 +90,15 @@ def pytest_collection_modifyitems(config, items):
     for tests in files:
         generator.shuffle(tests)
     items[:] = [test for tests in files for test in tests]
+
+
+# Half a million objects of libraries stay for good: the garbage collector looks through them less often, and not again.
+gc.set_threshold(20_000, 10, 10)
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()
 
 
 def seed_generators():

@@ -1,7 +1,7 @@
 """Processes that a test needs, as forks of its own, which has imported everything: they start in milliseconds.
 
 `accelerate launch` runs a script in processes that find their ranks in the environment; `in_ranks` gives forks the same.
-What only the launcher does, its words and its handling of signals, is tested with the launcher itself, in
+What only the launcher does, its words and its handling of signals, is tested with the launcher itself (`Launched`), in
 tests/training/test_train_ddpm.py and tests/training/test_launcher.py, and so is that a script runs under it.
 """
 
@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 import traceback
+from pathlib import Path
 
 from torch.distributed import TCPStore
 
@@ -49,6 +50,54 @@ def fork(work, output=None):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+class Launched:
+    """`accelerate launch` of a script, in a session of its own: the launcher is a fork, what it starts are new processes.
+
+    Args:
+        script: Its path.
+        arguments: Of the script.
+        launcher: Options of the launcher.
+
+    Attributes:
+        pid: Of the launcher, and of its group of processes.
+        stdout: What all of them print.
+        returncode: Of the launcher, once it has ended.
+    """
+
+    def __init__(self, script, arguments, launcher=()):
+        words = [*launcher, str(script), *map(str, arguments)]
+        reading, writing = os.pipe()
+        self.stdout, self.returncode = os.fdopen(reading, encoding="utf-8"), None
+        with os.fdopen(writing, "w") as output:
+            self.pid = fork(lambda: self._launch(words), output)
+
+    @staticmethod
+    def _launch(words):
+        from accelerate.commands.launch import launch_command, launch_command_parser
+
+        os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which may be ignored in what runs in the background
+        for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+            del os.environ[name]
+        os.environ |= {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+        launch_command(launch_command_parser().parse_args(words))
+
+    def poll(self):
+        """The launcher's exit status; None while it runs."""
+        if self.returncode is None:
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if ended else None
+        return self.returncode
+
+    def communicate(self):
+        """Waits for the end of all processes, and returns what they have printed since the last reading."""
+        output = self.stdout.read()
+        self.stdout.close()
+        while self.poll() is None:
+            time.sleep(0.01)
+        return output
 
 
 def in_ranks(work, number=2):

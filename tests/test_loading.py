@@ -57,6 +57,7 @@ def pipeline(request):
 # Round trips.
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("way", ["diffusers.DiffusionPipeline", "diffusers_ext.DiffusionPipeline", "its own class"])
 def test_pipeline_loads_as_it_was_saved(pipeline, tmp_path, way):
     pipeline.save_pretrained(tmp_path)

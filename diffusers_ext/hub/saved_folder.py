@@ -155,7 +155,9 @@ def _components(folder: Path, entries: dict) -> list[Component]:
             raise ValueError(
                 f"model_index.json in {str(folder)!r} names the component {name!r}, but has no such folder"
             )
-        components.append(Component(name, *entry, _count_parameters(folder / name), _dims_of(folder / name)))
+        library, class_name = entry
+        numbers = _count_parameters(folder / name), _dims_of(folder / name)
+        components.append(Component(name, library, class_name, *numbers))
     return components
 
 

@@ -124,5 +124,5 @@ def predicts_apart(network: nn.Module) -> bool:
 
 def forget(network: nn.Module | None) -> None:
     """Empties the cache of a network, if it has one, of what the last call left."""
-    if has_cache(network):
+    if network is not None and has_cache(network):
         network._reset_stateful_cache()

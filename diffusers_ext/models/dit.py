@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
+from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.attention import AttentionModuleMixin, FeedForward
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
@@ -130,6 +131,7 @@ class DiTAttentionProcessor:
     """The computation of `DiTAttention`, as diffusers' hooks expect it."""
 
     _attention_backend = None  # set by diffusers' `set_attention_backend`
+    _parallel_config = None  # set by diffusers' `enable_parallelism`
 
     def __call__(
         self,
@@ -141,13 +143,15 @@ class DiTAttentionProcessor:
         first_values: FirstValues | None = None,
     ) -> Tensor:
         query, key, value = project_heads(attn, hidden_states, hidden_states if context is None else context)
-        if attn.norm_q is not None:
+        if attn.norm_q is not None and attn.norm_k is not None:
             query, key = attn.norm_q(query).to(value.dtype), attn.norm_k(key).to(value.dtype)
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
         if first_values is not None:
             value = first_values.mixed(value, attn.own_share)
-        out = attention(query, key, value, mask, self._attention_backend)
+        # Where tokens are spread over processes, each process has the whole of a context.
+        parallel = self._parallel_config if context is None else None
+        out = attention(query, key, value, mask, self._attention_backend, parallel)
         return attn.to_out(out.transpose(1, 2).flatten(2))
 
 
@@ -254,7 +258,7 @@ class DiTBlock(nn.Module):
         given = {"rotation": rotation, "first_values": first_values}  # which processors of others do not know
         given = {name: value for name, value in given.items() if value is not None}
         x = torch.addcmul(x, gate[:, None], self.dropout(self.attn(h, **given)))
-        if self.cross_attn is not None:
+        if self.cross_attn is not None and self.cross_norm is not None:
             x = x + self.dropout(self.cross_attn(self.cross_norm(x).to(x.dtype), encoder_hidden_states, mask))
         h = modulated_norm(x, scale_ff, shift_ff, self.mlp_norm_eps, self.norm)
         return torch.addcmul(x, gate_ff[:, None], self.ff(h))
@@ -326,6 +330,12 @@ class DiTModel(CachedBlocksMixin, Network):
         "level_embedding",
         "augmentation",
     ]
+    # Context parallelism of diffusers: tokens, with the registers, are spread over processes from the first block to the output.
+    _cp_plan = {
+        "transformer_blocks.*": {"rotation": ContextParallelInput(split_dim=1, expected_dims=3)},
+        "transformer_blocks.0": {"hidden_states": ContextParallelInput(split_dim=1, expected_dims=3)},
+        "patch_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
+    }
 
     @register_to_config
     def __init__(
@@ -536,7 +546,9 @@ class DiTModel(CachedBlocksMixin, Network):
         """Tokens `(batch, tokens, hidden_size)` to an output, by the two layers of a head."""
         patch = self.config.patch_size
         shift, scale = modulation(embedding).chunk(2, dim=-1)
-        x = patch_out(modulated_norm(x[:, : grid[0] * grid[1]], scale, shift, 1e-6, self.config.norm))
+        x = patch_out(modulated_norm(x, scale, shift, 1e-6, self.config.norm))
+        # Without the registers, and here, where context parallelism has gathered the tokens.
+        x = x[:, : grid[0] * grid[1]]
         x = x.unflatten(1, grid).unflatten(3, (patch, patch, -1))  # (batch, rows, columns, patch, patch, channels)
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (batch, out_channels, height, width)
 

@@ -15,6 +15,7 @@ from diffusers.hooks._helpers import (
     TransformerBlockMetadata,
     TransformerBlockRegistry,
 )
+from diffusers.models._modeling_parallel import ParallelConfig
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import (
     AttentionBackendName,
@@ -265,6 +266,7 @@ def attention(
     value: Tensor,
     mask: Tensor | None = None,
     backend: AttentionBackendName | None = None,
+    parallel_config: ParallelConfig | None = None,
 ) -> Tensor:
     """Scaled dot-product attention, by whichever kernel is fastest where it runs.
 
@@ -274,11 +276,13 @@ def attention(
         mask: Added to the logits, broadcasting against `(batch, heads, tokens, other_tokens)`.
         backend: Of diffusers, set by `model.set_attention_backend`; `None` for the one that is active there. "native",
             diffusers' default, leaves the choice to this function.
+        parallel_config: Of diffusers, set by `model.enable_parallelism`; the tokens are then those of this process.
     """
     backend = _AttentionBackendRegistry.get_active_backend()[0] if backend is None else backend
-    if backend != AttentionBackendName.NATIVE:
+    if backend != AttentionBackendName.NATIVE or parallel_config is not None:
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        return dispatch_attention_fn(query, key, value, attn_mask=mask, backend=backend).transpose(1, 2)
+        options = {"attn_mask": mask, "backend": backend, "parallel_config": parallel_config}
+        return dispatch_attention_fn(query, key, value, **options).transpose(1, 2)
     if needs_plain_operators(query, key, value):
         return _plain_attention(query, key, value, mask)
     if _takes_own_backward(query) and any(x.requires_grad for x in (query, key, value)):

@@ -64,8 +64,8 @@ class DataStatisticsModel(Float32Network):
         sample_size: int | tuple[int, ...],
         in_channels: int,
         num_classes: int | None = None,
-        data_mean: Literal[DATA_MEANS] = "overall",
-        data_scale: Literal[DATA_SCALES] = "overall",
+        data_mean: Literal[DATA_MEANS] = "overall",  # type: ignore[valid-type]
+        data_scale: Literal[DATA_SCALES] = "overall",  # type: ignore[valid-type]
         dims: int = 2,
     ):
         super().__init__()

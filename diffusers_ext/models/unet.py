@@ -130,7 +130,7 @@ def block_maker(
     sides = [max(size) >> level for level in range(len(block_out_channels))]
     attention_sides = [side for side in sides if side <= 16][:1]
     if attention_resolutions is not None:
-        attention_sides = attention_resolutions
+        attention_sides = list(attention_resolutions)
         try:
             refuse_unmatched_resolutions(size, len(block_out_channels), attention_resolutions)
         except ValueError as problem:  # no error here, since models may have been saved so

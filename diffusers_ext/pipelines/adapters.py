@@ -1,7 +1,7 @@
 """Adapters of a pipeline's denoiser, such as LoRA (Hu et al. 2021, arXiv 2106.09685), loaded and saved as diffusers does."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffusers.loaders.lora_base import LoraBaseMixin
@@ -56,10 +56,10 @@ class AdapterMixin(LoraBaseMixin):
             **kwargs,
         )
 
-    def fuse_lora(self, components: list[str] = ("denoiser",), **kwargs):
+    def fuse_lora(self, components: Sequence[str] = ("denoiser",), **kwargs):
         """Adds the adapters to the weights, so that sampling costs what it does without them; `unfuse_lora` takes them out."""
         super().fuse_lora(components=list(components), **kwargs)
 
-    def unfuse_lora(self, components: list[str] = ("denoiser",), **kwargs):
+    def unfuse_lora(self, components: Sequence[str] = ("denoiser",), **kwargs):
         """Takes the adapters out of the weights again."""
         super().unfuse_lora(components=list(components), **kwargs)

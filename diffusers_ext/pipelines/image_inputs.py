@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from diffusers_ext.pixels import (
 from diffusers_ext.value_scale import ValueScale
 
 
-ImageInput = Image.Image | np.ndarray | Tensor | Sequence[Image.Image | np.ndarray | Tensor]
+ImageInput: TypeAlias = Image.Image | np.ndarray | Tensor | Sequence[Image.Image | np.ndarray | Tensor]
 
 _MODES = {channels: mode for mode, channels in IMAGE_MODES.items()}
 

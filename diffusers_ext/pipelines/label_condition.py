@@ -4,7 +4,7 @@ import difflib
 import math
 from collections.abc import Collection, Mapping, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -17,7 +17,9 @@ from diffusers_ext.guidance.labels import num_classes_of
 
 
 Label = int | str
-Labels = Label | Sequence[Label | Collection[Label] | Mapping[Label, float]] | Mapping[Label, float] | Tensor
+Labels: TypeAlias = (
+    Label | Sequence[Label | Collection[Label] | Mapping[Label, float]] | Mapping[Label, float] | Tensor
+)
 
 
 class LabelCondition:

@@ -26,7 +26,7 @@ def replaceable(names: Sequence[str]) -> Callable[[Callable], Callable]:
             parameter.replace(default=inspect.Parameter.empty) if name in names else parameter
             for name, parameter in signature.parameters.items()
         ]
-        init.__signature__ = signature.replace(parameters=parameters)
+        init.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
         return init
 
     return decorate

@@ -92,7 +92,8 @@ class CallInputs:
     """
 
     def __init__(self, *calls: Callable):
-        self.parameters, self.descriptions = {}, {}
+        self.parameters: dict[str, inspect.Parameter] = {}
+        self.descriptions: dict[str, str] = {}
         for call in reversed(calls):
             self.parameters |= inspect.signature(call).parameters
             self.descriptions |= dict(_described(call.__doc__ or ""))

@@ -92,7 +92,7 @@ def id2label_of(pipeline: DiffusionPipeline) -> dict[int, str] | None:
     labels = getattr(pipeline, "labels", None)
     if not isinstance(labels, Mapping) or not labels or "id2label" in pipeline.config:
         return None
-    names = {}
+    names: dict[int, list[str]] = {}
     for name, label in labels.items():
         names.setdefault(int(label), []).append(name)
     return {label: ", ".join(names[label]) for label in sorted(names)}

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from environment import HUNG_AFTER
+
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,7 +29,7 @@ def run(out, **settings):
 
 
 def test_a_stage_leaves_figures_and_a_table_of_them(tmp_path):
-    done = run(tmp_path, STAGES="training_dit", BUDGET="300")
+    done = run(tmp_path, STAGES="training_dit", BUDGET=str(HUNG_AFTER))
     assert done.returncode == 0, done.stdout + (tmp_path / "gpu.log").read_text()
     figures = json.loads((tmp_path / "gpu.json").read_text())
     rows = figures["training, dit"]

@@ -82,6 +82,7 @@ def epochs_of(data, num_readers, count, seed=0):
     return seen
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("num_files, rows_per_group", [(1, 1000), (1, 7), (3, 1000), (4, 1000), (9, 1000)])
 @pytest.mark.parametrize("max_samples", [None, 33])
 def test_readers_share_each_epoch_without_overlap_or_loss(tmp_path, num_files, rows_per_group, max_samples):
@@ -206,6 +207,7 @@ def stream_of(sources, kind, **settings):
     return prepare_stream(sources[kind], **{"label_names": LABEL_NAMES.get(kind), "shuffle_buffer": 6} | settings)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("kind", ["parquet", "tars", "images"])
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_run_goes_on_in_a_window_as_if_it_had_never_stopped(sources, kind, num_workers):

@@ -57,6 +57,7 @@ def outputs(network, x, arguments):
     return network(x, **arguments, return_dict=False)[0]
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_outputs_and_gradients_are_those_of_the_cpu(name, layout, device):
@@ -95,6 +96,7 @@ def test_half_precision_stays_close(name, device):
     assert error < (0.1 if name == "hierarchical vae" else 0.05)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("timestep", [7, 7.5, "each", "one"])
 @pytest.mark.parametrize("name", [name for name in NETWORKS if "vae" not in name])
 def test_no_call_waits_for_the_device(name, timestep, device):

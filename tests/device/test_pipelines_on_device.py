@@ -61,6 +61,7 @@ def seeded(device, count=None, first=0):
     return [torch.Generator(device).manual_seed(first + i) for i in range(count)]
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_generator_of_the_cpu_gives_the_cpu_s_images(name, placement, device):

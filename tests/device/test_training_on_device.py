@@ -87,6 +87,7 @@ def test_a_run_goes_on_from_its_checkpoint(data, tmp_path, precision):
         assert scalers[0] == scalers[1]
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("importance_sampling", [False, True])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_no_training_step_waits_for_the_device(data, tmp_path, precision, importance_sampling):

@@ -40,6 +40,7 @@ def levels(schedule, timesteps, like):
     return [schedule.level(timestep, like) for timestep in timesteps]
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("config", SCHEDULES.values(), ids=SCHEDULES)
 @pytest.mark.parametrize("timesteps", TRIPLES)
 def test_one_step_with_the_target_ends_where_two_steps_do(config, timesteps):

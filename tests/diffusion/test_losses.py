@@ -204,6 +204,7 @@ def test_gradient_of_the_hybrids_bound_reaches_the_variance_alone(schedule, batc
     assert (gradients[True][1].flatten(1).abs().amax(1) > 0).all()
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("prediction_type", TYPES)
 @pytest.mark.parametrize("variance", ["learned_range", "learned", "fixed_large"])
 def test_mean_over_all_timesteps_is_the_bound_without_its_prior(prediction_type, variance):

@@ -143,6 +143,7 @@ def test_continuous_time_goes_through_the_timesteps(name):
     torch.testing.assert_close(time.scale(timesteps), schedule.scale[:-1])
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "score", "flow"])
 @pytest.mark.parametrize("name", ["vp", "ve", "subvp", "linear"])
 def test_the_flow_of_a_gaussian_has_its_density(name, prediction_type):

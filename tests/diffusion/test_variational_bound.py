@@ -325,6 +325,7 @@ def test_some_of_the_terms_estimate_all_without_bias(schedule, images):
     torch.testing.assert_close(some.distortion, exact.distortion.expand(5000))
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("beta_schedule", ["linear", "cosine"])
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_flow_of_gaussian_data_gives_their_entropy(beta_schedule, prediction_type):

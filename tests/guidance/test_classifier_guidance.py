@@ -74,6 +74,7 @@ def test_a_step_is_the_formula_by_hand(scale):
     torch.testing.assert_close(images, (noise - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt(), rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(
     "scheduler",
     [

@@ -49,6 +49,7 @@ def score_by_density(x_t, labels, level, weight):
     return torch.autograd.grad((marginal + weight * of_label).sum(), x_t)[0]
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("timestep", [5, 300, 900])
 @pytest.mark.parametrize(
@@ -89,6 +90,7 @@ def test_a_shifted_score_changes_nothing_where_there_is_no_signal():
     assert torch.equal(add_to_score(output, gradient, level, "v_prediction"), output)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("cls", SCHEDULERS)
 def test_sampling_by_the_exact_classifier_gives_the_labels_law(cls, prediction_type):

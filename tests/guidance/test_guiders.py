@@ -165,6 +165,7 @@ def test_guidance_that_is_off_costs_one_call_and_changes_nothing(name):
     assert torch.equal(sample(pipe, guider=guider, guidance_interval=(0, 0)), plain)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("name", PERTURBING)
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_a_perturbed_prediction_differs_from_the_plain_one(kind, name):

@@ -62,6 +62,7 @@ def sample(pipe, class_labels, **kwargs):
     return pipe(class_labels, num_inference_steps=4, generator=generator, output_type="pt", **kwargs).images
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 @pytest.mark.parametrize(
     "guidance",
@@ -86,6 +87,7 @@ def test_guiders_that_need_the_null_label_are_refused(make, guidance):
     sample(pipeline(make), [0, 2], **guidance)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 @pytest.mark.parametrize(
     "asked",
@@ -106,6 +108,7 @@ def test_what_needs_no_null_label_is_as_with_one(make, asked):
     assert torch.equal(sample(pipeline(make, **WITHOUT), **asked), sample(pipeline(make), **asked))
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 @pytest.mark.parametrize(
     "labels, message",

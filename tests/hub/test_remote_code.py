@@ -185,46 +185,47 @@ def test_a_pipeline_with_parts_of_others_is_saved_without_code(tmp_path, caplog,
         add_code(tmp_path)
 
 
-def test_parts_in_a_pipeline_of_diffusers_find_their_code(tmp_path):
-    """Whatever loads them loads `pipeline.py` for the class, and nothing else of it."""
-    DDPMPipeline(unet=tiny_unet(), scheduler=DDPMScheduler()).save_pretrained(tmp_path)
-    add_code(tmp_path)
-    code = """
+# Where the package is not installed: importing it raises.
+WITHOUT_PACKAGE = """
 import sys
 sys.modules["diffusers_ext"] = None
-from diffusers import DDPMPipeline, DiffusionPipeline
-pipe = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
+import numpy, torch
+from diffusers import AutoModel, DDPMPipeline, DiffusionPipeline
+folder = sys.argv[1]
+
+pipe = DiffusionPipeline.from_pretrained(folder + "/stock", trust_remote_code=True)
 assert type(pipe) is DDPMPipeline and type(pipe.unet).__module__.startswith("diffusers_ext_")
-pipe.unet.save_pretrained(sys.argv[1] + "/again")
+pipe.unet.save_pretrained(folder + "/stock/again")
+
+model = AutoModel.from_pretrained("alice/unet", trust_remote_code=True)
+assert type(model).__module__.startswith("diffusers_ext_")
+model.save_pretrained(folder + "/again")
+
+pipe = DiffusionPipeline.from_pretrained(folder + "/texts", trust_remote_code=True)
+images = pipe("a", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images
+numpy.save(folder + "/images.npy", images)
 """
-    run_in_empty_cache(tmp_path, "-c", code, tmp_path)
-    assert_same_weights(UNetModel.from_pretrained(tmp_path / "again"), tiny_unet())
-    assert type(DiffusionPipeline.from_pretrained(tmp_path).unet) is UNetModel
 
 
-def test_a_model_by_itself_loads_without_the_package(hub, tmp_path):
-    """And a pipeline of texts, with the tokenizer and the text encoder of transformers."""
+def test_parts_load_without_the_package(hub, tmp_path):
+    """In one process: of a pipeline of diffusers, a model by itself, and a pipeline of texts.
+
+    Whatever loads the parts of a pipeline of diffusers loads `pipeline.py` for the class, and nothing else of it. The
+    pipeline of texts has the tokenizer and the text encoder of transformers.
+    """
+    DDPMPipeline(unet=tiny_unet(), scheduler=DDPMScheduler()).save_pretrained(tmp_path / "stock")
+    add_code(tmp_path / "stock")
     tiny_unet().save_pretrained(tmp_path / "unet")
     push_folder(tmp_path / "unet", "alice/unet", token=ALICE)
     tokenizer = tiny_tokenizer()
     parts = {"tokenizer": tokenizer, "text_encoder": tiny_clip(tokenizer)}
     texts = TextGuidedDiffusionPipeline(tiny_text_unet(), ExtDDIMScheduler(), **parts)
     texts.save_pretrained(tmp_path / "texts")
-    code = """
-import sys
-sys.modules["diffusers_ext"] = None
-from diffusers import AutoModel
-model = AutoModel.from_pretrained("alice/unet", trust_remote_code=True)
-assert type(model).__module__.startswith("diffusers_ext_")
-model.save_pretrained(sys.argv[1] + "/again")
-import numpy, torch
-from diffusers import DiffusionPipeline
-pipe = DiffusionPipeline.from_pretrained(sys.argv[1] + "/texts", trust_remote_code=True)
-images = pipe("a", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images
-numpy.save(sys.argv[1] + "/images.npy", images)
-"""
-    result = run_in_empty_cache(tmp_path, "-c", code, tmp_path)
+
+    result = run_in_empty_cache(tmp_path, "-c", WITHOUT_PACKAGE, tmp_path)
     assert "not expected" not in result.stderr
+    assert_same_weights(UNetModel.from_pretrained(tmp_path / "stock" / "again"), tiny_unet())
+    assert type(DiffusionPipeline.from_pretrained(tmp_path / "stock").unet) is UNetModel
     for name in (tmp_path / "again", "alice/unet"):
         assert_same_weights(UNetModel.from_pretrained(name), tiny_unet())
         model = AutoModel.from_pretrained(str(name))

@@ -48,6 +48,7 @@ def output(model: nn.Module, **kwargs) -> torch.Tensor:
     return model(sample, return_dict=False, **kwargs)[0]
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("make", [unet, dit, vae])
 @pytest.mark.parametrize("backend", ["_native_math", "_native_flash"])
 def test_every_backend_computes_the_same(make, backend):

@@ -100,6 +100,7 @@ def assert_near(got, expected):
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
 def test_first_derivatives_are_the_numeric_ones(make, training):
@@ -115,6 +116,7 @@ def test_first_derivatives_are_the_numeric_ones(make, training):
         assert_near(forward_ad.unpack_dual(f(forward_ad.make_dual(A, DIRECTION))).tangent, expected @ DIRECTION)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
 def test_second_derivatives_are_the_numeric_ones(make, training):
@@ -195,6 +197,7 @@ def test_vmap_gives_each_sample_s_gradient_of_the_parameters(make):
             assert_near(got[f"network.{name}"][i], torch.zeros_like(parameters[name]) if value is None else value)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("make", [unet, series_unet, dit, vae, classifier])  # the others have PyTorch's layers alone
 @pytest.mark.parametrize("create_graph", [False, True])
 def test_many_gradients_at_once_are_those_one_by_one(make, create_graph):

@@ -20,6 +20,7 @@ def as_published(**config):
     return model
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("make", [random_stock_dit, as_published])
 @pytest.mark.parametrize(
     "config",
@@ -121,6 +122,7 @@ def test_a_model_of_another_kind_is_refused():
         DiTModel.from_diffusers(torch.nn.Linear(1, 1))
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("out_channels", [4, 8])
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, ExtDDIMScheduler])

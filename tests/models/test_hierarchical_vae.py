@@ -96,9 +96,9 @@ def test_with_exact_posteriors_both_bounds_are_the_likelihood_of_the_chain():
     got = vae_likelihood(chain, chain.x, **EXACT)
     torch.testing.assert_close(-got.importance_weighted, chain.log_p_x, rtol=1e-10, atol=0)
     torch.testing.assert_close(-got.elbo_of_draws, chain.log_p_x, rtol=1e-10, atol=0)
-    many = vae_likelihood(chain, chain.x, levels=None, num_samples=20000, chunk_size=10000)
+    many = vae_likelihood(chain, chain.x, levels=None, num_samples=8000, chunk_size=8000)
     # Distortion and rates averaged apart: the std of one draw is about 2 nats.
-    torch.testing.assert_close(-many.bound.nats, chain.log_p_x, rtol=0, atol=0.06)
+    torch.testing.assert_close(-many.bound.nats, chain.log_p_x, rtol=0, atol=0.09)
     torch.testing.assert_close(many.rates.sum(0), many.bound.rate)
 
 
@@ -112,7 +112,7 @@ def test_with_wrong_posteriors_the_weighted_bound_lies_between_the_elbo_and_the_
     torch.testing.assert_close(bounds[0], elbo, rtol=0, atol=0.5)  # one draw each, the rate by it or exactly
     one, four, many = (bound.mean() for bound in bounds)
     assert one + 0.1 < four < many - 0.05 < many < chain.log_p_x.mean() + 0.02
-    large = chain.iwae(chain.x, 20000, num_values=None, chunk_size=5000, generator=generator)
+    large = chain.iwae(chain.x, 8000, num_values=None, chunk_size=8000, generator=generator)
     torch.testing.assert_close(large, chain.log_p_x, rtol=0, atol=0.05)
     assert (chain.log_p_x.mean() - elbo.mean()) > 0.3
 

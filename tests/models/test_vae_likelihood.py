@@ -96,6 +96,7 @@ def test_log_likelihoods_are_those_of_torch_distributions(name):
     torch.testing.assert_close(log_likelihood(name, x, parameters, log_scale), expected.flatten(1).sum(1))
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("name", ["gaussian", "laplace"])
 @pytest.mark.parametrize("levels", [2, 16, 256])
 @pytest.mark.parametrize("mean", [-3.0, -1.0, 0.004, 0.9, 2.0])
@@ -153,6 +154,7 @@ def test_the_posterior_agrees_with_that_of_diffusers():
     torch.testing.assert_close(ours.sample(generators[0]), theirs.sample(generators[1]))
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian", "laplace"])
 @pytest.mark.parametrize("offset", [0.0, 0.8])
 def test_a_model_s_bound_is_the_same_wherever_its_latents_are_centred(likelihood, offset):

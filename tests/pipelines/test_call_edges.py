@@ -62,6 +62,7 @@ DRAWS = {
 }
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
 @pytest.mark.parametrize(
     "generator, error, message",
@@ -235,6 +236,7 @@ COMPONENTS = {
 }
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("name", COMPONENTS)
 @pytest.mark.parametrize("wrap", [DataParallel, DistributedDataParallel])
 def test_a_network_in_a_parallel_module_is_refused_with_what_to_give(name, wrap, tmp_path):

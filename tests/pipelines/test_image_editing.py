@@ -127,6 +127,7 @@ def test_an_edited_image_is_the_same_alone_and_in_a_batch(vae, masked):
         torch.testing.assert_close(alone[0], together[i], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("strength", [0.5, 1.0])
 def test_inpainting_keeps_what_is_known_exactly(scheduler, strength):
@@ -203,6 +204,7 @@ def test_inpainted_pixels_follow_the_conditional_law():
     assert abs(once.mean().item() - mean) > 3 * abs(often.mean().item() - mean)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("scheduler", [ExtDDIMScheduler, VPredictionScheduler])
 @pytest.mark.parametrize("vae", [None, tiny_vae(latent_channels=1, channels=1, scaling_factor=1.5)])
 def test_inverted_images_come_back(scheduler, vae):

@@ -147,6 +147,7 @@ def denoiser_of(architecture, **options):
     return randomized(DiTModel(sample_size=8, in_channels=3, cross_attention_dim=WIDTH, **tiny, **options))
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("pool_context", [False, True])
 @pytest.mark.parametrize("architecture", ["unet", "dit"])
 def test_masked_tokens_have_no_influence_on_networks_of_ours(architecture, pool_context):
@@ -202,6 +203,7 @@ def test_guidance_of_one_costs_one_call_and_no_encoding_of_the_empty_text(monkey
     assert encoded[1:] == [["red dot"], [""]]
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("pipeline_class", [DiffusionPipeline, diffusers_ext.DiffusionPipeline])
 @pytest.mark.parametrize("kind", ["clip", "t5"])
 def test_stock_diffusers_loads_what_was_saved(tmp_path, kind, pipeline_class):

@@ -58,6 +58,7 @@ def sample_losses(objective, batch, timesteps, network=model):
     return error, bound_loss(output, x0, x_t, chain, timesteps, objective.prediction_type)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("objective", ["simple", "vlb", "hybrid"])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction", "score"])
 def test_loss_is_the_mean_of_what_its_name_says(objective, prediction_type):

@@ -54,6 +54,7 @@ def test_config_survives_the_disk(cls, tmp_path):
     assert listed(back) == listed(made) and back.config.analytic_variance == TABLE
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("cls", ALL)
 @pytest.mark.parametrize("stock", STOCK)
 def test_classes_of_diffusers_fall_back_and_keep_what_was_chosen(cls, stock):

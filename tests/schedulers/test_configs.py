@@ -59,6 +59,7 @@ def visible(scheduler):
     return {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("cls", ALL)
 @pytest.mark.parametrize("stock", STOCK)
 @pytest.mark.parametrize(
@@ -122,6 +123,7 @@ def test_no_key_is_handed_to_init_that_it_does_not_take(cls):
     assert set(cls._deprecated_kwargs) <= set(inspect.signature(cls.__init__).parameters)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("cls", ALL)
 @pytest.mark.parametrize("name", BETA_SCHEDULES)
 @pytest.mark.filterwarnings("ignore:alpha_bar of the last timestep")
@@ -184,6 +186,7 @@ def test_stock_keys_and_defaults_are_all_there():
         assert visible(stock()).items() <= visible(ours()).items()
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("cls", ALL)
 @pytest.mark.parametrize(
     ("config", "message"),

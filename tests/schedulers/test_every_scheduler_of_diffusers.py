@@ -304,6 +304,7 @@ def by_the_multistep_rule(x, timesteps, alpha_bar):
     return x
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("skip_prk_steps", [False, True])
 @pytest.mark.parametrize("taken", [1, 2, 3, 7])
 def test_pndm_goes_by_its_multistep_rule_from_an_image(taken, skip_prk_steps):

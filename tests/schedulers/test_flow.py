@@ -41,6 +41,7 @@ def draws(*shape, seed=0, count=1):
     return torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed)).unbind()
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("options", [{"num_inference_steps": 2}, {"num_inference_steps": 9}, {"sigmas": [0.9, 0.4]}])
 def test_timesteps_sigmas_and_steps_are_upstreams(name, options):
@@ -92,6 +93,7 @@ def test_ours_is_one_of_diffusers_class_and_is_saved_and_loaded(tmp_path):
 # Where upstream is wrong.
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
 def test_a_step_is_the_posterior_of_the_linear_path_in_any_order(prediction_type, eta):

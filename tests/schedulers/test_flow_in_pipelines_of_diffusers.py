@@ -40,6 +40,7 @@ def components() -> dict:
     return {"transformer": transformer.eval(), "vae": vae.eval(), **dict.fromkeys(texts)}
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("config", [{"shift": 3.0}, {"stochastic_sampling": True}, {"use_karras_sigmas": True}])
 @pytest.mark.parametrize("cls", [StableDiffusion3Pipeline, StableDiffusion3Img2ImgPipeline])
 def test_stable_diffusion_3_makes_the_same_images(cls, config):

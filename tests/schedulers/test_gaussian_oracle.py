@@ -33,6 +33,7 @@ def sampled_std_ratio(scheduler, num_steps, **step_kwargs):
     return output_std_ratio(step, scheduler.timesteps)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("spacing", DDIM_TABLE)
 @pytest.mark.parametrize(("column", "num_steps"), list(enumerate(NUM_STEPS)))
 def test_ddim_has_the_exact_standard_deviation(spacing, column, num_steps):
@@ -40,6 +41,7 @@ def test_ddim_has_the_exact_standard_deviation(spacing, column, num_steps):
     assert sampled_std_ratio(scheduler, num_steps) == pytest.approx(DDIM_TABLE[spacing][column], abs=6e-5)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"])
 @pytest.mark.parametrize("num_steps", [10, 50, 100, 1000])
 def test_ddpm_has_the_exact_standard_deviation(variance_type, num_steps):
@@ -62,6 +64,7 @@ def test_ddim_at_eta_one_is_ddpm(num_steps):
     assert ddim == pytest.approx(sampled_std_ratio(ExtDDPMScheduler(clip_sample=False), num_steps), rel=1e-9)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("num_steps", NUM_STEPS)
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace", "quadratic"])
 @pytest.mark.parametrize("variance_type", ["learned", "learned_range"])

@@ -84,6 +84,7 @@ def test_the_last_step_is_recognised_on_any_device():
     assert [torch.equal(a, b) for a, b in zip(states, states[1:], strict=False)] == [False] * 4 + [True]
 
 
+@pytest.mark.product
 @pytest.mark.skipif(torch.__version__.startswith("2.6"), reason="torch 2.6 cannot trace all of it as one graph")
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("form", ["tensor", "each", "int"])

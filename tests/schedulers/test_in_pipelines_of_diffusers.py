@@ -187,6 +187,7 @@ def run(make, scheduler, num_steps, **kwargs):
     return np.asarray(result[0])
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("name", PIPELINES)
 @pytest.mark.parametrize(
     ("stock", "ours"), [(DDIMScheduler, ExtDDIMScheduler), (DDPMScheduler, ExtDDPMScheduler)], ids=["ddim", "ddpm"]
@@ -199,6 +200,7 @@ def test_same_images_where_diffusers_is_right(name, stock, ours):
     np.testing.assert_allclose(images, expected, atol=2e-3)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("name", PIPELINES)
 @pytest.mark.parametrize(
     ("other", "predictor"), [(ExtDDIMScheduler, "ode"), (ExtDDPMScheduler, "ancestral")], ids=["ode", "ancestral"]
@@ -222,6 +224,7 @@ def test_same_images_with_noise():
     assert np.abs(b - c).max() > 0.02
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("name", PIPELINES)
 @pytest.mark.parametrize(
     ("ours", "config", "num_steps"),

@@ -12,6 +12,7 @@ from diffusers_ext.schedulers import ExtDDIMInverseScheduler, ExtDDIMScheduler, 
 from gaussian_oracle import VARIANCE, model_output
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("spacing", TIMESTEP_SPACINGS)
 def test_reverse_step_undoes_step(prediction_type, spacing):

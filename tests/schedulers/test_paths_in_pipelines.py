@@ -57,6 +57,7 @@ def std_of(pipe, **call):
     )
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("unit_scale_input", [False, True])
 @pytest.mark.parametrize("path", ["ve", "subvp"])
 @pytest.mark.parametrize(
@@ -80,6 +81,7 @@ def test_our_schedulers_sample_a_network_of_the_path(cls, options, num_steps, pa
     torch.testing.assert_close(kept, image, rtol=0, atol=1e-5)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("path", ["ve", "subvp"])
 @pytest.mark.parametrize(
     "sampler",

@@ -44,6 +44,7 @@ class OracleDenoiser(UNetModel):
         return UNet2DOutput(sample=output) if return_dict else (output,)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.filterwarnings("ignore:alpha_bar of the last timestep")

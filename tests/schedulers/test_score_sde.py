@@ -34,6 +34,7 @@ def make(path="ve", prediction_type="v_prediction", **options):
     return ScoreSDEScheduler(path=path, prediction_type=prediction_type, **options)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("path", SCHEDULER_PATHS)
 @pytest.mark.parametrize("num_steps", [1, 7, 60])
 @pytest.mark.parametrize(("predictor", "stock"), [("ancestral", ExtDDPMScheduler), ("ode", ExtDDIMScheduler)])
@@ -59,6 +60,7 @@ def test_ancestral_and_ode_are_ddpm_and_ddim_of_the_path_at_unit_scale(path, num
         torch.testing.assert_close(result, expected, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("path", SCHEDULER_PATHS)
 @pytest.mark.parametrize("predictor", ["ancestral", "ode", "heun"])
 def test_data_of_one_point_keep_their_marginals_at_every_level(path, predictor):
@@ -79,6 +81,7 @@ def test_data_of_one_point_keep_their_marginals_at_every_level(path, predictor):
         torch.testing.assert_close(parts[0].square() + parts[1].square(), level_s.sigma.square() * one)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("path", ["vp", "ve", "subvp"])
 @pytest.mark.parametrize("predictor", PREDICTORS)
 def test_the_error_falls_with_the_order_of_the_predictor(path, predictor):

@@ -59,6 +59,7 @@ def run(tmp_path_factory):
     return folder, tracked
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("step", [300, 500, 600])
 @pytest.mark.parametrize("std", [0.035, 0.05, 0.07, 0.12, 0.2])
 def test_average_made_afterwards_is_the_one_tracked_directly(run, step, std):

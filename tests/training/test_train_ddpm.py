@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -26,6 +24,7 @@ from diffusers_ext.data.sources import load_digits
 from diffusers_ext.options import parse_config
 from diffusers_ext.trainer.run_folder import read_metrics
 from environment import HUNG_AFTER
+from processes import Launched, in_ranks
 from training.train_ddpm import TrainConfig, build_objective, build_scheduler, main
 
 
@@ -61,16 +60,6 @@ def arguments(config):
     return words
 
 
-def launch(config, *launcher, **kwargs):
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *launcher]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command += [str(ROOT / "training" / "train_ddpm.py"), *arguments(config)]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs
-    )
-
-
 def save_images(folder, pixels, **columns):
     """A folder of parquet with these pictures, (number, height, width, channels)."""
     pictures = [Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture) for picture in pixels]
@@ -83,7 +72,7 @@ def save_images(folder, pixels, **columns):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The folder of a run on digits in two processes, and what it printed."""
+    """The folder of a run on digits in two processes, and what it printed. Launched it is below, where it is terminated."""
     folder = tmp_path_factory.mktemp("runs") / "digits"
     settings = {
         "train_batch_size": 2,
@@ -98,10 +87,7 @@ def run(tmp_path_factory):
         "report_to": "tensorboard",
         "num_threads": 1,
     }
-    process = launch(config_of(folder, **settings), *TWO_PROCESSES)
-    output = process.communicate(timeout=HUNG_AFTER)[0]
-    assert process.returncode == 0, output
-    return folder, output
+    return folder, in_ranks(lambda: main(config_of(folder, **settings)))
 
 
 def test_run_leaves_all_that_it_names(run):
@@ -232,13 +218,13 @@ def test_a_second_run_in_the_same_folder_is_refused_continued_or_overwritten(run
 def test_terminated_processes_end_clearly_and_the_run_goes_on(tmp_path):
     """A signal to the whole group, as job schedulers send it: the launcher hands it on a second time."""
     config = config_of(tmp_path / "run", max_train_steps=None, max_train_time="1h", train_batch_size=2)
-    process = launch(config, *TWO_PROCESSES, start_new_session=True)
+    process = Launched(ROOT / "training" / "train_ddpm.py", arguments(config), TWO_PROCESSES)
     metrics, end = tmp_path / "run" / "metrics.jsonl", time.monotonic() + HUNG_AFTER
     while len(read_metrics(metrics)) < 2:
-        assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
+        assert process.poll() is None and time.monotonic() < end, process.communicate()
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGTERM)
-    output = process.communicate(timeout=HUNG_AFTER)[0]
+    output = process.communicate()
     assert output.count("SIGTERM at step") == 1 and "--resume_from_checkpoint latest goes on from there" in output
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     step = int(checkpoint.name.split("-")[1])

@@ -195,6 +195,7 @@ def test_dropped_captions_teach_the_encoder_nothing(folder, tmp_path, dropout):
     assert changed[pipe.tokenizer.eos_token_id] and changed[word] == (dropout == 0)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("kind", ["clip", "t5"])
 @pytest.mark.parametrize("model", ["unet", "dit"])
 def test_a_frozen_encoder_stays_as_it_is_and_its_pipeline_sees_what_training_saw(
