@@ -4,6 +4,12 @@ Importing the package registers its classes with diffusers (see `diffusers_ext.r
 `diffusers.DiffusionPipeline.from_pretrained` loads what was saved with them.
 """
 
+from diffusers_ext import openmp
+
+
+if openmp.is_command():  # before torch is loaded, as the scripts in `training/` do
+    openmp.settle()
+
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.guiders import BaseGuidance
 

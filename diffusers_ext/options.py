@@ -15,7 +15,9 @@ import time
 import traceback
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -93,13 +95,20 @@ def fixed_on_resume(cls: type) -> frozenset[str]:
     return frozenset(field.name for field in dataclasses.fields(cls) if field.metadata["fixed_on_resume"])
 
 
-def parse_config(cls: type[Config], arguments: list[str] | None = None, first: str | None = None) -> Config | None:
+def parse_config(
+    cls: type[Config],
+    arguments: list[str] | None = None,
+    first: str | None = None,
+    *,
+    program: str | None = None,
+) -> Config | None:
     """Reads the command line, and the YAML file that `--config` names, into the dataclass `cls`.
 
     Args:
         cls: A dataclass whose fields are made by `option`.
         arguments: The command line, `sys.argv[1:]` if None.
         first: The option that may stand first on it without its name.
+        program: Its name in errors and in the help; by default that of the script that was started.
 
     Returns:
         The config; or None after `--dry_run`, which prints it as YAML instead.
@@ -108,7 +117,7 @@ def parse_config(cls: type[Config], arguments: list[str] | None = None, first: s
         SystemExit: with code 2 and a line on stderr, if an option is unknown or a value does not fit. An unknown name
             is answered with the near ones, and one of another trainer with what it is called here.
     """
-    parser = _parser(cls)
+    parser = _parser(cls, program)
     arguments = sys.argv[1:] if arguments is None else arguments
     if first is not None and arguments and not arguments[0].startswith("-"):
         arguments = [f"--{first}", *arguments]
@@ -131,26 +140,36 @@ def parse_config(cls: type[Config], arguments: list[str] | None = None, first: s
 
 
 def run_script(
-    cls: type[Config], main: Callable[[Config], Any], arguments: list[str] | None = None, first: str | None = None
+    cls: type[Config],
+    main: Callable[[Config], Any],
+    arguments: list[str] | None = None,
+    first: str | None = None,
+    *,
+    program: str | None = None,
 ) -> None:
     """Reads the options, as `parse_config` does, and calls `main` with them.
 
     An error that this package or the script itself raises is meant for the user: it ends the script with its message as
     a line on stderr. Any other error keeps its traceback.
 
+    Args:
+        program: The command that was started, such as "diffusers-ext train"; by default the script in which `main` is.
+
     Raises:
         SystemExit: with code 1 after such an error; after an interrupt, which ends with a line too, with 128 and the number
             of the signal.
     """
-    config = parse_config(cls, arguments, first)
+    script = sys.modules[main.__module__].__file__
+    name = program or Path(script).name
+    config = parse_config(cls, arguments, first, program=program)
     if config is None:
         return
-    script = sys.modules[main.__module__].__file__
     try:
-        main(config)
+        with started_as(program):
+            main(config)
     except KeyboardInterrupt as interrupt:
         if _is_first_process():
-            print(f"\n{Path(script).name}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
+            print(f"\n{name}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         raise SystemExit(128 + getattr(interrupt, "signal_number", signal.SIGINT)) from None
     except Exception as error:
         _let_the_first_process_speak()
@@ -159,7 +178,7 @@ def run_script(
         is_ours = _PACKAGE in raised_in.parents or raised_in == Path(script).resolve()
         if not is_ours or not isinstance(error, ValueError | OSError | FloatingPointError):
             raise
-        print(f"{Path(script).name}: error: {error}", file=sys.stderr, flush=True)
+        print(f"{name}: error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
 
 
@@ -215,6 +234,23 @@ def to_yaml(config: Any) -> str:
     return yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=1000)
 
 
+_started_as: ContextVar[str | None] = ContextVar("started_as", default=None)
+
+
+@contextmanager
+def started_as(program: str | None) -> Iterator[None]:
+    """While it lasts, `to_command` gives command lines of a program such as "diffusers-ext train"; None is no program."""
+    launched = program is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    token = _started_as.set(program.replace("diffusers-ext", _LAUNCHED, 1) if launched else program)
+    try:
+        yield
+    finally:
+        _started_as.reset(token)
+
+
+# How the command is started in several processes.
+_LAUNCHED = "accelerate launch -m diffusers_ext"
+
 # How a run was started, not what it is.
 _OF_ONE_START = ("overwrite_output_dir", "resume_from_checkpoint")
 
@@ -223,9 +259,11 @@ def to_command(config: Any, script: str, launcher: str = "accelerate launch", *,
     """The command line that makes the same run; secrets are left out.
 
     Args:
+        script: By its path. Under `started_as` the command that was started stands in its place.
         first: An option that stands without its name before the others, as for `parse_config`.
     """
-    words = [*launcher.split(), script]
+    words = _started_as.get() or f"{launcher} {script}"
+    words = words.split()
     if first is not None and getattr(config, first) is not None:
         words.append(str(getattr(config, first)))
     for field in dataclasses.fields(config):
@@ -241,8 +279,9 @@ def to_command(config: Any, script: str, launcher: str = "accelerate launch", *,
     return shlex.join(words)
 
 
-def _parser(cls: type) -> argparse.ArgumentParser:
+def _parser(cls: type, program: str | None = None) -> argparse.ArgumentParser:
     parser = _Parser(
+        prog=program,
         usage="%(prog)s [--OPTION VALUE ...]",  # the list of all of them would hide the message of an error
         description=cls.__doc__,
         allow_abbrev=False,

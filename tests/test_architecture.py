@@ -44,9 +44,11 @@ MAY_IMPORT = {
     "calibration": "__init__ atomic_files figures diffusion schedulers guidance pipelines hub data trainer metrics evaluation",
     "recipes": "calibration __init__ untrusted atomic_files conditions draws machine pixels options figures latents sizes value_scale diffusion schedulers models guidance pipelines hub data trainer metrics evaluation",
     "studies": "atomic_files figures diffusion",
-    "__main__": "",
+    "commands": "__init__ calibration studies conversion untrusted atomic_files conditions draws machine pixels options figures latents sizes value_scale diffusion schedulers models guidance pipelines hub data trainer metrics evaluation recipes",
+    "__main__": "__init__",
+    "openmp": "",
     "examples": "pipelines",
-    "__init__": "examples registration diffusion schedulers models guidance pipelines",
+    "__init__": "openmp examples registration diffusion schedulers models guidance pipelines",
 }
 LONGEST_FUNCTION = 80
 
@@ -79,6 +81,7 @@ def test_every_room_imports_only_what_lies_below_it():
         allowed = {room, *MAY_IMPORT[room].split()}
         for name in _imported(tree):
             target = name.split(".")[1] if "." in name else "__init__"
+            target = target if target in MAY_IMPORT else "__init__"  # a public class, by its name at the top
             if target not in allowed:
                 wrong.append(f"{path.relative_to(PACKAGE)} imports {name}")
     assert not wrong
