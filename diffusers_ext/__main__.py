@@ -58,6 +58,7 @@ COMMANDS: dict[str, dict[str, Command]] = {
         "study": Command("answer a question about trained models", "commands.study"),
     },
     "use": {
+        "sample": Command("images into a folder: grids, GIF or MP4 of denoising and interpolation", "commands.sample"),
         "sample-prompts": Command("draw texts at several guidance scales, as one picture", "commands.sample_prompts"),
         "push": Command("upload a saved pipeline or model to the Hub", "hub.__main__"),
         "schema": Command("the arguments of a saved pipeline's call, by diffusers: --model FOLDER"),
