@@ -61,6 +61,7 @@ COMMANDS: dict[str, dict[str, Command]] = {
         "sample": Command("images into a folder: grids, GIF or MP4 of denoising and interpolation", "commands.sample"),
         "sample-prompts": Command("draw texts at several guidance scales, as one picture", "commands.sample_prompts"),
         "push": Command("upload a saved pipeline or model to the Hub", "hub.__main__"),
+        "doctor": Command("what this machine is, what is fast on it, what is wrong", "commands.doctor"),
         "schema": Command("the arguments of a saved pipeline's call, by diffusers: --model FOLDER"),
         "env": Command("versions for a report of a fault, by diffusers"),
     },

@@ -1,8 +1,10 @@
 """The machine: its cores, and the precision that its hardware is fast at."""
 
 import os
+from pathlib import Path
 
 import torch
+from huggingface_hub.constants import HF_HOME
 
 
 def is_fast_at_bf16(device: str) -> bool:
@@ -23,6 +25,16 @@ def fast_precision(device: str) -> torch.dtype:
     if is_fast_at_bf16(device):
         return torch.bfloat16
     return torch.float16 if device == "cuda" else torch.float32
+
+
+def default_device() -> str:
+    """The kind of device that runs go to: "cuda", "mps", or "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def own_cache() -> Path:
+    """Where this package keeps what it makes once: `DIFFUSERS_EXT_CACHE`, or a folder of Hugging Face's cache."""
+    return Path(os.environ.get("DIFFUSERS_EXT_CACHE", os.path.join(HF_HOME, "diffusers_ext")))
 
 
 def available_cores() -> list[int]:
