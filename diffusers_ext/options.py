@@ -18,7 +18,7 @@ import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
+from functools import cache, partial, wraps
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -214,7 +214,7 @@ def read_yaml_text(cls: type, text: str, name: str) -> dict[str, Any]:
 def _options_of(cls: type, content: dict, path: object) -> dict[str, Any]:
     aliases = {field.metadata["alias"]: field.name for field in dataclasses.fields(cls)}
     content = {aliases.get(key, key): value for key, value in content.items()}
-    hints = typing.get_type_hints(cls)
+    hints = _hints_of(cls)
     unknown = [str(key) for key in content if key not in hints]
     if unknown:
         raise ValueError(f"{path}: {_unknown(unknown, cls)}")
@@ -222,6 +222,77 @@ def _options_of(cls: type, content: dict, path: object) -> dict[str, Any]:
         return {key: _convert(key, value, hints[key]) for key, value in content.items()}
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def takes_keywords(cls: type[Config]) -> type[Config]:
+    """A decorator of a config that is made in Python too: its keywords are those of a YAML file.
+
+    Other names of options are taken, a value is converted to the option's type, a path is a text, and one value stands for
+    several. A `preset` of the class's `PRESETS` gives what is not given, as far as it has an effect beside what is.
+
+    Raises, as the config:
+        TypeError: for a keyword that is no option; near ones are named, and the counterpart of another trainer's.
+        ValueError: for a value that is not of the option's type.
+    """
+    init = cls.__init__
+
+    @wraps(init)
+    def __init__(self, **values):
+        cls = type(self)
+        aliases = {field.metadata["alias"]: field.name for field in dataclasses.fields(cls)}
+        values = {aliases.get(name, name): value for name, value in values.items()}
+        hints = _hints_of(cls)
+        if unknown := [name for name in values if name not in hints]:
+            raise TypeError(f"{cls.__name__}: {_unknown(unknown, cls)}")
+        values = {name: _convert(name, _without_path(value), hints[name]) for name, value in values.items()}
+        init(self, **preset_of(cls, values), **values)
+
+    cls.__init__ = __init__
+    return cls
+
+
+@cache
+def _hints_of(cls: type) -> dict[str, Any]:
+    names = {field.name for field in dataclasses.fields(cls)}
+    return {name: hint for name, hint in typing.get_type_hints(cls).items() if name in names}
+
+
+def _without_path(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def preset_of(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    """What the preset that `values` name gives beside them: nothing that has no effect with them.
+
+    An option that another one stands in for (`REPLACED_BY` of the class: the option, and what it leaves no room for) is left
+    to that.
+    """
+    if values.get("preset") is None:
+        return {}
+    replaced = {name for other, names in cls.REPLACED_BY.items() if values.get(other) is not None for name in names}
+    given = {name: value for name, value in cls.PRESETS[values["preset"]].items() if name not in {*values, *replaced}}
+    needs = {field.name: field.metadata["needs"] for field in dataclasses.fields(cls)}
+    defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+    config = types.SimpleNamespace(**(defaults | given | values))
+    return {name: value for name, value in given.items() if not (needs[name] and _missing(config, needs[name]))}
+
+
+def describe_preset(config: Any) -> str | None:
+    """A line that says what the preset of a config means, and what the config has in its place; None without a preset."""
+    if getattr(config, "preset", None) is None:
+        return None
+    needs = {field.name: field.metadata["needs"] for field in dataclasses.fields(config)}
+    parts = []
+    for name, value in config.PRESETS[config.preset].items():
+        if needs[name] and _missing(config, needs[name]):
+            continue
+        here = getattr(config, name)
+        parts.append(f"{name} {_in_words(value)}" + ("" if here == value else f" (here {_in_words(here)})"))
+    return f"preset {config.preset}: {', '.join(parts)}"
+
+
+def _in_words(value: Any) -> str:
+    return "left out" if value is None else " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def to_yaml(config: Any) -> str:
@@ -251,8 +322,8 @@ def started_as(program: str | None) -> Iterator[None]:
 # How the command is started in several processes.
 _LAUNCHED = "accelerate launch -m diffusers_ext"
 
-# How a run was started, not what it is.
-_OF_ONE_START = ("overwrite_output_dir", "resume_from_checkpoint")
+# How a run was started, not what it is. What a preset gave is among the other options.
+_OF_ONE_START = ("overwrite_output_dir", "resume_from_checkpoint", "preset")
 
 
 def to_command(config: Any, script: str, launcher: str = "accelerate launch", *, first: str | None = None) -> str:
@@ -279,7 +350,16 @@ def to_command(config: Any, script: str, launcher: str = "accelerate launch", *,
     return shlex.join(words)
 
 
-def _parser(cls: type, program: str | None = None) -> argparse.ArgumentParser:
+def _parser(cls: type, program: str | None = None, everything: bool = False) -> argparse.ArgumentParser:
+    """
+    Args:
+        everything: Whether its help lists all options, and not those of `ESSENTIAL` alone, if the config has such a list.
+    """
+    fields = dataclasses.fields(cls)
+    essential = {field.name for field in fields}
+    if not everything:
+        essential &= set(getattr(cls, "ESSENTIAL", essential))
+    more = f"--help-all lists all {len(fields)} options" if len(essential) < len(fields) else None
     parser = _Parser(
         prog=program,
         usage="%(prog)s [--OPTION VALUE ...]",  # the list of all of them would hide the message of an error
@@ -287,18 +367,30 @@ def _parser(cls: type, program: str | None = None) -> argparse.ArgumentParser:
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         formatter_class=_HelpFormatter,
+        add_help=False,
+        epilog=more,
+    )
+    parser.add_argument(
+        "-h",
+        "--help",
+        action="help",
+        help="list the options that matter most and end" if more else "list the options and end",
+    )
+    parser.add_argument(
+        "--help-all", action=_HelpAll, make=partial(_parser, cls, program, True), help="list all options and end"
     )
     parser.add_argument("--config", metavar="FILE.yaml", help="read options from a YAML file; the command line wins")
     parser.add_argument("--dry_run", action="store_true", help="print the options as resolved, as YAML, and end")
-    group, hints = parser, typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        if field.metadata["group"]:
-            group = parser.add_argument_group(field.metadata["group"])
+    group, groups, hints = parser, {}, typing.get_type_hints(cls)
+    for field in fields:
+        if title := field.metadata["group"]:
+            group = groups[title] = groups.get(title) or parser.add_argument_group(title)
         shown = field.default
         if isinstance(shown, tuple):
             shown = " ".join(map(str, shown))
         default = "" if shown is None else f" (default: {shown})"
         help = field.metadata["help"].replace("%", "%%") + default.replace("%", "%%")
+        help = help if field.name in essential else argparse.SUPPRESS
         alias = [f"--{field.metadata['alias']}"] if field.metadata["alias"] else []
         keywords = _argument(field.name, hints[field.name])
         group.add_argument(f"--{field.name}", *alias, dest=field.name, help=help, **keywords)
@@ -309,6 +401,18 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         _let_the_first_process_speak()
         super().error(message)
+
+
+class _HelpAll(argparse.Action):
+    """Prints the help of another parser and ends."""
+
+    def __init__(self, option_strings, dest, make, **keywords):
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, **keywords)
+        self._make = make
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        self._make().print_help()
+        parser.exit()
 
 
 class _HelpFormatter(argparse.HelpFormatter):

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import datasets
 import numpy as np
@@ -64,6 +64,11 @@ class CacheConfig(DataConfig):
         None, "precision of the encoder; by default bf16 where the hardware is fast at it"
     )
     num_threads: int | None = option(None, "CPU threads of a process; by default the cores are shared out", at_least=1)
+
+    ESSENTIAL: ClassVar[tuple[str, ...]] = (
+        *("dataset_name", "dataset_split", "resolution", "vae", "output_dir", "overwrite_output_dir", "batch_size"),
+        *("mixed_precision",),
+    )
 
     def __post_init__(self):
         super().__post_init__()

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 from diffusers_ext.atomic_files import lock_folder
 from diffusers_ext.calibration import report as reports
@@ -50,6 +51,10 @@ class CalibrateConfig(DataOptions):
     num_threads: int | None = option(None, "CPU threads; by default all cores", at_least=1)
     output_dir: str | None = option(
         None, "folder for the pipeline; by default PIPELINE, which is then replaced", "result"
+    )
+
+    ESSENTIAL: ClassVar[tuple[str, ...]] = (
+        *("dataset_name", "resolution", "pipeline", "num_inference_steps", "max_time", "output_dir", "seed"),
     )
 
     def __post_init__(self):

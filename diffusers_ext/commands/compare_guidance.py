@@ -10,7 +10,7 @@ import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from accelerate import PartialState
@@ -87,6 +87,20 @@ class CompareConfig(GuidanceOptions, DataOptions):
     )
     output_dir: str | None = option(None, "by default PIPELINE, or here for a name on the Hub", "result")
     overwrite: bool = option(False, "leave what guidance.json holds, and start over")
+
+    ESSENTIAL: ClassVar[tuple[str, ...]] = (
+        *(
+            "dataset_name",
+            "resolution",
+            "pipeline",
+            "methods",
+            "guidance_scales",
+            "weak_pipeline",
+            "classifier",
+            "num_images",
+        ),
+        *("num_inference_steps", "scheduler", "eval_batch_size", "mixed_precision", "seed", "features", "output_dir"),
+    )
 
     def __post_init__(self):
         if self.pipeline is None:

@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
@@ -182,6 +182,19 @@ class EvaluateConfig(DataOptions):
 
     output_file: str | None = option(
         None, "by default evaluation.json in PIPELINE, or here for a name on the Hub", "result"
+    )
+
+    ESSENTIAL: ClassVar[tuple[str, ...]] = (
+        *(
+            "dataset_name",
+            "resolution",
+            "pipeline",
+            "num_images",
+            "num_inference_steps",
+            "guidance_scale",
+            "scheduler",
+        ),
+        *("eval_batch_size", "mixed_precision", "seed", "features", "bits_per_dim", "num_flow_steps", "output_file"),
     )
 
     def __post_init__(self):

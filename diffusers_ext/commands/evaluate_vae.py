@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -94,6 +94,11 @@ class EvaluateVAEConfig(DataOptions):
     seed: int = option(0, "of all draws")
     num_threads: int | None = option(None, "CPU threads; by default the cores are shared out", at_least=1)
     output_file: str | None = option(None, "by default evaluation.json in MODEL")
+
+    ESSENTIAL: ClassVar[tuple[str, ...]] = (
+        *("dataset_name", "resolution", "model", "num_images", "num_likelihood_images", "num_samples", "features"),
+        *("eval_batch_size", "seed", "output_file"),
+    )
 
     def __post_init__(self):
         if self.model is None:

@@ -8,6 +8,7 @@ import shutil
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from diffusers import AutoModel
@@ -49,6 +50,20 @@ class FitPriorConfig(DataOptions):
     num_threads: int | None = option(None, "CPU threads; by default all cores", at_least=1)
     output_dir: str | None = option(
         None, "folder for the pipeline; by default PIPELINE, which is then replaced", "result"
+    )
+
+    ESSENTIAL: ClassVar[tuple[str, ...]] = (
+        *(
+            "dataset_name",
+            "resolution",
+            "pipeline",
+            "start_timestep",
+            "num_inference_steps",
+            "by_label",
+            "rank",
+            "seed",
+        ),
+        *("output_dir",),
     )
 
     def __post_init__(self):

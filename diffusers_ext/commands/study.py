@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -59,6 +59,20 @@ class StudyConfig(DataOptions):
     seed: int = option(0, "of the noise and of the draw of images")
     num_threads: int | None = option(None, "CPU threads; by default all cores", at_least=1)
     output_dir: str = option("studies", "folder for the page, the figure and the numbers", "result")
+
+    ESSENTIAL: ClassVar[tuple[str, ...]] = (
+        *(
+            "dataset_name",
+            "resolution",
+            "study",
+            "pipelines",
+            "num_images",
+            "num_data",
+            "num_inference_steps",
+            "lengths",
+        ),
+        *("factors", "seed", "output_dir"),
+    )
 
     def __post_init__(self):
         if self.study is None or not self.pipelines:

@@ -105,6 +105,11 @@ class TrainClassifierConfig(TrainerConfig):
         "rescale_betas_zero_snr",
     )
 
+    ESSENTIAL: ClassVar[tuple[str, ...]] = (
+        *TrainerConfig.ESSENTIAL,
+        *("pipeline", "vae", "block_out_channels", "num_train_timesteps", "beta_schedule", "pretrained_pipeline"),
+    )
+
     def __post_init__(self):
         if self.pretrained_pipeline is not None:
             self._take_over()

@@ -17,7 +17,7 @@ from diffusers_ext.data.image_table import ImageData
 from diffusers_ext.data.latent_cache import SampleSpace, value_scale_of
 from diffusers_ext.data.stream import StreamData
 from diffusers_ext.hub.cards import DEFAULT_LIMITATIONS
-from diffusers_ext.options import fixed_option, option, run_script, to_command
+from diffusers_ext.options import fixed_option, option, run_script, takes_keywords, to_command
 from diffusers_ext.recipes.adapters import save_adapter, without_adapter
 from diffusers_ext.recipes.calibration import calibrate_run, with_calibration
 from diffusers_ext.recipes.condition_grids import condition_rows, described_run
@@ -50,6 +50,7 @@ CARD_OF_SEQUENCES = {
 }
 
 
+@takes_keywords
 @dataclass(frozen=True)
 class TrainConfig(DenoisingConfig):
     """Train a Gaussian diffusion model on images or sequences, by label if there are labels."""

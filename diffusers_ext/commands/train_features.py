@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from diffusers_ext.draws import check_seed
 from diffusers_ext.evaluation.feature_folders import train_and_save_features
@@ -42,6 +42,11 @@ class FeaturesConfig(DataOptions):
     )
     num_threads: int | None = option(None, "CPU threads of a process; by default the cores are shared out", at_least=1)
     seed: int = option(0, "seed of the weights, the order and the flips", at_least=0)
+
+    ESSENTIAL: ClassVar[tuple[str, ...]] = (
+        *("dataset_name", "resolution", "output_dir", "overwrite_output_dir", "num_train_epochs", "train_batch_size"),
+        *("learning_rate", "random_flip", "mixed_precision", "seed"),
+    )
 
     def __post_init__(self):
         super().__post_init__()

@@ -29,7 +29,7 @@ from diffusers_ext.data.validation import ValidationBatches, prepare_validation
 from diffusers_ext.models.vae import ARCHITECTURES
 from diffusers_ext.models.vae_discriminator import PatchDiscriminator
 from diffusers_ext.models.vae_likelihood import LIKELIHOODS
-from diffusers_ext.options import fixed_option, option, run_script, to_command
+from diffusers_ext.options import fixed_option, option, run_script, takes_keywords, to_command
 from diffusers_ext.recipes import hierarchical_figures, vae_figures
 from diffusers_ext.recipes.hierarchical_vae import HierarchicalObjective, LevelRates, describe_levels, measure_levels
 from diffusers_ext.recipes.pretrained_parts import options_of_vae, read_vae, take_over
@@ -63,6 +63,7 @@ mlp_option = partial(fixed_option, needs={"architecture": ("mlp",)})
 adversary_option = partial(fixed_option, needs="adversarial_weight")
 
 
+@takes_keywords
 @dataclass(frozen=True)
 class TrainVAEConfig(TrainerConfig):
     """Train a variational autoencoder on images or sequences, by itself or as the first stage of a diffusion model."""
@@ -142,6 +143,20 @@ class TrainVAEConfig(TrainerConfig):
     NEEDS_STEPS: ClassVar[dict[str, str]] = TrainerConfig.NEEDS_STEPS | {
         "kl_warmup_steps": "the weight of the KL divergence does not reach kl_weight",
     }
+
+    ESSENTIAL: ClassVar[tuple[str, ...]] = (
+        *TrainerConfig.ESSENTIAL,
+        *(
+            "architecture",
+            "block_out_channels",
+            "latent_channels",
+            "latent_dim",
+            "likelihood",
+            "kl_weight",
+            "perceptual_network",
+        ),
+        *("adversarial_weight", "pretrained_pipeline"),
+    )
 
     def __post_init__(self):
         if self.pretrained_pipeline is not None:

@@ -22,7 +22,7 @@ from diffusers_ext.hub import push as hub
 from diffusers_ext.hub.remote_code import add_code
 from diffusers_ext.hub.saved_folder import SavedFolder, loading_lines
 from diffusers_ext.machine import set_threads
-from diffusers_ext.options import to_yaml
+from diffusers_ext.options import describe_preset, to_yaml
 from diffusers_ext.trainer.checkpoints import list_checkpoints
 from diffusers_ext.trainer.config import TrainerConfig, resolve_for_machine
 from diffusers_ext.trainer.loop import Trainer
@@ -51,6 +51,8 @@ def make_accelerator(config: TrainerConfig) -> Accelerator:
         project_config=ProjectConfiguration(config.output_dir, logging_dir=f"{config.output_dir}/logs"),
     )
     set_threads(config.num_threads, accelerator.num_processes)
+    if preset := describe_preset(config):
+        accelerator.print(preset)
     return accelerator
 
 
