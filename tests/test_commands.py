@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 from configparser import ConfigParser
@@ -48,10 +49,10 @@ def test_each_script_of_training_is_a_command_and_starts_the_same_function():
 
 def test_a_command_is_found_by_the_name_of_its_script(capsys):
     for word in ("train", "training/train_ddpm.py", "train_ddpm"):
-        assert ended([word, "--lr", "1"], capsys) == (2, capsys_of_unknown_option())
+        assert ended([word, "--lr", "1"], capsys) == (2, unknown_option())
 
 
-def capsys_of_unknown_option():
+def unknown_option():
     usage = "usage: diffusers-ext train [--OPTION VALUE ...]\n"
     return f"{usage}diffusers-ext train: error: unknown option --lr; here it is --learning_rate\n"
 
@@ -59,7 +60,7 @@ def capsys_of_unknown_option():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["trian"], "there is no command trian; did you mean train?"),
+        (["trian"], "there is no command trian; did you mean train or train-vae?"),
         (["zzz"], "there is no command zzz; --help lists the commands"),
         (["evaluate_vea"], "there is no command evaluate_vea; did you mean evaluate-vae or evaluate?"),
     ],
@@ -99,12 +100,13 @@ def test_a_command_of_diffusers_knows_the_classes_of_this_package(capsys):
 def test_a_run_is_named_by_the_command_that_started_it(monkeypatch):
     config = train_ddpm.TrainConfig(max_train_steps=3)
     script = "training/train_ddpm.py"
-    assert to_command(config, script) == "accelerate launch training/train_ddpm.py --max_train_steps 3"
+    options = to_command(config, script).removeprefix("accelerate launch training/train_ddpm.py ")
+    assert options.startswith("--max_train_steps 3 ")
     with started_as("diffusers-ext train"):
-        assert to_command(config, script) == "diffusers-ext train --max_train_steps 3"
+        assert to_command(config, script) == f"diffusers-ext train {options}"
     monkeypatch.setenv("WORLD_SIZE", "2")
     with started_as("diffusers-ext train"):
-        assert to_command(config, script) == "accelerate launch -m diffusers_ext train --max_train_steps 3"
+        assert to_command(config, script) == f"accelerate launch -m diffusers_ext train {options}"
     assert to_command(config, script).startswith("accelerate launch training/")
 
 
@@ -124,3 +126,14 @@ def test_the_entry_point_is_the_table_and_settles_how_threads_wait():
         timeout=HUNG_AFTER,
     )
     assert done.stdout == "10000\n", done.stderr
+
+
+def test_the_commands_are_those_of_their_page():
+    text = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    table = [line for line in text.splitlines() if line.startswith("| `")]
+    named = {name for line in table for name in re.findall(r"`([\w-]+)`", line.split("|")[1])} & set(ALL)
+    assert named == set(ALL)
+    for line in table:
+        name = line.split("`")[1]
+        if name in OURS and "training/" in line:
+            assert OURS[name].module == f"commands.{re.search(r'training/([a-z_]+).py', line)[1]}"
