@@ -190,6 +190,8 @@ def main(config: SampleConfig) -> Path:
     state.wait_for_everyone()
     bf16 = is_fast_at_bf16(state.device.type) if config.mixed_precision is None else config.mixed_precision == "bf16"
     names = file_names(config, wanted)
+    if state.is_main_process:  # first of all, since the folder is known by it
+        write_record(config, pipeline, "bf16" if bf16 else "no")
     with torch.autocast(state.device.type, torch.bfloat16) if bf16 else nullcontext():
         save_images(config, pipeline, wanted, names, state)
         state.wait_for_everyone()
@@ -197,7 +199,6 @@ def main(config: SampleConfig) -> Path:
             return folder
         saved = [IMAGES, *save_grid(config, wanted, names), *save_animations(config, pipeline, wanted)]
     write_metadata(config, wanted, names)
-    write_record(config, pipeline, "bf16" if bf16 else "no")
     print(f"{config.num_images} images in {folder}: {', '.join([*saved, RECORD])}")
     return folder
 
@@ -209,7 +210,7 @@ def check_folder(config: SampleConfig) -> None:
         return
     if not config.overwrite_output_dir:
         raise ValueError(f"output_dir {folder} is not empty: give another one, or --overwrite_output_dir")
-    if not (folder / RECORD).is_file() and not (folder / IMAGES).is_dir():
+    if not (folder / RECORD).is_file():
         raise ValueError(f"output_dir {folder} holds nothing that this command has saved, and is left as it is")
 
 
@@ -339,6 +340,7 @@ def write_record(config: SampleConfig, pipeline, precision: str) -> None:
         "num_images": config.num_images,
         "versions": {"diffusers_ext": diffusers_ext.__version__, "torch": torch.__version__},
     }
+    config.folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(config.folder / RECORD) as partial:
         partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 

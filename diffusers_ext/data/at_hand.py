@@ -64,7 +64,11 @@ def keep_dataset(dataset: AtHand) -> Path:
         number = sum(map(len, rows.values()))
         folder = root / f"images-{number}-{_digest(writing)[:12]}"
         if not folder.is_dir():
-            writing.rename(folder)
+            try:
+                writing.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # which another process has written in the meantime
+                    raise
     finally:
         shutil.rmtree(writing, ignore_errors=True)
     return folder

@@ -168,13 +168,18 @@ def test_what_a_pipeline_cannot_make_is_refused_before_anything_is_written(
 
 
 def test_a_folder_is_replaced_if_this_command_has_made_it_and_is_asked_to(made, saved, tmp_path):
-    (tmp_path / "thesis.tex").write_text("years of work")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "thesis.tex").write_text("years of work")
     config = {"num_images": 1, "output_dir": str(tmp_path), **QUICK}
     with pytest.raises(ValueError, match="is not empty: give another one, or --overwrite_output_dir"):
         main(SampleConfig(str(saved / "labels"), **config))
     with pytest.raises(ValueError, match="holds nothing that this command has saved, and is left as it is"):
         main(SampleConfig(str(saved / "labels"), overwrite_output_dir=True, **config))
-    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+    assert (tmp_path / "images" / "thesis.tex").read_text() == "years of work"
+    again = SampleConfig(
+        str(saved / "labels"), overwrite_output_dir=True, num_images=1, output_dir=str(tmp_path / "new"), **QUICK
+    )
+    assert main(again) == main(again) and len(records(tmp_path / "new")) == 1
 
 
 def test_a_label_is_its_name_before_it_is_a_number():
