@@ -1,20 +1,18 @@
 """`diffusers-ext`: its table, its errors, and how a run that it started is named."""
 
+import ast
 import importlib
-import os
 import re
-import subprocess
 import sys
 from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
 
-from diffusers_ext import __version__
+from diffusers_ext import __version__, openmp
 from diffusers_ext.__main__ import COMMANDS, main
 from diffusers_ext.commands import train_ddpm
 from diffusers_ext.options import started_as, to_command
-from environment import HUNG_AFTER
 
 
 ROOT = Path(__file__).parents[1]
@@ -110,22 +108,37 @@ def test_a_run_is_named_by_the_command_that_started_it(monkeypatch):
     assert to_command(config, script).startswith("accelerate launch training/")
 
 
-def test_the_entry_point_is_the_table_and_settles_how_threads_wait():
+def test_the_entry_point_is_the_table():
     settings = ConfigParser()
     settings.read(ROOT / "setup.cfg")
     assert settings["options.entry_points"]["console_scripts"].strip() == "diffusers-ext = diffusers_ext.__main__:main"
-    free = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    code = (
-        "import os, sys; sys.argv[0] = '/bin/diffusers-ext'; import diffusers_ext; print(os.environ['GOMP_SPINCOUNT'])"
+
+
+@pytest.mark.parametrize(
+    "words, first, is_one",
+    [
+        (["python", "/bin/diffusers-ext", "train"], "/bin/diffusers-ext", True),
+        (["python", "-u", "-m", "diffusers_ext", "train"], "-m", True),
+        (["python", "notebook.py", "diffusers_ext"], "notebook.py", False),
+        (["python", "-m", "pytest"], "-m", False),
+    ],
+)
+def test_a_command_is_known_before_the_package_is_imported(words, first, is_one, monkeypatch):
+    monkeypatch.setattr(sys, "orig_argv", words)
+    monkeypatch.setattr(sys, "argv", [first])
+    assert openmp.is_command() == is_one
+
+
+def test_how_threads_wait_is_settled_for_a_command_before_torch_is_loaded():
+    body = ast.parse((ROOT / "diffusers_ext" / "__init__.py").read_text(encoding="utf-8")).body
+    settled = next(
+        i for i, node in enumerate(body) if isinstance(node, ast.If) and "openmp.settle" in ast.unparse(node)
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=free | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=HUNG_AFTER,
-    )
-    assert done.stdout == "10000\n", done.stderr
+    before = [node for node in body[:settled] if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = {node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in before}
+    assert names <= {"importlib", "typing", "diffusers_ext"}  # of the last, openmp alone
+    needs = ast.walk(ast.parse(Path(openmp.__file__).read_text(encoding="utf-8")))
+    assert {each.names[0].name for each in needs if isinstance(each, ast.Import | ast.ImportFrom)} == {"os", "sys"}
 
 
 def test_the_commands_are_those_of_their_page():
