@@ -143,7 +143,9 @@ def test_a_data_set_is_kept_once_whatever_it_is_called(tmp_path):
     Image.new("L", (2, 2), 9).save(picture)
     one = datasets.Dataset.from_dict({"image": [str(picture)], "label": [0]}).cast_column("image", datasets.Image())
     folder = keep_dataset(one)
-    assert keep_dataset(one.with_format("numpy")) == folder and keep_dataset(Pairs()) != folder
+    assert (
+        keep_dataset(one.with_format("numpy")) == folder and keep_dataset([(Image.new("L", (2, 2), 8), 0)]) != folder
+    )
     assert not list(folder.parent.glob("writing-*"))
     picture.unlink()  # the file's contents are kept, not its name
     assert np.array_equal(datasets.load_from_disk(folder)["train"][0]["image"], np.full((2, 2), 9))
