@@ -32,13 +32,13 @@ from stock import StockTraining, stock_batch, stock_unet
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from diffusers_ext.commands.train_ddpm import TrainConfig, build_model, build_objective, build_scheduler
 from diffusers_ext.data.latent_cache import SampleSpace
 from diffusers_ext.data.prepare import prepare_images
 from diffusers_ext.machine import is_fast_at_bf16
 from diffusers_ext.trainer.config import resolve_for_machine
 from diffusers_ext.trainer.loop import Trainer
 from diffusers_ext.trainer.run import make_accelerator
-from training.train_ddpm import TrainConfig, build_model, build_objective, build_scheduler
 
 
 ROOT = Path(__file__).parents[1]

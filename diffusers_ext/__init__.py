@@ -4,6 +4,15 @@ Importing the package registers its classes with diffusers (see `diffusers_ext.r
 `diffusers.DiffusionPipeline.from_pretrained` loads what was saved with them.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from diffusers_ext import openmp
+
+
+if openmp.is_command():  # before torch is loaded, as the scripts in `training/` do
+    openmp.settle()
+
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.guiders import BaseGuidance
 
@@ -31,6 +40,23 @@ from diffusers_ext.schedulers import (
     VPredictionScheduler,
 )
 
+
+if TYPE_CHECKING:
+    from diffusers_ext.api import TextConfig as TextConfig
+    from diffusers_ext.api import TrainConfig as TrainConfig
+    from diffusers_ext.api import TrainVAEConfig as TrainVAEConfig
+    from diffusers_ext.api import train as train
+else:
+
+    def __getattr__(name: str):
+        """Training, when it is first asked for: what it needs is an extra, and takes seconds to import."""
+        if name in _OF_TRAINING:
+            return getattr(import_module("diffusers_ext.api"), name)
+        raise AttributeError(f"module 'diffusers_ext' has no attribute {name!r}")
+
+
+# Not in `__all__`: with `import *` they would be imported, and fail where the extra is not installed.
+_OF_TRAINING = ("TextConfig", "TrainConfig", "TrainVAEConfig", "train")
 
 __version__ = "0.1.0"
 

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
 from diffusers_ext.atomic_files import atomic_write
@@ -100,6 +101,54 @@ def save_picture(picture: "Image.Image | Figure", path: Path) -> None:
     """Writes an image of PIL or a figure of matplotlib; a file that is there is complete."""
     with atomic_write(path) as partial:
         picture.save(partial) if isinstance(picture, Image.Image) else picture.savefig(partial, dpi=120)
+
+
+ANIMATION_FORMATS = ("gif", "mp4")
+
+
+def check_animation_format(format: str) -> None:
+    """Refuses a format that cannot be written here, before anything long begins.
+
+    Raises:
+        ValueError: if it is none of `ANIMATION_FORMATS`, or mp4 without what writes it.
+    """
+    if format not in ANIMATION_FORMATS:
+        raise ValueError(f"an animation must be {' or '.join(ANIMATION_FORMATS)}, got {format}")
+    missing = [name for name in ("imageio", "imageio_ffmpeg") if format == "mp4" and not find_spec(name)]
+    if missing:
+        raise ValueError("mp4 needs imageio with ffmpeg (pip install 'imageio[ffmpeg]'): install it, or take gif")
+
+
+def save_animation(
+    frames: Sequence[Image.Image], path: Path, frames_per_second: float = 10, hold: float = 1.0
+) -> None:
+    """Writes pictures of one size as a GIF, which repeats itself, or an MP4; a file that is there is complete.
+
+    Args:
+        path: Its suffix is the format.
+        hold: Seconds more that the last frame stays.
+    """
+    check_animation_format(path.suffix.removeprefix("."))
+    num_held = round(hold * frames_per_second)
+    with atomic_write(path) as partial:
+        if path.suffix == ".gif":
+            durations = [round(1000 / frames_per_second)] * len(frames)
+            durations[-1] += round(1000 * hold)
+            first, *others = (frame.convert("RGB") for frame in frames)
+            first.save(partial, format="GIF", save_all=True, append_images=others, duration=durations, loop=0)
+        else:
+            import imageio.v3 as imageio
+
+            shown = [*frames, *[frames[-1]] * num_held]
+            pixels = np.stack([np.asarray(ImageOps.pad(frame.convert("RGB"), _even(frame.size))) for frame in shown])
+            options = {"plugin": "FFMPEG", "extension": ".mp4", "fps": frames_per_second, "macro_block_size": 2}
+            partial.write_bytes(imageio.imwrite("<bytes>", pixels, **options))
+
+
+def _even(size: tuple[int, int]) -> tuple[int, int]:
+    """The next size that halves, as the colours of a film are kept."""
+    width, height = size
+    return width + width % 2, height + height % 2
 
 
 def _to_pil(picture: Tensor) -> Image.Image:

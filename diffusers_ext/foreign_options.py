@@ -1,7 +1,7 @@
 """Options by the names that other trainers give them, for the error about one that a script does not have.
 
 Those are diffusers' `examples/unconditional_image_generation` and `examples/text_to_image`, lucidrains'
-`denoising_diffusion_pytorch`, and one of transformers. Names that are accepted as they are stand as aliases beside the options themselves.
+`denoising_diffusion_pytorch`, the commonest of OpenAI's guided-diffusion, and one of transformers. Names that are accepted as they are stand as aliases beside the options themselves.
 """
 
 from collections.abc import Collection
@@ -50,6 +50,7 @@ FOREIGN_OPTIONS = {
     "allow_tf32": Foreign((), "it is torch's setting: torch.backends.cuda.matmul"),
     "enable_xformers_memory_efficient_attention": Foreign((), "torch's own fused attention is used where it is fast"),
     "dream_training": Foreign((), "it is not built in"),
+    "dream_detail_preservation": Foreign((), "dream_training is not built in"),
     "noise_offset": Foreign(
         ("rescale_betas_zero_snr",), "it mends what the offset is for, the last noise level that is not pure noise"
     ),
@@ -84,6 +85,38 @@ FOREIGN_OPTIONS = {
     "dim": Foreign(("hidden_size", "block_out_channels")),
     "dim_mults": Foreign(("block_out_channels",), "the channels themselves"),
     "self_condition": Foreign((), "it is not built in"),
+    "folder": Foreign(("dataset_name",)),
+    "channels": Foreign(("image_mode",), "channels are those of the images, or as many as that mode has"),
+    "init_dim": Foreign(("block_out_channels",), "the first width is that of the first convolution too"),
+    "out_dim": Foreign((), "it follows from the images and the objective"),
+    "learned_variance": Foreign(("objective",), "hybrid and vlb learn the variance"),
+    "learned_sinusoidal_cond": Foreign((), "the time is embedded by fixed sines"),
+    "random_fourier_features": Foreign((), "the time is embedded by fixed sines"),
+    "learned_sinusoidal_dim": Foreign((), "the time is embedded by fixed sines"),
+    "sinusoidal_pos_emb_theta": Foreign((), "the time is embedded by sines of a fixed range of frequencies"),
+    "attn_dim_head": Foreign(("attention_head_dim",)),
+    "attn_heads": Foreign(("attention_head_dim", "num_attention_heads"), "heads follow from the width and that"),
+    "full_attn": Foreign(("attention_resolutions",), "the sides of the maps with attention"),
+    "flash_attn": Foreign((), "torch's own fused attention is used where it is fast"),
+    "schedule_fn_kwargs": Foreign(("beta_start",), "and beta_end"),
+    "immiscible": Foreign((), "it is not built in"),
+    "inception_block_idx": Foreign((), "training/evaluate.py measures a run"),
+    "save_best_and_latest_only": Foreign(("checkpoints_total_limit",), "how many of the last are kept"),
+    # OpenAI's guided-diffusion
+    "log_interval": Foreign(("logging_steps",)),
+    "save_interval": Foreign(("checkpointing_steps",)),
+    "microbatch": Foreign(("gradient_accumulation_steps",), "forward passes of a step, not images of one"),
+    "ema_rate": Foreign(("ema_decay",)),
+    "lr_anneal_steps": Foreign(("max_train_steps",), "and lr_scheduler linear"),
+    "num_channels": Foreign(("block_out_channels",), "the channels themselves"),
+    "channel_mult": Foreign(("block_out_channels",), "the channels themselves"),
+    "num_res_blocks": Foreign(("layers_per_block",)),
+    "num_head_channels": Foreign(("attention_head_dim",)),
+    "diffusion_steps": Foreign(("num_train_timesteps",)),
+    "noise_schedule": Foreign(("beta_schedule",)),
+    "learn_sigma": Foreign(("objective",), "hybrid and vlb learn the variance"),
+    "schedule_sampler": Foreign(("timestep_sampling",), "importance is the one by the second moment of the loss"),
+    "timestep_respacing": Foreign(("num_inference_steps",)),
     # short names that are common
     "lr": Foreign(("learning_rate",)),
     "batch_size": Foreign(("train_batch_size", "eval_batch_size")),
@@ -94,6 +127,16 @@ FOREIGN_OPTIONS = {
     "clip_grad_norm": Foreign(("max_grad_norm",)),
     "resume": Foreign(("resume_from_checkpoint",), "latest, or a path"),
     "wandb": Foreign(("report_to",)),
+    "steps": Foreign(("max_train_steps",)),
+    "max_steps": Foreign(("max_train_steps",)),
+    "dataset": Foreign(("dataset_name",)),
+    "data_path": Foreign(("dataset_name",)),
+    "save_dir": Foreign(("output_dir",)),
+    "fp16": Foreign(("mixed_precision",), "no, fp16 or bf16"),
+    "bf16": Foreign(("mixed_precision",), "no, fp16 or bf16"),
+    "device": Foreign((), "the GPU is taken if there is one; accelerate launch has options for others"),
+    "num_gpus": Foreign((), "accelerate launch --num_processes has it"),
+    "cfg_scale": Foreign(("guidance_scale",)),
 }
 
 

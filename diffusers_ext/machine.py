@@ -2,9 +2,11 @@
 
 import os
 import platform
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from huggingface_hub.constants import HF_HOME
 
 
 # What CPUs are told apart by, of the names of `torch.cpu.get_capabilities`, the fastest at products of matrices first.
@@ -61,6 +63,16 @@ def fast_precision(device: str) -> torch.dtype:
     """The precision that a network runs fastest in under autocast: bfloat16 where the hardware has it, float16 on other
     accelerators of CUDA, or else float32."""
     return fastest(device).precision
+
+
+def default_device() -> str:
+    """The kind of device that runs go to: "cuda", "mps", or "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def own_cache() -> Path:
+    """Where this package keeps what it makes once: `DIFFUSERS_EXT_CACHE`, or a folder of Hugging Face's cache."""
+    return Path(os.environ.get("DIFFUSERS_EXT_CACHE", os.path.join(HF_HOME, "diffusers_ext")))
 
 
 def available_cores() -> list[int]:

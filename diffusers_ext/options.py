@@ -15,8 +15,10 @@ import time
 import traceback
 import types
 import typing
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache, partial, wraps
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -93,13 +95,20 @@ def fixed_on_resume(cls: type) -> frozenset[str]:
     return frozenset(field.name for field in dataclasses.fields(cls) if field.metadata["fixed_on_resume"])
 
 
-def parse_config(cls: type[Config], arguments: list[str] | None = None, first: str | None = None) -> Config | None:
+def parse_config(
+    cls: type[Config],
+    arguments: list[str] | None = None,
+    first: str | None = None,
+    *,
+    program: str | None = None,
+) -> Config | None:
     """Reads the command line, and the YAML file that `--config` names, into the dataclass `cls`.
 
     Args:
         cls: A dataclass whose fields are made by `option`.
         arguments: The command line, `sys.argv[1:]` if None.
         first: The option that may stand first on it without its name.
+        program: Its name in errors and in the help; by default that of the script that was started.
 
     Returns:
         The config; or None after `--dry_run`, which prints it as YAML instead.
@@ -108,7 +117,7 @@ def parse_config(cls: type[Config], arguments: list[str] | None = None, first: s
         SystemExit: with code 2 and a line on stderr, if an option is unknown or a value does not fit. An unknown name
             is answered with the near ones, and one of another trainer with what it is called here.
     """
-    parser = _parser(cls)
+    parser = _parser(cls, program)
     arguments = sys.argv[1:] if arguments is None else arguments
     if first is not None and arguments and not arguments[0].startswith("-"):
         arguments = [f"--{first}", *arguments]
@@ -131,26 +140,36 @@ def parse_config(cls: type[Config], arguments: list[str] | None = None, first: s
 
 
 def run_script(
-    cls: type[Config], main: Callable[[Config], Any], arguments: list[str] | None = None, first: str | None = None
+    cls: type[Config],
+    main: Callable[[Config], Any],
+    arguments: list[str] | None = None,
+    first: str | None = None,
+    *,
+    program: str | None = None,
 ) -> None:
     """Reads the options, as `parse_config` does, and calls `main` with them.
 
     An error that this package or the script itself raises is meant for the user: it ends the script with its message as
     a line on stderr. Any other error keeps its traceback.
 
+    Args:
+        program: The command that was started, such as "diffusers-ext train"; by default the script in which `main` is.
+
     Raises:
         SystemExit: with code 1 after such an error; after an interrupt, which ends with a line too, with 128 and the number
             of the signal.
     """
-    config = parse_config(cls, arguments, first)
+    script = sys.modules[main.__module__].__file__
+    name = program or Path(script).name
+    config = parse_config(cls, arguments, first, program=program)
     if config is None:
         return
-    script = sys.modules[main.__module__].__file__
     try:
-        main(config)
+        with started_as(program):
+            main(config)
     except KeyboardInterrupt as interrupt:
         if _is_first_process():
-            print(f"\n{Path(script).name}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
+            print(f"\n{name}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         raise SystemExit(128 + getattr(interrupt, "signal_number", signal.SIGINT)) from None
     except Exception as error:
         _let_the_first_process_speak()
@@ -159,7 +178,7 @@ def run_script(
         is_ours = _PACKAGE in raised_in.parents or raised_in == Path(script).resolve()
         if not is_ours or not isinstance(error, ValueError | OSError | FloatingPointError):
             raise
-        print(f"{Path(script).name}: error: {error}", file=sys.stderr, flush=True)
+        print(f"{name}: error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
 
 
@@ -195,7 +214,7 @@ def read_yaml_text(cls: type, text: str, name: str) -> dict[str, Any]:
 def _options_of(cls: type, content: dict, path: object) -> dict[str, Any]:
     aliases = {field.metadata["alias"]: field.name for field in dataclasses.fields(cls)}
     content = {aliases.get(key, key): value for key, value in content.items()}
-    hints = typing.get_type_hints(cls)
+    hints = _hints_of(cls)
     unknown = [str(key) for key in content if key not in hints]
     if unknown:
         raise ValueError(f"{path}: {_unknown(unknown, cls)}")
@@ -203,6 +222,77 @@ def _options_of(cls: type, content: dict, path: object) -> dict[str, Any]:
         return {key: _convert(key, value, hints[key]) for key, value in content.items()}
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def takes_keywords(cls: type[Config]) -> type[Config]:
+    """A decorator of a config that is made in Python too: its keywords are those of a YAML file.
+
+    Other names of options are taken, a value is converted to the option's type, a path is a text, and one value stands for
+    several. A `preset` of the class's `PRESETS` gives what is not given, as far as it has an effect beside what is.
+
+    Raises, as the config:
+        TypeError: for a keyword that is no option; near ones are named, and the counterpart of another trainer's.
+        ValueError: for a value that is not of the option's type.
+    """
+    init = cls.__init__
+
+    @wraps(init)
+    def __init__(self, **values):
+        cls = type(self)
+        aliases = {field.metadata["alias"]: field.name for field in dataclasses.fields(cls)}
+        values = {aliases.get(name, name): value for name, value in values.items()}
+        hints = _hints_of(cls)
+        if unknown := [name for name in values if name not in hints]:
+            raise TypeError(f"{cls.__name__}: {_unknown(unknown, cls)}")
+        values = {name: _convert(name, _without_path(value), hints[name]) for name, value in values.items()}
+        init(self, **preset_of(cls, values), **values)
+
+    cls.__init__ = __init__
+    return cls
+
+
+@cache
+def _hints_of(cls: type) -> dict[str, Any]:
+    names = {field.name for field in dataclasses.fields(cls)}
+    return {name: hint for name, hint in typing.get_type_hints(cls).items() if name in names}
+
+
+def _without_path(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def preset_of(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    """What the preset that `values` name gives beside them: nothing that has no effect with them.
+
+    An option that another one stands in for (`REPLACED_BY` of the class: the option, and what it leaves no room for) is left
+    to that.
+    """
+    if values.get("preset") is None:
+        return {}
+    replaced = {name for other, names in cls.REPLACED_BY.items() if values.get(other) is not None for name in names}
+    given = {name: value for name, value in cls.PRESETS[values["preset"]].items() if name not in {*values, *replaced}}
+    needs = {field.name: field.metadata["needs"] for field in dataclasses.fields(cls)}
+    defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+    config = types.SimpleNamespace(**(defaults | given | values))
+    return {name: value for name, value in given.items() if not (needs[name] and _missing(config, needs[name]))}
+
+
+def describe_preset(config: Any) -> str | None:
+    """A line that says what the preset of a config means, and what the config has in its place; None without a preset."""
+    if getattr(config, "preset", None) is None:
+        return None
+    needs = {field.name: field.metadata["needs"] for field in dataclasses.fields(config)}
+    parts = []
+    for name, value in config.PRESETS[config.preset].items():
+        if needs[name] and _missing(config, needs[name]):
+            continue
+        here = getattr(config, name)
+        parts.append(f"{name} {_in_words(value)}" + ("" if here == value else f" (here {_in_words(here)})"))
+    return f"preset {config.preset}: {', '.join(parts)}"
+
+
+def _in_words(value: Any) -> str:
+    return "left out" if value is None else " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def to_yaml(config: Any) -> str:
@@ -215,17 +305,36 @@ def to_yaml(config: Any) -> str:
     return yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=1000)
 
 
-# How a run was started, not what it is.
-_OF_ONE_START = ("overwrite_output_dir", "resume_from_checkpoint")
+_started_as: ContextVar[str | None] = ContextVar("started_as", default=None)
+
+
+@contextmanager
+def started_as(program: str | None) -> Iterator[None]:
+    """While it lasts, `to_command` gives command lines of a program such as "diffusers-ext train"; None is no program."""
+    launched = program is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    token = _started_as.set(program.replace("diffusers-ext", _LAUNCHED, 1) if launched else program)
+    try:
+        yield
+    finally:
+        _started_as.reset(token)
+
+
+# How the command is started in several processes.
+_LAUNCHED = "accelerate launch -m diffusers_ext"
+
+# How a run was started, not what it is. What a preset gave is among the other options.
+_OF_ONE_START = ("overwrite_output_dir", "resume_from_checkpoint", "preset")
 
 
 def to_command(config: Any, script: str, launcher: str = "accelerate launch", *, first: str | None = None) -> str:
     """The command line that makes the same run; secrets are left out.
 
     Args:
+        script: By its path. Under `started_as` the command that was started stands in its place.
         first: An option that stands without its name before the others, as for `parse_config`.
     """
-    words = [*launcher.split(), script]
+    words = _started_as.get() or f"{launcher} {script}"
+    words = words.split()
     if first is not None and getattr(config, first) is not None:
         words.append(str(getattr(config, first)))
     for field in dataclasses.fields(config):
@@ -241,25 +350,47 @@ def to_command(config: Any, script: str, launcher: str = "accelerate launch", *,
     return shlex.join(words)
 
 
-def _parser(cls: type) -> argparse.ArgumentParser:
+def _parser(cls: type, program: str | None = None, everything: bool = False) -> argparse.ArgumentParser:
+    """
+    Args:
+        everything: Whether its help lists all options, and not those of `ESSENTIAL` alone, if the config has such a list.
+    """
+    fields = dataclasses.fields(cls)
+    essential = {field.name for field in fields}
+    if not everything:
+        essential &= set(getattr(cls, "ESSENTIAL", essential))
+    more = f"--help-all lists all {len(fields)} options" if len(essential) < len(fields) else None
     parser = _Parser(
+        prog=program,
         usage="%(prog)s [--OPTION VALUE ...]",  # the list of all of them would hide the message of an error
         description=cls.__doc__,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         formatter_class=_HelpFormatter,
+        add_help=False,
+        epilog=more,
+    )
+    parser.add_argument(
+        "-h",
+        "--help",
+        action="help",
+        help="list the options that matter most and end" if more else "list the options and end",
+    )
+    parser.add_argument(
+        "--help-all", action=_HelpAll, make=partial(_parser, cls, program, True), help="list all options and end"
     )
     parser.add_argument("--config", metavar="FILE.yaml", help="read options from a YAML file; the command line wins")
     parser.add_argument("--dry_run", action="store_true", help="print the options as resolved, as YAML, and end")
-    group, hints = parser, typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        if field.metadata["group"]:
-            group = parser.add_argument_group(field.metadata["group"])
+    group, groups, hints = parser, {}, typing.get_type_hints(cls)
+    for field in fields:
+        if title := field.metadata["group"]:
+            group = groups[title] = groups.get(title) or parser.add_argument_group(title)
         shown = field.default
         if isinstance(shown, tuple):
             shown = " ".join(map(str, shown))
         default = "" if shown is None else f" (default: {shown})"
         help = field.metadata["help"].replace("%", "%%") + default.replace("%", "%%")
+        help = help if field.name in essential else argparse.SUPPRESS
         alias = [f"--{field.metadata['alias']}"] if field.metadata["alias"] else []
         keywords = _argument(field.name, hints[field.name])
         group.add_argument(f"--{field.name}", *alias, dest=field.name, help=help, **keywords)
@@ -270,6 +401,18 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         _let_the_first_process_speak()
         super().error(message)
+
+
+class _HelpAll(argparse.Action):
+    """Prints the help of another parser and ends."""
+
+    def __init__(self, option_strings, dest, make, **keywords):
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, **keywords)
+        self._make = make
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        self._make().print_help()
+        parser.exit()
 
 
 class _HelpFormatter(argparse.HelpFormatter):

@@ -34,7 +34,10 @@ from diffusers import (
 )
 from PIL import Image
 
+import diffusers_ext
 from diffusers_ext import ExtDDIMScheduler, GuidedDiffusionPipeline, TextGuidedDiffusionPipeline
+from diffusers_ext.__main__ import COMMANDS
+from diffusers_ext.__main__ import main as command_main
 from diffusers_ext.hub.__main__ import main as hub_main
 from guided_diffusion_unet import GuidedDiffusionUNet
 from tiny import tiny_stock_unet, tiny_unet
@@ -72,9 +75,16 @@ SMALL = {
     "training/distill.py": f"{TRAINING.replace('steps 2', 'steps 3')} --sample_columns 2",
     "training/fit_prior.py": "--num_inference_steps 2 --max_train_samples 60 --num_threads 1",
     "training/study.py": "--num_images 20 --num_data 40 --num_inference_steps 2 --lengths 10 1000 --max_train_samples 60 --num_threads 1",
+    "training/sample.py": "--num_images 4 --num_inference_steps 2 --num_threads 1",
     "training/sample_prompts.py": "--num_inference_steps 2 --guidance_scales 1 2",
     "benchmarks/train_stock.py": "--max_train_steps 1 --train_batch_size 1",
     "benchmarks/fuzz.py": "--num_schedulers 20 --num_options 5",
+}
+
+SCRIPT_OF = {
+    name: f"training/{(command.module or '').rpartition('.')[2]}.py"
+    for commands in COMMANDS.values()
+    for name, command in commands.items()
 }
 
 # What a document takes for granted: cards of diffusion models begin with the autoencoder of another card.
@@ -184,6 +194,11 @@ class Desk:
             case ["pip", "install", "-c", constraints, "-e", package]:
                 extra = re.fullmatch(r"\.\[(\w+)\]", package)[1]
                 assert (ROOT / constraints).is_file() and extra in read_extras()
+            case ["pip", "wheel", "--no-deps", "--wheel-dir", "dist", "."]:
+                pass  # as tests/test_packaging.py builds it
+            case ["pip", "install", wheel] if wheel.startswith("dist/"):
+                name = f"diffusers_ext-{diffusers_ext.__version__}-py3-none-any.whl"
+                assert wheel.rstrip("]").split("[") == [f"dist/{name}", "train"]
             case ["python", "-m", "pytest", *options]:
                 collected = subprocess.run(
                     [sys.executable, "-m", "pytest", *options, "--version"], capture_output=True, cwd=ROOT, check=False
@@ -192,6 +207,9 @@ class Desk:
             case ["python", "-m", "diffusers_ext.hub", *options]:
                 with contextlib.redirect_stdout(io.StringIO()):
                     hub_main(options)
+            case ["diffusers-ext", name, *options] | ["python", "-m", "diffusers_ext", name, *options]:
+                script = SCRIPT_OF[name]
+                in_this_process(lambda: command_main([name, *options, *small(script, options)]), shlex.join(words))
             case ["accelerate", "launch", script] if self.launches:
                 self.launch(script, small(script, []))
             case ["accelerate", "launch", script, *options] | ["python", script, *options]:
@@ -236,20 +254,27 @@ def small(script, options):
 
 
 def run_script(script, options):
-    """In this process, since starting one takes longer than most of the commands; accelerate's state is as in a new one."""
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
-    printed = io.StringIO()
+    """As `in_this_process`."""
     argv, path = sys.argv, list(sys.path)
     sys.argv, sys.path[:0] = [script, *map(str, options)], [str(Path(script).resolve().parent)]
     try:
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            runpy.run_path(script, run_name="__main__")
-    except SystemExit as exit:
-        assert not exit.code, f"{shlex.join([script, *options])}: {printed.getvalue()[-2000:]}"
+        return in_this_process(lambda: runpy.run_path(script, run_name="__main__"), shlex.join([script, *options]))
     finally:
         sys.argv, sys.path[:] = argv, path
+
+
+def in_this_process(work, command):
+    """Since starting one takes longer than most of the commands; accelerate's state is as in a new one."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            work()
+    except SystemExit as exit:
+        assert not exit.code, f"{command}: {printed.getvalue()[-2000:]}"
+    finally:
         for state in (AcceleratorState, GradientState, PartialState):
             state._reset_state()
     return printed.getvalue()
@@ -317,17 +342,26 @@ def test_commands_in_docstrings_and_in_sentences_have_valid_options(desk):
         if script.startswith("training/") and options:
             run_script(script, [*options, "--dry_run"])
         elif options:
-            assert options_in(shlex.join(options)) <= options_in(run_script(script, ["--help"])), (script, options)
+            assert options_in(shlex.join(options)) <= options_in(run_script(script, [help_of(script)])), (
+                script,
+                options,
+            )
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_options_in_sentences_are_those_of_a_script(desk):
-    known = set().union(*(options_in(run_script(script, ["--help"])) for script in SCRIPTS if is_command(script)))
-    known.add("--quiet")  # of `accelerate launch`
+    known = set().union(
+        *(options_in(run_script(script, [help_of(script)])) for script in SCRIPTS if is_command(script))
+    )
+    known |= {"--quiet", "--help"}  # of `accelerate launch`, and of all
     known |= {"--private", "--message", "--branch"}  # of diffusers_ext.hub
     for path in DOCUMENTS:
         text = re.sub(r"^```.*?^```$", "", (ROOT / path).read_text(), flags=re.MULTILINE | re.DOTALL)
         assert options_in(text) <= known, path
+
+
+def help_of(script):
+    return "--help-all" if script.startswith("training/") else "--help"
 
 
 def docstring_of(script):

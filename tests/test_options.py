@@ -2,20 +2,22 @@ import dataclasses
 import signal
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pytest
 import yaml
 
-from diffusers_ext.foreign_options import FOREIGN_OPTIONS
+from diffusers_ext.foreign_options import FOREIGN_OPTIONS, explain_foreign
 from diffusers_ext.options import (
     check_options,
+    describe_preset,
     fixed_on_resume,
     fixed_option,
     option,
     parse_config,
     read_yaml,
     run_script,
+    takes_keywords,
     to_command,
     to_yaml,
 )
@@ -259,3 +261,118 @@ def test_every_answer_names_options_that_some_script_has():
     # Those of diffusers' and of lucidrains' that these scripts have are accepted, and need no answer.
     ours = {field.name for field in dataclasses.fields(train_ddpm.TrainConfig)}
     assert not {name for name in FOREIGN_OPTIONS if name in ours} and "logger" in accepted
+
+
+# All options of diffusers' two examples, and all arguments of lucidrains' `Unet`, `GaussianDiffusion` and `Trainer` but the
+# objects that are handed over.
+DIFFUSERS = """
+dataset_name dataset_config_name model_config_name_or_path train_data_dir output_dir overwrite_output_dir cache_dir resolution
+center_crop random_flip train_batch_size eval_batch_size dataloader_num_workers num_epochs save_images_epochs save_model_epochs
+gradient_accumulation_steps learning_rate lr_scheduler lr_warmup_steps adam_beta1 adam_beta2 adam_weight_decay adam_epsilon
+use_ema ema_inv_gamma ema_power ema_max_decay push_to_hub hub_token hub_model_id hub_private_repo logger logging_dir local_rank
+mixed_precision prediction_type ddpm_num_steps ddpm_num_inference_steps ddpm_beta_schedule checkpointing_steps
+checkpoints_total_limit resume_from_checkpoint enable_xformers_memory_efficient_attention preserve_input_precision
+input_perturbation pretrained_model_name_or_path revision variant image_column max_train_samples seed num_train_epochs
+max_train_steps gradient_checkpointing scale_lr snr_gamma dream_training dream_detail_preservation use_8bit_adam allow_tf32
+offload_ema foreach_ema non_ema_revision max_grad_norm report_to noise_offset validation_epochs tracker_project_name
+image_interpolation_mode
+"""
+LUCIDRAINS = """
+dim init_dim out_dim dim_mults channels self_condition learned_variance learned_sinusoidal_cond random_fourier_features
+learned_sinusoidal_dim sinusoidal_pos_emb_theta dropout attn_dim_head attn_heads full_attn flash_attn image_size timesteps
+sampling_timesteps objective beta_schedule schedule_fn_kwargs ddim_sampling_eta auto_normalize offset_noise_strength
+min_snr_loss_weight min_snr_gamma immiscible folder train_batch_size gradient_accumulate_every augment_horizontal_flip train_lr
+train_num_steps ema_update_every ema_decay adam_betas save_and_sample_every num_samples results_folder amp mixed_precision_type
+split_batches convert_image_to calculate_fid inception_block_idx max_grad_norm num_fid_samples save_best_and_latest_only
+"""
+
+
+@pytest.mark.parametrize("names", [DIFFUSERS, LUCIDRAINS])
+def test_every_option_of_another_trainer_is_one_here_or_is_explained(names):
+    fields = dataclasses.fields(train_ddpm.TrainConfig)
+    known = {field.name for field in fields}
+    accepted = known | {field.metadata["alias"] for field in fields}
+    unanswered = [name for name in names.split() if name not in accepted and not explain_foreign(name, known)]
+    # Of evaluation alone, whose script has the counterpart.
+    assert set(unanswered) <= {"num_fid_samples"}
+
+
+@dataclass(frozen=True)
+class Budgeted(Ruled):
+    """Options with presets."""
+
+    preset: Literal["quick", "best"] | None = option(None, "budget")
+    rates: tuple[float, ...] = option((1.0,), "rates", alias="lrs")
+    path: str | None = option(None, "folder")
+
+    PRESETS: ClassVar = {
+        "quick": {"steps": 5},
+        "best": {"steps": 500, "weight": 0.5, "length": 7, "rates": (0.1, 0.2)},
+    }
+    REPLACED_BY: ClassVar = {"path": ("rates",)}
+    ESSENTIAL: ClassVar = ("steps", "rates")
+
+
+Budgeted = takes_keywords(Budgeted)
+
+
+def test_a_preset_gives_what_is_not_given_and_has_an_effect():
+    assert Budgeted(preset="best") == Budgeted(preset="best", steps=500, weight=0.5, rates=(0.1, 0.2))
+    assert Budgeted(preset="best", kind="c").length == 7 and Budgeted(preset="best", kind="c").weight == 0
+    assert Budgeted(preset="best", weight=0.0, steps=3) == Budgeted(
+        preset="best", steps=3, weight=0.0, rates=(0.1, 0.2)
+    )
+    assert Budgeted(preset="best", path="a").rates == (1.0,)
+    assert dataclasses.replace(Budgeted(preset="best"), steps=None).steps is None
+
+
+def test_what_a_preset_means_is_said_and_is_saved(tmp_path, capsys):
+    config = parse_config(Budgeted, ["--preset", "best", "--steps", "3"])
+    assert describe_preset(config) == "preset best: steps 500 (here 3), weight 0.5, rates 0.1 0.2"
+    assert describe_preset(Budgeted()) is None
+    assert parse_config(Budgeted, ["--config", write(tmp_path / "c.yaml", to_yaml(config))]) == config
+    assert to_command(config, "train.py") == "accelerate launch train.py --steps 3 --weight 0.5 --rates 0.1 0.2"
+
+
+def test_every_preset_is_a_config_of_both_networks():
+    for config in (train_ddpm.TrainConfig, TextConfig):
+        for preset in config.PRESETS:
+            for model in ("unet", "dit"):
+                made = config(preset=preset, model=model)
+                assert made.max_train_time and describe_preset(made).startswith(f"preset {preset}: max_train_time ")
+    assert train_ddpm.TrainConfig(preset="best").block_out_channels == (128, 256, 256)
+    assert train_ddpm.TrainConfig(preset="best", model="dit", dit_size="DiT-S/2").num_layers is None
+    assert train_ddpm.TrainConfig(preset="good", max_train_steps=5).max_train_time is None
+
+
+def test_keywords_are_those_of_a_yaml_file(tmp_path):
+    assert Budgeted(lrs=2, path=tmp_path).rates == (2.0,) and Budgeted(path=tmp_path).path == str(tmp_path)
+    assert train_ddpm.TrainConfig(resolution=32, train_data_dir="a") == train_ddpm.TrainConfig(
+        resolution=(32,), dataset_name="a"
+    )
+    with pytest.raises(TypeError, match="^TrainConfig: unknown option lr; here it is learning_rate$"):
+        train_ddpm.TrainConfig(lr=1e-4)
+    with pytest.raises(TypeError, match="unknown option stepps; did you mean steps"):
+        Budgeted(stepps=1)
+    with pytest.raises(ValueError, match="steps must be an integer, got 1.5"):
+        Budgeted(steps=1.5)
+    with pytest.raises(ValueError, match="kind must be one of a, b, c, got 'd'"):
+        Budgeted(kind="d")
+
+
+def test_help_is_short_and_help_all_is_not(capsys):
+    def listed(option):
+        with pytest.raises(SystemExit):
+            parse_config(Budgeted, [option])
+        return capsys.readouterr().out
+
+    short, full = listed("--help"), listed("--help-all")
+    assert "--steps" in short and "--rates" in short and "--weight" not in short
+    assert "--help-all lists all 8 options" in short
+    assert all(f"--{field.name}" in full for field in dataclasses.fields(Budgeted)) and "lists all" not in full
+
+
+def test_the_options_that_matter_are_options_and_few():
+    for config in (train_ddpm.TrainConfig, TextConfig, train_vae.TrainVAEConfig, evaluate.EvaluateConfig):
+        names = [field.name for field in dataclasses.fields(config)]
+        assert set(config.ESSENTIAL) <= set(names) and len(config.ESSENTIAL) <= 30 < len(names)

@@ -62,7 +62,9 @@ def test_a_wheel_is_the_package_and_works_without_its_sources(sources, tmp_path)
     script += "print(diffusers_ext.__file__)"
     where = run(sys.executable, "-c", script, cwd=tmp_path, PYTHONPATH=str(tmp_path / "installed"))
     assert Path(where.strip()) == tmp_path / "installed" / "diffusers_ext" / "__init__.py"
-    metadata = (next((tmp_path / "installed").glob("*.dist-info")) / "METADATA").read_text(encoding="utf-8")
+    about = next((tmp_path / "installed").glob("*.dist-info"))
+    metadata = (about / "METADATA").read_text(encoding="utf-8")
+    assert "diffusers-ext = diffusers_ext.__main__:main" in (about / "entry_points.txt").read_text(encoding="utf-8")
     assert "Apache-2.0" in metadata and "Provides-Extra: train" in metadata
 
 

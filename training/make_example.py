@@ -14,13 +14,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import openmp  # noqa: F401  before torch is loaded
-import calibrate
-import evaluate
 import torch
-import train_ddpm
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 
+from diffusers_ext.commands import calibrate, evaluate, train_ddpm
 from diffusers_ext.hub.remote_code import CODE_FILES
 from diffusers_ext.options import option, run_script
 from diffusers_ext.trainer.config import parse_duration

@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 
 from accelerate import PartialState
-from huggingface_hub.constants import HF_HOME
 from torch import Tensor, nn
 
 from diffusers_ext.atomic_files import finish_replacing, replace_files
@@ -19,6 +18,7 @@ from diffusers_ext.evaluation.pretrained_features import (
     load_pretrained_features,
 )
 from diffusers_ext.evaluation.real_images import RealImages
+from diffusers_ext.machine import own_cache
 from diffusers_ext.metrics.features import FeatureClassifierModel
 from diffusers_ext.metrics.module_features import ModuleFeatures
 from diffusers_ext.models.vae import VAEModel
@@ -129,8 +129,7 @@ def cached_features_folder(real: RealImages) -> Path:
         content.update(repr(real.value_scale).encode())
     shape = "x".join(map(str, real.image_shape))
     slug = Path(os.path.abspath(real.name)).name
-    root = os.environ.get("DIFFUSERS_EXT_CACHE", os.path.join(HF_HOME, "diffusers_ext"))
-    return Path(root, "features", f"{slug}-{shape}-{content.hexdigest()[:12]}")
+    return Path(own_cache(), "features", f"{slug}-{shape}-{content.hexdigest()[:12]}")
 
 
 def measuring_features(

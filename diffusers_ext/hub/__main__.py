@@ -14,17 +14,26 @@ from diffusers_ext.hub.push import push_folder
 from diffusers_ext.hub.remote_code import CODE_FILES, add_code, files_with_code
 
 
-def main(arguments: list[str] | None = None) -> None:
-    options = parser().parse_args(arguments)
+PROGRAM = "python -m diffusers_ext.hub"
+
+
+def main(arguments: list[str] | None = None, program: str = PROGRAM) -> None:
+    options = parser(program).parse_args(arguments)
     try:
         print(options.command(options))
     except (ValueError, OSError) as error:  # those of a user, PermissionError among them, and of the network
-        sys.exit(f"{parser().prog}: {error}")
+        sys.exit(f"{program}: {error}")
 
 
-def parser() -> argparse.ArgumentParser:
+def run(arguments: list[str], program: str) -> None:
+    """As the command `diffusers-ext push`, whose name is the last word of the program's."""
+    program, _, name = program.rpartition(" ")
+    main([name, *arguments], program)
+
+
+def parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "python -m diffusers_ext.hub", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True, metavar="push|code")
     push = commands.add_parser("push", help="upload a saved pipeline or model, in one commit")

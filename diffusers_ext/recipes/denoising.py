@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from accelerate import Accelerator
 from diffusers import ModelMixin, UNet2DModel
@@ -25,7 +25,8 @@ from diffusers_ext.recipes.adapters import add_adapter
 from diffusers_ext.recipes.augmentation import NUM_LABELS
 from diffusers_ext.recipes.denoising_objective import DenoisingObjective, check_internal_weight
 from diffusers_ext.recipes.fine_tuning import load_network, with_labels_of
-from diffusers_ext.recipes.networks import build_network
+from diffusers_ext.recipes.networks import NetworkConfig, build_network
+from diffusers_ext.recipes.presets import DESCRIBED_PRESETS, PRESETS, REPLACED_BY
 from diffusers_ext.recipes.pretrained import options_from, read_pretrained
 from diffusers_ext.recipes.training_path import SCHEDULERS, PathConfig, build_scheduler
 from diffusers_ext.recipes.variational_objective import VariationalModel, VariationalObjective
@@ -44,6 +45,13 @@ class DenoisingConfig(PathConfig):
     Raises:
         ValueError: if options contradict one another or are out of range.
     """
+
+    preset: Literal[tuple(PRESETS)] | None = option(
+        None,
+        f"options for a time that there is: {DESCRIBED_PRESETS}. An option that is given wins; the run's first line says what "
+        "the preset means",
+        "run",
+    )
 
     vae: str | None = fixed_option(
         None,
@@ -263,6 +271,23 @@ class DenoisingConfig(PathConfig):
             raise ValueError(
                 f"objective must be simple with path linear, whose sampler has no variance to learn, got {self.objective}"
             )
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = PRESETS
+    REPLACED_BY: ClassVar[dict[str, tuple[str, ...]]] = REPLACED_BY
+    ESSENTIAL: ClassVar[tuple[str, ...]] = (
+        *NetworkConfig.ESSENTIAL,
+        *(
+            "preset",
+            "model",
+            "block_out_channels",
+            "dit_size",
+            "pretrained_pipeline",
+            "vae",
+            "path",
+            "prediction_type",
+        ),
+        *("num_inference_steps", "guidance_scale"),
+    )
 
     takes_texts: ClassVar[bool] = False  # whether captions are the condition
 

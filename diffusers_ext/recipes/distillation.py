@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 from accelerate import Accelerator
@@ -111,6 +111,19 @@ class DistillConfig(TrainerConfig):
 
     sample_columns: int = option(8, "pictures in a row of the sample grids", "sampling", at_least=1)
     eval_batch_size: int | None = option(None, "pictures sampled at once; by default train_batch_size", at_least=1)
+
+    ESSENTIAL: ClassVar[tuple[str, ...]] = (
+        *TrainerConfig.ESSENTIAL,
+        *(
+            "pipeline",
+            "method",
+            "student_steps",
+            "teacher_steps",
+            "steps_per_stage",
+            "guidance_scale",
+            "sample_columns",
+        ),
+    )
 
     def __post_init__(self):
         if self.pipeline is None:

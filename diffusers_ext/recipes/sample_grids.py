@@ -16,16 +16,15 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
+from diffusers_ext.evaluation.animation import as_shown
 from diffusers_ext.evaluation.generate import condition_of, sample_images, shared_by_processes
 from diffusers_ext.figures import labelled_grid, save_picture
-from diffusers_ext.pipelines.outputs import decode_samples
 from diffusers_ext.recipes.condition_grids import SAMPLES_OF_EACH, ConditionPictures
 from diffusers_ext.recipes.denoising import DenoisingConfig
 from diffusers_ext.trainer.ending import EndingCost, seconds_of
 from diffusers_ext.trainer.loop import Trainer
 from diffusers_ext.trainer.progress import counting_bar
 from diffusers_ext.trainer.run import save_atomically
-from diffusers_ext.value_scale import ValueScale
 
 
 MAX_ROWS = 16
@@ -157,14 +156,10 @@ def draw_denoising(
         ["x_t", "predicted x_0"],
         [x_t, x0_hat],
     )
-    vae, statistics = (getattr(pipe, name, None) for name in ("vae", "statistics"))
-    if vae is not None:
+    if getattr(pipe, "vae", None) is not None:
         names = [f"{name}, decoded" for name in names]
-    with torch.no_grad():
-        labels = None if label is None else torch.tensor([label])
-        rows = [decode_samples(row, vae, statistics, labels) for row in rows]
-    scale = ValueScale.of_config(pipe.config.get("value_scale"))
-    shown = [(row.float() + 1) / 2 if scale is None else scale.to_values(row.float()) for row in rows]
+    labels = None if label is None else torch.tensor([label])
+    shown = [as_shown(pipe, row, labels) for row in rows]
     save_picture(labelled_grid(shown, names, heads), path)
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from diffusers_ext.data.captions import EmbeddingTable, TokenTable, embed_captions
 from diffusers_ext.draws import derived_seed
 from diffusers_ext.guidance.texts import longest_text, masks_padding_by_default
-from diffusers_ext.options import fixed_option, option
+from diffusers_ext.options import fixed_option, option, takes_keywords
 from diffusers_ext.recipes.denoising import DenoisingConfig
 from diffusers_ext.recipes.pretrained import read_pretrained
 from diffusers_ext.recipes.sample_grids import MAX_ROWS
@@ -38,6 +38,7 @@ LONGEST_BY_DEFAULT = 77  # tokens of a text for an encoder that is made for the 
 NUM_PROMPTS = 8
 
 
+@takes_keywords
 @dataclass(frozen=True)
 class TextConfig(DenoisingConfig):
     """Train a Gaussian diffusion model on images and their captions."""
@@ -89,6 +90,10 @@ class TextConfig(DenoisingConfig):
     )
 
     takes_texts: ClassVar[bool] = True
+    ESSENTIAL: ClassVar[tuple[str, ...]] = (
+        *DenoisingConfig.ESSENTIAL,
+        *("caption_column", "pretrained_text_encoder", "validation_prompts"),
+    )
 
     def __post_init__(self):
         super().__post_init__()

@@ -10,7 +10,7 @@ import torch
 
 from diffusers_ext.data.config import TrainingDataConfig
 from diffusers_ext.draws import check_seed
-from diffusers_ext.machine import available_cores, fastest
+from diffusers_ext.machine import available_cores, default_device, fastest
 from diffusers_ext.options import fixed_option, option
 from diffusers_ext.trainer.ema import power_function_exponent
 from diffusers_ext.trainer.optimizers import OPTIMIZERS
@@ -163,6 +163,19 @@ class TrainerConfig(TrainingDataConfig):
     hub_private_repo: bool = option(False, "make the repository private")
 
     DEFAULT_MAX_TRAIN_STEPS: ClassVar[int] = 1200
+    # What `--help` lists: `--help-all` has the rest.
+    ESSENTIAL: ClassVar[tuple[str, ...]] = (
+        *("dataset_name", "resolution", "random_flip", "streaming", "validation_split"),
+        *("output_dir", "seed", "max_train_steps", "max_train_time", "train_batch_size", "learning_rate"),
+        *(
+            "mixed_precision",
+            "resume_from_checkpoint",
+            "save_images_steps",
+            "report_to",
+            "push_to_hub",
+            "hub_model_id",
+        ),
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -226,7 +239,7 @@ class TrainerConfig(TrainingDataConfig):
 
 def resolve_for_machine(config: TrainerConfig) -> TrainerConfig:
     """Settles what was left to the machine: precision, memory layout, workers; and the kind of average."""
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = default_device()
     changes = {}
     if config.mixed_precision is None:
         # `accelerate launch` says "no" whether or not it was asked to, so only another word of it counts.

@@ -22,7 +22,7 @@ from diffusers_ext.hub import push as hub
 from diffusers_ext.hub.remote_code import add_code
 from diffusers_ext.hub.saved_folder import SavedFolder, loading_lines
 from diffusers_ext.machine import set_threads
-from diffusers_ext.options import to_yaml
+from diffusers_ext.options import describe_preset, to_yaml
 from diffusers_ext.trainer.checkpoints import list_checkpoints
 from diffusers_ext.trainer.config import TrainerConfig, describe_speed, resolve_for_machine
 from diffusers_ext.trainer.loop import Trainer
@@ -52,6 +52,8 @@ def make_accelerator(config: TrainerConfig) -> Accelerator:
     )
     set_threads(config.num_threads, accelerator.num_processes)
     accelerator.print(describe_speed(config, accelerator.device.type))
+    if preset := describe_preset(config):
+        accelerator.print(preset)
     return accelerator
 
 

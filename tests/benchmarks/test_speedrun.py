@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from diffusers_ext.commands.train_ddpm import TrainConfig
 from diffusers_ext.options import parse_config
-from training.train_ddpm import TrainConfig
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from diffusers_ext.commands.train_text_to_image import load_data
 from diffusers_ext.data.captions import embed_captions, find_caption_column, mask_path
 from diffusers_ext.data.config import DataConfig
 from diffusers_ext.data.label_columns import fair_share
@@ -27,7 +28,6 @@ from tiny_text import (
     tiny_text_unet,
     tiny_tokenizer,
 )
-from training.train_text_to_image import load_data
 
 
 TEXTS = ["red dot", "", "a much longer green bar"]

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
+from diffusers_ext.commands.train_ddpm import rows_of
 from diffusers_ext.data.config import DataConfig
 from diffusers_ext.data.label_columns import fair_share, read_labels
 from diffusers_ext.data.prepare import prepare_images
 from diffusers_ext.data.sources import load_digits
-from training.train_ddpm import rows_of
 
 
 RNG = np.random.default_rng(0)

@@ -10,6 +10,7 @@ from datasets import ClassLabel, List, Value
 from PIL import Image
 
 from diffusers_ext import GuidedDiffusionPipeline, UNetModel, VAEModel
+from diffusers_ext.commands.train_ddpm import TrainConfig, build_objective, build_scheduler, main
 from diffusers_ext.data.batches import BatchOptions, TrainingBatches, make_batches
 from diffusers_ext.data.latent_cache import prepare_samples
 from diffusers_ext.data.prepare import prepare_images, prepare_stream
@@ -19,7 +20,6 @@ from training.cache_latents import CacheConfig
 from training.cache_latents import main as cache_latents
 from training.train_classifier import TrainClassifierConfig
 from training.train_classifier import main as train_classifier
-from training.train_ddpm import TrainConfig, build_objective, build_scheduler, main
 
 
 NAMES = ["left", "right", "top"]

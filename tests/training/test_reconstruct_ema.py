@@ -11,9 +11,9 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from diffusers_ext import UNetModel
+from diffusers_ext.commands import reconstruct_ema
 from diffusers_ext.trainer.posthoc_ema import AverageSnapshots
 from tiny import tiny_unet
-from training import reconstruct_ema
 from training.reconstruct_ema import ReconstructConfig
 from training.train_ddpm import TrainConfig, main
 

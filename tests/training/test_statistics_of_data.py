@@ -6,6 +6,7 @@ import torch
 
 import diffusers_ext
 from diffusers_ext import GaussianPriorModel, VAEModel
+from diffusers_ext.commands import fit_prior, study, train_classifier, train_ddpm
 from diffusers_ext.data.prepare import prepare_images
 from diffusers_ext.evaluation.bits_per_dim import measure_bits_per_dim
 from diffusers_ext.evaluation.guidance_comparison import add_networks
@@ -15,7 +16,6 @@ from diffusers_ext.recipes.text_to_image import TextConfig
 from diffusers_ext.recipes.training_path import build_scheduler
 from diffusers_ext.trainer.run_folder import read_metrics
 from runs import forget_accelerate
-from training import fit_prior, study, train_classifier, train_ddpm
 
 
 SMALL = {

@@ -20,12 +20,12 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import diffusers_ext
+from diffusers_ext.commands.train_ddpm import TrainConfig, build_objective, build_scheduler, main
 from diffusers_ext.data.sources import load_digits
 from diffusers_ext.options import parse_config
 from diffusers_ext.trainer.run_folder import read_metrics
 from environment import HUNG_AFTER
 from processes import Launched, in_ranks
-from training.train_ddpm import TrainConfig, build_objective, build_scheduler, main
 
 
 ROOT = Path(__file__).parents[2]

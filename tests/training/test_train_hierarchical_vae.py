@@ -9,6 +9,8 @@ import torch
 from diffusers import AutoModel
 
 from diffusers_ext import ExtDDIMScheduler, GuidedDiffusionPipeline, HierarchicalVAEModel, UNetModel
+from diffusers_ext.commands.evaluate_vae import EvaluateVAEConfig, load_autoencoder
+from diffusers_ext.commands.evaluate_vae import main as evaluate
 from diffusers_ext.data.latent_cache import load_vae
 from diffusers_ext.data.sources import load_digits
 from diffusers_ext.evaluation.feature_folders import FEATURES_FILE
@@ -17,8 +19,6 @@ from diffusers_ext.metrics.features import FeatureClassifierModel
 from diffusers_ext.models.vae_likelihood import vae_likelihood
 from diffusers_ext.trainer.run_folder import read_metrics
 from runs import assert_same_run, forget_accelerate
-from training.evaluate_vae import EvaluateVAEConfig, load_autoencoder
-from training.evaluate_vae import main as evaluate
 from training.train_vae import TrainVAEConfig, main
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from diffusers_ext import ExtDDIMScheduler, TextGuidedDiffusionPipeline, VAEModel
+from diffusers_ext.commands.train_text_to_image import main
 from diffusers_ext.figures import labelled_grid
 from diffusers_ext.options import parse_config
 from diffusers_ext.recipes.text_encoder import train_tokenizer
@@ -39,7 +40,6 @@ from training.reconstruct_ema import ReconstructConfig
 from training.reconstruct_ema import main as reconstruct
 from training.sample_prompts import SampleConfig
 from training.sample_prompts import main as draw
-from training.train_text_to_image import main
 
 
 SMALL = {

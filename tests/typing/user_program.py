@@ -4,7 +4,14 @@ import torch
 from PIL import Image
 
 import diffusers_ext
-from diffusers_ext import ExtDDIMScheduler, GuidedDiffusionPipeline, UNetModel, WeakModelGuidance
+from diffusers_ext import (
+    ExtDDIMScheduler,
+    GuidedDiffusionPipeline,
+    TrainConfig,
+    UNetModel,
+    WeakModelGuidance,
+    train,
+)
 from diffusers_ext.hub.push import push_folder
 
 
@@ -29,3 +36,5 @@ pipe = GuidedDiffusionPipeline(denoiser=unet, scheduler=scheduler)
 pipe.save_pretrained("runs/mine")
 address: str = push_folder("runs/mine", "you/mine", private=True)
 draw(diffusers_ext.example("digits"))[0].save("three.png")
+trained = train(TrainConfig(dataset_name="path/to/images", max_train_time="10m", learning_rate=1e-4))
+trained.save_pretrained("runs/copy")

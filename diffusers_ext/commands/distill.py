@@ -1,0 +1,140 @@
+"""Distil a pipeline into a student that makes its images in few steps.
+
+The command `diffusers-ext distill`; `training/distill.py` says how it is used.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from accelerate import Accelerator
+from diffusers import ModelMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+from diffusers_ext import GuidedDiffusionPipeline
+from diffusers_ext.data.image_table import ImageData
+from diffusers_ext.data.latent_cache import SampleSpace, prepare_samples
+from diffusers_ext.data.stream import StreamData
+from diffusers_ext.data.validation import prepare_validation
+from diffusers_ext.options import parse_config, run_script, to_command, to_yaml
+from diffusers_ext.recipes.distillation import (
+    DistillConfig,
+    build_objective,
+    check_steps,
+    complete,
+    load_student_data,
+    student_scheduler,
+)
+from diffusers_ext.recipes.sample_grids import draw_while_training, drawing_cost, save_and_draw
+from diffusers_ext.recipes.teacher import Teacher, load_teacher
+from diffusers_ext.trainer.config import resolve_for_machine
+from diffusers_ext.trainer.loop import Trainer
+from diffusers_ext.trainer.run import describe_data, finish_run, make_accelerator, open_run
+from diffusers_ext.trainer.sharding import is_sharded
+
+
+def main(config: DistillConfig) -> Path:
+    """Distils a pipeline and returns the folder of the student."""
+    command = to_command(config, "training/distill.py")
+    config = complete(config)
+    accelerator = make_accelerator(config)
+    if is_sharded(accelerator):
+        raise ValueError("a distillation has its teacher in each process, which FSDP spreads: launch with --multi_gpu")
+    with open_run(config, accelerator) as open_folder:
+        pipe = load_teacher(config.pipeline)
+        check_steps(config, Teacher(pipe, config.guidance_scale, config.guidance_interval))
+        config, data, space = load_student_data(config, accelerator, pipe)
+        open_folder(
+            dataclasses.replace(resolve_for_machine(config), report_to=None)
+        )  # each stage has trackers of its own
+        for stage in config.stages():
+            folder = Path(stage.output_dir)
+            if stage.output_dir != config.output_dir:
+                if (folder / "model_index.json").is_file():
+                    accelerator.print(
+                        f"{folder} holds the student of {stage.student_steps} steps: it is not trained anew"
+                    )
+                    continue
+                if accelerator.is_main_process:
+                    folder.mkdir(parents=True, exist_ok=True)
+                accelerator.wait_for_everyone()
+            run_stage(resolve_for_machine(stage), accelerator, data, space, command)
+            accelerator.free_memory()
+    return Path(config.output_dir)
+
+
+def run_stage(
+    config: DistillConfig,
+    accelerator: Accelerator,
+    data: ImageData | StreamData,
+    space: SampleSpace,
+    command: str,
+) -> None:
+    """Trains a student and saves it as a pipeline, with its card."""
+    accelerator.print(f"\n{config.method} distillation of {config.pipeline} to {config.student_steps} steps")
+    if config.report_to:
+        accelerator.project_configuration.logging_dir = f"{config.output_dir}/logs"
+        accelerator.init_trackers(config.tracker_project_name, config={"options": to_yaml(config)})
+    pipe = load_teacher(config.pipeline).to(accelerator.device)
+    teacher = Teacher(pipe, config.guidance_scale, config.guidance_interval, accelerator.autocast)
+    if config.label_dropout is None:
+        config = dataclasses.replace(config, label_dropout=0.1 if teacher.null_label is not None else 0.0)
+    student = teacher.copy_network()
+    if not config.label_dropout and "learned_unconditional" in student.config and not data.has_unlabelled:
+        student.register_to_config(learned_unconditional=data.id2label is None)
+    saved = partial(
+        averaged_student, scheduler=student_scheduler(config, teacher), vae=space.vae, names=pipe.config.id2label
+    )
+    objective, rows = build_objective(config, teacher, accelerator), rows_of(data)
+    trainer = Trainer(
+        config,
+        accelerator,
+        student,
+        objective,
+        data,
+        batch_options={"label_dropout": config.label_dropout} | space.batch_options,
+        on_images=partial(draw_while_training, saved, rows),
+        validation_data=prepare_validation(config, data, partial(prepare_samples, vae=space.vae)),
+        prepare_batch=space.encoder(accelerator.device),
+        ending_cost=partial(drawing_cost, saved, rows),
+        saved=saved,
+    )
+    objective.progress = lambda: trainer.budget.progress(trainer.state.step, trainer.state.seconds)
+    objective.steps = lambda: trainer.state.step
+    trainer.train()
+    save_and_draw(saved, rows, trainer, label=None if data.id2label is None else data.used_labels[0])
+    if accelerator.is_main_process:
+        finish_run(trainer, command, "\n\n".join([describe_data(config, data), *data.notes]))
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    accelerator.trackers = []
+
+
+@contextmanager
+def averaged_student(
+    trainer: Trainer, scheduler: SchedulerMixin, vae: ModelMixin | None, names: dict[str, str] | None
+) -> Iterator[GuidedDiffusionPipeline]:
+    """The pipeline of the student as it stands, with the averaged weights if there are any."""
+    with trainer.averaged_model() as model:
+        pipe = GuidedDiffusionPipeline(
+            denoiser=model,
+            scheduler=type(scheduler).from_config(scheduler.config),
+            vae=vae,
+            id2label=names,
+            call_defaults={"num_inference_steps": trainer.config.student_steps},
+        )
+        pipe.set_progress_bar_config(disable=True)
+        yield pipe
+
+
+def rows_of(data: ImageData | StreamData) -> dict[str, list | None]:
+    """The rows of a sample grid: one for each label that images have."""
+    if data.id2label is None:
+        return {"labels": None, "names": None}
+    return {"labels": data.used_labels, "names": [data.id2label[label] for label in data.used_labels]}
+
+
+parse = partial(parse_config, DistillConfig, first="pipeline")
+run = partial(run_script, DistillConfig, main, first="pipeline")

@@ -1,0 +1,164 @@
+"""Train a Gaussian diffusion model on images or sequences, by label if there are labels.
+
+The command `diffusers-ext train`; `training/train_ddpm.py` says how it is used.
+"""
+
+import dataclasses
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+from diffusers_ext import GuidedDiffusionPipeline
+from diffusers_ext.conditions import ImageCondition
+from diffusers_ext.data.image_table import ImageData
+from diffusers_ext.data.latent_cache import SampleSpace, value_scale_of
+from diffusers_ext.data.stream import StreamData
+from diffusers_ext.hub.cards import DEFAULT_LIMITATIONS
+from diffusers_ext.options import fixed_option, option, run_script, takes_keywords, to_command
+from diffusers_ext.recipes.adapters import save_adapter, without_adapter
+from diffusers_ext.recipes.augmentation import augmenting, check_augmentation
+from diffusers_ext.recipes.calibration import calibrate_run, with_calibration
+from diffusers_ext.recipes.condition_grids import condition_rows, described_run
+from diffusers_ext.recipes.data_statistics import with_statistics
+from diffusers_ext.recipes.denoising import (
+    DenoisingConfig,
+    build_model,
+    build_objective,
+    load_data,
+    load_validation,
+    refuse_unlearned_guidance,
+    with_its_schedule,
+    without_its_schedule,
+)
+from diffusers_ext.recipes.fine_tuning import names_of_labels, pretrained_vae
+from diffusers_ext.recipes.image_condition import batch_maker, batch_options, condition_of_run, network_options
+from diffusers_ext.recipes.sample_grids import draw_while_training, drawing_cost, first_of, save_and_draw
+from diffusers_ext.recipes.training_path import build_scheduler
+from diffusers_ext.trainer.config import resolve_for_machine
+from diffusers_ext.trainer.loop import Trainer
+from diffusers_ext.trainer.run import describe_data, finish_run, make_accelerator, open_run
+
+
+# What the card of a model of sequences says that is not so of images.
+CARD_OF_SEQUENCES = {
+    "pipeline_tag": "other",  # the Hub has no name for the task
+    "limitations": DEFAULT_LIMITATIONS.replace("makes images", "makes sequences").replace(
+        "training images", "training data"
+    ),
+}
+
+
+@takes_keywords
+@dataclass(frozen=True)
+class TrainConfig(DenoisingConfig):
+    """Train a Gaussian diffusion model on images or sequences, by label if there are labels."""
+
+    label_dropout: float = fixed_option(
+        0.1, "probability of training an image without its label, for guidance", "labels"
+    )
+
+    calibrate: bool | None = option(
+        None,
+        "choose at the end what the pipeline does by default, as training/calibrate.py does, in a tenth of the training's time "
+        "or 30 s if that is more; by default after a training of at least 2 minutes on the path of a beta_schedule",
+        "sampling",
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.label_dropout < 1:
+            raise ValueError(f"label_dropout must be in [0, 1), got {self.label_dropout:g}")
+        if self.calibrate and not self.has_beta_schedule:
+            raise ValueError(
+                f"calibrate is for the paths of a beta_schedule, which path {self.path} is not: leave it out"
+            )
+        if self.calibrate and self.has_condition:
+            raise ValueError("calibrate is for models without condition images: leave it out")
+
+
+def main(config: TrainConfig) -> Path:
+    """Trains a model and returns the folder of its pipeline."""
+    accelerator = make_accelerator(config)
+    command = to_command(config, "training/train_ddpm.py")
+    config = resolve_for_machine(config)
+    with open_run(config, accelerator) as open_folder:
+        vae = pretrained_vae(config)
+        data = load_data(config, accelerator, vae)
+        space = with_statistics(config, data, SampleSpace.of(data, vae), accelerator)
+        config = dataclasses.replace(config, resolution=space.resolution, resize_mode=data.resize_mode)
+        config.check_sample(space.shape[1:], space.resolution)
+        unlabelled = config.label_dropout > 0 or data.num_classes is None or data.has_unlabelled
+        refuse_unlearned_guidance(config, unlabelled or config.drops_condition, "label_dropout")
+        check_augmentation(config, data)
+        condition = condition_of_run(config, data, space)
+        held_out = load_validation(config, accelerator, data, vae)
+        rows = rows_of(data) if condition is None else condition_rows(config, condition, held_out, data)
+        open_folder(config)
+        of_image = network_options(config, condition, space)
+        network = build_model(config, space, data.num_classes, learned_unconditional=unlabelled, **of_image)
+        model = with_its_schedule(config, network, space.num_values)
+        scheduler, scale = build_scheduler(config, largest_x0=space.largest), value_scale_of(data, vae)
+        pipeline = partial(averaged_pipeline, scheduler=scheduler, space=space, condition=condition, value_scale=scale)
+        trainer = Trainer(
+            config,
+            accelerator,
+            model,
+            build_objective(config, scheduler, accelerator, num_bins=space.num_values, model=model),
+            data,
+            batch_options={"label_dropout": config.label_dropout, "timestep_sampling": config.time_sampling}
+            | space.batch_options
+            | batch_options(config, condition)
+            | {"augmentation": config.augmentation_probability > 0},
+            on_images=partial(draw_while_training, pipeline, rows),
+            validation_data=held_out,
+            prepare_batch=augmenting(config, batch_maker(condition, space, accelerator.device)),
+            ending_cost=with_calibration(partial(drawing_cost, pipeline, rows), config.calibrate),
+            saved=pipeline,
+        )
+        trainer.train()
+        save_and_draw(pipeline, rows, trainer, **first_of(rows))
+        save_adapter(trainer)
+        calibrate_run(trainer, config.calibrate, command)
+        if accelerator.is_main_process:
+            described = "\n\n".join([describe_data(config, data), *data.notes])
+            about = described_run(condition) | ({} if scale is None else CARD_OF_SEQUENCES)
+            finish_run(trainer, command, described, **about)
+    return trainer.output_dir
+
+
+@contextmanager
+def averaged_pipeline(
+    trainer: Trainer,
+    scheduler: SchedulerMixin,
+    space: SampleSpace,
+    condition: ImageCondition | None,
+    value_scale: dict | None = None,
+):
+    """The pipeline as it stands, with the averaged weights if there are any; the model's own come back at the end."""
+    with trainer.averaged_model() as model:
+        network, scheduler = without_its_schedule(trainer.config, model, scheduler)
+        pipe = GuidedDiffusionPipeline(
+            denoiser=without_adapter(network),
+            scheduler=scheduler,
+            vae=space.vae,
+            statistics=space.statistics,
+            id2label=names_of_labels(trainer.config, trainer.data),
+            clip_guided_noise=True,
+            image_condition=None if condition is None else condition.to_config(),
+            value_scale=value_scale,
+        )
+        pipe.set_progress_bar_config(disable=True)
+        yield pipe
+
+
+def rows_of(data: ImageData | StreamData) -> dict[str, list | None]:
+    """The rows of a sample grid: one for each label that images have."""
+    if data.id2label is None:
+        return {"labels": None, "names": None}
+    return {"labels": data.used_labels, "names": [data.id2label[label] for label in data.used_labels]}
+
+
+run = partial(run_script, TrainConfig, main)
