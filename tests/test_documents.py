@@ -7,8 +7,8 @@ names, as those of somebody who reads on do.
 
 import ast
 import contextlib
+import functools
 import io
-import os
 import re
 import runpy
 import shlex
@@ -40,6 +40,7 @@ from diffusers_ext.__main__ import COMMANDS
 from diffusers_ext.__main__ import main as command_main
 from diffusers_ext.hub.__main__ import main as hub_main
 from guided_diffusion_unet import GuidedDiffusionUNet
+from processes import Launched
 from tiny import tiny_stock_unet, tiny_unet
 from tiny_text import tiny_clip, tiny_text_unet, tiny_tokenizer
 
@@ -163,22 +164,39 @@ def save_pipelines():
     TextGuidedDiffusionPipeline(tiny_text_unet(), schedule, **parts).save_pretrained("runs/twemoji64")
 
 
-class Desk:
-    """A folder to run a document in, as from the root of a checkout."""
+def save_checkpoint_of_guided_diffusion(file):
+    torch.save(GuidedDiffusionUNet(num_head_channels=64).state_dict(), file)
 
-    def __init__(self, folder):
+
+# Data and models by the names that documents give them.
+MATERIAL = {
+    "path/to/images": lambda folder: save_files(folder, side=20),
+    "path/to/captioned_images": lambda folder: save_data(folder, {"train": 12, "test": 9}, 32, "RGB", with_texts=True),
+    "path/to/fashion_mnist": lambda folder: save_data(folder, {"train": 18, "validation": 9}, 28, "L"),
+    "path/to/twemoji64": lambda folder: save_data(folder, {"train": 18, "test": 9}, 64, "RGB", with_texts=True),
+    "path/to/sequences": lambda folder: save_sequences(folder, channels=2),
+    "path/to/italy_power_demand": lambda folder: save_sequences(folder, channels=1),
+    "path/to/64x64_diffusion.pt": save_checkpoint_of_guided_diffusion,
+    "a/stable-diffusion": save_stable_diffusion,
+    "a/ddpm": save_ddpm,
+}
+
+
+class Desk:
+    """A folder to run a document in, as from the root of a checkout.
+
+    Args:
+        text: What is there is what the text names; all of it for `None`.
+    """
+
+    def __init__(self, folder, text=None):
         self.folder = folder
         for name in ("training", "benchmarks", "constraints.txt", "setup.cfg"):
             (folder / name).symlink_to(ROOT / name)
-        save_files(folder / "path/to/images", side=20)
-        save_data(folder / "path/to/captioned_images", {"train": 12, "test": 9}, 32, "RGB", with_texts=True)
-        save_data(folder / "path/to/fashion_mnist", {"train": 18, "validation": 9}, 28, "L")
-        save_data(folder / "path/to/twemoji64", {"train": 18, "test": 9}, 64, "RGB", with_texts=True)
-        save_sequences(folder / "path/to/sequences", channels=2)
-        save_sequences(folder / "path/to/italy_power_demand", channels=1)
-        save_stable_diffusion(folder / "a/stable-diffusion")
-        save_ddpm(folder / "a/ddpm")
-        torch.save(GuidedDiffusionUNet(num_head_channels=64).state_dict(), folder / "path/to/64x64_diffusion.pt")
+        for name, save in MATERIAL.items():
+            if text is None or name in text:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                save(folder / name)
         self.names = {"__name__": "document"}
         self.launches = False  # by accelerate, in processes of their own
 
@@ -200,10 +218,8 @@ class Desk:
                 name = f"diffusers_ext-{diffusers_ext.__version__}-py3-none-any.whl"
                 assert wheel.rstrip("]").split("[") == [f"dist/{name}", "train"]
             case ["python", "-m", "pytest", *options]:
-                collected = subprocess.run(
-                    [sys.executable, "-m", "pytest", *options, "--version"], capture_output=True, cwd=ROOT, check=False
-                )
-                assert collected.returncode == 0, collected.stderr
+                assert {option for option in options if option.startswith("-")} <= options_of_pytest()
+                assert all((ROOT / option).exists() for option in options if option.startswith("tests/"))
             case ["python", "-m", "diffusers_ext.hub", *options]:
                 with contextlib.redirect_stdout(io.StringIO()):
                     hub_main(options)
@@ -219,23 +235,21 @@ class Desk:
 
     def launch(self, script, options):
         """In processes of its own, as printed."""
-        command = [
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            "--cpu",
-            "--num_processes",
-            "1",
-            script,
-            *options,
-        ]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, done.stderr
+        process = Launched(script, options, ("--cpu", "--num_processes", "1"))
+        output = process.communicate()
+        assert process.returncode == 0, output
 
     def run_python(self, block):
         with contextlib.redirect_stdout(io.StringIO()):
             exec(compile(block, "a block of the document", "exec"), self.names)
+
+
+@functools.cache
+def options_of_pytest():
+    """With those of `tests/conftest.py`."""
+    command = [sys.executable, "-m", "pytest", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    return set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", done.stdout))
 
 
 def read_extras():
@@ -280,16 +294,23 @@ def in_this_process(work, command):
     return printed.getvalue()
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """One for all documents, whose data are the same: features of them are trained once."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture
-def desk(tmp_path, monkeypatch, hub):
+def desk(tmp_path, monkeypatch, hub, request, cache):
     monkeypatch.setenv("HF_TOKEN", "hf_token_of_you")
-    monkeypatch.setenv("DIFFUSERS_EXT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("DIFFUSERS_EXT_CACHE", str(cache))
     threads = torch.get_num_threads()
     bars = diffusers.utils.logging.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     diffusers.utils.logging.disable_progress_bar()
     monkeypatch.chdir(tmp_path)
-    yield Desk(tmp_path)
+    path = request.node.callspec.params["path"] if hasattr(request.node, "callspec") else None
+    yield Desk(tmp_path, None if path is None else (ROOT / path).read_text() + BEFORE.get(path, ""))
     torch.set_num_threads(threads)
     datasets.enable_progress_bars()
     if bars:
