@@ -46,11 +46,11 @@ from diffusers_ext.evaluation.guidance_comparison import (
     GuidanceOptions,
     add_networks,
     call_settings,
-    counted_calls,
     describe_settings,
     why_missing,
 )
 from diffusers_ext.evaluation.guidance_results import Results, best_of, describe_best
+from diffusers_ext.evaluation.network_calls import counted_calls
 from diffusers_ext.evaluation.options import DataOptions, take_options_of_run
 from diffusers_ext.evaluation.pipeline_facts import default_of, image_size_of, label_names_of
 from diffusers_ext.evaluation.real_images import RealImages, load_real_images
@@ -146,7 +146,7 @@ def main(config: CompareConfig) -> dict | None:
     for number, (method, scale, settings) in enumerate(plan, start=1):
         title = f"{METHODS.get(method, UNGUIDED_TITLE)} at {scale:g} ({number} of {len(plan)})"
         how = describe_settings(settings) | hashes_of(method, pipe)
-        if results.find(method, scale, how):
+        if results.find(method=method, guidance_scale=scale, how=how):
             state.print(f"{title}: in {results.path}", flush=True)
             continue
         state.print(title, flush=True)
