@@ -43,12 +43,13 @@ from diffusers_ext.evaluation.evaluator import (
 from diffusers_ext.evaluation.feature_folders import measuring_features
 from diffusers_ext.evaluation.generate import LARGEST_SEED_OF_SETS
 from diffusers_ext.evaluation.image_folder import is_image_folder, read_image_folder
+from diffusers_ext.evaluation.likelihood_curves import draw_likelihood
 from diffusers_ext.evaluation.likelihood_options import LikelihoodOptions
 from diffusers_ext.evaluation.options import DataOptions, take_options_of_run
 from diffusers_ext.evaluation.pipeline_facts import image_size_of, label_names_of, takes_prompts
-from diffusers_ext.evaluation.real_images import RealImages, load_real_images
+from diffusers_ext.evaluation.real_images import RealImages, describe_reference, load_real_images
 from diffusers_ext.evaluation.reference_cache import reference_features
-from diffusers_ext.evaluation.report import CONDITIONED_PICTURE, describe, figures_of
+from diffusers_ext.evaluation.report import CONDITIONED_PICTURE, LIKELIHOOD_PICTURE, describe, figures_of
 from diffusers_ext.evaluation.spread import measure_over_seeds
 from diffusers_ext.evaluation.subject import generate_for, load_pipeline
 from diffusers_ext.evaluation.sweep import SWEPT, Sweep, SweepOptions
@@ -137,6 +138,7 @@ class EvaluateConfig(LikelihoodOptions, SweepOptions, DataOptions):
         check_seed(self.seed, LARGEST_SEED_OF_SETS)
         check_seed(self.seed + self.num_seeds - 1, LARGEST_SEED_OF_SETS)
         self.check_sweep()
+        self.check_likelihood()
         if self.sweep and self.bits_per_dim:
             raise ValueError("bits_per_dim does not depend on the sampler: measure it without --sweep")
 
@@ -166,13 +168,16 @@ def main(config: EvaluateConfig) -> dict | None:
     num_images = len(images) if pipeline is None else config.num_images
     evaluator = make_evaluator(config, real, features, num_images, about_features) if state.is_main_process else None
     bf16 = is_fast_at_bf16(state.device.type) if config.mixed_precision is None else config.mixed_precision == "bf16"
-    setting = Setting(config, state, real, describe_reference(config, real, num_images), about_features, bf16)
+    reference = describe_reference(real, config.for_data().dataset_split, num_images, config.num_neighbours)
+    setting = Setting(config, state, real, reference, about_features, bf16)
     if config.sweep:
         return sweep(setting, pipeline, evaluator)
     likelihood = {}
     if config.bits_per_dim:
         how = {"batch_size": config.eval_batch_size, "bf16": bf16, "seed": config.seed}
         likelihood = {"likelihood": config.measure_likelihood(pipeline, real, **how)}
+        if config.likelihood_curves and state.is_main_process:
+            draw_likelihood(likelihood["likelihood"]["curves"], path_of_result(config).with_name(LIKELIHOOD_PICTURE))
     if pipeline is None:
         generated, spread = evaluator.measure(images, labels) if state.is_main_process else {}, {}
     else:
@@ -386,18 +391,6 @@ def make_evaluator(
         if features is None
         else reference_features(features, real.train, about_features["sha256"]),
     )
-
-
-def describe_reference(config: EvaluateConfig, real: RealImages, num_images: int) -> dict:
-    """Which real images are measured against: all of them by the Fréchet distance, a part by the other measures."""
-    return {
-        "dataset_name": config.dataset_name,
-        "dataset_split": config.for_data().dataset_split,
-        "image_shape": list(real.image_shape),
-        "num_images": len(real.train),
-        "num_compared": min(len(real.train), num_images),
-        "num_neighbours": config.num_neighbours,
-    }
 
 
 def measure_held_out(evaluator: Evaluator, real: RealImages, number: int) -> dict:

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from diffusers_ext.diffusion.probability_flow import DEQUANTIZATIONS
 from diffusers_ext.evaluation.bits_per_dim import FIXED_VARIANCES, measure_bits_per_dim
+from diffusers_ext.evaluation.flow_settings import FlowSettings
 from diffusers_ext.evaluation.real_images import RealImages
 from diffusers_ext.options import option
 
@@ -48,6 +50,33 @@ class LikelihoodOptions:
         at_least=1,
         needs="bits_per_dim",
     )
+    flow_tolerance: float | None = option(
+        None,
+        "or to this tolerance, by SciPy's RK45; the number of calls is reported",
+        needs="bits_per_dim",
+    )
+    dequantization: Literal[DEQUANTIZATIONS] = option(
+        "decoder",
+        "where the flow starts: at the cleanest noise level, from which the decoder gives the image; or within the bin of each "
+        "value, at a uniform point or by the path's own noise, truncated to the bin (arXiv 2305.03935)",
+        needs="bits_per_dim",
+    )
+    likelihood_curves: bool = option(
+        False,
+        "rate-distortion curve and the bound's term of each timestep, in the result and as likelihood.png beside it",
+        needs="bits_per_dim",
+    )
+
+    def check_likelihood(self) -> None:
+        """Refuses options that contradict one another.
+
+        Raises:
+            ValueError: with what to do.
+        """
+        if self.flow_tolerance is not None and not 0 < self.flow_tolerance < 1:
+            raise ValueError(f"flow_tolerance must be in (0, 1), got {self.flow_tolerance}")
+        if self.bits_per_dim:
+            FlowSettings.of(self.num_flow_steps, self.flow_tolerance, self.dequantization)
 
     def measure_likelihood(self, pipeline, real: RealImages, *, batch_size: int, bf16: bool, seed: int) -> dict:
         """The variational bound of held-out images, see `measure_bits_per_dim`.
@@ -73,6 +102,9 @@ class LikelihoodOptions:
             num_terms=self.num_likelihood_terms or 100,
             variance=self.likelihood_variance,
             num_flow_steps=self.num_flow_steps,
+            flow_tolerance=self.flow_tolerance,
+            dequantization=self.dequantization,
+            with_curves=self.likelihood_curves,
             batch_size=batch_size,
             bf16=bf16,
             seed=seed,

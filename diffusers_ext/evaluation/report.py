@@ -53,6 +53,7 @@ NAMES_OF_INCEPTION = {"frechet_distance": "FID", "kernel_distance": "KID", "clas
 # And those of images that were asked for by condition images.
 CLOSENESS = {"psnr": ("PSNR", "PSNR in dB"), "ssim": ("SSIM", "SSIM")}
 CONDITIONED_PICTURE = "conditions.png"
+LIKELIHOOD_PICTURE = "likelihood.png"
 
 
 def names_of(about_features: dict | None) -> dict[str, str]:
@@ -71,6 +72,8 @@ def describe(result: dict) -> list[str]:
         )
     if "likelihood" in result:
         lines.append(describe_likelihood(result["likelihood"]))
+    if "curves" in result.get("likelihood", {}):
+        lines.append(f"rate-distortion curve and terms of the bound in {LIKELIHOOD_PICTURE}")
     if "conditioned" in result:
         lines.append(describe_conditioned(result["conditioned"]))
     if result["features"]:
@@ -119,13 +122,22 @@ def describe_proportions(result: dict) -> list[str]:
 
 def describe_likelihood(bound: dict) -> str:
     """The bound in a line."""
-    error = "" if bound["standard_error"] is None else f" +- {bound['standard_error']:.3f}"
-    flow = f"; by the probability flow {bound['flow_bits_per_dim']:.3f}" if "flow_bits_per_dim" in bound else ""
+    flow = ""
+    if "flow_bits_per_dim" in bound:
+        flow = (
+            f"; by the probability flow {_with_error(bound, 'flow_bits_per_dim', 'flow_standard_error')} in "
+            f"{bound['flow_calls']:.4g} calls, dequantisation {bound['dequantization']}"
+        )
     return (
-        f"bits/dim: at most {bound['bits_per_dim']:.3f}{error} on {bound['num_images']} held-out images in 8 bits, rate "
-        f"{bound['rate']:.3f} and distortion {bound['distortion']:.3f} ({bound['num_steps']} timesteps, of which "
-        f"{bound['num_terms']} for each image; variance {bound['variance']}){flow}"
+        f"bits/dim: at most {_with_error(bound, 'bits_per_dim', 'standard_error')} on {bound['num_images']} held-out images in 8 "
+        f"bits, rate {_with_error(bound, 'rate', 'rate_standard_error')} and distortion "
+        f"{_with_error(bound, 'distortion', 'distortion_standard_error')} ({bound['num_steps']} timesteps, of which "
+        f"{bound['num_terms']} for each image; variance {bound['variance']}){flow}; +- is the standard error over images and noise"
     )
+
+
+def _with_error(bound: dict, name: str, error: str) -> str:
+    return f"{bound[name]:.3f}" + ("" if bound[error] is None else f" +- {bound[error]:.3f}")
 
 
 def describe_conditioned(measures: dict) -> str:
