@@ -28,6 +28,7 @@ from diffusers_ext.diffusion.variational_bound import (
 from diffusers_ext.evaluation.flow_settings import FlowSettings
 from diffusers_ext.evaluation.generate import SEED_STRIDE
 from diffusers_ext.evaluation.labelled_images import LabelledImages, convert_channels, drawn_order
+from diffusers_ext.evaluation.latent_likelihood import LatentCoder, without_autoencoder
 from diffusers_ext.evaluation.likelihood_curves import (
     curve_columns,
     mean_error,
@@ -162,10 +163,20 @@ class LikelihoodModel:
         x0_variance = X0Variances(table, chain.schedule).values[chain.timesteps]
         return self.chain(chain_variances(chain, x0_variance.clamp(min=SMALLEST_VARIANCE)))
 
-    def prepare(self, images: LabelledImages, rows: list[int], by_label: bool) -> tuple[Tensor, Tensor | None]:
-        """Samples of the network, and the labels or the null label of them, on the device of this process."""
+    def prepare(
+        self, images: LabelledImages, rows: list[int], by_label: bool, channels: int | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Samples of the network, and the labels or the null label of them, on the device of this process.
+
+        Args:
+            channels: Of the images; by default those that the network takes.
+        """
         device = PartialState().device
-        x0 = convert_channels(images.images[rows], self.channels).to(device, widest_float(device)) * (2 / 255) - 1
+        x0 = (
+            convert_channels(images.images[rows], channels or self.channels).to(device, widest_float(device))
+            * (2 / 255)
+            - 1
+        )
         labels = None
         if self.num_classes is not None:
             labels = (images.labels[rows] if by_label else torch.full((len(rows),), self.null_label)).to(device)
@@ -226,7 +237,8 @@ def measure_bits_per_dim(
     its noise, depend on the seed and i alone.
 
     Args:
-        pipeline: See `LikelihoodModel.of`.
+        pipeline: See `LikelihoodModel.of`; or one in the latents of a `VAEModel`, whose rate is then that of the latents: the
+            entropy of their posterior, taken from the bound of their density (see `diffusers_ext.evaluation.latent_likelihood`).
         images: Held-out images, with labels if the model takes them; without labels it is given the null label.
         train: The training images; the variance "optimal" is measured on `batch_size` of them.
         num_images: Number of images to measure, drawn by the seed; at most all.
@@ -252,8 +264,14 @@ def measure_bits_per_dim(
         ValueError: If the pipeline has no such likelihood, or the images or their labels are not for it.
     """
     state = PartialState()
-    model = LikelihoodModel.of(pipeline, num_steps)
+    coder = LatentCoder.of(pipeline)
+    model = LikelihoodModel.of(pipeline if coder is None else without_autoencoder(pipeline), num_steps)
     flow = FlowSettings.of(num_flow_steps, flow_tolerance, dequantization)
+    if coder is not None and (with_curves or dequantization != "decoder"):
+        raise ValueError(
+            "curves and dequantization are of pixels, which the network of latents does not see: leave them out"
+        )
+    channels = model.channels if coder is None else coder.vae.config.in_channels
     kind = _choose_variance(model, variance)
     by_label = _check_images(model, images, image_size_of(pipeline))
     order = drawn_order(len(images), seed)[:num_images].tolist()
@@ -261,25 +279,25 @@ def measure_bits_per_dim(
     with torch.autocast(state.device.type, torch.bfloat16) if bf16 else nullcontext():
         chain = model.chain()
         if kind == "optimal":
-            chain = model.chain(_measure_variances(model, chain, train, by_label, batch_size, seed))
+            chain = model.chain(_measure_variances(model, coder, chain, train, by_label, batch_size, seed))
         elif kind == "analytic":
             chain = model.analytic_chain()
         if num_terms is not None and num_terms >= len(chain) - 1:
             num_terms = None
         of_chain = "optimal" if chain.has_variances else kind
-        bound = ImageBound(model, chain, of_chain, num_terms, flow, seed, with_curves)
+        bound = ImageBound(model, coder, chain, of_chain, num_terms, flow, seed, with_curves)
         mine, measured = order[state.process_index :: state.num_processes], []
         hidden = not (show_progress and state.is_main_process)
         with tqdm(total=len(mine), desc="bits/dim", unit="image", disable=hidden) as progress:
             for start in range(0, len(mine), batch_size):
                 rows = mine[start : start + batch_size]
-                measured += bound.of(*model.prepare(images, rows, by_label), rows).tolist()
+                measured += bound.of(*model.prepare(images, rows, by_label, channels), rows).tolist()
                 progress.update(len(rows))
     if state.num_processes > 1:
         measured = gather_object(measured)
     return _summarize(measured, chain, flow, with_curves) | {
         "num_images": len(measured),
-        "num_dims": model.channels * images.images[0, 0].numel(),
+        "num_dims": channels * images.images[0, 0].numel(),
         "num_bins": 256,
         "num_steps": len(chain),
         "num_terms": num_terms or len(chain) - 1,
@@ -311,6 +329,7 @@ def _check_images(model: LikelihoodModel, images: LabelledImages, size: tuple[in
 
 def _measure_variances(
     model: LikelihoodModel,
+    coder: LatentCoder | None,
     chain: ReverseChain,
     train: LabelledImages | None,
     by_label: bool,
@@ -321,7 +340,9 @@ def _measure_variances(
     if train is None:
         raise ValueError("the variance 'optimal' is measured on training images: give train")
     rows = drawn_order(len(train), seed)[:number].tolist()
-    x0, labels = model.prepare(train, rows, by_label)
+    x0, labels = model.prepare(train, rows, by_label, None if coder is None else coder.vae.config.in_channels)
+    if coder is not None:
+        x0 = coder.encode(x0, labels, _generators(seed, rows)).x0
     return optimal_variances(
         model.denoiser(labels, "optimal"),
         *([x0], chain, model.prediction_type),
@@ -335,11 +356,13 @@ class ImageBound:
     """The terms of the bound of each image, with noise that depends on the seed and the image's row alone.
 
     Args:
+        coder: Of a model of latents, which are drawn from the posterior of each image; None for one of pixels.
         num_terms, with_curves: See `measure_bits_per_dim`.
         flow: None for no bound by the flow.
     """
 
     model: LikelihoodModel
+    coder: LatentCoder | None
     chain: ReverseChain
     variance: str
     num_terms: int | None
@@ -353,29 +376,34 @@ class ImageBound:
         The columns: the bound by the flow and the calls of the network for it (NaN if not asked for), the bound, the rate, the
         distortion, the prior, and the rate of each part of the timesteps; then those of `curve_columns`, if asked for.
         """
+        generators, num_dims, num_bins, nats_of_coder = _generators(self.seed, rows), x0[0].numel(), 256, 0.0
+        if self.coder is not None:
+            with torch.autocast(x0.device.type, enabled=False):
+                coded = self.coder.encode(x0, labels, generators)
+            # The terms are those of the density of the latents.
+            x0, num_bins, nats_of_coder = coded.x0, None, coded.distortion + coded.rate
         denoise, units = self.model.denoiser(labels, self.variance), self.model.units(labels, x0)
         path = (x0, self.chain, self.model.prediction_type, self.variance)
+        more = {"num_bins": num_bins, "units": units}
         terms = variational_bound(
-            *(denoise, *path),
-            num_terms=self.num_terms,
-            clip=self.model.clip,
-            generator=self._generators(rows),
-            units=units,
+            *(denoise, *path), num_terms=self.num_terms, clip=self.model.clip, generator=generators, **more
         )
         flow = torch.full((len(x0), 2), math.nan, dtype=x0.dtype, device=x0.device)
         if self.flow is not None:
             with torch.autocast(x0.device.type, enabled=False):
-                options = {"generator": self._generators(rows), "units": units} | self.flow.options
+                options = {"generator": _generators(self.seed, rows)} | more | self.flow.options
                 found = flow_bound(denoise, *path, **options)
-            flow[:, 0], flow[:, 1] = bits_per_dim(found.total, terms.num_dims), found.num_calls
-        nats = torch.stack([terms.total, terms.rate, terms.distortion, terms.prior], 1)
+            flow[:, 0], flow[:, 1] = bits_per_dim(found.total + nats_of_coder, num_dims), found.num_calls
+        total, distortion = terms.total + nats_of_coder, terms.distortion if self.coder is None else coded.distortion
+        nats = torch.stack([total, total - distortion, distortion, terms.prior], 1)
         by_part = summed_by_part(terms.weight * terms.kl, terms, self.chain, NUM_PARTS)
-        columns = [flow, bits_per_dim(torch.cat([nats, by_part], 1), terms.num_dims)]
+        columns = [flow, bits_per_dim(torch.cat([nats, by_part], 1), num_dims)]
         return torch.cat(columns + ([curve_columns(terms, self.chain)] if self.with_curves else []), 1).cpu()
 
-    def _generators(self, rows: list[int]) -> list[Generator]:
-        # On the CPU, so that the noise is the same on every device.
-        return [Generator().manual_seed(self.seed * SEED_STRIDE + row) for row in rows]
+
+def _generators(seed: int, rows: list[int]) -> list[Generator]:
+    # On the CPU, so that the noise is the same on every device.
+    return [Generator().manual_seed(seed * SEED_STRIDE + row) for row in rows]
 
 
 def _summarize(measured: list[list[float]], chain: ReverseChain, flow: FlowSettings | None, with_curves: bool) -> dict:
