@@ -18,6 +18,7 @@ from diffusers_ext.latents import latent_scale
 from diffusers_ext.models.statistics import DataStatisticsModel
 from diffusers_ext.models.vae import VAEModel
 from diffusers_ext.models.vae_likelihood import log_likelihood
+from diffusers_ext.pipelines.stock import STOCK_NAMES
 
 
 class Coded(NamedTuple):
@@ -48,8 +49,8 @@ class LatentCoder:
         Raises:
             ValueError: if its autoencoder has no likelihood of images in 8 bits.
         """
-        vae = getattr(pipeline, "vae", None)
-        if vae is None and getattr(pipeline, "vqvae", None) is None:
+        vae = next((part for name in STOCK_NAMES["vae"] if (part := getattr(pipeline, name, None)) is not None), None)
+        if vae is None:
             return None
         if not isinstance(vae, VAEModel) or vae.config.likelihood == "bernoulli":
             kind = f"likelihood {vae.config.likelihood!r}" if isinstance(vae, VAEModel) else f"a {type(vae).__name__}"

@@ -1,6 +1,7 @@
 """Features of the real images, kept on disk: they are the same each time a model is measured against them."""
 
 import hashlib
+import warnings
 from pathlib import Path
 
 import torch
@@ -31,15 +32,21 @@ def reference_features(
         features: The network.
         images: The real images, as they are measured.
         weights_sha256: Of the network, see `hash_weights`.
+
+    Warns:
+        UserWarning: if they cannot be kept.
     """
     path = reference_path(images, weights_sha256, features.feature_dim)
     kept = _read(path, (len(images), features.feature_dim))
     if kept is not None:
         return kept
     measured, _ = features.measure(images.images)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as partial:
-        save_file({"features": measured.contiguous()}, partial)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as partial:
+            save_file({"features": measured.contiguous()}, partial)
+    except (OSError, SafetensorError) as error:
+        warnings.warn(f"the features of the real images are measured again next time: {error}", stacklevel=2)
     return measured
 
 

@@ -1,5 +1,6 @@
 """The features of the real images are measured once, and are those of these images and this network alone."""
 
+import pytest
 import torch
 
 from diffusers_ext.data.identity import hash_weights
@@ -44,6 +45,15 @@ def test_features_are_measured_once_and_read_afterwards(tmp_path, monkeypatch):
     assert torch.equal(reference_features(features, train, sha256), first) and module.calls == before + 2
     measured = Evaluator(train, features, in_pixels=False, train_features=second).measure(images(1).images)
     assert measured == Evaluator(train, features, in_pixels=False).measure(images(1).images)
+
+
+def test_a_cache_that_cannot_be_written_is_said_and_stops_nothing(tmp_path, monkeypatch):
+    (tmp_path / "reference").write_text("a file where the folder would be")
+    monkeypatch.setenv("DIFFUSERS_EXT_CACHE", str(tmp_path))
+    features = ModuleFeatures(Counting(1.0), (1, 8, 8))
+    with pytest.warns(UserWarning, match="features of the real images are measured again next time"):
+        found = reference_features(features, images(), hash_weights(features))
+    assert torch.equal(found, features.measure(images().images)[0])
 
 
 def test_other_images_and_other_networks_have_other_files():
