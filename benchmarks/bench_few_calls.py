@@ -20,7 +20,7 @@ from diffusers_ext.evaluation.bits_per_dim import measure_bits_per_dim
 from diffusers_ext.evaluation.evaluator import Evaluator
 from diffusers_ext.evaluation.feature_folders import features_for
 from diffusers_ext.evaluation.generate import generate_images
-from diffusers_ext.evaluation.guidance_comparison import counted_calls
+from diffusers_ext.evaluation.network_calls import counted_calls
 from diffusers_ext.evaluation.options import DataOptions, take_options_of_run
 from diffusers_ext.evaluation.pipeline_facts import image_size_of
 from diffusers_ext.evaluation.real_images import load_real_images

@@ -195,7 +195,7 @@ def draw_loss(records: Sequence[dict[str, Any]], path: Path) -> None:
     held_out = [(record["step"], record["val_loss"]) for record in records if "val_loss" in record]
     if held_out:
         above.plot(*zip(*held_out, strict=True), color="C2", marker="o", markersize=4, label="on held-out images")
-    _scale_to(above, np.array([*losses, *(loss for _, loss in held_out)]))
+    scale_to(above, np.array([*losses, *(loss for _, loss in held_out)]))
     above.set_ylabel("loss")
     above.legend(frameon=False)
     below.plot(steps, [record["learning_rate"] for record in records], color="C1", marker="." if short else None)
@@ -207,7 +207,7 @@ def draw_loss(records: Sequence[dict[str, Any]], path: Path) -> None:
     save_picture(figure, path)
 
 
-def _scale_to(axes, values: np.ndarray) -> None:
+def scale_to(axes, values: np.ndarray) -> None:
     """A logarithmic axis for values that span some, with labels that can be read."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
@@ -244,7 +244,7 @@ def draw_loss_by_snr(rows: Sequence[dict[str, float]], path: Path) -> None:
         axes.plot(log_snr, [row["vlb_bits_per_dim"] for row in rows], color="C2", marker=".")
         axes.set_ylabel("timesteps times the\nbound's term, bits/dim")
     for axes in (above, *below):
-        _scale_to(axes, np.concatenate([line.get_ydata() for line in axes.lines]))
+        scale_to(axes, np.concatenate([line.get_ydata() for line in axes.lines]))
     (below[-1] if below else above).set_xlabel("log SNR of the timesteps (natural log)")
     save_picture(figure, path)
 

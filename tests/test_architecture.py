@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "trainer": "untrusted atomic_files draws machine pixels options figures hub data",
     "conversion": "schedulers",
     "metrics": "untrusted pixels diffusion sizes value_scale",
-    "evaluation": "__init__ untrusted atomic_files conditions draws machine pixels sizes value_scale options figures diffusion schedulers models guidance pipelines data metrics",
+    "evaluation": "__init__ untrusted atomic_files conditions draws machine pixels sizes value_scale options figures latents diffusion schedulers models guidance pipelines hub data metrics",
     "calibration": "__init__ atomic_files figures diffusion schedulers guidance pipelines hub data trainer metrics evaluation",
     "recipes": "calibration __init__ untrusted atomic_files conditions draws machine pixels options figures latents sizes value_scale diffusion schedulers models guidance pipelines hub data trainer metrics evaluation",
     "studies": "atomic_files figures diffusion",

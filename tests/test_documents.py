@@ -70,6 +70,9 @@ SMALL = {
     "training/train_classifier.py": f"{TRAINING} --max_measured_samples 4 --block_out_channels 8 16",
     "training/cache_latents.py": "--num_threads 1",
     "training/evaluate.py": "--num_images 8 --num_inference_steps 2 --max_train_samples 60 --num_threads 1",
+    "training/evaluate.py --sweep": "--num_images 6 --sweep_steps 1 2 --max_train_samples 60 --num_threads 1",
+    "training/evaluate.py --bits_per_dim": "--num_images 8 --num_inference_steps 2 --max_train_samples 60 --num_threads 1 "
+    "--num_likelihood_images 4 --num_likelihood_terms 4",
     "training/evaluate_vae.py": "--num_images 8 --num_likelihood_images 2 --num_samples 2 --num_threads 1",
     "training/compare_guidance.py": "--num_images 6 --num_inference_steps 5 --guidance_scales 1 2 --num_threads 1",
     "training/calibrate.py": "--max_time 1s --num_inference_steps 2 --max_train_samples 60 --num_threads 1",

@@ -3,6 +3,7 @@
     python training/evaluate.py runs/digits
     accelerate launch training/evaluate.py runs/fashion --num_images 5000 --num_inference_steps 50
     python training/evaluate.py runs/digits --bits_per_dim
+    python training/evaluate.py runs/digits --sweep --sweep_steps 5 10 20 --sweep_schedulers ExtDDIMScheduler DPMSolverMultistepScheduler
 
 PIPELINE is the folder of a training run, any pipeline of diffusers that makes images from nothing, from labels or from
 texts (a folder, or a name on the Hub), or a folder of images, in a subfolder for each label if they have labels. What a

@@ -38,14 +38,15 @@ from diffusers_ext.evaluation.guidance_comparison import (
     GuidanceOptions,
     add_networks,
     call_settings,
-    counted_calls,
     describe_settings,
     why_missing,
 )
 from diffusers_ext.evaluation.guidance_results import Results, best_of, describe_best
+from diffusers_ext.evaluation.network_calls import counted_calls
 from diffusers_ext.evaluation.options import DataOptions, take_options_of_run
 from diffusers_ext.evaluation.pipeline_facts import default_of, image_size_of, label_names_of
 from diffusers_ext.evaluation.real_images import RealImages, load_real_images
+from diffusers_ext.evaluation.reference_cache import reference_features
 from diffusers_ext.evaluation.subject import generate_for, labels_for, load_pipeline
 from diffusers_ext.figures import labelled_grid, save_picture
 from diffusers_ext.guidance.guiding import choose_guider, guided_steps
@@ -141,7 +142,13 @@ def main(config: CompareConfig) -> dict | None:
     (results.rows,) = broadcast_object_list(known)
     if state.is_main_process:
         evaluator = Evaluator(
-            real.train, features, config.num_images, NUM_NEIGHBOURS, in_pixels=False, seed=config.seed
+            real.train,
+            features,
+            config.num_images,
+            NUM_NEIGHBOURS,
+            in_pixels=False,
+            seed=config.seed,
+            train_features=reference_features(features, real.train, about_features["sha256"]),
         )
         if can_measure_held_out(real, NUM_NEIGHBOURS):
             results.held_out = evaluator.measure_held_out(real.held_out, config.num_images)
@@ -152,7 +159,7 @@ def main(config: CompareConfig) -> dict | None:
     for number, (method, scale, settings) in enumerate(plan, start=1):
         title = f"{METHODS.get(method, UNGUIDED_TITLE)} at {scale:g} ({number} of {len(plan)})"
         how = describe_settings(settings) | hashes_of(method, pipe)
-        if results.find(method, scale, how):
+        if results.find(method=method, guidance_scale=scale, how=how):
             state.print(f"{title}: in {results.path}", flush=True)
             continue
         state.print(title, flush=True)

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from diffusers_ext.atomic_files import atomic_write
 from diffusers_ext.data.captions import find_caption_column
 from diffusers_ext.draws import check_seed
-from diffusers_ext.evaluation.bits_per_dim import FIXED_VARIANCES, measure_bits_per_dim
 from diffusers_ext.evaluation.conditioned import ConditionedImages
 from diffusers_ext.evaluation.evaluator import (
     Evaluator,
@@ -32,12 +32,19 @@ from diffusers_ext.evaluation.evaluator import (
 from diffusers_ext.evaluation.feature_folders import measuring_features
 from diffusers_ext.evaluation.generate import LARGEST_SEED_OF_SETS
 from diffusers_ext.evaluation.image_folder import is_image_folder, read_image_folder
+from diffusers_ext.evaluation.likelihood_curves import draw_likelihood
+from diffusers_ext.evaluation.likelihood_options import LikelihoodOptions
 from diffusers_ext.evaluation.options import DataOptions, take_options_of_run
 from diffusers_ext.evaluation.pipeline_facts import image_size_of, label_names_of, takes_prompts
-from diffusers_ext.evaluation.real_images import RealImages, load_real_images
+from diffusers_ext.evaluation.real_images import RealImages, describe_reference, load_real_images
+from diffusers_ext.evaluation.reference_cache import reference_features
+from diffusers_ext.evaluation.report import CONDITIONED_PICTURE, LIKELIHOOD_PICTURE, describe, figures_of
+from diffusers_ext.evaluation.spread import measure_over_seeds
 from diffusers_ext.evaluation.subject import generate_for, load_pipeline
+from diffusers_ext.evaluation.sweep import SWEPT, Sweep, SweepOptions
+from diffusers_ext.evaluation.sweep_results import SweepResults
 from diffusers_ext.figures import save_picture
-from diffusers_ext.hub.cards import Figure, add_figures
+from diffusers_ext.hub.cards import add_figures
 from diffusers_ext.machine import is_fast_at_bf16, process_state, set_threads
 from diffusers_ext.options import option, parse_config, run_script, to_command
 
@@ -46,65 +53,26 @@ from diffusers_ext.options import option, parse_config, run_script, to_command
 PIXEL_METRICS_UP_TO = 64 * 64 * 3
 SVC_UP_TO = 16 * 16
 
-# How a model card names the measures.
-METRICS = {
-    "frechet_distance": "Fréchet distance in the features of {features}",
-    "extrapolated_frechet_distance": "Fréchet distance in these features, extrapolated to infinitely many images",
-    "feature_precision": "precision in these features, k={k}",
-    "feature_recall": "recall in these features, k={k}",
-    "density": "density in these features, k={k}",
-    "coverage": "coverage in these features, k={k}",
-    "kernel_distance": "kernel distance (MMD^2, polynomial of degree 3) in these features",
-    "classifier_score": "score of this network's classes, as the Inception score is of Inception's",
-    "label_accuracy": "share that this classifier gives the label {whose}",
-    "pixel_precision": "precision in pixels, k={k}",
-    "pixel_recall": "recall in pixels, k={k}",
-    "value_precision": "precision in values of [0, 1], k={k}",
-    "value_recall": "recall in values of [0, 1], k={k}",
-    "svc_label_accuracy": "share that an SVC of the real {values} gives the label {whose}",
-}
-
-# And its metadata, which the Hub shows in its tables.
-METRIC_NAMES = {
-    "frechet_distance": "Fréchet distance",
-    "extrapolated_frechet_distance": "extrapolated Fréchet distance",
-    "feature_precision": "precision",
-    "feature_recall": "recall",
-    "density": "density",
-    "coverage": "coverage",
-    "kernel_distance": "kernel distance",
-    "classifier_score": "classifier score",
-    "label_accuracy": "label accuracy",
-    "pixel_precision": "precision in pixels",
-    "pixel_recall": "recall in pixels",
-    "value_precision": "precision in values",
-    "value_recall": "recall in values",
-    "svc_label_accuracy": "label accuracy by an SVC",
-}
-
-# These numbers have names of their own in the features of the InceptionV3 that they were defined by, and in no others.
-NAMES_OF_INCEPTION = {"frechet_distance": "FID", "kernel_distance": "KID", "classifier_score": "Inception score"}
-
-# And those of images that were asked for by condition images.
-CLOSENESS = {"psnr": ("PSNR", "PSNR in dB"), "ssim": ("SSIM", "SSIM")}
-CONDITIONED_PICTURE = "conditions.png"
-
 # What a run's train_config.yaml says of its sample grids, and the evaluation samples with too.
 OPTIONS_OF_SAMPLING = ["num_inference_steps", "guidance_scale"]
 
 # Options that do nothing for a folder of images.
 OPTIONS_OF_PIPELINES = [
-    *OPTIONS_OF_SAMPLING,
-    "internal_guidance_scale",
-    "num_images",
-    "scheduler",
-    "eval_batch_size",
-    "mixed_precision",
+    *(
+        *OPTIONS_OF_SAMPLING,
+        "internal_guidance_scale",
+        "num_images",
+        "scheduler",
+        "eval_batch_size",
+        "mixed_precision",
+        "num_seeds",
+        "sweep",
+    ),
 ]
 
 
 @dataclass(frozen=True)
-class EvaluateConfig(DataOptions):
+class EvaluateConfig(LikelihoodOptions, SweepOptions, DataOptions):
     """Measure generated images against real ones: Fréchet distance, precision and recall, and the labels they show."""
 
     pipeline: str | None = option(None, "PIPELINE may also stand first, without --pipeline", "what is measured")
@@ -130,6 +98,11 @@ class EvaluateConfig(DataOptions):
         None, "precision of the networks; by default bf16 where the hardware is fast at it"
     )
     seed: int = option(0, "image i is made from the seed 1 000 000 * seed + i")
+    num_seeds: int = option(
+        1,
+        "sets of images, of this seed and the next ones; the measures are their means, with their spread",
+        at_least=1,
+    )
     num_threads: int | None = option(None, "CPU threads of a process; by default the cores are shared out", at_least=1)
 
     features: str | None = option(
@@ -151,46 +124,10 @@ class EvaluateConfig(DataOptions):
         "train scikit-learn's SVC on the real pixels and count the labels asked for; by default for images of up to "
         "16x16 values",
     )
-    bits_per_dim: bool = option(
-        False,
-        "measure what a lossless code by the model would take for held-out images in 8 bits: the variational bound",
-        "likelihood",
-    )
-    num_likelihood_images: int | None = option(
-        None,
-        "held-out images to measure it on; 1000 if left open, at most all",
-        at_least=1,
-        needs="bits_per_dim",
-    )
-    num_likelihood_steps: int | None = option(
-        None,
-        "timesteps of the sampler whose bound it is; by default all that the model was trained on",
-        at_least=1,
-        needs="bits_per_dim",
-    )
-    num_likelihood_terms: int | None = option(
-        None,
-        "timesteps of these to look at for each image, drawn without bias; 100 if left open, more make the standard "
-        "error smaller",
-        at_least=1,
-        needs="bits_per_dim",
-    )
-    likelihood_variance: Literal[FIXED_VARIANCES] | None = option(
-        None,
-        "variance of the sampler's steps; by default learned if the model learned it, else the scheduler's, else that of "
-        "its path: fixed_large, fixed_small for a learned schedule, optimal for paths that do not preserve the variance; "
-        "analytic is what training/calibrate.py measured; optimal is measured on a batch of training images",
-        needs="bits_per_dim",
-    )
-    num_flow_steps: int | None = option(
-        None,
-        "measure the bound by the probability flow too, in this number of steps; each asks the model four times",
-        at_least=1,
-        needs="bits_per_dim",
-    )
-
     output_file: str | None = option(
-        None, "by default evaluation.json in PIPELINE, or here for a name on the Hub", "result"
+        None,
+        "by default evaluation.json in PIPELINE, or here for a name on the Hub; of a sweep sweep/results.json there",
+        "result",
     )
 
     ESSENTIAL: ClassVar[tuple[str, ...]] = (
@@ -203,7 +140,16 @@ class EvaluateConfig(DataOptions):
             "guidance_scale",
             "scheduler",
         ),
-        *("eval_batch_size", "mixed_precision", "seed", "features", "bits_per_dim", "num_flow_steps", "output_file"),
+        *(
+            "eval_batch_size",
+            "mixed_precision",
+            "seed",
+            "features",
+            "bits_per_dim",
+            "num_flow_steps",
+            "sweep",
+            "output_file",
+        ),
     )
 
     def __post_init__(self):
@@ -211,6 +157,16 @@ class EvaluateConfig(DataOptions):
             raise ValueError("say what to evaluate: evaluate.py PIPELINE, a folder or a name on the Hub")
         super().__post_init__()
         check_seed(self.seed, LARGEST_SEED_OF_SETS)
+        check_seed(self.seed + self.num_seeds - 1, LARGEST_SEED_OF_SETS)
+        self.check_sweep()
+        self.check_likelihood()
+        if self.sweep and self.bits_per_dim:
+            raise ValueError("bits_per_dim does not depend on the sampler: measure it without --sweep")
+
+    @property
+    def seeds(self) -> range:
+        """Of the sets of images."""
+        return range(self.seed, self.seed + self.num_seeds)
 
 
 def main(config: EvaluateConfig) -> dict | None:
@@ -231,21 +187,22 @@ def main(config: EvaluateConfig) -> dict | None:
     if pipeline is None:
         images, labels, sampling = *read_images(config, real), None
     num_images = len(images) if pipeline is None else config.num_images
-    evaluator = make_evaluator(config, real, features, num_images) if state.is_main_process else None
+    evaluator = make_evaluator(config, real, features, num_images, about_features) if state.is_main_process else None
     bf16 = is_fast_at_bf16(state.device.type) if config.mixed_precision is None else config.mixed_precision == "bf16"
-    likelihood = get_bits_per_dim(config, real, pipeline, bf16) if config.bits_per_dim else None
-    if pipeline is not None:
-        images, labels, sampling = generate_for(
-            real,
-            pipeline,
-            config.num_images,
-            num_inference_steps=config.num_inference_steps,
-            guidance_scale=config.guidance_scale,
-            settings=settings_of(config),
-            batch_size=config.eval_batch_size,
-            bf16=bf16,
-            seed=config.seed,
-        )
+    reference = describe_reference(real, config.for_data().dataset_split, num_images, config.num_neighbours)
+    setting = Setting(config, state, real, reference, about_features, bf16)
+    if config.sweep:
+        return sweep(setting, pipeline, evaluator)
+    likelihood = {}
+    if config.bits_per_dim:
+        how = {"batch_size": config.eval_batch_size, "bf16": bf16, "seed": config.seed}
+        likelihood = {"likelihood": config.measure_likelihood(pipeline, real, **how)}
+        if config.likelihood_curves and state.is_main_process:
+            draw_likelihood(likelihood["likelihood"]["curves"], path_of_result(config).with_name(LIKELIHOOD_PICTURE))
+    if pipeline is None:
+        generated, spread = evaluator.measure(images, labels) if state.is_main_process else {}, {}
+    else:
+        generated, spread, images, sampling = generate_and_measure(setting, pipeline, evaluator)
     if not state.is_main_process:
         return None
     result = {
@@ -254,10 +211,14 @@ def main(config: EvaluateConfig) -> dict | None:
         "image_shape": list(real.image_shape),
         "num_train_images": len(real.train),
         "num_neighbours": config.num_neighbours,
+        "reference": setting.reference,
+        "seeds": [] if pipeline is None else list(config.seeds),
         "sampling": sampling,
         "features": about_features,
-        **measure(evaluator, real, images, labels),
-        **({} if likelihood is None else {"likelihood": likelihood}),
+        "generated": generated,
+        **({"spread": spread} if spread else {}),
+        **measure_held_out(evaluator, real, num_images),
+        **likelihood,
         **measure_conditioned(config, real, pipeline, images),
         "seconds": round(time.perf_counter() - start, 1),
     }
@@ -265,10 +226,78 @@ def main(config: EvaluateConfig) -> dict | None:
     return result
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What the images of a pipeline are measured with.
+
+    Attributes:
+        reference: Of the real images, for the results.
+        about_features: What is known of the features; None without.
+        bf16: Whether the networks run under bf16 autocast.
+    """
+
+    config: EvaluateConfig
+    state: PartialState
+    real: RealImages
+    reference: dict
+    about_features: dict | None
+    bf16: bool
+
+    @property
+    def of_generation(self) -> dict:
+        """Arguments of `generate_for`, but for those that a sweep has several values of."""
+        config = self.config
+        given = {"num_images": config.num_images, "batch_size": config.eval_batch_size, "bf16": self.bf16}
+        return given | {"settings": settings_of(config)}
+
+
 def settings_of(config: EvaluateConfig) -> dict[str, float]:
     """Arguments of the pipeline's call that not every pipeline has, where they say something."""
     scale = config.internal_guidance_scale
     return {} if scale == 1 else {"internal_guidance_scale": scale}
+
+
+def generate_and_measure(
+    setting: Setting, pipeline: DiffusionPipeline, evaluator: Evaluator | None
+) -> tuple[dict, dict, Tensor, dict]:
+    """The measures and their spread over the seeds, the images of the first seed, and how they were sampled."""
+    config, first = setting.config, []
+
+    def make(seed: int) -> tuple[Tensor, Tensor | None]:
+        images, labels, sampling = generate_for(
+            setting.real,
+            pipeline,
+            num_inference_steps=config.num_inference_steps,
+            guidance_scale=config.guidance_scale,
+            seed=seed,
+            **setting.of_generation,
+        )
+        if not first:
+            first.extend([images, sampling])
+        return images, labels
+
+    measures, spread = measure_over_seeds(make, evaluator, config.seeds)
+    return measures, spread, *first
+
+
+def sweep(setting: Setting, pipeline: DiffusionPipeline, evaluator: Evaluator | None) -> dict | None:
+    """Measures the cells of the sweep that are not measured yet; returns what it wrote, on the main process."""
+    config, state, real = setting.config, setting.state, setting.real
+    swept = Sweep(pipeline, real, config, setting.of_generation, config.seeds)
+    made_with = swept.describe(setting.about_features, setting.reference)
+    command = to_command(config, "training/evaluate.py", launcher="python", first="pipeline")
+    results = SweepResults(path_of_result(config), made_with, command)
+    # From the main process, so that all of them leave out the same cells.
+    known = [results.load() if state.is_main_process and not config.overwrite else []]
+    (results.rows,) = broadcast_object_list(known)
+    if evaluator is not None:
+        results.held_out = measure_held_out(evaluator, real, config.num_images).get("held_out")
+    swept.run(evaluator, results, partial(state.print, flush=True))
+    if evaluator is None:
+        return None
+    results.save()
+    print("\n".join([results.table(), results.describe(), f"written to {results.path}, with a table and a figure"]))
+    return results.contents()
 
 
 def complete(config: EvaluateConfig, pipeline: DiffusionPipeline | None) -> EvaluateConfig:
@@ -280,6 +309,10 @@ def complete(config: EvaluateConfig, pipeline: DiffusionPipeline | None) -> Eval
     config = take_options_of_run(config, config.pipeline, of_sampling, of_data=["caption_column", "condition_column"])
     if config.resolution is None and pipeline is not None:
         config = dataclasses.replace(config, resolution=image_size_of(pipeline))
+    if config.sweep:
+        scales = config.sweep_guidance_scales or (None if config.guidance_scale is None else (config.guidance_scale,))
+        one = dict.fromkeys(OPTIONS_OF_SAMPLING)  # which the run has
+        config = dataclasses.replace(config, **one, sweep_guidance_scales=scales)
     return config
 
 
@@ -322,7 +355,7 @@ def check_options(config: EvaluateConfig, pipeline: DiffusionPipeline | None) ->
             if getattr(config, name) != defaults[name]:
                 raise ValueError(f"{name} is of a pipeline, and {what}: leave it out")
     guider = getattr(pipeline, "guider", None)
-    if config.guidance_scale is not None and guider is not None:
+    if guider is not None and (config.guidance_scale is not None or config.sweep_guidance_scales is not None):
         raise ValueError(
             f"guidance_scale is not of a pipeline with a guider, got a {type(guider).__name__}: leave it out"
         )
@@ -337,6 +370,11 @@ def check_options(config: EvaluateConfig, pipeline: DiffusionPipeline | None) ->
         raise ValueError(
             f"condition_column is of pipelines that were trained on such a column, and {what}: leave it out"
         )
+    for name, several in SWEPT.items():
+        if config.sweep and getattr(config, name) is not None:
+            raise ValueError(f"{name} is of one set of images: give --{several} for a sweep")
+    if pipeline is None and config.bits_per_dim:
+        raise ValueError(f"--bits_per_dim is of a model, and {what}")
     if condition is not None and config.bits_per_dim:
         raise ValueError(
             f"--bits_per_dim is of models without condition images, and this one has {condition.describe()}"
@@ -345,35 +383,9 @@ def check_options(config: EvaluateConfig, pipeline: DiffusionPipeline | None) ->
         raise ValueError(f"--bits_per_dim is of images, or of images given their labels, and not given texts: {what}")
 
 
-def get_bits_per_dim(config: EvaluateConfig, real: RealImages, pipeline, bf16: bool) -> dict:
-    """The variational bound of held-out images, see `measure_bits_per_dim`."""
-    if pipeline is None:
-        raise ValueError(f"--bits_per_dim is of a model, and {config.pipeline} is a folder of images")
-    if real.value_scale is not None:
-        raise ValueError(
-            f"--bits_per_dim is of images in 8 bits, and {real.name} holds sequences of numbers, which have a density and no "
-            "probability, so that no lossless code has a length"
-        )
-    if real.held_out is None:
-        raise ValueError(
-            f"--bits_per_dim is of images not trained on: name a split of {real.name} by --held_out_split"
-        )
-    return measure_bits_per_dim(
-        pipeline,
-        real.held_out,
-        train=real.train,
-        num_images=config.num_likelihood_images or 1000,
-        num_steps=config.num_likelihood_steps,
-        num_terms=config.num_likelihood_terms or 100,
-        variance=config.likelihood_variance,
-        num_flow_steps=config.num_flow_steps,
-        batch_size=config.eval_batch_size,
-        bf16=bf16,
-        seed=config.seed,
-    )
-
-
-def make_evaluator(config: EvaluateConfig, real: RealImages, features, num_images: int) -> Evaluator:
+def make_evaluator(
+    config: EvaluateConfig, real: RealImages, features, num_images: int, about_features: dict | None
+) -> Evaluator:
     """The evaluator of this number of images.
 
     Raises:
@@ -403,15 +415,17 @@ def make_evaluator(config: EvaluateConfig, real: RealImages, features, num_image
         svc=fit_svc(real.train) if use_svc else None,
         extrapolate=config.extrapolate,
         seed=config.seed,
+        train_features=None
+        if features is None
+        else reference_features(features, real.train, about_features["sha256"]),
     )
 
 
-def measure(evaluator: Evaluator, real: RealImages, images: Tensor, labels: Tensor | None) -> dict:
-    """The measures of the generated images, and the same of real images that no model has seen: the best there is."""
-    result = {"generated": evaluator.measure(images, labels)}
-    if can_measure_held_out(real, evaluator.num_neighbours):
-        result["held_out"] = evaluator.measure_held_out(real.held_out, len(images))
-    return result
+def measure_held_out(evaluator: Evaluator, real: RealImages, number: int) -> dict:
+    """The measures of real images that no model has seen: the best there is; nothing without such."""
+    if not can_measure_held_out(real, evaluator.num_neighbours):
+        return {}
+    return {"held_out": evaluator.measure_held_out(real.held_out, number)}
 
 
 def measure_conditioned(config: EvaluateConfig, real: RealImages, pipeline, images: Tensor) -> dict:
@@ -424,22 +438,11 @@ def measure_conditioned(config: EvaluateConfig, real: RealImages, pipeline, imag
     return {"conditioned": conditioned.measure(images)}
 
 
-def describe_conditioned(measures: dict) -> str:
-    """These figures in a line."""
-    bicubic = ""
-    if "bicubic_psnr" in measures:
-        bicubic = f"; bicubic {measures['bicubic_psnr']:.2f} dB and {measures['bicubic_ssim']:.3f}"
-    kind = "held-out images" if measures["held_out"] else "training images"
-    return (
-        f"by {measures['condition']} of {kind}: PSNR {measures['psnr']:.2f} dB, SSIM {measures['ssim']:.3f}{bicubic}; "
-        f"side by side in {CONDITIONED_PICTURE}"
-    )
-
-
 def path_of_result(config: EvaluateConfig) -> Path:
     """The file of the measures, in a folder that is there."""
     folder = Path(config.pipeline) if Path(config.pipeline).is_dir() else Path()
-    path = Path(config.output_file) if config.output_file else folder / "evaluation.json"
+    name = "sweep/results.json" if config.sweep else "evaluation.json"
+    path = Path(config.output_file) if config.output_file else folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -453,134 +456,11 @@ def report(config: EvaluateConfig, result: dict):
     columns = {"generated": result["generated"]}
     if "held_out" in result:
         columns["held-out real"] = result["held_out"]
-    print(format_table(columns))
-    for line in describe_proportions(result):
-        print(line)
-    if "likelihood" in result:
-        print(describe_likelihood(result["likelihood"]))
-    if "conditioned" in result:
-        print(describe_conditioned(result["conditioned"]))
-    if result["features"]:
-        about = result["features"]
-        kind = "classifier" if "held_out_accuracy" in about else "autoencoder"
-        network = f"the network {about['name']}" if "name" in about else f"the {kind} in {about['folder']}"
-        reads = (
-            f", which reads {about['held_out_accuracy']:.2%} of held-out images"
-            if "held_out_accuracy" in about
-            else ""
-        )
-        print(
-            f"features: {about['dim']} of {network}{reads}; the Fréchet distance is from all {result['num_train_images']} "
-            "training images and is comparable only with distances in the same features"
-        )
-    print(f"written to {path}")
+    print(format_table(columns, {"generated": result.get("spread", {})}))
+    print("\n".join([*describe(result), f"written to {path}"]))
     if result["sampling"] and (folder / "README.md").is_file() and (folder / "train_config.yaml").is_file():
-        print(f"and into {add_figures(folder, figures_of(config, result))}")
-
-
-def describe_proportions(result: dict) -> list[str]:
-    """How often each label was asked for, and which images were compared with weighted ones, in lines."""
-    lines, asked = [], (result["sampling"] or {}).get("labels")
-    if asked:
-        each = (
-            f"{asked['fewest']} to {asked['most']} images"
-            if asked["fewest"] < asked["most"]
-            else "equally many images"
-        )
-        rare = asked["num_labels"] - asked["num_asked"]
-        missing = f"; {rare} more are too rare for so few images" if rare else ""
-        lines.append(
-            f"labels were asked for {asked['proportions']}: {asked['num_asked']} labels, {each} of each{missing}"
-        )
-    for name, title in (("generated", "measured"), ("held_out", "held-out")):
-        if result.get(name, {}).get("reference_weighted"):
-            lines.append(
-                f"the {title} images have labels in other proportions than the training images, which are weighted to the "
-                "same for the Fréchet distance and recall"
-            )
-    return lines
-
-
-def describe_likelihood(bound: dict) -> str:
-    """The bound in a line."""
-    error = "" if bound["standard_error"] is None else f" +- {bound['standard_error']:.3f}"
-    flow = f"; by the probability flow {bound['flow_bits_per_dim']:.3f}" if "flow_bits_per_dim" in bound else ""
-    return (
-        f"bits/dim: at most {bound['bits_per_dim']:.3f}{error} on {bound['num_images']} held-out images in 8 bits, rate "
-        f"{bound['rate']:.3f} and distortion {bound['distortion']:.3f} ({bound['num_steps']} timesteps, of which "
-        f"{bound['num_terms']} for each image; variance {bound['variance']}){flow}"
-    )
-
-
-def figures_of(config: EvaluateConfig, result: dict) -> list[Figure]:
-    """The measures of the generated images as a model card shows them."""
-    sampling, measures = result["sampling"], result["generated"]
-    sampler = sampling["scheduler_class"]
-    if sampling["guidance_scale"] not in (None, 1.0):
-        sampler += f", guidance {sampling['guidance_scale']:g}"
-    if sampling["internal_guidance_scale"] != 1.0:
-        sampler += f", internal guidance {sampling['internal_guidance_scale']:g}"
-    if sampling["guider"]:
-        sampler += f", {sampling['guider']}"
-    if sampling["labels"]:
-        sampler += f", labels {sampling['labels']['proportions']}"
-    command = to_command(config, "training/evaluate.py", launcher="python", first="pipeline")
-    dataset, about = Path(result["dataset_name"]).name, result["features"] or {}
-    features = f"a classifier of {dataset}" if "held_out_accuracy" in about else "an autoencoder, its latents"
-    known = {
-        "dataset": dataset,
-        "k": result["num_neighbours"],
-        "whose": "asked for",
-        "values": "values" if len(result["image_shape"]) == 2 else "pixels",
-        "features": f"the network {about['name']}" if "name" in about else features,
-    }
-    names = METRIC_NAMES | (NAMES_OF_INCEPTION if about.get("name") == "inception" else {})
-    asked = ""
-    if captions := sampling["captions"]:
-        known["whose"] = "of the picture whose caption was asked for"
-        asked = f", images from captions of the split {captions['split']}"
-    figures = [
-        Figure(
-            METRICS[name].format(**known) + asked,
-            value,
-            measures["num_images"],
-            sampler,
-            sampling["num_inference_steps"],
-            command,
-            names[name],
-        )
-        for name, value in measures.items()
-        if name in METRICS
-    ]
-    if "conditioned" in result:
-        figures += figures_of_conditioned(result["conditioned"], sampler, sampling, known["dataset"], command)
-    if "likelihood" in result:
-        figures.append(figure_of_likelihood(result["likelihood"], known["dataset"], command))
-    return figures
-
-
-def figures_of_conditioned(measures: dict, sampler: str, sampling: dict, dataset: str, command: str) -> list[Figure]:
-    """How close images are to those whose condition images were asked for."""
-    figures, kind = [], "held-out" if measures["held_out"] else "training"
-    for key, (title, name) in CLOSENESS.items():
-        beside = f"; bicubic has {measures[f'bicubic_{key}']:.3g}" if f"bicubic_{key}" in measures else ""
-        what = f"{title} to {kind} images of {dataset} by {measures['condition']}{beside}"
-        steps = sampling["num_inference_steps"]
-        figures.append(Figure(what, measures[key], measures["num_images"], sampler, steps, command, name))
-    return figures
-
-
-def figure_of_likelihood(bound: dict, dataset: str, command: str) -> Figure:
-    labels = ", given their labels" if bound["by_label"] else ""
-    return Figure(
-        f"bits/dim of held-out images of {dataset} in 8 bits{labels}, an upper bound",
-        bound["bits_per_dim"],
-        bound["num_images"],
-        f"ancestral, variance {bound['variance']}",
-        bound["num_steps"],
-        command,
-        "bits/dim",
-    )
+        command = to_command(config, "training/evaluate.py", launcher="python", first="pipeline")
+        print(f"and into {add_figures(folder, figures_of(result, command))}")
 
 
 parse = partial(parse_config, EvaluateConfig, first="pipeline")

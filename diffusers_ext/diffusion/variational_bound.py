@@ -167,6 +167,8 @@ class BoundTerms:
         index: Which transitions, int64, shape `(batch, terms)`; never 0.
         weight: How often each counts, shape `(batch, terms)`: 1 if there are all of them, or else what makes `rate` an
             unbiased estimate.
+        error: Mean squared error of the predicted x_0 at these transitions, in the units of the data, `(batch, terms)`.
+        decoder_error: The same at x_t1, shape `(batch,)`.
         num_dims: Values of an image.
     """
 
@@ -175,6 +177,8 @@ class BoundTerms:
     decoder: Tensor
     index: Tensor
     weight: Tensor
+    error: Tensor
+    decoder_error: Tensor
     num_dims: int
 
     @property
@@ -199,8 +203,8 @@ def evaluate_transition(
     prediction_type: str,
     variance: str,
     clip: Callable[[Tensor], Tensor] | None = None,
-) -> tuple[Tensor, ReverseStep, Normal]:
-    """x_t at transition `index` of each image, these transitions, and the model's p(x_s | x_t).
+) -> tuple[Tensor, ReverseStep, Normal, Tensor]:
+    """x_t at transition `index` of each image, these transitions, the model's p(x_s | x_t), and the x_0 that it predicts.
 
     Raises:
         ValueError: If the model's output does not have the shape that the variance needs.
@@ -217,7 +221,8 @@ def evaluate_transition(
     prediction, variance_output = split_output(output, variance)
     x0_hat = predict_x0(prediction, x_t, step.t, prediction_type)
     x0_hat = x0_hat if clip is None else clip(x0_hat)
-    return x_t, step, reverse_transition(x0_hat, x_t, step, reverse_log_std(step, variance, variance_output))
+    p = reverse_transition(x0_hat, x_t, step, reverse_log_std(step, variance, variance_output))
+    return x_t, step, p, x0_hat
 
 
 @torch.no_grad()
@@ -266,22 +271,31 @@ def variational_bound(
         index, weight = _spread(len(x0), num_terms, chain, generator)
     draw = noise or (lambda i: draw_normal(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype))
 
-    def cost(column: int | None) -> Tensor:
+    def cost(column: int | None) -> tuple[Tensor, Tensor]:
         at = torch.zeros(len(x0), dtype=torch.int64) if column is None else index[:, column]
-        x_t, step, p = evaluate_transition(denoise, x0, draw(int(at[0])), chain, at, prediction_type, variance, clip)
+        model = (chain, at, prediction_type, variance, clip)
+        x_t, step, p, x0_hat = evaluate_transition(denoise, x0, draw(int(at[0])), *model)
         nats = decoder_nats(x0, p, num_bins, units) if column is None else transition_kl(x0, x_t, step, p)
-        return nats.flatten(1).sum(1)
+        error = (x0_hat - x0) if units is None else (units.data(x0_hat) - units.data(x0))
+        return nats.flatten(1).sum(1), error.square().flatten(1).mean(1)
 
-    decoder = cost(None)
-    kl = [cost(column) for column in range(index.shape[1])]
+    decoder, decoder_error = cost(None)
+    each = [cost(column) for column in range(index.shape[1])]
+    kl, error = (torch.stack(part, dim=1) if part else x0.new_zeros(len(x0), 0) for part in _unzip(each))
     return BoundTerms(
         prior=prior_nats(x0, chain.at_noise(x0)).flatten(1).sum(1),
-        kl=torch.stack(kl, dim=1) if kl else x0.new_zeros(len(x0), 0),
+        kl=kl,
         decoder=decoder,
         index=index.to(x0.device),
         weight=weight.to(x0),
+        error=error,
+        decoder_error=decoder_error,
         num_dims=x0[0].numel(),
     )
+
+
+def _unzip(pairs: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+    return [first for first, _ in pairs], [second for _, second in pairs]
 
 
 @torch.no_grad()

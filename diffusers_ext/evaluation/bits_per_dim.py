@@ -25,8 +25,17 @@ from diffusers_ext.diffusion.variational_bound import (
     optimal_variances,
     variational_bound,
 )
+from diffusers_ext.evaluation.flow_settings import FlowSettings
 from diffusers_ext.evaluation.generate import SEED_STRIDE
 from diffusers_ext.evaluation.labelled_images import LabelledImages, convert_channels, drawn_order
+from diffusers_ext.evaluation.latent_likelihood import LatentCoder, without_autoencoder
+from diffusers_ext.evaluation.likelihood_curves import (
+    curve_columns,
+    mean_error,
+    part_of,
+    summarize_curves,
+    summed_by_part,
+)
 from diffusers_ext.evaluation.pipeline_facts import image_size_of, num_labels_of
 from diffusers_ext.machine import widest_float
 from diffusers_ext.schedulers import ExtDDPMScheduler
@@ -158,10 +167,20 @@ class LikelihoodModel:
         x0_variance = X0Variances(table, chain.schedule).values[chain.timesteps]
         return self.chain(chain_variances(chain, x0_variance.clamp(min=SMALLEST_VARIANCE)))
 
-    def prepare(self, images: LabelledImages, rows: list[int], by_label: bool) -> tuple[Tensor, Tensor | None]:
-        """Samples of the network, and the labels or the null label of them, on the device of this process."""
+    def prepare(
+        self, images: LabelledImages, rows: list[int], by_label: bool, channels: int | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Samples of the network, and the labels or the null label of them, on the device of this process.
+
+        Args:
+            channels: Of the images; by default those that the network takes.
+        """
         device = PartialState().device
-        x0 = convert_channels(images.images[rows], self.channels).to(device, widest_float(device)) * (2 / 255) - 1
+        x0 = (
+            convert_channels(images.images[rows], channels or self.channels).to(device, widest_float(device))
+            * (2 / 255)
+            - 1
+        )
         labels = None
         if self.num_classes is not None:
             labels = (images.labels[rows] if by_label else torch.full((len(rows),), self.null_label)).to(device)
@@ -206,6 +225,9 @@ def measure_bits_per_dim(
     num_terms: int | None = 100,
     variance: str | None = None,
     num_flow_steps: int | None = None,
+    flow_tolerance: float | None = None,
+    dequantization: str = "decoder",
+    with_curves: bool = False,
     batch_size: int = 64,
     bf16: bool = False,
     seed: int = 0,
@@ -219,7 +241,8 @@ def measure_bits_per_dim(
     its noise, depend on the seed and i alone.
 
     Args:
-        pipeline: See `LikelihoodModel.of`.
+        pipeline: See `LikelihoodModel.of`; or one in the latents of a `VAEModel`, whose rate is then that of the latents: the
+            entropy of their posterior, taken from the bound of their density (see `diffusers_ext.evaluation.latent_likelihood`).
         images: Held-out images, with labels if the model takes them; without labels it is given the null label.
         train: The training images; the variance "optimal" is measured on `batch_size` of them, at `NUM_MEASURED` timesteps.
         num_images: Number of images to measure, drawn by the seed; at most all.
@@ -230,20 +253,30 @@ def measure_bits_per_dim(
             schedule fixed_small) and for others optimal, or without `train` fixed_large.
         num_flow_steps: Measure the bound by the probability flow too, in this number of steps, each of four evaluations
             and gradients of the network; without clipping of the predicted x_0.
+        flow_tolerance: Or to this tolerance, with steps that follow from the images of a batch together.
+        dequantization: Where the flow starts, one of `DEQUANTIZATIONS`.
+        with_curves: Add `curves`, see `summarize_curves`.
         batch_size: Images at a time.
         bf16: Run the network under bf16 autocast, but for the flow.
         seed: Of the draw of images, the noise and the draw of terms.
 
     Returns:
-        In bits/dim: `bits_per_dim`, its `standard_error` over images, `rate`, `distortion`, `prior` (L_T, a part of the
-        rate), and the rest of the rate by parts of the timesteps; `flow_bits_per_dim` and `flow_standard_error` if asked
-        for; and how it was measured.
+        In bits/dim: `bits_per_dim`, `rate`, `distortion`, `prior` (L_T, a part of the rate), and the rest of the rate by parts
+        of the timesteps; `flow_bits_per_dim` if asked for, and `flow_calls` of the network for a batch; the standard error
+        of each, and how it was measured. As each image has noise and timesteps of its own, the errors are over all of these.
 
     Raises:
         ValueError: If the pipeline has no such likelihood, or the images or their labels are not for it.
     """
     state = PartialState()
-    model = LikelihoodModel.of(pipeline, num_steps)
+    coder = LatentCoder.of(pipeline)
+    model = LikelihoodModel.of(pipeline if coder is None else without_autoencoder(pipeline), num_steps)
+    flow = FlowSettings.of(num_flow_steps, flow_tolerance, dequantization)
+    if coder is not None and (with_curves or dequantization != "decoder"):
+        raise ValueError(
+            "curves and dequantization are of pixels, which the network of latents does not see: leave them out"
+        )
+    channels = model.channels if coder is None else coder.vae.config.in_channels
     kind = _choose_variance(model, variance, can_measure=train is not None)
     by_label = _check_images(model, images, image_size_of(pipeline))
     order = drawn_order(len(images), seed)[:num_images].tolist()
@@ -251,25 +284,25 @@ def measure_bits_per_dim(
     with torch.autocast(state.device.type, torch.bfloat16) if bf16 else nullcontext():
         chain = model.chain()
         if kind == "optimal":
-            chain = model.chain(_measure_variances(model, chain, train, by_label, batch_size, seed))
+            chain = model.chain(_measure_variances(model, coder, chain, train, by_label, batch_size, seed))
         elif kind == "analytic":
             chain = model.analytic_chain()
         if num_terms is not None and num_terms >= len(chain) - 1:
             num_terms = None
         of_chain = "optimal" if chain.has_variances else kind
-        bound = ImageBound(model, chain, of_chain, num_terms, num_flow_steps, seed)
+        bound = ImageBound(model, coder, chain, of_chain, num_terms, flow, seed, with_curves)
         mine, measured = order[state.process_index :: state.num_processes], []
         hidden = not (show_progress and state.is_main_process)
         with tqdm(total=len(mine), desc="bits/dim", unit="image", disable=hidden) as progress:
             for start in range(0, len(mine), batch_size):
                 rows = mine[start : start + batch_size]
-                measured += bound.of(*model.prepare(images, rows, by_label), rows).tolist()
+                measured += bound.of(*model.prepare(images, rows, by_label, channels), rows).tolist()
                 progress.update(len(rows))
     if state.num_processes > 1:
         measured = gather_object(measured)
-    return _summarize(measured, chain, num_flow_steps) | {
+    return _summarize(measured, chain, flow, with_curves) | {
         "num_images": len(measured),
-        "num_dims": model.channels * images.images[0, 0].numel(),
+        "num_dims": channels * images.images[0, 0].numel(),
         "num_bins": 256,
         "num_steps": len(chain),
         "num_terms": num_terms or len(chain) - 1,
@@ -302,6 +335,7 @@ def _check_images(model: LikelihoodModel, images: LabelledImages, size: tuple[in
 
 def _measure_variances(
     model: LikelihoodModel,
+    coder: LatentCoder | None,
     chain: ReverseChain,
     train: LabelledImages | None,
     by_label: bool,
@@ -312,7 +346,9 @@ def _measure_variances(
     if train is None:
         raise ValueError("the variance 'optimal' is measured on training images: give train")
     rows = drawn_order(len(train), seed)[:number].tolist()
-    x0, labels = model.prepare(train, rows, by_label)
+    x0, labels = model.prepare(train, rows, by_label, None if coder is None else coder.vae.config.in_channels)
+    if coder is not None:
+        x0 = coder.encode(x0, labels, _generators(seed, rows)).x0
     return optimal_variances(
         model.denoiser(labels, "optimal"),
         *([x0], chain, model.prediction_type),
@@ -327,48 +363,57 @@ class ImageBound:
     """The terms of the bound of each image, with noise that depends on the seed and the image's row alone.
 
     Args:
-        num_terms, num_flow_steps: See `measure_bits_per_dim`.
+        coder: Of a model of latents, which are drawn from the posterior of each image; None for one of pixels.
+        num_terms, with_curves: See `measure_bits_per_dim`.
+        flow: None for no bound by the flow.
     """
 
     model: LikelihoodModel
+    coder: LatentCoder | None
     chain: ReverseChain
     variance: str
     num_terms: int | None
-    num_flow_steps: int | None
+    flow: FlowSettings | None
     seed: int
+    with_curves: bool = False
 
     def of(self, x0: Tensor, labels: Tensor | None, rows: list[int]) -> Tensor:
-        """Bits/dim, shape `(batch, 5 + NUM_PARTS)`, on the CPU.
+        """Shape `(batch, 6 + NUM_PARTS)`, on the CPU; in bits/dim but for the second.
 
-        The columns: the bound, the bound by the flow (NaN if not asked for), the rate, the distortion, the prior, and the
-        rate of each part of the timesteps.
+        The columns: the bound by the flow and the calls of the network for it (NaN if not asked for), the bound, the rate, the
+        distortion, the prior, and the rate of each part of the timesteps; then those of `curve_columns`, if asked for.
         """
+        generators, num_dims, num_bins, nats_of_coder = _generators(self.seed, rows), x0[0].numel(), 256, 0.0
+        if self.coder is not None:
+            with torch.autocast(x0.device.type, enabled=False):
+                coded = self.coder.encode(x0, labels, generators)
+            # The terms are those of the density of the latents.
+            x0, num_bins, nats_of_coder = coded.x0, None, coded.distortion + coded.rate
         denoise, units = self.model.denoiser(labels, self.variance), self.model.units(labels, x0)
         path = (x0, self.chain, self.model.prediction_type, self.variance)
+        more = {"num_bins": num_bins, "units": units}
         terms = variational_bound(
-            *(denoise, *path),
-            num_terms=self.num_terms,
-            clip=self.model.clip,
-            generator=self._generators(rows),
-            units=units,
+            *(denoise, *path), num_terms=self.num_terms, clip=self.model.clip, generator=generators, **more
         )
-        by_part = torch.zeros(len(x0), NUM_PARTS, dtype=x0.dtype, device=x0.device)
-        by_part.scatter_add_(1, _part_of(terms.index, self.chain), terms.weight * terms.kl)
-        flow = torch.full_like(terms.total, math.nan)
-        if self.num_flow_steps is not None:
+        flow = torch.full((len(x0), 2), math.nan, dtype=x0.dtype, device=x0.device)
+        if self.flow is not None:
             with torch.autocast(x0.device.type, enabled=False):
-                generators = self._generators(rows)
-                options = {"num_steps": self.num_flow_steps, "generator": generators, "units": units}
-                flow = flow_bound(denoise, *path, **options).total
-        columns = torch.stack([terms.total, flow, terms.rate, terms.distortion, terms.prior], 1)
-        return bits_per_dim(torch.cat([columns, by_part], 1), terms.num_dims).cpu()
+                options = {"generator": _generators(self.seed, rows)} | more | self.flow.options
+                found = flow_bound(denoise, *path, **options)
+            flow[:, 0], flow[:, 1] = bits_per_dim(found.total + nats_of_coder, num_dims), found.num_calls
+        total, distortion = terms.total + nats_of_coder, terms.distortion if self.coder is None else coded.distortion
+        nats = torch.stack([total, total - distortion, distortion, terms.prior], 1)
+        by_part = summed_by_part(terms.weight * terms.kl, terms, self.chain, NUM_PARTS)
+        columns = [flow, bits_per_dim(torch.cat([nats, by_part], 1), num_dims)]
+        return torch.cat(columns + ([curve_columns(terms, self.chain)] if self.with_curves else []), 1).cpu()
 
-    def _generators(self, rows: list[int]) -> list[Generator]:
-        # On the CPU, so that the noise is the same on every device.
-        return [Generator().manual_seed(self.seed * SEED_STRIDE + row) for row in rows]
+
+def _generators(seed: int, rows: list[int]) -> list[Generator]:
+    # On the CPU, so that the noise is the same on every device.
+    return [Generator().manual_seed(seed * SEED_STRIDE + row) for row in rows]
 
 
-def _summarize(measured: list[list[float]], chain: ReverseChain, num_flow_steps: int | None) -> dict:
+def _summarize(measured: list[list[float]], chain: ReverseChain, flow: FlowSettings | None, with_curves: bool) -> dict:
     """Means over the images, with their standard errors.
 
     Args:
@@ -376,35 +421,28 @@ def _summarize(measured: list[list[float]], chain: ReverseChain, num_flow_steps:
     """
     # Sorted, so that the sums are the same to the last digit whatever the number of processes.
     columns = torch.tensor(sorted(measured), dtype=torch.float64)
-    total, flow, rate, distortion, prior, *parts = columns.mean(0).tolist()
-    errors = (columns.std(0) / math.sqrt(len(columns))).tolist() if len(columns) > 1 else [None, None]
-    result = {
-        "bits_per_dim": total,
-        "standard_error": errors[0],
-        "rate": rate,
-        "distortion": distortion,
-        "prior": prior,
-    }
-    if num_flow_steps is not None:
+    columns, curves = columns[:, : 6 + NUM_PARTS], columns[:, 6 + NUM_PARTS :]
+    of_flow, calls, total, rate, distortion, prior = columns[:, :6].T
+    result = {"bits_per_dim": total.mean().item(), "standard_error": mean_error(total)}
+    for name, values in (("rate", rate), ("distortion", distortion), ("prior", prior)):
+        result |= {name: values.mean().item(), f"{name}_standard_error": mean_error(values)}
+    if flow is not None:
         result |= {
-            "flow_bits_per_dim": flow,
-            "flow_standard_error": errors[1],
-            "num_flow_steps": num_flow_steps,
+            "flow_bits_per_dim": of_flow.mean().item(),
+            "flow_standard_error": mean_error(of_flow),
+            "flow_calls": calls.mean().item(),
+            **flow.describe(),
         }
-    return result | {"rate_by_timesteps": _by_timesteps(parts, chain)}
+    result["rate_by_timesteps"] = _by_timesteps(columns[:, 6:], chain)
+    return result | ({"curves": summarize_curves(curves, chain)} if with_curves else {})
 
 
-def _by_timesteps(parts: list[float], chain: ReverseChain) -> list[dict]:
+def _by_timesteps(parts: Tensor, chain: ReverseChain) -> list[dict]:
     """The rate of each part of the timesteps that has any."""
     transitions = torch.arange(1, len(chain))
-    part_of = _part_of(transitions, chain)
-    rows = []
-    for part in part_of.unique().tolist():
-        timesteps = chain.timesteps[transitions[part_of == part]].tolist()
-        rows.append({"first_timestep": timesteps[0], "last_timestep": timesteps[-1], "bits_per_dim": parts[part]})
+    parts_of, rows = part_of(transitions, chain, NUM_PARTS), []
+    for part in parts_of.unique().tolist():
+        timesteps, values = chain.timesteps[transitions[parts_of == part]].tolist(), parts[:, part]
+        ends = {"first_timestep": timesteps[0], "last_timestep": timesteps[-1]}
+        rows.append(ends | {"bits_per_dim": values.mean().item(), "standard_error": mean_error(values)})
     return rows
-
-
-def _part_of(index: Tensor, chain: ReverseChain) -> Tensor:
-    """Which of `NUM_PARTS` parts of the chain a transition is in; that to the data, 0, is in none."""
-    return (index - 1) * NUM_PARTS // max(1, len(chain) - 1)

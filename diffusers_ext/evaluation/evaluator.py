@@ -15,6 +15,7 @@ from diffusers_ext.metrics.frechet import FeatureStatistics, extrapolated_freche
 from diffusers_ext.metrics.kernel import kernel_distance
 from diffusers_ext.metrics.module_features import ModuleFeatures
 from diffusers_ext.metrics.neighbours import PrecisionRecall, density_coverage, nearest_distances, precision_recall
+from diffusers_ext.metrics.shares import share_difference
 
 
 # Below this probability of a chi-squared test, labels are taken to be in other proportions than the training images'.
@@ -41,6 +42,7 @@ class Evaluator:
         svc: A fitted classifier with scikit-learn's `predict`, of flattened pixels in [0, 1] (see `fit_svc`), or None.
         extrapolate: Estimate the Fréchet distance of infinitely many images too, from more than twice as many as features.
         seed: Of the draw of the reference.
+        train_features: Of the real images, as `reference_features` keeps them; measured if None.
     """
 
     train: LabelledImages
@@ -51,6 +53,7 @@ class Evaluator:
     svc: object | None = None
     extrapolate: bool = False
     seed: int = 0
+    train_features: Tensor | None = None
 
     def __post_init__(self):
         for name in ("num_reference", "num_neighbours"):
@@ -69,7 +72,8 @@ class Evaluator:
             )
         self._reference = drawn_order(len(self.train), self.seed)[: self.num_reference]
         if self.features is not None:
-            self._features, _ = self.features.measure(self.train.images)
+            given = self.train_features
+            self._features = self.features.measure(self.train.images)[0] if given is None else given
             self._statistics = FeatureStatistics(self.features.feature_dim).update(self._features)
 
     def measure(self, images: Tensor, labels: Tensor | None = None) -> dict[str, float | int]:
@@ -84,7 +88,9 @@ class Evaluator:
             `feature_precision`, `feature_recall`, `density`, `coverage`, `kernel_distance` and its standard error
             `kernel_distance_error` from the reference, `classifier_score` of the network's classes, if it has some,
             `label_accuracy` (share of the images to which the feature classifier gives the label asked for, compared by
-            name), if it knows the labels of the real images;
+            name), if it knows the labels of the real images; then also `label_share_distance`, the total variation between the
+            shares of the labels that it gives to these images and to the real ones, of these proportions, and
+            `label_shares_differ`, whether it is more than chance makes of one distribution;
             `reference_weighted`, True where the real images were weighted to the labels' proportions, see the class;
             in pixels: `pixel_precision`, `pixel_recall`, `nearest_train_distance` (median Euclidean distance to the
             nearest training image, pixels in [0, 1]), `svc_label_accuracy`. Those that do not apply are left out. Of
@@ -135,9 +141,26 @@ class Evaluator:
         logits = self.features.logits(features)
         if logits is not None:
             result["classifier_score"] = classifier_score(logits)
-        if labels is not None and knows_labels(self.features, self.train):
-            result["label_accuracy"] = _share_equal(self.features.ids_among(self.train.label_names)[classes], labels)
+        if knows_labels(self.features, self.train):
+            result |= self._compare_shares(classes, weights)
+            if labels is not None:
+                ids = self.features.ids_among(self.train.label_names)
+                result["label_accuracy"] = _share_equal(ids[classes], labels)
         return result
+
+    def _compare_shares(self, classes: Tensor, weights: Tensor | None) -> dict[str, float | bool]:
+        """How the classes that these images show are shared out, beside those that the real images show to the same network."""
+        logits = self.features.logits(self._features)
+        real = torch.zeros(logits.shape[1], dtype=torch.float64)
+        each = (
+            torch.ones(len(logits)) if weights is None else weights / weights.square().sum()
+        )  # sum: what they are worth
+        real.index_add_(0, logits.argmax(1), each.double())
+        difference = share_difference(torch.bincount(classes, minlength=len(real)), real)
+        return {
+            "label_share_distance": difference.distance,
+            "label_shares_differ": difference.p_value < SAME_PROPORTIONS,
+        }
 
     def _measure_in_pixels(self, images: Tensor, weights: Tensor | None) -> dict[str, float]:
         pixels, real = self.train.flat(images), self.train.flat(self.train.images)
@@ -243,23 +266,35 @@ def fit_svc(train: LabelledImages):
     return SVC(kernel="rbf", C=10).fit(train.flat(train.images).numpy(), train.labels.numpy())
 
 
-def format_table(columns: dict[str, dict[str, float | int]]) -> str:
-    """Measures as lines and sets of images as columns, for people."""
+def format_table(columns: dict[str, dict[str, float | int]], spread: dict[str, dict[str, float]] | None = None) -> str:
+    """Measures as lines and sets of images as columns, for people.
+
+    Args:
+        spread: Standard deviations of the measures of some columns.
+    """
     names = list(dict.fromkeys(name for column in columns.values() for name in column))
-    width = max(len(name) for name in names)
-    lines = [" " * width + "".join(f"{title:>18}" for title in columns)]
-    for name in names:
-        cells = [_format(column.get(name)) for column in columns.values()]
-        lines.append(f"{name:<{width}}" + "".join(f"{cell:>18}" for cell in cells))
+    cells = {
+        title: [_format(column.get(name), (spread or {}).get(title, {}).get(name)) for name in names]
+        for title, column in columns.items()
+    }
+    width, widths = (
+        max(map(len, names)),
+        {title: max(18, *(len(cell) + 2 for cell in cells[title])) for title in columns},
+    )
+    lines = [" " * width + "".join(f"{title:>{widths[title]}}" for title in columns)]
+    for row, name in enumerate(names):
+        lines.append(f"{name:<{width}}" + "".join(f"{cells[title][row]:>{widths[title]}}" for title in columns))
     return "\n".join(lines)
 
 
-def _format(value: float | int | None) -> str:
+def _format(value: float | int | None, spread: float | None = None) -> str:
     if value is None or isinstance(value, float) and math.isnan(value):
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return str(value) if isinstance(value, int) else f"{value:.4g}"
+    if isinstance(value, int):
+        return str(value)
+    return f"{value:.4g}" + ("" if spread is None else f" ± {spread:.2g}")
 
 
 def _share_equal(a: Tensor, b: Tensor) -> float:

@@ -129,7 +129,12 @@ def cached_features_folder(real: RealImages) -> Path:
         content.update(repr(real.value_scale).encode())
     shape = "x".join(map(str, real.image_shape))
     slug = Path(os.path.abspath(real.name)).name
-    return Path(own_cache(), "features", f"{slug}-{shape}-{content.hexdigest()[:12]}")
+    return cache_folder("features") / f"{slug}-{shape}-{content.hexdigest()[:12]}"
+
+
+def cache_folder(kind: str) -> Path:
+    """Where what can be made again is kept: in DIFFUSERS_EXT_CACHE, or beside the caches of the Hub's libraries."""
+    return own_cache() / kind
 
 
 def measuring_features(

@@ -1,10 +1,9 @@
-"""Ways to guide one pipeline: what each of them needs, what it is at a scale, and how many network calls it takes.
+"""Ways to guide one pipeline: what each of them needs, and what it is at a scale.
 
 `training/compare_guidance.py` compares them.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,7 +29,6 @@ METHODS = {
 }
 # What every method is at a scale of 1, for a denoiser with labels: its conditional prediction.
 UNGUIDED, UNGUIDED_TITLE = "none", "no guidance"
-NETWORKS = ("denoiser", "weak_denoiser", "classifier")
 
 
 @dataclass(frozen=True)
@@ -171,29 +169,6 @@ def describe_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         }
         described["guider"] = {"class": type(guider).__name__} | config
     return described
-
-
-@contextmanager
-def counted_calls(pipe: GuidedDiffusionPipeline) -> Iterator[dict[str, int]]:
-    """Counts the samples that each of a pipeline's networks is called with, from x_t to a prediction.
-
-    Conditional and unconditional predictions of one batch count as two, since they cost two.
-    """
-    counts = dict.fromkeys(NETWORKS, 0)
-
-    def counting(name: str):
-        def count(module: nn.Module, arguments: tuple) -> None:
-            counts[name] += len(arguments[0])
-
-        return count
-
-    networks = {name: getattr(pipe, name) for name in NETWORKS if getattr(pipe, name) is not None}
-    handles = [network.register_forward_pre_hook(counting(name)) for name, network in networks.items()]
-    try:
-        yield counts
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _num_blocks(network: nn.Module) -> int:

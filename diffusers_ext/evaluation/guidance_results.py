@@ -6,11 +6,11 @@ from pathlib import Path
 
 from diffusers_ext.atomic_files import atomic_write
 from diffusers_ext.evaluation.guidance_comparison import METHODS, UNGUIDED, UNGUIDED_TITLE
+from diffusers_ext.evaluation.measured_rows import MeasuredRows
 from diffusers_ext.figures import save_picture
-from diffusers_ext.untrusted import read_json
 
 
-class Results:
+class Results(MeasuredRows):
     """The measures of each method and scale, in `guidance.json`, with a table and a figure.
 
     Args:
@@ -20,37 +20,8 @@ class Results:
     """
 
     def __init__(self, folder: Path, made_with: dict, command: str):
-        self.made_with, self.command = made_with, command
-        self.path = folder / "guidance.json"
-        self.rows, self.held_out, self._asked = [], None, set()
-
-    def load(self) -> list[dict]:
-        """The measures of an earlier command.
-
-        Raises:
-            ValueError: if it was with other images or another model.
-        """
-        if not self.path.is_file():
-            return []
-        saved = read_json(self.path)
-        before = saved["made_with"]
-        changed = [name for name, value in self.made_with.items() if before.get(name) != value]
-        if changed:
-            raise ValueError(
-                f"{self.path} is of another {changed[0]}, {before.get(changed[0])}, got {self.made_with[changed[0]]}: give "
-                "--overwrite to start over, or another --output_dir"
-            )
-        return saved["results"]
-
-    def find(self, method: str, scale: float, how: dict) -> dict | None:
-        wanted = (method, scale, json.loads(json.dumps(how)))
-        return next((row for row in self.rows if (row["method"], row["guidance_scale"], row["how"]) == wanted), None)
-
-    def add(self, row: dict) -> None:
-        """Adds a row, in place of any with the same method and scale."""
-        key = (row["method"], row["guidance_scale"])
-        self.rows = [other for other in self.rows if (other["method"], other["guidance_scale"]) != key]
-        self.rows.append(json.loads(json.dumps(row)))
+        super().__init__(folder / "guidance.json", made_with, command, ("method", "guidance_scale"))
+        self._asked = set()
 
     def show(self, plan: list[tuple[str, float, dict]]) -> None:
         """Puts into table and figure what this command asks for, of all that is kept."""
@@ -59,14 +30,6 @@ class Results:
     @property
     def shown(self) -> list[dict]:
         return [row for row in self.rows if (row["method"], row["guidance_scale"]) in self._asked]
-
-    def contents(self) -> dict:
-        return {
-            "command": self.command,
-            "made_with": self.made_with,
-            "held_out": self.held_out,
-            "results": self.rows,
-        }
 
     def table(self, methods: list[str]) -> str:
         return markdown_table(self.shown, methods, self.held_out)

@@ -105,6 +105,18 @@ class RealImages:
         return self.has_labels and len(self.train.labels.unique()) > 1
 
 
+def describe_reference(real: RealImages, split: str, num_images: int, num_neighbours: int) -> dict:
+    """Which real images a set of `num_images` is measured against: all of them by the Fréchet distance, as many by the others."""
+    return {
+        "dataset_name": real.name,
+        "dataset_split": split,
+        "image_shape": list(real.image_shape),
+        "num_images": len(real.train),
+        "num_compared": min(len(real.train), num_images),
+        "num_neighbours": num_neighbours,
+    }
+
+
 class _Split(NamedTuple):
     """A split of the data set: as it was prepared, and as it is measured."""
 

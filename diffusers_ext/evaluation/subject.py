@@ -53,11 +53,17 @@ def load_pipeline(name: str, scheduler: str | None = None) -> diffusers.Diffusio
             raise
         raise ValueError(f"{name} is no folder here, and cannot be had from the Hub: {error}") from error
     if scheduler is not None:
-        pipeline.register_modules(scheduler=_make_sampler(pipeline, scheduler))
+        pipeline.register_modules(scheduler=make_sampler(pipeline, scheduler))
     return pipeline
 
 
-def _make_sampler(pipeline: diffusers.DiffusionPipeline, name: str) -> diffusers.SchedulerMixin:
+def make_sampler(pipeline: diffusers.DiffusionPipeline, name: str) -> diffusers.SchedulerMixin:
+    """A scheduler of a class of diffusers or of this package, made from the config of the pipeline's own.
+
+    Raises:
+        ValueError: if there is no such scheduler, or it is for models of another path.
+        ImportError: if it needs a library that is not installed.
+    """
     scheduler_class = getattr(diffusers_ext, name, None) or getattr(diffusers, name, None)
     if isinstance(scheduler_class, DummyObject):
         scheduler_class.from_config()  # raises an error that says which library it needs
@@ -172,7 +178,7 @@ def generate_for(
         "pipeline_class": type(pipeline).__name__,
         "scheduler_class": type(pipeline.scheduler).__name__,
         "num_inference_steps": num_inference_steps or default_of(pipeline, "num_inference_steps"),
-        "guidance_scale": _default_scale(pipeline) if guidance_scale is None else guidance_scale,
+        "guidance_scale": default_scale(pipeline) if guidance_scale is None else guidance_scale,
         "internal_guidance_scale": (settings or {}).get("internal_guidance_scale", 1.0),
         "call_defaults": getattr(pipeline, "config", {}).get("call_defaults"),
         "guider": None if guider is None else type(guider).__name__,
@@ -208,7 +214,7 @@ def _check_labels(pipeline, num_classes: int, real: RealImages) -> None:
         )
 
 
-def _default_scale(pipeline) -> float | None:
+def default_scale(pipeline) -> float | None:
     """The guidance scale of a call that gives none; None with a guider in its stead, or where there is no guidance."""
     if getattr(pipeline, "guider", None) is not None:
         return None

@@ -16,6 +16,7 @@ from diffusers_ext.metrics.neighbours import (
     precision_recall,
 )
 from diffusers_ext.metrics.reconstruction import multi_scale_ssim, psnr, ssim
+from diffusers_ext.metrics.shares import ShareDifference, share_difference
 
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "FeatureStatistics",
     "KernelDistance",
     "PrecisionRecall",
+    "ShareDifference",
     "classifier_score",
     "density_coverage",
     "extrapolated_frechet_distance",
@@ -33,5 +35,6 @@ __all__ = [
     "nearest_distances",
     "precision_recall",
     "psnr",
+    "share_difference",
     "ssim",
 ]

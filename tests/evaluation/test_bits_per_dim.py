@@ -131,6 +131,27 @@ def test_the_flow_measures_the_same_model(out_channels):
     assert result["flow_standard_error"] == pytest.approx((expected.std() / 5**0.5).item(), rel=1e-3)
 
 
+def test_every_figure_has_the_standard_error_of_its_own_column():
+    """The curves end at the whole rate; and the flow says how it was solved."""
+    pipeline, images = make_pipeline(), make_images(6)
+    pipeline.scheduler = ExtDDIMScheduler(**SCHEDULE, clip_sample=False)
+    how = {"flow_tolerance": 1e-2, "dequantization": "truncated_normal"}
+    result = measure(pipeline, images, num_terms=4, with_curves=True, batch_size=4, **how)
+    last = result["curves"][-1]
+    assert last["bits_so_far"] == pytest.approx(result["rate"], rel=1e-9)
+    assert last["bits_so_far_error"] == pytest.approx(result["rate_standard_error"], rel=1e-9)
+    assert how.items() <= result.items() and result["flow_calls"] >= 8
+    assert all(part["standard_error"] >= 0 for part in result["rate_by_timesteps"])
+    alone = measure(pipeline, images, num_images=1, num_terms=4, with_curves=True)
+    assert alone["standard_error"] is None and alone["curves"][-1]["rmse_error"] is None
+    for settings, message in (
+        ({"flow_tolerance": 1e-2, "num_flow_steps": 2}, "both say how the flow is solved"),
+        ({"dequantization": "uniform"}, "dequantization 'uniform' is of the flow: give num_flow_steps"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            measure(pipeline, images, **settings)
+
+
 def save_result(folder):
     result = measure(make_pipeline(), make_images(), num_terms=3, batch_size=2)
     (folder / f"{torch.distributed.get_rank()}.txt").write_text(repr(result["bits_per_dim"]))

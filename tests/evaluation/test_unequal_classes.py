@@ -18,6 +18,7 @@ from diffusers_ext.evaluation.feature_folders import FEATURES_FILE
 from diffusers_ext.evaluation.label_shares import balanced_labels, describe_labels, proportional_labels
 from diffusers_ext.evaluation.labelled_images import LabelledImages
 from diffusers_ext.evaluation.real_images import RealImages
+from diffusers_ext.evaluation.report import describe_proportions
 from diffusers_ext.evaluation.subject import generate_for
 from diffusers_ext.hub.cards import write_card
 from diffusers_ext.metrics import FeatureStatistics
@@ -222,3 +223,36 @@ def test_the_result_says_in_which_proportions_labels_were_asked_for(tmp_path, ca
     result = evaluate.main(evaluate.parse([str(tmp_path / "images"), "--dataset_name", str(data), *shared]))
     assert result["generated"]["reference_weighted"] and result["sampling"] is None
     assert "the measured images have labels in other proportions" in capsys.readouterr().out
+
+
+def test_images_that_show_labels_in_other_proportions_are_found_by_the_classifier(real):
+    """Also where none was asked for. A network of the mean brightness reads all of them right."""
+    features = ModuleOfBrightness()
+    evaluator = Evaluator(real.train, features, num_reference=450, in_pixels=False)
+    alike = evaluator.measure(paint(proportional_labels(450, COUNTS), 2))
+    assert alike["label_share_distance"] == pytest.approx(0, abs=1e-9) and alike["label_shares_differ"] is False
+    other = evaluator.measure(paint(balanced_labels(450, 3), 2))
+    shares = [(400 / 450 - 1 / 3), (1 / 3 - 30 / 450), (1 / 3 - 20 / 450)]
+    assert other["label_share_distance"] == pytest.approx(sum(shares) / 2) and other["label_shares_differ"] is True
+    # Those that are asked for in other proportions are compared with as many of each label.
+    asked = torch.tensor(balanced_labels(450, 3))
+    assert evaluator.measure(paint(asked, 2), asked)["label_share_distance"] == pytest.approx(0, abs=1e-9)
+    lines = describe_proportions({"sampling": None, "generated": other})
+    assert len(lines) == 1 and "do not show the labels in the proportions of the training images" in lines[0]
+    assert "55.6% of them" in lines[0]
+
+
+class ModuleOfBrightness(FeatureClassifierModel):
+    """The mean of an image as two features, of which the classes are thirds of the range."""
+
+    def __init__(self):
+        super().__init__((8, 8), 1, 3, block_out_channels=(2,), label_names=NAMES)
+        with torch.no_grad():
+            # The largest of 2 a c - c^2 over the classes' brightness c is that of the nearest.
+            centres = torch.tensor([40.0, 125.0, 210.0]) / 127.5 - 1
+            self.classifier.weight.copy_(torch.stack([2 * centres, 0 * centres], 1))
+            self.classifier.bias.copy_(-centres.square())
+
+    def extract_features(self, sample):
+        mean = sample.mean((1, 2, 3))
+        return torch.stack([mean, sample.flatten(1).std(1)], 1)

@@ -9,8 +9,9 @@ from PIL import Image
 
 from diffusers_ext import ExtDDIMScheduler, GuidedDiffusionPipeline, NoisyClassifierModel, UNetModel
 from diffusers_ext.evaluation.feature_folders import FEATURES_FILE
-from diffusers_ext.evaluation.guidance_comparison import GuidanceOptions, call_settings, counted_calls
+from diffusers_ext.evaluation.guidance_comparison import GuidanceOptions, call_settings
 from diffusers_ext.evaluation.guidance_results import saved_share
+from diffusers_ext.evaluation.network_calls import counted_calls
 from diffusers_ext.metrics.features import FeatureClassifierModel
 from diffusers_ext.schedulers.levels import describe_path
 from processes import in_ranks

@@ -1,4 +1,5 @@
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -103,10 +104,12 @@ def test_bits_per_dim_go_into_the_json_the_card_and_a_line(tmp_path, features_fo
     result = run(
         *(folder, "--num_images", 20, "--features", features_folder, "--bits_per_dim", "--num_likelihood_images", 9),
         *("--num_likelihood_steps", 12, "--likelihood_variance", "fixed_small", "--num_flow_steps", 2),
+        "--likelihood_curves",
     )
     bound = result["likelihood"]
     assert bound == json.loads((folder / "evaluation.json").read_text())["likelihood"]
     assert bound["bits_per_dim"] == pytest.approx(bound["rate"] + bound["distortion"], rel=1e-9)
+    assert (folder / "likelihood.png").is_file() and bound["curves"][-1]["bits_so_far"] == pytest.approx(bound["rate"])
     parts = sum(part["bits_per_dim"] for part in bound["rate_by_timesteps"])
     assert bound["rate"] == pytest.approx(bound["prior"] + parts, rel=1e-9)
     known = {"num_images": 9, "num_dims": 64, "num_steps": 12, "num_terms": 11, "variance": "fixed_small"}
@@ -116,6 +119,35 @@ def test_bits_per_dim_go_into_the_json_the_card_and_a_line(tmp_path, features_fo
     printed = capsys.readouterr().out
     assert f"at most {bound['bits_per_dim']:.3f} +- {bound['standard_error']:.3f} on 9 held" in printed
     assert f"by the probability flow {bound['flow_bits_per_dim']:.3f}" in printed
+
+
+@pytest.mark.filterwarnings("ignore:the Fréchet distance of 128 features is unreliable")
+def test_a_sweep_and_several_seeds_of_a_run(tmp_path, features_folder, capsys):
+    """Each with the guidance of the run; the command that the results name is a valid one."""
+    folder = save_pipeline(tmp_path / "run")
+    options = "dataset_name: digits\nresolution: [8, 8]\nnum_inference_steps: 3\nguidance_scale: 2.0\n"
+    (folder / "train_config.yaml").write_text(options)
+    write_card(folder, data="Digits.")
+    shared = (folder, "--num_images", 10, "--features", features_folder, "--num_seeds", 2, "--no-pixel_metrics")
+    result = run(*shared, "--sweep", "--sweep_steps", 1, 2)
+    assert result == json.loads((folder / "sweep" / "results.json").read_text())
+    assert [(row["guidance_scale"], row["calls"]) for row in result["results"]] == [(2.0, 2), (2.0, 4)]
+    assert evaluate.parse(shlex.split(result["command"])[2:]).sweep_guidance_scales == (2.0,)
+    assert "| ExtDDIMScheduler | 2 | 2 | 4 | " in capsys.readouterr().out
+    with pytest.raises(ValueError, match="num_inference_steps is of one set of images: give --sweep_steps"):
+        run(*shared, "--sweep", "--num_inference_steps", 2)
+
+    result = run(*shared, "--num_inference_steps", 1)
+    assert result["seeds"] == [0, 1] and result["spread"]["frechet_distance"] > 0
+    assert result["reference"]["num_images"] == 1500 and result["reference"]["dataset_split"] == "train"
+    card = (folder / "README.md").read_text()
+    spread = result["spread"]["frechet_distance"]
+    assert f"of a classifier of digits, mean of 2 seeds with standard deviation {spread:.2g} |" in card
+    printed = capsys.readouterr().out
+    assert (
+        "each measure is the mean over 2 sets of images, of seeds 0 to 1" in printed and f"± {spread:.2g}" in printed
+    )
+    assert len(list((tmp_path / "cache" / "reference").iterdir())) == 1
 
 
 def test_the_training_images_as_a_folder_are_perfect(tmp_path, features_folder):
@@ -366,6 +398,10 @@ def test_what_cannot_be_evaluated_is_refused(tmp_path, features_folder):
             ["runs/x", "--num_likelihood_steps", "5"],
             "num_likelihood_steps has no meaning without bits_per_dim",
         ),
+        (["runs/x", "--sweep_steps", "2"], "sweep_steps has no meaning without sweep"),
+        (["runs/x", "--sweep", "--sweep_steps", "2", "2"], "sweep_steps must be different ones, got 2 2"),
+        (["runs/x", "--sweep", "--sweep_steps", "0"], "sweep_steps must be at least 1, got 0"),
+        (["runs/x", "--seed", "4293", "--num_seeds", "2"], "seed must be in [0, 4293], got 4294"),
         (["runs/x", "--seed", "-1"], "seed must be in [0, 4293], got -1"),
         (["runs/x", "--num_threads", "0"], "num_threads must be at least 1, got 0"),
         (["runs/x", "--resolution", "0"], "resolution must be one side or height and width, got 0"),
