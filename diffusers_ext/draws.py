@@ -65,6 +65,20 @@ def draw_normal(
     return randn_tensor(tuple(shape), generator=generator, device=device, dtype=dtype)
 
 
+def between_draws(first: Tensor, second: Tensor, share: float) -> Tensor:
+    """Noise on the arc from one normal draw to another, of about their norm (DDIM, arXiv 2010.02502, Eq. 67).
+
+    Args:
+        first, second: Of one shape; the angle is between them as a whole.
+        share: In [0, 1]; 0 is the first, 1 the second.
+    """
+    cosine = torch.cosine_similarity(first.flatten(), second.flatten(), dim=0).clamp(-1, 1)
+    angle = torch.arccos(cosine)
+    if torch.sin(angle) < 1e-6:  # one direction: the arc is a line
+        return torch.lerp(first, second, share)
+    return (torch.sin((1 - share) * angle) * first + torch.sin(share * angle) * second) / torch.sin(angle)
+
+
 class PositionRandom:
     """Random numbers that depend on (seed, stream, position) only, by the counter of Philox (Salmon et al. 2011)."""
 

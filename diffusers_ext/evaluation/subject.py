@@ -53,11 +53,11 @@ def load_pipeline(name: str, scheduler: str | None = None) -> diffusers.Diffusio
             raise
         raise ValueError(f"{name} is no folder here, and cannot be had from the Hub: {error}") from error
     if scheduler is not None:
-        pipeline.register_modules(scheduler=_make_sampler(pipeline, scheduler))
+        pipeline.register_modules(scheduler=make_sampler(pipeline, scheduler))
     return pipeline
 
 
-def _make_sampler(pipeline: diffusers.DiffusionPipeline, name: str) -> diffusers.SchedulerMixin:
+def make_sampler(pipeline: diffusers.DiffusionPipeline, name: str) -> diffusers.SchedulerMixin:
     scheduler_class = getattr(diffusers_ext, name, None) or getattr(diffusers, name, None)
     if isinstance(scheduler_class, DummyObject):
         scheduler_class.from_config()  # raises an error that says which library it needs

@@ -95,7 +95,7 @@ def test_wandb_gets_pictures_with_their_captions(tmp_path, monkeypatch):
     accelerator = tracking("wandb", tmp_path)
     log_picture(accelerator, "samples", PICTURE, 7, "a row each of cat, dog")
     accelerator.end_training()
-    assert [Image.open(path).size for path in tmp_path.rglob("samples_7_*.png")] == [(6, 4)]
+    assert [Image.open(path).size for path in tmp_path.rglob("samples_*.png")] == [(6, 4)]
     (log,) = tmp_path.rglob("run-*.wandb")
     assert b"a row each of cat, dog" in log.read_bytes()
 
