@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "calibration": "__init__ atomic_files figures diffusion schedulers guidance pipelines hub data trainer metrics evaluation",
     "recipes": "calibration __init__ untrusted atomic_files conditions draws machine pixels options figures latents sizes value_scale diffusion schedulers models guidance pipelines hub data trainer metrics evaluation",
     "studies": "atomic_files figures diffusion",
-    "demo": "__init__ draws figures untrusted value_scale hub pipelines evaluation examples",
+    "demo": "__init__ draws figures untrusted value_scale schedulers hub pipelines evaluation examples",
     "__main__": "demo",
     "examples": "pipelines",
     "__init__": "examples registration diffusion schedulers models guidance pipelines",

@@ -35,6 +35,7 @@ from diffusers import (
 from PIL import Image
 
 from diffusers_ext import ExtDDIMScheduler, GuidedDiffusionPipeline, TextGuidedDiffusionPipeline
+from diffusers_ext.demo.command import run as run_demo
 from diffusers_ext.hub.__main__ import main as hub_main
 from guided_diffusion_unet import GuidedDiffusionUNet
 from tiny import tiny_stock_unet, tiny_unet
@@ -189,6 +190,9 @@ class Desk:
                     [sys.executable, "-m", "pytest", *options, "--version"], capture_output=True, cwd=ROOT, check=False
                 )
                 assert collected.returncode == 0, collected.stderr
+            case ["python", "-m", "diffusers_ext", "demo", *options]:
+                with contextlib.redirect_stdout(io.StringIO()):
+                    run_demo(options)
             case ["python", "-m", "diffusers_ext.hub", *options]:
                 with contextlib.redirect_stdout(io.StringIO()):
                     hub_main(options)

@@ -51,7 +51,7 @@ def build_page(studio: Studio, title: str) -> gr.Blocks:
                 count = gr.Slider(2, MAX_BETWEEN, 8, step=1, label="images from seed to seed")
                 fields = _fields(studio)
             with gr.Column():
-                gallery = gr.Gallery(label="on the way", columns=4)
+                gallery = _gallery("on the way")
                 button = gr.Button("interpolate", variant="primary")
                 button.click(_asked(studio.interpolate), [*fields, other, count], gallery)
     return page
@@ -84,30 +84,32 @@ def _fields(studio: Studio) -> list[gr.components.Component]:
 def _made(work: Callable[..., Made], fields: list, more: list, name: str) -> None:
     """A button, the images that it makes, and a slider over the steps to them."""
     button = gr.Button(name, variant="primary")
-    gallery = gr.Gallery(label="images", columns=4)
+    gallery = _gallery("images")
     steps = gr.State([])
     slider = gr.Slider(1, 2, 1, step=1, label="step", visible=False)
-    shown = gr.Image(label="x_t above the predicted x_0", visible=False, interactive=False)
+    head = gr.Markdown()
+    picture = gr.Image(label="step", show_label=False, visible=False, interactive=False)
 
     def make(*values: Any):
         made = _asked(work)(*values)
         last = len(made.steps)
-        return (
-            made.images,
-            made.steps,
-            gr.Slider(1, max(2, last), last, step=1, visible=last > 1),
-            _shown(made.steps, last),
-        )
+        shown = gr.Slider(1, max(2, last), last, step=1, visible=last > 1)
+        return made.images, made.steps, shown, *_shown(made.steps, last)
 
-    button.click(make, [*fields, *more], [gallery, steps, slider, shown])
-    slider.change(_shown, [steps, slider], shown, show_progress="hidden")
+    button.click(make, [*fields, *more], [gallery, steps, slider, head, picture])
+    slider.change(_shown, [steps, slider], [head, picture], show_progress="hidden")
 
 
-def _shown(steps: list[ShownStep], number: float) -> dict:
+def _gallery(label: str) -> gr.Gallery:
+    return gr.Gallery(label=label, columns=4, height="auto", object_fit="contain")
+
+
+def _shown(steps: list[ShownStep], number: float) -> tuple[str, gr.Image]:
+    """A step with its head; nothing where there was none, as with a picture that is kept as it is."""
     if not steps:
-        return gr.Image(visible=False)
+        return "", gr.Image(visible=False)
     step = steps[min(len(steps), max(1, int(number))) - 1]
-    return gr.Image(step.picture, label=f"x_t above the predicted x_0, {step.head}", visible=True)
+    return f"x_t above the predicted x_0, {step.head}", gr.Image(step.picture, visible=True)
 
 
 def _asked(work: Callable) -> Callable:
