@@ -3,10 +3,12 @@
 import re
 import shutil
 
+import numpy as np
 import pytest
 from PIL import Image
 
 import diffusers_ext
+from diffusers_ext.demo.settings import Settings
 from diffusers_ext.demo.studio import Studio
 
 
@@ -59,3 +61,16 @@ def test_a_bad_value_shows_a_message(page):
     page.get_by_label("steps", exact=True).first.fill("0")
     page.get_by_role("button", name="generate A").click()
     page.get_by_text("The number of steps must be a whole number from 1 to 1000, got 0.").wait_for()
+
+
+def test_what_the_brush_painted_reaches_the_studio():
+    from diffusers_ext.demo.app import _inpainting
+
+    studio = Studio(diffusers_ext.example("digits"))
+    picture, layer = Image.new("RGBA", (80, 80), (128, 128, 128, 255)), Image.new("RGBA", (80, 80))
+    layer.paste((255, 0, 0, 255), (0, 0, 40, 80))
+    settings = Settings(num_images=1, num_steps=2)
+    made = _inpainting(studio)(settings, {"background": picture, "layers": [layer], "composite": picture})
+    assert np.abs(np.asarray(made.images[0], dtype=int)[:, 64:] - 128).max() <= 1
+    with pytest.raises(ValueError, match="Give a picture to paint over"):
+        _inpainting(studio)(settings, None)
