@@ -90,12 +90,15 @@ def test_tensorboard_gets_pictures_with_their_captions(tmp_path):
 
 @pytest.mark.skipif("wandb" not in INSTALLED, reason="takes wandb")
 def test_wandb_gets_pictures_with_their_captions(tmp_path, monkeypatch):
+    import wandb
+
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.chdir(tmp_path)
     accelerator = tracking("wandb", tmp_path)
     log_picture(accelerator, "samples", PICTURE, 7, "a row each of cat, dog")
     accelerator.end_training()
     assert [Image.open(path).size for path in tmp_path.rglob("samples_*.png")] == [(6, 4)]
+    wandb.teardown()  # ends the process that writes the log
     (log,) = tmp_path.rglob("run-*.wandb")
     assert b"a row each of cat, dog" in log.read_bytes()
 
