@@ -60,6 +60,7 @@ COMMANDS: dict[str, dict[str, Command]] = {
     "use": {
         "sample": Command("images into a folder: grids, GIF or MP4 of denoising and interpolation", "commands.sample"),
         "sample-prompts": Command("draw texts at several guidance scales, as one picture", "commands.sample_prompts"),
+        "demo": Command("try out a pipeline on a page in the browser, or write the page as a Space", "demo.command"),
         "push": Command("upload a saved pipeline or model to the Hub", "hub.__main__"),
         "doctor": Command("what this machine is, what is fast on it, what is wrong", "commands.doctor"),
         "schema": Command("the arguments of a saved pipeline's call, by diffusers: --model FOLDER"),
@@ -133,4 +134,9 @@ def _help() -> str:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["demo"]:
+        from diffusers_ext.demo.command import run
+
+        run(sys.argv[2:])
+    else:
+        main()

@@ -97,6 +97,16 @@ class _Text:
         draw.multiline_text(at, self._text, fill="black", font=self._font, anchor=anchor, align=align)
 
 
+def on_white(picture: Image.Image) -> Image.Image:
+    """A picture of any mode in RGB, what is transparent in it shown on white."""
+    if picture.mode == "RGB":
+        return picture
+    picture = picture.convert("RGBA")
+    shown = Image.new("RGB", picture.size, "white")
+    shown.paste(picture, mask=picture.getchannel("A"))
+    return shown
+
+
 def save_picture(picture: "Image.Image | Figure", path: Path) -> None:
     """Writes an image of PIL or a figure of matplotlib; a file that is there is complete."""
     with atomic_write(path) as partial:
@@ -191,7 +201,7 @@ def draw_loss(records: Sequence[dict[str, Any]], path: Path) -> None:
     dots = {"marker": "."} if short else {"alpha": 0.35}
     above.plot(steps, losses, color="C0", label="mean between two lines of the log", **dots)
     if not short:
-        above.plot(steps, _smoothed(losses), color="C0", label="smoothed")
+        above.plot(steps, smoothed(losses), color="C0", label="smoothed")
     held_out = [(record["step"], record["val_loss"]) for record in records if "val_loss" in record]
     if held_out:
         above.plot(*zip(*held_out, strict=True), color="C2", marker="o", markersize=4, label="on held-out images")
@@ -249,7 +259,7 @@ def draw_loss_by_snr(rows: Sequence[dict[str, float]], path: Path) -> None:
     save_picture(figure, path)
 
 
-def _smoothed(values: np.ndarray) -> np.ndarray:
+def smoothed(values: np.ndarray) -> np.ndarray:
     """Means over a centred window of a twentieth of the curve, shorter at its ends."""
     half = max(1, len(values) // 40)
     sums = np.concatenate([[0.0], np.cumsum(values)])

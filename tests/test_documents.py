@@ -226,6 +226,8 @@ class Desk:
             case ["python", "-m", "diffusers_ext.hub", *options]:
                 with contextlib.redirect_stdout(io.StringIO()):
                     hub_main(options)
+            case ["diffusers-ext", "demo", *options]:
+                in_this_process(lambda: command_main(["demo", *options]), shlex.join(words))
             case ["diffusers-ext", name, *options] | ["python", "-m", "diffusers_ext", name, *options]:
                 script = SCRIPT_OF[name]
                 in_this_process(lambda: command_main([name, *options, *small(script, options)]), shlex.join(words))

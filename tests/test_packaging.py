@@ -55,6 +55,7 @@ def test_a_wheel_is_the_package_and_works_without_its_sources(sources, tmp_path)
         wheel.extractall(tmp_path / "installed")
     package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "diffusers_ext").rglob("*.py")}
     others = {"diffusers_ext/py.typed", "diffusers_ext/hub/model_card_template.md"}
+    others |= {f"diffusers_ext/trainer/page.{kind}" for kind in ("css", "html", "js")}
     examples = [path for path in (ROOT / "diffusers_ext" / "examples").rglob("*") if path.is_file()]
     others |= {path.relative_to(ROOT).as_posix() for path in examples if "__pycache__" not in path.parts} - package
     assert {name for name in names if ".dist-info/" not in name} == package | others

@@ -50,6 +50,7 @@ from diffusers_ext.trainer.ending import EndingCost, seconds_of
 from diffusers_ext.trainer.loop import Trainer
 from diffusers_ext.trainer.progress import counted, counting_bar
 from diffusers_ext.trainer.run import describe_data, finish_run, make_accelerator, open_run, save_atomically
+from diffusers_ext.trainer.trackers import log_saved_pictures
 
 
 MIN_MEASURED = 1000  # training images that the latents' scale is measured on, however short the time
@@ -475,6 +476,7 @@ def draw_while_training(config: TrainVAEConfig, trainer: Trainer, name: str | No
     with trainer.averaged_model() as vae:
         if trainer.accelerator.is_main_process:
             draw(config, trainer, vae, folder)
+            log_saved_pictures(trainer.accelerator, folder, figures_of(vae).pictures_of(vae), trainer.state.step)
 
 
 def describe_latents(vae: VAEModel, moments: LatentMoments) -> str:

@@ -29,6 +29,7 @@ NOT_UPLOADED = (
     "ema_snapshots/*",
     "profile/*",
     "logs/*",
+    "index.html",  # the page of a run, whose pictures and numbers go along anyway
     ".*",
     "__pycache__/*",
     "*/__pycache__/*",

@@ -146,5 +146,8 @@ class RecordedObjective(nn.Module):
     def metrics(self) -> dict[str, float]:
         return self.loss_record.metrics()
 
+    def curve(self) -> list[dict[str, float]]:
+        return self.loss_record.curve()
+
     def draw(self, folder: str | Path) -> dict[str, str]:
         return self.loss_record.draw(folder)

@@ -9,9 +9,8 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
@@ -25,6 +24,7 @@ from diffusers_ext.trainer.ending import EndingCost, seconds_of
 from diffusers_ext.trainer.loop import Trainer
 from diffusers_ext.trainer.progress import counting_bar
 from diffusers_ext.trainer.run import save_atomically
+from diffusers_ext.trainer.trackers import log_picture
 
 
 MAX_ROWS = 16
@@ -108,20 +108,6 @@ def first_of(rows: dict[str, Any]) -> dict[str, Any]:
     return {name.removesuffix("s"): values[0] for name, values in each.items()}
 
 
-def log_image(accelerator: Accelerator, name: str, image: Image.Image | None, step: int) -> None:
-    """Gives a picture to the trackers that take pictures. None, as in processes that have none, is no picture."""
-    for tracker in accelerator.trackers if image is not None else ():
-        match tracker.name:
-            case "tensorboard":
-                tracker.log_images({name: np.asarray(image)[None]}, step=step, dataformats="NHWC")
-            case "wandb" | "swanlab":
-                tracker.log_images({name: [image]}, step=step)
-            case "aim":
-                tracker.log_images({name: image}, step=step)
-            case "clearml":
-                tracker.log_images({name: np.asarray(image)}, step=step)
-
-
 def draw_denoising(
     pipe: DiffusionPipeline,
     path: Path,
@@ -175,7 +161,15 @@ def draw_while_training(
     path = trainer.output_dir / "samples" / f"step-{trainer.state.step:07}.png"
     with pipeline(trainer) as pipe:
         grid = draw_samples(pipe, path, **rows, **grid_settings(trainer.config))
-    log_image(trainer.accelerator, "samples", grid, trainer.state.step)
+    log_picture(trainer.accelerator, "samples", grid, trainer.state.step, _caption(rows))
+
+
+def _caption(rows: dict[str, Any]) -> str:
+    """What the rows or columns of a grid show, for trackers."""
+    names = list(rows.get("names") or ())[:MAX_ROWS]
+    if rows.get("conditions") is not None:
+        return "condition images, samples of each, and the images that they are of"
+    return f"a row each of {', '.join(map(str, names))}" if names else "samples"
 
 
 def drawing_cost(
@@ -249,8 +243,7 @@ def save_and_draw(
         bar.update()
 
     with accelerator.autocast(), closing(bar):
-        grid = draw_samples(pipe, output_dir / "samples.png", callback_on_step_end=count, **rows, **settings)
-        log_image(accelerator, "samples", grid, trainer.state.step)
+        draw_samples(pipe, output_dir / "samples.png", callback_on_step_end=count, **rows, **settings)
         if accelerator.is_main_process:
             draw_denoising(
                 pipe,

@@ -30,6 +30,7 @@ from diffusers_ext.trainer.hooks import StepHook
 from diffusers_ext.trainer.milestones import Milestones
 from diffusers_ext.trainer.notes import notes_after, notes_before
 from diffusers_ext.trainer.optimizers import make_optimizer, set_learning_rate, set_options
+from diffusers_ext.trainer.page import open_page
 from diffusers_ext.trainer.posthoc_ema import AverageSnapshots
 from diffusers_ext.trainer.profiling import StepProfile
 from diffusers_ext.trainer.progress import WAITING, TimeShares
@@ -55,7 +56,8 @@ class Trainer:
             checkpoints, and must be the same in all processes after each step; or, if it has `collect()`, after that,
             which all processes call before a checkpoint. If it has `metrics() -> dict[str, float]`, all processes call
             that at each line of the log, and the numbers are added to it; there, and only there, it may wait for the
-            device. If it has `draw(folder)`, the main process calls that at the end.
+            device. If it has `draw(folder)`, the main process calls that at the end; if it has `curve()`, then for the page
+            of the run, see `RunPage`.
         data: The images.
         batch_options: Keywords of `BatchOptions` beyond those that the config of every script has.
         on_images: Called with this object every `save_images_steps`, in each process, which may share the work. What it
@@ -186,23 +188,27 @@ class Trainer:
                 partial.write_text(to_yaml(config))
             if self.snapshots:
                 self.snapshots.drop_after(state.step)
+        self.page = open_page(self)
         self.clock.start(state.seconds)
         first_seconds = state.seconds
         with random_state_kept(self.accelerator.device):
             lines = self.ending.reserve()
         for line in [*lines, *notes_before(self)]:
             accelerator.print(line)
-        self.log = RunLog(accelerator, self.output_dir, self.budget, state, self.batch_options.images_per_step)
+        images_per_step = self.batch_options.images_per_step
+        self.log = RunLog(accelerator, self.output_dir, self.budget, state, images_per_step, self.page)
         try:
             with catch_signals() as request, self.shares.watching():
                 self._run(request)
-        except BaseException:
+        except BaseException as error:
+            self.page.stop(error, state.step, self.clock.now())
             for line in self.milestones.abandon():
                 accelerator.print(line)
             raise
         finally:
             self.log.close()
             del self._stream  # ends the workers
+        self.page.trained(state.step, self.clock.now())
         self.optimizer.state.clear()  # what follows needs the weights alone, and may need the memory
         for line in [f"time: {self.shares.summary(self.clock.now() - first_seconds)}", *notes_after(self)]:
             accelerator.print(line)
@@ -234,6 +240,7 @@ class Trainer:
                 self.values.read(self.last_checkpoint)
                 with self.shares.of("making images"), random_state_kept(self.accelerator.device):
                     self.on_images(self)
+                self._update_page()
         # Asked once more: what has come since then may have come to one process alone.
         request.signal_number = int(*max_over_processes(self.accelerator, request.signal_number or 0)) or None
         if request.signal_number:
@@ -348,6 +355,11 @@ class Trainer:
             shares=self.shares,
             metrics=metrics,
         )
+        self._update_page()
+
+    def _update_page(self):
+        with self.shares.of("writing its page"):
+            self.page.update(self.state.step, self.clock.now())
 
     @contextmanager
     def averaged_model(self) -> Iterator[nn.Module]:

@@ -53,11 +53,10 @@ class ProgressBar:
     def _text(self, steps: int, seconds: float) -> str:
         end = "" if math.isinf(self._budget.max_steps) else f"/{self._budget.max_steps}"
         speed = self._speed or (steps - self._last[0]) / max(seconds - self._last[1], 1e-9)
-        left = min((self._budget.max_steps - steps) / max(speed, 1e-9), self._budget.end_seconds - seconds)
+        left = self._budget.seconds_left(steps, seconds, speed)
         loss = "" if self._loss is None else f", loss {self._loss:.4f}"
         return (
-            f"step {steps}{end}{loss}, {speed * self._images_per_step:.0f} images/s, "
-            f"{tqdm.format_interval(max(0, left))} left"
+            f"step {steps}{end}{loss}, {speed * self._images_per_step:.0f} images/s, {tqdm.format_interval(left)} left"
         )
 
     def close(self):

@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from diffusers_ext.trainer.page import RunPage
 from diffusers_ext.trainer.progress import ProgressBar, SpeedWatch, TimeShares
 from diffusers_ext.trainer.run_folder import METRICS_FILE, MetricsLog
 from diffusers_ext.trainer.schedule import Budget
@@ -68,18 +69,25 @@ def not_finite(step: int, loss: float, name: str, last_checkpoint: Path | None) 
 
 
 class RunLog:
-    """`metrics.jsonl`, the trackers and the progress bar, and a warning if the run becomes slow.
+    """`metrics.jsonl`, the trackers, the page and the progress bar, and a warning if the run becomes slow.
 
     Args:
         state: Where the run starts; a log of steps beyond it is cut.
         images_per_step: Over all processes.
+        page: Of the run.
     """
 
     def __init__(
-        self, accelerator: Accelerator, output_dir: Path, budget: Budget, state: RunState, images_per_step: int
+        self,
+        accelerator: Accelerator,
+        output_dir: Path,
+        budget: Budget,
+        state: RunState,
+        images_per_step: int,
+        page: RunPage,
     ):
         is_main = accelerator.is_main_process
-        self._accelerator = accelerator
+        self._accelerator, self._page = accelerator, page
         self._file = MetricsLog(output_dir / METRICS_FILE, state.step) if is_main else None
         self._bar = ProgressBar(budget, images_per_step, steps=state.step, seconds=state.seconds, enabled=is_main)
         self._speed_watch = SpeedWatch(accelerator.device.type)
@@ -110,6 +118,7 @@ class RunLog:
         record |= metrics
         if self._file:
             self._file.write(record)
+        self._page.add(record)
         values = {name: value for name, value in record.items() if name != "step" and value is not None}
         self._accelerator.log(values, step=state.step)
         if slow := self._speed_watch.note(state.step, seconds, shares):

@@ -30,12 +30,13 @@ from diffusers_ext.trainer.milestones import hub_access, hub_name
 from diffusers_ext.trainer.run_folder import (
     CONFIG_FILE,
     METRICS_FILE,
+    PAGE_FILE,
     check_output_dir,
     clear_output_dir,
     read_metrics,
 )
 from diffusers_ext.trainer.signals import Interrupted, sigterm_as_interrupt
-from diffusers_ext.trainer.trackers import installed_trackers
+from diffusers_ext.trainer.trackers import installed_trackers, log_saved_pictures
 from diffusers_ext.untrusted import one_line
 
 
@@ -178,7 +179,9 @@ def finish_run(
     pipeline_tag: str = "unconditional-image-generation",
     limitations: str = cards.DEFAULT_LIMITATIONS,
 ) -> None:
-    """Draws the loss, writes the card, pushes if asked to, and says where everything is.
+    """Draws the loss, ends the page, writes the card, pushes if asked to, and says where everything is.
+
+    The trackers get the pictures.
 
     Args:
         command: The command line of the run.
@@ -192,6 +195,8 @@ def finish_run(
     has_curve = (output_dir / "loss.png").exists()
     if hasattr(trainer.objective, "draw"):
         pictures = {**pictures, **(trainer.objective.draw(output_dir) or {})}
+    trainer.page.finish(pictures, state.step, state.seconds)
+    log_saved_pictures(trainer.accelerator, output_dir, pictures, state.step)
     repo_id = hub_name(config) if config.push_to_hub else None
     with suppress(Exception):  # the Hub may be out of reach, which is no reason to lose the rest
         repo_id = prepare_repo(config) if config.push_to_hub else None
@@ -219,6 +224,7 @@ def finish_run(
         f"trained for {state.step} steps, {state.position} images, {_duration(state.seconds)}; in {output_dir}:",
         *(f"  {name:<20} {shown}" for name, shown in pictures.items()),
         *(["  loss.png             the loss curve; its numbers are in metrics.jsonl"] if has_curve else []),
+        f"  {PAGE_FILE:<20} all of it on one page, with the samples as they came",
         "  README.md            the model card; the options are in train_config.yaml",
     ]
     if trainer.snapshots:

@@ -20,7 +20,7 @@ from diffusers_ext.trainer.posthoc_ema import SNAPSHOT_FOLDER
 from diffusers_ext.untrusted import is_plain_name, parse_json, read_json, read_yaml_mapping
 
 
-CONFIG_FILE, METRICS_FILE = "train_config.yaml", "metrics.jsonl"
+CONFIG_FILE, METRICS_FILE, PAGE_FILE = "train_config.yaml", "metrics.jsonl", "index.html"
 STAGES = "stages"  # the folder of the students of a distillation but the last
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 _OF_A_RUN = (CONFIG_FILE, METRICS_FILE, "model_index.json")
@@ -83,6 +83,7 @@ def clear_output_dir(path: Path) -> None:
         "evaluation.json",
         CALIBRATION_FILE,
         ADAPTER_FILE,
+        PAGE_FILE,
         "loss_by_snr.csv",
         "accuracy.csv",
         *(f"{name}.png" for name in PICTURES),

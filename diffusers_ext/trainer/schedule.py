@@ -59,6 +59,11 @@ class Budget:
         by_steps = _share(steps, start_steps, self.max_steps)
         return min(1.0, max(by_steps, _share(seconds, start_seconds, self.end_seconds)))
 
+    def seconds_left(self, steps: int, seconds: float, steps_per_second: float) -> float:
+        """Until the training ends, after these steps and seconds, if the speed stays what it is."""
+        by_steps = (self.max_steps - steps) / max(steps_per_second, 1e-9)
+        return max(0.0, min(by_steps, self.end_seconds - seconds))
+
     def is_over(self, steps: int, seconds: float) -> bool:
         return steps >= self.max_steps or seconds >= self.end_seconds
 

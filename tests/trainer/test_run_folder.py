@@ -36,7 +36,9 @@ def test_a_folder_with_other_things_is_taken(tmp_path):
 def test_clearing_removes_the_run_and_nothing_else(tmp_path):
     for name in ("checkpoint-7", ".checkpoint-8.partial", ".saving-x", "denoiser", "samples", "logs", "mine"):
         (tmp_path / name).mkdir()
-    files = "train_config.yaml metrics.jsonl samples.png loss.png README.md evaluation.json notes.txt".split()
+    files = (
+        "train_config.yaml metrics.jsonl samples.png loss.png README.md index.html evaluation.json notes.txt".split()
+    )
     for name in [*files, ".partial-loss.png"]:
         (tmp_path / name).write_text("x")
     (tmp_path / "model_index.json").write_text(

@@ -1,9 +1,13 @@
+import io
+
 import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from PIL import Image
 
 from diffusers_ext.trainer.config import TrainerConfig
 from diffusers_ext.trainer.run import make_accelerator
-from diffusers_ext.trainer.trackers import installed_trackers, tracker_names
+from diffusers_ext.trainer.trackers import installed_trackers, log_picture, log_saved_pictures, tracker_names
+from runs import forget_accelerate
 from training.train_ddpm import TrainConfig, main
 
 
@@ -53,3 +57,56 @@ def test_a_tracker_that_is_not_installed_ends_the_script_before_the_data_are_rea
     with pytest.raises(ValueError, match=f"needs what is not installed: pip install .*{MISSING[0]}, or leave it out"):
         main(config)
     assert not (tmp_path / "run").exists()
+
+
+PICTURE = Image.new("LA", (6, 4), (200, 255))
+
+
+def tracking(name, tmp_path):
+    forget_accelerate()
+    accelerator = make_accelerator(TrainerConfig(report_to=name, output_dir=str(tmp_path), mixed_precision="no"))
+    accelerator.init_trackers("pictures")
+    return accelerator
+
+
+@pytest.mark.skipif("tensorboard" not in INSTALLED, reason="takes tensorboard")
+def test_tensorboard_gets_pictures_with_their_captions(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accelerator = tracking("tensorboard", tmp_path)
+    Image.new("RGBA", (6, 4), (0, 0, 0, 55)).save(tmp_path / "loss.png")  # as matplotlib writes, on white 200
+    log_picture(accelerator, "samples", PICTURE, 7, "a row each of cat, dog")
+    log_picture(accelerator, "samples", None, 7, "of a process that has none")
+    log_saved_pictures(accelerator, tmp_path, {"loss.png": "the loss", "missing.png": "nothing"}, 8)
+    accelerator.end_training()
+    events = EventAccumulator(str(next(tmp_path.rglob("events.out*")).parent)).Reload()
+    for name, step, caption in (("samples", 7, b"a row each of cat, dog"), ("loss", 8, b"the loss")):
+        (image,), (text,) = events.Images(name), events.Tensors(f"{name}/caption/text_summary")
+        assert (image.step, image.width, image.height) == (step, 6, 4)
+        assert text.step == step and text.tensor_proto.string_val == [caption]
+        shown = Image.open(io.BytesIO(image.encoded_image_string)).convert("RGB")
+        assert shown.getpixel((0, 0)) == (200, 200, 200)
+
+
+@pytest.mark.skipif("wandb" not in INSTALLED, reason="takes wandb")
+def test_wandb_gets_pictures_with_their_captions(tmp_path, monkeypatch):
+    import wandb
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.chdir(tmp_path)
+    accelerator = tracking("wandb", tmp_path)
+    log_picture(accelerator, "samples", PICTURE, 7, "a row each of cat, dog")
+    accelerator.end_training()
+    assert [Image.open(path).size for path in tmp_path.rglob("samples_*.png")] == [(6, 4)]
+    wandb.teardown()  # ends the process that writes the log
+    (log,) = tmp_path.rglob("run-*.wandb")
+    assert b"a row each of cat, dog" in log.read_bytes()
+
+
+@pytest.mark.skipif("trackio" not in INSTALLED, reason="takes trackio")
+def test_trackio_takes_pictures_with_their_captions(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
+    accelerator = tracking("trackio", tmp_path)
+    log_picture(accelerator, "samples", PICTURE, 7, "a row each of cat, dog")
+    accelerator.end_training()
+    assert [Image.open(path).size for path in tmp_path.rglob("*.png")] == [(6, 4)]

@@ -71,7 +71,7 @@ def test_a_run_learns_the_labels_where_the_noise_leaves_them(trained):
     assert records[-1]["accuracy_q1"] > records[-1]["accuracy_q4"]
     assert records[-1]["accuracy_q1"] > records[0]["accuracy_q1"]
     assert records[-1]["val_loss"] < math.log(10)
-    assert (trained / "accuracy.png").stat().st_size > 1000
+    assert (trained / "accuracy.png").stat().st_size > 1000 and (trained / "index.html").is_file()
     assert "NoisyClassifierModel" in (trained / "README.md").read_text()
 
 

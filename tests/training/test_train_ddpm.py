@@ -101,6 +101,7 @@ def test_run_leaves_all_that_it_names(run):
         "loss_by_snr.csv",
         "metrics.jsonl",
         "README.md",
+        "index.html",
         "train_config.yaml",
     ):
         assert name in output and (folder / name).stat().st_size > 0

@@ -55,7 +55,15 @@ def digits(split="test"):
 
 def test_run_leaves_all_that_it_names(run):
     pictures = {"samples.png", "levels.png", "reconstructions.png"}
-    for name in (*pictures, "loss.png", "metrics.jsonl", "README.md", "train_config.yaml", "config.json"):
+    for name in (
+        *pictures,
+        "loss.png",
+        "metrics.jsonl",
+        "README.md",
+        "train_config.yaml",
+        "config.json",
+        "index.html",
+    ):
         assert (run / name).stat().st_size > 0
     assert {path.name for path in (run / "before").iterdir()} == pictures
     card = (run / "README.md").read_text()

@@ -1,0 +1,90 @@
+"""The demo of a pipeline as a Hugging Face Space: a folder that is pushed as it is."""
+
+import shutil
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import yaml
+from huggingface_hub.utils import filter_repo_objects
+
+from diffusers_ext.hub.push import NOT_UPLOADED
+from diffusers_ext.untrusted import one_line
+
+
+PIPELINE_FOLDER = "pipeline"  # of a pipeline that is a folder here, in the Space
+GRADIO = "6.0.0"  # of a Space, where gradio is not installed here
+_APP = '''"""The demo of a diffusion pipeline, by diffusers_ext."""
+
+from pathlib import Path
+
+from diffusers_ext.demo.app import build
+from diffusers_ext.evaluation.subject import load_pipeline
+
+
+app = build(load_pipeline({pipeline}), {title!r})
+
+if __name__ == "__main__":
+    app.launch()
+'''
+
+
+def export_space(pipeline: str, folder: str | Path, package_version: str) -> list[str]:
+    """Writes `app.py`, `requirements.txt` and `README.md` with the header that a Space asks for, and the pipeline, if it is a
+    folder here; one on the Hub is loaded from there. All of it, or nothing.
+
+    Args:
+        pipeline: Folder, or name on the Hub.
+        folder: A new or an empty one.
+        package_version: Of this package, which the Space installs at least.
+
+    Returns: the names of what was written.
+
+    Raises:
+        ValueError: if the folder holds something.
+    """
+    folder, is_local = Path(folder), Path(pipeline).is_dir()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"--export {folder} must be a new or an empty folder")
+    title = one_line(Path(pipeline).resolve().name if is_local else pipeline)
+    where = f"str(Path(__file__).with_name({PIPELINE_FOLDER!r}))" if is_local else repr(pipeline)
+    header = {
+        "title": title,
+        "colorFrom": "blue",
+        "colorTo": "green",
+        "sdk": "gradio",
+        "sdk_version": _gradio_version(),
+        "app_file": "app.py",
+        "pinned": False,
+    } | ({} if is_local else {"models": [pipeline]})
+    texts = {
+        "app.py": _APP.format(pipeline=where, title=title),
+        "requirements.txt": f"diffusers_ext[demo]>={package_version}\n",
+        "README.md": f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---\n\n"
+        "Images of a diffusion pipeline: by label or text, from a picture, painted in, and between two seeds.\n",
+    }
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".space-") as made:
+        made = Path(made, "space")
+        made.mkdir()
+        for name, text in texts.items():
+            (made / name).write_text(text, encoding="utf-8", newline="\n")
+        if is_local:
+            _copy_pipeline(Path(pipeline), made / PIPELINE_FOLDER)
+        made.replace(folder)
+    return [*texts, *([f"{PIPELINE_FOLDER}/"] if is_local else [])]
+
+
+def _copy_pipeline(source: Path, target: Path) -> None:
+    """What loading it needs, without what a run keeps for itself, and without pictures."""
+    there = sorted(path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file())
+    for name in filter_repo_objects(there, ignore_patterns=[*NOT_UPLOADED, "*.png", "samples/*"]):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, target / name)
+
+
+def _gradio_version() -> str:
+    try:
+        return version("gradio")
+    except PackageNotFoundError:
+        return GRADIO
