@@ -21,11 +21,11 @@ def counted_calls(pipeline) -> Iterator[dict[str, int]]:
         pipeline: Of this package or of diffusers.
 
     Yields:
-        The counts so far, by the names of those of `NETWORKS` that the pipeline has.
+        The counts so far, by the names of those of `NETWORKS` that the pipeline has a place for; 0 where it is empty.
     """
-    networks = {name: getattr(pipeline, name, None) for name in NETWORKS}
-    networks = {name: network for name, network in networks.items() if isinstance(network, nn.Module)}
-    counts = dict.fromkeys(networks, 0)
+    parts = {name: getattr(pipeline, name) for name in NETWORKS if hasattr(pipeline, name)}
+    counts = dict.fromkeys(parts, 0)
+    networks = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
 
     def counting(name: str):
         def count(module: nn.Module, arguments: tuple, keywords: dict) -> None:
