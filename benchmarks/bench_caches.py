@@ -30,7 +30,7 @@ from diffusers_ext.evaluation.options import DataOptions, take_options_of_run
 from diffusers_ext.evaluation.pipeline_facts import image_size_of
 from diffusers_ext.evaluation.real_images import load_real_images
 from diffusers_ext.evaluation.subject import labels_for, load_pipeline
-from diffusers_ext.models.dit import DiTAttentionProcessor, DiTFeedForward
+from diffusers_ext.models.dit_blocks import DiTAttentionProcessor, DiTFeedForward
 
 
 SEED = 900  # of the sets

@@ -10,6 +10,7 @@ long skips              Bao et al. 2022, arXiv 2209.12152
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +21,10 @@ from diffusers_ext.models.derivatives import needs_plain_operators
 from diffusers_ext.models.layers import channels_last, convolution
 
 
-POSITION_EMBEDDINGS = ("sincos", "rope")
-NORMS = ("layer", "rms")
-MLPS = ("gelu", "swiglu")
-PATCH_EMBEDDINGS = ("linear", "conv")
+PositionEmbedding = Literal["sincos", "rope"]
+Norm = Literal["layer", "rms"]
+Mlp = Literal["gelu", "swiglu"]
+PatchEmbedding = Literal["linear", "conv"]
 
 # The options of `DiTModel` that choose them.
 PARTS_OF_DIT = (

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from diffusers_ext.models.dit import PATCH_SIZES, DiTModel, dit_config
-from diffusers_ext.models.dit_parts import MLPS, NORMS, PARTS_OF_DIT, PATCH_EMBEDDINGS, POSITION_EMBEDDINGS
+from diffusers_ext.models.dit_parts import PARTS_OF_DIT, Mlp, Norm, PatchEmbedding, PositionEmbedding
 from diffusers_ext.models.layers import num_heads
 from diffusers_ext.models.unet import UNetModel, refuse_unmatched_resolutions
 from diffusers_ext.options import fixed_option
@@ -63,15 +63,15 @@ class NetworkConfig(TrainerConfig):
     mlp_ratio: float = dit_option(4.0, "width of the feed-forward layers, as a multiple of hidden_size")
     qk_norm: bool = dit_option(False, "normalise queries and keys, for long runs")
     num_registers: int = dit_option(0, "learned tokens beside those of the patches")
-    position_embedding: Literal[POSITION_EMBEDDINGS] = dit_option(
+    position_embedding: PositionEmbedding = dit_option(
         "sincos", "positions added to the tokens, or by which queries and keys are turned (rope)"
     )
-    norm: Literal[NORMS] = dit_option("layer", "normalisation of the tokens: layer, or by the root mean square (rms)")
-    mlp: Literal[MLPS] = dit_option(
+    norm: Norm = dit_option("layer", "normalisation of the tokens: layer, or by the root mean square (rms)")
+    mlp: Mlp = dit_option(
         "gelu", "feed-forward layers: plain, or gated (swiglu) with as many parameters, at two thirds of the width"
     )
     value_residual: bool = dit_option(False, "mix the first block's values of attention into the later blocks'")
-    patch_embedding: Literal[PATCH_EMBEDDINGS] = dit_option(
+    patch_embedding: PatchEmbedding = dit_option(
         "linear", "patches by a linear layer, or by strided convolutions (conv), for patches of 1, 2, 4 or 8"
     )
     long_skips: bool = dit_option(False, "join the output of each of the first blocks to the input of one of the last")

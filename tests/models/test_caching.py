@@ -14,7 +14,7 @@ from diffusers.hooks import (
 )
 
 from diffusers_ext import DiTModel, ExtDDIMScheduler, GuidedDiffusionPipeline
-from diffusers_ext.models.dit import DiTAttentionProcessor, DiTFeedForward
+from diffusers_ext.models.dit_blocks import DiTAttentionProcessor, DiTFeedForward
 
 
 NUM_STEPS, NUM_LAYERS = 8, 3

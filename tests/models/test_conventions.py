@@ -7,7 +7,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from diffusers_ext import DiTModel, ExtDDIMScheduler, GuidedDiffusionPipeline, UNetModel, VAEModel
-from diffusers_ext.models.dit import DiTAttention, DiTAttentionProcessor
+from diffusers_ext.models.dit_blocks import DiTAttention, DiTAttentionProcessor
 from diffusers_ext.models.layers import AttentionProcessor
 
 

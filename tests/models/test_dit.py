@@ -9,7 +9,7 @@ from diffusers.hooks.smoothed_energy_guidance_utils import (
 )
 
 from diffusers_ext import DiTModel
-from diffusers_ext.models.dit import DiTAttention
+from diffusers_ext.models.dit_blocks import DiTAttention
 from tiny import assert_same_output, assert_same_weights, random_stock_dit
 
 

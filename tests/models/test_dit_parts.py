@@ -10,7 +10,7 @@ from diffusers.models.attention import FeedForward
 from peft import LoraConfig
 
 from diffusers_ext import DiTModel
-from diffusers_ext.models.dit import DiTFeedForward, modulated_norm
+from diffusers_ext.models.dit_blocks import DiTFeedForward, modulated_norm
 from diffusers_ext.models.dit_parts import ConvPatchEmbedding, gated_width, rotary_table, rotate
 from tiny import assert_same_output, assert_same_weights
 
