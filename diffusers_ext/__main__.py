@@ -134,9 +134,4 @@ def _help() -> str:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["demo"]:
-        from diffusers_ext.demo.command import run
-
-        run(sys.argv[2:])
-    else:
-        main()
+    main()

@@ -199,14 +199,10 @@ class DiTModel(CachedBlocksMixin, Network):
         self.register_buffer("positions", self._make_positions(self.grid), persistent=False)
         self.registers = nn.Parameter(torch.zeros(num_registers, hidden_size)) if num_registers else None
 
+        pooled = pooled_dim(pool_context, cross_attention_dim)
+
         def embedding() -> TimestepEmbedding:
-            return TimestepEmbedding(
-                hidden_size,
-                FREQUENCIES,
-                num_classes,
-                endpoint=True,
-                pooled_dim=pooled_dim(pool_context, cross_attention_dim),
-            )
+            return TimestepEmbedding(hidden_size, FREQUENCIES, num_classes, endpoint=True, pooled_dim=pooled)
 
         self.time_embedding = embedding()
         self.level_embedding = TimestepEmbedding(hidden_size, FREQUENCIES, endpoint=True) if condition_level else None

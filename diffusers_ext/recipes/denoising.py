@@ -1,5 +1,6 @@
 """The options, data, network, scheduler and objective of the scripts that train a denoiser."""
 
+import os
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -151,6 +152,12 @@ class DenoisingConfig(PathConfig):
     guidance_scale: float = option(1.0, "classifier-free guidance of the sample grids; 1 is none")
     sample_columns: int = option(8, "pictures in a row of the sample grids", at_least=1)
     eval_batch_size: int | None = option(None, "pictures sampled at once; by default train_batch_size", at_least=1)
+
+    def default_optimizer(self) -> str:
+        """Muon for a transformer that starts at random weights, whose images it makes good soonest (docs/speedrun.md)."""
+        is_spread = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"  # as `accelerate launch` says it
+        from_scratch = self.lora_rank is None and self.pretrained_pipeline is None
+        return "muon" if self.model == "dit" and from_scratch and not is_spread else "adamw"
 
     def __post_init__(self):
         if self.pretrained_pipeline is not None:

@@ -13,7 +13,7 @@ from diffusers_ext.draws import check_seed
 from diffusers_ext.machine import available_cores, default_device, fastest
 from diffusers_ext.options import fixed_option, option
 from diffusers_ext.trainer.ema import power_function_exponent
-from diffusers_ext.trainer.optimizers import OPTIMIZERS
+from diffusers_ext.trainer.optimizers import MUON_RATE, OPTIMIZERS
 from diffusers_ext.trainer.schedule import LR_SCHEDULERS, Budget, default_warmup_steps, parse_duration
 from diffusers_ext.trainer.trackers import tracker_names
 
@@ -51,13 +51,16 @@ class TrainerConfig(TrainingDataConfig):
     train_batch_size: int = option(32, "images of one process in one forward pass", at_least=1)
     gradient_accumulation_steps: int = option(1, "forward passes of one optimizer step", at_least=1)
 
-    optimizer: Literal[OPTIMIZERS] = fixed_option(
-        "adamw",
-        "adamw; or muon for the hidden matrices, with adamw for embeddings, first and last layers, norms and biases",
+    optimizer: Literal[OPTIMIZERS] | None = fixed_option(
+        None,
+        "adamw; or muon for the hidden matrices, with adamw for embeddings, first and last layers, norms and biases; by default "
+        "muon for a denoising transformer that starts at random weights, and adamw for all else",
         "optimizer",
     )
     learning_rate: float = option(1e-3, "peak learning rate")
-    muon_learning_rate: float = _muon_option(0.02, "peak learning rate of muon's matrices")
+    muon_learning_rate: float | None = _muon_option(
+        None, f"peak learning rate of muon's matrices; by default {MUON_RATE:g} times learning_rate"
+    )
     muon_momentum: float = _muon_option(0.95, "momentum of muon")
     muon_weight_decay: float = _muon_option(0.0, "weight decay of muon's matrices", at_least=0)
     lr_scheduler: Literal[LR_SCHEDULERS] = option(
@@ -180,7 +183,7 @@ class TrainerConfig(TrainingDataConfig):
     def __post_init__(self):
         super().__post_init__()
         for name in ("learning_rate", "muon_learning_rate"):
-            if not getattr(self, name) > 0:
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name):g}")
         self._check_shares()
         check_seed(self.seed)
@@ -207,6 +210,10 @@ class TrainerConfig(TrainingDataConfig):
             raise ValueError(f"ema_stds must be different widths, got {' '.join(map(str, self.ema_stds))}")
         for std in {self.ema_std, *(self.ema_stds or ())} - {None}:
             power_function_exponent(std)  # refuses one out of range
+
+    def default_optimizer(self) -> str:
+        """What is taken if no optimizer is named."""
+        return "adamw"
 
     def budget(self) -> Budget:
         """The end of the run."""
@@ -238,7 +245,7 @@ class TrainerConfig(TrainingDataConfig):
 
 
 def resolve_for_machine(config: TrainerConfig) -> TrainerConfig:
-    """Settles what was left to the machine: precision, memory layout, workers; and the kind of average."""
+    """Settles what was left open: precision, memory layout and workers, by the machine; optimizer and kind of average."""
     device = default_device()
     changes = {}
     if config.mixed_precision is None:
@@ -252,6 +259,10 @@ def resolve_for_machine(config: TrainerConfig) -> TrainerConfig:
         changes["channels_last"] = fastest(device).channels_last
     if config.dataloader_num_workers is None:
         changes["dataloader_num_workers"] = 0 if device == "cpu" else min(4, len(available_cores()))
+    optimizer = config.optimizer or config.default_optimizer()
+    changes["optimizer"] = optimizer
+    if optimizer == "muon" and config.muon_learning_rate is None:
+        changes["muon_learning_rate"] = MUON_RATE * config.learning_rate
     if config.use_ema and config.ema_std is None and config.ema_decay is None:
         changes["ema_std"] = 0.1
     if config.ema_snapshot_steps is not None and config.ema_stds is None:

@@ -4,9 +4,17 @@ import pytest
 import torch
 from torch import nn
 
-from diffusers_ext import DiTModel, NoisyClassifierModel, UNetModel, VAEModel
+from diffusers_ext import (
+    DiTModel,
+    ExtDDIMScheduler,
+    GuidedDiffusionPipeline,
+    NoisyClassifierModel,
+    UNetModel,
+    VAEModel,
+)
+from diffusers_ext.commands.train_ddpm import TrainConfig
 from diffusers_ext.data.prepare import prepare_images
-from diffusers_ext.trainer.config import TrainerConfig
+from diffusers_ext.trainer.config import TrainerConfig, resolve_for_machine
 from diffusers_ext.trainer.optimizers import MuonAdamW, hidden_matrices, make_optimizer, orthogonalize
 from runs import assert_same_run, forget_accelerate, stop_before_step, trainer
 
@@ -171,6 +179,23 @@ def test_what_muon_is_not_for_is_refused():
     ]:
         with pytest.raises(ValueError, match=message):
             TrainerConfig(**options)
+
+
+def test_by_default_muon_trains_transformers_that_start_at_random_weights(tmp_path, monkeypatch):
+    GuidedDiffusionPipeline(denoiser=tiny_dit(), scheduler=ExtDDIMScheduler()).save_pretrained(tmp_path)
+
+    def resolved(**options):
+        return resolve_for_machine(TrainConfig(**options))
+
+    transformer = resolved(model="dit", learning_rate=5e-4)
+    assert transformer.optimizer == "muon" and transformer.muon_learning_rate == pytest.approx(0.01)
+    assert resolved(model="dit", optimizer="muon", muon_learning_rate=0.1).muon_learning_rate == 0.1
+    for options in ({}, {"model": "dit", "optimizer": "adamw"}, {"pretrained_pipeline": str(tmp_path)}):
+        other = resolved(**options)
+        assert other.optimizer == "adamw" and other.muon_learning_rate is None
+    assert resolved(pretrained_pipeline=str(tmp_path)).model == "dit"
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert resolved(model="dit").optimizer == "adamw"
 
 
 MUON = {"optimizer": "muon", "muon_learning_rate": 0.05, "logging_steps": 1, "checkpointing_steps": 4}
