@@ -48,7 +48,8 @@ class Transitions:
         self._next = DeviceTable(following)
         steps = between(every, following)
         self._kind = type(steps)
-        if config.get("variance_type") == "analytic":
+        # Other kinds of steps have no such variance, and a config may come from a scheduler that has it.
+        if config.get("variance_type") == "analytic" and "x0_variance" in self._kind._fields:
             measured = X0Variances(config.analytic_variance, schedule)
             # The last step but one is the last that draws noise, where the path ends without any.
             largest = torch.where(following == ascending[0], measured.largest_last_std, math.inf).double()

@@ -12,6 +12,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
+import diffusers_ext
 from diffusers_ext.schedulers import (
     ExtDDIMInverseScheduler,
     ExtDDIMScheduler,
@@ -98,3 +99,21 @@ def test_choices_without_what_was_chosen_are_refused(cls):
         cls(num_train_timesteps=100, analytic_variance=TABLE, beta_reference_timesteps=1000)
     with pytest.raises(ValueError, match=r"timesteps must be in \[0, 99\], got 9"):
         cls(num_train_timesteps=100, optimal_timesteps=LISTS, beta_reference_timesteps=1000)
+
+
+@pytest.mark.parametrize(
+    "name", ["ScoreSDEScheduler", "AnnealedLangevinScheduler", "ConsistencyScheduler", "ExtDDIMInverseScheduler"]
+)
+def test_schedulers_without_such_a_variance_step_by_a_calibrated_config(name):
+    """They make the steps that they make of the config without what was measured."""
+    table = {"timesteps": [0, 500, 999], "x0_variance": [1e-4, 0.05, 0.3]}
+    config = ExtDDIMScheduler(prediction_type="v_prediction", clip_sample=False).config
+    calibrated = ExtDDIMScheduler.from_config(config, variance_type="analytic", analytic_variance=table).config
+    x_t, results = torch.linspace(-1, 1, 16).view(1, 1, 4, 4), []
+    for each in (config, calibrated):
+        scheduler = getattr(diffusers_ext, name).from_config(each)
+        scheduler.set_timesteps(4)
+        generator = torch.Generator().manual_seed(0)
+        more = {} if name == "ExtDDIMInverseScheduler" else {"generator": generator}
+        results.append(scheduler.step(0.5 * x_t, scheduler.timesteps[0], x_t, **more).prev_sample)
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
