@@ -103,11 +103,12 @@ class LikelihoodModel:
             raise ValueError(f"bits_per_dim needs a network that takes images and labels alone, {name} has none")
         config, schedule = pipeline.scheduler.config, model_schedule(pipeline.scheduler)
         variance = config.get("variance_type")
-        if variance is None and (config.get("path", "vp") != "vp" or not schedule.preserves_variance):
+        is_plain = (
+            schedule.preserves_variance and config.get("path", "vp") == "vp" and "_learned_timesteps" not in config
+        )
+        if variance is None and not is_plain:
             # Which of the fixed ones is the better there depends on the number of steps, and is wrong by bits for the other.
             variance = "optimal"
-        elif variance is None and "_learned_timesteps" in config:
-            variance = "fixed_small"  # whose bound the model and its schedule were trained by
         timesteps = range(len(schedule) - 1, -1, -1)
         if schedule.preserves_variance:  # with the defaults of the ancestral sampler, whose bound it is
             ancestral = ExtDDPMScheduler.from_config(config)
@@ -249,8 +250,8 @@ def measure_bits_per_dim(
         num_steps: Timesteps of the sampler whose bound it is; all of the training's by default.
         num_terms: Number of timesteps evaluated for each image, see `variational_bound`; None for all.
         variance: "fixed_small", "fixed_large", "analytic", as the scheduler's config has it, or "optimal"; by default the
-            model's own: learned, its scheduler's, or else for the variance-preserving path fixed_large (of a learned
-            schedule fixed_small) and for others optimal, or without `train` fixed_large.
+            model's own: learned, its scheduler's, or else fixed_large for the variance-preserving path and optimal for others
+            and for a learned schedule, or without `train` fixed_large.
         num_flow_steps: Measure the bound by the probability flow too, in this number of steps, each of four evaluations
             and gradients of the network; without clipping of the predicted x_0.
         flow_tolerance: Or to this tolerance, with steps that follow from the images of a batch together.

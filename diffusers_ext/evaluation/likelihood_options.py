@@ -41,7 +41,7 @@ class LikelihoodOptions:
     likelihood_variance: Literal[FIXED_VARIANCES] | None = option(
         None,
         "variance of the sampler's steps; by default learned if the model learned it, else the scheduler's, else that of "
-        "its path: fixed_large, fixed_small for a learned schedule, optimal for paths that do not preserve the variance; "
+        "its path: fixed_large, or optimal where the schedule is learned or the path does not preserve the variance; "
         "analytic is what training/calibrate.py measured; optimal is measured on a batch of training images",
         needs="bits_per_dim",
     )

@@ -102,7 +102,7 @@ def test_its_likelihood_is_measured_by_both_bounds(run):
     """The network is untrained and its output near 0, so that the bound is that of no prediction, and finite."""
     name, _, folder = run
     result = measure_bits_per_dim(load_pipeline(str(folder)), held_out(), num_flow_steps=2, show_progress=False)
-    assert result["num_steps"] == 20 and result["variance"] == "fixed_small"
+    assert result["num_steps"] == 20 and result["variance"] == "fixed_large"  # without images to measure the best on
     assert 1 < result["bits_per_dim"] < 100 and result["flow_bits_per_dim"] == pytest.approx(
         result["flow_bits_per_dim"]
     )
