@@ -21,7 +21,7 @@ class Foreign(NamedTuple):
 
 
 _STEPS = "runs end after optimizer steps, or after a time by max_train_time"
-_SCRATCH = "models are trained from scratch; a run goes on by resume_from_checkpoint"
+_WEIGHTS = "pretrained_pipeline takes the weights that a pipeline loads by default"
 _EMA = "the average is a power function by ema_std, or an exponential one by ema_decay"
 
 FOREIGN_OPTIONS = {
@@ -34,10 +34,10 @@ FOREIGN_OPTIONS = {
     "center_crop": Foreign(("resize_mode",), "crop cuts in the middle"),
     "image_interpolation_mode": Foreign((), "images are always resized bicubically, with antialiasing"),
     "model_config_name_or_path": Foreign(("model",), "the network's sizes are options of their own"),
-    "pretrained_model_name_or_path": Foreign(("pipeline", "run"), _SCRATCH),
-    "revision": Foreign((), _SCRATCH),
-    "variant": Foreign((), _SCRATCH),
-    "non_ema_revision": Foreign((), _SCRATCH),
+    "pretrained_model_name_or_path": Foreign(("pretrained_pipeline", "pipeline", "run")),
+    "revision": Foreign((), _WEIGHTS),
+    "variant": Foreign((), _WEIGHTS),
+    "non_ema_revision": Foreign((), _WEIGHTS),
     "proportion_empty_prompts": Foreign(("caption_dropout", "label_dropout")),
     "ema_inv_gamma": Foreign((), _EMA),
     "ema_power": Foreign(("ema_std",), _EMA),
@@ -82,7 +82,7 @@ FOREIGN_OPTIONS = {
     "offset_noise_strength": Foreign(("rescale_betas_zero_snr",), "it mends what the offset is for"),
     "ddim_sampling_eta": Foreign((), "it is an argument of the pipeline's call, eta"),
     "auto_normalize": Foreign((), "images are always put into [-1, 1]"),
-    "dim": Foreign(("hidden_size", "block_out_channels")),
+    "dim": Foreign(("block_out_channels", "hidden_size"), "hidden_size of a transformer"),
     "dim_mults": Foreign(("block_out_channels",), "the channels themselves"),
     "self_condition": Foreign((), "it is not built in"),
     "folder": Foreign(("dataset_name",)),

@@ -35,10 +35,10 @@ class AnnealedLangevinScheduler(AnyPathSchedulerMixin):
     with a corrector needs far fewer.
 
     Args:
-        num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, path, sigma_min, sigma_max, beta_min,
-            beta_max, unit_scale_input, prediction_type, clip_sample, clip_sample_range, thresholding,
-            dynamic_thresholding_ratio, sample_max_value, steps_offset, rescale_betas_zero_snr, beta_reference_timesteps:
-            As in `ScoreSDEScheduler`.
+        num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas: As in `ScoreSDEScheduler`.
+        path, sigma_min, sigma_max, beta_min, beta_max, unit_scale_input, prediction_type: As there.
+        clip_sample, clip_sample_range, thresholding, dynamic_thresholding_ratio, sample_max_value: As there.
+        steps_offset, rescale_betas_zero_snr, beta_reference_timesteps: As there.
         num_langevin_steps: Steps at a level, T of the paper, which has 100 for 10 levels.
         step_size: epsilon of the paper, above 0 and below 2 sigma_L^2; 0.2 sigma_L^2 by default, which is the paper's
             2e-5 at its sigma_L of 0.01.

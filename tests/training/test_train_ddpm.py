@@ -40,7 +40,7 @@ SMALL = {
 }
 
 
-TWO_PROCESSES = ("--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0")
+TWO_PROCESSES = ("--config_file", str(ROOT / "docs" / "accelerate" / "ddp.yaml"), "--main_process_port", "0")
 
 
 def config_of(output_dir, **settings):
