@@ -381,6 +381,7 @@ def test_options_in_sentences_are_those_of_a_script(desk):
     )
     known |= {"--quiet", "--help"}  # of `accelerate launch`, and of all
     known |= {"--config_file", "--num_processes", "--machine_rank", "--main_process_ip"}  # of `accelerate launch`
+    known |= {"--cases"}  # of the tests
     known |= {"--private", "--message", "--branch"}  # of diffusers_ext.hub
     for path in DOCUMENTS:
         text = re.sub(r"^```.*?^```$", "", (ROOT / path).read_text(), flags=re.MULTILINE | re.DOTALL)

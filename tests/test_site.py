@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import math
 import os
 import re
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 
 import diffusers_ext
 from diffusers_ext.commands.train_ddpm import TrainConfig
+from diffusers_ext.diffusion.noising import PREDICTION_TYPES, NoiseLevel, output_coefficients
 from diffusers_ext.foreign_options import FOREIGN_OPTIONS, explain_foreign
 from environment import HUNG_AFTER
 
@@ -91,6 +93,24 @@ def test_options_of_the_same_name_are_those_of_the_command():
     assert set(re.findall(r"`(\w+)`", same)) <= known
     pairs = re.findall(r"`(\w+)` for `(\w+)`", other)
     assert len(pairs) >= 5 and all(aliases[theirs] == ours for theirs, ours in pairs)
+
+
+def test_the_concepts_have_the_coefficients_of_every_prediction_type():
+    """At a level of no unit scale, where those of v differ from alpha and sigma."""
+    text = read("concepts.md").partition("## Prediction types")[2].partition("## Formulas")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    level = NoiseLevel(0.6, 0.9)
+    letters = {"alpha": level.alpha, "sigma": level.sigma, "h": math.hypot(0.6, 0.9)}
+    said = {name: tuple(float(eval(cell, letters)) for cell in (a, b)) for name, a, b, _ in rows[1:]}
+    assert said == {name: pytest.approx(output_coefficients(level, name)) for name in PREDICTION_TYPES}
+
+
+def test_the_formulas_of_the_concepts_are_in_the_files_that_they_name():
+    named = re.findall(r"`(\w+\.py)`(?:: `(\w+)`)?", read("concepts.md"))
+    assert len(named) >= 10
+    for file, name in named:
+        source = (Path(diffusers_ext.__file__).parent / "diffusion" / file).read_text(encoding="utf-8")
+        assert not name or f"def {name}(" in source, (file, name)
 
 
 @pytest.mark.skipif(not HAS_SPHINX, reason="the extra docs is not installed")
