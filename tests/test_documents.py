@@ -69,6 +69,7 @@ SMALL = {
     "training/train_vae.py --architecture hierarchical": f"{TRAINING} --sample_columns 2 --block_out_channels 8 8",
     "training/train_classifier.py": f"{TRAINING} --max_measured_samples 4 --block_out_channels 8 16",
     "training/cache_latents.py": "--num_threads 1",
+    "training/train_features.py": "--num_train_epochs 1 --num_threads 1",
     "training/evaluate.py": "--num_images 8 --num_inference_steps 2 --max_train_samples 60 --num_threads 1",
     "training/evaluate.py --sweep": "--num_images 6 --sweep_steps 1 2 --max_train_samples 60 --num_threads 1",
     "training/evaluate.py --bits_per_dim": "--num_images 8 --num_inference_steps 2 --max_train_samples 60 --num_threads 1 "
@@ -91,9 +92,15 @@ SCRIPT_OF = {
     for name, command in commands.items()
 }
 
-# What a document takes for granted: cards of diffusion models begin with the autoencoder of another card.
+# What a document takes for granted: cards of diffusion models begin with the autoencoder of another card, or with the
+# features that they are measured in.
 VAE = "python training/train_vae.py --dataset_name path/to/twemoji64 --architecture conv --output_dir runs/vae"
-BEFORE = {"model_cards/twemoji_latent/README.md": VAE, "model_cards/twemoji_text/README.md": VAE}
+FEATURES = "python training/train_features.py --dataset_name path/to/italy_power_demand --output_dir runs/features-italy_power_demand"
+BEFORE = {
+    "model_cards/twemoji_latent/README.md": VAE,
+    "model_cards/twemoji_text/README.md": VAE,
+    "model_cards/italy_power_demand/README.md": FEATURES,
+}
 
 
 def blocks_of(path):
