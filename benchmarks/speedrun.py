@@ -181,7 +181,8 @@ def main(arguments: argparse.Namespace) -> None:
                     partial.write_text(text)
             print(f"{name}, seed {seed}: {of_row}", flush=True)
     if pictures:
-        rows_image(pictures).save(folder / "rows.png")
+        whole = rows_image(pictures)
+        whole.resize((2 * whole.width, 2 * whole.height), Image.Resampling.NEAREST).save(folder / "rows.png")
         print(f"rows.png, from above: {', '.join(pictures)}")
     print(f"\n{describe_machine()}; held-out real images {judge.held_out:.3g}\n\n{table(results, arguments)}")
 
