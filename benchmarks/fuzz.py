@@ -11,8 +11,10 @@ printed with the seed by which it comes again alone; `tests/test_fuzz.py` runs a
 import argparse
 import contextlib
 import dataclasses
+import importlib
 import io
 import math
+import pkgutil
 import random
 import shlex
 import signal
@@ -29,7 +31,7 @@ from types import UnionType
 import diffusers
 import torch
 
-import diffusers_ext
+import diffusers_ext.commands
 from diffusers_ext.options import parse_config, read_yaml_text, to_command, to_yaml
 
 
@@ -211,13 +213,12 @@ def draw_arguments(cls: type, generator: random.Random) -> list[str]:
 
 
 def option_classes() -> list[type]:
-    """The options of all scripts."""
-    sys.path[:0] = [str(ROOT.parent), str(ROOT.parent / "training")]
+    """The options of all commands."""
     found = []
-    for path in sorted((ROOT.parent / "training").glob("*.py")):
-        if "run_script(" in path.read_text() or "parse_config(" in path.read_text():
-            module = __import__(f"training.{path.stem}", fromlist=["main"])
-            found.append(typing.get_type_hints(module.main)["config"])
+    for module in pkgutil.iter_modules(diffusers_ext.commands.__path__, "diffusers_ext.commands."):
+        main = getattr(importlib.import_module(module.name), "main", None)
+        hints = {} if main is None else typing.get_type_hints(main)
+        found += [hints["config"]] if "config" in hints else []
     return found
 
 

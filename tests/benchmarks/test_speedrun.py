@@ -40,7 +40,7 @@ def test_the_table_has_the_nearest_first_beside_the_base(speedrun):
     rows = speedrun.table(results, arguments).splitlines()
     assert rows[2:] == [
         "| cosine | `--path cosine` | 100, 101 | 240, 240 | 6, 5 | 3, 2.5 | 0.50 |",
-        "| base | `--path linear` | 100, 101 | 240, 240 | 10, 12 | 5, 6 | 1.00 |",
+        "| base | `--path linear --optimizer muon` | 100, 101 | 240, 240 | 10, 12 | 5, 6 | 1.00 |",
         "| batch_16 | `--train_batch_size 16` | 100 | 240 | 22 | 11 | 2.00 |",
     ]
 

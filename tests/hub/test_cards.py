@@ -11,11 +11,12 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from diffusers_ext import ExtDDPMScheduler, GuidedDiffusionPipeline
+from diffusers_ext.commands import evaluate_vae
+from diffusers_ext.evaluation import report
 from diffusers_ext.hub.cards import Figure, TrainingRun, add_figures, describe_machine, source_commit, write_card
 from diffusers_ext.hub.saved_folder import loading_lines
 from diffusers_ext.models.unet import UNetModel
 from tiny import save_run, tiny_unet
-from training import evaluate, evaluate_vae
 
 
 FIGURE = Figure(
@@ -184,7 +185,7 @@ def test_card_of_a_model_by_itself(tmp_path):
 
 def test_metrics_of_the_scripts_have_names():
     """And no two the same: the Hub tells them apart by these."""
-    for script in (evaluate, evaluate_vae):
+    for script in (report, evaluate_vae):
         assert script.METRIC_NAMES.keys() == script.METRICS.keys()
         assert len(set(script.METRIC_NAMES.values())) == len(script.METRICS)
         for name in script.METRIC_NAMES.values():

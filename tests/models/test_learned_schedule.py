@@ -42,7 +42,7 @@ def test_no_level_is_drawn_less_than_a_tenth_as_often_as_by_a_linear_interior():
             schedule.offsets[2] += torch.linspace(0, 1, schedule.num_features)  # nearly all at the noise
         share, slope = schedule.interior(t)
         assert 6 < slope.max() < 10
-        assert (share.diff() > 0).all() and share[0] == 0 and share[-1] == pytest.approx(1, abs=1e-12)
+        assert (share.diff() > 0).all() and share[0] == 0 and share[-1].item() == pytest.approx(1, abs=1e-12)
         torch.testing.assert_close(schedule._time(share)[0], t, rtol=0, atol=1e-5)
 
 
