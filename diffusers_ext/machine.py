@@ -59,6 +59,11 @@ def is_fast_at_bf16(device: str) -> bool:
     return device == "cpu" and cpu_instructions() in ("amx_bf16", "avx512_bf16")
 
 
+def runs_in_bf16(mixed_precision: str | None, device: str) -> bool:
+    """Whether networks run under bf16 autocast by an option that is "no", "bf16", or None for what the hardware is fast at."""
+    return is_fast_at_bf16(device) if mixed_precision is None else mixed_precision == "bf16"
+
+
 def fast_precision(device: str) -> torch.dtype:
     """The precision that a network runs fastest in under autocast: bfloat16 where the hardware has it, float16 on other
     accelerators of CUDA, or else float32."""

@@ -50,7 +50,7 @@ from diffusers_ext.evaluation.reference_cache import reference_features
 from diffusers_ext.evaluation.subject import generate_for, labels_for, load_pipeline
 from diffusers_ext.figures import labelled_grid, save_picture
 from diffusers_ext.guidance.guiding import choose_guider, guided_steps
-from diffusers_ext.machine import is_fast_at_bf16, process_state, set_threads
+from diffusers_ext.machine import process_state, runs_in_bf16, set_threads
 from diffusers_ext.metrics.features import FeatureClassifierModel
 from diffusers_ext.options import option, parse_config, run_script, to_command
 from diffusers_ext.pipelines.label_condition import LabelCondition
@@ -134,7 +134,7 @@ def main(config: CompareConfig) -> dict | None:
     config = complete(config, pipe)
     methods = available_methods(config, pipe, state)
     real, features, about_features = load_data(config, pipe, state)
-    bf16 = is_fast_at_bf16(state.device.type) if config.mixed_precision is None else config.mixed_precision == "bf16"
+    bf16 = runs_in_bf16(config.mixed_precision, state.device.type)
     made_with = describe_set(config, pipe, real, about_features, bf16)
     results, evaluator = Results(config.folder, made_with, command), None
     # From the main process, so that all of them leave out the same sets.

@@ -45,7 +45,7 @@ from diffusers_ext.evaluation.sweep import SWEPT, Sweep, SweepOptions
 from diffusers_ext.evaluation.sweep_results import SweepResults
 from diffusers_ext.figures import save_picture
 from diffusers_ext.hub.cards import add_figures
-from diffusers_ext.machine import is_fast_at_bf16, process_state, set_threads
+from diffusers_ext.machine import process_state, runs_in_bf16, set_threads
 from diffusers_ext.options import option, parse_config, run_script, to_command
 
 
@@ -188,7 +188,7 @@ def main(config: EvaluateConfig) -> dict | None:
         images, labels, sampling = *read_images(config, real), None
     num_images = len(images) if pipeline is None else config.num_images
     evaluator = make_evaluator(config, real, features, num_images, about_features) if state.is_main_process else None
-    bf16 = is_fast_at_bf16(state.device.type) if config.mixed_precision is None else config.mixed_precision == "bf16"
+    bf16 = runs_in_bf16(config.mixed_precision, state.device.type)
     reference = describe_reference(real, config.for_data().dataset_split, num_images, config.num_neighbours)
     setting = Setting(config, state, real, reference, about_features, bf16)
     if config.sweep:

@@ -35,7 +35,7 @@ from diffusers_ext.figures import (
     save_picture,
 )
 from diffusers_ext.guidance.guided_denoiser import check_guidance_scale
-from diffusers_ext.machine import is_fast_at_bf16, process_state, set_threads
+from diffusers_ext.machine import process_state, runs_in_bf16, set_threads
 from diffusers_ext.options import check_options, option, parse_config, run_script, to_command
 from diffusers_ext.untrusted import is_plain_name
 
@@ -188,7 +188,7 @@ def main(config: SampleConfig) -> Path:
     if state.is_main_process and folder.exists() and config.overwrite_output_dir:
         clear(folder)
     state.wait_for_everyone()
-    bf16 = is_fast_at_bf16(state.device.type) if config.mixed_precision is None else config.mixed_precision == "bf16"
+    bf16 = runs_in_bf16(config.mixed_precision, state.device.type)
     names = file_names(config, wanted)
     if state.is_main_process:  # first of all, since the folder is known by it
         write_record(config, pipeline, "bf16" if bf16 else "no")

@@ -129,12 +129,7 @@ def cached_features_folder(real: RealImages) -> Path:
         content.update(repr(real.value_scale).encode())
     shape = "x".join(map(str, real.image_shape))
     slug = Path(os.path.abspath(real.name)).name
-    return cache_folder("features") / f"{slug}-{shape}-{content.hexdigest()[:12]}"
-
-
-def cache_folder(kind: str) -> Path:
-    """Where what can be made again is kept: in DIFFUSERS_EXT_CACHE, or beside the caches of the Hub's libraries."""
-    return own_cache() / kind
+    return own_cache() / "features" / f"{slug}-{shape}-{content.hexdigest()[:12]}"
 
 
 def measuring_features(

@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffusers_ext.atomic_files import atomic_write
-from diffusers_ext.evaluation.feature_folders import cache_folder
 from diffusers_ext.evaluation.labelled_images import LabelledImages
 from diffusers_ext.evaluation.pretrained_features import PretrainedFeatures
+from diffusers_ext.machine import own_cache
 from diffusers_ext.metrics.features import FeatureClassifierModel
 from diffusers_ext.metrics.module_features import ModuleFeatures
 
@@ -55,7 +55,7 @@ def reference_path(images: LabelledImages, weights_sha256: str, feature_dim: int
     content = hashlib.sha256(_VERSION + weights_sha256.encode() + str(feature_dim).encode())
     content.update(repr((tuple(images.images.shape), str(images.images.dtype), images.value_scale)).encode())
     content.update(images.images.contiguous().numpy().tobytes())
-    return cache_folder("reference") / f"{content.hexdigest()[:32]}.safetensors"
+    return own_cache() / "reference" / f"{content.hexdigest()[:32]}.safetensors"
 
 
 def _read(path: Path, shape: tuple[int, int]) -> Tensor | None:
