@@ -10,6 +10,7 @@ from torch import nn
 
 from diffusers_ext import UNetModel
 from diffusers_ext.diffusion.noising import NoiseLevel, predict_eps, training_target
+from diffusers_ext.schedulers.levels import noise_level, prediction_type_of
 
 
 MEANS, STDS, WEIGHTS = ((-0.7, 0.4), (0.6, 0.3)), (0.35, 0.25), (0.3, 0.7)
@@ -35,7 +36,7 @@ class MixtureDenoiser(UNetModel):
         return model
 
     def forward(self, sample, timestep, class_labels=None, return_dict=True):
-        level = self.scheduler.schedule.level(timestep, sample)
+        level = noise_level(self.scheduler, timestep, sample)
         guesses = []
         for mean, std in zip(MEANS, STDS, strict=True):
             mean = torch.tensor(mean).to(sample)[:, None]
@@ -46,7 +47,7 @@ class MixtureDenoiser(UNetModel):
             known = nn.functional.one_hot(class_labels, 3)[:, :2].to(shares)
             shares = torch.where((class_labels == 2)[:, None], shares, known)
         x0 = sum(share[:, None, None] * guess for share, guess in zip(shares.unbind(1), guesses, strict=True))
-        output = training_target(x0, predict_eps(x0, sample, level), level, self.scheduler.config.prediction_type)
+        output = training_target(x0, predict_eps(x0, sample, level), level, prediction_type_of(self.scheduler))
         return (output,)
 
 

@@ -22,11 +22,12 @@ def write(folder: Path, report: Mapping) -> None:
 
 def describe(report: Mapping) -> list[str]:
     """The report in lines of Markdown."""
-    lines = [
-        f"The mean squared error of the predicted x_0, for the analytic variance, was measured on "
-        f"{report['analytic_variance']['num_images']} training images."
-    ]
-    bits = report["bits_per_dim_of_steps"]
+    lines, bits = [], report.get("bits_per_dim_of_steps", {})
+    if "analytic_variance" in report:
+        lines.append(
+            f"The mean squared error of the predicted x_0, for the analytic variance, was measured on "
+            f"{report['analytic_variance']['num_images']} training images."
+        )
     if "10" in bits:
         lines.append(
             f"By these errors the bound of 10 steps with the analytic variance is {bits['10']['spacing']:.2f} bits/dim at the "

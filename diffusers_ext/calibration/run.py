@@ -11,7 +11,6 @@ from diffusers_ext.calibration import averages, guidance, timesteps, variance
 from diffusers_ext.calibration.budget import Budget
 from diffusers_ext.calibration.guidance import Guidance, Parts, Ruler, Trials
 from diffusers_ext.calibration.subject import Subject
-from diffusers_ext.diffusion.timesteps import make_timesteps
 from diffusers_ext.evaluation.evaluator import knows_labels
 from diffusers_ext.evaluation.real_images import RealImages
 from diffusers_ext.metrics.features import FeatureClassifierModel
@@ -66,27 +65,23 @@ def calibrate(
     budget = Budget(seconds, start)
     pipe = subject.pipe
     forget_calibration(subject)
-    say(f"the errors of the predicted x_0, at {variance.NUM_POINTS} timesteps")
-    prediction = variance.measure(subject, data.real.train, budget.part(SHARE_OF_VARIANCE), seed)
-    table = prediction.table(subject.last_noise)
-    of_variance = {} if subject.learns_variance else {"variance_type": "analytic"}
-    by_bound, bits = variance.lists_by_bound(subject, prediction, list(timesteps.NUMBERS))
     report = {
         "seed": seed,
         "budget_seconds": round(seconds, 1),
         "num_inference_steps": subject.num_steps,
         "scheduler_class": type(pipe.scheduler).__name__,
-        "analytic_variance": table | {"num_images": prediction.num_images},
-        "bits_per_dim_of_steps": {str(number): pair for number, pair in bits.items()},
         "left_out": [],
     }
+    config, lists = {}, {}
+    if subject.has_betas:
+        config, lists["bound"] = _measure_variance(subject, data, budget, seed, report, say)
 
     chosen, rulers = Guidance(), _make_rulers(subject, data, budget, seed, report)
-    own = _own_timesteps(subject, subject.num_steps)
+    own = subject.own_timesteps(subject.num_steps)
     before = {}
     if rulers:
         for number in _reported(subject):
-            before[number] = rulers["report"].measure(Guidance(), _own_timesteps(subject, number))
+            before[number] = rulers["report"].measure(Guidance(), subject.own_timesteps(number))
     if rulers and subject.can_guide and pipe.guider is None and subject.keeps_defaults:
         say(f"guidance: sets of {rulers['choose'].num_images} images in {subject.num_steps} steps")
         trials = Trials(lambda candidate: rulers["choose"].measure(candidate, own), budget.part(SHARE_OF_GUIDANCE))
@@ -112,13 +107,12 @@ def calibrate(
     labels = None if pipe.denoiser_num_classes is None else _labels(pipe.denoiser_num_classes, timesteps.NUM_IMAGES)
     teacher = timesteps.Teacher.make(subject, labels, call, seed)
     numbers = [subject.num_steps, FEW_STEPS, 5, *timesteps.NUMBERS]
-    lists, distances = timesteps.choose(teacher, numbers, budget.part(SHARE_OF_TIMESTEPS))
+    lists["trajectory"], distances = timesteps.choose(teacher, numbers, budget.part(SHARE_OF_TIMESTEPS))
     report["distance_from_fine_trajectory"] = {str(number): pair for number, pair in distances.items()}
     optimal = {"spacing": pipe.scheduler.config.timestep_spacing} | {
-        objective: {str(number): each for number, each in found.items()}
-        for objective, found in (("trajectory", lists), ("bound", by_bound))
+        objective: {str(number): each for number, each in found.items()} for objective, found in lists.items()
     }
-    subject.choose(analytic_variance=table, **of_variance, optimal_timesteps=optimal, timestep_spacing="optimal")
+    subject.choose(**config, optimal_timesteps=optimal, timestep_spacing="optimal")
     defaults = {"num_inference_steps": subject.num_steps} | call
     if subject.keeps_defaults:
         pipe.register_to_config(call_defaults=defaults)
@@ -129,14 +123,26 @@ def calibrate(
     return report
 
 
+def _measure_variance(subject: Subject, data: Data, budget: Budget, seed: int, report: dict, say) -> tuple[dict, dict]:
+    """The analytic variance for the scheduler's config, and the lists of timesteps that are best in the bound."""
+    say(f"the errors of the predicted x_0, at {variance.NUM_POINTS} timesteps")
+    prediction = variance.measure(subject, data.real.train, budget.part(SHARE_OF_VARIANCE), seed)
+    table = prediction.table(subject.last_noise)
+    lists, bits = variance.lists_by_bound(subject, prediction, list(timesteps.NUMBERS))
+    report["analytic_variance"] = table | {"num_images": prediction.num_images}
+    report["bits_per_dim_of_steps"] = {str(number): pair for number, pair in bits.items()}
+    of_variance = {} if subject.learns_variance else {"variance_type": "analytic"}
+    return {"analytic_variance": table} | of_variance, lists
+
+
 def forget_calibration(subject: Subject) -> None:
     """Takes away what an earlier calibration chose, so that this one starts from what the training left."""
     pipe = subject.pipe
     config = pipe.scheduler.config
-    more = {}
+    changes = {key: None for key in ("analytic_variance", "optimal_timesteps") if key in config}
     if config.get("variance_type") == "analytic":
-        more["variance_type"] = "fixed_small" if isinstance(pipe.scheduler, ExtDDPMScheduler) else None
-    subject.choose(analytic_variance=None, optimal_timesteps=None, **more)
+        changes["variance_type"] = "fixed_small" if isinstance(pipe.scheduler, ExtDDPMScheduler) else None
+    subject.choose(**changes)
     if subject.keeps_defaults:
         pipe.register_to_config(call_defaults=None)
 
@@ -155,7 +161,7 @@ def _make_rulers(subject: Subject, data: Data, budget: Budget, seed: int, report
         left_out.append("Guidance was not chosen: there are too few images to compare with.")
         return None
     trial = parts.ruler("choose", subject, data.features, guidance.FEWEST_IMAGES, seed + SEED_OF_CHOICE)
-    few, each = _own_timesteps(subject, min(4, subject.num_steps)), Guidance(1.5) if subject.can_guide else Guidance()
+    few, each = subject.own_timesteps(min(4, subject.num_steps)), Guidance(1.5) if subject.can_guide else Guidance()
     start = time.perf_counter()
     trial.images(each, few, number=guidance.BATCH)
     seconds = (time.perf_counter() - start) / guidance.BATCH / len(few) * subject.num_steps
@@ -179,12 +185,6 @@ def _gained(subject: Subject, ruler: Ruler, before: dict, chosen: Guidance, own:
 
 def _reported(subject: Subject) -> Sequence[int]:
     return tuple(dict.fromkeys((subject.num_steps, min(FEW_STEPS, subject.num_steps))))
-
-
-def _own_timesteps(subject: Subject, number: int) -> list[int]:
-    """Those of the scheduler's spacing, whatever was chosen."""
-    config = subject.pipe.scheduler.config
-    return make_timesteps(config.timestep_spacing, number, config.num_train_timesteps, config.steps_offset).tolist()
 
 
 def _labels(num_classes: int, number: int) -> list[int]:

@@ -10,14 +10,16 @@ from torch import Tensor, nn
 
 from diffusers_ext.diffusion.analytic_variance import VISIBLE_NOISE
 from diffusers_ext.diffusion.data_units import DataUnits
-from diffusers_ext.diffusion.noising import LEARNED_VARIANCES
+from diffusers_ext.diffusion.noising import LEARNED_VARIANCES, NoiseSchedule
+from diffusers_ext.diffusion.timestep_search import search_grid
 from diffusers_ext.evaluation.bits_per_dim import clip_of
 from diffusers_ext.evaluation.labelled_images import LabelledImages, convert_channels, drawn_order
 from diffusers_ext.evaluation.pipeline_facts import label_names_of
 from diffusers_ext.pipelines.image_inputs import encode_pixels
 from diffusers_ext.pipelines.pipeline_guided_diffusion import GuidedDiffusionPipeline
-from diffusers_ext.schedulers import ConsistencyScheduler, ExtDDIMScheduler, ExtDDPMScheduler
+from diffusers_ext.schedulers import ConsistencyScheduler, ExtDDIMScheduler, ExtDDPMScheduler, FlowScheduler
 from diffusers_ext.schedulers.gaussian import GaussianSchedulerMixin
+from diffusers_ext.schedulers.levels import is_linear, model_schedule, prediction_type_of
 from diffusers_ext.schedulers.samplers import is_sampler
 
 
@@ -45,7 +47,7 @@ class Subject:
         """A pipeline without texts, unconditional or by label, in pixels or latents.
 
         Raises:
-            ValueError: if it is another, or its scheduler has no path of betas.
+            ValueError: if it is another, or its scheduler is for none of the paths that are known here.
         """
         name = type(original).__name__
         network = next((part for part in NETWORKS if isinstance(getattr(original, part, None), nn.Module)), None)
@@ -84,6 +86,37 @@ class Subject:
     def can_guide(self) -> bool:
         """Whether there are labels to guide to, and a null label to lead away from."""
         return self.pipe.denoiser_num_classes is not None and self.pipe.null_label is not None
+
+    @property
+    def has_betas(self) -> bool:
+        """Whether the path is a table of betas, whose steps have a variance, and not the linear one."""
+        return not is_linear(self.pipe.scheduler)
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """The path, whose `labels` are the timesteps of the scheduler."""
+        return model_schedule(self.pipe.scheduler)
+
+    @property
+    def without_noise(self) -> ExtDDIMScheduler | FlowScheduler:
+        """A sampler that draws no noise."""
+        return (ExtDDIMScheduler if self.has_betas else FlowScheduler).from_config(self.pipe.scheduler.config)
+
+    def own_timesteps(self, number: int) -> list[int]:
+        """Those of the scheduler's spacing, whatever was chosen, in whole numbers."""
+        plain = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config, optimal_timesteps=None)
+        if self.has_betas:
+            return plain.list_timesteps(number).tolist()
+        plain.set_timesteps(number)
+        return plain.timesteps.round().int().tolist()
+
+    def search_grid(self, number: int) -> Tensor:
+        """Timesteps to choose from, at most so many, descending."""
+        schedule, scheduler = self.schedule, self.pipe.scheduler
+        rows = search_grid(schedule, number)
+        if not self.has_betas and prediction_type_of(scheduler) in ("epsilon", "score"):
+            rows = rows[1:]  # at the first there is no signal to divide by
+        return schedule.labels(rows)
 
     @property
     def learns_variance(self) -> bool:
@@ -138,8 +171,10 @@ class Subject:
             self.original.register_modules(scheduler=scheduler)
 
 
-def own_scheduler(scheduler: SchedulerMixin) -> ExtDDPMScheduler | ExtDDIMScheduler:
+def own_scheduler(scheduler: SchedulerMixin) -> ExtDDPMScheduler | ExtDDIMScheduler | FlowScheduler:
     """The scheduler of this package in the place of another: the same, or of diffusers' DDPM ours, or else DDIM.
+
+    On the linear path it is `FlowScheduler`.
 
     Raises:
         ValueError: if it is for a model of another path, or for one that was distilled to consistency.
@@ -151,6 +186,14 @@ def own_scheduler(scheduler: SchedulerMixin) -> ExtDDPMScheduler | ExtDDIMSchedu
         )
     if isinstance(scheduler, GaussianSchedulerMixin) and isinstance(scheduler, DDPMScheduler | DDIMScheduler):
         return scheduler
+    if is_linear(scheduler):
+        own = scheduler if isinstance(scheduler, FlowScheduler) else FlowScheduler.from_config(scheduler.config)
+        if own.config.invert_sigmas or own.config.use_dynamic_shifting:
+            raise ValueError(
+                "a scheduler of the linear path must go from timestep T to 0 and know its shift by itself, got one with "
+                f"invert_sigmas={own.config.invert_sigmas} and use_dynamic_shifting={own.config.use_dynamic_shifting}"
+            )
+        return own
     cls = ExtDDPMScheduler if isinstance(scheduler, DDPMScheduler) else ExtDDIMScheduler
     return cls.from_config(scheduler.config)
 

@@ -9,9 +9,7 @@ from torch import Tensor
 from diffusers_ext.calibration.budget import Budget
 from diffusers_ext.calibration.subject import Subject
 from diffusers_ext.diffusion.noising import NoiseLevel
-from diffusers_ext.diffusion.timestep_search import cheapest_lists, search_grid, trajectory_costs
-from diffusers_ext.diffusion.timesteps import make_timesteps
-from diffusers_ext.schedulers import ExtDDIMScheduler
+from diffusers_ext.diffusion.timestep_search import cheapest_lists, trajectory_costs
 
 
 # Steps of the fine trajectory, and images that have one.
@@ -43,7 +41,7 @@ class Teacher:
     @classmethod
     def make(cls, subject: Subject, labels: Sequence[int] | None, guidance: dict, seed: int) -> "Teacher":
         pipe = subject.pipe
-        grid = search_grid(pipe.scheduler.schedule, NUM_FINE_STEPS)
+        grid, schedule = subject.search_grid(NUM_FINE_STEPS), subject.schedule
         number = NUM_IMAGES if labels is None else len(labels)
         condition = {"batch_size": number} if labels is None else {"class_labels": list(labels)}
         # Without any guidance said, the pipeline's defaults would guide.
@@ -53,7 +51,7 @@ class Teacher:
         points = _sample(subject, call, grid.tolist(), with_points=True)
         x = torch.stack([point.x_t.cpu() for point in points.trajectory] + [points.images.cpu()])
         x0_hat = torch.stack([point.x0_hat.cpu() for point in points.trajectory])
-        schedule, every = pipe.scheduler.schedule, torch.cat([grid, torch.tensor([-1])])
+        every = torch.cat([grid - schedule.first_label, torch.tensor([-1])])
         costs = trajectory_costs(x, x0_hat, NoiseLevel(schedule.alpha[every], schedule.sigma[every]))
         return cls(subject, call, grid, x[-1], costs)
 
@@ -64,10 +62,10 @@ class Teacher:
 
 
 def _sample(subject: Subject, call: dict, timesteps: Sequence[int], with_points: bool = False):
-    """A call of the pipeline with DDIM, without noise."""
+    """A call of the pipeline by a sampler without noise."""
     pipe, scheduler = subject.pipe, subject.pipe.scheduler
     try:
-        pipe.scheduler = ExtDDIMScheduler.from_config(scheduler.config)
+        pipe.scheduler = subject.without_noise
         return pipe(**call, timesteps=list(timesteps), trajectory_steps=range(len(timesteps)) if with_points else None)
     finally:
         pipe.scheduler = scheduler
@@ -83,12 +81,8 @@ def choose(teacher: Teacher, numbers: Sequence[int], budget: Budget) -> tuple[di
     Returns: lists, descending, by their number; and by number the distances of the scheduler's own and of the chosen one, of
         the numbers that were looked at.
     """
-    config, length = teacher.subject.pipe.scheduler.config, len(teacher.subject.pipe.scheduler.schedule)
-    numbers = [number for number in dict.fromkeys(numbers) if number <= min(len(teacher.grid), length)]
-    own = {
-        number: make_timesteps(config.timestep_spacing, number, length, config.steps_offset).tolist()
-        for number in numbers
-    }
+    numbers = [number for number in dict.fromkeys(numbers) if number <= len(teacher.grid)]
+    own = {number: teacher.subject.own_timesteps(number) for number in numbers}
     kinds = [own]
     for growth in GROWTHS:
         found = cheapest_lists(teacher.costs, numbers, growth=growth)

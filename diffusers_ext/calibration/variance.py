@@ -19,7 +19,6 @@ from diffusers_ext.diffusion.data_units import DataUnits
 from diffusers_ext.diffusion.noising import NoiseSchedule, Normal
 from diffusers_ext.diffusion.precision import to_float64
 from diffusers_ext.diffusion.timestep_search import bound_costs, cheapest_lists, search_grid
-from diffusers_ext.diffusion.timesteps import make_timesteps
 from diffusers_ext.diffusion.variational_bound import decoder_nats
 from diffusers_ext.evaluation.labelled_images import LabelledImages
 
@@ -101,17 +100,15 @@ def lists_by_bound(subject: Subject, prediction: Prediction, numbers: list[int])
 
     Returns: lists, descending, by their number; and by number the pair of figures, as the prediction says them.
     """
-    schedule, config = subject.pipe.scheduler.schedule, subject.pipe.scheduler.config
-    grid = prediction.grid
+    schedule, grid = subject.pipe.scheduler.schedule, prediction.grid
     costs, start = bound_costs(schedule, grid, prediction.x0_variance, prediction.x0_square, prediction.last_nats)
     numbers = [number for number in numbers if number <= len(grid)]
     found = cheapest_lists(costs, numbers, start)
     lists, bits = {}, {}
     for number, path in found.items():
         lists[number] = grid[path].tolist()
-        own = make_timesteps(config.timestep_spacing, number, len(schedule), config.steps_offset)
         bits[number] = {
-            "spacing": _bits(schedule, prediction, own.tolist()),
+            "spacing": _bits(schedule, prediction, subject.own_timesteps(number)),
             "chosen": _bits(schedule, prediction, lists[number]),
         }
     return lists, bits

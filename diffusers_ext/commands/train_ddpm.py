@@ -63,7 +63,7 @@ class TrainConfig(DenoisingConfig):
     calibrate: bool | None = option(
         None,
         "choose at the end what the pipeline does by default, as training/calibrate.py does, in a tenth of the training's time "
-        "or 30 s if that is more; by default after a training of at least 2 minutes on the path of a beta_schedule",
+        "or 30 s if that is more; by default after a training of at least 2 minutes",
         "sampling",
     )
 
@@ -71,10 +71,6 @@ class TrainConfig(DenoisingConfig):
         super().__post_init__()
         if not 0 <= self.label_dropout < 1:
             raise ValueError(f"label_dropout must be in [0, 1), got {self.label_dropout:g}")
-        if self.calibrate and not self.has_beta_schedule:
-            raise ValueError(
-                f"calibrate is for the paths of a beta_schedule, which path {self.path} is not: leave it out"
-            )
         if self.calibrate and self.has_condition:
             raise ValueError("calibrate is for models without condition images: leave it out")
 

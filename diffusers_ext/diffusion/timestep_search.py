@@ -150,12 +150,13 @@ class ChosenTimesteps:
         chosen: "spacing", which it was that the lists take the place of, and at least one of `TIMESTEP_OBJECTIVES`, each with
             lists by the number of their timesteps, which may be a text as in JSON.
         num_train_timesteps: Of the path.
+        first: The timestep of its cleanest level: 0, or 1 where a network is given T t.
 
     Raises:
         ValueError: If it is not that.
     """
 
-    def __init__(self, chosen: Mapping, num_train_timesteps: int):
+    def __init__(self, chosen: Mapping, num_train_timesteps: int, first: int = 0):
         objectives = [name for name in TIMESTEP_OBJECTIVES if name in chosen]
         unknown = set(chosen) - {"spacing", *TIMESTEP_OBJECTIVES}
         if unknown or not objectives or not isinstance(chosen.get("spacing"), str):
@@ -163,7 +164,7 @@ class ChosenTimesteps:
                 f"optimal_timesteps must have 'spacing' and one or both of {', '.join(TIMESTEP_OBJECTIVES)}, got "
                 f"{', '.join(map(repr, chosen)) or 'nothing'}"
             )
-        self.spacing, self._length, self._lists = chosen["spacing"], num_train_timesteps, {}
+        self.spacing, self._length, self._first, self._lists = chosen["spacing"], num_train_timesteps, first, {}
         for objective in objectives:
             lists = {int(number): timesteps for number, timesteps in chosen[objective].items()}
             for number, timesteps in lists.items():
@@ -171,7 +172,7 @@ class ChosenTimesteps:
                     raise ValueError(
                         f"the list for {number} steps of optimal_timesteps must have that number, got {len(timesteps)}"
                     )
-                check_timesteps(timesteps, num_train_timesteps)
+                check_timesteps(timesteps, num_train_timesteps, first)
             if not lists:
                 raise ValueError(f"optimal_timesteps must have at least one list for {objective}, got none")
             self._lists[objective] = lists
@@ -187,7 +188,8 @@ class ChosenTimesteps:
         if num_inference_steps in lists:
             return np.asarray(lists[num_inference_steps], dtype=np.int64)
         nearest = min(lists, key=lambda number: (abs(np.log(number / num_inference_steps)), -number))
-        return spread_like(lists[nearest], num_inference_steps, self._length)
+        rows = [timestep - self._first for timestep in lists[nearest]]
+        return spread_like(rows, num_inference_steps, self._length) + self._first
 
 
 def spread_like(timesteps: Sequence[int], number: int, num_train_timesteps: int) -> np.ndarray:

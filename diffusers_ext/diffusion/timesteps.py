@@ -63,11 +63,14 @@ def check_number_of_steps(num_inference_steps: int, num_train_timesteps: int) ->
         raise ValueError(f"num_inference_steps must be an integer in [1, {T}] (num_train_timesteps), got {n!r}")
 
 
-def check_timesteps(timesteps: Sequence[int], num_train_timesteps: int) -> np.ndarray:
+def check_timesteps(timesteps: Sequence[int], num_train_timesteps: int, first: int = 0) -> np.ndarray:
     """`timesteps` as an int64 array, if they are a list that a sampler can visit.
 
+    Args:
+        first: The least there is.
+
     Raises:
-        ValueError: If they are empty, not integers, not strictly descending or outside [0, num_train_timesteps).
+        ValueError: If they are empty, not integers, not strictly descending or outside [first, first + num_train_timesteps).
     """
     values = np.asarray(timesteps)
     if values.ndim != 1 or not len(values):
@@ -75,9 +78,10 @@ def check_timesteps(timesteps: Sequence[int], num_train_timesteps: int) -> np.nd
     if values.dtype.kind not in "iuf" or (values != np.floor(values)).any():
         raise ValueError(f"timesteps must be integers, got {timesteps!r}")
     values = values.astype(np.int64)
-    if values.min() < 0 or values.max() >= num_train_timesteps:
-        worst = values.min() if values.min() < 0 else values.max()
-        raise ValueError(f"timesteps must be in [0, {num_train_timesteps - 1}], got {worst}")
+    last = first + num_train_timesteps - 1
+    if values.min() < first or values.max() > last:
+        worst = values.min() if values.min() < first else values.max()
+        raise ValueError(f"timesteps must be in [{first}, {last}], got {worst}")
     rising = np.flatnonzero(np.diff(values) >= 0)
     if len(rising):
         first, second = values[rising[0]], values[rising[0] + 1]

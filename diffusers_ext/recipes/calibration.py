@@ -50,7 +50,7 @@ def why_not(trainer: Trainer, wanted: bool | None, seconds: float) -> str | None
     """
     if wanted is False or wanted is None and seconds < SHORTEST_TRAINING:
         return ""
-    if not trainer.config.has_beta_schedule or trainer.config.has_condition:
+    if trainer.config.has_condition:
         return ""
     if trainer.accelerator.num_processes > 1:
         return "several processes trained it"

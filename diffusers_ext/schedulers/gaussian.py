@@ -36,6 +36,10 @@ COMMON_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 # Samplers start from N(0, 1), so the noisiest level should have next to no signal left.
 LARGE_ALPHA_BAR = 0.01
 
+CHOOSE_FIRST = (
+    "timestep_spacing 'optimal' needs optimal_timesteps, which training/calibrate.py chooses for a model, got None"
+)
+
 
 class GaussianSchedulerMixin:
     """Common part of the schedulers; goes before the diffusers class whose config keys it understands."""
@@ -96,10 +100,7 @@ class GaussianSchedulerMixin:
         self._chosen = None
         if config.get("optimal_timesteps") is None:
             if config.timestep_spacing == "optimal":
-                raise ValueError(
-                    "timestep_spacing 'optimal' needs optimal_timesteps, which training/calibrate.py chooses for a model, got "
-                    "None"
-                )
+                raise ValueError(CHOOSE_FIRST)
             return
         chosen = ChosenTimesteps(config.optimal_timesteps, config.num_train_timesteps)
         if config.timestep_spacing == "optimal":

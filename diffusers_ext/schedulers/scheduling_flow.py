@@ -21,7 +21,8 @@ from diffusers_ext.diffusion.noising import (
     training_target,
     weighted_sum,
 )
-from diffusers_ext.schedulers.gaussian import as_output, check_choice, draw_noise, has_no_noise, wide
+from diffusers_ext.diffusion.timestep_search import ChosenTimesteps
+from diffusers_ext.schedulers.gaussian import CHOOSE_FIRST, as_output, check_choice, draw_noise, has_no_noise, wide
 from diffusers_ext.schedulers.sources import FLOW_PREDICTION, read_flow_model
 from diffusers_ext.schedulers.transitions import FlowTransitions
 from diffusers_ext.untrusted import check_config
@@ -74,7 +75,10 @@ class FlowScheduler(FlowMatchEulerDiscreteScheduler):
         stochastic_sampling: Whether each step takes the predicted x_0 to the next level with new noise alone.
         prediction_type: One of `PREDICTION_TYPES`, or "flow_prediction" for "flow", eps - x_0. With "epsilon" and "score",
             which say nothing of x_0 where there is no signal, sampling starts at T - 1.
-        timestep_spacing: "linspace", from sigma 1 to 1 / T and then to 0, as upstream; or "trailing", in n equal steps.
+        timestep_spacing: "linspace", from sigma 1 to 1 / T and then to 0, as upstream; "trailing", in n equal steps; or
+            "optimal", by `optimal_timesteps`.
+        optimal_timesteps: Timesteps chosen for this model, by their number, as `ExtDDIMScheduler` has them; in [1, T], and
+            levels whatever `shift` is. They are visited where neither sigmas nor timesteps are given.
         use_flow_sigmas: True; for other solvers to read.
         flow_shift: `shift` by the name that other solvers have for it.
 
@@ -102,13 +106,27 @@ class FlowScheduler(FlowMatchEulerDiscreteScheduler):
         time_shift_type: Literal["exponential", "linear"] = "exponential",
         stochastic_sampling: bool = False,
         prediction_type: str = "flow",
-        timestep_spacing: Literal["linspace", "trailing"] = "linspace",
+        timestep_spacing: Literal["linspace", "trailing", "optimal"] = "linspace",
         use_flow_sigmas: bool = True,
         flow_shift: float | None = None,
+        optimal_timesteps: dict | None = None,
     ):
         check_config(self.config, FlowScheduler.__init__)
         prediction_type = "flow" if prediction_type == FLOW_PREDICTION else prediction_type
         check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
+        self._chosen = None
+        if optimal_timesteps is not None:
+            self._chosen = ChosenTimesteps(optimal_timesteps, num_train_timesteps, first=1)
+            if timestep_spacing not in ("optimal", self._chosen.spacing):
+                self._chosen = None
+            elif invert_sigmas:
+                raise ValueError(
+                    "optimal_timesteps are from T to 0, and invert_sigmas goes from 0 to T: give one of them"
+                )
+            else:
+                timestep_spacing = self._chosen.spacing
+        elif timestep_spacing == "optimal":
+            raise ValueError(CHOOSE_FIRST)
         check_choice("timestep_spacing", timestep_spacing, FLOW_SPACINGS)
         if use_flow_sigmas is not True:
             raise ValueError(f"use_flow_sigmas must be True: there are no others, got {use_flow_sigmas!r}")
@@ -204,6 +222,10 @@ class FlowScheduler(FlowMatchEulerDiscreteScheduler):
             listed = torch.tensor(lists[0], dtype=torch.float32)
             end = float(config.invert_sigmas)
             self._visit(listed, torch.cat([listed / config.num_train_timesteps, torch.full((1,), end)]), device)
+            return
+        if sigmas is None and self._chosen is not None:
+            chosen = self._chosen.make(num_inference_steps, "trajectory").tolist()
+            self.set_timesteps(device=device, timesteps=chosen)
             return
         if sigmas is None and config.timestep_spacing == "trailing":
             sigmas = np.linspace(1, 1 / num_inference_steps, num_inference_steps) * (

@@ -161,8 +161,9 @@ def read_flow_model(config: Mapping[str, Any], cls: type, given: Mapping[str, An
         del config["flow_shift"]
     if not str(config.get("use_flow_sigmas")) == "True":
         config.pop("use_flow_sigmas", None)
-    # What solvers of another path understand by the word is not the spacing on this one.
-    if maker is not None and not issubclass(maker, cls):
+    # What solvers of another path understand by the word is not the spacing on this one; beside timesteps that were chosen
+    # it is theirs, carried along.
+    if maker is not None and not issubclass(maker, cls) and config.get("optimal_timesteps") is None:
         config.pop("timestep_spacing", None)
     return config
 

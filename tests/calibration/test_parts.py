@@ -10,6 +10,7 @@ from torch import nn
 from diffusers_ext import (
     ExtDDIMScheduler,
     ExtDDPMScheduler,
+    FlowScheduler,
     GuidedDiffusionPipeline,
     TextGuidedDiffusionPipeline,
     UNetModel,
@@ -17,9 +18,8 @@ from diffusers_ext import (
 from diffusers_ext.calibration import averages, guidance, timesteps, variance
 from diffusers_ext.calibration.budget import Budget, budget_of_training
 from diffusers_ext.calibration.guidance import Guidance, Parts, Trials, images_that_fit, search
-from diffusers_ext.calibration.subject import Subject
+from diffusers_ext.calibration.subject import Subject, own_scheduler
 from diffusers_ext.diffusion.analytic_variance import VISIBLE_NOISE
-from diffusers_ext.diffusion.timesteps import make_timesteps
 from diffusers_ext.evaluation.labelled_images import LabelledImages
 from diffusers_ext.evaluation.real_images import RealImages
 from diffusers_ext.guidance.guiding import guided_steps
@@ -55,8 +55,8 @@ def gaussian_images(number=64, std=0.5):
     return LabelledImages(((pixels + 1) * 127.5).round().to(torch.uint8), torch.full([number], -1), [])
 
 
-def mixture_subject():
-    scheduler = ExtDDIMScheduler(timestep_spacing="trailing", clip_sample=False)
+def mixture_subject(scheduler=None):
+    scheduler = scheduler or ExtDDIMScheduler(timestep_spacing="trailing", clip_sample=False)
     pipe = GuidedDiffusionPipeline(MixtureDenoiser.make(scheduler), scheduler)
     return Subject.of(pipe, 5)
 
@@ -88,8 +88,14 @@ def test_lists_by_the_bound_cost_no_more_than_the_spacing():
     assert bits[1]["chosen"] + 0.05 > bits[5]["chosen"] > bits[50]["chosen"] - 0.05  # each has noise of its own
 
 
-def test_chosen_timesteps_end_nearer_to_a_fine_trajectory_than_the_spacing():
-    subject = mixture_subject()
+@pytest.mark.parametrize("prediction_type", [None, "flow", "epsilon"])
+def test_chosen_timesteps_end_nearer_to_a_fine_trajectory_than_the_spacing(prediction_type):
+    linear = (
+        None
+        if prediction_type is None
+        else FlowScheduler(timestep_spacing="trailing", prediction_type=prediction_type)
+    )
+    subject = mixture_subject(linear)
     teacher = timesteps.Teacher.make(subject, [0, 1] * 16, {"guidance_scale": 2.0}, seed=0)
     lists, distances = timesteps.choose(teacher, [5, 3, 10], FOREVER)
     assert list(lists) == [3, 5, 10]
@@ -109,7 +115,7 @@ def test_chosen_timesteps_end_nearer_to_a_fine_trajectory_than_the_spacing():
     assert (after - fine).square().mean() < 0.6 * (before - fine).square().mean()
     both, looked_at = timesteps.choose(teacher, [4, 7], NEVER)
     assert list(looked_at) == [4] and list(both) == [4, 7]
-    assert teacher.distance(both[7]) < 0.7 * teacher.distance(make_timesteps("trailing", 7, 1000).tolist())
+    assert teacher.distance(both[7]) < 0.7 * teacher.distance(subject.own_timesteps(7))
 
 
 def test_a_step_of_the_pipelines_default_does_not_slip_into_the_teacher():
@@ -218,6 +224,19 @@ def test_pipelines_of_diffusers_get_a_scheduler_that_takes_the_place_of_their_ow
     subject.choose(analytic_variance={"timesteps": [0, 999], "x0_variance": [0.01, 0.2]}, variance_type="analytic")
     assert pipe.scheduler.config.variance_type == "analytic"
     assert pipe.scheduler.config.beta_schedule == "squaredcos_cap_v2"
+
+
+def test_a_pipeline_of_diffusers_on_the_linear_path_gets_the_flow_scheduler():
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    unet = diffusers.UNet2DModel(8, 1, 1, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, **blocks)
+    pipe = diffusers.DDPMPipeline(unet, diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
+    subject = Subject.of(pipe, 5)
+    assert isinstance(subject.pipe.scheduler, FlowScheduler) and not subject.has_betas
+    pipe.scheduler.set_timesteps(5)
+    assert subject.own_timesteps(5) == pipe.scheduler.timesteps.round().int().tolist()
+    for key in ("invert_sigmas", "use_dynamic_shifting"):
+        with pytest.raises(ValueError, match=f"from timestep T to 0 and know its shift by itself.*{key}=True"):
+            own_scheduler(diffusers.FlowMatchEulerDiscreteScheduler(**{key: True}))
 
 
 def test_a_pipeline_of_texts_is_refused():

@@ -9,6 +9,7 @@ from diffusers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
 )
 
@@ -17,6 +18,7 @@ from diffusers_ext.schedulers import (
     ExtDDIMInverseScheduler,
     ExtDDIMScheduler,
     ExtDDPMScheduler,
+    FlowScheduler,
     VPredictionScheduler,
 )
 
@@ -74,6 +76,24 @@ def test_classes_of_diffusers_fall_back_and_keep_what_was_chosen(cls, stock):
     torch.testing.assert_close(*steps)  # DDPM takes a type that it does not know for "fixed_small"
     back = cls.from_config(theirs.config)
     assert listed(back) == listed(ours) and back.config.variance_type == "analytic"
+
+
+def test_the_linear_path_has_chosen_timesteps_too(tmp_path):
+    lists = {"spacing": "trailing", "trajectory": {"3": [1000, 500, 1]}}
+    ours = FlowScheduler(shift=3.0, timestep_spacing="optimal", optimal_timesteps=lists)
+    assert listed(ours) == [1000, 500, 1] and ours.sigmas.tolist() == pytest.approx([1, 0.5, 1e-3, 0])
+    assert listed(ours, 1000) == list(range(1000, 0, -1))  # as many as there are
+    ours.save_pretrained(tmp_path)
+    assert listed(FlowScheduler.from_pretrained(tmp_path)) == listed(ours)
+    stock = FlowMatchEulerDiscreteScheduler.from_config(ours.config)
+    assert listed(stock) == listed(FlowMatchEulerDiscreteScheduler(shift=3.0))
+    assert listed(FlowScheduler.from_config(stock.config)) == listed(ours)
+    plain = FlowScheduler(shift=3.0, timestep_spacing="linspace", optimal_timesteps=lists)
+    assert listed(plain) == listed(FlowScheduler(shift=3.0))
+    with pytest.raises(ValueError, match=r"timesteps must be in \[1, 1000\], got 0"):
+        FlowScheduler(optimal_timesteps=lists | {"trajectory": {"2": [1000, 0]}})
+    with pytest.raises(ValueError, match="invert_sigmas goes from 0 to T"):
+        FlowScheduler(timestep_spacing="trailing", optimal_timesteps=lists, invert_sigmas=True)
 
 
 def test_another_spacing_or_none_of_the_lists_leaves_them():

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import diffusers_ext
-from diffusers_ext import ExtDDIMScheduler, ExtDDPMScheduler, GuidedDiffusionPipeline
+from diffusers_ext import ExtDDIMScheduler, ExtDDPMScheduler, FlowScheduler, GuidedDiffusionPipeline
 from diffusers_ext.calibration.run import forget_calibration
 from diffusers_ext.calibration.subject import Subject
 from diffusers_ext.evaluation.feature_folders import FEATURES_FILE
@@ -162,6 +162,10 @@ def test_a_run_ends_calibrated_if_it_is_asked_to(folders, tmp_path):
         "num_inference_steps": 2
     }
     assert "there is no feature classifier" in (folder / "README.md").read_text()
+    linear = {"path": "linear", "output_dir": str(tmp_path / "linear"), "calibrate": True}
+    pipe = diffusers.DiffusionPipeline.from_pretrained(train_ddpm.main(train_ddpm.TrainConfig(**settings | linear)))
+    assert type(pipe.scheduler) is FlowScheduler and "2" in pipe.scheduler.config.optimal_timesteps["trajectory"]
+    assert pipe.config.call_defaults == {"num_inference_steps": 2}
     folder = train_ddpm.main(train_ddpm.TrainConfig(**settings, overwrite_output_dir=True))
     assert (
         diffusers.DiffusionPipeline.from_pretrained(folder).config.call_defaults is None
