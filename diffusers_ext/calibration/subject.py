@@ -26,6 +26,9 @@ from diffusers_ext.schedulers.samplers import is_sampler
 # Parts of a pipeline of diffusers that may be its network.
 NETWORKS = ("denoiser", "unet", "transformer")
 
+# In the scheduler's config of a student, the number of steps that it was distilled to.
+STUDENT_STEPS = "_student_steps"
+
 
 @dataclass
 class Subject:
@@ -76,6 +79,19 @@ class Subject:
         pipe.set_progress_bar_config(disable=True)
         pipe.denoiser.eval()
         return cls(original, pipe, num_steps)
+
+    def check_can_be_calibrated(self) -> None:
+        """Refuses a student, whose timesteps and guidance it was distilled for.
+
+        Raises:
+            ValueError: with what to do instead.
+        """
+        steps = self.pipe.scheduler.config.get(STUDENT_STEPS)
+        if steps is not None:
+            raise ValueError(
+                f"a pipeline to calibrate must be one that chooses its timesteps, got a student of {steps} steps, which was "
+                "distilled for its own: calibrate the pipeline that it was distilled from, and distil again"
+            )
 
     @property
     def keeps_defaults(self) -> bool:

@@ -93,6 +93,7 @@ def calibrate_and_save(config: CalibrateConfig) -> dict:
     command = to_command(config, "training/calibrate.py", launcher="python")
     pipe = load_pipeline(config.pipeline).to(state.device)
     subject = Subject.of(pipe, 1)  # which refuses what cannot be calibrated, before anything is read
+    subject.check_can_be_calibrated()
     config = complete(config, pipe)
     subject.num_steps = config.num_inference_steps
     real = load_real_images(config.for_data(), config.held_out_split, label_names=label_names_of(pipe))

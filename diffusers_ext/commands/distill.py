@@ -24,6 +24,7 @@ from diffusers_ext.recipes.distillation import (
     build_objective,
     check_steps,
     complete,
+    guided_by_default,
     load_student_data,
     student_scheduler,
 )
@@ -44,6 +45,7 @@ def main(config: DistillConfig) -> Path:
         raise ValueError("a distillation has its teacher in each process, which FSDP spreads: launch with --multi_gpu")
     with open_run(config, accelerator) as open_folder:
         pipe = load_teacher(config.pipeline)
+        config = guided_by_default(config, pipe)
         check_steps(config, Teacher(pipe, config.guidance_scale, config.guidance_interval))
         config, data, space = load_student_data(config, accelerator, pipe)
         open_folder(

@@ -7,15 +7,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import torch
 import yaml
 from accelerate import Accelerator
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from diffusers_ext.calibration.subject import STUDENT_STEPS
 from diffusers_ext.data.config import DataConfig
 from diffusers_ext.data.image_table import ImageData
 from diffusers_ext.data.latent_cache import SampleSpace, prepare_samples, read_info
 from diffusers_ext.data.stream import StreamData
-from diffusers_ext.diffusion.distillation import CONSISTENCY_WEIGHTINGS, angle_timesteps
+from diffusers_ext.diffusion.distillation import CONSISTENCY_WEIGHTINGS, angle_timesteps, noise_ratio
 from diffusers_ext.diffusion.timesteps import make_timesteps
 from diffusers_ext.evaluation.pipeline_facts import image_size_of, label_names_of
 from diffusers_ext.guidance.guided_denoiser import check_guidance_scale
@@ -29,7 +31,8 @@ from diffusers_ext.recipes.distillation_objective import (
     StudentObjective,
 )
 from diffusers_ext.recipes.teacher import Teacher
-from diffusers_ext.schedulers import ConsistencyScheduler, ExtDDIMScheduler
+from diffusers_ext.schedulers import ConsistencyScheduler, ExtDDIMScheduler, FlowScheduler
+from diffusers_ext.schedulers.levels import is_linear, model_schedule
 from diffusers_ext.trainer.config import TrainerConfig
 from diffusers_ext.trainer.run import describe_data
 from diffusers_ext.trainer.run_folder import CONFIG_FILE, STAGES
@@ -83,11 +86,14 @@ class DistillConfig(TrainerConfig):
     loss_weighting: Literal[DISTILLATION_WEIGHTINGS] = _progressive_option(
         "truncated_snr", "weight of the squared error of x_0 by noise level: max(snr, 1), snr + 1, or 1"
     )
-    guidance_scale: float = fixed_option(
-        1.0, "classifier-free guidance of the pipeline, which the student learns to do without; 1 is none"
+    guidance_scale: float | None = fixed_option(
+        None,
+        "classifier-free guidance of the pipeline, which the student learns to do without; 1 is none. By default that of the "
+        "pipeline's calls, which calibration chose",
     )
     guidance_interval: tuple[float, ...] | None = fixed_option(
-        None, "noise levels sigma / alpha in which the pipeline is guided, the lower first; by default all"
+        None,
+        "noise levels sigma / alpha in which the pipeline is guided, the lower first; by default all, or the pipeline's",
     )
     label_dropout: float | None = fixed_option(
         None,
@@ -162,7 +168,8 @@ class DistillConfig(TrainerConfig):
             raise ValueError(f"output_dir must be another folder than that of the pipeline, {self.pipeline}")
 
     def _check_guidance(self) -> None:
-        check_guidance_scale(self.guidance_scale)
+        if self.guidance_scale is not None:
+            check_guidance_scale(self.guidance_scale)
         interval = self.guidance_interval
         if interval is None:
             return
@@ -170,8 +177,8 @@ class DistillConfig(TrainerConfig):
             raise ValueError(
                 f"guidance_interval must be two noise levels of at least 0, the lower first, got {' '.join(map(str, interval))}"
             )
-        if self.guidance_scale == 1:
-            raise ValueError("guidance_interval has no meaning with a guidance_scale of 1: give both or neither")
+        if self.guidance_scale in (None, 1):
+            raise ValueError("guidance_interval has no meaning without a guidance_scale: give both or neither")
 
     @property
     def num_stages(self) -> int:
@@ -312,24 +319,58 @@ def student_scheduler(config: DistillConfig, teacher: Teacher) -> SchedulerMixin
 
     A progressive student's are every other one of its teacher's; a consistency model's are evenly apart in atan(sigma / alpha).
     """
-    cls, length, source = ExtDDIMScheduler, len(teacher.schedule), teacher.pipe.scheduler.config
+    length, source = len(teacher.schedule), teacher.pipe.scheduler.config
+    cls = FlowScheduler if is_linear(teacher.pipe.scheduler) else ExtDDIMScheduler
     numbers = [config.student_steps]
     if config.method == "consistency":
         cls = ConsistencyScheduler
         numbers = range(1, min(MOST_CONSISTENCY_STEPS, length) + 1)
         lists = {str(number): angle_timesteps(teacher.schedule, number) for number in numbers}
     else:
-        lists = {str(number): make_timesteps("trailing", number, length).tolist() for number in numbers}
+        rows = {number: torch.from_numpy(make_timesteps("trailing", number, length)) for number in numbers}
+        lists = {str(number): teacher.schedule.labels(each).tolist() for number, each in rows.items()}
     measured = ["analytic_variance", "optimal_timesteps"]  # of the teacher
     if source.get("variance_type") == "analytic":
         measured.append("variance_type")
     source = {key: value for key, value in source.items() if key not in measured}
     chosen = {"spacing": "trailing", "trajectory": lists}
-    return cls.from_config(source, timestep_spacing="optimal", optimal_timesteps=chosen)
+    scheduler = cls.from_config(source, timestep_spacing="optimal", optimal_timesteps=chosen)
+    scheduler.register_to_config(**{STUDENT_STEPS: config.student_steps})
+    return scheduler
+
+
+def guided_by_default(config: DistillConfig, pipe: GuidedDiffusionPipeline) -> DistillConfig:
+    """The options with the guidance of the pipeline's own calls, if they say none.
+
+    Raises:
+        ValueError: if that is a guider, which no student is trained for.
+    """
+    if config.guidance_scale is not None:
+        return config
+    if pipe.guider is not None:
+        raise ValueError(
+            f"the pipeline is guided by its {type(pipe.guider).__name__}, which is not what a student learns: say by "
+            "--guidance_scale how its calls are guided, 1 for not at all"
+        )
+    defaults = pipe.config.get("call_defaults") or {}
+    scale, interval = float(defaults.get("guidance_scale") or 1.0), defaults.get("guidance_interval")
+    if scale == 1 or interval is None:
+        return dataclasses.replace(config, guidance_scale=scale)
+    (unit, bounds), *_ = interval.items()
+    if unit == "timestep":
+        schedule = model_schedule(pipe.scheduler)
+        first, last = (max(bound - schedule.first_label, 0) for bound in bounds)
+        bounds = noise_ratio(schedule)[math.ceil(first) : math.floor(last) + 1][[0, -1]].tolist()
+    return dataclasses.replace(config, guidance_scale=scale, guidance_interval=tuple(bounds))
 
 
 def check_steps(config: DistillConfig, teacher: Teacher) -> None:
-    """Refuses more steps than the path has timesteps."""
+    """Refuses more steps than the path has timesteps, and a path that the student's sampler does not have."""
+    if config.method == "consistency" and is_linear(teacher.pipe.scheduler):
+        raise ValueError(
+            "method consistency is for paths of betas, whose points at unit scale its scheduler goes between, got a pipeline on "
+            "the linear path: take method progressive, or train one with --path vp"
+        )
     name = "teacher_steps" if config.method == "progressive" else "student_steps"
     if getattr(config, name) > len(teacher.schedule):
         raise ValueError(

@@ -22,7 +22,7 @@ WITHOUT_X0_AT_NOISE = ("epsilon", "score")
 
 
 class Teacher:
-    """A frozen denoiser on a table of betas. It is no module, so that checkpoints of the student leave it out.
+    """A frozen denoiser on a table of betas or the linear path. It is no module, so that checkpoints of the student leave it out.
 
     Args:
         pipe: In pixels or latents, by label or unconditional.
@@ -109,7 +109,7 @@ def load_teacher(name: str) -> GuidedDiffusionPipeline:
     """A pipeline of this package or of diffusers, with a scheduler of this package, to make a `Teacher` of.
 
     Raises:
-        ValueError: if there is none, it makes images of texts, or its path is not given by betas.
+        ValueError: if there is none, it makes images of texts, or its path is not known here.
     """
     pipe = load_pipeline(name)
     return Subject.of(pipe, 1).pipe

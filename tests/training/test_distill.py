@@ -1,22 +1,26 @@
 """The whole command on tiny networks: stages, resuming, students as pipelines, and what is refused."""
 
 import shutil
+from functools import partial
 
 import diffusers
 import numpy as np
 import pytest
 import torch
 import yaml
+from diffusers import ClassifierFreeGuidance
 from PIL import Image
 from safetensors.torch import load_file
 
 from diffusers_ext import ConsistencyScheduler, ExtDDIMScheduler, FlowScheduler, GuidedDiffusionPipeline, UNetModel
 from diffusers_ext.diffusion.distillation import angle_timesteps
 from diffusers_ext.diffusion.timesteps import make_timesteps
+from diffusers_ext.recipes.distillation import guided_by_default
+from diffusers_ext.recipes.teacher import Teacher
 from runs import assert_same_run, forget_accelerate
 from tiny import tiny_unet
 from tiny_vae import tiny_vae
-from training import distill
+from training import calibrate, distill
 
 
 LABELS = ["cat", "dog"]
@@ -139,6 +143,34 @@ def test_a_consistency_model_is_sampled_in_one_step_and_in_some(folders, tmp_pat
     assert not pipe.scheduler.config.get("analytic_variance")
 
 
+def test_a_student_learns_the_guidance_of_its_pipelines_calls(folders):
+    """As calibration saves it: in an interval of timesteps, which are noise levels to the student."""
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folders / "pipe")
+    guided = partial(guided_by_default, options(folders))
+    assert guided(pipe).guidance_scale == 1 and guided(pipe).guidance_interval is None
+    pipe.register_to_config(call_defaults={"guidance_scale": 2.5, "guidance_interval": {"timestep": [4.5, 20.5]}})
+    config, schedule = guided(pipe), pipe.scheduler.schedule
+    noise = schedule.sigma / schedule.alpha
+    assert config.guidance_scale == 2.5 and config.guidance_interval == (noise[5].item(), noise[20].item())
+    teacher = Teacher(pipe, config.guidance_scale, config.guidance_interval)
+    scales = teacher._scales.gather(torch.arange(40), torch.zeros(40, 1))[0].flatten()
+    assert scales.tolist() == [1.0] * 5 + [2.5] * 16 + [1.0] * 19
+    linear = GuidedDiffusionPipeline(tiny_unet(num_classes=2), FlowScheduler(num_train_timesteps=40))
+    linear.register_to_config(call_defaults=pipe.config.call_defaults)
+    assert guided(linear).guidance_interval == pytest.approx((5 / 35, 20 / 20))  # its timestep t is at sigma t / 40
+    pipe.register_to_config(call_defaults={"guidance_scale": 2.0, "guidance_interval": {"sigma": [0.3, 5.0]}})
+    assert guided(pipe).guidance_interval == (0.3, 5.0)
+    assert guided_by_default(options(folders, "--guidance_scale", "1"), pipe).guidance_interval is None
+    pipe.guider = ClassifierFreeGuidance()
+    with pytest.raises(ValueError, match="guided by its ClassifierFreeGuidance, which is not what a student learns"):
+        guided(pipe)
+
+
+def test_a_student_is_not_calibrated(progressive):
+    with pytest.raises(ValueError, match="got a student of 2 steps, which was distilled for its own"):
+        calibrate.main(calibrate.parse([str(progressive)]))
+
+
 def test_a_pipeline_of_diffusers_and_one_of_latents_are_distilled(folders, tmp_path):
     blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
     unet = diffusers.UNet2DModel(8, 1, 1, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, **blocks)
@@ -151,13 +183,17 @@ def test_a_pipeline_of_diffusers_and_one_of_latents_are_distilled(folders, tmp_p
         vae=tiny_vae(2, 1),
     )
     latent.save_pretrained(tmp_path / "latent")
+    linear = UNetModel(8, 1, 1, block_out_channels=(8, 8), layers_per_block=1)
+    GuidedDiffusionPipeline(linear, FlowScheduler(num_train_timesteps=40)).save_pretrained(tmp_path / "linear")
     data = ("--dataset_name", str(folders / "data"), "--max_train_steps", "1", "--teacher_steps", "4")
-    for name in ("stock", "latent"):
+    for name in ("stock", "latent", "linear"):
         folder = run(tmp_path, *data, "--output_dir", str(tmp_path / f"of_{name}"), pipeline=name)
         pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
         pipe.set_progress_bar_config(disable=True)
         assert np.isfinite(pipe(output_type="np").images).all() and len(pipe.scheduler.timesteps) == 2
-        assert (pipe.vae is None) == (name == "stock")
+        assert (pipe.vae is None) == (name != "latent")
+        if name == "linear":
+            assert type(pipe.scheduler) is FlowScheduler and pipe.scheduler.timesteps.tolist() == [40, 20]
 
 
 @pytest.mark.parametrize(
@@ -166,7 +202,7 @@ def test_a_pipeline_of_diffusers_and_one_of_latents_are_distilled(folders, tmp_p
         (("--method", "other"), "invalid choice"),
         (("--teacher_steps", "12"), "teacher_steps must be student_steps times a power of 2, 4, 8, 16, 32 and so on"),
         (("--student_steps", "16"), "teacher_steps must be student_steps times a power of 2"),
-        (("--guidance_interval", "0.2", "5"), "guidance_interval has no meaning with a guidance_scale of 1"),
+        (("--guidance_interval", "0.2", "5"), "guidance_interval has no meaning without a guidance_scale"),
         (("--guidance_scale", "2", "--guidance_interval", "5", "0.2"), "the lower first"),
         (("--doublings", "3"), "doublings has no meaning without method consistency"),
         (
@@ -199,7 +235,7 @@ def test_pipelines_and_images_that_do_not_fit_are_refused(folders, tmp_path):
     data, out = ("--dataset_name", str(folders / "data")), ("--output_dir", str(tmp_path / "out"))
     for pipeline, more, reason in (
         ("epsilon", data, "must predict v, x_0 or flow, got epsilon"),
-        ("flow", data, "is for models of a Gaussian path given by betas"),
+        ("flow", (*data, "--method", "consistency", "--student_steps", "1"), "consistency is for paths of betas"),
         ("swapped", data, "labels of .* must be those of the pipeline, dog, cat, got cat, dog"),
         ("plain", (*data, "--guidance_scale", "2"), "guidance_scale must be 1 for a pipeline without labels"),
         ("plain", (), "has no train_config.yaml that names its data set"),
