@@ -1,21 +1,29 @@
-"""The Fréchet distance of a calibrated pipeline by sampler and number of network calls, with and without its guidance.
+"""The Fréchet distance of calibrated pipelines by sampler and number of steps, with and without their guidance.
 
-    python benchmarks/bench_few_calls.py runs/digits --num_steps 5 10 --num_images 300
+    python benchmarks/bench_few_calls.py runs/few_calls --pipelines runs/digits
+    python benchmarks/bench_few_calls.py runs/few_calls --pipelines runs/seed_0 runs/seed_1 runs/seed_2 --num_steps 5 10
+    python benchmarks/bench_few_calls.py runs/few_calls --pipelines runs/digits --students runs/two_steps runs/one_step
 
-PIPELINE was calibrated by training/calibrate.py. Image i of every set is made from the same noise, none of which the
-calibration saw, and compared with all training images. Calls of the network an image are the number of steps, twice in the
-steps that are guided; the solvers of diffusers have the spacing that the chosen timesteps take the place of. The bits/dim of
-held-out images follow, of the bound of as many steps.
+PIPELINES are runs of one recipe with several seeds, calibrated by training/calibrate.py; a cell of the table is their mean,
+with the least and the largest. STUDENTS are those of training/distill.py, one of each pipeline in the same order, or one for
+each of their recipes and pipelines; they are shown at their own number of steps. Image i of every set is made from the same
+noise, none of which the calibration saw, and compared with all training images. Rows have equal calls of the network in a
+column: as many an image as there are steps, and one more in each step that is guided. What the folder's `results.json` has is
+not measured again, so that rows and columns can be added. Beside it are `table.md` and `few_calls.png`.
 """
 
 import argparse
+import json
+import statistics
 import warnings
+from pathlib import Path
 
 import diffusers
 import torch
 from accelerate import PartialState
 
 import diffusers_ext
+from diffusers_ext.atomic_files import atomic_write
 from diffusers_ext.evaluation.bits_per_dim import measure_bits_per_dim
 from diffusers_ext.evaluation.evaluator import Evaluator
 from diffusers_ext.evaluation.feature_folders import features_for
@@ -25,102 +33,215 @@ from diffusers_ext.evaluation.options import DataOptions, take_options_of_run
 from diffusers_ext.evaluation.pipeline_facts import image_size_of
 from diffusers_ext.evaluation.real_images import load_real_images
 from diffusers_ext.evaluation.subject import labels_for, load_pipeline
+from diffusers_ext.figures import save_picture
 
 
 SEED = 900  # of the sets, far from those that anything is chosen by
 PLAIN = {"optimal_timesteps": None, "variance_type": "fixed_small"}
+SOLVERS = ("DPMSolverMultistep", "UniPCMultistep", "DEISMultistep", "EulerDiscrete")
+WAYS = ("guided", "plain")
 
 
-def samplers(config):
+def samplers(config: dict) -> dict[str, tuple]:
     """Schedulers by name, and options of the call with them."""
-    ours, eta = diffusers_ext, {"eta": 1e-3}
-    chosen = config["optimal_timesteps"]
+    ours, chosen, of_path = diffusers_ext, config.get("optimal_timesteps"), {}
+    if config.get("beta_schedule") is None and config.get("trained_betas") is None:
+        of_path["Euler"] = ours.FlowScheduler.from_config(config, optimal_timesteps=None), {}
+        of_path["Euler, by the trajectory"] = ours.FlowScheduler.from_config(config), {}
+        of_path["diffusers' FlowMatchEulerDiscrete"] = _stock("FlowMatchEulerDiscrete", config), {}
+        return of_path | {f"diffusers' {name}": (_stock(name, config), {}) for name in SOLVERS[:2]}
 
     def lists_of(objective):
         return {"optimal_timesteps": {"spacing": chosen["spacing"], objective: chosen[objective]}}
 
-    yield "DDPM, fixed_small", ours.ExtDDPMScheduler.from_config(config, **PLAIN), {}
-    yield (
-        "DDPM, fixed_large",
-        ours.ExtDDPMScheduler.from_config(config, **PLAIN | {"variance_type": "fixed_large"}),
-        {},
-    )
-    yield "DDPM, analytic", ours.ExtDDPMScheduler.from_config(config, optimal_timesteps=None), {}
-    yield "DDPM, analytic, by the bound", ours.ExtDDPMScheduler.from_config(config, **lists_of("bound")), {}
-    yield "DDPM, analytic, by the trajectory", ours.ExtDDPMScheduler.from_config(config, **lists_of("trajectory")), {}
-    yield "DDIM", ours.ExtDDIMScheduler.from_config(config, **PLAIN), {}
-    yield "analytic DDIM", ours.ExtDDIMScheduler.from_config(config, optimal_timesteps=None), eta
-    yield "DDIM, by the trajectory", ours.ExtDDIMScheduler.from_config(config), {}
-    yield "DDIM, by the bound", ours.ExtDDIMScheduler.from_config(config, **lists_of("bound")), {}
-    plain = ours.ExtDDIMScheduler.from_config(config, **PLAIN).config
-    for name in (
-        "DPMSolverMultistepScheduler",
-        "UniPCMultistepScheduler",
-        "DEISMultistepScheduler",
-        "EulerDiscreteScheduler",
-    ):
-        yield f"diffusers' {name.removesuffix('Scheduler')}", getattr(diffusers, name).from_config(plain), {}
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pipeline")
-    parser.add_argument("--num_steps", type=int, nargs="+", default=[5, 10])
-    parser.add_argument("--num_images", type=int, default=500)
-    parser.add_argument("--num_likelihood_images", type=int, default=100)
-    options = parser.parse_args()
-    warnings.simplefilter("ignore")
-
-    state, pipe = PartialState(), load_pipeline(options.pipeline)
-    data = take_options_of_run(DataOptions(resolution=image_size_of(pipe)), options.pipeline)
-    real = load_real_images(data.for_data())
-    features, _ = features_for(real, None, state)
-    evaluator = Evaluator(real.train, features, 1000, in_pixels=False)
-    labels, _ = labels_for(real, pipe.num_classes, options.num_images)
-    config, defaults = dict(pipe.scheduler.config), dict(pipe.config.call_defaults)
-    guidance = {name: value for name, value in defaults.items() if name != "num_inference_steps"} or {
-        "guidance_scale": 1.0
+    ddpm, ddim = ours.ExtDDPMScheduler.from_config, ours.ExtDDIMScheduler.from_config
+    plain = ddim(config, **PLAIN).config
+    return {
+        "DDPM, fixed_small": (ddpm(config, **PLAIN), {}),
+        "DDPM, fixed_large": (ddpm(config, **PLAIN | {"variance_type": "fixed_large"}), {}),
+        "DDPM, analytic": (ddpm(config, optimal_timesteps=None), {}),
+        "DDPM, analytic, by the bound": (ddpm(config, **lists_of("bound")), {}),
+        "DDPM, analytic, by the trajectory": (ddpm(config, **lists_of("trajectory")), {}),
+        "DDIM": (ddim(config, **PLAIN), {}),
+        "analytic DDIM": (ddim(config, optimal_timesteps=None), {"eta": 1e-3}),
+        "DDIM, by the trajectory": (ddim(config), {}),
+        **{f"diffusers' {name}": (_stock(name, plain), {}) for name in SOLVERS},
     }
-    held_out = evaluator.measure_held_out(real.held_out, options.num_images)["frechet_distance"]
-    print(f"held-out real images {held_out:.3g}; guidance {guidance}\n")
-    print(f"| sampler | {' | '.join(f'{n} steps | guided, {n}' for n in options.num_steps)} |")
-    print("|---" * (1 + 2 * len(options.num_steps)) + "|")
-    for name, scheduler, more in samplers(config):
-        pipe.scheduler, cells = scheduler, []
-        for number in options.num_steps:
-            for settings in ({"guidance_scale": 1.0}, guidance):
-                with counted_calls(pipe) as counts:
-                    images = generate_images(
-                        pipe,
-                        range(options.num_images),
-                        labels=labels,
-                        num_inference_steps=number,
-                        settings=settings | more,
-                        seed=SEED,
-                        show_progress=False,
-                    )
-                distance = evaluator.measure(images, torch.tensor(labels))["frechet_distance"]
-                cells.append(f"{distance:.3g} ({counts['denoiser'] / options.num_images:.3g} calls)")
-        print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
-    print(f"\n| variance, timesteps | {' | '.join(f'{n} steps' for n in options.num_steps)} |")
-    print("|---" * (1 + len(options.num_steps)) + "|")
-    for name, scheduler, _ in samplers(config):
+
+def _stock(name: str, config: dict):
+    return getattr(diffusers, f"{name}Scheduler").from_config(config)
+
+
+class Judge:
+    """Makes and measures sets of images, all from the same noise and the same labels."""
+
+    def __init__(self, arguments: argparse.Namespace):
+        first = arguments.pipelines[0]
+        pipe = load_pipeline(first)
+        data = take_options_of_run(DataOptions(resolution=image_size_of(pipe)), first)
+        self.real, self.number = load_real_images(data.for_data()), arguments.num_images
+        features, _ = features_for(self.real, arguments.features, PartialState())
+        self.evaluator = Evaluator(self.real.train, features, 1000, in_pixels=False)
+        self.labels, _ = labels_for(self.real, pipe.num_classes, self.number)
+        held_out = min(self.number, len(self.real.held_out))
+        self.held_out = self.evaluator.measure_held_out(self.real.held_out, held_out)["frechet_distance"]
+
+    def measure(self, pipe, number: int, settings: dict) -> dict[str, float]:
+        """The Fréchet distance of images in so many steps, and the calls of the network for each."""
+        pipe.set_progress_bar_config(disable=True)
+        with counted_calls(pipe) as counts:
+            images = generate_images(
+                pipe,
+                range(self.number),
+                labels=self.labels,
+                num_inference_steps=number,
+                settings=settings,
+                seed=SEED,
+                show_progress=False,
+            )
+        labels = None if self.labels is None else torch.tensor(self.labels)
+        measured = self.evaluator.measure(images, labels)
+        return {"distance": measured["frechet_distance"], "calls": counts["denoiser"] / self.number}
+
+
+def measure_all(arguments: argparse.Namespace, judge: Judge, results: dict, save) -> None:
+    """Every cell that is missing, those of few steps first."""
+    cells = [
+        (way, n, path) for way in arguments.ways for n in sorted(arguments.num_steps) for path in arguments.pipelines
+    ]
+    for way, number, path in cells:
+        pipe = load_pipeline(path)
+        config, defaults = dict(pipe.scheduler.config), dict(pipe.config.call_defaults or {})
+        defaults.pop("num_inference_steps", None)
+        guidance = {"guidance_scale": 1.0} if way == "plain" else defaults or {"guidance_scale": 1.0}
+        for name, (scheduler, more) in samplers(config).items():
+            done = results[way].setdefault(name, {}).setdefault(str(number), {})
+            if path in done or name not in (arguments.samplers or [name]):
+                continue
+            pipe.scheduler = scheduler
+            done[path] = judge.measure(pipe, number, guidance | more)
+            print(f"{way}, {name}, {number} steps, {path}: {done[path]}", flush=True)
+            save()
+    for student in arguments.students:
+        pipe = load_pipeline(student)
+        number = pipe.config.call_defaults["num_inference_steps"]
+        name = f"student of {number} {'step' if number == 1 else 'steps'}"
+        done = results["guided"].setdefault(name, {}).setdefault(str(number), {})
+        if student not in done:
+            done[student] = judge.measure(pipe, number, {"guidance_scale": 1.0})
+            print(f"{name}, {student}: {done[student]}", flush=True)
+            save()
+
+
+def distances_of(cell: dict) -> list[float]:
+    return [each["distance"] for each in cell.values()]
+
+
+def table(rows: dict[str, dict]) -> str:
+    """A row for each sampler, a column for each number of steps."""
+    numbers = sorted({int(number) for cells in rows.values() for number, cell in cells.items() if cell})
+    lines = [f"| sampler | {' | '.join(f'{number} steps' for number in numbers)} |", "|---" * (len(numbers) + 1) + "|"]
+    for name, cells in rows.items():
+        texts = []
+        for number in numbers:
+            values = distances_of(cells.get(str(number), {}))
+            text = f"{statistics.mean(values):.3g}" if values else ""
+            texts.append(text + (f" ({min(values):.3g} to {max(values):.3g})" if len(values) > 1 else ""))
+        if any(texts):
+            lines.append(f"| {name} | {' | '.join(texts)} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(results: dict, held_out: float, path: Path) -> None:
+    """The distance over the number of steps, guided and without; samplers of diffusers are dashed."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(name for way in WAYS for name in results[way]))
+    colours = {name: colormaps["tab20"](index % 20) for index, name in enumerate(names)}
+    ways = [way for way in WAYS if any(any(cells.values()) for cells in results[way].values())]
+    figure = Figure(figsize=(6.4 * len(ways), 4.8), layout="constrained")
+    panels = figure.subplots(1, len(ways), sharey=True, squeeze=False)[0]
+    for axes, way in zip(panels, ways, strict=True):
+        for name, cells in results[way].items():
+            points = sorted(
+                (int(number), statistics.mean(distances_of(cell))) for number, cell in cells.items() if cell
+            )
+            style = {"linestyle": "--" if name.startswith("diffusers'") else "-", "marker": "o", "markersize": 3}
+            style |= {"marker": "*", "markersize": 11} if name.startswith("student") else {}
+            axes.plot(*zip(*points, strict=True), color=colours[name], label=name, **style) if points else None
+        axes.axhline(held_out, color="grey", linestyle=":", label="held-out real images")
+        axes.set(
+            xscale="log", yscale="log", xlabel="steps", title={"guided": "guided", "plain": "without guidance"}[way]
+        )
+        ticks = sorted({int(number) for cells in results[way].values() for number, cell in cells.items() if cell})
+        axes.set_xticks(ticks, labels=[str(number) for number in ticks])
+        axes.minorticks_off()
+    panels[0].set_ylabel("Fréchet distance from the training images")
+    panels[-1].legend(frameon=False, fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
+    save_picture(figure, path)
+
+
+def likelihoods(arguments: argparse.Namespace, real) -> str:
+    """Bits/dim of held-out images under the bound of as many steps, of the first pipeline."""
+    lines = [f"| variance, timesteps | {' | '.join(f'{n} steps' for n in arguments.likelihood_steps)} |"]
+    lines.append("|---" * (1 + len(arguments.likelihood_steps)) + "|")
+    pipe = load_pipeline(arguments.pipelines[0])
+    for name, (scheduler, _) in samplers(dict(pipe.scheduler.config)).items():
         if not name.startswith("DDPM"):
             continue
         pipe.scheduler, cells = scheduler, []
-        for number in options.num_steps:
+        for number in arguments.likelihood_steps:
             bound = measure_bits_per_dim(
                 pipe,
                 real.held_out,
-                num_images=options.num_likelihood_images,
+                num_images=arguments.num_likelihood_images,
                 num_steps=number,
                 num_terms=None,
                 show_progress=False,
             )
             cells.append(f"{bound['bits_per_dim']:.3f}")
-        print(f"| {name.removeprefix('DDPM, ')} | {' | '.join(cells)} |", flush=True)
+        lines.append(f"| {name.removeprefix('DDPM, ')} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: argparse.Namespace) -> None:
+    warnings.simplefilter("ignore")
+    judge, folder = Judge(arguments), Path(arguments.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "results.json"
+    results = json.loads(file.read_text()) if file.is_file() else {way: {} for way in WAYS}
+
+    def save() -> None:
+        with atomic_write(file) as partial:
+            partial.write_text(json.dumps(results, indent=1) + "\n")
+
+    measure_all(arguments, judge, results, save)
+    texts = [f"{judge.number} held-out real images: {judge.held_out:.3g}\n"]
+    texts += [f"{way}\n\n{table(results[way])}" for way in WAYS if results[way]]
+    if arguments.likelihood_steps:
+        texts.append(likelihoods(arguments, judge.real))
+    draw(results, judge.held_out, folder / "few_calls.png")
+    with atomic_write(folder / "table.md") as partial:
+        partial.write_text("\n".join(texts))
+    print("\n".join(texts))
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output_dir")
+    parser.add_argument("--pipelines", nargs="+", required=True)
+    parser.add_argument("--students", nargs="+", default=[])
+    parser.add_argument("--samplers", nargs="+", help="by name; by default all")
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
+    parser.add_argument("--num_steps", type=int, nargs="+", default=[5, 10])
+    parser.add_argument("--num_images", type=int, default=500)
+    parser.add_argument("--features", help="folder of training/train_features.py; by default the one that is kept")
+    parser.add_argument("--likelihood_steps", type=int, nargs="*", default=[], help="steps of the bound in bits/dim")
+    parser.add_argument("--num_likelihood_images", type=int, default=100)
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    main()
+    main(parse())

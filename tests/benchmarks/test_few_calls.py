@@ -1,0 +1,64 @@
+"""The table of samplers says what was measured, and each row is a sampler that has the pipeline's path."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+from diffusers_ext import ExtDDIMScheduler, FlowScheduler
+
+
+@pytest.fixture(scope="module")
+def bench():
+    folder = str(Path(__file__).parents[2] / "benchmarks")
+    sys.path.insert(0, folder)
+    yield importlib.import_module("bench_few_calls")
+    sys.path.remove(folder)
+
+
+def listed(pair, number=3):
+    scheduler, _ = pair
+    scheduler.set_timesteps(number)
+    return scheduler.timesteps.tolist()
+
+
+def test_samplers_of_a_table_of_betas_are_of_the_calibrated_config(bench):
+    lists = {"spacing": "trailing", "trajectory": {"3": [990, 500, 20]}, "bound": {"3": [999, 100, 3]}}
+    table = {"timesteps": [0, 100, 999], "x0_variance": [1e-4, 0.01, 0.25]}
+    chosen = {"timestep_spacing": "optimal", "optimal_timesteps": lists, "analytic_variance": table}
+    rows = bench.samplers(dict(ExtDDIMScheduler(variance_type="analytic", **chosen).config))
+    trailing = listed((ExtDDIMScheduler(timestep_spacing="trailing"), {}))
+    for name in ("DDPM, fixed_small", "DDPM, fixed_large", "DDPM, analytic", "DDIM", "analytic DDIM"):
+        assert listed(rows[name]) == trailing
+    assert (
+        listed(rows["DDIM, by the trajectory"]) == listed(rows["DDPM, analytic, by the trajectory"]) == [990, 500, 20]
+    )
+    kinds = {name: rows[name][0].config.variance_type for name in rows if name.startswith("DDPM")}
+    assert kinds["DDPM, fixed_large"] == "fixed_large" and kinds["DDPM, fixed_small"] == "fixed_small"
+    assert kinds["DDPM, analytic"] == kinds["DDPM, analytic, by the bound"] == "analytic"
+    assert sum(name.startswith("diffusers'") for name in rows) == 4
+
+
+def test_samplers_of_the_linear_path_visit_the_chosen_timesteps_and_their_own(bench):
+    lists = {"spacing": "trailing", "trajectory": {"2": [1000, 300]}}
+    rows = bench.samplers(dict(FlowScheduler(timestep_spacing="optimal", optimal_timesteps=lists).config))
+    assert listed(rows["Euler, by the trajectory"], 2) == [1000, 300] and listed(rows["Euler"], 2) == [1000, 500]
+    assert all(listed(pair, 2)[0] >= 999 for pair in rows.values())
+
+
+def test_the_table_has_the_mean_and_the_range_of_its_pipelines(bench, tmp_path):
+    def cell(*distances):
+        return {f"seed_{seed}": {"distance": value, "calls": 5.0} for seed, value in enumerate(distances)}
+
+    rows = {
+        "DDIM": {"5": cell(4.0, 6.0), "10": cell(2.0)},
+        "DDPM": {"10": cell()},
+        "student of 2 steps": {"2": cell(3.0)},
+    }
+    assert bench.table(rows).splitlines()[2:] == [
+        "| DDIM |  | 5 (4 to 6) | 2 |",
+        "| student of 2 steps | 3 |  |  |",
+    ]
+    bench.draw({"guided": rows, "plain": {}}, 0.5, tmp_path / "few.png")
+    assert (tmp_path / "few.png").stat().st_size > 1000
