@@ -103,6 +103,20 @@ def test_rms_norm_divides_by_the_root_mean_square():
         torch.testing.assert_close(norm(x), F.rms_norm(x, x.shape[1:], norm.weight, norm.eps))
 
 
+def test_gelu_is_in_its_tanh_form_but_in_training_on_cpus_where_that_is_slow():
+    layer, x = DiTFeedForward(8, 32).eval(), draw(2, 4, 8)
+
+    def by_hand(x, approximate):
+        return layer.net[2](torch.nn.functional.gelu(layer.net[0].proj(x), approximate=approximate))
+
+    torch.testing.assert_close(layer(x), by_hand(x, "tanh"), rtol=0, atol=0)
+    layer.train()
+    torch.testing.assert_close(layer(x), by_hand(x, "none"), rtol=0, atol=0)
+    assert (layer(x) - by_hand(x, "tanh")).abs().max() < 5e-4 * layer.net[2].weight.abs().sum(1).max()
+    layer.double()  # whose user wants the network as it is
+    torch.testing.assert_close(layer(x.double()), by_hand(x.double(), "tanh"), rtol=0, atol=0)
+
+
 def test_swiglu_is_that_of_diffusers_with_the_parameters_of_gelu():
     layer, x = awake(DiTFeedForward(16, 64, mlp="swiglu")), draw(2, 5, 16)
     torch.testing.assert_close(layer(x), FeedForward.forward(layer, x))
