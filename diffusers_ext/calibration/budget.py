@@ -1,6 +1,13 @@
 """The time that calibrating a pipeline may take."""
 
 import time
+from typing import TypeVar
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+
+T = TypeVar("T")
 
 
 # Of the time of the training that it follows, and what it takes to measure anything.
@@ -16,8 +23,13 @@ def budget_of_training(seconds: float) -> float:
     return max(LEAST_SECONDS, SHARE_OF_TRAINING * seconds)
 
 
+def shared(value: T) -> T:
+    """What the main process has, in all of them, so that whatever they decide by it they decide alike."""
+    return value if PartialState().num_processes == 1 else broadcast_object_list([value])[0]
+
+
 class Budget:
-    """Seconds from now on, or from `start`, a reading of `time.perf_counter`."""
+    """Seconds from now on, or from `start`, a reading of `time.perf_counter`, by the clock of the main process."""
 
     def __init__(self, seconds: float, start: float | None = None):
         self.seconds = seconds
@@ -25,7 +37,7 @@ class Budget:
 
     @property
     def used(self) -> float:
-        return time.perf_counter() - self._start
+        return shared(time.perf_counter() - self._start)
 
     @property
     def left(self) -> float:

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 
-from diffusers_ext.calibration.budget import Budget
+from diffusers_ext.calibration.budget import Budget, shared
 from diffusers_ext.calibration.subject import Subject
 from diffusers_ext.evaluation.evaluator import Evaluator
-from diffusers_ext.evaluation.generate import generate_images
+from diffusers_ext.evaluation.generate import generate_images, shared_by_processes
 from diffusers_ext.evaluation.label_shares import proportional_labels
 from diffusers_ext.evaluation.labelled_images import LabelledImages, convert_channels, drawn_order
 from diffusers_ext.evaluation.real_images import RealImages
@@ -93,7 +94,7 @@ class Ruler:
         """
         images = self.images(guidance, timesteps, num_steps)
         labels = None if self.labels is None else torch.tensor(self.labels)
-        measures = self.evaluator.measure(images, labels)
+        measures = shared(self.evaluator.measure(images, labels) if PartialState().is_main_process else {})
         return {name: measures[name] for name in ("frechet_distance", "label_accuracy") if name in measures}
 
     def images(
@@ -103,15 +104,19 @@ class Ruler:
         pipe = self.subject.pipe
         settings = guidance.call(timesteps) if self.subject.can_guide and self.labels is not None else {}
         steps = {"timesteps": timesteps} if num_steps is None else {"num_inference_steps": num_steps}
-        images = generate_images(
-            pipe,
-            range(number or self.num_images),
-            labels=self.labels,
-            settings=settings | steps,
-            batch_size=BATCH,
-            seed=self.seed,
-            show_progress=False,
-        )
+
+        def make(indices: range) -> Tensor:
+            return generate_images(
+                pipe,
+                indices,
+                labels=self.labels,
+                settings=settings | steps,
+                batch_size=BATCH,
+                seed=self.seed,
+                show_progress=False,
+            )
+
+        images = shared_by_processes(number or self.num_images, make)
         return convert_channels(images, self.evaluator.train.images.shape[1])
 
 

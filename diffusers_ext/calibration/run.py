@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from diffusers_ext.calibration import averages, guidance, timesteps, variance
-from diffusers_ext.calibration.budget import Budget
+from diffusers_ext.calibration.budget import Budget, shared
 from diffusers_ext.calibration.guidance import Guidance, Parts, Ruler, Trials
 from diffusers_ext.calibration.subject import Subject
 from diffusers_ext.evaluation.evaluator import knows_labels
@@ -53,6 +53,8 @@ def calibrate(
     say: Callable[[str], None] = lambda line: None,
 ) -> dict:
     """Measures a pipeline and puts what is best into it: scheduler, weights and defaults of its call.
+
+    All processes call it alike, and share the work of making images.
 
     Args:
         seconds: What it may take; each part measures something in any case.
@@ -107,7 +109,7 @@ def calibrate(
     labels = None if pipe.denoiser_num_classes is None else _labels(pipe.denoiser_num_classes, timesteps.NUM_IMAGES)
     teacher = timesteps.Teacher.make(subject, labels, call, seed)
     numbers = [subject.num_steps, FEW_STEPS, 5, *timesteps.NUMBERS]
-    lists["trajectory"], distances = timesteps.choose(teacher, numbers, budget.part(SHARE_OF_TIMESTEPS))
+    lists["trajectory"], distances = shared(timesteps.choose(teacher, numbers, budget.part(SHARE_OF_TIMESTEPS)))
     report["distance_from_fine_trajectory"] = {str(number): pair for number, pair in distances.items()}
     optimal = {"spacing": pipe.scheduler.config.timestep_spacing} | {
         objective: {str(number): each for number, each in found.items()} for objective, found in lists.items()
@@ -126,7 +128,7 @@ def calibrate(
 def _measure_variance(subject: Subject, data: Data, budget: Budget, seed: int, report: dict, say) -> tuple[dict, dict]:
     """The analytic variance for the scheduler's config, and the lists of timesteps that are best in the bound."""
     say(f"the errors of the predicted x_0, at {variance.NUM_POINTS} timesteps")
-    prediction = variance.measure(subject, data.real.train, budget.part(SHARE_OF_VARIANCE), seed)
+    prediction = shared(variance.measure(subject, data.real.train, budget.part(SHARE_OF_VARIANCE), seed))
     table = prediction.table(subject.last_noise)
     lists, bits = variance.lists_by_bound(subject, prediction, list(timesteps.NUMBERS))
     report["analytic_variance"] = table | {"num_images": prediction.num_images}
@@ -164,7 +166,7 @@ def _make_rulers(subject: Subject, data: Data, budget: Budget, seed: int, report
     few, each = subject.own_timesteps(min(4, subject.num_steps)), Guidance(1.5) if subject.can_guide else Guidance()
     start = time.perf_counter()
     trial.images(each, few, number=guidance.BATCH)
-    seconds = (time.perf_counter() - start) / guidance.BATCH / len(few) * subject.num_steps
+    seconds = shared(time.perf_counter() - start) / guidance.BATCH / len(few) * subject.num_steps
     number = guidance.images_that_fit(seconds, SHARE_OF_GUIDANCE * budget.left)
     return {
         "choose": parts.ruler("choose", subject, data.features, number, seed + SEED_OF_CHOICE),

@@ -83,7 +83,8 @@ def main(config: CalibrateConfig) -> dict:
     Raises:
         FolderInUse: if another run writes to the folder of the pipeline.
     """
-    with lock_folder(config.folder) if config.folder.is_dir() else nullcontext():
+    own = process_state().is_main_process and config.folder.is_dir()
+    with lock_folder(config.folder) if own else nullcontext():
         return calibrate_and_save(config)
 
 
@@ -106,11 +107,13 @@ def calibrate_and_save(config: CalibrateConfig) -> dict:
         seed=config.seed,
         run=run,
         start=time.perf_counter(),
-        say=print,
+        say=state.print,
     )
     found = {"command": command, "dataset_name": config.dataset_name} | found
-    save(config.folder, subject, found, config.pipeline)
-    print("\n".join(["", *(f"- {line}" for line in reports.describe(found)), "", f"saved in {config.folder}"]))
+    if state.is_main_process:
+        save(config.folder, subject, found, config.pipeline)
+    state.wait_for_everyone()
+    state.print("\n".join(["", *(f"- {line}" for line in reports.describe(found)), "", f"saved in {config.folder}"]))
     return found
 
 

@@ -7,10 +7,11 @@ from functools import partial
 from pathlib import Path
 
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline
 
 from diffusers_ext.calibration import report as reports
-from diffusers_ext.calibration.budget import SHORTEST_TRAINING, budget_of_training
+from diffusers_ext.calibration.budget import SHORTEST_TRAINING, budget_of_training, shared
 from diffusers_ext.calibration.run import Data, calibrate
 from diffusers_ext.calibration.subject import Subject
 from diffusers_ext.data.image_table import ImageData
@@ -52,8 +53,6 @@ def why_not(trainer: Trainer, wanted: bool | None, seconds: float) -> str | None
         return ""
     if trainer.config.has_condition:
         return ""
-    if trainer.accelerator.num_processes > 1:
-        return "several processes trained it"
     if not isinstance(trainer.data, ImageData):
         return "its data are a stream"
     if len(trainer.data.size) == 1:
@@ -74,12 +73,16 @@ def calibrate_run(trainer: Trainer, wanted: bool | None, command: str) -> None:
     limit = trainer.budget.max_seconds
     seconds = trainer.state.seconds if math.isinf(limit) else limit
     reason = why_not(trainer, wanted, seconds)
+    trainer.accelerator.wait_for_everyone()
+    if reason is None and not all(gather_object([(folder / "model_index.json").is_file()])):
+        reason = "its folder is not on the disks of all processes"
     if reason is not None:
         if reason:
             later = "" if len(trainer.data.size) == 1 else f": python training/calibrate.py {folder}"
             say(f"not calibrated, since {reason}{later}")
         return
-    say(f"calibrating for {budget_of_training(seconds):.0f} s (--no-calibrate leaves it)", flush=True)
+    seconds = budget_of_training(shared(seconds))
+    say(f"calibrating for {seconds:.0f} s (--no-calibrate leaves it)", flush=True)
     try:
         pipe = DiffusionPipeline.from_pretrained(folder).to(trainer.accelerator.device)
         subject = Subject.of(pipe, trainer.config.num_inference_steps)
@@ -87,12 +90,12 @@ def calibrate_run(trainer: Trainer, wanted: bool | None, command: str) -> None:
     except ValueError as error:  # data that are trained on and cannot be measured, such as several labels an image
         say(f"not calibrated: {error}")
         return
-    found = calibrate(
-        *(subject, data, budget_of_training(seconds)), seed=trainer.config.seed, run=folder, start=start, say=say
-    )
+    found = calibrate(*(subject, data, seconds), seed=trainer.config.seed, run=folder, start=start, say=say)
     found["left_out"] += left_out
     report = {"command": command, "dataset_name": trainer.config.dataset_name} | found
-    save_atomically(pipe, folder, also=partial(reports.write, report=report))
+    if trainer.accelerator.is_main_process:
+        save_atomically(pipe, folder, also=partial(reports.write, report=report))
+    trainer.accelerator.wait_for_everyone()
     say("\n".join(f"  {line}" for line in reports.describe(found)), flush=True)
 
 

@@ -16,6 +16,7 @@ from diffusers_ext.evaluation.feature_folders import FEATURES_FILE
 from diffusers_ext.evaluation.pipeline_facts import default_of
 from diffusers_ext.hub.cards import write_card
 from diffusers_ext.metrics.features import FeatureClassifierModel
+from processes import in_ranks
 from tiny import assert_same_output, tiny_unet
 from training import calibrate, train_ddpm
 
@@ -143,6 +144,16 @@ def test_a_pipeline_of_diffusers_gets_a_scheduler_that_swaps_in(folders, tmp_pat
     assert len(stock.timesteps) == 3
 
 
+def test_two_processes_choose_alike_and_make_the_images_of_one(folders, calibrated, tmp_path):
+    output = in_ranks(lambda: calibrate.main(command(folders, "--output_dir", str(tmp_path / "out"))))
+    assert output.count("saved in") == 1
+    two = json.loads((tmp_path / "out" / "calibration.json").read_text())
+    mine, theirs = (found["gained"][0]["before"]["frechet_distance"] for found in (two, calibrated[1]))
+    assert mine == pytest.approx(theirs, rel=1e-3)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out")
+    assert pipe.config.call_defaults == two["call_defaults"] and images(pipe).isfinite().all()
+
+
 def test_a_run_ends_calibrated_if_it_is_asked_to(folders, tmp_path):
     settings = {
         "dataset_name": str(folders / "plain"),  # no labels, for which there is no feature classifier to train
@@ -162,8 +173,10 @@ def test_a_run_ends_calibrated_if_it_is_asked_to(folders, tmp_path):
         "num_inference_steps": 2
     }
     assert "there is no feature classifier" in (folder / "README.md").read_text()
-    linear = {"path": "linear", "output_dir": str(tmp_path / "linear"), "calibrate": True}
-    pipe = diffusers.DiffusionPipeline.from_pretrained(train_ddpm.main(train_ddpm.TrainConfig(**settings | linear)))
+    linear = settings | {"path": "linear", "output_dir": str(tmp_path / "linear"), "calibrate": True}
+    output = in_ranks(lambda: train_ddpm.main(train_ddpm.TrainConfig(**linear)))
+    assert output.count("calibrating for") == 1
+    pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "linear")
     assert type(pipe.scheduler) is FlowScheduler and "2" in pipe.scheduler.config.optimal_timesteps["trajectory"]
     assert pipe.config.call_defaults == {"num_inference_steps": 2}
     folder = train_ddpm.main(train_ddpm.TrainConfig(**settings, overwrite_output_dir=True))
