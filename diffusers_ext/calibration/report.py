@@ -117,6 +117,7 @@ def _draw_guidance(axes, guidance: Mapping) -> None:
         style = {"marker": ".", "label": label} if len(rows) > 2 else {"marker": "x", "linestyle": "", "color": "grey"}
         rows = rows if len(rows) > 2 else rows[1:]
         axes.plot([row["scale"] for row in rows], [row["frechet_distance"] for row in rows], **style)
+    axes.axhline(none["frechet_distance"], color="grey", linestyle="--", label="no guidance")
     chosen = guidance["chosen"]
     axes.axvline(chosen["scale"], color="grey", linestyle=":", label="chosen")
     axes.set_xlabel("guidance scale")
