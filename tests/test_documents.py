@@ -55,13 +55,15 @@ SCRIPTS = sorted(
 # What makes a command small, by its script. The last value that an option is given counts.
 TRAINING = "--max_train_steps 2 --train_batch_size 2 --max_train_time 600 --num_threads 1"
 SAMPLES = "--num_inference_steps 2 --sample_columns 2"
+# A run by time ends calibrated, which takes as long as a tenth of that time, see tests/training/test_calibrate.py.
+PLAIN = f"{TRAINING} {SAMPLES} --no-calibrate"
 SMALL = {
-    "training/train_ddpm.py --pretrained_pipeline": f"{TRAINING} {SAMPLES}",
+    "training/train_ddpm.py --pretrained_pipeline": PLAIN,
     "training/train_text_to_image.py --pretrained_pipeline": f"{TRAINING} {SAMPLES}",
     "training/convert_checkpoint.py": "--image_size 16",
     "training/train_vae.py --pretrained_pipeline": f"{TRAINING} --sample_columns 2",
-    "training/train_ddpm.py": f"{TRAINING} {SAMPLES} --block_out_channels 8 16 --layers_per_block 1",
-    "training/train_ddpm.py --model dit": f"{TRAINING} {SAMPLES} --hidden_size 16 --num_layers 2 --num_attention_heads 2",
+    "training/train_ddpm.py": f"{PLAIN} --block_out_channels 8 16 --layers_per_block 1",
+    "training/train_ddpm.py --model dit": f"{PLAIN} --hidden_size 16 --num_layers 2 --num_attention_heads 2",
     "training/train_text_to_image.py": f"{TRAINING} {SAMPLES} --block_out_channels 8 16 --layers_per_block 1",
     "training/train_text_to_image.py --model dit": f"{TRAINING} {SAMPLES} --hidden_size 16 --num_layers 2 --num_attention_heads 2",
     "training/train_vae.py": f"{TRAINING} --sample_columns 2",
