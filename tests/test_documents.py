@@ -40,7 +40,6 @@ from diffusers_ext.__main__ import COMMANDS
 from diffusers_ext.__main__ import main as command_main
 from diffusers_ext.hub.__main__ import main as hub_main
 from guided_diffusion_unet import GuidedDiffusionUNet
-from processes import Launched
 from tiny import tiny_stock_unet, tiny_unet
 from tiny_text import tiny_clip, tiny_text_unet, tiny_tokenizer
 
@@ -210,7 +209,6 @@ class Desk:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 save(folder / name)
         self.names = {"__name__": "document"}
-        self.launches = False  # by accelerate, in processes of their own
 
     def run_bash(self, block):
         for line in block.replace("\\\n", " ").strip().splitlines():
@@ -240,18 +238,10 @@ class Desk:
             case ["diffusers-ext", name, *options] | ["python", "-m", "diffusers_ext", name, *options]:
                 script = SCRIPT_OF[name]
                 in_this_process(lambda: command_main([name, *options, *small(script, options)]), shlex.join(words))
-            case ["accelerate", "launch", script] if self.launches:
-                self.launch(script, small(script, []))
             case ["accelerate", "launch", script, *options] | ["python", script, *options]:
                 run_script(script, [*options, *small(script, options)])
             case _:
                 raise AssertionError(f"no way is known to run {shlex.join(words)}")
-
-    def launch(self, script, options):
-        """In processes of its own, as printed."""
-        process = Launched(script, options, ("--cpu", "--num_processes", "1"))
-        output = process.communicate()
-        assert process.returncode == 0, output
 
     def run_python(self, block):
         with contextlib.redirect_stdout(io.StringIO()):
@@ -282,7 +272,7 @@ def small(script, options):
 
 
 def run_script(script, options):
-    """As `in_this_process`."""
+    """As `in_this_process`. What `accelerate launch` adds is tested in tests/training/test_launcher.py."""
     argv, path = sys.argv, list(sys.path)
     sys.argv, sys.path[:0] = [script, *map(str, options)], [str(Path(script).resolve().parent)]
     try:
@@ -347,7 +337,6 @@ def run_blocks(desk, path):
 @pytest.mark.parametrize("path", DOCUMENTS)
 @pytest.mark.filterwarnings("ignore")
 def test_the_blocks_of_a_document_run_as_printed(path, desk):
-    desk.launches = path == "README.md"  # the first command of all; others would take long
     if path in BEFORE:
         desk.run_bash(BEFORE[path])
     assert run_blocks(desk, path) == (ROOT / path).read_text().count("\n```") // 2

@@ -1,6 +1,7 @@
 """The whole command on tiny networks, with a feature classifier of random weights, and as the last stage of a run."""
 
 import json
+import re
 
 import diffusers
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 
 import diffusers_ext
 from diffusers_ext import ExtDDIMScheduler, ExtDDPMScheduler, GuidedDiffusionPipeline
+from diffusers_ext.calibration import guidance, timesteps
 from diffusers_ext.calibration.run import forget_calibration
 from diffusers_ext.calibration.subject import Subject
 from diffusers_ext.evaluation.feature_folders import FEATURES_FILE
@@ -22,6 +24,16 @@ from training import calibrate, train_ddpm
 
 pytestmark = pytest.mark.filterwarnings("ignore:the Fréchet distance of 128 features is unreliable")
 LABELS = ["cat", "dog"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def little():
+    """Few images and few numbers of steps, so that all of a calibration is done, long before its time is over."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(guidance, "FEWEST_IMAGES", 24)
+        patch.setattr(guidance, "MOST_IMAGES", 24)
+        patch.setattr(timesteps, "NUMBERS", (1, 2, 4, 8))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +66,7 @@ def command(folders, *more):
     return calibrate.parse(
         [
             *(str(folders / "pipe"), "--dataset_name", str(folders / "data"), "--features", str(folders / "features")),
-            *("--max_time", "1s", "--num_inference_steps", "4", "--num_threads", "1", *more),
+            *("--max_time", "10m", "--num_inference_steps", "4", "--num_threads", "1", *more),
         ]
     )
 
@@ -119,16 +131,8 @@ def test_a_pipeline_of_diffusers_gets_a_scheduler_that_swaps_in(folders, tmp_pat
     options = calibrate.parse(
         [
             *(str(tmp_path / "in"), "--dataset_name", str(folders / "data"), "--features", str(folders / "features")),
-            *(
-                "--max_time",
-                "1s",
-                "--num_inference_steps",
-                "3",
-                "--output_dir",
-                str(tmp_path / "out"),
-                "--num_threads",
-                "1",
-            ),
+            *("--max_time", "10m", "--num_inference_steps", "3", "--output_dir", str(tmp_path / "out")),
+            *("--num_threads", "1"),
         ]
     )
     found = calibrate.main(options)
@@ -143,7 +147,7 @@ def test_a_pipeline_of_diffusers_gets_a_scheduler_that_swaps_in(folders, tmp_pat
     assert len(stock.timesteps) == 3
 
 
-def test_a_run_ends_calibrated_if_it_is_asked_to(folders, tmp_path):
+def test_a_run_ends_calibrated_if_it_is_long_or_asked_to(folders, tmp_path, capsys):
     settings = {
         "dataset_name": str(folders / "plain"),  # no labels, for which there is no feature classifier to train
         "output_dir": str(tmp_path / "run"),
@@ -162,11 +166,16 @@ def test_a_run_ends_calibrated_if_it_is_asked_to(folders, tmp_path):
         "num_inference_steps": 2
     }
     assert "there is no feature classifier" in (folder / "README.md").read_text()
-    folder = train_ddpm.main(train_ddpm.TrainConfig(**settings, overwrite_output_dir=True))
+    train_ddpm.main(train_ddpm.TrainConfig(**settings, overwrite_output_dir=True))
     assert (
         diffusers.DiffusionPipeline.from_pretrained(folder).config.call_defaults is None
     )  # too short for it by default
     assert not (folder / "calibration.json").exists()
+    capsys.readouterr()
+    train_ddpm.main(train_ddpm.TrainConfig(**settings, overwrite_output_dir=True, max_train_time="1000"))
+    trained = re.search(r"(\d+) s of the 1000 s are for the training", capsys.readouterr().out)
+    assert 800 < int(trained[1]) < 900  # a tenth is kept for the calibration
+    assert (folder / "calibration.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -181,6 +190,4 @@ def test_a_run_ends_calibrated_if_it_is_asked_to(folders, tmp_path):
 def test_bad_options_are_refused(options, message, capsys):
     with pytest.raises((ValueError, SystemExit)) as error:
         calibrate.parse(options)
-    import re
-
     assert re.search(message, str(error.value) + capsys.readouterr().err.replace("\n", " "))
