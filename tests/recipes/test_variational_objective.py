@@ -117,7 +117,7 @@ def test_learning_the_interior_takes_variance_away_and_leaves_the_mean():
     """Data whose error is unevenly spread over log snr: with all numbers but the interior's held, the variance halves."""
     torch.manual_seed(0)
     model = model_of(prediction_type="epsilon", num_features=64, ends=(-9.0, 9.0)).float()
-    x0, eps, time = (value.float() for value in quadrature(200))
+    x0, eps, time = (value.float() for value in quadrature(100))
     optimizer = torch.optim.Adam([model.noise_schedule.offsets], lr=0.01)
 
     def moments():

@@ -11,7 +11,7 @@ from PIL import Image
 
 import diffusers_ext
 from diffusers_ext import ExtDDIMScheduler, ExtDDPMScheduler, GuidedDiffusionPipeline
-from diffusers_ext.calibration import guidance, timesteps
+from diffusers_ext.calibration import guidance, timesteps, variance
 from diffusers_ext.calibration.run import forget_calibration
 from diffusers_ext.calibration.subject import Subject
 from diffusers_ext.evaluation.feature_folders import FEATURES_FILE
@@ -30,8 +30,11 @@ LABELS = ["cat", "dog"]
 def little():
     """Few images and few numbers of steps, so that all of a calibration is done, long before its time is over."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(guidance, "FEWEST_IMAGES", 24)
-        patch.setattr(guidance, "MOST_IMAGES", 24)
+        for name in ("BATCH", "FEWEST_IMAGES", "MOST_IMAGES"):
+            patch.setattr(guidance, name, 24)
+        patch.setattr(variance, "NUM_POINTS", 16)
+        patch.setattr(timesteps, "NUM_FINE_STEPS", 16)
+        patch.setattr(timesteps, "NUM_IMAGES", 8)
         patch.setattr(timesteps, "NUMBERS", (1, 2, 4, 8))
         yield
 

@@ -188,7 +188,8 @@ def make(material, before, folder):
 def test_a_script_that_is_ended_at_a_write_goes_on_or_leaves_what_was_there(
     name, material, tmp_path, request, monkeypatch
 ):
-    monkeypatch.setattr(guidance, "FEWEST_IMAGES", 20)  # of a calibration, beyond its time
+    for size in ("BATCH", "FEWEST_IMAGES"):  # of a calibration, beyond its time
+        monkeypatch.setattr(guidance, size, 20)
     work, before = SCRIPTS[name]
     whole = make(material, before, tmp_path / "whole")
     old = state_of(whole)
