@@ -67,7 +67,8 @@ SMALL = {
     "training/train_text_to_image.py --model dit": f"{TRAINING} {SAMPLES} --hidden_size 16 --num_layers 2 --num_attention_heads 2",
     "training/train_vae.py": f"{TRAINING} --sample_columns 2",
     "training/train_vae.py --architecture conv": f"{TRAINING} --sample_columns 2 --block_out_channels 8 8 8",
-    "training/train_vae.py --architecture hierarchical": f"{TRAINING} --sample_columns 2 --block_out_channels 8 8",
+    "training/train_vae.py --architecture hierarchical": f"{TRAINING} --sample_columns 2 --block_out_channels 8 8 "
+    "--max_train_samples 60",
     "training/train_classifier.py": f"{TRAINING} --max_measured_samples 4 --block_out_channels 8 16",
     "training/cache_latents.py": "--num_threads 1",
     "training/train_features.py": "--num_train_epochs 1 --num_threads 1",
