@@ -28,11 +28,12 @@ LABELS = ["cat", "dog"]
 
 @pytest.fixture(autouse=True, scope="module")
 def little():
-    """Few images and few numbers of steps, so that all of a calibration is done, long before its time is over."""
+    """Few images and few numbers of steps, and what is compared here measured in one batch, however slow the machine is."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("BATCH", "FEWEST_IMAGES", "MOST_IMAGES"):
             patch.setattr(guidance, name, 24)
         patch.setattr(variance, "NUM_POINTS", 16)
+        patch.setattr(variance, "BATCH", 32)
         patch.setattr(timesteps, "NUM_FINE_STEPS", 16)
         patch.setattr(timesteps, "NUM_IMAGES", 8)
         patch.setattr(timesteps, "NUMBERS", (1, 2, 4, 8))
@@ -69,7 +70,7 @@ def command(folders, *more):
     return calibrate.parse(
         [
             *(str(folders / "pipe"), "--dataset_name", str(folders / "data"), "--features", str(folders / "features")),
-            *("--max_time", "10m", "--num_inference_steps", "4", "--num_threads", "1", *more),
+            *("--max_time", "1s", "--num_inference_steps", "4", "--num_threads", "1", *more),
         ]
     )
 
@@ -134,7 +135,7 @@ def test_a_pipeline_of_diffusers_gets_a_scheduler_that_swaps_in(folders, tmp_pat
     options = calibrate.parse(
         [
             *(str(tmp_path / "in"), "--dataset_name", str(folders / "data"), "--features", str(folders / "features")),
-            *("--max_time", "10m", "--num_inference_steps", "3", "--output_dir", str(tmp_path / "out")),
+            *("--max_time", "1s", "--num_inference_steps", "3", "--output_dir", str(tmp_path / "out")),
             *("--num_threads", "1"),
         ]
     )
