@@ -341,7 +341,7 @@ def test_features_of_training_are_not_overwritten(features_folder):
 
 @pytest.mark.filterwarnings("ignore:the Fréchet distance of 128 features is unreliable")
 def test_what_cannot_be_evaluated_is_refused(tmp_path, features_folder):
-    digits = ("--dataset_name", "digits", "--features", features_folder)
+    digits = ("--dataset_name", "digits", "--features", features_folder, "--max_train_samples", 300)
     empty = tmp_path / "empty"
     empty.mkdir()
     ten = save_pipeline(tmp_path / "ten")
@@ -380,8 +380,8 @@ def test_what_cannot_be_evaluated_is_refused(tmp_path, features_folder):
             "num_images must be at least 6, got 5: precision and recall look at the 5",
         ),
         (
-            (ten, *digits, "--num_images", 2000, "--num_neighbours", 1500),
-            "num_neighbours must be smaller than the number of training images, 1500",
+            (ten, *digits, "--num_images", 400, "--num_neighbours", 300),
+            "num_neighbours must be smaller than the number of training images, 300",
         ),
         ((few, *digits), "the number of images in .*few must be at least 6, got 2: precision and recall"),
         ((broken, *digits), "a.png cannot be decoded"),
