@@ -302,7 +302,16 @@ def to_yaml(config: Any) -> str:
         for name, value in dataclasses.asdict(config).items()
         if not name.endswith("_token")
     }
-    return yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=1000)
+    return yaml.dump(values, Dumper=_DUMPER, sort_keys=False, default_flow_style=None, width=1000)
+
+
+def written_options(config: Any) -> dict[str, Any]:
+    """The options by name, as they are read back from `to_yaml`: lists for tuples."""
+    return yaml.load(to_yaml(config), _LOADER)
+
+
+# By libyaml where PyYAML has it, which takes a tenth of the time and writes the same text.
+_DUMPER, _LOADER = (getattr(yaml, f"C{name}", getattr(yaml, name)) for name in ("SafeDumper", "SafeLoader"))
 
 
 _started_as: ContextVar[str | None] = ContextVar("started_as", default=None)

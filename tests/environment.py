@@ -42,6 +42,7 @@ def settle(hub_url: str, hf_home: str) -> None:
         "MATPLOTLIBRC": os.devnull,
         "MPLBACKEND": "agg",
         "NETRC": os.devnull,
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # else processes are started for it, each of which imports torch
         "TZ": "UTC",
     }
     # The suite is many small computations; more threads than cores make each of them slower.

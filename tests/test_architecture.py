@@ -1,6 +1,7 @@
 """Dependencies point one way, rooms are the ones that docs/architecture.md tells of, and no file grows two ideas."""
 
 import ast
+import functools
 import re
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -56,9 +57,14 @@ MAY_IMPORT = {
 LONGEST_FUNCTION = 80
 
 
+@functools.cache
+def _parsed(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def _modules():
     for path in sorted(PACKAGE.rglob("*.py")):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree = ast.Module(_parsed(path).body, [])
         # What a type checker alone imports is no import.
         tree.body = [node for node in tree.body if not _is_type_checking(node)]
         yield path, tree
@@ -130,7 +136,7 @@ def test_files_that_a_document_names_exist(document):
 def test_no_function_is_longer_than_a_screen(folder):
     long = []
     for path in sorted((ROOT / folder).rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(_parsed(path)):
             if isinstance(node, ast.FunctionDef):
                 docstring = ast.get_docstring(node, clean=False)
                 lines = node.end_lineno - node.lineno + 1 - (docstring.count("\n") + 1 if docstring else 0)

@@ -40,7 +40,6 @@ from diffusers_ext.__main__ import COMMANDS
 from diffusers_ext.__main__ import main as command_main
 from diffusers_ext.hub.__main__ import main as hub_main
 from guided_diffusion_unet import GuidedDiffusionUNet
-from processes import Launched
 from tiny import tiny_stock_unet, tiny_unet
 from tiny_text import tiny_clip, tiny_text_unet, tiny_tokenizer
 
@@ -55,18 +54,21 @@ SCRIPTS = sorted(
 # What makes a command small, by its script. The last value that an option is given counts.
 TRAINING = "--max_train_steps 2 --train_batch_size 2 --max_train_time 600 --num_threads 1"
 SAMPLES = "--num_inference_steps 2 --sample_columns 2"
+# A run by time ends calibrated, which takes as long as a tenth of that time, see tests/training/test_calibrate.py.
+PLAIN = f"{TRAINING} {SAMPLES} --no-calibrate"
 SMALL = {
-    "training/train_ddpm.py --pretrained_pipeline": f"{TRAINING} {SAMPLES}",
+    "training/train_ddpm.py --pretrained_pipeline": PLAIN,
     "training/train_text_to_image.py --pretrained_pipeline": f"{TRAINING} {SAMPLES}",
     "training/convert_checkpoint.py": "--image_size 16",
     "training/train_vae.py --pretrained_pipeline": f"{TRAINING} --sample_columns 2",
-    "training/train_ddpm.py": f"{TRAINING} {SAMPLES} --block_out_channels 8 16 --layers_per_block 1",
-    "training/train_ddpm.py --model dit": f"{TRAINING} {SAMPLES} --hidden_size 16 --num_layers 2 --num_attention_heads 2",
+    "training/train_ddpm.py": f"{PLAIN} --block_out_channels 8 16 --layers_per_block 1",
+    "training/train_ddpm.py --model dit": f"{PLAIN} --hidden_size 16 --num_layers 2 --num_attention_heads 2",
     "training/train_text_to_image.py": f"{TRAINING} {SAMPLES} --block_out_channels 8 16 --layers_per_block 1",
     "training/train_text_to_image.py --model dit": f"{TRAINING} {SAMPLES} --hidden_size 16 --num_layers 2 --num_attention_heads 2",
     "training/train_vae.py": f"{TRAINING} --sample_columns 2",
     "training/train_vae.py --architecture conv": f"{TRAINING} --sample_columns 2 --block_out_channels 8 8 8",
-    "training/train_vae.py --architecture hierarchical": f"{TRAINING} --sample_columns 2 --block_out_channels 8 8",
+    "training/train_vae.py --architecture hierarchical": f"{TRAINING} --sample_columns 2 --block_out_channels 8 8 "
+    "--max_train_samples 60",
     "training/train_classifier.py": f"{TRAINING} --max_measured_samples 4 --block_out_channels 8 16",
     "training/cache_latents.py": "--num_threads 1",
     "training/train_features.py": "--num_train_epochs 1 --num_threads 1",
@@ -208,7 +210,6 @@ class Desk:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 save(folder / name)
         self.names = {"__name__": "document"}
-        self.launches = False  # by accelerate, in processes of their own
 
     def run_bash(self, block):
         for line in block.replace("\\\n", " ").strip().splitlines():
@@ -238,18 +239,10 @@ class Desk:
             case ["diffusers-ext", name, *options] | ["python", "-m", "diffusers_ext", name, *options]:
                 script = SCRIPT_OF[name]
                 in_this_process(lambda: command_main([name, *options, *small(script, options)]), shlex.join(words))
-            case ["accelerate", "launch", script] if self.launches:
-                self.launch(script, small(script, []))
             case ["accelerate", "launch", script, *options] | ["python", script, *options]:
                 run_script(script, [*options, *small(script, options)])
             case _:
                 raise AssertionError(f"no way is known to run {shlex.join(words)}")
-
-    def launch(self, script, options):
-        """In processes of its own, as printed."""
-        process = Launched(script, options, ("--cpu", "--num_processes", "1"))
-        output = process.communicate()
-        assert process.returncode == 0, output
 
     def run_python(self, block):
         with contextlib.redirect_stdout(io.StringIO()):
@@ -280,7 +273,7 @@ def small(script, options):
 
 
 def run_script(script, options):
-    """As `in_this_process`."""
+    """As `in_this_process`. What `accelerate launch` adds is tested in tests/training/test_launcher.py."""
     argv, path = sys.argv, list(sys.path)
     sys.argv, sys.path[:0] = [script, *map(str, options)], [str(Path(script).resolve().parent)]
     try:
@@ -345,7 +338,6 @@ def run_blocks(desk, path):
 @pytest.mark.parametrize("path", DOCUMENTS)
 @pytest.mark.filterwarnings("ignore")
 def test_the_blocks_of_a_document_run_as_printed(path, desk):
-    desk.launches = path == "README.md"  # the first command of all; others would take long
     if path in BEFORE:
         desk.run_bash(BEFORE[path])
     assert run_blocks(desk, path) == (ROOT / path).read_text().count("\n```") // 2

@@ -1,5 +1,6 @@
 """The rows of a data set: of the Hub, of a local folder of whatever kind, or of the digits that come with scikit-learn."""
 
+import functools
 import glob
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -207,18 +208,24 @@ def load_digits(split: str = "train") -> datasets.Dataset:
     Drawn by label and not taken in file order, where the last rows differ: a classifier (SVC) of the first 1500 reads
     95 % of them, one of a draw 98 % of the others.
     """
+    pixels, labels, splits = _read_digits()
+    if split not in splits:
+        raise ValueError(f"the split of digits must be one of {', '.join(splits)}, got {split!r}")
+    rows = splits[split]
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(digit) for digit in range(10)])}
+    # As the files of a format without compression, which are the same bytes with every PIL.
+    files = [{"bytes": b"P5\n8 8\n255\n" + picture.tobytes(), "path": None} for picture in pixels[rows]]
+    columns = {"image": files, "label": labels[rows]}
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+@functools.cache
+def _read_digits() -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """Pixels, labels, and the rows of the splits."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     digits = load_digits()
     train, test = train_test_split(np.arange(1797), test_size=297, stratify=digits.target, random_state=0)
     splits = {"train": np.sort(train), "test": np.sort(test), "train+test": np.arange(1797)}
-    if split not in splits:
-        raise ValueError(f"the split of digits must be one of {', '.join(splits)}, got {split!r}")
-    rows = splits[split]
-    pixels = np.rint(digits.images[rows] * (255 / 16)).astype(np.uint8)
-    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(digit) for digit in range(10)])}
-    # As the files of a format without compression, which are the same bytes with every PIL.
-    files = [{"bytes": b"P5\n8 8\n255\n" + picture.tobytes(), "path": None} for picture in pixels]
-    columns = {"image": files, "label": digits.target[rows]}
-    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    return np.rint(digits.images * (255 / 16)).astype(np.uint8), digits.target, splits

@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import yaml
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from diffusers_ext.atomic_files import atomic_write
 from diffusers_ext.figures import smoothed
 from diffusers_ext.hub.cards import describe_machine
-from diffusers_ext.options import to_yaml
+from diffusers_ext.options import written_options
 from diffusers_ext.svg_charts import Curve, line_chart
 from diffusers_ext.trainer.page_pictures import SampleFrames, picture_address
 from diffusers_ext.trainer.run_folder import METRICS_FILE, PAGE_FILE, read_metrics
@@ -219,7 +218,7 @@ def open_page(trainer: "Trainer") -> RunPage:
 def options_of(config: Any) -> list[tuple[str, str, bool]]:
     """Name, value and whether it is not the default, of each option; without secrets."""
     fields = {field.name: field.default for field in dataclasses.fields(config)}
-    written = yaml.safe_load(to_yaml(config))
+    written = written_options(config)
     return [
         (name, "" if value is None else str(value), getattr(config, name) != fields[name])
         for name, value in written.items()

@@ -7,13 +7,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from diffusers_ext.atomic_files import LOCK, PARTIAL, SAVED, SAVING, atomic_write, finish_replacing, lock_folder
 from diffusers_ext.hub.cards import CALIBRATION_FILE
 from diffusers_ext.hub.push import MILESTONES
 from diffusers_ext.hub.remote_code import CODE_FILES
-from diffusers_ext.options import fixed_on_resume, to_yaml
+from diffusers_ext.options import fixed_on_resume, written_options
 from diffusers_ext.trainer.checkpoints import list_checkpoints
 from diffusers_ext.trainer.config import TrainerConfig
 from diffusers_ext.trainer.posthoc_ema import SNAPSHOT_FOLDER
@@ -106,7 +104,7 @@ def check_same_run(config: TrainerConfig, checkpoint: Path) -> list[str]:
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     defaults = {name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()}
     before = defaults | read_yaml_mapping(checkpoint / CONFIG_FILE)
-    now = yaml.safe_load(to_yaml(config))
+    now = written_options(config)
     free = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint"}
     changed = [name for name in now if name not in free and before[name] != now[name]]
     for name in changed:

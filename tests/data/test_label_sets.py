@@ -178,7 +178,7 @@ def trained(tmp_path_factory):
         layers_per_block=1,
         attention_resolutions=(),
         train_batch_size=16,
-        max_train_steps=150,
+        max_train_steps=100,
         learning_rate=3e-3,
         lr_warmup_steps=5,
         num_inference_steps=4,

@@ -1,9 +1,8 @@
-"""Loads a pipeline in every way, in a process of its own, with this package imported or without it.
+"""Loads a pipeline in every way, with this package imported, or without it in a process of its own:
 
-    python loading_process.py package|code HUB_REPO FOLDER [HUB_REPO FOLDER ...]
+    python loading_process.py PARTS HUB_REPO FOLDER [HUB_REPO FOLDER ...]
 
-Prints a line of JSON: for each way of loading by its name, what was loaded and how far it is from `FOLDER/expected.*`.
-The last pipeline is saved to `FOLDER-again`.
+Prints a line of JSON, what `load_all` returns; and loads what there is in the folder PARTS, see `load_parts`.
 """
 
 import json
@@ -12,17 +11,16 @@ import sys
 
 
 def load_all(way, repos):
-    if way == "package":
-        import diffusers_ext  # noqa: F401  makes the classes known
-    else:
-        sys.modules["diffusers_ext"] = None  # importing it raises, as where it is not installed
+    """For each way of loading by its name, what was loaded and how far it is from `FOLDER/expected.*`.
 
+    The last pipeline is saved to `FOLDER-again`.
+    """
     from diffusers import AutoModel, DiffusionPipeline, ModularPipeline
 
     consent = {} if way == "package" else {"trust_remote_code": True}
     found = {}
     for repo, folder in repos:
-        variants = [None] if "sharded" in folder else [None, "fp16", "bf16"]
+        variants = [None] if "sharded" in folder else [None, "bf16"]
         for place in (folder, repo):
             where = f"{os.path.basename(folder)} {'folder' if place == folder else 'Hub'}"
             for variant in variants:
@@ -50,6 +48,25 @@ def load_all(way, repos):
     return found
 
 
+def load_parts(folder):
+    """Of a pipeline of diffusers, a model by itself, and a pipeline of texts, of which an image is left."""
+    import numpy
+    import torch
+    from diffusers import AutoModel, DDPMPipeline, DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(folder + "/stock", trust_remote_code=True)
+    assert type(pipe) is DDPMPipeline and type(pipe.unet).__module__.startswith("diffusers_ext_")
+    pipe.unet.save_pretrained(folder + "/stock/again")
+
+    model = AutoModel.from_pretrained("alice/unet", trust_remote_code=True)
+    assert type(model).__module__.startswith("diffusers_ext_")
+    model.save_pretrained(folder + "/again")
+
+    pipe = DiffusionPipeline.from_pretrained(folder + "/texts", trust_remote_code=True)
+    images = pipe("a", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images
+    numpy.save(folder + "/images.npy", images)
+
+
 def without_consent(place):
     from diffusers import DiffusionPipeline
 
@@ -62,7 +79,7 @@ def without_consent(place):
 def dtype_of(variant):
     import torch
 
-    return {None: torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[variant]
+    return {None: torch.float32, "bf16": torch.bfloat16}[variant]
 
 
 def described(loaded):
@@ -100,5 +117,7 @@ def image_error(pipe, folder):
 
 
 if __name__ == "__main__":
-    way, *names = sys.argv[1:]
-    print(json.dumps(load_all(way, [*zip(names[::2], names[1::2], strict=True)])))
+    sys.modules["diffusers_ext"] = None  # importing it raises, as where it is not installed
+    parts, *names = sys.argv[1:]
+    load_parts(parts)
+    print(json.dumps(load_all("code", [*zip(names[::2], names[1::2], strict=True)])))

@@ -29,8 +29,11 @@ from tiny import ROUNDING, assert_same_output, assert_same_weights, image_of, ti
 from tiny_text import tiny_clip, tiny_text_unet, tiny_tokenizer
 
 
+sys.path.insert(0, str(Path(__file__).parent))
+import loading_process
+
+
 ALICE = "hf_token_of_alice"
-LOADING = Path(__file__).with_name("loading_process.py")
 
 
 def latent_pipeline():
@@ -51,40 +54,45 @@ def pipeline():
 
 @pytest.fixture
 def folders(pipeline, tmp_path):
-    """The pipeline with weights in float32 and two variants beside them, and in shards."""
+    """The pipeline with weights in float32 and a variant beside them, and in shards."""
     folders = tmp_path / "variants", tmp_path / "sharded"
     pipeline.save_pretrained(folders[1], max_shard_size="10KB")
     assert (folders[1] / "denoiser" / "diffusion_pytorch_model.safetensors.index.json").is_file()
     pipeline.save_pretrained(folders[0])
-    for variant, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
-        latent_pipeline().to(dtype).save_pretrained(folders[0], variant=variant)
+    latent_pipeline().to(torch.bfloat16).save_pretrained(folders[0], variant="bf16")
     for folder in folders:
         save_file(pipeline.denoiser.state_dict(), folder / "expected.safetensors")
         np.save(folder / "expected.npy", image_of(pipeline))
     return folders
 
 
-def run_in_empty_cache(tmp_path, *arguments):
+def load_without_package(tmp_path, *names):
+    """In a process with an empty cache, which takes seconds to start: all that is claimed of such a one is tried in it."""
     environment = os.environ | {
         "HF_HOME": tempfile.mkdtemp(dir=tmp_path),
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
-    result = subprocess.run(
-        [sys.executable, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=HUNG_AFTER
-    )
+    command = [sys.executable, loading_process.__file__, *map(str, names)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HUNG_AFTER)
     assert result.returncode == 0, result.stderr
-    return result
+    return json.loads(result.stdout.splitlines()[-1]), result.stderr
 
 
-def test_every_part_loads_in_every_way(hub, folders, pipeline, tmp_path):
+def test_every_part_loads_in_every_way(hub, folders, pipeline, tmp_path, capfd):
+    """Where the package is imported, and where it is not installed."""
     repos = []
     for folder in folders:
         push_folder(folder, f"alice/{folder.name}", token=ALICE)
-        repos += [f"alice/{folder.name}", folder]
+        repos += [f"alice/{folder.name}", str(folder)]
+    parts = save_parts(tmp_path / "parts")
     for way, package in (("package", "diffusers_ext"), ("code", remote_code.package_name())):
-        result = run_in_empty_cache(tmp_path, LOADING, way, *repos)
-        found = json.loads(result.stdout.splitlines()[-1])
-        assert len(found) == 2 * (11 + 7)
+        capfd.readouterr()
+        if way == "package":
+            found = loading_process.load_all(way, [*zip(repos[::2], repos[1::2], strict=True)])
+            printed = capfd.readouterr().err
+        else:
+            found, printed = load_without_package(tmp_path, tmp_path / "parts", *repos)
+        assert len(found) == 2 * (9 + 7)
         for name, loaded in found.items():
             assert loaded.get("package", package) == package, name
             assert not loaded.get("wrong tensors") and loaded.get("same config", True), name
@@ -104,13 +112,43 @@ def test_every_part_loads_in_every_way(hub, folders, pipeline, tmp_path):
         assert {loaded.get("class") for loaded in found.values()} == classes
         # No file is missed, no import unknown, no key of a config unexpected.
         for word in ("might require", "Could not locate", "not expected"):
-            assert word not in result.stderr, result.stderr
-        again = repos[-1].with_name(f"{repos[-1].name}-again")
+            assert word not in printed, printed
+        again = folders[-1].with_name(f"{folders[-1].name}-again")
         for name in ("pipeline.py", "vae/diffusers_ext.py"):
-            assert (again / name).read_bytes() == (repos[-1] / name).read_bytes()
-        indices = [json.loads((each / "model_index.json").read_text()) for each in (again, repos[-1])]
+            assert (again / name).read_bytes() == (folders[-1] / name).read_bytes()
+        indices = [json.loads((each / "model_index.json").read_text()) for each in (again, folders[-1])]
         assert indices[0] | {"_name_or_path": 0} == indices[1] | {"_name_or_path": 0}
         assert_same_weights(GuidedDiffusionPipeline.from_pretrained(again).denoiser, pipeline.denoiser)
+    check_parts(tmp_path / "parts", parts)
+
+
+def save_parts(folder):
+    """A pipeline of diffusers, a model by itself, and a pipeline of texts, which is returned.
+
+    Whatever loads the parts of a pipeline of diffusers loads `pipeline.py` for the class, and nothing else of it. The
+    pipeline of texts has the tokenizer and the text encoder of transformers.
+    """
+    DDPMPipeline(unet=tiny_unet(), scheduler=DDPMScheduler()).save_pretrained(folder / "stock")
+    add_code(folder / "stock")
+    tiny_unet().save_pretrained(folder / "unet")
+    push_folder(folder / "unet", "alice/unet", token=ALICE)
+    tokenizer = tiny_tokenizer()
+    parts = {"tokenizer": tokenizer, "text_encoder": tiny_clip(tokenizer)}
+    texts = TextGuidedDiffusionPipeline(tiny_text_unet(), ExtDDIMScheduler(), **parts)
+    texts.save_pretrained(folder / "texts")
+    return texts
+
+
+def check_parts(folder, texts):
+    """What was loaded by the code and saved again is what it was, and loads as a class of this package."""
+    assert_same_weights(UNetModel.from_pretrained(folder / "stock" / "again"), tiny_unet())
+    assert type(DiffusionPipeline.from_pretrained(folder / "stock").unet) is UNetModel
+    for name in (folder / "again", "alice/unet"):
+        assert_same_weights(UNetModel.from_pretrained(name), tiny_unet())
+        model = AutoModel.from_pretrained(str(name))
+        assert type(model) is UNetModel and "auto_map" not in model.config
+    expected = texts("a", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images
+    assert_same_output(np.load(folder / "images.npy"), expected)
 
 
 # The code.
@@ -183,55 +221,6 @@ def test_a_pipeline_with_parts_of_others_is_saved_without_code(tmp_path, caplog,
     assert not [*tmp_path.rglob("*.py")]
     with pytest.raises(ForeignParts):
         add_code(tmp_path)
-
-
-# Where the package is not installed: importing it raises.
-WITHOUT_PACKAGE = """
-import sys
-sys.modules["diffusers_ext"] = None
-import numpy, torch
-from diffusers import AutoModel, DDPMPipeline, DiffusionPipeline
-folder = sys.argv[1]
-
-pipe = DiffusionPipeline.from_pretrained(folder + "/stock", trust_remote_code=True)
-assert type(pipe) is DDPMPipeline and type(pipe.unet).__module__.startswith("diffusers_ext_")
-pipe.unet.save_pretrained(folder + "/stock/again")
-
-model = AutoModel.from_pretrained("alice/unet", trust_remote_code=True)
-assert type(model).__module__.startswith("diffusers_ext_")
-model.save_pretrained(folder + "/again")
-
-pipe = DiffusionPipeline.from_pretrained(folder + "/texts", trust_remote_code=True)
-images = pipe("a", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images
-numpy.save(folder + "/images.npy", images)
-"""
-
-
-def test_parts_load_without_the_package(hub, tmp_path):
-    """In one process: of a pipeline of diffusers, a model by itself, and a pipeline of texts.
-
-    Whatever loads the parts of a pipeline of diffusers loads `pipeline.py` for the class, and nothing else of it. The
-    pipeline of texts has the tokenizer and the text encoder of transformers.
-    """
-    DDPMPipeline(unet=tiny_unet(), scheduler=DDPMScheduler()).save_pretrained(tmp_path / "stock")
-    add_code(tmp_path / "stock")
-    tiny_unet().save_pretrained(tmp_path / "unet")
-    push_folder(tmp_path / "unet", "alice/unet", token=ALICE)
-    tokenizer = tiny_tokenizer()
-    parts = {"tokenizer": tokenizer, "text_encoder": tiny_clip(tokenizer)}
-    texts = TextGuidedDiffusionPipeline(tiny_text_unet(), ExtDDIMScheduler(), **parts)
-    texts.save_pretrained(tmp_path / "texts")
-
-    result = run_in_empty_cache(tmp_path, "-c", WITHOUT_PACKAGE, tmp_path)
-    assert "not expected" not in result.stderr
-    assert_same_weights(UNetModel.from_pretrained(tmp_path / "stock" / "again"), tiny_unet())
-    assert type(DiffusionPipeline.from_pretrained(tmp_path / "stock").unet) is UNetModel
-    for name in (tmp_path / "again", "alice/unet"):
-        assert_same_weights(UNetModel.from_pretrained(name), tiny_unet())
-        model = AutoModel.from_pretrained(str(name))
-        assert type(model) is UNetModel and "auto_map" not in model.config
-    expected = texts("a", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images
-    assert_same_output(np.load(tmp_path / "images.npy"), expected)
 
 
 def test_a_folder_of_diffusers_stays_as_it_is(tmp_path):

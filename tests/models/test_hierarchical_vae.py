@@ -108,7 +108,10 @@ def test_with_wrong_posteriors_the_weighted_bound_lies_between_the_elbo_and_the_
     generator = torch.Generator().manual_seed(0)
     # Averaged over draws of draws, since each bound is an expectation.
     x = chain.x.repeat(400, 1, 1)
-    bounds = [chain.iwae(x, k, num_values=None, generator=generator).view(400, 5).mean(0) for k in (1, 4, 32)]
+    bounds = [
+        chain.iwae(x[: 5 * repeats], k, num_values=None, generator=generator).view(repeats, 5).mean(0)
+        for k, repeats in ((1, 400), (4, 200), (32, 50))
+    ]
     elbo = -chain.elbo_terms(x, num_values=None, generator=generator).nats.view(400, 5).mean(0)
     torch.testing.assert_close(bounds[0], elbo, rtol=0, atol=0.5)  # one draw each, the rate by it or exactly
     one, four, many = (bound.mean() for bound in bounds)
@@ -333,9 +336,9 @@ def test_bernoulli_means_stay_in_range():
 
 
 def test_it_compiles_without_graph_breaks():
-    model, x = awake(tiny()), draw(2, 1, 12, 12)
+    model, x = awake(tiny(num_levels=2)), draw(2, 1, 12, 12)
     noise = draw(2, model.num_latents)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x, noise=noise).sample, model(x, noise=noise).sample, rtol=1e-4, atol=1e-5)
 
 

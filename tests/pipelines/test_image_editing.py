@@ -177,7 +177,7 @@ def test_known_pixels_have_the_noise_of_their_level(scheduler, num_resample_step
         assert x.std().item() == pytest.approx(level.sigma.item(), rel=0.06, abs=1e-6)
 
 
-def inpaint_pairs(num_resample_steps, num_inference_steps=300):
+def inpaint_pairs(num_resample_steps, num_inference_steps=150):
     """The new pixel of each pair whose other one is 0.6, in [-1, 1]."""
     scheduler = ExtDDPMScheduler(clip_sample=False, timestep_spacing="trailing")
     mask = torch.zeros(16, 16)

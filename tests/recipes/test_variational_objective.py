@@ -57,8 +57,8 @@ def test_the_bound_in_continuous_time_depends_on_the_endpoints_alone(prediction_
     spread = []
     for seed in (None, 1, 2):
         with torch.no_grad():
-            diffusion = model_of(seed, prediction_type)(*quadrature(20_000)).diffusion
-        assert diffusion.mean().item() == pytest.approx(expected, abs=1e-6)
+            diffusion = model_of(seed, prediction_type)(*quadrature(1000)).diffusion
+        assert diffusion.mean().item() == pytest.approx(expected, abs=1e-5)  # of the midpoint rule, 2e-6
         spread.append(diffusion.std().item())
     assert max(spread) > 1.1 * min(spread)  # the interior changes the variance
 
@@ -69,7 +69,7 @@ def test_bound_and_entropy_of_the_data_differ_by_what_the_endpoints_cost():
     bounds = []
     for ends in ((-9.0, 4.0), (-14.0, 12.0)):
         with torch.no_grad():
-            bounds.append(model_of(1, ends=ends)(*quadrature(20_000)).total.mean().item() - entropy)
+            bounds.append(model_of(1, ends=ends)(*quadrature(1000)).total.mean().item() - entropy)
     assert bounds[0] > bounds[1] > 0 and bounds[1] < 1e-5
 
 
@@ -117,12 +117,12 @@ def test_learning_the_interior_takes_variance_away_and_leaves_the_mean():
     """Data whose error is unevenly spread over log snr: with all numbers but the interior's held, the variance halves."""
     torch.manual_seed(0)
     model = model_of(prediction_type="epsilon", num_features=64, ends=(-9.0, 9.0)).float()
-    x0, eps, time = (value.float() for value in quadrature(200))
+    x0, eps, time = (value.float() for value in quadrature(100))
     optimizer = torch.optim.Adam([model.noise_schedule.offsets], lr=0.01)
 
     def moments():
         with torch.no_grad():
-            loss = model(*(value.float() for value in quadrature(5000))).diffusion.view(-1, 4).mean(1)
+            loss = model(*(value.float() for value in quadrature(1000))).diffusion.view(-1, 4).mean(1)
         return loss.mean().item(), loss.var().item()
 
     before = moments()

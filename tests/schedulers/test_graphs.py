@@ -100,7 +100,7 @@ def test_step_compiles_to_one_graph(case, form):
         kwargs["variance_noise"] = torch.randn(sample.shape, generator=g)
     scheduler.set_timesteps(12)
     eager = copy.deepcopy(scheduler)  # some count their calls
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(scheduler.step, fullgraph=True, backend=counter)
     for t in scheduler.timesteps:
         timestep = {"tensor": t, "each": t.repeat(2), "int": t.item()}[form]

@@ -1,6 +1,7 @@
 """The whole command on tiny networks, with a feature classifier of random weights, and as the last stage of a run."""
 
 import json
+import re
 
 import diffusers
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 
 import diffusers_ext
 from diffusers_ext import ExtDDIMScheduler, ExtDDPMScheduler, FlowScheduler, GuidedDiffusionPipeline
+from diffusers_ext.calibration import guidance, timesteps, variance
 from diffusers_ext.calibration.run import forget_calibration
 from diffusers_ext.calibration.subject import Subject
 from diffusers_ext.evaluation.feature_folders import FEATURES_FILE
@@ -23,6 +25,20 @@ from training import calibrate, train_ddpm
 
 pytestmark = pytest.mark.filterwarnings("ignore:the Fréchet distance of 128 features is unreliable")
 LABELS = ["cat", "dog"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def little():
+    """Few images and few numbers of steps, and what is compared here measured in one batch, however slow the machine is."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("BATCH", "FEWEST_IMAGES", "MOST_IMAGES"):
+            patch.setattr(guidance, name, 24)
+        patch.setattr(variance, "NUM_POINTS", 16)
+        patch.setattr(variance, "BATCH", 32)
+        patch.setattr(timesteps, "NUM_FINE_STEPS", 16)
+        patch.setattr(timesteps, "NUM_IMAGES", 8)
+        patch.setattr(timesteps, "NUMBERS", (1, 2, 4, 8))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -120,16 +136,8 @@ def test_a_pipeline_of_diffusers_gets_a_scheduler_that_swaps_in(folders, tmp_pat
     options = calibrate.parse(
         [
             *(str(tmp_path / "in"), "--dataset_name", str(folders / "data"), "--features", str(folders / "features")),
-            *(
-                "--max_time",
-                "1s",
-                "--num_inference_steps",
-                "3",
-                "--output_dir",
-                str(tmp_path / "out"),
-                "--num_threads",
-                "1",
-            ),
+            *("--max_time", "1s", "--num_inference_steps", "3", "--output_dir", str(tmp_path / "out")),
+            *("--num_threads", "1"),
         ]
     )
     found = calibrate.main(options)
@@ -154,7 +162,7 @@ def test_two_processes_choose_alike_and_make_the_images_of_one(folders, calibrat
     assert pipe.config.call_defaults == two["call_defaults"] and images(pipe).isfinite().all()
 
 
-def test_a_run_ends_calibrated_if_it_is_asked_to(folders, tmp_path):
+def test_a_run_ends_calibrated_if_it_is_long_or_asked_to(folders, tmp_path, capsys):
     settings = {
         "dataset_name": str(folders / "plain"),  # no labels, for which there is no feature classifier to train
         "output_dir": str(tmp_path / "run"),
@@ -184,6 +192,11 @@ def test_a_run_ends_calibrated_if_it_is_asked_to(folders, tmp_path):
         diffusers.DiffusionPipeline.from_pretrained(folder).config.call_defaults is None
     )  # too short for it by default
     assert not (folder / "calibration.json").exists()
+    capsys.readouterr()
+    train_ddpm.main(train_ddpm.TrainConfig(**settings, overwrite_output_dir=True, max_train_time="1000"))
+    trained = re.search(r"(\d+) s of the 1000 s are for the training", capsys.readouterr().out)
+    assert 800 < int(trained[1]) < 900  # a tenth is kept for the calibration
+    assert (folder / "calibration.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -198,6 +211,4 @@ def test_a_run_ends_calibrated_if_it_is_asked_to(folders, tmp_path):
 def test_bad_options_are_refused(options, message, capsys):
     with pytest.raises((ValueError, SystemExit)) as error:
         calibrate.parse(options)
-    import re
-
     assert re.search(message, str(error.value) + capsys.readouterr().err.replace("\n", " "))

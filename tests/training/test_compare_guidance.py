@@ -19,6 +19,7 @@ from training import compare_guidance, evaluate
 
 
 STEPS = 5
+OF_DATA = "dataset_name: digits\nresolution: [8, 8]\nmax_train_samples: 150\n"  # what a run says of its data
 pytestmark = pytest.mark.filterwarnings("ignore:the Fréchet distance of 128 features is unreliable")
 
 
@@ -58,7 +59,7 @@ def folders(tmp_path_factory):
     names = {label: str(label) for label in range(10)}
     for seed, name in enumerate(("run", "weak")):
         GuidedDiffusionPipeline(unet(seed), scheduler(), id2label=names).save_pretrained(folder / name)
-    (folder / "run" / "train_config.yaml").write_text("dataset_name: digits\nresolution: [8, 8]\n")
+    (folder / "run" / "train_config.yaml").write_text(OF_DATA)
     classifier().save_pretrained(folder / "classifier")
     torch.manual_seed(0)
     FeatureClassifierModel.for_images((1, 8, 8), list(names.values())).save_pretrained(folder / "features")
@@ -190,7 +191,7 @@ def test_a_method_that_lacks_something_is_left_out_and_says_why(folders, tmp_pat
     assert row_of(result, "autoguidance")["how"]["guider"]["class"] == "AutoGuidance"
 
     GuidedDiffusionPipeline(unet(0, None), scheduler()).save_pretrained(tmp_path / "run")
-    (tmp_path / "run" / "train_config.yaml").write_text("dataset_name: digits\nresolution: [8, 8]\n")
+    (tmp_path / "run" / "train_config.yaml").write_text(OF_DATA)
     result = compare(
         *(folders, "--pipeline", tmp_path / "run", "--classifier", folders / "classifier"),
         output_dir=tmp_path / "two",

@@ -33,7 +33,7 @@ def own_cache(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def features_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("features") / "digits"
-    config = train_features.FeaturesConfig(output_dir=str(folder), num_train_epochs=12)
+    config = train_features.FeaturesConfig(output_dir=str(folder), num_train_epochs=7)
     about = train_features.main(config)
     assert about["held_out_accuracy"] > 0.85
     return folder
@@ -104,7 +104,7 @@ def test_bits_per_dim_go_into_the_json_the_card_and_a_line(tmp_path, features_fo
     result = run(
         *(folder, "--num_images", 20, "--features", features_folder, "--bits_per_dim", "--num_likelihood_images", 9),
         *("--num_likelihood_steps", 12, "--likelihood_variance", "fixed_small", "--num_flow_steps", 2),
-        "--likelihood_curves",
+        *("--likelihood_curves", "--max_train_samples", 300),
     )
     bound = result["likelihood"]
     assert bound == json.loads((folder / "evaluation.json").read_text())["likelihood"]
@@ -185,6 +185,7 @@ def test_internal_guidance_is_measured_and_named(tmp_path, features_folder):
     (folder / "train_config.yaml").write_text("dataset_name: digits\nresolution: [8, 8]\nnum_inference_steps: 1\n")
     write_card(folder, data="Digits.")
     settings = ("--features", features_folder, "--num_images", 20, "--no-svc", "--no-pixel_metrics")
+    settings += ("--max_train_samples", 300)
     result = run(folder, *settings, "--internal_guidance_scale", 1.5)
     assert result["sampling"]["internal_guidance_scale"] == 1.5
     card = (folder / "README.md").read_text()
@@ -204,6 +205,7 @@ def test_a_stock_pipeline_is_measured_with_another_scheduler(tmp_path, features_
     result = run(
         *(folder, "--dataset_name", "digits", "--features", features_folder, "--num_images", 130),
         *("--num_inference_steps", 2, "--scheduler", "DDIMScheduler", "--output_file", tmp_path / "out" / "it.json"),
+        *("--max_train_samples", 300),
     )
     assert (tmp_path / "out" / "it.json").is_file() and not (folder / "evaluation.json").exists()
     assert result["sampling"]["pipeline_class"] == "DDPMPipeline"
@@ -319,7 +321,7 @@ def test_two_processes_give_the_measures_of_one(tmp_path, features_folder):
     folder = save_pipeline(tmp_path / "run")
     arguments = (
         *(folder, "--dataset_name", "digits", "--features", features_folder, "--num_images", 131),
-        *("--num_inference_steps", 2, "--mixed_precision", "no", "--num_threads", 1),
+        *("--num_inference_steps", 2, "--mixed_precision", "no", "--num_threads", 1, "--max_train_samples", 300),
         *("--bits_per_dim", "--num_likelihood_images", 21, "--num_likelihood_terms", 4),
     )
     one = run(*arguments)
@@ -339,7 +341,7 @@ def test_features_of_training_are_not_overwritten(features_folder):
 
 @pytest.mark.filterwarnings("ignore:the Fréchet distance of 128 features is unreliable")
 def test_what_cannot_be_evaluated_is_refused(tmp_path, features_folder):
-    digits = ("--dataset_name", "digits", "--features", features_folder)
+    digits = ("--dataset_name", "digits", "--features", features_folder, "--max_train_samples", 300)
     empty = tmp_path / "empty"
     empty.mkdir()
     ten = save_pipeline(tmp_path / "ten")
@@ -378,8 +380,8 @@ def test_what_cannot_be_evaluated_is_refused(tmp_path, features_folder):
             "num_images must be at least 6, got 5: precision and recall look at the 5",
         ),
         (
-            (ten, *digits, "--num_images", 2000, "--num_neighbours", 1500),
-            "num_neighbours must be smaller than the number of training images, 1500",
+            (ten, *digits, "--num_images", 400, "--num_neighbours", 300),
+            "num_neighbours must be smaller than the number of training images, 300",
         ),
         ((few, *digits), "the number of images in .*few must be at least 6, got 2: precision and recall"),
         ((broken, *digits), "a.png cannot be decoded"),

@@ -17,6 +17,7 @@ from PIL import Image
 
 from diffusers_ext import ExtDDIMScheduler, GuidedDiffusionPipeline, VAEModel
 from diffusers_ext.atomic_files import finish_replacing
+from diffusers_ext.calibration import guidance
 from diffusers_ext.data.prepare import prepare_images
 from diffusers_ext.evaluation.feature_folders import FEATURES_FILE
 from diffusers_ext.hub.cards import write_card
@@ -184,7 +185,11 @@ def make(material, before, folder):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_script_that_is_ended_at_a_write_goes_on_or_leaves_what_was_there(name, material, tmp_path, request):
+def test_a_script_that_is_ended_at_a_write_goes_on_or_leaves_what_was_there(
+    name, material, tmp_path, request, monkeypatch
+):
+    for size in ("BATCH", "FEWEST_IMAGES"):  # of a calibration, beyond its time
+        monkeypatch.setattr(guidance, size, 20)
     work, before = SCRIPTS[name]
     whole = make(material, before, tmp_path / "whole")
     old = state_of(whole)

@@ -7,28 +7,39 @@ from pathlib import Path
 
 import pytest
 
+from diffusers_ext.commands.train_ddpm import run
 from environment import HUNG_AFTER
-from processes import Launched
+from processes import Launched, in_ranks
 
 
 ROOT = Path(__file__).parents[2]
-TWO_PROCESSES = ("--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0")
-
-
 SCRIPT = ROOT / "training" / "train_ddpm.py"
 
 
-@pytest.mark.parametrize("launcher, is_quiet", [(["--quiet"], True), (TWO_PROCESSES, False)])
-def test_an_error_is_one_line_of_ours(tmp_path, launcher, is_quiet):
-    """Once for all processes; the traceback of the launcher itself is left out by its --quiet, in one process."""
-    folder = tmp_path / "data"
-    folder.mkdir()
-    process = Launched(SCRIPT, ["--dataset_name", folder, "--output_dir", tmp_path / "run"], launcher)
+def options_of(tmp_path):
+    """Without data."""
+    (tmp_path / "data").mkdir()
+    return ["--dataset_name", str(tmp_path / "data"), "--output_dir", str(tmp_path / "run")]
+
+
+def test_an_error_is_one_line_of_ours(tmp_path):
+    """The traceback of the launcher itself is left out by its --quiet, in one process."""
+    process = Launched(SCRIPT, options_of(tmp_path), ["--quiet"])
     output = process.communicate()
     assert process.returncode == 1
     assert output.count("train_ddpm.py: error: ") == 1, output
-    assert "run_script" not in output and "[rank1]" not in output
-    assert not is_quiet or "Traceback" not in output
+    assert "run_script" not in output and "Traceback" not in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_error_of_two_processes_is_one_line_of_ours(tmp_path, monkeypatch):
+    """When one fails the other is ended, by `in_ranks` as by the launcher."""
+    monkeypatch.setattr("sys.argv", [str(SCRIPT), *options_of(tmp_path), "--num_threads", "1"])
+    with pytest.raises(AssertionError, match=r"ended with \[1\]") as failed:
+        in_ranks(run)
+    output = str(failed.value)
+    assert output.count("train_ddpm.py: error: ") == 1, output
+    assert "Traceback" not in output
     assert not (tmp_path / "run").exists()
 
 
