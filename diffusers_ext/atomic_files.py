@@ -92,7 +92,7 @@ def finish_replacing(folder: str | Path) -> None:
 
     Whatever is going to read a folder calls it. Where another process is doing it, or nothing may be written, it does nothing.
     """
-    if not Path(folder, SAVED).is_dir():
+    if not os.path.isdir(os.path.join(folder, SAVED)):  # whatever the name is, as one of the Hub
         return
     with suppress(OSError), lock_folder(folder):
         _move_saved(Path(folder))

@@ -14,7 +14,7 @@ diffusers would run that code, after asking for consent, wherever it is named. S
 is what it would say if only those with this package were to load it.
 
 It also looks at what a repository says before diffusers follows it (`docs/safety.md`): sizes of configs, names of classes
-and of shards.
+and of shards. And a folder whose replacement a process was ended in (`diffusers_ext.atomic_files`) is completed first.
 """
 
 import functools
@@ -34,6 +34,7 @@ from diffusers.pipelines import pipeline_loading_utils
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from diffusers.utils import logging
 
+from diffusers_ext.atomic_files import finish_replacing
 from diffusers_ext.untrusted import check_component_folder, is_plain_name, read_json
 
 
@@ -74,10 +75,26 @@ def register_with_diffusers(namespace: Mapping[str, object]) -> None:
                 f" {LIBRARY}. Load that with `{LIBRARY}.{name}.from_pretrained(...)`."
             )
 
+    _complete_before_loading()
     _read_configs_without_code()
     _load_ours_with_consent_too()
     _look_before_loading()
     _load_our_blocks_without_code()
+
+
+def _complete_before_loading() -> None:
+    """Lets diffusers read a config, with which all loading begins, after `finish_replacing` of the folder."""
+    load = ConfigMixin.__dict__["load_config"].__func__
+    if hasattr(load, "completes"):
+        return
+
+    @functools.wraps(load)
+    def load_config(cls, pretrained_model_name_or_path, *args, **kwargs):
+        finish_replacing(pretrained_model_name_or_path)
+        return load(cls, pretrained_model_name_or_path, *args, **kwargs)
+
+    load_config.completes = True  # type: ignore[attr-defined]
+    ConfigMixin.load_config = classmethod(load_config)
 
 
 def _read_configs_without_code() -> None:

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "options": "foreign_options untrusted",
     "figures": "atomic_files curves lettering",
     "latents": "",
-    "registration": "untrusted",
+    "registration": "atomic_files untrusted",
     "diffusion": "draws machine",
     "schedulers": "untrusted draws machine diffusion",
     "models": "draws machine sizes untrusted diffusion",

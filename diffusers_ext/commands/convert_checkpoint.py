@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from diffusers_ext import GuidedDiffusionPipeline
+from diffusers_ext.atomic_files import finish_replacing
 from diffusers_ext.conversion.guided_diffusion import NOISE_SCHEDULES, convert_unet, load_state, make_scheduler
 from diffusers_ext.hub.saved_folder import loading_lines
 from diffusers_ext.options import check_options, option, run_script
@@ -41,7 +42,11 @@ class ConvertConfig:
 def main(config: ConvertConfig) -> Path:
     """Converts a checkpoint and returns the folder of its pipeline."""
     output_dir = Path(config.output_dir or Path(config.file).with_suffix(""))
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+    finish_replacing(output_dir)
+    # Hidden files are what a process has left that was ended here.
+    if output_dir.exists() and (
+        not output_dir.is_dir() or any(not p.name.startswith(".") for p in output_dir.iterdir())
+    ):
         raise ValueError(f"output_dir must be a new or an empty folder, got {output_dir}")
     network = convert_unet(
         load_state(config.file),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diffusers_ext import HierarchicalVAEModel, VAEModel
-from diffusers_ext.atomic_files import atomic_write
+from diffusers_ext.atomic_files import atomic_write, finish_replacing
 from diffusers_ext.data.sequences import refuse_sequences
 from diffusers_ext.diffusion.variational_bound import bits_per_dim
 from diffusers_ext.draws import check_seed
@@ -149,6 +149,7 @@ def load_autoencoder(folder: str) -> VAEModel | HierarchicalVAEModel:
     Raises:
         ValueError: if the folder has none.
     """
+    finish_replacing(folder)
     path = Path(folder, "config.json")
     if not path.is_file():
         raise ValueError(f"{folder} is no folder of a VAEModel or HierarchicalVAEModel: it has no config.json")

@@ -44,7 +44,7 @@ from diffusers_ext.trainer.run import describe_data, finish_run, make_accelerato
 
 PICTURES = {
     "samples.png": "samples, a row for each text",
-    "denoising.png": "x_t and the predicted x_0 on the way",
+    "denoising.png": "x_t and the predicted x_0 on the way, decoded if they are latents",
 }
 
 

@@ -8,6 +8,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
+from diffusers_ext.atomic_files import finish_replacing
 from diffusers_ext.data.decoding import allowed_faults, describe_fault
 from diffusers_ext.data.images import fit
 from diffusers_ext.evaluation.real_images import CHANNEL_MODES, RealImages
@@ -24,6 +25,7 @@ def is_image_folder(name: str) -> bool:
         ValueError: if it holds neither.
     """
     folder = Path(name)
+    finish_replacing(folder)  # which has no index until then, and the pictures of its pipeline
     if not folder.is_dir() or (folder / "model_index.json").is_file():
         return False
     if _image_files(folder):

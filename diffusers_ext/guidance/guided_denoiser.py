@@ -29,6 +29,7 @@ from diffusers_ext.diffusion.noising import NoiseLevel
 from diffusers_ext.guidance.labels import num_classes_of
 from diffusers_ext.guidance.regions import Regions
 from diffusers_ext.models.caching import forget, prediction_of, predicts_apart
+from diffusers_ext.models.parallel import spreads_tokens
 from diffusers_ext.schedulers.levels import model_input, noise_level
 
 
@@ -279,6 +280,11 @@ class GuidedDenoiser:
         # less, and diffusers 0.42 then perturbs nothing; so the number is what it would be with all of them.
         index = guider._input_predictions.index(name)
         guider._count_prepared = index
+        if isinstance(guider, SmoothedEnergyGuidance) and spreads_tokens(network):
+            raise ValueError(
+                "SmoothedEnergyGuidance blurs over the tokens of an image, so that they must not be spread over processes: "
+                "take another guider, or a network without enable_parallelism"
+            )
         try:
             guider.prepare_models(hookable)
             if guider._count_prepared == index:  # SmoothedEnergyGuidance of diffusers 0.42 does not count

@@ -8,6 +8,8 @@ from dataclasses import replace
 from diffusers import CacheMixin
 from torch import nn
 
+from diffusers_ext.models.parallel import check_no_cache, spreads_tokens
+
 
 # By the names of their configs, since not each version of diffusers has all of them.
 CACHES = (
@@ -44,6 +46,7 @@ class CachedBlocksMixin(CacheMixin):
         name = type(config).__name__
         if name not in CACHES:
             raise ValueError(f"the cache must be one of {', '.join(CACHES)}, got {name}")
+        check_no_cache(True, spreads_tokens(self))
         num_blocks = len(self.transformer_blocks)
         if name == "FirstBlockCacheConfig" and num_blocks < 2:
             raise ValueError(f"FirstBlockCacheConfig needs a network of at least 2 blocks, got {num_blocks}")

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
-from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
@@ -45,6 +44,7 @@ from diffusers_ext.models.layers import (
     zero_,
 )
 from diffusers_ext.models.network import Network
+from diffusers_ext.models.parallel import SpreadTokensMixin
 from diffusers_ext.sizes import as_size
 
 
@@ -85,7 +85,7 @@ class DiTOutput(BaseOutput):
     internal_sample: Tensor | None = None
 
 
-class DiTModel(CachedBlocksMixin, Network):
+class DiTModel(SpreadTokensMixin, CachedBlocksMixin, Network):
     """A diffusion transformer: patches as tokens, with labels or a text as condition.
 
     Works as `transformer` of diffusers' `DiTPipeline`, as `denoiser` of `GuidedDiffusionPipeline`, and is converted from
@@ -147,12 +147,6 @@ class DiTModel(CachedBlocksMixin, Network):
         "level_embedding",
         "augmentation",
     ]
-    # Context parallelism of diffusers: tokens, with the registers, are spread over processes from the first block to the output.
-    _cp_plan = {
-        "transformer_blocks.*": {"rotation": ContextParallelInput(split_dim=1, expected_dims=3)},
-        "transformer_blocks.0": {"hidden_states": ContextParallelInput(split_dim=1, expected_dims=3)},
-        "patch_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
-    }
 
     @register_to_config
     def __init__(
@@ -341,6 +335,7 @@ class DiTModel(CachedBlocksMixin, Network):
         first_values = FirstValues() if self.config.value_residual else None
         if self.registers is not None:  # last, since smoothed energy guidance takes the first tokens for the image
             x = torch.cat([x, self.registers.to(x.dtype).expand(len(x), -1, -1)], dim=1)
+        self._check_tokens(x.shape[1])
         skips: list[Tensor] = []
         internal = None
         for i, block in enumerate(self.transformer_blocks):
@@ -364,7 +359,9 @@ class DiTModel(CachedBlocksMixin, Network):
         # Without the registers, and here, where context parallelism has gathered the tokens.
         x = x[:, : grid[0] * grid[1]]
         x = x.unflatten(1, grid).unflatten(3, (patch, patch, -1))  # (batch, rows, columns, patch, patch, channels)
-        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (batch, out_channels, height, width)
+        x = x.permute(0, 5, 1, 3, 2, 4)
+        # One call, whose copy is not a view, of which FSDP warns: (batch, out_channels, height, width).
+        return x.reshape(*x.shape[:2], grid[0] * patch, grid[1] * patch)
 
     def _positions(self, grid: tuple[int, int]) -> Tensor:
         if grid == self.grid:

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from diffusers_ext.atomic_files import finish_replacing
 from diffusers_ext.guidance.texts import encode_tokens, longest_text, tokenize, width_of
 from diffusers_ext.untrusted import check_attention, check_component_folder
 
@@ -93,6 +94,7 @@ def load_text_encoder(name: str) -> tuple[PreTrainedTokenizerBase, PreTrainedMod
     Raises:
         ValueError: if there are none, if the encoder has no hidden states, or if a pipeline that has it cannot be loaded.
     """
+    finish_replacing(name)
     is_pipeline = (Path(name) / "text_encoder" / "config.json").is_file()
     check_component_folder(Path(name, "text_encoder") if is_pipeline else name)
     try:

@@ -167,7 +167,7 @@ def save_atomically(
 
 DENOISING_PICTURES = {
     "samples.png": "samples, a row for each label if there are labels",
-    "denoising.png": "x_t and the predicted x_0 on the way",
+    "denoising.png": "x_t and the predicted x_0 on the way, decoded if they are latents",
 }
 
 
@@ -213,7 +213,7 @@ def finish_run(
             options_file=CONFIG_FILE,
         ),
         sample_grid=output_dir / next(iter(pictures)),
-        pictures=pictures,
+        pictures={**pictures, "loss.png": "the training loss by optimizer step"},
         limitations=limitations,
         repo_id=repo_id,
         dataset_id=None if is_local(config.dataset_name) else config.dataset_name,

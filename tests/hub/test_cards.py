@@ -192,6 +192,30 @@ def test_metrics_of_the_scripts_have_names():
             assert Figure("metric", 1.0, 1, None, None, "command", name).name == name
 
 
+ROOT = Path(__file__).parents[2]
+PUBLISHED = [
+    path.parent for where in ("model_cards", "diffusers_ext/examples") for path in ROOT.glob(f"{where}/*/README.md")
+]
+
+
+@pytest.mark.parametrize("folder", PUBLISHED, ids=lambda folder: folder.name)
+def test_a_published_card_is_metadata_of_the_hub_and_says_what_each_picture_shows(folder):
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.pipeline_tag in ("unconditional-image-generation", "text-to-image", "other")
+    index = card.data.to_dict().get("model-index", [])
+    assert len(index) == ("No figure was measured." not in card.text) and all(model["name"] for model in index)
+    for result in (result for model in index for result in model["results"]):
+        assert result["task"]["type"] == card.data.pipeline_tag and result["dataset"].keys() >= {"name", "type"}
+        for metric in result["metrics"]:
+            assert re.fullmatch(r"[a-z0-9_]+", metric["type"]) and Figure("m", 1.0, 1, None, None, "c", metric["name"])
+            assert isinstance(metric["value"], float)
+    for picture in folder.glob("*.png"):
+        assert f"- `{picture.name}`: " in card.text or f"]({picture.name})" in card.text.split("## Calibration")[-1]
+    vae = "VAEModel` trained" in card.text
+    assert ("draws from the prior, which are not samples of the data" in card.text) == vae
+    assert ("no sample of the data" in card.text.split("## Limitations")[1]) == vae
+
+
 def test_card_says_the_ways_to_load_and_each_runs(folder, monkeypatch):
     """As it stands, where the folder is; the second in `test_remote_code.py` without the package."""
     text = write_card(folder, data="Digits.", pictures={"samples.png": "samples", "no.png": "?"}).read_text()

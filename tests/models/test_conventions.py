@@ -110,6 +110,12 @@ def test_a_map_of_devices_places_the_model(model, tmp_path, device_map):
     torch.testing.assert_close(output_of(loaded), output_of(model))
 
 
+def test_an_output_is_no_view(model):
+    """What is changed in place in a view passes by the hooks of FSDP, which warns of it."""
+    x = torch.zeros(1, 1, 8, 8)
+    assert not model(x, *(() if isinstance(model, VAEModel) else (500,)), return_dict=False)[0]._is_view()
+
+
 def test_a_model_is_made_without_numbers_from_memory():
     """Those that were never written would differ from process to process; each parameter has a value of its own."""
     for make in MODELS.values():

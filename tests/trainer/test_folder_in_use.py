@@ -8,11 +8,14 @@ import time
 from pathlib import Path
 
 import pytest
+from diffusers import DiffusionPipeline
+from PIL import Image
 from safetensors.torch import load_file
 
-from diffusers_ext import ExtDDIMScheduler, GuidedDiffusionPipeline
+from diffusers_ext import ExtDDIMScheduler, GuidedDiffusionPipeline, UNetModel
 from diffusers_ext.atomic_files import LOCK, SAVED, FolderInUse, finish_replacing, lock_folder, replace_files
 from diffusers_ext.data.prepare import prepare_images
+from diffusers_ext.evaluation.image_folder import is_image_folder
 from diffusers_ext.trainer.config import TrainerConfig
 from diffusers_ext.trainer.run import make_accelerator, open_run, save_atomically
 from diffusers_ext.trainer.run_folder import check_output_dir, read_metrics
@@ -33,6 +36,12 @@ def held_by_another(folder):
     child = start(hold)
     assert os.read(reading, 1) == b"1"
     return child
+
+
+def pipeline(bias):
+    model = tiny_unet()
+    model.conv_out.bias.data.fill_(bias)
+    return GuidedDiffusionPipeline(model, ExtDDIMScheduler())
 
 
 def claim(folder, **options):
@@ -88,11 +97,6 @@ def test_a_folder_that_nothing_may_be_written_to_is_refused_before_the_training(
 
 
 def test_a_save_without_room_leaves_the_old_pipeline(tmp_path):
-    def pipeline(bias):
-        model = tiny_unet()
-        model.conv_out.bias.data.fill_(bias)
-        return GuidedDiffusionPipeline(model, ExtDDIMScheduler())
-
     save_atomically(pipeline(1.0), tmp_path)
 
     def work():
@@ -117,6 +121,23 @@ def test_files_that_were_complete_when_the_process_was_killed_are_moved(tmp_path
     assert sorted(os.listdir(tmp_path)) == ["config.json", "part"] and os.listdir(tmp_path / "part") == []
     with pytest.raises(ValueError, match=r"features.json must be among"):
         replace_files(tmp_path, "features.json", lambda folder: None)
+
+
+def test_whatever_loads_a_folder_finds_what_a_killed_process_had_saved_there(tmp_path):
+    """By diffusers too, once this package is imported; and it is no folder of images, though it holds those of the pipeline."""
+    loaders = {
+        "DiffusionPipeline": lambda folder: DiffusionPipeline.from_pretrained(folder).denoiser,
+        "UNetModel": lambda folder: UNetModel.from_pretrained(folder, subfolder="denoiser"),
+        "images": lambda folder: (
+            is_image_folder(str(folder)) or UNetModel.from_pretrained(folder, subfolder="denoiser")
+        ),
+    }
+    for name, load in loaders.items():
+        folder = tmp_path / name
+        pipeline(2.0).save_pretrained(folder / SAVED)
+        Image.new("L", (8, 8)).save(folder / "samples.png")
+        assert load(folder).conv_out.bias.item() == 2.0, name
+        assert not list(folder.glob(".*"))
 
 
 def test_a_clock_that_jumps_changes_no_budget_and_no_log(tmp_path, monkeypatch):
