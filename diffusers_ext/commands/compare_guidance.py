@@ -202,6 +202,10 @@ def load_data(
             f"{real.name} must have labels, two or more, which the images are asked for: name them with --label_column"
         )
     features, about = features_for(real, config.features, state)
+    if features is None:
+        raise ValueError(
+            "features must be a classifier of the labels, got none: leave --features out to have one trained"
+        )
     if not knows_labels(features, real.train):
         raise ValueError(
             f"features must be a classifier of the labels of {real.name}, which that in {about['folder']} does not know by "

@@ -94,7 +94,7 @@ class EvaluateVAEConfig(DataOptions):
     )
     features: str | None = option(
         None,
-        "folder of a classifier of training/train_features.py; by default one is trained on the data set and kept",
+        "folder of a network of training/train_features.py, or none; by default one is trained on the data set and kept",
     )
     lpips: Literal[tuple(LPIPS_NETWORKS)] | None = option(
         None, "measure LPIPS of reconstructions too, by this network"

@@ -55,7 +55,7 @@ class StudyConfig(DataOptions):
     factors: tuple[float, ...] = option((0.5, 0.8, 0.95, 1.05, 1.25, 2.0), "factors c of scaling")
     num_levels: int = option(12, "noise levels of scaling", at_least=2)
     features: str | None = option(
-        None, "folder of a network of training/train_features.py; by default one is trained, once, and kept"
+        None, "folder of a network of training/train_features.py, or none; by default one is trained, once, and kept"
     )
     seed: int = option(0, "of the noise and of the draw of images")
     num_threads: int | None = option(None, "CPU threads; by default all cores", at_least=1)

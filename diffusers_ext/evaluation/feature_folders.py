@@ -143,16 +143,11 @@ def measuring_features(
     """What to measure images of a data set in: a network of a name, or one of the data as of `features_for`.
 
     Args:
-        features: A name of `load_pretrained_features`, what `features_for` takes, or "none".
-
-    Returns:
-        On the device of `state`, and what is known of it; None twice for "none".
+        features: A name of `load_pretrained_features`, or what `features_for` takes.
 
     Raises:
         ValueError: see both; and for a network that does not take such images.
     """
-    if features == "none":
-        return None, None
     if features is None or Path(features).is_dir() or not is_pretrained(str(features)):
         return features_for(real, features, state)
     with state.main_process_first():
@@ -167,16 +162,21 @@ def measuring_features(
 
 def features_for(
     real: RealImages, folder: str | Path | None, state: PartialState
-) -> tuple[FeatureClassifierModel | ModuleFeatures, dict]:
+) -> tuple[FeatureClassifierModel | ModuleFeatures, dict] | tuple[None, None]:
     """The network to measure images of a data set in, on the device of `state`, and what is known of it.
 
     Args:
         folder: Of `training/train_features.py`, or of an autoencoder; None for the features that are kept for this data set.
-            They are trained if there are none yet: by the labels, or without where there are no two.
+            They are trained if there are none yet: by the labels, or without where there are no two. "none" for no features.
+
+    Returns:
+        None twice for "none".
 
     Raises:
         ValueError: if the network takes images of another shape.
     """
+    if folder == "none":
+        return None, None
     given, folder = folder, Path(folder) if folder else cached_features_folder(real)
     if given is None and not (folder / FEATURES_FILE).is_file():
         what = (

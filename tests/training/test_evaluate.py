@@ -251,7 +251,7 @@ def test_features_are_trained_once_and_kept(tmp_path, capsys):
 
 def test_without_labels_the_features_are_trained_without_too_and_it_says_so(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("DIFFUSERS_EXT_CACHE", str(tmp_path / "cache"))
-    data = save_parquet(tmp_path / "colours", with_labels=False)
+    data = save_parquet(tmp_path / "colours", with_labels=False, count=40)
     images = tmp_path / "images"
     images.mkdir()
     for index in range(20):
@@ -329,6 +329,7 @@ def test_numbers_without_a_meaning_are_refused_by_the_name_of_their_option(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore:the Fréchet distance of 128 features is unreliable")
 def test_two_processes_give_the_measures_of_one(tmp_path, features_folder):
     folder = save_pipeline(tmp_path / "run")
     arguments = (
@@ -344,6 +345,24 @@ def test_two_processes_give_the_measures_of_one(tmp_path, features_folder):
         assert two["likelihood"][name] == pytest.approx(one["likelihood"][name], rel=1e-5)
     assert two["likelihood"]["num_images"] == 21
     assert output.count("written to") == 1
+
+    sweep = (
+        *arguments[:5],
+        "--num_images",
+        21,
+        *arguments[9:13],
+        "--sweep",
+        "--sweep_steps",
+        1,
+        2,
+        "--no-pixel_metrics",
+    )
+    one = run(*sweep)["results"]
+    output = in_ranks(lambda: run(*sweep, "--overwrite"))
+    two = json.loads((folder / "sweep/results.json").read_text())["results"]
+    assert output.count("written to") == 1 and [row["calls"] for row in two] == [row["calls"] for row in one] == [1, 2]
+    for mine, theirs in zip(two, one, strict=True):
+        assert mine["frechet_distance"] == pytest.approx(theirs["frechet_distance"], rel=1e-3)
 
 
 def test_features_of_training_are_not_overwritten(features_folder):
