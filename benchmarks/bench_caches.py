@@ -23,17 +23,11 @@ from diffusers.hooks import (
     TaylorSeerCacheConfig,
 )
 
-from diffusers_ext.evaluation.evaluator import Evaluator
-from diffusers_ext.evaluation.feature_folders import features_for
-from diffusers_ext.evaluation.generate import generate_images
-from diffusers_ext.evaluation.options import DataOptions, take_options_of_run
-from diffusers_ext.evaluation.pipeline_facts import image_size_of
-from diffusers_ext.evaluation.real_images import load_real_images
-from diffusers_ext.evaluation.subject import labels_for, load_pipeline
+from diffusers_ext.evaluation.comparison import Comparison
+from diffusers_ext.evaluation.subject import load_pipeline
 from diffusers_ext.models.dit_blocks import DiTAttentionProcessor, DiTFeedForward
 
 
-SEED = 900  # of the sets
 COUNTS = {"blocks": 0, "attention": 0}
 
 
@@ -113,13 +107,11 @@ def main():
     options = parser.parse_args()
     warnings.simplefilter("ignore")
 
-    state, pipe = PartialState(), load_pipeline(options.pipeline)
+    PartialState()
+    pipe = load_pipeline(options.pipeline)
     pipe.set_progress_bar_config(disable=True)
-    data = take_options_of_run(DataOptions(resolution=image_size_of(pipe)), options.pipeline)
-    real = load_real_images(data.for_data())
-    features, _ = features_for(real, options.features, state)
-    evaluator = Evaluator(real.train, features, 1000, in_pixels=False)
-    labels, _ = labels_for(real, pipe.num_classes, options.num_images)
+    comparison = Comparison.of(pipe, options.pipeline, options.num_images, options.features)
+    labels = comparison.labels
     number, num_steps = options.num_images, options.num_inference_steps
     ratios = magnitude_ratios(pipe, num_steps, class_labels=labels[:16], generator=torch.Generator().manual_seed(1))
     count_calls()
@@ -133,17 +125,9 @@ def main():
             pipe.denoiser.enable_cache(config)
         COUNTS.update(blocks=0, attention=0)
         start = time.perf_counter()
-        images = generate_images(
-            pipe,
-            range(number),
-            labels=labels,
-            num_inference_steps=num_steps,
-            settings={"guidance_scale": options.guidance_scale},
-            seed=SEED,
-            show_progress=False,
-        )
+        images = comparison.generate(pipe, num_steps, {"guidance_scale": options.guidance_scale})
         seconds = time.perf_counter() - start
-        distance = evaluator.measure(images, torch.tensor(labels))["frechet_distance"]
+        distance = comparison.measure(images)["frechet_distance"]
         if config is None:
             plain, plain_distance = dict(COUNTS), distance
         calls = " | ".join(f"{count / number:.1f} | {plain[kind] / count:.2f}" for kind, count in COUNTS.items())

@@ -24,18 +24,12 @@ from accelerate import PartialState
 from PIL import Image
 
 from diffusers_ext.atomic_files import atomic_write
-from diffusers_ext.evaluation.evaluator import Evaluator
-from diffusers_ext.evaluation.feature_folders import features_for
-from diffusers_ext.evaluation.generate import generate_images
-from diffusers_ext.evaluation.options import DataOptions, take_options_of_run
-from diffusers_ext.evaluation.pipeline_facts import image_size_of
-from diffusers_ext.evaluation.real_images import load_real_images
-from diffusers_ext.evaluation.subject import labels_for, load_pipeline
+from diffusers_ext.evaluation.comparison import Comparison
+from diffusers_ext.evaluation.subject import load_pipeline
 from diffusers_ext.hub.cards import describe_machine
 
 
 ROOT = Path(__file__).resolve().parents[1]
-SEED = 900  # of the sets of images
 SHOWN = 16  # images of a row of the picture
 
 # Options of train_ddpm.py by the name of the recipe. Those of `base` are of all of them, and the others differ from it in what
@@ -93,28 +87,14 @@ class Judge:
     """Measures runs by the images that they make of the same noise."""
 
     def __init__(self, pipe, run: Path, arguments: argparse.Namespace):
-        data = take_options_of_run(DataOptions(resolution=image_size_of(pipe)), str(run))
-        real = load_real_images(data.for_data())
-        features, _ = features_for(real, arguments.features, PartialState())
-        self.arguments, self.evaluator = arguments, Evaluator(real.train, features, 1000, in_pixels=False)
-        self.labels, _ = labels_for(real, pipe.num_classes, arguments.num_images)
-        number = min(arguments.num_images, len(real.held_out))
-        self.held_out = self.evaluator.measure_held_out(real.held_out, number)["frechet_distance"]
+        self.num_steps = arguments.num_inference_steps
+        self.comparison = Comparison.of(pipe, run, arguments.num_images, arguments.features)
+        self.held_out = self.comparison.held_out_distance
 
     def measure(self, pipe, scale: float, settings: dict) -> tuple[float, float | None, torch.Tensor]:
         """The Fréchet distance, the share of the labels that the classifier reads, and the images."""
-        images = generate_images(
-            pipe,
-            range(self.arguments.num_images),
-            labels=self.labels,
-            num_inference_steps=self.arguments.num_inference_steps,
-            guidance_scale=scale,
-            settings=settings,
-            seed=SEED,
-            show_progress=False,
-        )
-        labels = None if self.labels is None else torch.tensor(self.labels)
-        measured = self.evaluator.measure(images, labels)
+        images = self.comparison.generate(pipe, self.num_steps, settings | {"guidance_scale": scale})
+        measured = self.comparison.measure(images)
         return measured["frechet_distance"], measured.get("label_accuracy"), images[:SHOWN]
 
 

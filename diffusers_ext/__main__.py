@@ -39,7 +39,7 @@ COMMANDS: dict[str, dict[str, Command]] = {
         ),
         "train-vae": Command("an autoencoder", "commands.train_vae"),
         "train-classifier": Command("a classifier of noisy images, for guidance", "commands.train_classifier"),
-        "train-features": Command("the classifier in whose features images are measured", "commands.train_features"),
+        "train-features": Command("the network in whose features images are measured", "commands.train_features"),
         "distill": Command("a pipeline into a student of few steps", "commands.distill"),
         "cache-latents": Command("encode a data set once, for training on its latents", "commands.cache_latents"),
     },

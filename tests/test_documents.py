@@ -73,7 +73,10 @@ SMALL = {
     "training/cache_latents.py": "--num_threads 1",
     "training/train_features.py": "--num_train_epochs 1 --num_threads 1",
     "training/evaluate.py": "--num_images 8 --num_inference_steps 2 --max_train_samples 60 --num_threads 1",
-    "training/evaluate.py --sweep": "--num_images 6 --sweep_steps 1 2 --max_train_samples 60 --num_threads 1",
+    "training/evaluate.py --num_seeds": "--num_images 6 --num_inference_steps 1 --num_seeds 2 --num_threads 1",
+    "training/evaluate.py --sweep": "--num_images 6 --sweep_steps 1 --no-pixel_metrics --num_threads 1",
+    "training/evaluate.py --bits_per_dim --num_flow_steps": "--num_images 6 --num_inference_steps 1 --num_threads 1 "
+    "--num_likelihood_images 2 --num_likelihood_terms 2 --num_flow_steps 1 --no-pixel_metrics",
     "training/evaluate.py --bits_per_dim": "--num_images 8 --num_inference_steps 2 --max_train_samples 60 --num_threads 1 "
     "--num_likelihood_images 4 --num_likelihood_terms 4",
     "training/evaluate_vae.py": "--num_images 8 --num_likelihood_images 2 --num_samples 2 --num_threads 1",

@@ -1,4 +1,4 @@
-"""Train the classifier whose features `training/evaluate.py` measures generated images in.
+"""Train the network whose features `training/evaluate.py` measures generated images in.
 
 python training/train_features.py --dataset_name digits --output_dir runs/features-digits
 """

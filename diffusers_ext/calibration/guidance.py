@@ -18,6 +18,7 @@ from diffusers_ext.evaluation.generate import generate_images, shared_by_process
 from diffusers_ext.evaluation.label_shares import proportional_labels
 from diffusers_ext.evaluation.labelled_images import LabelledImages, convert_channels, drawn_order
 from diffusers_ext.evaluation.real_images import RealImages
+from diffusers_ext.evaluation.reference_cache import reference_features
 from diffusers_ext.metrics.features import FeatureClassifierModel
 
 
@@ -149,7 +150,10 @@ class Parts:
         seed: int,
     ) -> Ruler:
         real = getattr(self, which)
-        evaluator = Evaluator(real, features, num_images, NUM_NEIGHBOURS, in_pixels=False, seed=seed)
+        kept = reference_features(features, real)
+        evaluator = Evaluator(
+            *(real, features, num_images, NUM_NEIGHBOURS), in_pixels=False, seed=seed, train_features=kept
+        )
         classes, labels = subject.pipe.denoiser_num_classes, None
         if classes is not None:
             counts = torch.bincount(real.labels, minlength=classes).tolist() if real.label_names else [1] * classes

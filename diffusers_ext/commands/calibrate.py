@@ -44,7 +44,7 @@ class CalibrateConfig(DataOptions):
     )
     features: str | None = option(
         None,
-        "folder of a classifier of training/train_features.py; by default one is trained on the data set, once, and kept",
+        "folder of a network of training/train_features.py, or none; by default one is trained on the data set, once, and kept",
     )
     max_time: str = option("5m", "time that it may take, such as 90s or 5m, loading and a feature classifier aside")
     seed: int = option(0, "of the noise and of the draw of images")

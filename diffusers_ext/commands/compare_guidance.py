@@ -198,10 +198,14 @@ def load_data(
     with state.main_process_first():
         real = load_real_images(config.for_data(), config.held_out_split, label_names=label_names_of(pipe))
         refuse_sequences(real, "training/compare_guidance.py")
-    features, about = features_for(real, config.features, state)
-    if features is None or not real.has_labels:
+    if not real.can_be_classified:
         raise ValueError(
-            f"{real.name} must have labels, which the images are asked for: name them with --label_column"
+            f"{real.name} must have labels, two or more, which the images are asked for: name them with --label_column"
+        )
+    features, about = features_for(real, config.features, state)
+    if features is None:
+        raise ValueError(
+            "features must be a classifier of the labels, got none: leave --features out to have one trained"
         )
     if not knows_labels(features, real.train):
         raise ValueError(

@@ -35,6 +35,7 @@ from diffusers_ext.evaluation.image_folder import is_image_folder, read_image_fo
 from diffusers_ext.evaluation.likelihood_curves import draw_likelihood
 from diffusers_ext.evaluation.likelihood_options import LikelihoodOptions
 from diffusers_ext.evaluation.options import DataOptions, take_options_of_run
+from diffusers_ext.evaluation.perceptual_distance import LPIPS_NETWORKS, PerceptualDistance, load_distance
 from diffusers_ext.evaluation.pipeline_facts import image_size_of, label_names_of, takes_prompts
 from diffusers_ext.evaluation.real_images import RealImages, describe_reference, load_real_images
 from diffusers_ext.evaluation.reference_cache import reference_features
@@ -44,6 +45,7 @@ from diffusers_ext.evaluation.subject import generate_for, load_pipeline
 from diffusers_ext.evaluation.sweep import SWEPT, Sweep, SweepOptions
 from diffusers_ext.evaluation.sweep_results import SweepResults
 from diffusers_ext.figures import save_picture
+from diffusers_ext.guidance.guided_denoiser import check_guidance_scale
 from diffusers_ext.hub.cards import add_figures
 from diffusers_ext.machine import process_state, runs_in_bf16, set_threads
 from diffusers_ext.options import option, parse_config, run_script, to_command
@@ -107,9 +109,10 @@ class EvaluateConfig(LikelihoodOptions, SweepOptions, DataOptions):
 
     features: str | None = option(
         None,
-        "folder of a classifier of training/train_features.py, or of an autoencoder of train_vae.py, whose latents are features "
+        "folder of a network of training/train_features.py, or of an autoencoder of train_vae.py, whose latents are features "
         "too; or inception (whose Fréchet distance is FID), dinov2 or clip, the last two also with a folder or name of the "
-        "network after a colon; by default a classifier is trained on the data set, once, and kept",
+        "network after a colon; or none; by default a network is trained on the data set, once, and kept: a classifier, or "
+        "without labels if there are none",
         "how",
     )
     num_neighbours: int = option(5, "k of precision and recall", at_least=1)
@@ -119,6 +122,9 @@ class EvaluateConfig(LikelihoodOptions, SweepOptions, DataOptions):
         "twice as many images as there are features",
     )
     pixel_metrics: bool | None = option(None, "measure in pixels too; by default for images of up to 64x64x3 values")
+    lpips: Literal[tuple(LPIPS_NETWORKS)] | None = option(
+        None, "measure LPIPS too, by this network, of a pipeline that is asked for images by condition images"
+    )
     svc: bool | None = option(
         None,
         "train scikit-learn's SVC on the real pixels and count the labels asked for; by default for images of up to "
@@ -158,6 +164,9 @@ class EvaluateConfig(LikelihoodOptions, SweepOptions, DataOptions):
         super().__post_init__()
         check_seed(self.seed, LARGEST_SEED_OF_SETS)
         check_seed(self.seed + self.num_seeds - 1, LARGEST_SEED_OF_SETS)
+        for scale in (self.guidance_scale, *(self.sweep_guidance_scales or ())):
+            check_guidance_scale(1.0 if scale is None else scale)
+        check_guidance_scale(self.internal_guidance_scale, "internal_guidance_scale")
         self.check_sweep()
         self.check_likelihood()
         if self.sweep and self.bits_per_dim:
@@ -182,6 +191,7 @@ def main(config: EvaluateConfig) -> dict | None:
     real = load_data(config, pipeline, state)
     # What can fail on account of the options or the data comes before the images are generated.
     features, about_features = measuring_features(real, config.features, state)
+    lpips = load_distance(config.lpips, real.image_shape, state)
     for line in (*real.notes, *describe_left_out(real, features, config.num_neighbours)):
         state.print(line, flush=True)
     if pipeline is None:
@@ -219,7 +229,7 @@ def main(config: EvaluateConfig) -> dict | None:
         **({"spread": spread} if spread else {}),
         **measure_held_out(evaluator, real, num_images),
         **likelihood,
-        **measure_conditioned(config, real, pipeline, images),
+        **measure_conditioned(config, real, pipeline, images, lpips),
         "seconds": round(time.perf_counter() - start, 1),
     }
     report(config, result)
@@ -366,6 +376,10 @@ def check_options(config: EvaluateConfig, pipeline: DiffusionPipeline | None) ->
             f"a {type(pipeline).__name__} without a text_encoder cannot be asked for captions: give it one"
         )
     condition = getattr(pipeline, "image_condition", None)
+    if config.lpips is not None and condition is None:
+        raise ValueError(
+            f"lpips is of pairs of images, as of a pipeline that takes condition images, and {what}: leave it out"
+        )
     if config.condition_column is not None and (condition is None or condition.kind != "given"):
         raise ValueError(
             f"condition_column is of pipelines that were trained on such a column, and {what}: leave it out"
@@ -400,7 +414,7 @@ def make_evaluator(
         use_svc = False
     if config.extrapolate and features is None:
         raise ValueError(
-            f"--extrapolate is of a Fréchet distance, and there are no features of {real.name} to measure in"
+            "--extrapolate is of a Fréchet distance, which --features none leaves out: give others, or none by default"
         )
     if config.extrapolate and num_images <= 2 * features.feature_dim:
         raise ValueError(
@@ -428,14 +442,17 @@ def measure_held_out(evaluator: Evaluator, real: RealImages, number: int) -> dic
     return {"held_out": evaluator.measure_held_out(real.held_out, number)}
 
 
-def measure_conditioned(config: EvaluateConfig, real: RealImages, pipeline, images: Tensor) -> dict:
+def measure_conditioned(
+    config: EvaluateConfig, real: RealImages, pipeline, images: Tensor, lpips: PerceptualDistance | None
+) -> dict:
     """How close the images are to those whose condition images were asked for, in a picture too; nothing without such."""
     condition = getattr(pipeline, "image_condition", None)
     if condition is None:
         return {}
     conditioned = ConditionedImages.of(condition, real, len(images), config.seed)
     save_picture(conditioned.draw(images), path_of_result(config).with_name(CONDITIONED_PICTURE))
-    return {"conditioned": conditioned.measure(images)}
+    known = {} if lpips is None else {"lpips_network": lpips.name}
+    return {"conditioned": conditioned.measure(images, lpips) | known}
 
 
 def path_of_result(config: EvaluateConfig) -> Path:

@@ -22,11 +22,13 @@ from diffusers_ext.evaluation.evaluator import format_table
 from diffusers_ext.evaluation.feature_folders import features_for
 from diffusers_ext.evaluation.labelled_images import drawn_order
 from diffusers_ext.evaluation.options import DataOptions, take_options_of_run
+from diffusers_ext.evaluation.perceptual_distance import LPIPS_NETWORKS, load_distance
 from diffusers_ext.evaluation.real_images import RealImages, load_real_images
+from diffusers_ext.evaluation.report import describe_network, name_network
 from diffusers_ext.hub.cards import Figure, add_figures
 from diffusers_ext.machine import process_state, set_threads
 from diffusers_ext.metrics.frechet import FeatureStatistics, frechet_distance
-from diffusers_ext.metrics.reconstruction import psnr, ssim
+from diffusers_ext.metrics.reconstruction import multi_scale_ssim, psnr, ssim
 from diffusers_ext.models.vae_likelihood import vae_likelihood
 from diffusers_ext.options import option, parse_config, run_script, to_command
 from diffusers_ext.pixels import to_images
@@ -51,7 +53,9 @@ METRICS = {
     "iwae_nats": "negative importance-weighted bound of {k} draws, nats an image",
     "psnr": "PSNR of reconstructions, dB",
     "ssim": "SSIM of reconstructions",
-    "frechet_distance": "Fréchet distance of reconstructions from their images, features of a classifier of {dataset}",
+    "ms_ssim": "MS-SSIM of reconstructions",
+    "lpips": "LPIPS of reconstructions by {lpips}",
+    "frechet_distance": "Fréchet distance of reconstructions from their images, features of {features}",
     "active_latents": "active latents of {latents}",
 }
 RATE_OF_LEVEL = "rate_of_level_{number}_nats"
@@ -66,6 +70,8 @@ METRIC_NAMES = {
     "iwae_nats": "negative IWAE bound in nats",
     "psnr": "PSNR in dB",
     "ssim": "SSIM",
+    "ms_ssim": "MS-SSIM",
+    "lpips": "LPIPS",
     "frechet_distance": "Fréchet distance of reconstructions",
     "active_latents": "active latents",
 }
@@ -88,7 +94,10 @@ class EvaluateVAEConfig(DataOptions):
     )
     features: str | None = option(
         None,
-        "folder of a classifier of training/train_features.py; by default one is trained on the data set and kept",
+        "folder of a network of training/train_features.py, or none; by default one is trained on the data set and kept",
+    )
+    lpips: Literal[tuple(LPIPS_NETWORKS)] | None = option(
+        None, "measure LPIPS of reconstructions too, by this network"
     )
     eval_batch_size: int = option(64, "images at a time", at_least=1)
     seed: int = option(0, "of all draws")
@@ -124,6 +133,7 @@ def main(config: EvaluateVAEConfig) -> dict | None:
         raise ValueError(
             f"num_images must be at least 2, got {len(images)}: the Fréchet distance is of means and covariances"
         )
+    lpips = load_distance(config.lpips, real.image_shape, state)
     if not state.is_main_process:
         return None
     result = {
@@ -136,7 +146,8 @@ def main(config: EvaluateVAEConfig) -> dict | None:
         "num_samples": config.num_samples,
         "latent_shape": [list(level.shape) for level in vae.levels] if has_levels(vae) else list(vae.latent_shape),
         "features": about_features,
-        **measure(vae, images, config, features),
+        **({} if lpips is None else {"lpips_network": lpips.name}),
+        **measure(vae, images, config, features, lpips),
         "seconds": round(time.perf_counter() - start, 1),
     }
     report(given, result)
@@ -185,14 +196,14 @@ def held_out_images(config: EvaluateVAEConfig, real: RealImages, vae: VAEModel |
 
 @torch.no_grad()
 def measure(
-    vae: VAEModel | HierarchicalVAEModel, images: Tensor, config: EvaluateVAEConfig, features=None
+    vae: VAEModel | HierarchicalVAEModel, images: Tensor, config: EvaluateVAEConfig, features=None, lpips=None
 ) -> dict[str, float | int | None]:
     """Every measure of these images, uint8.
 
     Returns:
         `elbo_nats` with its terms `distortion_nats` and `rate_nats`, and `iwae_nats`, all of them upper bounds on
         -log p(x), averaged over images; the same two bounds in `..._bits_per_dim`, None for grey images under
-        "bernoulli"; `psnr` (dB) and `ssim`, averaged over images; `frechet_distance`, None without features;
+        "bernoulli"; `psnr` (dB), `ssim`, `ms_ssim` and, with a network, `lpips`, averaged over images; `frechet_distance`, None without features;
         `active_latents`; with levels of latents, the rate of each too.
     """
     how, num_dims = config.binarize or "none", images[0].numel()
@@ -207,14 +218,17 @@ def measure(
         latents.update(posterior)
         shown = (vae.decode(posterior.mode()).sample.float() / 2 + 0.5).clamp(0, 1).mul(255).round()
         decoded[rows] = shown.to("cpu", torch.uint8)
-        closeness.append(torch.stack([how_close(x / 2 + 0.5, shown / 255) for how_close in (psnr, ssim)]).cpu())
+        of_each = [how_close(x / 2 + 0.5, shown / 255) for how_close in (psnr, ssim, multi_scale_ssim)]
+        if lpips is not None:
+            of_each.append(lpips.measure((x * 127.5 + 127.5).round().to(torch.uint8), decoded[rows]).to(of_each[0]))
+        closeness.append(torch.stack(of_each).cpu())
         if (left := config.num_likelihood_images - start) > 0:
             chunk_size = max(1, ROWS_AT_ONCE // len(x))
             settings = {"num_samples": config.num_samples, "chunk_size": chunk_size, "generator": generator}
             estimate = vae_likelihood(vae, x[:left], levels=LEVELS, **settings)
             bounds.append(torch.stack([*estimate.bound, estimate.importance_weighted, *estimate.rates]).cpu())
     distortion, rate, iwae, *rates = torch.cat(bounds, dim=1).mean(1).tolist()
-    mean_psnr, mean_ssim = torch.cat(closeness, dim=1).mean(1).tolist()
+    means = torch.cat(closeness, dim=1).mean(1).tolist()
     is_probability = vae.config.likelihood != "bernoulli" or how != "none"
     return {
         "elbo_nats": distortion + rate,
@@ -224,8 +238,7 @@ def measure(
         "iwae_nats": iwae,
         "elbo_bits_per_dim": bits_per_dim(distortion + rate, num_dims) if is_probability else None,
         "iwae_bits_per_dim": bits_per_dim(iwae, num_dims) if is_probability else None,
-        "psnr": mean_psnr,
-        "ssim": mean_ssim,
+        **dict(zip(("psnr", "ssim", "ms_ssim", "lpips"), means, strict=False)),
         "frechet_distance": None if features is None else _distance(features, images, decoded),
         **_activity(latents),
     }
@@ -267,13 +280,13 @@ def report(config: EvaluateVAEConfig, result: dict):
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as partial:
         partial.write_text(json.dumps(result, indent=2) + "\n")
-    print(format_table({"held-out": {name: result[name] for name in metrics_of(result)}}))
+    print(format_table({"held-out": {name: result[name] for name in metrics_of(result) if name in result}}))
     if result["elbo_bits_per_dim"] is None:
         print("bits/dim mean nothing here: bernoulli gives grey values a cross-entropy and no probability")
     if result["features"]:
         about = result["features"]
         print(
-            f"features: {about['dim']} of the classifier in {about['folder']}; the distance is between the "
+            f"features: {about['dim']} of {describe_network(about)}; the distance is between the "
             f"{result['num_images']} images and what is decoded of them, and comparable only in the same features"
         )
     print(f"written to {path}")
@@ -285,7 +298,9 @@ def figures_of(config: EvaluateVAEConfig, result: dict) -> list[Figure]:
     """The measures as a model card shows them, with the command as it was given."""
     names = {
         "k": result["num_samples"],
+        "lpips": result.get("lpips_network"),
         "dataset": Path(result["dataset_name"]).name,
+        "features": name_network(result["features"] or {}, Path(result["dataset_name"]).name),
         "latents": result["num_latents"],
     }
     command = to_command(config, "training/evaluate_vae.py", launcher="python", first="model")
@@ -301,7 +316,7 @@ def figures_of(config: EvaluateVAEConfig, result: dict) -> list[Figure]:
             METRIC_NAMES.get(name) or name.replace("_", " ").replace(" nats", " in nats"),  # the rate of a level
         )
         for name in metrics
-        if result[name] is not None
+        if result.get(name) is not None
     ]
 
 

@@ -25,6 +25,7 @@ from diffusers_ext.evaluation.label_shares import proportional_labels
 from diffusers_ext.evaluation.options import DataOptions, take_options_of_run
 from diffusers_ext.evaluation.pipeline_facts import image_size_of, label_names_of
 from diffusers_ext.evaluation.real_images import RealImages, load_real_images
+from diffusers_ext.evaluation.reference_cache import reference_features
 from diffusers_ext.evaluation.subject import load_pipeline
 from diffusers_ext.figures import labelled_grid
 from diffusers_ext.machine import process_state, set_threads
@@ -54,7 +55,7 @@ class StudyConfig(DataOptions):
     factors: tuple[float, ...] = option((0.5, 0.8, 0.95, 1.05, 1.25, 2.0), "factors c of scaling")
     num_levels: int = option(12, "noise levels of scaling", at_least=2)
     features: str | None = option(
-        None, "folder of a classifier of training/train_features.py; by default one is trained, once, and kept"
+        None, "folder of a network of training/train_features.py, or none; by default one is trained, once, and kept"
     )
     seed: int = option(0, "of the noise and of the draw of images")
     num_threads: int | None = option(None, "CPU threads; by default all cores", at_least=1)
@@ -119,7 +120,10 @@ class Material:
         """Of uint8 images from the data; None without features."""
         if self.features is None:
             return None
-        evaluator = Evaluator(self.real.train, self.features, len(images), 3, in_pixels=False, seed=self.config.seed)
+        train = self.real.train
+        kept = reference_features(self.features, train)
+        settings = {"in_pixels": False, "seed": self.config.seed, "train_features": kept}
+        evaluator = Evaluator(train, self.features, len(images), 3, **settings)
         measures = evaluator.measure(images, None if labels is None else torch.tensor(labels))
         return measures["frechet_distance"]
 
@@ -144,8 +148,8 @@ def main(config: StudyConfig) -> Path:
         data = dataclasses.replace(data, resolution=image_size_of(pipe))
     real = load_real_images(data.for_data(), data.held_out_split, label_names=label_names_of(pipe))
     features = None
-    if config.study in ("noise_end", "data_draws") and real.can_be_classified:
-        with torch.enable_grad():  # which trains a classifier, if there is none
+    if config.study in ("noise_end", "data_draws"):
+        with torch.enable_grad():  # which trains a network of them, if there is none
             features, _ = features_for(real, config.features, state)
     report = MAKERS[config.study](Material(config, pipes, real, features))
     page = report.write(Path(config.output_dir), config.study)

@@ -1,4 +1,4 @@
-"""Train the classifier whose features `training/evaluate.py` measures generated images in.
+"""Train the network whose features `training/evaluate.py` measures generated images in.
 
 The command `diffusers-ext train-features`; `training/train_features.py` says how it is used.
 """
@@ -20,7 +20,7 @@ from diffusers_ext.options import option, run_script
 
 @dataclass(frozen=True)
 class FeaturesConfig(DataOptions):
-    """Train a small classifier of a data set's labels, for measuring generated images in its features."""
+    """Train a small network, for measuring generated images in its features: a classifier of the labels, or without labels."""
 
     output_dir: str | None = option(None, "folder of the model; by default runs/features-NAME_OF_THE_DATA_SET", "run")
     overwrite_output_dir: bool = option(False, "replace what output_dir holds")
@@ -82,9 +82,14 @@ def main(config: FeaturesConfig) -> dict:
     if state.is_main_process:
         for note in real.notes:
             print(note)
+        if "held_out_accuracy" in about:
+            measured = (
+                f"{about['held_out_accuracy']:.2%} of {about['num_held_out_images']} held-out images get their label"
+            )
+        else:
+            measured = f"without labels; {about['held_out_share_found']:.2%} of held-out images are found by another view of them"
         print(
-            f"{about['held_out_accuracy']:.2%} of {about['num_held_out_images']} held-out images get their label,"
-            f" after {time.perf_counter() - start:.0f} s\n"
+            f"{measured}, after {time.perf_counter() - start:.0f} s\n"
             f"saved in {folder}; measure with: python training/evaluate.py PIPELINE --features {folder}"
         )
     return about

@@ -1,5 +1,6 @@
 """Images that are asked for by condition images: which these are, and how close what comes is to the images that they are of."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,9 +10,10 @@ from torch import Tensor
 
 from diffusers_ext.conditions import GIVEN, ImageCondition
 from diffusers_ext.evaluation.labelled_images import convert_channels, drawn_order
+from diffusers_ext.evaluation.perceptual_distance import PerceptualDistance
 from diffusers_ext.evaluation.real_images import RealImages
 from diffusers_ext.figures import labelled_grid
-from diffusers_ext.metrics.reconstruction import psnr, ssim
+from diffusers_ext.metrics.reconstruction import multi_scale_ssim, rmse, ssim
 
 
 COLUMNS = 8  # of the picture
@@ -71,17 +73,17 @@ class ConditionedImages:
         enlarged = F.interpolate(self.conditions, size=self.condition.image_size, mode="bicubic", align_corners=False)
         return enlarged.clamp(0, 1).mul(255).round().to(torch.uint8)
 
-    def measure(self, images: Tensor) -> dict[str, float | int | bool | str]:
+    def measure(self, images: Tensor, lpips: PerceptualDistance | None = None) -> dict[str, float | int | bool | str]:
         """How close images, uint8, one for each condition image, are to the true ones.
 
         Returns:
-            `psnr` in dB, of the mean squared error of all of the images, and `ssim`, their mean; the same with `bicubic_`
-            before them for bicubic interpolation of a low resolution; `num_images`; `held_out`; the `condition` in words.
+            What `closeness` does; the same with `bicubic_` before each name for bicubic interpolation of a low resolution;
+            `num_images`; `held_out`; the `condition` in words.
         """
         result = {"condition": self.condition.describe(), "num_images": len(images), "held_out": self.held_out}
-        result |= closeness(convert_channels(images, self.truth.shape[1]), self.truth)
+        result |= closeness(convert_channels(images, self.truth.shape[1]), self.truth, lpips)
         if self.bicubic is not None:
-            result |= {f"bicubic_{name}": value for name, value in closeness(self.bicubic, self.truth).items()}
+            result |= {f"bicubic_{name}": value for name, value in closeness(self.bicubic, self.truth, lpips).items()}
         return result
 
     def draw(self, images: Tensor) -> Image.Image:
@@ -94,10 +96,23 @@ class ConditionedImages:
         return labelled_grid(list(rows.values()), list(rows))
 
 
-def closeness(images: Tensor, truth: Tensor) -> dict[str, float]:
-    """PSNR of the mean squared error of all images, in dB, and mean SSIM; both uint8, of one shape."""
-    errors, similar = [], []
+def closeness(images: Tensor, truth: Tensor, lpips: PerceptualDistance | None = None) -> dict[str, float]:
+    """How close images are to others, both uint8, of one shape.
+
+    Returns:
+        `rmse` of 256 values and `psnr` in dB, both of the mean squared error of all images; `ssim`, `ms_ssim` and, with a
+        network, `lpips`, their means over the images.
+    """
+    values: dict[str, list[Tensor]] = {}
     for one, other in zip(images.split(AT_ONCE), truth.split(AT_ONCE), strict=True):
-        errors.append(10 ** (-psnr(one / 255, other / 255) / 10))
-        similar.append(ssim(one / 255, other / 255))
-    return {"psnr": (-10 * torch.log10(torch.cat(errors).mean())).item(), "ssim": torch.cat(similar).mean().item()}
+        measured = {
+            "error": rmse(one, other).square(),
+            "ssim": ssim(one / 255, other / 255),
+            "ms_ssim": multi_scale_ssim(one / 255, other / 255),
+            **({} if lpips is None else {"lpips": lpips.measure(one, other)}),
+        }
+        for name, each in measured.items():
+            values.setdefault(name, []).append(each)
+    means = {name: torch.cat(each).mean().item() for name, each in values.items()}
+    error = means.pop("error")
+    return {"rmse": error**0.5, "psnr": 20 * math.log10(255 / error**0.5) if error else math.inf} | means

@@ -1,4 +1,4 @@
-"""Feature classifiers on disk: trained for a data set, kept, and loaded to measure its images in their features."""
+"""Networks of features on disk: trained for a data set, kept, and loaded to measure its images in their features."""
 
 import hashlib
 import json
@@ -18,6 +18,7 @@ from diffusers_ext.evaluation.pretrained_features import (
     load_pretrained_features,
 )
 from diffusers_ext.evaluation.real_images import RealImages
+from diffusers_ext.evaluation.self_supervised import fit_features_without_labels, share_found
 from diffusers_ext.machine import own_cache
 from diffusers_ext.metrics.features import FeatureClassifierModel
 from diffusers_ext.metrics.module_features import ModuleFeatures
@@ -41,28 +42,31 @@ def split_for_training(real: RealImages, seed: int) -> tuple[LabelledImages, Lab
 
 
 def train_and_save_features(real: RealImages, folder: Path, **settings) -> dict:
-    """Trains a feature classifier, saves it, and measures how well it reads images that it was not trained on.
+    """Trains a network of features, saves it, and measures it on images that it was not trained on.
+
+    It is a classifier of the labels; where there are none, or all are the same, it is trained without.
 
     Args:
-        real: The data set, with labels.
+        real: The data set.
         folder: Where the model and `features.json` go.
-        settings: Of `fit_feature_classifier`.
+        settings: Of `FeatureTraining`.
 
     Returns:
-        What `features.json` holds: `dataset_name`, `num_train_images`, `num_held_out_images`, `held_out_accuracy`.
+        What `features.json` holds: `dataset_name`, `num_train_images`, `num_held_out_images`, and `held_out_accuracy` of a
+        classifier, or `held_out_share_found` of a network without classes, see `share_found`.
     """
-    if not real.can_be_classified:
-        raise ValueError(
-            f"{real.name} has {_how_many_labels(real)}, and a feature classifier is trained on two or more: name a column of "
-            "them with --label_column"
-        )
     train, held_out = split_for_training(real, settings.get("seed", 0))
-    model = fit_feature_classifier(train, **settings)
+    if real.can_be_classified:
+        model = fit_feature_classifier(train, **settings)
+        measured = {"held_out_accuracy": accuracy(model, held_out)}
+    else:
+        model = fit_features_without_labels(train, **settings)
+        measured = {"held_out_share_found": share_found(model, held_out)}
     about = {
         "dataset_name": real.name,
         "num_train_images": len(train),
         "num_held_out_images": len(held_out),
-        "held_out_accuracy": accuracy(model, held_out),
+        **measured,
     }
     if int(os.environ.get("RANK", 0)) == 0:
 
@@ -77,7 +81,7 @@ def train_and_save_features(real: RealImages, folder: Path, **settings) -> dict:
 def load_features(
     folder: str | Path, real: RealImages | None = None
 ) -> tuple[FeatureClassifierModel | ModuleFeatures, dict]:
-    """A saved feature classifier, and the contents of its `features.json`; or the latents of a saved `VAEModel`.
+    """A saved network of features, and the contents of its `features.json`; or the latents of a saved `VAEModel`.
 
     Args:
         real: The data that an autoencoder's latents are to be features of.
@@ -117,8 +121,9 @@ class _Means(nn.Module):
 
 
 def cached_features_folder(real: RealImages) -> Path:
-    """Where the default feature classifier of a data set is kept: named by the pixels, the labels and their names."""
-    content = hashlib.sha256(b"fit 2")  # raise the number when `fit_feature_classifier` changes its defaults
+    """Where the default features of a data set are kept: named by the pixels, the labels and their names."""
+    # Raise the number when the training of either changes its defaults.
+    content = hashlib.sha256(b"fit 2" if real.can_be_classified else b"fit without labels 1")
     train, held_out = split_for_training(real, seed=0)
     for part in (train, held_out):
         content.update(repr(tuple(part.images.shape)).encode())
@@ -134,8 +139,8 @@ def cached_features_folder(real: RealImages) -> Path:
 
 def measuring_features(
     real: RealImages, features: str | Path | None, state: PartialState
-) -> tuple[FeatureClassifierModel | PretrainedFeatures, dict] | tuple[None, None]:
-    """What to measure images of a data set in: a network of a name, or a feature classifier as of `features_for`.
+) -> tuple[FeatureClassifierModel | ModuleFeatures | PretrainedFeatures, dict] | tuple[None, None]:
+    """What to measure images of a data set in: a network of a name, or one of the data as of `features_for`.
 
     Args:
         features: A name of `load_pretrained_features`, or what `features_for` takes.
@@ -157,43 +162,39 @@ def measuring_features(
 
 def features_for(
     real: RealImages, folder: str | Path | None, state: PartialState
-) -> tuple[FeatureClassifierModel, dict] | tuple[None, None]:
-    """The feature classifier to measure images of a data set in, and what is known of it.
+) -> tuple[FeatureClassifierModel | ModuleFeatures, dict] | tuple[None, None]:
+    """The network to measure images of a data set in, on the device of `state`, and what is known of it.
 
     Args:
-        folder: Of `training/train_features.py`; None for the one that is kept for this data set. It is trained if there
-            is none yet.
+        folder: Of `training/train_features.py`, or of an autoencoder; None for the features that are kept for this data set.
+            They are trained if there are none yet: by the labels, or without where there are no two. "none" for no features.
 
     Returns:
-        On the device of `state`; None twice for a data set without labels, where no folder is given.
+        None twice for "none".
 
     Raises:
-        ValueError: if the classifier takes images of another shape.
+        ValueError: if the network takes images of another shape.
     """
-
-    if folder is None and not real.can_be_classified:
-        state.print(
-            f"{real.name} has {_how_many_labels(real)} to train a feature classifier on, so only "
-            f"{'pixels' if real.value_scale is None else 'values'} are measured; --features takes a classifier trained on "
-            "others of this size, an autoencoder of training/train_vae.py, and in evaluate.py dinov2, clip and inception",
-            flush=True,
-        )
+    if folder == "none":
         return None, None
     given, folder = folder, Path(folder) if folder else cached_features_folder(real)
     if given is None and not (folder / FEATURES_FILE).is_file():
-        state.print(f"training a feature classifier on {real.name}, kept in {folder}", flush=True)
+        what = (
+            "a feature classifier on" if real.can_be_classified else f"features without labels on {_how_many(real)} of"
+        )
+        state.print(f"training {what} {real.name}, kept in {folder}", flush=True)
         train_and_save_features(real, folder)
         state.wait_for_everyone()
     model, about = load_features(folder, real)
     if model.image_shape != real.image_shape:
         raise ValueError(
             f"the features of {folder} are of images of (channels, height, width), or sequences of (channels, length), "
-            f"{model.image_shape}, but those of {real.name} are {real.image_shape}: train a classifier on them with "
+            f"{model.image_shape}, but those of {real.name} are {real.image_shape}: train a network on them with "
             "training/train_features.py"
         )
     known = {"folder": str(folder), "dim": model.feature_dim, "sha256": hash_weights(model)}
     return model.to(state.device), known | about
 
 
-def _how_many_labels(real: RealImages) -> str:
-    return "images of only one label" if real.has_labels else "no labels"
+def _how_many(real: RealImages) -> str:
+    return "the images of only one label" if real.has_labels else "the images"

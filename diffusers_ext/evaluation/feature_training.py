@@ -1,46 +1,105 @@
-"""Training of the feature classifier.
+"""Training of the feature classifier, and the loop that it shares with the training without labels.
 
-`training/train_features.py` is the command for it, and `training/evaluate.py` calls it where no classifier is given.
+`training/train_features.py` is the command for both, and `training/evaluate.py` calls them where no features are given.
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers.optimization import get_cosine_schedule_with_warmup
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from diffusers_ext.evaluation.labelled_images import LabelledImages
 from diffusers_ext.machine import is_fast_at_bf16
-from diffusers_ext.metrics.features import FeatureClassifierModel
+from diffusers_ext.metrics.features import FeatureClassifierModel, scaled_samples
 
 
-def fit_feature_classifier(
-    train: LabelledImages,
-    *,
-    num_epochs: int | None = None,
-    batch_size: int | None = None,
-    learning_rate: float = 2e-3,
-    weight_decay: float = 0.05,
-    random_flip: bool = False,
-    seed: int = 0,
-    bf16: bool | None = None,
-    show_progress: bool = True,
-) -> FeatureClassifierModel:
-    """Trains a classifier with AdamW and a learning rate that rises for a fifth of the steps and then falls to 0.
+@dataclass(frozen=True)
+class FeatureTraining:
+    """How the network of features is trained: with AdamW and a learning rate that rises for a fifth of the steps and then falls to 0.
 
     Args:
-        train: The images to train on.
         num_epochs: Passes over the images; by default enough for some 275 000 images, at least 1 and at most 20.
         batch_size: Images a step, over all processes; by default 128, or fewer to make 24 steps an epoch, at least 16.
         learning_rate: The peak.
         random_flip: Mirror each image with probability 1/2; not for digits or letters.
-        seed: Of the weights, the order and the flips. On one machine, the same seed gives the same weights.
+        seed: Of the weights, the order and what is drawn. On one machine, the same seed gives the same weights.
         bf16: Train under bf16 autocast; by default, where the device is fast at it. The weights stay float32.
+    """
+
+    num_epochs: int | None = None
+    batch_size: int | None = None
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.05
+    random_flip: bool = False
+    seed: int = 0
+    bf16: bool | None = None
+    show_progress: bool = True
+
+    def run(
+        self,
+        train: LabelledImages,
+        build: Callable[[], nn.Module],
+        loss_of: Callable[[nn.Module, Tensor, Tensor, torch.Generator], Tensor],
+        title: str,
+    ) -> nn.Module:
+        """The trained network in evaluation mode, float32, on the device that accelerate chose.
+
+        Args:
+            build: Makes it; called once the seed is set.
+            loss_of: Of the network, a batch of images as `train` has them, their labels, and a generator on the CPU.
+            title: Of the progress.
+
+        Raises:
+            ValueError: if there are too few images, or the loss is not finite.
+        """
+        num_epochs, batch_size = _choose_length(len(train), self.num_epochs, self.batch_size)
+        accelerator = Accelerator()
+        # Batch normalisation needs at least two images.
+        batch_size = max(2, min(batch_size, len(train)) // accelerator.num_processes)
+        device = accelerator.device.type
+        bf16 = is_fast_at_bf16(device) if self.bf16 is None else self.bf16
+        autocast = torch.autocast(device, torch.bfloat16, enabled=bf16)
+        set_seed(self.seed)
+        model = build().to(memory_format=torch.channels_last)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)
+        loader = DataLoader(train, batch_size, shuffle=True, drop_last=True)
+        model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+
+        num_steps = num_epochs * len(loader)
+        schedule = get_cosine_schedule_with_warmup(optimizer, num_steps // 5, num_steps)
+        generator = torch.Generator().manual_seed(self.seed + accelerator.process_index)
+        hidden = not (self.show_progress and accelerator.is_local_main_process)
+        model.train()
+        with tqdm(total=num_steps, desc=title, disable=hidden) as progress:
+            for epoch in range(1, num_epochs + 1):
+                for images, labels in loader:
+                    with autocast:
+                        loss = loss_of(model, images, labels, generator)
+                    accelerator.backward(loss)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    schedule.step()
+                    progress.update()
+                if not math.isfinite(loss.item()):
+                    raise ValueError(f"the loss is {loss.item()} after epoch {epoch}: lower learning_rate")
+        return accelerator.unwrap_model(model, keep_fp32_wrapper=False).eval()
+
+
+def fit_feature_classifier(train: LabelledImages, **settings) -> FeatureClassifierModel:
+    """Trains a classifier of the labels.
+
+    Args:
+        train: The images to train on.
+        settings: Of `FeatureTraining`.
 
     Returns:
         The model in evaluation mode, float32, on the device that accelerate chose.
@@ -48,40 +107,20 @@ def fit_feature_classifier(
     Raises:
         ValueError: if there are too few images, or the loss is not finite.
     """
-    num_epochs, batch_size = _choose_length(len(train), num_epochs, batch_size)
-    accelerator = Accelerator()
-    # Batch normalisation needs at least two images.
-    batch_size = max(2, min(batch_size, len(train)) // accelerator.num_processes)
-    device = accelerator.device.type
-    autocast = torch.autocast(device, torch.bfloat16, enabled=is_fast_at_bf16(device) if bf16 is None else bf16)
-    set_seed(seed)
-    scale = None if train.value_scale is None else train.value_scale.to_config()
-    model = FeatureClassifierModel.for_images(tuple(train.images.shape[1:]), train.label_names, scale)
-    to_sample = model.to_sample
-    model = model.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
-    loader = DataLoader(train, batch_size, shuffle=True, drop_last=True)
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    training = FeatureTraining(**settings)
 
-    num_steps = num_epochs * len(loader)
-    schedule = get_cosine_schedule_with_warmup(optimizer, num_steps // 5, num_steps)
-    flips = torch.Generator().manual_seed(seed + accelerator.process_index)
-    hidden = not (show_progress and accelerator.is_local_main_process)
-    model.train()
-    with tqdm(total=num_steps, desc="training the feature classifier", disable=hidden) as progress:
-        for epoch in range(1, num_epochs + 1):
-            for images, labels in loader:
-                images = _mirrored_at_random(images, flips) if random_flip else images
-                with autocast:
-                    loss = F.cross_entropy(model(to_sample(images)), labels)
-                accelerator.backward(loss)
-                optimizer.step()
-                optimizer.zero_grad()
-                schedule.step()
-                progress.update()
-            if not math.isfinite(loss.item()):
-                raise ValueError(f"the loss is {loss.item()} after epoch {epoch}: lower learning_rate")
-    return accelerator.unwrap_model(model, keep_fp32_wrapper=False).eval()
+    def loss_of(model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+        images = _mirrored_at_random(images, generator) if training.random_flip else images
+        return F.cross_entropy(model(scaled_samples(images, train.value_scale)), labels)
+
+    build = partial(new_network, train, train.label_names)
+    return training.run(train, build, loss_of, "training the feature classifier")
+
+
+def new_network(train: LabelledImages, label_names: list[str] | None) -> FeatureClassifierModel:
+    """A network of the size that suits these images, of such classes, or without."""
+    scale = None if train.value_scale is None else train.value_scale.to_config()
+    return FeatureClassifierModel.for_images(tuple(train.images.shape[1:]), label_names, scale)
 
 
 def _choose_length(num_images: int, num_epochs: int | None, batch_size: int | None) -> tuple[int, int]:

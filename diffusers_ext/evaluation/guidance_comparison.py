@@ -10,7 +10,7 @@ from typing import Any, Literal
 from diffusers.guiders import AdaptiveProjectedGuidance, AutoGuidance, BaseGuidance
 from torch import nn
 
-from diffusers_ext.guidance.guided_denoiser import with_named_blocks
+from diffusers_ext.guidance.guided_denoiser import check_guidance_rescale, with_named_blocks
 from diffusers_ext.guidance.guiders import ClassifierGuidance, WeakModelGuidance
 from diffusers_ext.guidance.guiding import INTERVAL_UNITS, without_notice
 from diffusers_ext.options import option
@@ -57,8 +57,7 @@ class GuidanceOptions:
         """
         if len(self.guidance_interval) != 2:
             raise ValueError(f"guidance_interval must be two numbers, got {self.guidance_interval}")
-        if not 0 <= self.guidance_rescale <= 1:
-            raise ValueError(f"guidance_rescale must be in [0, 1], got {self.guidance_rescale}")
+        check_guidance_rescale(self.guidance_rescale)
         if self.apg_norm_threshold < 0:
             raise ValueError(f"apg_norm_threshold must not be negative, got {self.apg_norm_threshold}")
 

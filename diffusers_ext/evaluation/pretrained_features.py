@@ -4,7 +4,9 @@ They measure images of any size and without labels. Only a Fréchet distance in 
 that is known as FID; each network has a scale of its own.
 """
 
+import importlib
 from collections.abc import Callable, Sequence
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -150,27 +152,41 @@ def _load_transformer(family: str, source: str) -> nn.Module:
         return cls.from_pretrained(source).eval().requires_grad_(False)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"the weights of features {family} are not to be had from {source}: {_first_line(error)}. Save a {cls.__name__} "
+            f"the weights of features {family} are not to be had from {source}: {first_line(error)}. Save a {cls.__name__} "
             f"of transformers in a folder and give --features {family}:FOLDER"
         ) from error
 
 
 def _load_inception() -> nn.Module:
+    package = import_of_extra(
+        "torch_fidelity.feature_extractor_inceptionv3", "features inception need the package torch-fidelity", "fid"
+    )
     try:
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    except ImportError as error:
-        raise ValueError(
-            f"features inception need the package torch-fidelity, with torchvision: pip install 'diffusers_ext[fid]' "
-            f"({_first_line(error)})"
-        ) from error
-    try:
-        return FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+        return package.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
     except OSError as error:
         raise ValueError(
-            f"the weights of features inception could not be downloaded: {_first_line(error)}. Put the file that torch-fidelity "
+            f"the weights of features inception could not be downloaded: {first_line(error)}. Put the file that torch-fidelity "
             f"names, weights-inception-2015-12-05-6726825d.pth, into {torch.hub.get_dir()}/checkpoints"
         ) from error
 
 
-def _first_line(error: Exception) -> str:
+def import_of_extra(module: str, needs: str, extra: str) -> ModuleType:
+    """A module of a package that comes with torchvision.
+
+    Args:
+        needs: The beginning of the sentence if it is not there.
+        extra: Of this package, that brings it.
+
+    Raises:
+        ValueError: if it cannot be imported, with what to do.
+    """
+    try:
+        return importlib.import_module(module)
+    except (ImportError, RuntimeError) as error:  # the latter from a torchvision that was built for another torch
+        raise ValueError(
+            f"{needs}, with a torchvision of the installed torch: pip install 'diffusers_ext[{extra}]' ({first_line(error)})"
+        ) from error
+
+
+def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffusers_ext.atomic_files import atomic_write
+from diffusers_ext.data.identity import hash_weights
 from diffusers_ext.evaluation.labelled_images import LabelledImages
 from diffusers_ext.evaluation.pretrained_features import PretrainedFeatures
 from diffusers_ext.machine import own_cache
@@ -21,7 +22,9 @@ _VERSION = b"reference 1"  # raise the number when networks see images in anothe
 
 
 def reference_features(
-    features: FeatureClassifierModel | PretrainedFeatures | ModuleFeatures, images: LabelledImages, weights_sha256: str
+    features: FeatureClassifierModel | PretrainedFeatures | ModuleFeatures,
+    images: LabelledImages,
+    weights_sha256: str | None = None,
 ) -> Tensor:
     """The features of real images, float32, shape `(number, feature_dim)`: measured once and kept.
 
@@ -31,12 +34,12 @@ def reference_features(
     Args:
         features: The network.
         images: The real images, as they are measured.
-        weights_sha256: Of the network, see `hash_weights`.
+        weights_sha256: Of the network, see `hash_weights`; computed if None.
 
     Warns:
         UserWarning: if they cannot be kept.
     """
-    path = reference_path(images, weights_sha256, features.feature_dim)
+    path = reference_path(images, weights_sha256 or hash_weights(features), features.feature_dim)
     kept = _read(path, (len(images), features.feature_dim))
     if kept is not None:
         return kept

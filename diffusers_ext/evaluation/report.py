@@ -51,7 +51,13 @@ METRIC_NAMES = {
 NAMES_OF_INCEPTION = {"frechet_distance": "FID", "kernel_distance": "KID", "classifier_score": "Inception score"}
 
 # And those of images that were asked for by condition images.
-CLOSENESS = {"psnr": ("PSNR", "PSNR in dB"), "ssim": ("SSIM", "SSIM")}
+CLOSENESS = {
+    "rmse": ("RMSE, of 256 values,", "RMSE"),
+    "psnr": ("PSNR", "PSNR in dB"),
+    "ssim": ("SSIM", "SSIM"),
+    "ms_ssim": ("MS-SSIM", "MS-SSIM"),
+    "lpips": ("LPIPS", "LPIPS"),
+}
 CONDITIONED_PICTURE = "conditions.png"
 LIKELIHOOD_PICTURE = "likelihood.png"
 
@@ -81,14 +87,38 @@ def describe(result: dict) -> list[str]:
     return lines
 
 
+def describe_network(about: dict) -> str:
+    """Which network the features are of, by what is known of it."""
+    if "name" in about:
+        return f"the network {about['name']}"
+    if "held_out_accuracy" in about:
+        return f"the classifier in {about['folder']}, which reads {about['held_out_accuracy']:.2%} of held-out images"
+    if "held_out_share_found" in about:
+        return (
+            f"the network in {about['folder']}, trained without labels, which finds {about['held_out_share_found']:.2%} of held-out "
+            "images by another view of them"
+        )
+    return f"the autoencoder in {about['folder']}"
+
+
+def name_network(about: dict, dataset: str) -> str:
+    """The same for a card, which has no folders."""
+    if "name" in about:
+        return f"the network {about['name']}"
+    if "held_out_accuracy" in about:
+        return f"a classifier of {dataset}"
+    return (
+        f"a network trained on {dataset} without labels"
+        if "held_out_share_found" in about
+        else "an autoencoder, its latents"
+    )
+
+
 def describe_features(about: dict, reference: dict) -> str:
     """Which features, and which images they are compared with."""
-    kind = "classifier" if "held_out_accuracy" in about else "autoencoder"
-    network = f"the network {about['name']}" if "name" in about else f"the {kind} in {about['folder']}"
-    reads = f", which reads {about['held_out_accuracy']:.2%} of held-out images" if kind == "classifier" else ""
     return (
-        f"features: {about['dim']} of {network}{reads}; the Fréchet distance is from all {reference['num_images']} training images "
-        "and is comparable only with distances in the same features"
+        f"features: {about['dim']} of {describe_network(about)}; the Fréchet distance is from all {reference['num_images']} training "
+        "images and is comparable only with distances in the same features"
     )
 
 
@@ -142,14 +172,16 @@ def _with_error(bound: dict, name: str, error: str) -> str:
 
 def describe_conditioned(measures: dict) -> str:
     """These figures in a line."""
-    bicubic = ""
-    if "bicubic_psnr" in measures:
-        bicubic = f"; bicubic {measures['bicubic_psnr']:.2f} dB and {measures['bicubic_ssim']:.3f}"
     kind = "held-out images" if measures["held_out"] else "training images"
+    bicubic = f"; bicubic {_closeness(measures, 'bicubic_')}" if "bicubic_psnr" in measures else ""
     return (
-        f"by {measures['condition']} of {kind}: PSNR {measures['psnr']:.2f} dB, SSIM {measures['ssim']:.3f}{bicubic}; "
-        f"side by side in {CONDITIONED_PICTURE}"
+        f"by {measures['condition']} of {kind}: {_closeness(measures)}{bicubic}; side by side in {CONDITIONED_PICTURE}"
     )
+
+
+def _closeness(measures: dict, beginning: str = "") -> str:
+    named = {name: measures[beginning + key] for key, (_, name) in CLOSENESS.items() if beginning + key in measures}
+    return ", ".join(f"{name} {value:.4g}" for name, value in named.items())
 
 
 def figures_of(result: dict, command: str) -> list[Figure]:
@@ -165,13 +197,12 @@ def figures_of(result: dict, command: str) -> list[Figure]:
     if sampling["labels"]:
         sampler += f", labels {sampling['labels']['proportions']}"
     dataset, about = Path(result["dataset_name"]).name, result["features"] or {}
-    features = f"a classifier of {dataset}" if "held_out_accuracy" in about else "an autoencoder, its latents"
     known = {
         "dataset": dataset,
         "k": result["num_neighbours"],
         "whose": "asked for",
         "values": "values" if len(result["image_shape"]) == 2 else "pixels",
-        "features": f"the network {about['name']}" if "name" in about else features,
+        "features": name_network(about, dataset),
     }
     names, spread, seeds = names_of(about), result.get("spread", {}), result["seeds"]
     asked = ""
@@ -207,8 +238,11 @@ def figures_of_conditioned(measures: dict, sampler: str, sampling: dict, dataset
     """How close images are to those whose condition images were asked for."""
     figures, kind = [], "held-out" if measures["held_out"] else "training"
     for key, (title, name) in CLOSENESS.items():
+        if key not in measures:
+            continue
+        by = f" by {measures['lpips_network']}" if key == "lpips" else ""
         beside = f"; bicubic has {measures[f'bicubic_{key}']:.3g}" if f"bicubic_{key}" in measures else ""
-        what = f"{title} to {kind} images of {dataset} by {measures['condition']}{beside}"
+        what = f"{title}{by} to {kind} images of {dataset} by {measures['condition']}{beside}"
         steps = sampling["num_inference_steps"]
         figures.append(Figure(what, measures[key], measures["num_images"], sampler, steps, command, name))
     return figures

@@ -60,31 +60,30 @@ class StepContext(NamedTuple):
         return noise_level(self.scheduler, self.timestep, self.x_t)
 
 
-def check_guidance_scale(guidance_scale: float) -> None:
-    """Refuses a weight of the condition with which guidance would lead away from it, or nowhere.
+# The scales of guidance, and what their values mean.
+SCALES = {
+    "guidance_scale": (
+        "0 is the unconditional prediction and 1 the conditional one, without guidance. What leads away from a label is a "
+        "negative weight, class_labels={label: -1.0}, and from a text a negative_prompt"
+    ),
+    "internal_guidance_scale": (
+        "1 is the network's output, and above 1 leads away from what its middle layer predicts"
+    ),
+    "classifier_scale": "0 is no guidance by a classifier",
+}
+
+
+def check_guidance_scale(scale: float, name: str = "guidance_scale") -> None:
+    """Refuses a scale with which guidance would lead away from the condition, or nowhere.
+
+    Args:
+        name: Of the scale, one of `SCALES`.
 
     Raises:
         ValueError: if it is not finite or is negative.
     """
-    if not (math.isfinite(guidance_scale) and guidance_scale >= 0):
-        raise ValueError(
-            f"guidance_scale must be finite and at least 0, got {guidance_scale}: 0 is the unconditional prediction and 1 the "
-            "conditional one, without guidance. What leads away from a label is a negative weight, class_labels={label: "
-            "-1.0}, and from a text a negative_prompt"
-        )
-
-
-def check_internal_guidance_scale(internal_guidance_scale: float) -> None:
-    """Refuses a weight of the output against that of a middle layer that leads nowhere.
-
-    Raises:
-        ValueError: if it is not finite or is negative.
-    """
-    if not (math.isfinite(internal_guidance_scale) and internal_guidance_scale >= 0):
-        raise ValueError(
-            f"internal_guidance_scale must be finite and at least 0, got {internal_guidance_scale}: 1 is the network's output, "
-            "and above 1 leads away from what its middle layer predicts"
-        )
+    if not (math.isfinite(scale) and scale >= 0):
+        raise ValueError(f"{name} must be finite and at least 0, got {scale}: {SCALES[name]}")
 
 
 def check_guidance_rescale(guidance_rescale: float) -> None:

@@ -20,7 +20,6 @@ from diffusers_ext.guidance.guided_denoiser import (
     StepContext,
     check_guidance_rescale,
     check_guidance_scale,
-    check_internal_guidance_scale,
 )
 from diffusers_ext.schedulers.levels import (
     PATH_TOLERANCE,
@@ -112,8 +111,7 @@ class ClassifierGuidance(_ContextGuidance):
         enabled: bool = True,
     ):
         super().__init__(guidance_scale, guidance_rescale, start, stop, enabled)
-        if not (math.isfinite(classifier_scale) and classifier_scale >= 0):
-            raise ValueError(f"classifier_scale must be finite and at least 0, got {classifier_scale}")
+        check_guidance_scale(classifier_scale, "classifier_scale")
         self.classifier_scale = classifier_scale
 
     def check_pipeline(self, pipe, labels: Tensor | None) -> None:
@@ -237,7 +235,7 @@ class InternalGuidance(_ContextGuidance):
         internal_stop: float = 1.0,
     ):
         super().__init__(guidance_scale, guidance_rescale, start, stop, enabled)
-        check_internal_guidance_scale(internal_guidance_scale)
+        check_guidance_scale(internal_guidance_scale, "internal_guidance_scale")
         if not 0 <= internal_start <= internal_stop <= 1:
             raise ValueError(
                 "internal_start and internal_stop must be in [0, 1], the smaller one first, got "

@@ -15,7 +15,7 @@ from diffusers_ext.metrics.neighbours import (
     nearest_distances,
     precision_recall,
 )
-from diffusers_ext.metrics.reconstruction import multi_scale_ssim, psnr, ssim
+from diffusers_ext.metrics.reconstruction import multi_scale_ssim, psnr, rmse, ssim
 from diffusers_ext.metrics.shares import ShareDifference, share_difference
 
 
@@ -35,6 +35,7 @@ __all__ = [
     "nearest_distances",
     "precision_recall",
     "psnr",
+    "rmse",
     "share_difference",
     "ssim",
 ]

@@ -1,7 +1,8 @@
-"""A small image classifier whose penultimate layer gives the features of the Fréchet distance and of precision/recall.
+"""A small network whose features the Fréchet distance, precision and recall are measured in: a classifier, or without classes.
 
 Features of a network that was trained on the data set itself separate its classes and styles where those of a network
-trained on photographs may not, and there is one for any size and number of channels.
+trained on photographs may not, and there is one for any size and number of channels. What is trained without labels
+(`evaluation/self_supervised.py`) is the same network without its last layer.
 """
 
 import math
@@ -60,12 +61,12 @@ def scaled_samples(images: Tensor, scale: ValueScale | None) -> Tensor:
 
 
 class FeatureClassifierModel(ModelMixin, ConfigMixin):
-    """A residual convolutional classifier with batch normalisation.
+    """A residual convolutional classifier with batch normalisation, or such a network without classes.
 
     Args:
         sample_size: Side of the images, or `(height, width)`; of sequences the length.
         in_channels: Channels of the images.
-        num_classes: Number of labels.
+        num_classes: Number of labels; None for a network of features alone, whose output they are.
         block_out_channels: Widths of the stages; each but the first halves the image. The last is the number of
             features.
         layers_per_block: Residual blocks in a stage.
@@ -81,7 +82,7 @@ class FeatureClassifierModel(ModelMixin, ConfigMixin):
         self,
         sample_size: int | tuple[int, ...],
         in_channels: int,
-        num_classes: int,
+        num_classes: int | None,
         block_out_channels: tuple[int, ...] = (32, 64, 128),
         layers_per_block: int = 1,
         stem_stride: int = 1,
@@ -91,10 +92,10 @@ class FeatureClassifierModel(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         check_config(self.config, FeatureClassifierModel.__init__, finite=True)
-        if num_classes < 2:
+        if num_classes is not None and num_classes < 2:
             raise ValueError(f"num_classes must be at least 2 for a classifier, got {num_classes}")
-        if label_names is not None and len(label_names) != num_classes:
-            raise ValueError(f"label_names must have {num_classes} names, got {len(label_names)}")
+        if label_names is not None and len(label_names) != (num_classes or 0):
+            raise ValueError(f"label_names must have {num_classes or 0} names, got {len(label_names)}")
 
         if stem_stride not in (1, 2):
             raise ValueError(f"stem_stride must be 1 or 2, got {stem_stride}")
@@ -109,13 +110,15 @@ class FeatureClassifierModel(ModelMixin, ConfigMixin):
                 blocks.append(ResidualBlock(width, out_channels, 2 if stage > 0 and layer == 0 else 1, dims))
                 width = out_channels
         self.blocks = nn.Sequential(*blocks)
-        self.classifier = nn.Linear(width, num_classes)
+        self.classifier = None if num_classes is None else nn.Linear(width, num_classes)
 
     @classmethod
     def for_images(
-        cls, image_shape: tuple[int, ...], label_names: list[str], value_scale: dict | None = None
+        cls, image_shape: tuple[int, ...], label_names: list[str] | None, value_scale: dict | None = None
     ) -> "FeatureClassifierModel":
         """A classifier of a depth and width that suit images of shape `(channels, height, width)`, or sequences.
+
+        Without `label_names` it has no classes.
 
         From 16 pixels on, the stem halves the image, and each doubling beyond 64 pixels adds a stage, so that the last
         feature map has between 2 and 8 pixels a side.
@@ -125,10 +128,10 @@ class FeatureClassifierModel(ModelMixin, ConfigMixin):
         return cls(
             sample_size=tuple(sides),
             in_channels=channels,
-            num_classes=len(label_names),
+            num_classes=None if label_names is None else len(label_names),
             block_out_channels=(32, 64) + (128,) * (1 + more_stages),
             stem_stride=2 if min(sides) >= 16 else 1,
-            label_names=list(label_names),
+            label_names=None if label_names is None else list(label_names),
             dims=len(sides),
             value_scale=value_scale,
         )
@@ -150,8 +153,10 @@ class FeatureClassifierModel(ModelMixin, ConfigMixin):
     def ids_among(self, label_names: Sequence[str]) -> Tensor:
         """The id of each class among these names, int64, shape `(num_classes,)`; -1 for a class that is none of them.
 
-        Classes without names are taken to have these, in their order.
+        Classes without names are taken to have these, in their order. Without classes it is empty.
         """
+        if self.classifier is None:
+            return torch.empty(0, dtype=torch.int64)
         if self.config.label_names is None:
             return torch.arange(self.config.num_classes)
         ids = {name: label for label, name in enumerate(label_names)}
@@ -183,8 +188,9 @@ class FeatureClassifierModel(ModelMixin, ConfigMixin):
         return self.feature_maps(sample)[-1].mean((2, 3))
 
     def forward(self, sample: Tensor) -> Tensor:
-        """The logits of the labels, shape `(batch, num_classes)`, of images in [-1, 1]."""
-        return self.classifier(self.extract_features(sample))
+        """The logits of the labels, shape `(batch, num_classes)`, of images in [-1, 1]; without classes the features."""
+        features = self.extract_features(sample)
+        return features if self.classifier is None else self.classifier(features)
 
     def to_sample(self, images: Tensor) -> Tensor:
         """Images in 8 bits, or sequences in own units, to what the network takes; see `measure`."""
@@ -192,12 +198,14 @@ class FeatureClassifierModel(ModelMixin, ConfigMixin):
         return scaled_samples(images, scale)
 
     @torch.no_grad()
-    def logits(self, features: Tensor) -> Tensor:
-        """The logits of the labels that features of `measure` have, shape `(number, num_classes)`, on the CPU."""
+    def logits(self, features: Tensor) -> Tensor | None:
+        """The logits of the labels that features of `measure` have, shape `(number, num_classes)`, on the CPU; or None."""
+        if self.classifier is None:
+            return None
         return self.classifier(features.to(self.device)).cpu()
 
     @torch.no_grad()
-    def measure(self, images: Tensor, batch_size: int = 256) -> tuple[Tensor, Tensor]:
+    def measure(self, images: Tensor, batch_size: int = 256) -> tuple[Tensor, Tensor | None]:
         """Features and predicted labels of 8-bit images, or of sequences, in evaluation mode and batch by batch.
 
         Args:
@@ -206,16 +214,18 @@ class FeatureClassifierModel(ModelMixin, ConfigMixin):
             batch_size: Images at a time.
 
         Returns:
-            Features, float32, shape `(number, feature_dim)`, and labels, int64, shape `(number,)`, both on the CPU.
+            Features, float32, shape `(number, feature_dim)`, and labels, int64, shape `(number,)`, both on the CPU; None in
+            their place without classes.
         """
         training = self.training
         # The fastest layout, and always the same one, since rounding depends on it.
         self.eval().to(memory_format=torch.channels_last)
         features = torch.empty(len(images), self.feature_dim)
-        labels = torch.empty(len(images), dtype=torch.int64)
+        labels = None if self.classifier is None else torch.empty(len(images), dtype=torch.int64)
         for start in range(0, len(images), batch_size):
             rows = slice(start, start + batch_size)
             features[rows] = self.extract_features(self.to_sample(images[rows].to(self.device)))
-            labels[rows] = self.classifier(features[rows].to(self.device)).argmax(1).cpu()
+            if labels is not None:
+                labels[rows] = self.classifier(features[rows].to(self.device)).argmax(1).cpu()
         self.train(training)
         return features, labels

@@ -7,6 +7,15 @@ from torch import Tensor
 from diffusers_ext.diffusion.precision import to_float64
 
 
+def rmse(x: Tensor, y: Tensor) -> Tensor:
+    """Root mean squared error, shape `(batch,)`, in the units of the images.
+
+    Args:
+        x, y: Shape `(batch, ...)`.
+    """
+    return (to_float64(x) - to_float64(y)).square().flatten(1).mean(1).sqrt()
+
+
 def psnr(x: Tensor, y: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB, shape `(batch,)`: 10 log10(1 / mean squared error); infinite for equal images.
 

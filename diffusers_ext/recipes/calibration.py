@@ -100,21 +100,19 @@ def calibrate_run(trainer: Trainer, wanted: bool | None, command: str) -> None:
 
 
 def load_data(folder: Path, subject: Subject) -> tuple[Data, list[str]]:
-    """The run's images, and a feature classifier if it takes next to no time; with what is left out."""
+    """The run's images, and a network of features if it takes next to no time; with what is left out."""
     options = take_options_of_run(DataOptions(resolution=image_size_of(subject.pipe)), folder)
     real = load_real_images(options.for_data(), options.held_out_split, label_names=label_names_of(subject.pipe))
     name = options.held_out_split or find_held_out_split(options.for_data())
     features, left_out = None, []
     if _has_features(real):
         features, _ = features_for(real, None, PartialState())
-    elif real.can_be_classified:
+    else:
         left_out = [f"`python training/calibrate.py {folder}` trains one, and chooses by it."]
     return Data(real, name, features), left_out
 
 
 def _has_features(real: RealImages) -> bool:
-    """Whether there is a feature classifier, or one is trained in no time."""
-    if not real.can_be_classified:
-        return False
+    """Whether there is a network of features, or a classifier is trained in no time; one without labels takes longer."""
     known = (cached_features_folder(real) / FEATURES_FILE).is_file()
-    return known or real.train.images.numel() <= MOST_TO_TRAIN_ON
+    return known or real.can_be_classified and real.train.images.numel() <= MOST_TO_TRAIN_ON

@@ -31,6 +31,17 @@ def test_any_shape_gives_features_and_logits(shape):
     assert model(sample).shape == (2, 3)
 
 
+def test_without_classes_it_is_its_features():
+    model = FeatureClassifierModel.for_images((1, 8, 8), None).eval()
+    sample = torch.randn(2, 1, 8, 8)
+    assert torch.equal(model(sample), model.extract_features(sample)) and model.config.num_classes is None
+    features, labels = model.measure(torch.zeros(3, 1, 8, 8, dtype=torch.uint8))
+    assert features.shape == (3, 128) and labels is None and model.logits(features) is None
+    assert len(model.ids_among(["a", "b"])) == 0
+    with pytest.raises(ValueError, match="label_names must have 0 names, got 1"):
+        FeatureClassifierModel(8, 1, None, label_names=["a"])
+
+
 def test_training_learns_and_the_saved_folder_gives_the_same_features(tmp_path):
     train, held_out = coloured(192, (1, 8, 8), seed=0), coloured(60, (1, 8, 8), seed=1)
     model = fit_feature_classifier(train, num_epochs=8, batch_size=16, show_progress=False)

@@ -251,21 +251,36 @@ def test_features_are_trained_once_and_kept(tmp_path, capsys):
     assert second["features"] == first["features"] and second["generated"] == first["generated"]
 
 
-def test_without_labels_only_pixels_are_measured_and_it_says_so(tmp_path, capsys):
-    data = save_parquet(tmp_path / "colours", with_labels=False)
+def test_without_labels_the_features_are_trained_without_too_and_it_says_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("DIFFUSERS_EXT_CACHE", str(tmp_path / "cache"))
+    data = save_parquet(tmp_path / "colours", with_labels=False, count=40)
     images = tmp_path / "images"
     images.mkdir()
     for index in range(20):
         Image.effect_noise((8, 12), 50).save(images / f"{index}.png")
-    result = run(images, "--dataset_name", data, "--cache_dir", tmp_path / "datasets")
+    shared = (images, "--dataset_name", data, "--cache_dir", tmp_path / "datasets")
+    with pytest.warns(UserWarning, match="unreliable from 20 samples"):
+        result = run(*shared)
+    said = capsys.readouterr().out
+    assert (
+        "training features without labels on the images of" in said and "trained without labels, which finds" in said
+    )
+    assert (
+        set(result["generated"]) >= {"frechet_distance", "coverage", "pixel_recall"}
+        and "held_out_share_found" in result["features"]
+    )
+    result = run(*shared, "--features", "none")
     assert result["features"] is None
     assert set(result["generated"]) == {"num_images", "pixel_precision", "pixel_recall", "nearest_train_distance"}
-    assert "has no labels to train a feature classifier on, so only pixels are measured" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--extrapolate is of a Fréchet distance, which --features none leaves out"):
+        run(*shared, "--features", "none", "--extrapolate")
+    with pytest.raises(ValueError, match="lpips is of pairs of images, .* is a folder of images: leave it out"):
+        run(*shared, "--lpips", "alex")
     with pytest.raises(ValueError, match="--svc needs labels, two or more, and .* has none"):
-        run(images, "--dataset_name", data, "--cache_dir", tmp_path / "datasets", "--svc")
+        run(*shared, "--svc", "--features", "none")
 
 
-def test_a_data_set_of_one_label_is_measured_in_pixels(tmp_path, capsys):
+def test_a_data_set_of_one_label_is_measured_in_pixels(tmp_path):
     """No classifier tells one label from others, be it that of the features or an SVC."""
     data, images = tmp_path / "data", tmp_path / "images"
     data.mkdir()
@@ -275,10 +290,9 @@ def test_a_data_set_of_one_label_is_measured_in_pixels(tmp_path, capsys):
     datasets.Dataset.from_dict(rows, features=columns).to_parquet(data / "train-00000-of-00001.parquet")
     for index, picture in enumerate(rows["image"]):
         picture.save(images / f"{index}.png")
-    shared = (images, "--dataset_name", data, "--cache_dir", tmp_path / "datasets")
+    shared = (images, "--dataset_name", data, "--cache_dir", tmp_path / "datasets", "--features", "none")
     result = run(*shared)
     assert result["features"] is None and "pixel_recall" in result["generated"]
-    assert "has images of only one label to train a feature classifier on" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--svc needs labels, two or more, and .* has images of only one"):
         run(*shared, "--svc")
 
@@ -317,6 +331,7 @@ def test_numbers_without_a_meaning_are_refused_by_the_name_of_their_option(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore:the Fréchet distance of 128 features is unreliable")
 def test_two_processes_give_the_measures_of_one(tmp_path, features_folder):
     folder = save_pipeline(tmp_path / "run")
     arguments = (
@@ -332,6 +347,24 @@ def test_two_processes_give_the_measures_of_one(tmp_path, features_folder):
         assert two["likelihood"][name] == pytest.approx(one["likelihood"][name], rel=1e-5)
     assert two["likelihood"]["num_images"] == 21
     assert output.count("written to") == 1
+
+    sweep = (
+        *arguments[:5],
+        "--num_images",
+        21,
+        *arguments[9:13],
+        "--sweep",
+        "--sweep_steps",
+        1,
+        2,
+        "--no-pixel_metrics",
+    )
+    one = run(*sweep)["results"]
+    output = in_ranks(lambda: run(*sweep, "--overwrite"))
+    two = json.loads((folder / "sweep/results.json").read_text())["results"]
+    assert output.count("written to") == 1 and [row["calls"] for row in two] == [row["calls"] for row in one] == [1, 2]
+    for mine, theirs in zip(two, one, strict=True):
+        assert mine["frechet_distance"] == pytest.approx(theirs["frechet_distance"], rel=1e-3)
 
 
 def test_features_of_training_are_not_overwritten(features_folder):

@@ -118,7 +118,7 @@ def test_without_labels_and_held_out_captions_those_of_training_and_pixels_are_t
     save_pictures(data, "test", TEST, [None] * len(TEST))
     pipe = text_pipeline(guider=ClassifierFreeGuidance(2.0))  # which is no matter of the run's scale
     folder = save_run(tmp_path / "run", str(data), pipe, guidance_scale=3.0)
-    result = run(folder, "--num_images", 20, "--cache_dir", tmp_path / "datasets")
+    result = run(folder, "--num_images", 20, "--cache_dir", tmp_path / "datasets", "--features", "none")
     assert result["features"] is None and result["sampling"]["guider"] == "ClassifierFreeGuidance"
     assert (
         result["sampling"]["guidance_scale"] is None and "ClassifierFreeGuidance" in (folder / "README.md").read_text()

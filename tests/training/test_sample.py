@@ -15,6 +15,7 @@ from diffusers_ext.draws import between_draws
 from diffusers_ext.evaluation.animation import interpolation_frames
 from diffusers_ext.evaluation.generate import generate_images
 from diffusers_ext.figures import check_animation_format, labelled_grid
+from processes import in_ranks
 from tiny import tiny_stock_unet, tiny_unet
 from tiny_text import tiny_clip, tiny_text_unet, tiny_tokenizer
 
@@ -82,6 +83,16 @@ def test_images_do_not_depend_on_the_batch_size(made, saved, tmp_path):
         assert (
             np.abs(here.astype(int) - read(made, each["file_name"]).astype(int)).max() <= 1
         )  # kernels differ by batch
+
+
+def test_two_processes_make_the_images_of_one(made, saved, tmp_path):
+    asked = {"class_labels": ("dog", "cat"), "num_images": 5, "batch_size": 2, "seed": 3, "upscale": 3}
+    config = SampleConfig(str(saved / "labels"), output_dir=str(tmp_path / "two"), **asked, **QUICK)
+    assert in_ranks(lambda: main(config)).count("5 images in") == 1
+    assert records(tmp_path / "two") == records(made) and (tmp_path / "two" / "grid.png").is_file()
+    for each in records(made):
+        here, there = (read(folder, each["file_name"]).astype(int) for folder in (tmp_path / "two", made))
+        assert np.abs(here - there).max() <= 1  # kernels differ by batch
 
 
 def test_a_pixel_is_enlarged_as_a_square():
