@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffusers_ext import GuidedDiffusionPipeline, NoisyClassifierModel
+from diffusers_ext.command_names import name_commands
 from diffusers_ext.data.identity import hash_weights
 from diffusers_ext.data.sequences import refuse_sequences
 from diffusers_ext.draws import check_seed
@@ -222,7 +223,9 @@ def load_for_comparison(config: CompareConfig, state: PartialState) -> GuidedDif
     classifier = None
     if config.classifier is not None:
         if not (Path(config.classifier) / "config.json").is_file():
-            raise ValueError(f"--classifier {config.classifier} is no folder of training/train_classifier.py")
+            raise ValueError(
+                name_commands(f"--classifier {config.classifier} is no folder of training/train_classifier.py")
+            )
         classifier = NoisyClassifierModel.from_pretrained(config.classifier).eval()
     if pipe.guider is not None:
         state.print(

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from diffusers_ext.command_names import name_commands
 from diffusers_ext.draws import check_seed
 from diffusers_ext.evaluation.feature_folders import train_and_save_features
 from diffusers_ext.evaluation.options import DataOptions
@@ -83,9 +84,11 @@ def main(config: FeaturesConfig) -> dict:
         for note in real.notes:
             print(note)
         print(
-            f"{about['held_out_accuracy']:.2%} of {about['num_held_out_images']} held-out images get their label,"
-            f" after {time.perf_counter() - start:.0f} s\n"
-            f"saved in {folder}; measure with: python training/evaluate.py PIPELINE --features {folder}"
+            name_commands(
+                f"{about['held_out_accuracy']:.2%} of {about['num_held_out_images']} held-out images get their label,"
+                f" after {time.perf_counter() - start:.0f} s\n"
+                f"saved in {folder}; measure with: python training/evaluate.py PIPELINE --features {folder}"
+            )
         )
     return about
 

@@ -13,6 +13,7 @@ from diffusers_ext.calibration import report as reports
 from diffusers_ext.calibration.budget import SHORTEST_TRAINING, budget_of_training
 from diffusers_ext.calibration.run import Data, calibrate
 from diffusers_ext.calibration.subject import Subject
+from diffusers_ext.command_names import name_commands
 from diffusers_ext.data.image_table import ImageData
 from diffusers_ext.evaluation.feature_folders import FEATURES_FILE, cached_features_folder, features_for
 from diffusers_ext.evaluation.options import DataOptions, take_options_of_run
@@ -76,7 +77,7 @@ def calibrate_run(trainer: Trainer, wanted: bool | None, command: str) -> None:
     reason = why_not(trainer, wanted, seconds)
     if reason is not None:
         if reason:
-            later = "" if len(trainer.data.size) == 1 else f": python training/calibrate.py {folder}"
+            later = "" if len(trainer.data.size) == 1 else name_commands(f": python training/calibrate.py {folder}")
             say(f"not calibrated, since {reason}{later}")
         return
     say(f"calibrating for {budget_of_training(seconds):.0f} s (--no-calibrate leaves it)", flush=True)
@@ -105,7 +106,7 @@ def load_data(folder: Path, subject: Subject) -> tuple[Data, list[str]]:
     if _has_features(real):
         features, _ = features_for(real, None, PartialState())
     elif real.can_be_classified:
-        left_out = [f"`python training/calibrate.py {folder}` trains one, and chooses by it."]
+        left_out = [name_commands(f"`python training/calibrate.py {folder}` trains one, and chooses by it.")]
     return Data(real, name, features), left_out
 
 
