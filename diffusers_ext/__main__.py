@@ -11,9 +11,7 @@ from importlib import import_module
 from typing import NamedTuple
 
 import diffusers_ext
-
-
-PROGRAM = "diffusers-ext"
+from diffusers_ext.command_names import PROGRAM, command_of
 
 
 class Command(NamedTuple):
@@ -104,10 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _name_of(word: str, commands: dict[str, Command]) -> str:
     """The command that a word means: its name, or the script of it, such as `training/train_ddpm.py`."""
-    stem = word.removeprefix("training/").removesuffix(".py")
-    by_script = {(command.module or "").rpartition(".")[2]: name for name, command in commands.items()}
-    hyphenated = stem.replace("_", "-")
-    return hyphenated if hyphenated in commands else by_script.get(stem, word)
+    name = command_of(word.removeprefix("training/").removesuffix(".py"))
+    return name if name in commands else word
 
 
 def _run_of_diffusers(arguments: list[str]) -> None:

@@ -14,11 +14,11 @@ from accelerate.state import AcceleratorState, GradientState
 from diffusers import DiffusionPipeline, ModelMixin
 
 import diffusers_ext
+from diffusers_ext.command_names import started_as
 from diffusers_ext.commands import train_ddpm, train_text_to_image, train_vae
 from diffusers_ext.commands.train_ddpm import TrainConfig
 from diffusers_ext.commands.train_vae import TrainVAEConfig
 from diffusers_ext.data.at_hand import AtHand, keep_dataset
-from diffusers_ext.options import started_as
 from diffusers_ext.recipes.text_to_image import TextConfig
 from diffusers_ext.trainer.signals import Interrupted
 from diffusers_ext.untrusted import read_json

@@ -10,6 +10,8 @@ beside them; the shift is then that mean, and the scale `scaling_factor / latent
 import torch
 from torch import Generator, Tensor, nn
 
+from diffusers_ext.command_names import name_commands
+
 
 def check_one_level(vae: nn.Module, name: str = "vae") -> None:
     """Refuses an autoencoder with several levels of latents, such as `HierarchicalVAEModel`.
@@ -19,9 +21,11 @@ def check_one_level(vae: nn.Module, name: str = "vae") -> None:
     """
     if vae.config.get("num_levels") is not None:
         raise ValueError(
-            f"{name} must have latents of one level, which a denoiser is trained on, got a {type(vae).__name__}: its levels "
-            "have a prior of their own, by which it makes images itself (.sample). Train a VAEModel instead, by "
-            "training/train_vae.py --architecture conv"
+            name_commands(
+                f"{name} must have latents of one level, which a denoiser is trained on, got a {type(vae).__name__}: its levels "
+                "have a prior of their own, by which it makes images itself (.sample). Train a VAEModel instead, by "
+                "training/train_vae.py --architecture conv"
+            )
         )
 
 
@@ -39,9 +43,11 @@ def latent_scale(vae: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
     scale, shift = config.get("scaling_factor"), config.get("shift_factor")
     if scale is None or not getattr(vae, "is_measured", True):
         raise ValueError(
-            f"the scale of this {type(vae).__name__}'s latents was never measured: its config has scaling_factor {scale} and "
-            f"shift_factor {shift}. Set them by vae.register_to_config(shift_factor=MEAN, scaling_factor=1 / STD), with mean and std "
-            "of the latents of the training images; training/train_vae.py does so at its end"
+            name_commands(
+                f"the scale of this {type(vae).__name__}'s latents was never measured: its config has scaling_factor {scale} and "
+                f"shift_factor {shift}. Set them by vae.register_to_config(shift_factor=MEAN, scaling_factor=1 / STD), with mean and std "
+                "of the latents of the training images; training/train_vae.py does so at its end"
+            )
         )
     # On the host until it is checked, so that an accelerator is not waited for.
     scale, shift = _broadcasting(scale, like), _broadcasting(0.0 if shift is None else shift, like)

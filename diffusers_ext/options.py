@@ -15,15 +15,14 @@ import time
 import traceback
 import types
 import typing
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from functools import cache, partial, wraps
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
 
+from diffusers_ext.command_names import launched_command, name_commands, started_as
 from diffusers_ext.foreign_options import explain_foreign
 from diffusers_ext.untrusted import parse_yaml, read_yaml_mapping
 
@@ -264,12 +263,13 @@ def _without_path(value: Any) -> Any:
 def preset_of(cls: type, values: dict[str, Any]) -> dict[str, Any]:
     """What the preset that `values` name gives beside them: nothing that has no effect with them.
 
-    An option that another one stands in for (`REPLACED_BY` of the class: the option, and what it leaves no room for) is left
-    to that.
+    An option that another one stands in for (`REPLACED_BY` of the class: the option, if it is not off, and what it leaves no
+    room for) is left to that.
     """
     if values.get("preset") is None:
         return {}
-    replaced = {name for other, names in cls.REPLACED_BY.items() if values.get(other) is not None for name in names}
+    given = {name for name, value in values.items() if value is not None and value is not False}
+    replaced = {name for other in given for name in cls.REPLACED_BY.get(other, ())}
     given = {name: value for name, value in cls.PRESETS[values["preset"]].items() if name not in {*values, *replaced}}
     needs = {field.name: field.metadata["needs"] for field in dataclasses.fields(cls)}
     defaults = {field.name: field.default for field in dataclasses.fields(cls)}
@@ -314,23 +314,6 @@ def written_options(config: Any) -> dict[str, Any]:
 _DUMPER, _LOADER = (getattr(yaml, f"C{name}", getattr(yaml, name)) for name in ("SafeDumper", "SafeLoader"))
 
 
-_started_as: ContextVar[str | None] = ContextVar("started_as", default=None)
-
-
-@contextmanager
-def started_as(program: str | None) -> Iterator[None]:
-    """While it lasts, `to_command` gives command lines of a program such as "diffusers-ext train"; None is no program."""
-    launched = program is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1
-    token = _started_as.set(program.replace("diffusers-ext", _LAUNCHED, 1) if launched else program)
-    try:
-        yield
-    finally:
-        _started_as.reset(token)
-
-
-# How the command is started in several processes.
-_LAUNCHED = "accelerate launch -m diffusers_ext"
-
 # How a run was started, not what it is. What a preset gave is among the other options.
 _OF_ONE_START = ("overwrite_output_dir", "resume_from_checkpoint", "preset")
 
@@ -339,11 +322,10 @@ def to_command(config: Any, script: str, launcher: str = "accelerate launch", *,
     """The command line that makes the same run; secrets are left out.
 
     Args:
-        script: By its path. Under `started_as` the command that was started stands in its place.
+        script: By its path. For a user of commands, its command stands in its place.
         first: An option that stands without its name before the others, as for `parse_config`.
     """
-    words = _started_as.get() or f"{launcher} {script}"
-    words = words.split()
+    words = launched_command(script, launcher).split()
     if first is not None and getattr(config, first) is not None:
         words.append(str(getattr(config, first)))
     for field in dataclasses.fields(config):
@@ -398,7 +380,7 @@ def _parser(cls: type, program: str | None = None, everything: bool = False) -> 
         if isinstance(shown, tuple):
             shown = " ".join(map(str, shown))
         default = "" if shown is None else f" (default: {shown})"
-        help = field.metadata["help"].replace("%", "%%") + default.replace("%", "%%")
+        help = name_commands(field.metadata["help"]).replace("%", "%%") + default.replace("%", "%%")
         help = help if field.name in essential else argparse.SUPPRESS
         alias = [f"--{field.metadata['alias']}"] if field.metadata["alias"] else []
         keywords = _argument(field.name, hints[field.name])
@@ -492,7 +474,7 @@ def _unknown(names: list[str], cls: type, prefix: str = "") -> str:
     parts = []
     for name in names:
         if explained := explain_foreign(name, known, prefix):
-            parts.append(f"unknown option {prefix}{name}; {explained}")
+            parts.append(f"unknown option {prefix}{name}; {name_commands(explained)}")
             continue
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
         near = near or [other for other in known if name in other or other in name][:3]

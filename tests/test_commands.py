@@ -11,8 +11,9 @@ import pytest
 
 from diffusers_ext import __version__, openmp
 from diffusers_ext.__main__ import COMMANDS, main
+from diffusers_ext.command_names import command_of, name_commands, started_as
 from diffusers_ext.commands import train_ddpm
-from diffusers_ext.options import started_as, to_command
+from diffusers_ext.options import to_command
 
 
 ROOT = Path(__file__).parents[1]
@@ -106,6 +107,54 @@ def test_a_run_is_named_by_the_command_that_started_it(monkeypatch):
     with started_as("diffusers-ext train"):
         assert to_command(config, script) == f"accelerate launch -m diffusers_ext train {options}"
     assert to_command(config, script).startswith("accelerate launch training/")
+
+
+def test_every_script_has_the_command_of_the_table():
+    modules = {command.module: name for name, command in OURS.items()}
+    scripts = [path.stem for path in (ROOT / "diffusers_ext" / "commands").glob("*.py") if path.stem != "__init__"]
+    assert all(modules[f"commands.{stem}"] == command_of(stem) for stem in scripts) and len(scripts) > 15
+
+
+def test_texts_name_the_command_that_the_user_has(monkeypatch, capsys):
+    text = (
+        "make one with accelerate launch training/train_features.py --seed 1, or see `training/convert_checkpoint.py`"
+    )
+    assert name_commands(text) == text  # in a checkout
+    as_command = "make one with diffusers-ext train-features --seed 1, or see `diffusers-ext convert`"
+    with started_as("diffusers-ext train"):
+        assert name_commands(text) == as_command
+    monkeypatch.setattr("diffusers_ext.command_names._in_checkout", lambda: False)  # as in an installed wheel
+    assert name_commands(text) == as_command
+    assert to_command(train_ddpm.TrainConfig(), "training/train_ddpm.py").startswith("diffusers-ext train --")
+    assert ended(["evaluate"], capsys)[1].endswith(
+        "say what to evaluate: diffusers-ext evaluate PIPELINE, a folder or a name on the Hub\n"
+    )
+    with pytest.raises(SystemExit):
+        main(["train-vae", "--help-all"])
+    assert "diffusers-ext train-features" in capsys.readouterr().out
+
+
+HAND_ON = ("name_commands", "to_command", "refuse_sequences", "option", "Foreign")  # the end of a function's name
+
+
+def texts_by_themselves(node):
+    """The texts under a node that are neither docstrings nor handed to `name_commands` or to what hands them on to it."""
+    if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(HAND_ON):
+        return
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        yield node
+    for child in ast.iter_child_nodes(node):
+        if not (isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant)):
+            yield from texts_by_themselves(child)
+
+
+def test_texts_that_name_a_script_are_shown_by_the_name_that_the_user_has():
+    script, bare = re.compile(r"training/\w+\.py"), []
+    for path in (ROOT / "diffusers_ext").rglob("*.py"):
+        if path.stem != "command_names" and script.search(source := path.read_text(encoding="utf-8")):
+            texts = texts_by_themselves(ast.parse(source))
+            bare += [f"{path.name}:{text.lineno}" for text in texts if script.search(text.value)]
+    assert not bare
 
 
 def test_the_entry_point_is_the_table():

@@ -2,6 +2,7 @@ import dataclasses
 import signal
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from typing import ClassVar, Literal
 
 import pytest
@@ -345,6 +346,20 @@ def test_every_preset_is_a_config_of_both_networks():
     assert train_ddpm.TrainConfig(preset="best").block_out_channels == (128, 256, 256)
     assert train_ddpm.TrainConfig(preset="best", model="dit", dit_size="DiT-S/2").num_layers is None
     assert train_ddpm.TrainConfig(preset="good", max_train_steps=5).max_train_time is None
+
+
+def test_a_preset_leaves_the_network_and_the_path_to_options_that_name_others():
+    quick = partial(train_ddpm.TrainConfig, preset="quick")
+    assert (quick().model, quick().hidden_size, quick().path) == ("dit", 128, "linear")
+    for options in ({"block_out_channels": (16, 32)}, {"sequence_layout": "length_channels"}):
+        assert (quick(**options).model, quick(**options).hidden_size, quick(**options).path) == (
+            "unet",
+            None,
+            "linear",
+        )
+    for options in ({"beta_schedule": "linear"}, {"calibrate": True}):
+        assert (quick(**options).model, quick(**options).path) == ("dit", None)
+    assert quick(calibrate=False).path == "linear"
 
 
 def test_keywords_are_those_of_a_yaml_file(tmp_path):

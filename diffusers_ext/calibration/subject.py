@@ -8,6 +8,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
 
+from diffusers_ext.command_names import name_commands
 from diffusers_ext.diffusion.analytic_variance import VISIBLE_NOISE
 from diffusers_ext.diffusion.data_units import DataUnits
 from diffusers_ext.diffusion.noising import LEARNED_VARIANCES, NoiseSchedule
@@ -56,8 +57,10 @@ class Subject:
         network = next((part for part in NETWORKS if isinstance(getattr(original, part, None), nn.Module)), None)
         if network is None or getattr(original, "text_encoder", None) is not None or hasattr(original, "tokenizer"):
             raise ValueError(
-                f"a pipeline to calibrate must make images by label or of no condition, got {name}: of texts, compare scales of "
-                "guidance with training/sample_prompts.py"
+                name_commands(
+                    f"a pipeline to calibrate must make images by label or of no condition, got {name}: of texts, compare scales of "
+                    "guidance with training/sample_prompts.py"
+                )
             )
         if getattr(original, "image_condition", None) is not None:
             raise ValueError(
@@ -65,8 +68,10 @@ class Subject:
             )
         if (getattr(original, "config", {}).get("call_defaults") or {}).get("start_timestep") is not None:
             raise ValueError(
-                "a pipeline to calibrate must start from pure noise, got a start_timestep in its call_defaults: calibrate it "
-                "before training/fit_prior.py"
+                name_commands(
+                    "a pipeline to calibrate must start from pure noise, got a start_timestep in its call_defaults: calibrate it "
+                    "before training/fit_prior.py"
+                )
             )
         scheduler = own_scheduler(original.scheduler)
         if isinstance(original, GuidedDiffusionPipeline):

@@ -22,6 +22,7 @@ from diffusers import ModelMixin
 from tqdm.auto import tqdm
 
 from diffusers_ext.atomic_files import atomic_write, lock_folder
+from diffusers_ext.command_names import name_commands
 from diffusers_ext.data.config import DataConfig
 from diffusers_ext.data.identity import digest_of_images
 from diffusers_ext.data.image_table import ImageData, mirror
@@ -73,7 +74,11 @@ class CacheConfig(DataConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.vae is None:
-            raise ValueError("vae must name the autoencoder to encode by, such as the output_dir of train_vae.py")
+            raise ValueError(
+                name_commands(
+                    "vae must name the autoencoder to encode by, such as the output_dir of training/train_vae.py"
+                )
+            )
         if self.resize_mode == "random_crop":
             raise ValueError("resize_mode random_crop needs the images anew each time: latents are encoded once")
 
@@ -107,8 +112,10 @@ def main(config: CacheConfig) -> Path:
             write_info(folder, read_info(folder) | {split: info})
             (folder / PLAN_FILE.format(split=split)).unlink()
             print(
-                f"latents of {split}, {' x '.join(map(str, info.latent_shape))}, are in {folder}; train on them by\n"
-                f"accelerate launch training/train_ddpm.py --dataset_name {folder} --vae {config.vae}"
+                name_commands(
+                    f"latents of {split}, {' x '.join(map(str, info.latent_shape))}, are in {folder}; train on them by\n"
+                    f"accelerate launch training/train_ddpm.py --dataset_name {folder} --vae {config.vae}"
+                )
             )
         accelerator.wait_for_everyone()
     return folder

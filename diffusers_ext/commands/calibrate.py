@@ -16,6 +16,7 @@ from diffusers_ext.atomic_files import lock_folder
 from diffusers_ext.calibration import report as reports
 from diffusers_ext.calibration.run import Data, calibrate
 from diffusers_ext.calibration.subject import Subject
+from diffusers_ext.command_names import name_commands
 from diffusers_ext.data.sequences import refuse_sequences
 from diffusers_ext.draws import check_seed
 from diffusers_ext.evaluation.feature_folders import features_for
@@ -59,7 +60,9 @@ class CalibrateConfig(DataOptions):
 
     def __post_init__(self):
         if self.pipeline is None:
-            raise ValueError("say what to calibrate: calibrate.py PIPELINE, a folder or a name on the Hub")
+            raise ValueError(
+                name_commands("say what to calibrate: training/calibrate.py PIPELINE, a folder or a name on the Hub")
+            )
         super().__post_init__()
         check_seed(self.seed, LARGEST_SEED_OF_SETS - 1000)
         parse_duration(self.max_time)  # which refuses what is none

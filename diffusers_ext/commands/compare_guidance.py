@@ -20,6 +20,7 @@ from torch import Tensor
 
 from diffusers_ext import GuidedDiffusionPipeline, NoisyClassifierModel
 from diffusers_ext.atomic_files import finish_replacing
+from diffusers_ext.command_names import name_commands
 from diffusers_ext.data.identity import hash_weights
 from diffusers_ext.data.sequences import refuse_sequences
 from diffusers_ext.draws import check_seed
@@ -228,7 +229,9 @@ def load_for_comparison(config: CompareConfig, state: PartialState) -> GuidedDif
     if config.classifier is not None:
         finish_replacing(config.classifier)
         if not (Path(config.classifier) / "config.json").is_file():
-            raise ValueError(f"--classifier {config.classifier} is no folder of training/train_classifier.py")
+            raise ValueError(
+                name_commands(f"--classifier {config.classifier} is no folder of training/train_classifier.py")
+            )
         classifier = NoisyClassifierModel.from_pretrained(config.classifier).eval()
     if pipe.guider is not None:
         state.print(

@@ -18,6 +18,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from diffusers_ext.atomic_files import atomic_write
+from diffusers_ext.command_names import name_commands
 from diffusers_ext.data.captions import find_caption_column
 from diffusers_ext.draws import check_seed
 from diffusers_ext.evaluation.conditioned import ConditionedImages
@@ -109,7 +110,7 @@ class EvaluateConfig(LikelihoodOptions, SweepOptions, DataOptions):
 
     features: str | None = option(
         None,
-        "folder of a network of training/train_features.py, or of an autoencoder of train_vae.py, whose latents are features "
+        "folder of a network of training/train_features.py, or of an autoencoder of training/train_vae.py, whose latents are features "
         "too; or inception (whose Fréchet distance is FID), dinov2 or clip, the last two also with a folder or name of the "
         "network after a colon; or none; by default a network is trained on the data set, once, and kept: a classifier, or "
         "without labels if there are none",
@@ -160,7 +161,9 @@ class EvaluateConfig(LikelihoodOptions, SweepOptions, DataOptions):
 
     def __post_init__(self):
         if self.pipeline is None:
-            raise ValueError("say what to evaluate: evaluate.py PIPELINE, a folder or a name on the Hub")
+            raise ValueError(
+                name_commands("say what to evaluate: training/evaluate.py PIPELINE, a folder or a name on the Hub")
+            )
         super().__post_init__()
         check_seed(self.seed, LARGEST_SEED_OF_SETS)
         check_seed(self.seed + self.num_seeds - 1, LARGEST_SEED_OF_SETS)

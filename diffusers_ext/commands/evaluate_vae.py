@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diffusers_ext import HierarchicalVAEModel, VAEModel
 from diffusers_ext.atomic_files import atomic_write, finish_replacing
+from diffusers_ext.command_names import name_commands
 from diffusers_ext.data.sequences import refuse_sequences
 from diffusers_ext.diffusion.variational_bound import bits_per_dim
 from diffusers_ext.draws import check_seed
@@ -111,7 +112,7 @@ class EvaluateVAEConfig(DataOptions):
 
     def __post_init__(self):
         if self.model is None:
-            raise ValueError("say what to evaluate: evaluate_vae.py MODEL, a folder")
+            raise ValueError(name_commands("say what to evaluate: training/evaluate_vae.py MODEL, a folder"))
         super().__post_init__()
         check_seed(self.seed)
 

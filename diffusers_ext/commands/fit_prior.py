@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from diffusers_ext import GaussianPriorModel, GuidedDiffusionPipeline
 from diffusers_ext.calibration.subject import Subject
+from diffusers_ext.command_names import name_commands
 from diffusers_ext.evaluation.options import DataOptions, take_options_of_run
 from diffusers_ext.evaluation.pipeline_facts import default_of, image_size_of, label_names_of
 from diffusers_ext.evaluation.real_images import load_real_images
@@ -68,7 +69,11 @@ class FitPriorConfig(DataOptions):
 
     def __post_init__(self):
         if self.pipeline is None:
-            raise ValueError("say what to fit a prior for: fit_prior.py PIPELINE, a folder or a name on the Hub")
+            raise ValueError(
+                name_commands(
+                    "say what to fit a prior for: training/fit_prior.py PIPELINE, a folder or a name on the Hub"
+                )
+            )
         if self.start_timestep is None:
             raise ValueError("start_timestep must be given: the timestep at which sampling is to start, such as 600")
         super().__post_init__()

@@ -13,6 +13,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
 
 import diffusers_ext
+from diffusers_ext.command_names import name_commands
 from diffusers_ext.hub.saved_folder import SavedFolder, loading_lines
 from diffusers_ext.options import option, run_script
 from diffusers_ext.recipes.denoising import DenoisingConfig
@@ -44,7 +45,7 @@ class ReconstructConfig:
 
     def __post_init__(self):
         if self.run is None:
-            raise ValueError("say which run: reconstruct_ema.py RUN --ema_std STD")
+            raise ValueError(name_commands("say which run: training/reconstruct_ema.py RUN --ema_std STD"))
         if self.ema_std is None:
             raise ValueError("ema_std must be given: the width of the average to make, such as 0.07")
 

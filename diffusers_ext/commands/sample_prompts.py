@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from diffusers_ext import TextGuidedDiffusionPipeline
+from diffusers_ext.command_names import name_commands
 from diffusers_ext.draws import check_seed
 from diffusers_ext.evaluation.generate import sample_images
 from diffusers_ext.evaluation.subject import load_pipeline
@@ -34,7 +35,7 @@ class SampleConfig:
 
     def __post_init__(self):
         if self.run is None:
-            raise ValueError("say which pipeline: sample_prompts.py RUN --prompts TEXT ...")
+            raise ValueError(name_commands("say which pipeline: training/sample_prompts.py RUN --prompts TEXT ..."))
         if not self.prompts:
             raise ValueError("prompts must be given: --prompts TEXT ...")
         check_options(self)

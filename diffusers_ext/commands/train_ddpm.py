@@ -104,10 +104,7 @@ def main(config: TrainConfig) -> Path:
             model,
             build_objective(config, scheduler, accelerator, num_bins=space.num_values, model=model),
             data,
-            batch_options={"label_dropout": config.label_dropout, "timestep_sampling": config.time_sampling}
-            | space.batch_options
-            | batch_options(config, condition)
-            | {"augmentation": config.augmentation_probability > 0},
+            batch_options=batch_options(config, space, condition, label_dropout=config.label_dropout),
             on_images=partial(draw_while_training, pipeline, rows),
             validation_data=held_out,
             prepare_batch=augmenting(config, batch_maker(condition, space, accelerator.device)),

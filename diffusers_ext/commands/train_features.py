@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from diffusers_ext.command_names import name_commands
 from diffusers_ext.draws import check_seed
 from diffusers_ext.evaluation.feature_folders import train_and_save_features
 from diffusers_ext.evaluation.options import DataOptions
@@ -89,8 +90,10 @@ def main(config: FeaturesConfig) -> dict:
         else:
             measured = f"without labels; {about['held_out_share_found']:.2%} of held-out images are found by another view of them"
         print(
-            f"{measured}, after {time.perf_counter() - start:.0f} s\n"
-            f"saved in {folder}; measure with: python training/evaluate.py PIPELINE --features {folder}"
+            name_commands(
+                f"{measured}, after {time.perf_counter() - start:.0f} s\n"
+                f"saved in {folder}; measure with: python training/evaluate.py PIPELINE --features {folder}"
+            )
         )
     return about
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from diffusers_ext.command_names import name_commands
 from diffusers_ext.data.config import DataConfig
 from diffusers_ext.data.identity import hash_weights
 from diffusers_ext.data.image_table import ImageData
@@ -46,8 +47,10 @@ def find_caption_column(config: DataConfig, name: str | None = None) -> str:
         made = infos[config.dataset_split].label_column
         if made is None or name not in (None, made):
             raise ValueError(
-                f"{config.dataset_name} holds latents that were made with label_column {made}: encode the images with "
-                f"training/cache_latents.py --label_column {name or 'THE_COLUMN_OF_THE_CAPTIONS'}"
+                name_commands(
+                    f"{config.dataset_name} holds latents that were made with label_column {made}: encode the images with "
+                    f"training/cache_latents.py --label_column {name or 'THE_COLUMN_OF_THE_CAPTIONS'}"
+                )
             )
         return made
     source = load_source(

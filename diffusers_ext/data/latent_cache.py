@@ -19,6 +19,7 @@ from diffusers import AutoModel, DiffusionPipeline, ModelMixin
 from torch import Tensor
 
 from diffusers_ext.atomic_files import atomic_write, finish_replacing
+from diffusers_ext.command_names import name_commands
 from diffusers_ext.data.config import DataConfig, TrainingDataConfig
 from diffusers_ext.data.identity import hash_weights
 from diffusers_ext.data.image_table import ImageData, PixelTable
@@ -227,15 +228,19 @@ def prepare_latents(config: DataConfig, vae: ModelMixin | None) -> LatentData:
     info = splits.get(config.dataset_split)
     if info is None:
         raise ValueError(
-            f"{folder} holds latents of the splits {', '.join(splits)}, got {config.dataset_split}: encode it by "
-            f"training/cache_latents.py --dataset_split {config.dataset_split} --output_dir {folder}"
+            name_commands(
+                f"{folder} holds latents of the splits {', '.join(splits)}, got {config.dataset_split}: encode it by "
+                f"training/cache_latents.py --dataset_split {config.dataset_split} --output_dir {folder}"
+            )
         )
     if vae is None:
         raise ValueError(f"{folder} holds latents: give the VAE that they are of, --vae {info.vae}")
     if fingerprint(vae) != info.vae_fingerprint:
         raise ValueError(
-            f"{folder} holds latents of another VAE than --vae: they were made by {info.vae}. Give that one, or encode the "
-            "images again by training/cache_latents.py"
+            name_commands(
+                f"{folder} holds latents of another VAE than --vae: they were made by {info.vae}. Give that one, or encode the "
+                "images again by training/cache_latents.py"
+            )
         )
     _check_options(config, info, folder)
     count = len(list(folder.glob(f"{config.dataset_split}-*.parquet")))

@@ -7,6 +7,7 @@ from typing import Any
 import datasets
 import numpy as np
 
+from diffusers_ext.command_names import name_commands
 from diffusers_ext.data.image_table import ImageData, PixelTable, mirror
 from diffusers_ext.value_scale import ValueScale
 
@@ -105,6 +106,8 @@ def refuse_sequences(data: Any, what: str) -> None:
     """
     if isinstance(data, SequenceData) or getattr(data, "value_scale", None) is not None:
         raise ValueError(
-            f"{what} takes images, and {data.name} holds sequences, which train_ddpm.py, train_vae.py, train_features.py, "
-            "cache_latents.py and evaluate.py take"
+            name_commands(
+                f"{what} takes images, and {data.name} holds sequences, which training/train_ddpm.py, "
+                "training/train_vae.py, training/train_features.py, training/cache_latents.py and training/evaluate.py take"
+            )
         )

@@ -13,6 +13,7 @@ from accelerate.utils import gather_object
 from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
+from diffusers_ext.command_names import name_commands
 from diffusers_ext.diffusion.analytic_variance import X0Variances
 from diffusers_ext.diffusion.data_units import DataUnits
 from diffusers_ext.diffusion.noising import NoiseSchedule, dynamic_threshold
@@ -163,7 +164,9 @@ class LikelihoodModel:
         table, chain = self.analytic_variance, self.chain()
         if table is None:
             raise ValueError(
-                "the variance 'analytic' needs a scheduler with analytic_variance: measure it with training/calibrate.py"
+                name_commands(
+                    "the variance 'analytic' needs a scheduler with analytic_variance: measure it with training/calibrate.py"
+                )
             )
         x0_variance = X0Variances(table, chain.schedule).values[chain.timesteps]
         return self.chain(chain_variances(chain, x0_variance.clamp(min=SMALLEST_VARIANCE)))

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from diffusers_ext.command_names import name_commands
 from diffusers_ext.conditions import GIVEN, ImageCondition
 from diffusers_ext.evaluation.labelled_images import convert_channels, drawn_order
 from diffusers_ext.evaluation.perceptual_distance import PerceptualDistance
@@ -56,8 +57,10 @@ class ConditionedImages:
             column = real.held_out_conditions if held_out else real.train_conditions
             if column is None:
                 raise ValueError(
-                    "the pipeline's condition images are a column of its data set, and none is named: see --condition_column of "
-                    "training/evaluate.py"
+                    name_commands(
+                        "the pipeline's condition images are a column of its data set, and none is named: see --condition_column of "
+                        "training/evaluate.py"
+                    )
                 )
             conditions = column[rows].float() / 255
         else:

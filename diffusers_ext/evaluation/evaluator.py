@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffusers_ext.command_names import name_commands
 from diffusers_ext.evaluation.labelled_images import LabelledImages, drawn_order
 from diffusers_ext.evaluation.pretrained_features import PretrainedFeatures
 from diffusers_ext.evaluation.real_images import RealImages
@@ -67,8 +68,10 @@ class Evaluator:
         shape = tuple(self.train.images.shape[1:])
         if self.features is not None and not self.features.fits(shape):
             raise ValueError(
-                f"the features are not of images of (channels, height, width) {shape}, as those of the data set are: train a "
-                "feature classifier on them with training/train_features.py"
+                name_commands(
+                    f"the features are not of images of (channels, height, width) {shape}, as those of the data set are: train a "
+                    "feature classifier on them with training/train_features.py"
+                )
             )
         self._reference = drawn_order(len(self.train), self.seed)[: self.num_reference]
         if self.features is not None:

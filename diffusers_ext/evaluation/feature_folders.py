@@ -9,6 +9,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from diffusers_ext.atomic_files import finish_replacing, replace_files
+from diffusers_ext.command_names import name_commands
 from diffusers_ext.data.identity import hash_weights
 from diffusers_ext.evaluation.feature_training import accuracy, fit_feature_classifier
 from diffusers_ext.evaluation.labelled_images import LabelledImages, drawn_order
@@ -94,7 +95,9 @@ def load_features(
     if real is not None and (folder / "config.json").is_file() and not (folder / FEATURES_FILE).is_file():
         return latents_as_features(folder, real), {}
     if not (folder / FEATURES_FILE).is_file():
-        raise ValueError(f"{folder} is no folder of a feature classifier: make one with training/train_features.py")
+        raise ValueError(
+            name_commands(f"{folder} is no folder of a feature classifier: make one with training/train_features.py")
+        )
     return FeatureClassifierModel.from_pretrained(folder).eval(), read_json(folder / FEATURES_FILE)
 
 
@@ -188,9 +191,11 @@ def features_for(
     model, about = load_features(folder, real)
     if model.image_shape != real.image_shape:
         raise ValueError(
-            f"the features of {folder} are of images of (channels, height, width), or sequences of (channels, length), "
-            f"{model.image_shape}, but those of {real.name} are {real.image_shape}: train a network on them with "
-            "training/train_features.py"
+            name_commands(
+                f"the features of {folder} are of images of (channels, height, width), or sequences of (channels, length), "
+                f"{model.image_shape}, but those of {real.name} are {real.image_shape}: train a network on them with "
+                "training/train_features.py"
+            )
         )
     known = {"folder": str(folder), "dim": model.feature_dim, "sha256": hash_weights(model)}
     return model.to(state.device), known | about

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from diffusers.guiders import AdaptiveProjectedGuidance, AutoGuidance, BaseGuidance
 from torch import nn
 
+from diffusers_ext.command_names import name_commands
 from diffusers_ext.guidance.guided_denoiser import check_guidance_rescale, with_named_blocks
 from diffusers_ext.guidance.guiders import ClassifierGuidance, WeakModelGuidance
 from diffusers_ext.guidance.guiding import INTERVAL_UNITS, without_notice
@@ -104,7 +105,9 @@ def _data_of(pipe: GuidedDiffusionPipeline) -> str | None:
 def why_missing(method: str, pipe: GuidedDiffusionPipeline) -> str | None:
     """Why a method cannot be used with this pipeline, in a clause; `None` if it can."""
     if method == "classifier":
-        return None if pipe.classifier is not None else "give --classifier, a folder of training/train_classifier.py"
+        if pipe.classifier is not None:
+            return None
+        return name_commands("give --classifier, a folder of training/train_classifier.py")
     if method == "autoguidance" and pipe.weak_denoiser is not None:
         return None
     if pipe.null_label is None:

@@ -14,6 +14,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from diffusers_ext.command_names import name_commands
 from diffusers_ext.pixels import to_images
 from diffusers_ext.sizes import as_size
 from diffusers_ext.untrusted import check_config
@@ -174,8 +175,10 @@ class FeatureClassifierModel(ModelMixin, ConfigMixin):
         """
         if tuple(sample.shape[1:]) != self.image_shape:
             raise ValueError(
-                f"this feature classifier takes images of (channels, height, width) {self.image_shape},"
-                f" got {tuple(sample.shape[1:])}: train one on such images with training/train_features.py"
+                name_commands(
+                    f"this feature classifier takes images of (channels, height, width) {self.image_shape},"
+                    f" got {tuple(sample.shape[1:])}: train one on such images with training/train_features.py"
+                )
             )
         sample = sample.unsqueeze(2) if self.config.dims == 1 else sample
         maps = [F.relu(self.norm_in(self.conv_in(sample)))]

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from diffusers_ext.command_names import name_commands
 from diffusers_ext.guidance.labels import num_classes_of
 from diffusers_ext.guidance.texts import context_width, longest_text, width_of
 from diffusers_ext.latents import check_one_level
@@ -128,9 +129,11 @@ def _check_data_of(classifier: nn.Module, statistics: DataStatisticsModel | None
     if theirs != ours:
         knows = {None: "none"}
         raise ValueError(
-            "classifier must be trained on samples of the denoiser's statistics, got one trained on those of "
-            f"{knows.get(theirs, 'other data')} for a pipeline with {knows.get(ours, 'statistics')}: train it by "
-            "training/train_classifier.py --pipeline"
+            name_commands(
+                "classifier must be trained on samples of the denoiser's statistics, got one trained on those of "
+                f"{knows.get(theirs, 'other data')} for a pipeline with {knows.get(ours, 'statistics')}: train it by "
+                "training/train_classifier.py --pipeline"
+            )
         )
 
 

@@ -6,6 +6,7 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Generator, Tensor, nn
 
+from diffusers_ext.command_names import name_commands
 from diffusers_ext.diffusion.timesteps import make_timesteps
 from diffusers_ext.draws import draw_normal
 from diffusers_ext.models.gaussian_prior import GaussianPriorModel
@@ -61,8 +62,8 @@ def truncated_start(
         return latents.to(device, torch.float32)
     prior = getattr(pipe, "prior", None)
     if prior is None:
-        fitted = "a prior of this pipeline, which training/fit_prior.py fits, or " if hasattr(pipe, "prior") else ""
-        raise ValueError(f"start_timestep needs {fitted}latents: x_t there")
+        fitted = name_commands("a prior of this pipeline, which training/fit_prior.py fits, or ")
+        raise ValueError(f"start_timestep needs {fitted if hasattr(pipe, 'prior') else ''}latents: x_t there")
     labels = getattr(condition, "labels", None)
     x0 = draw_clean(prior, shape[0], labels, pipe.statistics, generator, device)
     noise = draw_normal(shape, generator=generator, device=device, dtype=torch.float32)

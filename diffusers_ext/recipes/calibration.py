@@ -14,6 +14,7 @@ from diffusers_ext.calibration import report as reports
 from diffusers_ext.calibration.budget import SHORTEST_TRAINING, budget_of_training, shared
 from diffusers_ext.calibration.run import Data, calibrate
 from diffusers_ext.calibration.subject import Subject
+from diffusers_ext.command_names import name_commands
 from diffusers_ext.data.image_table import ImageData
 from diffusers_ext.evaluation.feature_folders import FEATURES_FILE, cached_features_folder, features_for
 from diffusers_ext.evaluation.options import DataOptions, take_options_of_run
@@ -78,7 +79,7 @@ def calibrate_run(trainer: Trainer, wanted: bool | None, command: str) -> None:
         reason = "its folder is not on the disks of all processes"
     if reason is not None:
         if reason:
-            later = "" if len(trainer.data.size) == 1 else f": python training/calibrate.py {folder}"
+            later = "" if len(trainer.data.size) == 1 else name_commands(f": python training/calibrate.py {folder}")
             say(f"not calibrated, since {reason}{later}")
         return
     seconds = budget_of_training(shared(seconds))
@@ -108,7 +109,7 @@ def load_data(folder: Path, subject: Subject) -> tuple[Data, list[str]]:
     if _has_features(real):
         features, _ = features_for(real, None, PartialState())
     else:
-        left_out = [f"`python training/calibrate.py {folder}` trains one, and chooses by it."]
+        left_out = [name_commands(f"`python training/calibrate.py {folder}` trains one, and chooses by it.")]
     return Data(real, name, features), left_out
 
 

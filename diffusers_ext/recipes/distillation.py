@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from diffusers_ext.calibration.subject import STUDENT_STEPS
+from diffusers_ext.command_names import name_commands
 from diffusers_ext.data.config import DataConfig
 from diffusers_ext.data.image_table import ImageData
 from diffusers_ext.data.latent_cache import SampleSpace, prepare_samples, read_info
@@ -133,7 +134,9 @@ class DistillConfig(TrainerConfig):
 
     def __post_init__(self):
         if self.pipeline is None:
-            raise ValueError("say what to distil: distill.py PIPELINE, a folder or a name on the Hub")
+            raise ValueError(
+                name_commands("say what to distil: training/distill.py PIPELINE, a folder or a name on the Hub")
+            )
         if self.steps_per_stage is not None and self.method == "progressive":
             total = self.steps_per_stage * self.num_stages
             if self.max_train_steps not in (None, total):

@@ -46,15 +46,22 @@ def network_options(config: DenoisingConfig, condition: ImageCondition | None, s
     }
 
 
-def batch_options(config: DenoisingConfig, condition: ImageCondition | None) -> dict:
-    """Keywords of `BatchOptions` for the condition's random numbers."""
-    if condition is None:
-        return {}
-    return {
-        "condition_dropout": config.condition_dropout,
-        "condition_noise": condition.noise,
-        "condition_shape": (condition.channels, *condition.size),
+def batch_options(
+    config: DenoisingConfig, space: SampleSpace, condition: ImageCondition | None, *, label_dropout: float
+) -> dict:
+    """Keywords of `BatchOptions` of a run: what is drawn for each sample, of its label, level, condition and augmentation."""
+    options = space.batch_options | {
+        "label_dropout": label_dropout,
+        "timestep_sampling": config.time_sampling,
+        "augmentation": config.augmentation_probability > 0,
     }
+    if condition is not None:
+        options |= {
+            "condition_dropout": config.condition_dropout,
+            "condition_noise": condition.noise,
+            "condition_shape": (condition.channels, *condition.size),
+        }
+    return options
 
 
 class ConditionMaker:

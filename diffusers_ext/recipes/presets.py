@@ -1,8 +1,9 @@
 """Options for a time that there is: what `--preset` of the commands that train a denoiser stands for.
 
-The rates and widths follow the field's practice, wide and slow for long runs: "best" has the base width, the learning rate and
-the dropout of DDPM's model of CIFAR-10 (arXiv 2006.11239, Appendix B), or a DiT-S (arXiv 2212.09748, Table 1) at its learning
-rate doubled for small batches. They are a beginning, not a search: nobody knows the data but the user.
+"quick" and "good" are a transformer on the linear path by Muon, which makes good images soonest of what was measured
+(docs/speedrun.md), at a width that a core can train in that time. "best" has the base width, the learning rate and the dropout of
+DDPM's model of CIFAR-10 (arXiv 2006.11239, Appendix B), or a DiT-S (arXiv 2212.09748, Table 1) at its learning rate doubled for
+small batches. They are a beginning, not a search: nobody knows the data but the user.
 """
 
 from typing import Any
@@ -10,8 +11,16 @@ from typing import Any
 
 # By the name of the preset, shortest first. Options of one kind of network have no effect with the other, and are left out there.
 PRESETS: dict[str, dict[str, Any]] = {
-    "quick": {"max_train_time": "5m", "num_inference_steps": 20},
-    "good": {"max_train_time": "1h", "learning_rate": 5e-4},
+    "quick": {
+        "max_train_time": "5m",
+        "model": "dit",
+        "hidden_size": 128,
+        "num_layers": 4,
+        "path": "linear",
+        "train_batch_size": 16,
+        "num_inference_steps": 20,
+    },
+    "good": {"max_train_time": "1h", "model": "dit", "hidden_size": 256, "num_layers": 6, "path": "linear"},
     "best": {
         "max_train_time": "10h",
         "learning_rate": 2e-4,
@@ -24,11 +33,27 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 DESCRIBED_PRESETS = ", ".join(f"{name} ({options['max_train_time']})" for name, options in PRESETS.items())
 
-# An option that is given, and those of a preset that it leaves no room for.
 _OF_NETWORKS = ("dropout", "block_out_channels", "hidden_size", "num_layers", "num_attention_heads")
+# Options of a U-Net, and of sequences, which a transformer does not take; and those of a path of betas alone.
+_FOR_UNETS = (
+    "block_out_channels",
+    "layers_per_block",
+    "attention_resolutions",
+    "attention_head_dim",
+    "fourier_features",
+)
+_FOR_SEQUENCES = ("sequence_column", "sequence_layout", "sequence_scale")
+_FOR_BETAS = (
+    *("beta_schedule", "beta_start", "beta_end", "beta_reference_timesteps", "rescale_betas_zero_snr"),
+    "calibrate",
+)
+
+# An option that is given, and not off, and those of a preset that it leaves no room for.
 REPLACED_BY: dict[str, tuple[str, ...]] = {
     "max_train_steps": ("max_train_time",),
     "dit_size": _OF_NETWORKS,
     "hidden_size": ("num_attention_heads",),
-    "pretrained_pipeline": _OF_NETWORKS,
+    "pretrained_pipeline": (*_OF_NETWORKS, "model", "path"),
+    **dict.fromkeys((*_FOR_UNETS, *_FOR_SEQUENCES), ("model",)),
+    **dict.fromkeys(_FOR_BETAS, ("path",)),
 }

@@ -17,6 +17,7 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from diffusers_ext.command_names import name_commands
 from diffusers_ext.guidance.labels import NUM_CLASSES_KEYS
 from diffusers_ext.models.dit import DiTModel
 from diffusers_ext.models.dit_parts import PARTS_OF_DIT
@@ -234,7 +235,9 @@ def _check_condition(config: Any, source: Pretrained) -> None:
     takes_texts = source.denoiser.get("cross_attention_dim") is not None
     if takes_texts and not config.takes_texts:
         raise ValueError(
-            f"--pretrained_pipeline {source.name} is of texts, which training/train_text_to_image.py goes on with"
+            name_commands(
+                f"--pretrained_pipeline {source.name} is of texts, which training/train_text_to_image.py goes on with"
+            )
         )
     if config.takes_texts and not takes_texts:
         raise ValueError(

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from diffusers_ext.command_names import name_commands
 from diffusers_ext.data.captions import EmbeddingTable, TokenTable, embed_captions
 from diffusers_ext.draws import derived_seed
 from diffusers_ext.guidance.texts import longest_text, masks_padding_by_default
@@ -106,7 +107,7 @@ class TextConfig(DenoisingConfig):
         if self.data_mean == "class":
             raise ValueError("data_mean class is for labels, which captions are not: use data_mean overall")
         if self.path == "learned":
-            raise ValueError("path learned is for images without captions, of training/train_ddpm.py")
+            raise ValueError(name_commands("path learned is for images without captions, of training/train_ddpm.py"))
         if self.streaming:
             raise ValueError("streaming reads no captions ahead, which are cut into tokens beforehand: leave it out")
         if self.pretrained_text_encoder is not None:

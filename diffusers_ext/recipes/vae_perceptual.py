@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from diffusers_ext.command_names import name_commands
 from diffusers_ext.evaluation.feature_folders import load_features
 from diffusers_ext.metrics.features import FeatureClassifierModel
 
@@ -63,7 +64,7 @@ def load_perceptual(name: str, image_shape: tuple[int, int, int]) -> Callable[[T
     Raises:
         ValueError: if the package or its weights are not at hand, or the images do not fit.
     """
-    own = (
+    own = name_commands(
         "name the folder of a classifier of such images instead: accelerate launch training/train_features.py makes one "
         "from a data set with labels"
     )

@@ -9,6 +9,7 @@ import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
+from diffusers_ext.command_names import name_commands
 from diffusers_ext.diffusion.analytic_variance import X0Variances
 from diffusers_ext.diffusion.betas import check_integer, make_betas, rescale_zero_terminal_snr
 from diffusers_ext.diffusion.noising import (
@@ -100,7 +101,7 @@ class GaussianSchedulerMixin:
         self._chosen = None
         if config.get("optimal_timesteps") is None:
             if config.timestep_spacing == "optimal":
-                raise ValueError(CHOOSE_FIRST)
+                raise ValueError(name_commands(CHOOSE_FIRST))
             return
         chosen = ChosenTimesteps(config.optimal_timesteps, config.num_train_timesteps)
         if config.timestep_spacing == "optimal":
@@ -114,7 +115,9 @@ class GaussianSchedulerMixin:
         check_integer("steps_offset", config.steps_offset, at_least=0)
         if config.get("variance_type") == "analytic" and config.get("analytic_variance") is None:
             raise ValueError(
-                "variance_type 'analytic' needs analytic_variance, which training/calibrate.py measures for a model, got None"
+                name_commands(
+                    "variance_type 'analytic' needs analytic_variance, which training/calibrate.py measures for a model, got None"
+                )
             )
         if not config.clip_sample_range > 0:
             raise ValueError(f"clip_sample_range must be above 0, got {config.clip_sample_range}")

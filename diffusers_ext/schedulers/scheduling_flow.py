@@ -12,6 +12,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from torch import Tensor
 
+from diffusers_ext.command_names import name_commands
 from diffusers_ext.diffusion.betas import check_integer
 from diffusers_ext.diffusion.noising import (
     PREDICTION_TYPES,
@@ -126,7 +127,7 @@ class FlowScheduler(FlowMatchEulerDiscreteScheduler):
             else:
                 timestep_spacing = self._chosen.spacing
         elif timestep_spacing == "optimal":
-            raise ValueError(CHOOSE_FIRST)
+            raise ValueError(name_commands(CHOOSE_FIRST))
         check_choice("timestep_spacing", timestep_spacing, FLOW_SPACINGS)
         if use_flow_sigmas is not True:
             raise ValueError(f"use_flow_sigmas must be True: there are no others, got {use_flow_sigmas!r}")

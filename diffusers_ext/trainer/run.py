@@ -13,6 +13,7 @@ from accelerate.utils import ProjectConfiguration
 from diffusers import DiffusionPipeline, ModelMixin
 
 from diffusers_ext.atomic_files import lock_folder, replace_files
+from diffusers_ext.command_names import name_commands
 from diffusers_ext.data.image_table import ImageData
 from diffusers_ext.data.sources import is_local
 from diffusers_ext.data.stream import StreamData
@@ -228,7 +229,8 @@ def finish_run(
         "  README.md            the model card; the options are in train_config.yaml",
     ]
     if trainer.snapshots:
-        lines.append("  ema_snapshots/       training/reconstruct_ema.py makes averages of other widths of them")
+        makes_averages = name_commands("training/reconstruct_ema.py makes averages of other widths of them")
+        lines.append(f"  ema_snapshots/       {makes_averages}")
     if config.push_to_hub:
         url, fault = hub.push_patiently(output_dir, repo_id, **hub_access(config))
         lines.append(f"  pushed to            {url}" if url else f"\n{fault}")
