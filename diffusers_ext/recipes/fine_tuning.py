@@ -60,6 +60,11 @@ def with_labels_of(config: "DenoisingConfig", data: ImageData | StreamData) -> I
                 "label that stands for none"
             )
         return dataclasses.replace(data, notes=(*notes, *data.notes))
+    if not source.takes_labels:
+        raise ValueError(
+            f"the data must have no labels for --pretrained_pipeline {source.name}, a {source.denoiser_class}, which takes none: "
+            "give --unconditional"
+        )
     if data.has_label_sets and source.denoiser_class == UNet2DModel.__name__:
         raise ValueError(
             f"{data.name} must have one label an image for --pretrained_pipeline {source.name}, a UNet2DModel, got sets of "
@@ -155,7 +160,7 @@ def load_network(
                 "for none: give --label_dropout 0, or --unconditional"
             )
         changes["num_class_embeds"] = num_classes
-    else:
+    elif source.takes_labels:
         if config.lora_rank is not None and learned_unconditional and not source.has_null_label:
             raise ValueError(
                 f"label_dropout and caption_dropout must be 0 with lora_rank and --pretrained_pipeline {source.name}, which was not "

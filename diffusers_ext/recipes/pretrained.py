@@ -30,7 +30,13 @@ from diffusers_ext.sizes import as_size, downsampling_factor
 PRETRAINED_PATH = "pretrained"  # the option `path` of a run whose path is that of a pipeline
 
 # Networks that a run can begin with, by the name of their class, and which option of `NetworkConfig` they are.
-KINDS = {"UNetModel": "unet", "UNet2DModel": "unet", "DiTModel": "dit", "DiTTransformer2DModel": "dit"}
+KINDS = {
+    "UNetModel": "unet",
+    "UNet2DModel": "unet",
+    "LucidrainsUNetModel": "unet",
+    "DiTModel": "dit",
+    "DiTTransformer2DModel": "dit",
+}
 
 # Options of a network that are in the config of those of this package by the same name.
 OF_UNET = ("block_out_channels", "layers_per_block", "attention_resolutions", "attention_head_dim", "fourier_features")
@@ -79,6 +85,11 @@ class Pretrained:
     @property
     def num_classes(self) -> int | None:
         return next((self.denoiser[key] for key in NUM_CLASSES_KEYS if self.denoiser.get(key) is not None), None)
+
+    @property
+    def takes_labels(self) -> bool:
+        """Whether its network is one that has labels, or can be given some."""
+        return any(key in self.denoiser for key in NUM_CLASSES_KEYS)
 
     @property
     def id2label(self) -> dict[int, str] | None:
@@ -251,6 +262,8 @@ def _network_options(source: Pretrained) -> dict[str, Any]:
             options |= {name: config[name] for name in (OF_UNET if kind == "unet" else OF_DIT)}
         case "UNet2DModel":
             options |= {name: config[name] for name in ("block_out_channels", "layers_per_block")}
+        case "LucidrainsUNetModel":
+            options["block_out_channels"] = config["block_out_channels"]
         case _:
             width = config["num_attention_heads"] * config["attention_head_dim"]
             options |= {name: config[name] for name in ("patch_size", "num_layers", "num_attention_heads")}
