@@ -17,9 +17,11 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from diffusers_ext.conditions import GIVEN, ImageCondition
 from diffusers_ext.guidance.labels import NUM_CLASSES_KEYS
 from diffusers_ext.models.dit import DiTModel
 from diffusers_ext.models.dit_parts import PARTS_OF_DIT
+from diffusers_ext.models.statistics import DataStatisticsModel
 from diffusers_ext.models.unet import UNetModel
 from diffusers_ext.pipelines.stock import stock_name
 from diffusers_ext.recipes.pretrained_parts import hold
@@ -70,6 +72,7 @@ class Pretrained:
         denoiser_class, denoiser: The denoiser's class by name, and its config, complete.
         scheduler: Of the path that it was trained on.
         vae: The config of its autoencoder; `None` for pixels.
+        statistics: The config of the statistics that it normalises data by; `None` for none.
         config: Of the pipeline.
     """
 
@@ -80,6 +83,7 @@ class Pretrained:
     denoiser: Mapping[str, Any]
     scheduler: SchedulerMixin
     vae: Mapping[str, Any] | None
+    statistics: Mapping[str, Any] | None
     config: Mapping[str, Any]
 
     @property
@@ -191,6 +195,7 @@ def _read(name: str, changed: int | None) -> Pretrained:
         denoiser=_config_of(name, denoiser_class, subfolder),
         scheduler=scheduler,
         vae=None if vae is None else _config_of(name, parts[vae][1], vae),
+        statistics=_config_of(name, parts["statistics"][1], "statistics") if "statistics" in parts else None,
         config=config,
     )
     _ = source.path  # refuses a scheduler without one
@@ -234,6 +239,10 @@ def options_from(config: Any, source: Pretrained) -> dict[str, Any]:
     # Where it has attention goes by the side of a map, which is another one where images have another size.
     taken = {name: value for name, value in network.items() if name != "attention_resolutions"}
     taken |= _path_options(config, source)
+    taken |= _image_condition_options(config, source)
+    for name in ("data_mean", "data_scale"):
+        taken[name] = "none" if source.statistics is None else source.statistics[name]
+        hold(config, name, taken[name], source.name)
     taken["objective"] = config.objective or ("hybrid" if learned else "simple")
     if source.vae is None and config.vae is not None:
         raise ValueError(f"vae must be left out with --pretrained_pipeline {source.name}, which is of pixels")
@@ -252,6 +261,31 @@ def _check_condition(config: Any, source: Pretrained) -> None:
             f"--pretrained_pipeline {source.name} must be a TextGuidedDiffusionPipeline, whose network has cross-attention, "
             f"got a {source.class_name} of a {source.denoiser_class} without"
         )
+
+
+def _image_condition_options(config: Any, source: Pretrained) -> dict[str, Any]:
+    """What the network sees beside x_t: the same kind of condition image, with as much noise."""
+    saved = source.config.get("image_condition")
+    if saved is None:
+        if config.has_condition:
+            raise ValueError(
+                f"condition and condition_column must be left out with --pretrained_pipeline {source.name}, whose network sees no "
+                "condition image"
+            )
+        return {}
+    condition = ImageCondition.of_config(saved)
+    hold(config, "condition_noise", condition.noise, source.name)
+    if condition.kind != GIVEN:
+        hold(config, "condition_column", None, source.name, known=False)
+        hold(config, "condition", condition.text, source.name)
+        return {"condition": condition.text, "condition_noise": condition.noise}
+    hold(config, "condition", None, source.name, known=False)
+    if config.condition_column is None:
+        raise ValueError(
+            f"condition_column must name the column of the condition images that --pretrained_pipeline {source.name} sees, "
+            f"{condition.describe()}"
+        )
+    return {"condition_noise": condition.noise}
 
 
 def _network_options(source: Pretrained) -> dict[str, Any]:
@@ -289,6 +323,13 @@ def _path_options(config: Any, source: Pretrained) -> dict[str, Any]:
         "prediction_type": source.prediction_type,
         "num_train_timesteps": source.scheduler.config.num_train_timesteps,
     }
+
+
+def load_statistics(source: Pretrained) -> DataStatisticsModel | None:
+    """What the pipeline normalises data by, which its network goes on with; `None` for nothing."""
+    if source.statistics is None:
+        return None
+    return DataStatisticsModel.from_pretrained(source.name, subfolder="statistics")
 
 
 def load_denoiser(source: Pretrained) -> ModelMixin:
