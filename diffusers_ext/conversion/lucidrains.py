@@ -209,7 +209,7 @@ def make_scheduler(
             )
         if read is not None and objective not in (None, read):
             raise ValueError(f"objective must be {read}, as the checkpoint's loss weights say, got {objective}")
-        objective = objective or read
+        objective = objective or str(read)
     scheduler = ExtDDIMScheduler(
         num_train_timesteps=diffusion_steps,
         prediction_type=PREDICTION_OF[objective],

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers import DDPMPipeline, DDPMScheduler
 
 from diffusers_ext import DiffusionPipeline, LucidrainsUNetModel
 from diffusers_ext.conversion import lucidrains
@@ -85,6 +86,9 @@ def test_a_checkpoint_of_the_trainer_becomes_a_pipeline_of_its_average(trainer_f
     assert scheduler.num_train_timesteps == 50
     pipe.set_progress_bar_config(disable=True)
     assert pipe(num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)
+    stock = DDPMPipeline(pipe.denoiser, DDPMScheduler())
+    stock.set_progress_bar_config(disable=True)
+    assert stock(num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)
     plain = main(ConvertConfig(file=file, image_size=16, use_ema=False, output_dir=str(tmp_path / "plain")))
     loaded = LucidrainsUNetModel.from_pretrained(plain, subfolder="denoiser").state_dict()
     assert loaded.keys() == weights.keys() and all(torch.equal(value, weights[name]) for name, value in loaded.items())
