@@ -22,6 +22,7 @@ from diffusers_ext.models.classifier import NoisyClassifierModel
 from diffusers_ext.models.dit import DiTModel
 from diffusers_ext.models.gaussian_prior import GaussianPriorModel
 from diffusers_ext.models.hierarchical_vae import HierarchicalVAEModel
+from diffusers_ext.models.lucidrains_unet import LucidrainsUNetModel
 from diffusers_ext.models.statistics import DataStatisticsModel
 from diffusers_ext.models.unet import UNetModel
 from diffusers_ext.models.vae import VAEModel
@@ -76,6 +77,7 @@ __all__ = [
     "GuidedDiffusionPipeline",
     "HierarchicalVAEModel",
     "InternalGuidance",
+    "LucidrainsUNetModel",
     "NoisyClassifierModel",
     "ScoreSDEScheduler",
     "TextGuidedDiffusionBlocks",

@@ -46,7 +46,7 @@ COMMANDS: dict[str, dict[str, Command]] = {
         "fit-prior": Command("start below the noisiest level", "commands.fit_prior"),
         "reconstruct-ema": Command("make an average of the weights of another width", "commands.reconstruct_ema"),
         "convert": Command(
-            "make a pipeline of a checkpoint of OpenAI's guided-diffusion", "commands.convert_checkpoint"
+            "make a pipeline of a checkpoint of guided-diffusion or lucidrains' package", "commands.convert_checkpoint"
         ),
     },
     "measure": {

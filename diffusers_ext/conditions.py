@@ -115,6 +115,11 @@ class ImageCondition:
         channels = {"lowres": image_channels, "grey": max(1, image_channels - 2), "edges": 1}[kind]
         return cls(kind, channels, image_channels, tuple(image_size), factor, noise)
 
+    @property
+    def text(self) -> str:
+        """The option that `parse` makes it of; "given" for a column."""
+        return f"{self.kind}:{self.factor}" if self.kind == "lowres" else self.kind
+
     @classmethod
     def of_config(cls, config: "Mapping[str, Any] | ImageCondition") -> "ImageCondition":
         """From what `to_config` gives.

@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "hub": "atomic_files untrusted",
     "data": "machine untrusted atomic_files draws options pixels sizes value_scale latents guidance command_names",
     "trainer": "untrusted atomic_files draws machine pixels options figures svg_charts hub data command_names",
-    "conversion": "schedulers",
+    "conversion": "diffusion schedulers models",
     "metrics": "untrusted pixels diffusion sizes value_scale command_names",
     "evaluation": "__init__ untrusted atomic_files conditions draws machine pixels sizes value_scale options figures latents diffusion schedulers models guidance pipelines hub data metrics command_names",
     "calibration": "__init__ atomic_files figures diffusion schedulers guidance pipelines hub data trainer metrics evaluation command_names",

@@ -40,6 +40,7 @@ from diffusers_ext.__main__ import COMMANDS
 from diffusers_ext.__main__ import main as command_main
 from diffusers_ext.hub.__main__ import main as hub_main
 from guided_diffusion_unet import GuidedDiffusionUNet
+from lucidrains_unet import ReferenceUnet, diffusion_tables
 from tiny import tiny_stock_unet, tiny_unet
 from tiny_text import tiny_clip, tiny_text_unet, tiny_tokenizer
 
@@ -189,6 +190,15 @@ def save_checkpoint_of_guided_diffusion(file):
     torch.save(GuidedDiffusionUNet(num_head_channels=64).state_dict(), file)
 
 
+def save_checkpoint_of_lucidrains(file):
+    network = ReferenceUnet()
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    state = {f"model.{name}": value for name, value in network.state_dict().items()}
+    state |= diffusion_tables(torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64))
+    torch.save({"model": state, "ema": {f"ema_model.{name}": value for name, value in state.items()}}, file)
+
+
 # Data and models by the names that documents give them.
 MATERIAL = {
     "path/to/images": lambda folder: save_files(folder, side=20),
@@ -198,6 +208,7 @@ MATERIAL = {
     "path/to/sequences": lambda folder: save_sequences(folder, channels=2),
     "path/to/italy_power_demand": lambda folder: save_sequences(folder, channels=1),
     "path/to/64x64_diffusion.pt": save_checkpoint_of_guided_diffusion,
+    "results/model-1.pt": save_checkpoint_of_lucidrains,
     "a/stable-diffusion": save_stable_diffusion,
     "a/ddpm": save_ddpm,
 }

@@ -21,7 +21,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
 from diffusers import UNet2DModel
 from torch import Tensor
 
@@ -54,11 +53,6 @@ class Layout:
     state: Mapping[str, Tensor]
 
     def __post_init__(self):
-        if any(re.fullmatch(r"(ema_model\.|model\.)*init_conv\.weight", name) for name in self.state):
-            raise ValueError(
-                "the checkpoint is of the Unet of denoising_diffusion_pytorch, whose RMSNorm and linear attention neither "
-                "diffusers' UNet2DModel nor UNetModel has: such a model cannot be converted"
-            )
         for name in ("time_embed.0.weight", "input_blocks.0.0.weight", "middle_block.1.qkv.weight", "out.2.weight"):
             if name not in self.state:
                 raise ValueError(
@@ -313,23 +307,13 @@ def make_scheduler(
     return scheduler
 
 
-def load_state(file: str) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, from a file of safetensors or of torch, of which no code is run.
+def tensors_of(checkpoint: Mapping, file: str) -> dict[str, Tensor]:
+    """The state dict of a network, which is all that a file of these projects holds.
 
     Raises:
-        ValueError: if it holds no tensors by name.
+        ValueError: if there is anything else in it.
     """
-    if str(file).endswith(".safetensors"):
-        from safetensors.torch import load_file
-
-        return load_file(file)
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # what torch raises depends on where the file is broken
-        if not isinstance(error, OSError):
-            raise ValueError(f"{file} cannot be read as weights alone: {error}") from error
-        raise
-    if not (isinstance(state, Mapping) and state and all(isinstance(value, Tensor) for value in state.values())):
-        kinds = ", ".join(map(str, list(state)[:5])) if isinstance(state, Mapping) else type(state).__name__
+    if not (checkpoint and all(isinstance(value, Tensor) for value in checkpoint.values())):
+        kinds = ", ".join(map(str, list(checkpoint)[:5])) or "nothing"
         raise ValueError(f"{file} must hold tensors by name, the state dict of a network, got {kinds}")
-    return dict(state)
+    return dict(checkpoint)

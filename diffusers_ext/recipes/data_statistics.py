@@ -18,9 +18,10 @@ from diffusers_ext.data.latent_cache import LatentEncoder, SampleSpace
 from diffusers_ext.data.sequences import SequenceData
 from diffusers_ext.data.stream import StreamData
 from diffusers_ext.latents import latent_scale
-from diffusers_ext.models.statistics import DataStatisticsModel
+from diffusers_ext.models.statistics import DataStatisticsModel, check_statistics
 from diffusers_ext.pixels import to_images
 from diffusers_ext.recipes.denoising import DenoisingConfig
+from diffusers_ext.recipes.pretrained import load_statistics, read_pretrained
 
 
 BATCH = 256
@@ -32,13 +33,19 @@ SMALLEST_SHARE = 1e-10
 def with_statistics(
     config: DenoisingConfig, data: ImageData | StreamData, space: SampleSpace, accelerator: Accelerator
 ) -> SampleSpace:
-    """The space with the statistics of the data that the options ask for, if any.
+    """The space with the statistics of the data that the options ask for, or of the pipeline that the run begins with, if any.
 
     Raises:
-        ValueError: if the data have no such statistics: a stream, no labels, sets of labels, or values that do not vary.
+        ValueError: if the data have no such statistics: a stream, no labels, sets of labels, or values that do not vary; or if
+            those of the pipeline are of other data.
     """
     if (config.data_mean, config.data_scale) == ("none", "none"):
         return space
+    if config.pretrained_pipeline is not None:
+        known = load_statistics(read_pretrained(config.pretrained_pipeline))
+        check_statistics(known, space.shape[0], space.shape[1:], data.num_classes)
+        accelerator.print(f"as for {config.pretrained_pipeline}, {describe(known)}")
+        return dataclasses.replace(space, statistics=known)
     if isinstance(data, SequenceData):
         raise ValueError(
             f"data_mean and data_scale are of images, and {data.name} holds sequences, whose values sequence_scale scales: leave "

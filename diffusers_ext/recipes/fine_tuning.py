@@ -60,6 +60,11 @@ def with_labels_of(config: "DenoisingConfig", data: ImageData | StreamData) -> I
                 "label that stands for none"
             )
         return dataclasses.replace(data, notes=(*notes, *data.notes))
+    if not source.takes_labels:
+        raise ValueError(
+            f"the data must have no labels for --pretrained_pipeline {source.name}, a {source.denoiser_class}, which takes none: "
+            "give --unconditional"
+        )
     if data.has_label_sets and source.denoiser_class == UNet2DModel.__name__:
         raise ValueError(
             f"{data.name} must have one label an image for --pretrained_pipeline {source.name}, a UNet2DModel, got sets of "
@@ -127,6 +132,9 @@ def load_network(
     learned_unconditional: bool,
     cross_attention_dim: int | None = None,
     pool_context: bool | None = None,
+    condition_channels: int = 0,
+    condition_level: bool = False,
+    learned_without_image: bool = False,
 ) -> ModelMixin:
     """The network of `pretrained_pipeline` for these samples and labels.
 
@@ -135,6 +143,7 @@ def load_network(
         num_classes: Of the run, the pipeline's labels included; `None` for data without labels.
         learned_unconditional: Whether any of the run's examples will be without label or text.
         cross_attention_dim, pool_context: Of the run's texts.
+        condition_channels, condition_level, learned_without_image: Of its condition images, as networks have these options.
 
     Raises:
         ValueError: if samples, labels or texts are not what the network takes.
@@ -147,6 +156,11 @@ def load_network(
             f"pretrained_text_encoder must have hidden states of the width that --pretrained_pipeline {source.name} attends to, "
             f"{network.config.cross_attention_dim}, got {cross_attention_dim}"
         )
+    if condition_channels != network.config.get("condition_channels", 0):
+        raise ValueError(
+            "the condition images must have as many channels for the network of --pretrained_pipeline "
+            f"{source.name} as it was trained with, {network.config.get('condition_channels', 0)}, got {condition_channels}"
+        )
     changes = _of_size(network, space.shape[1:], source) | {"dropout": config.dropout or network.config.dropout}
     if isinstance(network, UNet2DModel):
         if num_classes is not None and learned_unconditional:
@@ -155,7 +169,9 @@ def load_network(
                 "for none: give --label_dropout 0, or --unconditional"
             )
         changes["num_class_embeds"] = num_classes
-    else:
+    elif source.takes_labels:
+        if condition_channels:
+            changes["learned_without_image"] = learned_without_image or network.config.learned_without_image
         if config.lora_rank is not None and learned_unconditional and not source.has_null_label:
             raise ValueError(
                 f"label_dropout and caption_dropout must be 0 with lora_rank and --pretrained_pipeline {source.name}, which was not "

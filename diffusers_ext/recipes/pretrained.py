@@ -18,9 +18,11 @@ from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from diffusers_ext.command_names import name_commands
+from diffusers_ext.conditions import GIVEN, ImageCondition
 from diffusers_ext.guidance.labels import NUM_CLASSES_KEYS
 from diffusers_ext.models.dit import DiTModel
 from diffusers_ext.models.dit_parts import PARTS_OF_DIT
+from diffusers_ext.models.statistics import DataStatisticsModel
 from diffusers_ext.models.unet import UNetModel
 from diffusers_ext.pipelines.stock import stock_name
 from diffusers_ext.recipes.pretrained_parts import hold
@@ -31,7 +33,13 @@ from diffusers_ext.sizes import as_size, downsampling_factor
 PRETRAINED_PATH = "pretrained"  # the option `path` of a run whose path is that of a pipeline
 
 # Networks that a run can begin with, by the name of their class, and which option of `NetworkConfig` they are.
-KINDS = {"UNetModel": "unet", "UNet2DModel": "unet", "DiTModel": "dit", "DiTTransformer2DModel": "dit"}
+KINDS = {
+    "UNetModel": "unet",
+    "UNet2DModel": "unet",
+    "LucidrainsUNetModel": "unet",
+    "DiTModel": "dit",
+    "DiTTransformer2DModel": "dit",
+}
 
 # Options of a network that are in the config of those of this package by the same name.
 OF_UNET = ("block_out_channels", "layers_per_block", "attention_resolutions", "attention_head_dim", "fourier_features")
@@ -65,6 +73,7 @@ class Pretrained:
         denoiser_class, denoiser: The denoiser's class by name, and its config, complete.
         scheduler: Of the path that it was trained on.
         vae: The config of its autoencoder; `None` for pixels.
+        statistics: The config of the statistics that it normalises data by; `None` for none.
         config: Of the pipeline.
     """
 
@@ -75,11 +84,17 @@ class Pretrained:
     denoiser: Mapping[str, Any]
     scheduler: SchedulerMixin
     vae: Mapping[str, Any] | None
+    statistics: Mapping[str, Any] | None
     config: Mapping[str, Any]
 
     @property
     def num_classes(self) -> int | None:
         return next((self.denoiser[key] for key in NUM_CLASSES_KEYS if self.denoiser.get(key) is not None), None)
+
+    @property
+    def takes_labels(self) -> bool:
+        """Whether its network is one that has labels, or can be given some."""
+        return any(key in self.denoiser for key in NUM_CLASSES_KEYS)
 
     @property
     def id2label(self) -> dict[int, str] | None:
@@ -181,6 +196,7 @@ def _read(name: str, changed: int | None) -> Pretrained:
         denoiser=_config_of(name, denoiser_class, subfolder),
         scheduler=scheduler,
         vae=None if vae is None else _config_of(name, parts[vae][1], vae),
+        statistics=_config_of(name, parts["statistics"][1], "statistics") if "statistics" in parts else None,
         config=config,
     )
     _ = source.path  # refuses a scheduler without one
@@ -224,6 +240,10 @@ def options_from(config: Any, source: Pretrained) -> dict[str, Any]:
     # Where it has attention goes by the side of a map, which is another one where images have another size.
     taken = {name: value for name, value in network.items() if name != "attention_resolutions"}
     taken |= _path_options(config, source)
+    taken |= _image_condition_options(config, source)
+    for name in ("data_mean", "data_scale"):
+        taken[name] = "none" if source.statistics is None else source.statistics[name]
+        hold(config, name, taken[name], source.name)
     taken["objective"] = config.objective or ("hybrid" if learned else "simple")
     if source.vae is None and config.vae is not None:
         raise ValueError(f"vae must be left out with --pretrained_pipeline {source.name}, which is of pixels")
@@ -246,6 +266,31 @@ def _check_condition(config: Any, source: Pretrained) -> None:
         )
 
 
+def _image_condition_options(config: Any, source: Pretrained) -> dict[str, Any]:
+    """What the network sees beside x_t: the same kind of condition image, with as much noise."""
+    saved = source.config.get("image_condition")
+    if saved is None:
+        if config.has_condition:
+            raise ValueError(
+                f"condition and condition_column must be left out with --pretrained_pipeline {source.name}, whose network sees no "
+                "condition image"
+            )
+        return {}
+    condition = ImageCondition.of_config(saved)
+    hold(config, "condition_noise", condition.noise, source.name)
+    if condition.kind != GIVEN:
+        hold(config, "condition_column", None, source.name, known=False)
+        hold(config, "condition", condition.text, source.name)
+        return {"condition": condition.text, "condition_noise": condition.noise}
+    hold(config, "condition", None, source.name, known=False)
+    if config.condition_column is None:
+        raise ValueError(
+            f"condition_column must name the column of the condition images that --pretrained_pipeline {source.name} sees, "
+            f"{condition.describe()}"
+        )
+    return {"condition_noise": condition.noise}
+
+
 def _network_options(source: Pretrained) -> dict[str, Any]:
     config, kind = source.denoiser, KINDS[source.denoiser_class]
     options = {"model": kind}
@@ -254,6 +299,8 @@ def _network_options(source: Pretrained) -> dict[str, Any]:
             options |= {name: config[name] for name in (OF_UNET if kind == "unet" else OF_DIT)}
         case "UNet2DModel":
             options |= {name: config[name] for name in ("block_out_channels", "layers_per_block")}
+        case "LucidrainsUNetModel":
+            options["block_out_channels"] = config["block_out_channels"]
         case _:
             width = config["num_attention_heads"] * config["attention_head_dim"]
             options |= {name: config[name] for name in ("patch_size", "num_layers", "num_attention_heads")}
@@ -279,6 +326,13 @@ def _path_options(config: Any, source: Pretrained) -> dict[str, Any]:
         "prediction_type": source.prediction_type,
         "num_train_timesteps": source.scheduler.config.num_train_timesteps,
     }
+
+
+def load_statistics(source: Pretrained) -> DataStatisticsModel | None:
+    """What the pipeline normalises data by, which its network goes on with; `None` for nothing."""
+    if source.statistics is None:
+        return None
+    return DataStatisticsModel.from_pretrained(source.name, subfolder="statistics")
 
 
 def load_denoiser(source: Pretrained) -> ModelMixin:

@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from diffusers_ext import UNetModel, VAEModel
+from diffusers_ext import ExtDDIMScheduler, GuidedDiffusionPipeline, UNetModel, VAEModel
 from diffusers_ext.conditions import ImageCondition, add_condition_noise
 from diffusers_ext.data.batches import BOTH_DROPPED, BatchOptions, make_batches
 from diffusers_ext.data.identity import identify
@@ -108,6 +108,28 @@ def test_evaluation_measures_how_close_the_images_are(run, capsys):
     assert Image.open(run / "conditions.png").size[1] == 4 * 66 + 2
     with pytest.raises(ValueError, match="--bits_per_dim is of models without condition images"):
         evaluate(EvaluateConfig(pipeline=str(run), num_images=8, bits_per_dim=True))
+
+
+def test_a_run_goes_on_with_the_condition_of_its_pipeline(run, tmp_path):
+    began = DiffusionPipeline.from_pretrained(run)
+    config = config_of(tmp_path / "on", pretrained_pipeline=str(run), learning_rate=1e-12)
+    assert (config.condition, config.condition_noise) == ("lowres:2", 0.4)
+    on = DiffusionPipeline.from_pretrained(main(config))
+    assert on.image_condition == began.image_condition
+    for name, value in began.denoiser.state_dict().items():
+        torch.testing.assert_close(on.denoiser.state_dict()[name], value, rtol=0, atol=1e-6)
+    larger = config_of(tmp_path / "larger", pretrained_pipeline=str(run), resolution=(16,))
+    assert DiffusionPipeline.from_pretrained(main(larger)).image_condition.image_size == (16, 16)
+    for settings, message in (
+        ({"condition": "edges"}, "condition must be 'lowres:2', as it is of"),
+        ({"condition_column": "sketch"}, "condition_column must be left out with"),
+        ({"condition_noise": 0.1}, "condition_noise must be 0.4, as it is of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            config_of(tmp_path, pretrained_pipeline=str(run), **settings)
+    GuidedDiffusionPipeline(UNetModel(8, 1, 1, (8, 16), 1), ExtDDIMScheduler()).save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match="must be left out with .*, whose network sees no condition image"):
+        config_of(tmp_path, pretrained_pipeline=str(tmp_path / "plain"), condition="edges")
 
 
 def test_draws_of_conditions_depend_on_the_position_alone():

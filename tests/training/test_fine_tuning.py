@@ -15,6 +15,7 @@ from diffusers_ext import (
     ExtDDIMScheduler,
     FlowScheduler,
     GuidedDiffusionPipeline,
+    LucidrainsUNetModel,
     TextGuidedDiffusionPipeline,
     UNetModel,
 )
@@ -155,6 +156,18 @@ def test_a_stock_dit_of_latents_is_trained_as_ours_with_its_autoencoder_and_lear
     with torch.no_grad():
         expected = before.transformer(x, t, class_labels=labels).sample
         torch.testing.assert_close(after.denoiser(x, t, labels).sample, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_network_that_takes_no_labels_is_gone_on_with_without(folder, tmp_path):
+    network = LucidrainsUNetModel(8, 1, 1, block_out_channels=(4, 8), width=4, attention_head_dim=4)
+    GuidedDiffusionPipeline(network, ExtDDIMScheduler()).save_pretrained(folder / "lucidrains")
+    trained, _ = run(tmp_path / "run", str(folder / "lucidrains"), unconditional=True, **STANDING)
+    for name, value in trained.denoiser.state_dict().items():
+        torch.testing.assert_close(value, network.state_dict()[name], rtol=0, atol=1e-6)
+    with pytest.raises(
+        ValueError, match="must have no labels for .* a LucidrainsUNetModel, which takes none: give --uncond"
+    ):
+        main(config_of(tmp_path / "labelled", str(folder / "lucidrains")))
 
 
 def test_a_unet_is_trained_at_another_size_with_attention_at_the_same_maps(ours, tmp_path):

@@ -67,6 +67,21 @@ def test_the_pipeline_of_a_run_has_its_statistics_and_clips_to_what_they_make_of
     assert found["by_label"] and found["variance"] == "learned_range" and found["bits_per_dim"] > 0
 
 
+def test_a_run_goes_on_with_the_statistics_of_its_pipeline_and_not_with_those_of_its_data(run, tmp_path):
+    small = {name: value for name, value in SMALL.items() if name not in ("block_out_channels", "layers_per_block")}
+    on = small | {"pretrained_pipeline": str(run), "max_train_samples": 30, "output_dir": str(tmp_path / "on")}
+    folder = train_ddpm.main(train_ddpm.TrainConfig(**on))
+    forget_accelerate()
+    began, gone_on = load(run), load(folder)
+    assert gone_on.statistics.fingerprint() == began.statistics.fingerprint()
+    assert gone_on.scheduler.config.clip_sample_range == pytest.approx(began.statistics.largest)
+    with pytest.raises(ValueError, match="data_mean must be 'class', as it is of"):
+        train_ddpm.TrainConfig(**on | {"data_mean": "overall"})
+    with pytest.raises(ValueError, match="statistics must be of the denoiser's samples, .*: they are of other data"):
+        train_ddpm.main(train_ddpm.TrainConfig(**on | {"resolution": (16,), "output_dir": str(tmp_path / "large")}))
+    forget_accelerate()
+
+
 def test_a_classifier_of_a_pipeline_learns_its_samples_and_fits_into_it_alone(run, tmp_path):
     options = {name: value for name, value in SMALL.items() if name not in ("num_inference_steps", "sample_columns")}
     config = train_classifier.TrainClassifierConfig(
