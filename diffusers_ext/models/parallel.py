@@ -18,6 +18,9 @@ class SpreadTokensMixin:
     Tokens, with the registers, are spread over processes from the first block to an output layer.
     """
 
+    is_cache_enabled: bool  # of diffusers' CacheMixin
+    internal_patch_out: nn.Module | None
+
     _cp_plan = {
         "transformer_blocks.*": {"rotation": ContextParallelInput(split_dim=1, expected_dims=3)},
         "transformer_blocks.0": {"hidden_states": ContextParallelInput(split_dim=1, expected_dims=3)},
@@ -42,7 +45,7 @@ class SpreadTokensMixin:
                 cp_plan = self._cp_plan
                 if self.internal_patch_out is not None:
                     cp_plan = cp_plan | {"internal_patch_out": _GATHERED}
-        super().enable_parallelism(config=config, cp_plan=cp_plan)
+        super().enable_parallelism(config=config, cp_plan=cp_plan)  # type: ignore[misc]
 
     def _check_tokens(self, number: int) -> None:
         """Refuses an image whose tokens, so many with the registers, cannot be spread evenly."""
