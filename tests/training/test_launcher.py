@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from diffusers_ext import options
 from diffusers_ext.commands.train_ddpm import run
 from environment import HUNG_AFTER
 from processes import Launched, in_ranks
@@ -33,13 +34,23 @@ def test_an_error_is_one_line_of_ours(tmp_path):
 
 
 def test_an_error_of_two_processes_is_one_line_of_ours(tmp_path, monkeypatch):
-    """When one fails the other is ended, by `in_ranks` as by the launcher."""
+    """The first says it, though the other fails before; then the other is ended, by `in_ranks` as by the launcher."""
     monkeypatch.setattr("sys.argv", [str(SCRIPT), *options_of(tmp_path), "--num_threads", "1"])
+    monkeypatch.setattr(options, "OTHERS_WAIT_SECONDS", HUNG_AFTER)
+
+    def work():
+        if os.environ["RANK"] == "0":
+            time.sleep(0.3)
+        try:
+            run()
+        finally:
+            print(f"process {os.environ['RANK']} has spoken")
+
     with pytest.raises(AssertionError, match=r"ended with \[1\]") as failed:
-        in_ranks(run)
+        in_ranks(work)
     output = str(failed.value)
-    assert output.count("train_ddpm.py: error: ") == 1, output
-    assert "Traceback" not in output
+    assert output.count("train_ddpm.py: error: ") == 1 and "process 0 has spoken" in output, output
+    assert "Traceback" not in output and "process 1 has spoken" not in output
     assert not (tmp_path / "run").exists()
 
 

@@ -51,7 +51,7 @@ def trained(tmp_path_factory):
     main(
         config_of(
             folder,
-            max_train_steps=90,
+            max_train_steps=150,
             learning_rate=3e-3,
             validation_split="test",
             block_out_channels=(16, 32),
