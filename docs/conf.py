@@ -38,7 +38,8 @@ MARKUP = re.compile(r"([*|\\])|(?<=\w)(_)(?!\w)")
 
 def link_to_sources(app, docname, source):
     """Links out of `docs/`, such as to model cards, lead to copies of the files."""
-    source[0] = re.sub(r"(?<!!)(\[[^\]]*\]\()(\.\./)", r"\1path:\2", source[0])
+    out = re.escape("../" * (docname.count("/") + 1))
+    source[0] = re.sub(rf"(?<!!)(\[[^\]]*\]\()({out})", r"\1path:\2", source[0])
 
 
 def plain_text(app, what, name, obj, options, lines):

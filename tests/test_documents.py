@@ -46,7 +46,13 @@ from tiny_text import tiny_clip, tiny_text_unet, tiny_tokenizer
 
 
 ROOT = Path(__file__).parents[1]
-WRITTEN = [path for folder in ("docs", "model_cards") for path in sorted((ROOT / folder).glob("**/*.md"))]
+# The blocks of walk-throughs are pieces of scripts, which tests/test_walkthroughs.py runs.
+WRITTEN = [
+    path
+    for folder in ("docs", "model_cards")
+    for path in sorted((ROOT / folder).glob("**/*.md"))
+    if path.parent.name != "walkthroughs"
+]
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", *(path.relative_to(ROOT).as_posix() for path in WRITTEN)]
 SCRIPTS = sorted(
     str(path.relative_to(ROOT)) for folder in ("training", "benchmarks") for path in ROOT.glob(f"{folder}/*.py")
@@ -349,6 +355,15 @@ def test_the_blocks_of_a_document_run_as_printed(path, desk):
     if path in BEFORE:
         desk.run_bash(BEFORE[path])
     assert run_blocks(desk, path) == (ROOT / path).read_text().count("\n```") // 2
+
+
+@pytest.mark.parametrize("path", ["README.md", "docs/start.md"])
+def test_the_first_documents_say_how_long_each_block_takes(path):
+    pieces = re.split(r"^```.*?^```$", (ROOT / path).read_text(), flags=re.MULTILINE | re.DOTALL)
+    assert len(pieces) > 2
+    for text in pieces[:-1]:
+        paragraph = re.sub(r"<!--.*?-->", "", text).strip().split("\n\n")[-1]
+        assert re.search(r"\d (?:s|minutes?|min)\b", paragraph), paragraph
 
 
 def commands_in(text, pattern):

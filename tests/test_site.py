@@ -19,7 +19,12 @@ from environment import HUNG_AFTER
 
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = sorted(path.stem for suffix in ("md", "rst") for path in DOCS.glob(f"*.{suffix}") if path.stem != "index")
+PAGES = sorted(
+    path.relative_to(DOCS).with_suffix("").as_posix()
+    for suffix in ("md", "rst")
+    for path in DOCS.rglob(f"*.{suffix}")
+    if path.stem != "index"
+)
 
 HAS_SPHINX = all(importlib.util.find_spec(name) for name in ("sphinx", "furo", "myst_parser"))
 
@@ -31,7 +36,7 @@ def read(name):
 def test_every_page_stands_once_in_the_tables_of_contents():
     index = read("index.rst")
     trees = re.findall(r"^\.\. toctree::\n(.*?)(?=^\S|\Z)", index, flags=re.MULTILINE | re.DOTALL)
-    listed = [line.strip() for tree in trees for line in tree.splitlines() if re.fullmatch(r" {3}\w+", line)]
+    listed = [line.strip() for tree in trees for line in tree.splitlines() if re.fullmatch(r" {3}[\w/]+", line)]
     assert sorted(listed) == PAGES and len(PAGES) > 20
 
 
@@ -41,7 +46,7 @@ def test_links_within_the_repository_lead_to_files_and_headings(name):
         if target.startswith("https://"):
             continue
         path, _, heading = target.partition("#")
-        file = (DOCS / path).resolve() if path else DOCS / name
+        file = (DOCS / name).parent.joinpath(path).resolve() if path else DOCS / name
         assert file.exists(), target
         assert not heading or heading in headings(file), target
 
