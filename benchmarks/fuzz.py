@@ -5,7 +5,8 @@
 A config that is taken is sampled with: its samples must be finite. What is refused must be so by a ValueError or TypeError
 that this package or diffusers itself raises, and not by whatever a wrong value comes upon in PyTorch. Options that are taken
 must come through YAML and through a command line as they are. Nothing may take longer than `--seconds_each`. What fails is
-printed with the seed by which it comes again alone; `tests/test_fuzz.py` runs a small share.
+printed with the seed by which it comes again alone; `tests/test_fuzz.py` runs a small share. `--max_seconds` of computing ends it
+sooner, in proportion, and how many were tried is said: with `--first_seed` another run goes on from there.
 """
 
 import argparse
@@ -25,10 +26,12 @@ import typing
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import UnionType
 
 import diffusers
+import huggingface_hub
 import torch
 
 import diffusers_ext.commands
@@ -223,18 +226,26 @@ def option_classes() -> list[type]:
 
 
 def fuzz(
-    what: str, attempt: Callable[[int], str], seeds: range, seconds_each: float = 10.0, show: bool = False
+    what: str,
+    attempt: Callable[[int], str],
+    seeds: range,
+    seconds_each: float = 10.0,
+    show: bool = False,
+    max_seconds: float = math.inf,
 ) -> list:
     """Tries all seeds; gives a line for each that fails.
 
     Args:
         what: A word for them.
         attempt: Of a seed: "works", or "refused", or an error, which is no failure if `is_ours`.
+        max_seconds: Of this process's computing, after which no further seed is tried.
     """
-    counts, failures, start = Counter(), [], time.perf_counter()
+    counts, failures, start = Counter(), [], time.process_time()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for seed in seeds:
+            if time.process_time() - start > max_seconds:
+                break
             try:
                 with within(seconds_each):
                     counts[attempt(seed)] += 1
@@ -246,8 +257,10 @@ def fuzz(
                 where = f"{Path(frame.f_code.co_filename).name}:{line}"
                 failures.append(f"{what} {seed}: {type(error).__name__} in {where}: {error}")
     if show:
-        told = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
-        print(f"{what}: {told}, {len(failures)} fail; {time.perf_counter() - start:.0f} s", flush=True)
+        counted = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+        tried = f"{sum(counts.values()) + len(failures)} from {seeds.start} on"
+        seconds = time.process_time() - start
+        print(f"{what}: {tried}: {counted}, {len(failures)} fail; {seconds:.0f} s of computing", flush=True)
     return failures
 
 
@@ -257,14 +270,20 @@ def main() -> int:
     parser.add_argument("--num_options", type=int, default=10_000)
     parser.add_argument("--first_seed", type=int, default=0, help="of the first config and command line")
     parser.add_argument("--seconds_each", type=float, default=10.0)
+    parser.add_argument(
+        "--max_seconds", type=float, default=math.inf, help="of computing, three quarters for schedulers"
+    )
     given = parser.parse_args()
     torch.set_num_threads(1)
+    huggingface_hub.constants.HF_HUB_OFFLINE = True  # a random word may be the name of a repository
     classes = option_classes()
     seeds = [
         range(given.first_seed, given.first_seed + number) for number in (given.num_schedulers, given.num_options)
     ]
-    failures = fuzz("scheduler", try_scheduler, seeds[0], given.seconds_each, show=True)
-    failures += fuzz("options", lambda seed: try_options(seed, classes), seeds[1], given.seconds_each, show=True)
+    options = {"seconds_each": given.seconds_each, "show": True}
+    longest = given.max_seconds
+    failures = fuzz("scheduler", try_scheduler, seeds[0], max_seconds=0.75 * longest, **options)
+    failures += fuzz("options", partial(try_options, classes=classes), seeds[1], max_seconds=0.25 * longest, **options)
     for line in failures[:50]:
         print(line)
     return bool(failures)

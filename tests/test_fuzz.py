@@ -39,3 +39,14 @@ def test_what_fails_is_found():
 
     found = fuzz.fuzz("attempt", attempt, range(5), seconds_each=0.2)
     assert [line.split(":")[0] for line in found] == [f"attempt {seed}" for seed in range(4)]
+
+
+def test_a_time_ends_it_and_how_many_were_tried_is_said(capsys):
+    def attempt(seed):
+        end = fuzz.time.process_time() + 0.02
+        while fuzz.time.process_time() < end:
+            pass
+        return "works"
+
+    assert fuzz.fuzz("attempt", attempt, range(7, 1000), show=True, max_seconds=0.05) == []
+    assert "attempt: 3 from 7 on: 3 works, 0 fail; 0 s of computing" in capsys.readouterr().out

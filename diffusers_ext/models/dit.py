@@ -360,8 +360,9 @@ class DiTModel(SpreadTokensMixin, CachedBlocksMixin, Network):
         x = x[:, : grid[0] * grid[1]]
         x = x.unflatten(1, grid).unflatten(3, (patch, patch, -1))  # (batch, rows, columns, patch, patch, channels)
         x = x.permute(0, 5, 1, 3, 2, 4)
-        # One call, whose copy is not a view, of which FSDP warns: (batch, out_channels, height, width).
-        return x.reshape(*x.shape[:2], grid[0] * patch, grid[1] * patch)
+        # A copy, since FSDP warns of a view, which one channel of single pixels would be: (batch, out_channels, height, width).
+        image = x.reshape(*x.shape[:2], grid[0] * patch, grid[1] * patch)
+        return image.clone() if x.is_contiguous() else image
 
     def _positions(self, grid: tuple[int, int]) -> Tensor:
         if grid == self.grid:

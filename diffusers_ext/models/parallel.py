@@ -3,6 +3,7 @@
 from diffusers import ContextParallelConfig
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 
@@ -12,7 +13,7 @@ WITHOUT_NORMALISER = ("native", "_native_npu")
 _GATHERED = ContextParallelOutput(gather_dim=1, expected_dims=3)
 
 
-class SpreadTokensMixin:
+class SpreadTokensMixin(ModelMixin):
     """`enable_parallelism` for a network with blocks in `transformer_blocks` and a linear layer `patch_out` after them.
 
     Tokens, with the registers, are spread over processes from the first block to an output layer.

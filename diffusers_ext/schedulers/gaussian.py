@@ -125,6 +125,12 @@ class GaussianSchedulerMixin:
             raise ValueError(f"dynamic_thresholding_ratio must be in [0, 1], got {config.dynamic_thresholding_ratio}")
         if not config.get("sample_max_value", 1) >= 1:
             raise ValueError(f"sample_max_value must be at least 1, got {config.sample_max_value}")
+        largest = torch.finfo(torch.float32).max  # what samples are computed in
+        for name in ("clip_sample_range", "sample_max_value"):
+            if config.get(name, 1) > largest:
+                raise ValueError(
+                    f"{name} must be at most {largest:.2g}, the largest number of float32, got {config[name]}"
+                )
 
     def _make_schedule(self, config) -> tuple[NoiseSchedule, Tensor]:
         """The noising path, and its betas at unit scale."""

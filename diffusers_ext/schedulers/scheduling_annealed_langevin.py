@@ -83,6 +83,12 @@ class AnnealedLangevinScheduler(AnyPathSchedulerMixin):
         check_integer("num_langevin_steps", num_langevin_steps)
         self.calls = ("step",) * (num_langevin_steps - 1) + ("last",)
         self._setup()
+        levels = self.schedule.sigma[:-1]  # without the clean end
+        if not levels.min() > 0:
+            raise ValueError(
+                "each level must have noise, by which Langevin dynamics scales its steps, got sigma 0 at timestep "
+                f"{int(levels.argmin())}: raise beta_start"
+            )
         largest = 2 * float(self.schedule.sigma[0]) ** 2
         if step_size is not None and not 0 < step_size < largest:
             raise ValueError(

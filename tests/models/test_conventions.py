@@ -112,8 +112,10 @@ def test_a_map_of_devices_places_the_model(model, tmp_path, device_map):
 
 def test_an_output_is_no_view(model):
     """What is changed in place in a view passes by the hooks of FSDP, which warns of it."""
-    x = torch.zeros(1, 1, 8, 8)
+    x = torch.zeros(2, 1, 8, 8)
     assert not model(x, *(() if isinstance(model, VAEModel) else (500,)), return_dict=False)[0]._is_view()
+    if isinstance(model, DiTModel):  # tokens of single pixels stand in memory as the image does
+        assert not DiTModel(8, 1, 1, hidden_size=8, num_layers=1, num_attention_heads=2)(x, 5).sample._is_view()
 
 
 def test_a_model_is_made_without_numbers_from_memory():

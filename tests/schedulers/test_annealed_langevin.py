@@ -74,3 +74,10 @@ def test_step_sizes_that_diverge_are_refused():
         make(step_size=1.0)
     with pytest.raises(ValueError, match="num_langevin_steps must be an integer of at least 1, got 0"):
         make(num_langevin_steps=0)
+
+
+def test_a_level_without_noise_is_refused():
+    with pytest.raises(
+        ValueError, match="each level must have noise, .*, got sigma 0 at timestep 0: raise beta_start"
+    ):
+        AnnealedLangevinScheduler(num_train_timesteps=50, beta_start=0.0)

@@ -198,6 +198,14 @@ def test_stock_keys_and_defaults_are_all_there():
         ({"clip_sample_range": 0}, "clip_sample_range must be above 0, got 0"),
         ({"dynamic_thresholding_ratio": 1.5}, r"dynamic_thresholding_ratio must be in \[0, 1\], got 1.5"),
         ({"sample_max_value": 0.5}, "sample_max_value must be at least 1, got 0.5"),
+        (
+            {"clip_sample_range": 1e308},
+            r"clip_sample_range must be at most 3.4e\+38, the largest .* float32, got 1e\+308",
+        ),
+        (
+            {"sample_max_value": 1e308},
+            r"sample_max_value must be at most 3.4e\+38, the largest .* float32, got 1e\+308",
+        ),
         ({"beta_end": 1.5}, r"beta_end must be in \[0, 1\], got 1.5"),
         ({"beta_start": float("nan")}, r"beta_start must be in \[0, 1\], got nan"),
         ({"trained_betas": [0.1, 0.2]}, r"trained_betas must have shape \(1000,\).*got \(2,\)"),

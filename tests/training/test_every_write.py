@@ -1,6 +1,6 @@
 """Each script, ended at a file that it writes, and what is left: the old, or the new, or what the same command goes on with.
 
-One of the places of each script is tried here, and all of them, or each n-th, by
+One of the places of each script is tried here, and all of them, or each n-th, in one process and in two, by
 
     python -m pytest tests/training/test_every_write.py --every-write 1
 """
@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from diffusers_ext import ExtDDIMScheduler, GuidedDiffusionPipeline, VAEModel
 from diffusers_ext.atomic_files import finish_replacing
@@ -25,13 +26,17 @@ from diffusers_ext.metrics.features import FeatureClassifierModel
 from diffusers_ext.recipes.text_to_image import TextConfig
 from diffusers_ext.trainer.run_folder import read_metrics
 from every_write import ENDED, finish, start
+from guided_diffusion_unet import GuidedDiffusionUNet
 from runs import assert_same_run, forget_accelerate, trainer
 from tiny import tiny_unet
 from tiny_text import CAPTIONS, WIDTH, save_pictures
 from training import (
     cache_latents,
     calibrate,
+    convert_checkpoint,
+    distill,
     evaluate,
+    fit_prior,
     reconstruct_ema,
     train_classifier,
     train_ddpm,
@@ -87,6 +92,16 @@ def measured(material):
     return ("--dataset_name", str(material / "data"), "--features", str(material / "features"), "--num_threads", "1")
 
 
+def convert(material, folder):
+    options = {"image_size": 16, "num_heads": 2, "output_dir": str(folder)}
+    convert_checkpoint.main(convert_checkpoint.ConvertConfig(str(material / "theirs.safetensors"), **options))
+
+
+def fit(material, folder):
+    options = {"start_timestep": 29, "num_inference_steps": 4, "num_threads": 1}
+    fit_prior.main(fit_prior.FitPriorConfig(pipeline=str(folder), dataset_name=str(material / "data"), **options))
+
+
 def choose(material, folder):
     more = ("--max_time", "1s", "--num_inference_steps", "4")
     calibrate.main(calibrate.parse([str(folder), *measured(material), *more]))
@@ -121,6 +136,18 @@ SCRIPTS = {
         ),
         None,
     ),
+    "distill": (
+        train(
+            distill,
+            distill.DistillConfig,
+            **{"pipeline": lambda material: str(material / "teacher"), "teacher_steps": 4, "student_steps": 1},
+            **{"dataset_name": lambda material: str(material / "data"), "max_train_steps": None, "steps_per_stage": 2},
+            **{"checkpointing_steps": 1, "sample_columns": 1},
+        ),
+        None,
+    ),
+    "convert_checkpoint": (convert, None),
+    "fit_prior": (fit, "pipeline"),
     "cache_latents": (cache, None),
     "reconstruct_ema": (reconstruct, "average"),
     "train_features": (features, "features"),
@@ -160,6 +187,10 @@ def material(tmp_path_factory):
     pipe = GuidedDiffusionPipeline(tiny_unet(num_classes=2), scheduler, id2label=dict(enumerate(LABELS)))
     pipe.save_pretrained(folder / "pipeline")
     write_card(folder / "pipeline", data="Noise.")
+    pipe.scheduler.register_to_config(prediction_type="v_prediction")
+    pipe.save_pretrained(folder / "teacher")
+    torch.manual_seed(0)
+    save_file(GuidedDiffusionUNet(num_heads=2).state_dict(), folder / "theirs.safetensors")
     (folder / "pipeline" / "train_config.yaml").write_text("dataset_name: data\n")
     snapshots = {"max_train_samples": 12, "ema_snapshot_steps": 1, "max_train_steps": 12}
     child = start(lambda: train(train_ddpm, train_ddpm.TrainConfig, **NETWORK, **snapshots)(folder, folder / "run"))
@@ -175,7 +206,21 @@ def state_of(folder):
     files = [path for path in files if not path.relative_to(folder).parts[0].startswith(".")]  # which nobody loads
     timed = ("seconds", "images_per_second")
     log = [{k: v for k, v in record.items() if k not in timed} for record in read_metrics(folder / "metrics.jsonl")]
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}, log
+    return {str(path.relative_to(folder)): digest(path) for path in files}, log
+
+
+def digest(path):
+    """Of a file; of a config without the folder that its network was loaded from."""
+    content = path.read_bytes()
+    if path.suffix == ".json":
+        content = json.dumps({k: v for k, v in json.loads(content).items() if k != "_name_or_path"}).encode()
+    return hashlib.sha256(content).hexdigest()
+
+
+def difference(one, other):
+    """The names of files, and the lines of the log, in which two states differ."""
+    files = sorted(name for name in one[0].keys() | other[0].keys() if one[0].get(name) != other[0].get(name))
+    return files + [line for line in one[1] + other[1] if (line in one[1]) != (line in other[1])]
 
 
 def make(material, before, folder):
@@ -207,19 +252,20 @@ def test_a_script_that_is_ended_at_a_write_goes_on_or_leaves_what_was_there(
         if before is not None:
             finish_replacing(folder)  # as whatever loads it does first
             assert comparable(state_of(folder), name) in (comparable(old, name), comparable(new, name)), number
-        assert finish(start(lambda folder=folder: work(material, folder))) == 0, number
-        assert comparable(state_of(folder), name) == comparable(new, name), number
+        for path in folder.rglob("*.json"):
+            if not any(part.startswith(".") for part in path.relative_to(folder).parts):
+                json.loads(path.read_text())  # none is half a file
+        if name != "convert_checkpoint" or comparable(state_of(folder), name) != comparable(new, name):
+            assert finish(start(lambda folder=folder: work(material, folder))) == 0, number
+        assert difference(comparable(state_of(folder), name), comparable(new, name)) == [], number
         assert [path.name for path in folder.glob(".*") if path.name != ".cache"] == [], number
         shutil.rmtree(folder)
 
 
 def comparable(state, name):
-    """Which timesteps and scales `calibrate` chooses follows from how far it comes in its time.
-
-    The config of a network has the folder that it was loaded from.
-    """
+    """Which timesteps and scales `calibrate` chooses follows from how far it comes in its time."""
     digests, log = state
-    chosen = ("scheduler/scheduler_config.json", "model_index.json", "denoiser/config.json")
+    chosen = ("scheduler/scheduler_config.json", "model_index.json")
     return ({k: v for k, v in digests.items() if name != "calibrate" or k not in chosen}, log)
 
 
@@ -229,8 +275,8 @@ def comparable(state, name):
 SETTINGS = {"max_train_steps": 6, "checkpointing_steps": 2, "train_batch_size": 2, "checkpoints_total_limit": 2}
 
 
-def in_two_processes(folder, places=(None, None), count_to=None):
-    """A run in two processes, of which one may be ended; their exit statuses."""
+def in_two_processes(folder, places=(None, None), count_to=(None, None)):
+    """A run in two processes, of which one may be ended at a place or count its places; their exit statuses."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     data = prepare_images("digits", max_samples=20)
@@ -242,18 +288,26 @@ def in_two_processes(folder, places=(None, None), count_to=None):
     for rank in range(2):
         ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
         environment = ranks | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-        noted = {"count_to": count_to} if rank == 0 else {}
-        watched = folder if places[rank] is not None or noted.get("count_to") else None
+        watched = folder if places[rank] is not None or count_to[rank] is not None else None
         number = -1 if places[rank] is None else places[rank]
-        children.append(start(work, number, watched, environment=environment, **noted))
+        children.append(start(work, number, watched, count_to[rank], environment))
     return [finish(child) for child in children]
 
 
-def test_two_processes_of_which_the_first_is_ended_at_a_write_go_on(tmp_path):
+@pytest.mark.parametrize("rank", [0, 1])
+def test_two_processes_of_which_one_is_ended_at_a_write_go_on(rank, tmp_path, request):
+    """The other ends too, by itself or by an error: it has lost the first."""
+    step = request.config.getoption("every_write")
+    if rank and not step:
+        pytest.skip("the second process alone writes its random states; with --every-write")
     forget_accelerate()
-    assert in_two_processes(tmp_path / "whole", count_to=tmp_path / "count") == [0, 0]
-    number = int(0.6 * int((tmp_path / "count").read_text()))
-    statuses = in_two_processes(tmp_path / "parts", (number, None))
-    assert statuses[0] == ENDED and statuses[1] not in (0, ENDED)  # the other ends too, since it has lost the first
-    assert in_two_processes(tmp_path / "parts") == [0, 0]
-    assert_same_run(tmp_path / "whole", tmp_path / "parts", 6)
+    counts = [tmp_path / "count" if each == rank else None for each in range(2)]
+    assert in_two_processes(tmp_path / "whole", count_to=counts) == [0, 0]
+    total = int((tmp_path / "count").read_text())
+    for number in range(1, total + 1, step) if step else [int(0.6 * total)]:
+        folder = tmp_path / f"ended-at-{number}"
+        statuses = in_two_processes(folder, [number if each == rank else None for each in range(2)])
+        assert statuses[rank] == ENDED and statuses[1 - rank] != ENDED, number
+        assert in_two_processes(folder) == [0, 0], number
+        assert_same_run(tmp_path / "whole", folder, 6)
+        shutil.rmtree(folder)
