@@ -125,7 +125,7 @@ def test_a_stable_diffusion_pipeline_makes_the_same_pictures_of_a_text_here(tmp_
 
     text, other = "red dot", "green bar"
     expected = picture(stock, text)
-    assert np.abs(picture(stock, other) - expected).max() > 100 * TOLERANCE
+    assert np.abs(picture(stock, other) - expected).max() > 20 * TOLERANCE
     stock.save_pretrained(tmp_path)
     for ours in (TextGuidedDiffusionPipeline.from_pretrained(tmp_path), TextGuidedDiffusionPipeline.from_pipe(stock)):
         quiet(ours)

@@ -114,6 +114,18 @@ def test_a_run_that_is_resumed_is_the_one_that_was_not_stopped(data, run, tmp_pa
     assert_same_run(run, tmp_path / "stopped", 4)
 
 
+def test_a_run_goes_on_in_the_scale_of_its_pipeline(data, run, tmp_path):
+    """Its data are a part of those of the pipeline, with a scale of their own."""
+    network = {"block_out_channels": train_ddpm.TrainConfig().block_out_channels, "layers_per_block": 2}
+    settings = network | {"pretrained_pipeline": str(run), "max_train_samples": 4, "max_train_steps": 2}
+    folder = train(data, tmp_path / "on", **settings)
+    part = prepare_images(data, resolution=(LENGTH,), max_samples=4).value_scale.to_config()
+    scale = quiet(folder).config.value_scale
+    assert scale == quiet(run).config.value_scale != part
+    with pytest.raises(ValueError, match="sequence_scale must be left out with .*, which has a scale, got min_max"):
+        train(data, tmp_path / "other", **settings, sequence_scale="min_max")
+
+
 def test_latents_of_sequences_are_trained_on_in_the_scale_of_their_autoencoder(data, vae, tmp_path, capsys):
     scale = VAEModel.from_pretrained(vae).config.value_scale
     assert abs(scale["shift"][1] - 2000) < 60
