@@ -67,6 +67,11 @@ def test_guidance_moves_samples_further_than_the_sharpened_law(tmp_path):
     assert has_a_picture(tmp_path / "guidance.png")
 
 
+def test_the_plane_of_an_autoencoder_is_drawn(tmp_path, capsys):
+    load("vae").main(str(tmp_path / "vae"), str(tmp_path / "plane.png"), num_steps=20)
+    assert has_a_picture(tmp_path / "plane.png") and "rate " in capsys.readouterr().out
+
+
 def test_digits_are_trained_and_looked_at(tmp_path):
     digits = load("digits")
     pipe = digits.train_digits(str(tmp_path / "run"), max_train_steps=1, hidden_size=16, num_inference_steps=1)
