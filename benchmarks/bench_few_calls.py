@@ -19,24 +19,16 @@ import warnings
 from pathlib import Path
 
 import diffusers
-import torch
-from accelerate import PartialState
 
 import diffusers_ext
 from diffusers_ext.atomic_files import atomic_write
 from diffusers_ext.evaluation.bits_per_dim import measure_bits_per_dim
-from diffusers_ext.evaluation.evaluator import Evaluator
-from diffusers_ext.evaluation.feature_folders import features_for
-from diffusers_ext.evaluation.generate import generate_images
+from diffusers_ext.evaluation.comparison import Comparison
 from diffusers_ext.evaluation.network_calls import counted_calls
-from diffusers_ext.evaluation.options import DataOptions, take_options_of_run
-from diffusers_ext.evaluation.pipeline_facts import image_size_of
-from diffusers_ext.evaluation.real_images import load_real_images
-from diffusers_ext.evaluation.subject import labels_for, load_pipeline
+from diffusers_ext.evaluation.subject import load_pipeline
 from diffusers_ext.figures import save_picture
 
 
-SEED = 900  # of the sets, far from those that anything is chosen by
 PLAIN = {"optimal_timesteps": None, "variance_type": "fixed_small"}
 SOLVERS = ("DPMSolverMultistep", "UniPCMultistep", "DEISMultistep", "EulerDiscrete")
 WAYS = ("guided", "plain")
@@ -73,39 +65,16 @@ def _stock(name: str, config: dict):
     return getattr(diffusers, f"{name}Scheduler").from_config(config)
 
 
-class Judge:
-    """Makes and measures sets of images, all from the same noise and the same labels."""
-
-    def __init__(self, arguments: argparse.Namespace):
-        first = arguments.pipelines[0]
-        pipe = load_pipeline(first)
-        data = take_options_of_run(DataOptions(resolution=image_size_of(pipe)), first)
-        self.real, self.number = load_real_images(data.for_data()), arguments.num_images
-        features, _ = features_for(self.real, arguments.features, PartialState())
-        self.evaluator = Evaluator(self.real.train, features, 1000, in_pixels=False)
-        self.labels, _ = labels_for(self.real, pipe.num_classes, self.number)
-        held_out = min(self.number, len(self.real.held_out))
-        self.held_out = self.evaluator.measure_held_out(self.real.held_out, held_out)["frechet_distance"]
-
-    def measure(self, pipe, number: int, settings: dict) -> dict[str, float]:
-        """The Fréchet distance of images in so many steps, and the calls of the network for each."""
-        pipe.set_progress_bar_config(disable=True)
-        with counted_calls(pipe) as counts:
-            images = generate_images(
-                pipe,
-                range(self.number),
-                labels=self.labels,
-                num_inference_steps=number,
-                settings=settings,
-                seed=SEED,
-                show_progress=False,
-            )
-        labels = None if self.labels is None else torch.tensor(self.labels)
-        measured = self.evaluator.measure(images, labels)
-        return {"distance": measured["frechet_distance"], "calls": counts["denoiser"] / self.number}
+def measure(comparison: Comparison, pipe, number: int, settings: dict) -> dict[str, float]:
+    """The Fréchet distance of a set of images in so many steps, and the calls of the network for each."""
+    pipe.set_progress_bar_config(disable=True)
+    with counted_calls(pipe) as counts:
+        images = comparison.generate(pipe, number, settings)
+    distance = comparison.measure(images)["frechet_distance"]
+    return {"distance": distance, "calls": counts["denoiser"] / comparison.num_images}
 
 
-def measure_all(arguments: argparse.Namespace, judge: Judge, results: dict, save) -> None:
+def measure_all(arguments: argparse.Namespace, comparison: Comparison, results: dict, save) -> None:
     """Every cell that is missing, those of few steps first."""
     cells = [
         (way, n, path) for way in arguments.ways for n in sorted(arguments.num_steps) for path in arguments.pipelines
@@ -120,7 +89,7 @@ def measure_all(arguments: argparse.Namespace, judge: Judge, results: dict, save
             if path in done or name not in (arguments.samplers or [name]):
                 continue
             pipe.scheduler = scheduler
-            done[path] = judge.measure(pipe, number, guidance | more)
+            done[path] = measure(comparison, pipe, number, guidance | more)
             print(f"{way}, {name}, {number} steps, {path}: {done[path]}", flush=True)
             save()
     for student in arguments.students:
@@ -129,7 +98,7 @@ def measure_all(arguments: argparse.Namespace, judge: Judge, results: dict, save
         name = f"student of {number} {'step' if number == 1 else 'steps'}"
         done = results["guided"].setdefault(name, {}).setdefault(str(number), {})
         if student not in done:
-            done[student] = judge.measure(pipe, number, {"guidance_scale": 1.0})
+            done[student] = measure(comparison, pipe, number, {"guidance_scale": 1.0})
             print(f"{name}, {student}: {done[student]}", flush=True)
             save()
 
@@ -208,7 +177,9 @@ def likelihoods(arguments: argparse.Namespace, real) -> str:
 
 def main(arguments: argparse.Namespace) -> None:
     warnings.simplefilter("ignore")
-    judge, folder = Judge(arguments), Path(arguments.output_dir)
+    first, folder = arguments.pipelines[0], Path(arguments.output_dir)
+    comparison = Comparison.of(load_pipeline(first), first, arguments.num_images, arguments.features)
+    held_out = comparison.held_out_distance
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "results.json"
     results = json.loads(file.read_text()) if file.is_file() else {way: {} for way in WAYS}
@@ -217,12 +188,12 @@ def main(arguments: argparse.Namespace) -> None:
         with atomic_write(file) as partial:
             partial.write_text(json.dumps(results, indent=1) + "\n")
 
-    measure_all(arguments, judge, results, save)
-    texts = [f"{judge.number} held-out real images: {judge.held_out:.3g}\n"]
+    measure_all(arguments, comparison, results, save)
+    texts = [f"{arguments.num_images} held-out real images: {held_out:.3g}\n"]
     texts += [f"{way}\n\n{table(results[way])}" for way in WAYS if results[way]]
     if arguments.likelihood_steps:
-        texts.append(likelihoods(arguments, judge.real))
-    draw(results, judge.held_out, folder / "few_calls.png")
+        texts.append(likelihoods(arguments, comparison.real))
+    draw(results, held_out, folder / "few_calls.png")
     with atomic_write(folder / "table.md") as partial:
         partial.write_text("\n".join(texts))
     print("\n".join(texts))
