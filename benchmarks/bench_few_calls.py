@@ -126,6 +126,7 @@ def draw(results: dict, held_out: float, path: Path) -> None:
     """The distance over the number of steps, guided and without; samplers of diffusers are dashed."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
     names = list(dict.fromkeys(name for way in WAYS for name in results[way]))
     colours = {name: colormaps["tab20"](index % 20) for index, name in enumerate(names)}
@@ -146,9 +147,14 @@ def draw(results: dict, held_out: float, path: Path) -> None:
         )
         ticks = sorted({int(number) for cells in results[way].values() for number, cell in cells.items() if cell})
         axes.set_xticks(ticks, labels=[str(number) for number in ticks])
-        axes.minorticks_off()
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
     panels[0].set_ylabel("Fréchet distance from the training images")
-    panels[-1].legend(frameon=False, fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
+    lines = {line.get_label(): line for axes in panels for line in axes.get_lines()}
+    held_out_last = sorted(lines, key=lambda name: name.startswith("held-out"))
+    figure.legend([lines[name] for name in held_out_last], held_out_last, loc="outside right", frameon=False)
     save_picture(figure, path)
 
 
