@@ -37,9 +37,14 @@ COMMON_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 # Samplers start from N(0, 1), so the noisiest level should have next to no signal left.
 LARGE_ALPHA_BAR = 0.01
 
-CHOOSE_FIRST = (
-    "timestep_spacing 'optimal' needs optimal_timesteps, which training/calibrate.py chooses for a model, got None"
-)
+
+def no_chosen_timesteps() -> ValueError:
+    """The error of a spacing "optimal" without lists."""
+    return ValueError(
+        name_commands(
+            "timestep_spacing 'optimal' needs optimal_timesteps, which training/calibrate.py chooses for a model, got None"
+        )
+    )
 
 
 class GaussianSchedulerMixin:
@@ -101,7 +106,7 @@ class GaussianSchedulerMixin:
         self._chosen = None
         if config.get("optimal_timesteps") is None:
             if config.timestep_spacing == "optimal":
-                raise ValueError(name_commands(CHOOSE_FIRST))
+                raise no_chosen_timesteps()
             return
         chosen = ChosenTimesteps(config.optimal_timesteps, config.num_train_timesteps)
         if config.timestep_spacing == "optimal":

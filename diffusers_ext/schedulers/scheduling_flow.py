@@ -12,7 +12,6 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from torch import Tensor
 
-from diffusers_ext.command_names import name_commands
 from diffusers_ext.diffusion.betas import check_integer
 from diffusers_ext.diffusion.noising import (
     PREDICTION_TYPES,
@@ -23,7 +22,14 @@ from diffusers_ext.diffusion.noising import (
     weighted_sum,
 )
 from diffusers_ext.diffusion.timestep_search import ChosenTimesteps
-from diffusers_ext.schedulers.gaussian import CHOOSE_FIRST, as_output, check_choice, draw_noise, has_no_noise, wide
+from diffusers_ext.schedulers.gaussian import (
+    as_output,
+    check_choice,
+    draw_noise,
+    has_no_noise,
+    no_chosen_timesteps,
+    wide,
+)
 from diffusers_ext.schedulers.sources import FLOW_PREDICTION, read_flow_model
 from diffusers_ext.schedulers.transitions import FlowTransitions
 from diffusers_ext.untrusted import check_config
@@ -127,7 +133,7 @@ class FlowScheduler(FlowMatchEulerDiscreteScheduler):
             else:
                 timestep_spacing = self._chosen.spacing
         elif timestep_spacing == "optimal":
-            raise ValueError(name_commands(CHOOSE_FIRST))
+            raise no_chosen_timesteps()
         check_choice("timestep_spacing", timestep_spacing, FLOW_SPACINGS)
         if use_flow_sigmas is not True:
             raise ValueError(f"use_flow_sigmas must be True: there are no others, got {use_flow_sigmas!r}")
