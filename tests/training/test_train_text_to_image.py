@@ -352,7 +352,7 @@ def test_the_columns_of_a_picture_of_prompts_are_the_scales(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "say which pipeline: sample_prompts.py RUN"),
+        ({}, "say which pipeline: training/sample_prompts.py RUN"),
         ({"run": "."}, "prompts must be given: --prompts TEXT"),
         ({"run": ".", "prompts": ("a",), "guidance_scales": ()}, "guidance_scales must be given"),
         ({"run": ".", "prompts": ("a",), "num_images_per_prompt": 0}, "must be at least 1"),
