@@ -202,7 +202,7 @@ def test_a_run_ends_calibrated_if_it_is_long_or_asked_to(folders, tmp_path, caps
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "say what to calibrate: calibrate.py PIPELINE"),
+        ([], "say what to calibrate: training/calibrate.py PIPELINE"),
         (["a/name"], "a/name is no folder here: say by --output_dir where the pipeline is to be saved"),
         ([".", "--max_time", "soon"], "a duration must look like 600 .*, got 'soon'"),
         ([".", "--num_inference_steps", "0"], "num_inference_steps must be at least 1, got 0"),

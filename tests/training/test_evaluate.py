@@ -427,7 +427,7 @@ def test_what_cannot_be_evaluated_is_refused(tmp_path, features_folder):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "say what to evaluate: evaluate.py PIPELINE"),
+        ([], "say what to evaluate: training/evaluate.py PIPELINE"),
         (["runs/x", "--num_images", "0"], "num_images must be at least 1, got 0"),
         (
             ["runs/x", "--num_likelihood_steps", "5"],
