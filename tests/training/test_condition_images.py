@@ -102,7 +102,7 @@ def test_evaluation_measures_how_close_the_images_are(run, capsys):
     measures = result["conditioned"]
     assert measures["condition"] == "images of low resolution of 4x4 in 1 channel" and measures["held_out"]
     assert measures["num_images"] == 8 and measures["psnr"] > 0 and measures["bicubic_psnr"] > measures["psnr"]
-    assert "by images of low resolution of 4x4 in 1 channel of held-out images: PSNR" in capsys.readouterr().out
+    assert "by images of low resolution of 4x4 in 1 channel of held-out images: RMSE " in capsys.readouterr().out
     assert json.loads((run / "evaluation.json").read_text())["conditioned"] == measures
     assert "PSNR to held-out images of digits" in (run / "README.md").read_text()
     assert Image.open(run / "conditions.png").size[1] == 4 * 66 + 2
