@@ -46,7 +46,7 @@ class SpreadTokensMixin(ModelMixin):
                 cp_plan = self._cp_plan
                 if self.internal_patch_out is not None:
                     cp_plan = cp_plan | {"internal_patch_out": _GATHERED}
-        super().enable_parallelism(config=config, cp_plan=cp_plan)  # type: ignore[misc]
+        super().enable_parallelism(config=config, cp_plan=cp_plan)
 
     def _check_tokens(self, number: int) -> None:
         """Refuses an image whose tokens, so many with the registers, cannot be spread evenly."""
