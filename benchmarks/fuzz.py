@@ -225,6 +225,17 @@ def option_classes() -> list[type]:
     return found
 
 
+@contextlib.contextmanager
+def offline() -> Iterator[None]:
+    """Without the Hub, since a random word may be the name of a repository there."""
+    constants = huggingface_hub.constants
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
 def fuzz(
     what: str,
     attempt: Callable[[int], str],
@@ -241,7 +252,7 @@ def fuzz(
         max_seconds: Of this process's computing, after which no further seed is tried.
     """
     counts, failures, start = Counter(), [], time.process_time()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), offline():
         warnings.simplefilter("ignore")
         for seed in seeds:
             if time.process_time() - start > max_seconds:
@@ -275,7 +286,6 @@ def main() -> int:
     )
     given = parser.parse_args()
     torch.set_num_threads(1)
-    huggingface_hub.constants.HF_HUB_OFFLINE = True  # a random word may be the name of a repository
     classes = option_classes()
     seeds = [
         range(given.first_seed, given.first_seed + number) for number in (given.num_schedulers, given.num_options)

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import huggingface_hub
 import pytest
 
 from benchmarks import fuzz
@@ -18,7 +19,9 @@ def test_configs_of_schedulers_work_or_are_refused_in_a_sentence():
 
 def test_options_of_scripts_are_refused_in_a_sentence_or_come_back_as_they_are(classes):
     assert len(classes) >= 10
+    before = huggingface_hub.constants.HF_HUB_OFFLINE
     assert fuzz.fuzz("options", partial(fuzz.try_options, classes=classes), range(60)) == []
+    assert huggingface_hub.constants.HF_HUB_OFFLINE == before
 
 
 def test_what_fails_is_found():
