@@ -87,6 +87,10 @@ class GaussianSchedulerMixin:
                 f"sampling from noise disagree. {self._more_noise(config)}",
                 stacklevel=4,
             )
+        if config.prediction_type == "score" and self.schedule.sigma[0] == 0:
+            raise ValueError(
+                "the first beta must be above 0 for prediction_type 'score', since a density without noise has no score, got 0"
+            )
         # The names and dtypes under which diffusers' pipelines look for the tables.
         self.betas = betas.float()
         self.alphas = (1 - betas).float()

@@ -208,6 +208,10 @@ def test_stock_keys_and_defaults_are_all_there():
         ),
         ({"beta_end": 1.5}, r"beta_end must be in \[0, 1\], got 1.5"),
         ({"beta_start": float("nan")}, r"beta_start must be in \[0, 1\], got nan"),
+        (
+            {"prediction_type": "score", "beta_start": 0.0},
+            "the first beta must be above 0 for prediction_type 'score'",
+        ),
         ({"trained_betas": [0.1, 0.2]}, r"trained_betas must have shape \(1000,\).*got \(2,\)"),
         ({"num_train_timesteps": 2, "trained_betas": [0.1, float("nan")]}, "betas must be finite and in .*got nan"),
         ({"num_train_timesteps": 2, "trained_betas": [0.1, 1.1]}, "betas must be finite and in .*got 1.1 at index 1"),
