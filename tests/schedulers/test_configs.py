@@ -208,10 +208,6 @@ def test_stock_keys_and_defaults_are_all_there():
         ),
         ({"beta_end": 1.5}, r"beta_end must be in \[0, 1\], got 1.5"),
         ({"beta_start": float("nan")}, r"beta_start must be in \[0, 1\], got nan"),
-        (
-            {"prediction_type": "score", "beta_start": 0.0},
-            "the first beta must be above 0 for prediction_type 'score'",
-        ),
         ({"trained_betas": [0.1, 0.2]}, r"trained_betas must have shape \(1000,\).*got \(2,\)"),
         ({"num_train_timesteps": 2, "trained_betas": [0.1, float("nan")]}, "betas must be finite and in .*got nan"),
         ({"num_train_timesteps": 2, "trained_betas": [0.1, 1.1]}, "betas must be finite and in .*got 1.1 at index 1"),
@@ -248,3 +244,9 @@ def test_defaults_do_not_warn(cls):
         scheduler = cls()
         for n in (10, 50, 1000):
             scheduler.set_timesteps(n)
+
+
+def test_a_density_without_noise_has_no_score():
+    with pytest.raises(ValueError, match="the first beta must be above 0 for prediction_type 'score'"):
+        ExtDDIMScheduler(prediction_type="score", beta_start=0.0)
+    assert ExtDDIMScheduler(prediction_type="epsilon", beta_start=0.0).schedule.sigma[0] == 0
