@@ -1,9 +1,10 @@
-"""Files of checkpoints, read without running what is in them."""
+"""Checkpoints of other projects: files, read without running what is in them, and weights, put into a network whole."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 
 def load_checkpoint(file: str) -> dict[str, Any]:
@@ -27,3 +28,23 @@ def load_checkpoint(file: str) -> dict[str, Any]:
             f"{file} must hold tensors by name, the state dict of a network, got {type(checkpoint).__name__}"
         )
     return dict(checkpoint)
+
+
+def load_all(network: nn.Module, weights: Mapping[str, Tensor], whose: str) -> None:
+    """Puts weights into a network that has the same, none more and none fewer.
+
+    Args:
+        whose: The layers of the network are, in words.
+
+    Raises:
+        ValueError: with some that only one of them has, or that have another shape.
+    """
+    expected = network.state_dict()
+    wrong = sorted(expected.keys() ^ weights.keys()) or [
+        name for name, value in expected.items() if value.shape != weights[name].shape
+    ]
+    if wrong:
+        raise ValueError(
+            f"the checkpoint has layers that {whose} has not, or the other way round, such as {', '.join(wrong[:3])}"
+        )
+    network.load_state_dict(weights)

@@ -24,6 +24,7 @@ from functools import cached_property
 from diffusers import UNet2DModel
 from torch import Tensor
 
+from diffusers_ext.conversion.files import load_all
 from diffusers_ext.schedulers import ExtDDIMScheduler
 
 
@@ -204,15 +205,7 @@ def convert_unet(
         for old, value in state.items()
         for name, value in _renamed(layout, old, value, head_dim, use_new_attention_order).items()
     }
-    expected = network.state_dict()
-    wrong = sorted(expected.keys() ^ weights.keys()) or [
-        name for name, value in expected.items() if value.shape != weights[name].shape
-    ]
-    if wrong:
-        raise ValueError(
-            f"the checkpoint has layers that UNet2DModel has not, or the other way round, such as {', '.join(wrong[:3])}"
-        )
-    network.load_state_dict(weights)
+    load_all(network, weights, "UNet2DModel")
     return network.eval()
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusers_ext.conversion.files import load_all
 from diffusers_ext.diffusion.betas import make_betas
 from diffusers_ext.models.lucidrains_unet import LucidrainsUNetModel
 from diffusers_ext.schedulers import ExtDDIMScheduler
@@ -63,11 +64,12 @@ def read_checkpoint(checkpoint: Mapping[str, Any], use_ema: bool = True) -> Chec
     state: Mapping[str, Any] = checkpoint
     if isinstance(checkpoint.get("model"), Mapping):
         name = "ema" if use_ema else "model"
-        state = checkpoint.get(name)  # type: ignore[assignment]
-        if not isinstance(state, Mapping):
+        found = checkpoint.get(name)
+        if not isinstance(found, Mapping):
             raise ValueError(
                 f"the checkpoint must have an {name!r} state beside {', '.join(map(str, checkpoint))}: give --no-use_ema"
             )
+        state = found
     prefixes = [name.removesuffix(FIRST_LAYER) for name in state if str(name).endswith(FIRST_LAYER)]
     averaged = [prefix for prefix in prefixes if prefix.startswith("ema_model.")]
     if not prefixes:
@@ -139,16 +141,7 @@ def convert_network(
     )
     own = {name: value.float() for name, value in weights.items()}
     own[FIRST_LAYER] = own[FIRST_LAYER][:, -channels:]
-    expected = network.state_dict()
-    wrong = sorted(expected.keys() ^ own.keys()) or [
-        name for name, value in expected.items() if value.shape != own[name].shape
-    ]
-    if wrong:
-        raise ValueError(
-            f"the checkpoint has layers that the Unet of releases 2.x has not, or the other way round, such as "
-            f"{', '.join(wrong[:3])}"
-        )
-    network.load_state_dict(own)
+    load_all(network, own, "the Unet of releases 2.x")
     return network.eval()
 
 
