@@ -25,12 +25,11 @@ from diffusers_ext.data.identity import hash_weights
 from diffusers_ext.data.image_table import ImageData, PixelTable
 from diffusers_ext.data.label_columns import fair_share, read_labels
 from diffusers_ext.data.prepare import prepare_data
-from diffusers_ext.data.sequences import SequenceData
+from diffusers_ext.data.sequences import in_scale_of
 from diffusers_ext.data.stream import StreamData
 from diffusers_ext.latents import check_one_level, latent_scale, normalize_latents
 from diffusers_ext.sizes import downsampling_factor
 from diffusers_ext.untrusted import from_mapping, read_yaml_mapping
-from diffusers_ext.value_scale import ValueScale
 
 
 LATENTS_FILE = "latents.yaml"
@@ -416,14 +415,9 @@ def scaled_for(vae: ModelMixin, data: ImageData | StreamData, config: DataConfig
     Raises:
         ValueError: if the options ask for a scale of their own.
     """
-    scale = ValueScale.of_config(vae.config.get("value_scale"))
-    if scale is None or not isinstance(data, SequenceData):
-        return data
-    if config.sequence_scale is not None:
-        raise ValueError(
-            f"sequence_scale {config.sequence_scale} has no meaning beside --vae, which has a scale: leave it out"
-        )
-    return dataclasses.replace(data, value_scale=scale)
+    given = config.sequence_scale
+    refusal = f"sequence_scale {given} has no meaning beside --vae, which has a scale: leave it out"
+    return in_scale_of(vae.config, data, given, refusal)
 
 
 def value_scale_of(data: ImageData | StreamData, vae: ModelMixin | None) -> dict[str, list[float]] | None:

@@ -1,7 +1,7 @@
 """Sequences of a data set: numbers over time, in one channel or several, as rows of float32 in a memory-mapped table."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import datasets
@@ -111,3 +111,21 @@ def refuse_sequences(data: Any, what: str) -> None:
                 "training/train_vae.py, training/train_features.py, training/cache_latents.py and training/evaluate.py take"
             )
         )
+
+
+def in_scale_of(config: Mapping[str, Any], data: Any, given: str | None, refusal: str) -> Any:
+    """The data, of sequences in the scale that the config of a trained model says, if it says one.
+
+    Args:
+        given: A scale that the options ask for.
+        refusal: The error of one beside the model's.
+
+    Raises:
+        ValueError: if both say one.
+    """
+    scale = ValueScale.of_config(config.get("value_scale"))
+    if scale is None or not isinstance(data, SequenceData):
+        return data
+    if given is not None:
+        raise ValueError(refusal)
+    return replace(data, value_scale=scale)

@@ -14,13 +14,12 @@ from torch import Tensor
 from diffusers_ext.data.image_table import ImageData
 from diffusers_ext.data.label_sets import first_names
 from diffusers_ext.data.latent_cache import SampleSpace, fingerprint, load_vae
-from diffusers_ext.data.sequences import SequenceData
+from diffusers_ext.data.sequences import in_scale_of
 from diffusers_ext.data.stream import StreamData
 from diffusers_ext.data.validation import renumbered
 from diffusers_ext.models.dit import DiTModel
 from diffusers_ext.models.unet import UNetModel
 from diffusers_ext.recipes.pretrained import Pretrained, load_denoiser, read_pretrained
-from diffusers_ext.value_scale import ValueScale
 
 
 if TYPE_CHECKING:
@@ -55,7 +54,9 @@ def with_labels_of(config: "DenoisingConfig", data: ImageData | StreamData) -> I
     if config.pretrained_pipeline is None:
         return data
     source = read_pretrained(config.pretrained_pipeline)
-    data = _in_its_units(config, source, data)
+    given, name = config.sequence_scale, source.name
+    refusal = f"sequence_scale must be left out with --pretrained_pipeline {name}, which has a scale, got {given}"
+    data = in_scale_of(source.config, data, given, refusal)
     notes = [source.describe()]
     if data.id2label is None or config.takes_texts:
         if not config.takes_texts and source.num_classes is not None and not source.has_null_label:
@@ -93,25 +94,6 @@ def with_labels_of(config: "DenoisingConfig", data: ImageData | StreamData) -> I
             )
         data = renumbered(data, joined, _numbers(data.id2label, joined))
     return dataclasses.replace(data, notes=(*notes, *data.notes))
-
-
-def _in_its_units(
-    config: "DenoisingConfig", source: Pretrained, data: ImageData | StreamData
-) -> ImageData | StreamData:
-    """Sequences in the scale by which the pipeline's network knows them, and not in that of the data.
-
-    Raises:
-        ValueError: if the options ask for a scale of their own.
-    """
-    scale = ValueScale.of_config(source.config.get("value_scale"))
-    if scale is None or not isinstance(data, SequenceData):
-        return data
-    if config.sequence_scale is not None:
-        raise ValueError(
-            f"sequence_scale must be left out with --pretrained_pipeline {source.name}, which has a scale, got "
-            f"{config.sequence_scale}"
-        )
-    return dataclasses.replace(data, value_scale=scale)
 
 
 def _numbers(id2label: dict[int, str], joined: dict[int, str]) -> list[int]:
