@@ -38,13 +38,29 @@ COMMON_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 LARGE_ALPHA_BAR = 0.01
 
 
-def no_chosen_timesteps() -> ValueError:
-    """The error of a spacing "optimal" without lists."""
-    return ValueError(
-        name_commands(
-            "timestep_spacing 'optimal' needs optimal_timesteps, which training/calibrate.py chooses for a model, got None"
-        )
-    )
+def read_chosen(
+    lists: Mapping | None, spacing: str, num_train_timesteps: int, first: int = 0
+) -> tuple[ChosenTimesteps | None, str]:
+    """The timesteps that were chosen for a model, if they count: beside the spacing that they take the place of, or "optimal".
+
+    Args:
+        lists: `optimal_timesteps` of a config.
+        first: The timestep of the cleanest level.
+
+    Returns: them or None, and the spacing, in the place of "optimal" the one that they replace. The config is to say that,
+        so that classes of diffusers, which refuse a spacing that they do not know, fall back to it.
+    """
+    if lists is None:
+        if spacing == "optimal":
+            raise ValueError(
+                name_commands(
+                    "timestep_spacing 'optimal' needs optimal_timesteps, which training/calibrate.py chooses for a model, got None"
+                )
+            )
+        return None, spacing
+    chosen = ChosenTimesteps(lists, num_train_timesteps, first)
+    spacing = chosen.spacing if spacing == "optimal" else spacing
+    return chosen if spacing == chosen.spacing else None, spacing
 
 
 class GaussianSchedulerMixin:
@@ -103,20 +119,10 @@ class GaussianSchedulerMixin:
         self._visit(np.arange(config.num_train_timesteps)[::-1], device=None)
 
     def _choose_timesteps(self, config) -> None:
-        """Reads `optimal_timesteps`, which count while the spacing is the one that they take the place of, or "optimal".
-
-        The config says the former, so that classes of diffusers, which refuse a spacing that they do not know, fall back to it.
-        """
-        self._chosen = None
-        if config.get("optimal_timesteps") is None:
-            if config.timestep_spacing == "optimal":
-                raise no_chosen_timesteps()
-            return
-        chosen = ChosenTimesteps(config.optimal_timesteps, config.num_train_timesteps)
-        if config.timestep_spacing == "optimal":
-            self._register_explicitly(timestep_spacing=chosen.spacing)
-        if self.config.timestep_spacing == chosen.spacing:
-            self._chosen = chosen
+        lists, length = config.get("optimal_timesteps"), config.num_train_timesteps
+        self._chosen, spacing = read_chosen(lists, config.timestep_spacing, length)
+        if spacing != config.timestep_spacing:
+            self._register_explicitly(timestep_spacing=spacing)
 
     def _check_config(self, config) -> None:
         check_choice("prediction_type", config.prediction_type, PREDICTION_TYPES)

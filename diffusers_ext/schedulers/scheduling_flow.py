@@ -21,13 +21,12 @@ from diffusers_ext.diffusion.noising import (
     training_target,
     weighted_sum,
 )
-from diffusers_ext.diffusion.timestep_search import ChosenTimesteps
 from diffusers_ext.schedulers.gaussian import (
     as_output,
     check_choice,
     draw_noise,
     has_no_noise,
-    no_chosen_timesteps,
+    read_chosen,
     wide,
 )
 from diffusers_ext.schedulers.sources import FLOW_PREDICTION, read_flow_model
@@ -121,19 +120,9 @@ class FlowScheduler(FlowMatchEulerDiscreteScheduler):
         check_config(self.config, FlowScheduler.__init__)
         prediction_type = "flow" if prediction_type == FLOW_PREDICTION else prediction_type
         check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
-        self._chosen = None
-        if optimal_timesteps is not None:
-            self._chosen = ChosenTimesteps(optimal_timesteps, num_train_timesteps, first=1)
-            if timestep_spacing not in ("optimal", self._chosen.spacing):
-                self._chosen = None
-            elif invert_sigmas:
-                raise ValueError(
-                    "optimal_timesteps are from T to 0, and invert_sigmas goes from 0 to T: give one of them"
-                )
-            else:
-                timestep_spacing = self._chosen.spacing
-        elif timestep_spacing == "optimal":
-            raise no_chosen_timesteps()
+        self._chosen, timestep_spacing = read_chosen(optimal_timesteps, timestep_spacing, num_train_timesteps, first=1)
+        if self._chosen is not None and invert_sigmas:
+            raise ValueError("optimal_timesteps are from T to 0, and invert_sigmas goes from 0 to T: give one of them")
         check_choice("timestep_spacing", timestep_spacing, FLOW_SPACINGS)
         if use_flow_sigmas is not True:
             raise ValueError(f"use_flow_sigmas must be True: there are no others, got {use_flow_sigmas!r}")
