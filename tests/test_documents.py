@@ -25,12 +25,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDPMPipeline,
     DDPMScheduler,
     PNDMScheduler,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
 )
 from PIL import Image
 
@@ -42,7 +39,7 @@ from diffusers_ext.hub.__main__ import main as hub_main
 from guided_diffusion_unet import GuidedDiffusionUNet
 from lucidrains_unet import ReferenceUnet, diffusion_tables
 from tiny import tiny_stock_unet, tiny_unet
-from tiny_text import tiny_clip, tiny_text_unet, tiny_tokenizer
+from tiny_text import tiny_clip, tiny_stable_diffusion, tiny_text_unet, tiny_tokenizer
 
 
 ROOT = Path(__file__).parents[1]
@@ -155,21 +152,7 @@ def save_sequences(folder, channels):
 
 
 def save_stable_diffusion(folder):
-    tokenizer = tiny_tokenizer()
-    encoder = tiny_clip(tokenizer)
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=encoder.config.hidden_size,
-        attention_head_dim=4,
-        norm_num_groups=4,
-    )
-    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
-    checker = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    StableDiffusionPipeline(vae, encoder, tokenizer, unet, PNDMScheduler(), **checker).save_pretrained(folder)
+    tiny_stable_diffusion(PNDMScheduler()).save_pretrained(folder)
 
 
 def save_ddpm(folder):

@@ -5,6 +5,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
+from diffusers import AutoencoderKL, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from transformers import CLIPTextModel, PreTrainedModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
@@ -74,6 +75,25 @@ def tiny_text_unet(**config) -> UNetModel:
     tiny = {"sample_size": 8, "in_channels": 3, "out_channels": 3, "block_out_channels": (8, 16)}
     tiny |= {"layers_per_block": 1, "cross_attention_dim": WIDTH}
     return randomized(UNetModel(**tiny | config))
+
+
+def tiny_stable_diffusion(scheduler: SchedulerMixin) -> StableDiffusionPipeline:
+    """One of diffusers, of 8x8 RGB images whose latents have as many pixels, in evaluation mode."""
+    tokenizer = tiny_tokenizer()
+    encoder = tiny_clip(tokenizer)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=encoder.config.hidden_size,
+        attention_head_dim=4,
+        norm_num_groups=4,
+    )
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4, sample_size=8)
+    parts = (vae.eval(), encoder.eval(), tokenizer, unet.eval(), scheduler)
+    return StableDiffusionPipeline(*parts, None, None, requires_safety_checker=False)
 
 
 def randomized(model: PreTrainedModel | UNetModel) -> PreTrainedModel | UNetModel:

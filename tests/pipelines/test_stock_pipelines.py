@@ -25,7 +25,7 @@ from diffusers import (
 
 from diffusers_ext import ExtDDIMScheduler, GuidedDiffusionPipeline, TextGuidedDiffusionPipeline
 from tiny import assert_same_weights, image_of, random_stock_dit, tiny_stock_unet, tiny_unet
-from tiny_text import tiny_clip, tiny_tokenizer
+from tiny_text import tiny_stable_diffusion
 
 
 # Of images in [0, 1]; the two sum the same numbers, but for the order in which a CFG's batch or a step has them.
@@ -99,25 +99,8 @@ def test_an_ldm_pipeline_makes_the_same_pictures_here(tmp_path):
 
 def test_a_stable_diffusion_pipeline_makes_the_same_pictures_of_a_text_here(tmp_path):
     torch.manual_seed(0)
-    tokenizer = tiny_tokenizer()
-    encoder = tiny_clip(tokenizer)
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=encoder.config.hidden_size,
-        attention_head_dim=4,
-        norm_num_groups=4,
-    )
-    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4, sample_size=8)
     scheduler = DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False)
-    stock = quiet(
-        StableDiffusionPipeline(
-            vae.eval(), encoder.eval(), tokenizer, unet.eval(), scheduler, None, None, requires_safety_checker=False
-        )
-    )
+    stock = quiet(tiny_stable_diffusion(scheduler))
     ask = {"num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "np"}
 
     def picture(pipeline, text):
@@ -130,8 +113,8 @@ def test_a_stable_diffusion_pipeline_makes_the_same_pictures_of_a_text_here(tmp_
     for ours in (TextGuidedDiffusionPipeline.from_pretrained(tmp_path), TextGuidedDiffusionPipeline.from_pipe(stock)):
         quiet(ours)
         assert type(ours) is TextGuidedDiffusionPipeline
-        assert_same_weights(ours.denoiser, unet)
-        assert_same_weights(ours.text_encoder, encoder)
+        assert_same_weights(ours.denoiser, stock.unet)
+        assert_same_weights(ours.text_encoder, stock.text_encoder)
         assert np.abs(picture(ours, text) - expected).max() < TOLERANCE
 
 
