@@ -4,8 +4,9 @@
 
 Image i of every set is made from the same noise, and compared with all training images. `blocks` counts the feed-forward layers
 that are computed for an image, `attention` those of attention: some caches skip whole blocks, some attention alone; `fewer` is by
-which factor they are fewer than without a cache, and `change` what the distance is to that without. MagCache is calibrated here, on other noise. The caches are of the pipeline's `DiTModel`; one image at a time would not be slower, and each
-set runs in batches, of which a cache of first blocks decides for all images at once.
+which factor they are fewer than without a cache, and `change` what the distance is to that without. MagCache is calibrated here,
+on other noise. The caches are of the pipeline's `DiTModel`; one image at a time would not be slower, and each set runs in
+batches, of which a cache of first blocks decides for all images at once.
 """
 
 import argparse

@@ -19,9 +19,6 @@ class SpreadTokensMixin(ModelMixin):
     Tokens, with the registers, are spread over processes from the first block to an output layer.
     """
 
-    is_cache_enabled: bool  # of diffusers' CacheMixin
-    internal_patch_out: nn.Module | None
-
     _cp_plan = {
         "transformer_blocks.*": {"rotation": ContextParallelInput(split_dim=1, expected_dims=3)},
         "transformer_blocks.0": {"hidden_states": ContextParallelInput(split_dim=1, expected_dims=3)},

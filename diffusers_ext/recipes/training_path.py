@@ -145,13 +145,6 @@ class PathConfig(NetworkConfig):
         return self.path == "linear"
 
     @property
-    def has_beta_schedule(self) -> bool:
-        """Whether the path is that of betas by name."""
-        if self.path == PRETRAINED_PATH:
-            return "beta_schedule" in read_pretrained(self.pretrained_pipeline).path
-        return self.path in TABLES
-
-    @property
     def default_scheduler(self) -> str:
         """Of `SCHEDULERS`, the one that samples this path in the way of its papers."""
         if self.path == PRETRAINED_PATH:
