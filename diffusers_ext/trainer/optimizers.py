@@ -34,6 +34,9 @@ MUON_RATE = 20.0
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 ELEMENTS_AT_ONCE = 2**16  # on CPUs, whose caches then hold what is multiplied
+# From so many columns for a row on, the iterations are cheaper over the gram: of 128 x 512 in 7.1 ms for 11.7 (4 of them, one
+# core of an AMD Zen 3). In half precision its small eigenvalues would be lost.
+WIDE = 3
 SMALLEST_NORM = 1e-7  # of a matrix that is raised to unit size
 
 
@@ -53,10 +56,29 @@ def _iterated(matrices: Tensor) -> Tensor:
     is_tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if is_tall else matrices
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=SMALLEST_NORM)
+    if x.shape[2] >= WIDE * x.shape[1] and x.dtype.itemsize >= 4:
+        x = _factor(x @ x.mT) @ x
+        return x.mT if is_tall else x
     for _ in range(NEWTON_SCHULZ_STEPS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if is_tall else x
+
+
+def _factor(gram: Tensor) -> Tensor:
+    """What the iterations multiply x by, from the left, by `gram` = x x^T alone, shape `(batch, rows, rows)` to the same.
+
+    Each multiplies x by a polynomial q of the gram, and so the gram by q^2, with which q commutes.
+    """
+    a, b, c = NEWTON_SCHULZ
+    factor = None
+    for step in range(NEWTON_SCHULZ_STEPS):
+        q = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        q.diagonal(dim1=1, dim2=2).add_(a)
+        factor = q if factor is None else q @ factor
+        if step < NEWTON_SCHULZ_STEPS - 1:
+            gram = q @ (gram @ q)
+    return factor
 
 
 def hidden_matrices(model: nn.Module) -> dict[str, int]:

@@ -45,7 +45,7 @@ def steps(optimizer, gradients):
     return parameters
 
 
-@pytest.mark.parametrize("shape", [(3, 6, 6), (2, 4, 9), (2, 9, 4), (1, 1, 5)])
+@pytest.mark.parametrize("shape", [(3, 6, 6), (2, 4, 9), (2, 9, 4), (1, 1, 5), (2, 4, 16), (2, 16, 4)])
 def test_an_orthogonalized_matrix_has_its_singular_vectors_and_values_near_one(shape):
     """Its singular values are those of the matrix through the quintic, which a decomposition shows in float64."""
     (matrices,) = shapes_of(shape)
@@ -67,6 +67,18 @@ def test_many_matrices_are_orthogonalized_as_each_by_itself():
     (matrices,) = shapes_of((5, 128, 256))
     each = torch.cat([orthogonalize(matrix[None]) for matrix in matrices])
     torch.testing.assert_close(orthogonalize(matrices), each, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("columns", [128, 512])
+def test_a_matrix_of_one_singular_value_keeps_it_alone_in_float32(columns):
+    """The others are 0, and what rounding makes of them is raised 485 times."""
+    u, v = shapes_of((64,), (columns,))
+    u, v = u / u.norm(), v / v.norm()
+    value = 1.0
+    for _ in range(5):
+        value = 3.4445 * value - 4.7750 * value**3 + 2.0315 * value**5
+    orthogonal = orthogonalize(3 * torch.outer(u, v)[None])[0]
+    assert (orthogonal - value * torch.outer(u, v)).norm() < 1e-3
 
 
 def test_fused_matrices_move_as_separate_ones_do():
