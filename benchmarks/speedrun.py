@@ -58,6 +58,7 @@ ROWS: dict[str, str] = {
     "stable_decay": "--lr_scheduler warmup_stable_decay",
     "flip": "--random_flip",
     "patch_2": "--patch_size 2",
+    "together": "--mlp swiglu --value_residual --long_skips --timestep_sampling logit_normal",
 }
 
 # Keywords of the pipeline's call that belong to a recipe, at no further call of the network.
