@@ -19,9 +19,10 @@ import warnings
 from pathlib import Path
 
 import diffusers
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import DiffusionPipeline
 
 import diffusers_ext
+from diffusers_ext import ExtDDIMScheduler
 from diffusers_ext.atomic_files import atomic_write
 from diffusers_ext.evaluation.bits_per_dim import measure_bits_per_dim
 from diffusers_ext.evaluation.comparison import Comparison
@@ -87,7 +88,7 @@ def measure_all(arguments: argparse.Namespace, comparison: Comparison, results: 
     ]
     for way, number, path in cells:
         missing = {}
-        for name, sampler in samplers(SchedulerMixin.load_config(path, subfolder="scheduler")).items():
+        for name, sampler in samplers(ExtDDIMScheduler.load_config(path, subfolder="scheduler")).items():
             if name in (arguments.samplers or [name]):
                 done = results[way].setdefault(name, {}).setdefault(str(number), {})
                 missing |= {} if path in done else {name: (done, *sampler)}

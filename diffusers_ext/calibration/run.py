@@ -109,11 +109,9 @@ def calibrate(
     numbers = [subject.num_steps, FEW_STEPS, 5, *timesteps.NUMBERS]
     lists["trajectory"], distances = shared(timesteps.choose(teacher, numbers, budget.part(SHARE_OF_TIMESTEPS)))
     report["distance_from_fine_trajectory"] = {str(number): pair for number, pair in distances.items()}
-    stepping = steps.NOT_COMPARED
-    if rulers:
-        subject.choose(**config)
-        stepping = _choose_steps(subject, rulers, chosen, lists["trajectory"], budget, report, say)
-    if stepping.timesteps == "spacing":
+    subject.choose(**config)
+    stepping = _choose_steps(subject, rulers, chosen, lists["trajectory"], budget, report, say)
+    if stepping.timesteps == "spacing" and lists["trajectory"].get(subject.num_steps, own) != own:
         lists["trajectory"] = {number: subject.own_timesteps(number) for number in lists["trajectory"]}
     optimal = {"spacing": pipe.scheduler.config.timestep_spacing} | {
         objective: {str(number): each for number, each in found.items()} for objective, found in lists.items()
@@ -159,9 +157,11 @@ def _choose_guidance(rulers: dict, own: list[int], budget: Budget, report: dict,
 
 
 def _choose_steps(
-    subject: Subject, rulers: dict, chosen: Guidance, lists: dict, budget: Budget, report: dict, say
+    subject: Subject, rulers: dict | None, chosen: Guidance, lists: dict, budget: Budget, report: dict, say
 ) -> steps.Stepping:
     """The order of the steps and the kind of timesteps whose images are nearest, in the number that is calibrated for."""
+    if rulers is None:
+        return steps.NOT_COMPARED
     ruler, own, found = rulers["choose"], subject.own_timesteps(subject.num_steps), lists.get(subject.num_steps)
     orders = steps.has_orders(subject)
     those = steps.candidates(own, own if found is None else found, orders)

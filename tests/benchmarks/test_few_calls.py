@@ -1,6 +1,7 @@
 """The table of samplers says what was measured, and each row is a sampler that has the pipeline's path."""
 
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -80,3 +81,20 @@ def test_the_table_has_the_mean_the_range_and_the_number_of_its_pipelines(bench,
     ]
     bench.draw({"guided": rows, "plain": {}}, 0.5, tmp_path / "few.png")
     assert (tmp_path / "few.png").stat().st_size > 1000
+
+
+def test_no_pipeline_is_loaded_where_every_cell_is_there(bench, tmp_path):
+    lists = {"spacing": "trailing", "trajectory": {"3": [990, 500, 20]}, "bound": {"3": [999, 100, 3]}}
+    table = {"timesteps": [0, 100, 999], "x0_variance": [1e-4, 0.01, 0.25]}
+    path = str(tmp_path)  # of a scheduler, and no network
+    ExtDDIMScheduler(optimal_timesteps=lists, timestep_spacing="trailing", analytic_variance=table).save_pretrained(
+        tmp_path / "scheduler"
+    )
+    index = {"_class_name": "GuidedDiffusionPipeline", "call_defaults": {"num_inference_steps": 2}}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    cell = {path: {"distance": 1.0, "calls": 3.0}}
+    results = {"plain": {"DDIM": {"3": cell}}, "guided": {"student of 2 steps": {"2": cell}}}
+    options = ["--pipelines", path, "--students", path, "--ways", "plain", "--num_steps", "3", "--samplers", "DDIM"]
+    before = json.dumps(results)
+    bench.measure_all(bench.parse([path, *options]), None, results, None)
+    assert json.dumps(results) == before
