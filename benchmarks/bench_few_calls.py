@@ -5,7 +5,7 @@
     python benchmarks/bench_few_calls.py runs/few_calls --pipelines runs/digits --students runs/two_steps runs/one_step
 
 PIPELINES are runs of one recipe with several seeds, calibrated by training/calibrate.py; a cell of the table is their mean,
-with the least and the largest. STUDENTS are those of training/distill.py, one of each pipeline in the same order, or one for
+with the least and the largest, and how many it is of where others are of more. STUDENTS are those of training/distill.py, one of each pipeline in the same order, or one for
 each of their recipes and pipelines; they are shown at their own number of steps. Image i of every set is made from the same
 noise, none of which the calibration saw, and compared with all training images. Rows have equal calls of the network in a
 column: as many an image as there are steps, and one more in each step that is guided. What the folder's `results.json` has is
@@ -19,8 +19,10 @@ import warnings
 from pathlib import Path
 
 import diffusers
+from diffusers import DiffusionPipeline
 
 import diffusers_ext
+from diffusers_ext import ExtDDIMScheduler
 from diffusers_ext.atomic_files import atomic_write
 from diffusers_ext.evaluation.bits_per_dim import measure_bits_per_dim
 from diffusers_ext.evaluation.comparison import Comparison
@@ -29,7 +31,7 @@ from diffusers_ext.evaluation.subject import load_pipeline
 from diffusers_ext.figures import save_picture
 
 
-PLAIN = {"optimal_timesteps": None, "variance_type": "fixed_small"}
+PLAIN = {"optimal_timesteps": None, "variance_type": "fixed_small", "multistep_order": 1}
 SOLVERS = ("DPMSolverMultistep", "UniPCMultistep", "DEISMultistep", "EulerDiscrete")
 WAYS = ("guided", "plain")
 
@@ -38,8 +40,11 @@ def samplers(config: dict) -> dict[str, tuple]:
     """Schedulers by name, and options of the call with them."""
     ours, chosen, of_path = diffusers_ext, config.get("optimal_timesteps"), {}
     if config.get("beta_schedule") is None and config.get("trained_betas") is None:
-        of_path["Euler"] = ours.FlowScheduler.from_config(config, optimal_timesteps=None), {}
-        of_path["Euler, by the trajectory"] = ours.FlowScheduler.from_config(config), {}
+        flow = ours.FlowScheduler.from_config
+        of_path["Euler"] = flow(config, optimal_timesteps=None, multistep_order=1), {}
+        of_path["Euler, by the trajectory"] = flow(config, multistep_order=1), {}
+        of_path["Euler, second order"] = flow(config, optimal_timesteps=None, multistep_order=2), {}
+        of_path["second order, by the trajectory"] = flow(config, multistep_order=2), {}
         of_path["diffusers' FlowMatchEulerDiscrete"] = _stock("FlowMatchEulerDiscrete", config), {}
         return of_path | {f"diffusers' {name}": (_stock(name, config), {}) for name in SOLVERS[:2]}
 
@@ -55,8 +60,10 @@ def samplers(config: dict) -> dict[str, tuple]:
         "DDPM, analytic, by the bound": (ddpm(config, **lists_of("bound")), {}),
         "DDPM, analytic, by the trajectory": (ddpm(config, **lists_of("trajectory")), {}),
         "DDIM": (ddim(config, **PLAIN), {}),
-        "analytic DDIM": (ddim(config, optimal_timesteps=None), {"eta": 1e-3}),
-        "DDIM, by the trajectory": (ddim(config), {}),
+        "analytic DDIM": (ddim(config, optimal_timesteps=None, multistep_order=1), {"eta": 1e-3}),
+        "DDIM, by the trajectory": (ddim(config, multistep_order=1), {}),
+        "DDIM, second order": (ddim(config, **PLAIN | {"multistep_order": 2}), {}),
+        "second order, by the trajectory": (ddim(config, multistep_order=2), {}),
         **{f"diffusers' {name}": (_stock(name, plain), {}) for name in SOLVERS},
     }
 
@@ -75,30 +82,33 @@ def measure(comparison: Comparison, pipe, number: int, settings: dict) -> dict[s
 
 
 def measure_all(arguments: argparse.Namespace, comparison: Comparison, results: dict, save) -> None:
-    """Every cell that is missing, those of few steps first."""
+    """Every cell that is missing, those of few steps first; a pipeline is loaded if it has one."""
     cells = [
         (way, n, path) for way in arguments.ways for n in sorted(arguments.num_steps) for path in arguments.pipelines
     ]
     for way, number, path in cells:
+        missing = {}
+        for name, sampler in samplers(ExtDDIMScheduler.load_config(path, subfolder="scheduler")).items():
+            if name in (arguments.samplers or [name]):
+                done = results[way].setdefault(name, {}).setdefault(str(number), {})
+                missing |= {} if path in done else {name: (done, *sampler)}
+        if not missing:
+            continue
         pipe = load_pipeline(path)
-        config, defaults = dict(pipe.scheduler.config), dict(pipe.config.call_defaults or {})
+        defaults = dict(pipe.config.call_defaults or {})
         defaults.pop("num_inference_steps", None)
         guidance = {"guidance_scale": 1.0} if way == "plain" else defaults or {"guidance_scale": 1.0}
-        for name, (scheduler, more) in samplers(config).items():
-            done = results[way].setdefault(name, {}).setdefault(str(number), {})
-            if path in done or name not in (arguments.samplers or [name]):
-                continue
+        for name, (done, scheduler, more) in missing.items():
             pipe.scheduler = scheduler
             done[path] = measure(comparison, pipe, number, guidance | more)
             print(f"{way}, {name}, {number} steps, {path}: {done[path]}", flush=True)
             save()
     for student in arguments.students:
-        pipe = load_pipeline(student)
-        number = pipe.config.call_defaults["num_inference_steps"]
+        number = DiffusionPipeline.load_config(student)["call_defaults"]["num_inference_steps"]
         name = f"student of {number} {'step' if number == 1 else 'steps'}"
         done = results["guided"].setdefault(name, {}).setdefault(str(number), {})
         if student not in done:
-            done[student] = measure(comparison, pipe, number, {"guidance_scale": 1.0})
+            done[student] = measure(comparison, load_pipeline(student), number, {"guidance_scale": 1.0})
             print(f"{name}, {student}: {done[student]}", flush=True)
             save()
 
@@ -111,15 +121,21 @@ def table(rows: dict[str, dict]) -> str:
     """A row for each sampler, a column for each number of steps."""
     numbers = sorted({int(number) for cells in rows.values() for number, cell in cells.items() if cell})
     lines = [f"| sampler | {' | '.join(f'{number} steps' for number in numbers)} |", "|---" * (len(numbers) + 1) + "|"]
+    most = max((len(cell) for cells in rows.values() for cell in cells.values()), default=0)
     for name, cells in rows.items():
-        texts = []
-        for number in numbers:
-            values = distances_of(cells.get(str(number), {}))
-            text = f"{statistics.mean(values):.3g}" if values else ""
-            texts.append(text + (f" ({min(values):.3g} to {max(values):.3g})" if len(values) > 1 else ""))
+        texts = [cell_text(distances_of(cells.get(str(number), {})), most) for number in numbers]
         if any(texts):
             lines.append(f"| {name} | {' | '.join(texts)} |")
     return "\n".join(lines) + "\n"
+
+
+def cell_text(values: list[float], most: int) -> str:
+    """The mean of the pipelines, its range, and their number where other cells are of more."""
+    if not values:
+        return ""
+    notes = [f"{min(values):.3g} to {max(values):.3g}"] if len(values) > 1 else []
+    notes += [f"{len(values)} of {most}"] if len(values) < most else []
+    return f"{statistics.mean(values):.3g}" + (f" ({', '.join(notes)})" if notes else "")
 
 
 def draw(results: dict, held_out: float, path: Path) -> None:

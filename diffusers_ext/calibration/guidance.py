@@ -4,8 +4,9 @@ Every set of images is made from the same noise and the same labels, so that two
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -21,6 +22,8 @@ from diffusers_ext.evaluation.real_images import RealImages
 from diffusers_ext.evaluation.reference_cache import reference_features
 from diffusers_ext.metrics.features import FeatureClassifierModel
 
+
+T = TypeVar("T")
 
 # Images of a set, by the time there is.
 FEWEST_IMAGES, MOST_IMAGES = 200, 2000
@@ -86,25 +89,32 @@ class Ruler:
     num_images: int
     seed: int
 
-    def measure(self, guidance: Guidance, timesteps: list[int], num_steps: int | None = None) -> dict[str, float]:
+    def measure(
+        self, guidance: Guidance, timesteps: list[int], steps: Mapping[str, Any] | None = None
+    ) -> dict[str, float]:
         """The Fréchet distance, and the share of right labels if there are any.
 
         Args:
             timesteps: That `guidance` is chosen for.
-            num_steps: Other than theirs, spaced as the scheduler does.
+            steps: Arguments of the call that say which steps it makes, `timesteps` or `num_inference_steps`; by default those
+                of `timesteps`.
         """
-        images = self.images(guidance, timesteps, num_steps)
+        images = self.images(guidance, timesteps, steps)
         labels = None if self.labels is None else torch.tensor(self.labels)
         measures = shared(self.evaluator.measure(images, labels) if PartialState().is_main_process else {})
         return {name: measures[name] for name in ("frechet_distance", "label_accuracy") if name in measures}
 
     def images(
-        self, guidance: Guidance, timesteps: list[int], num_steps: int | None = None, number: int | None = None
+        self,
+        guidance: Guidance,
+        timesteps: list[int],
+        steps: Mapping[str, Any] | None = None,
+        number: int | None = None,
     ) -> Tensor:
         """The images that are measured, or the first of them; uint8."""
         pipe = self.subject.pipe
         settings = guidance.call(timesteps) if self.subject.can_guide and self.labels is not None else {}
-        steps = {"timesteps": timesteps} if num_steps is None else {"num_inference_steps": num_steps}
+        steps = {"timesteps": timesteps} if steps is None else dict(steps)
 
         def make(indices: range) -> Tensor:
             return generate_images(
@@ -148,9 +158,15 @@ class Parts:
         features: FeatureClassifierModel,
         num_images: int,
         seed: int,
+        kept: Tensor | None = None,
     ) -> Ruler:
+        """A ruler by one of the parts.
+
+        Args:
+            kept: The features of its real images, as another ruler by it has them; by default they are looked up.
+        """
         real = getattr(self, which)
-        kept = reference_features(features, real)
+        kept = reference_features(features, real) if kept is None else kept
         evaluator = Evaluator(
             *(real, features, num_images, NUM_NEIGHBOURS), in_pixels=False, seed=seed, train_features=kept
         )
@@ -162,35 +178,40 @@ class Parts:
 
 
 @dataclass
-class Trials:
-    """Guidances and their distances in the order in which they were tried."""
+class Trials(Generic[T]):
+    """What was tried, guidances or other dataclasses, and the distances of its images, in the order in which it was tried."""
 
-    measure: Callable[[Guidance], dict[str, float]]
+    measure: Callable[[T], dict[str, float]]
     budget: Budget
 
     def __post_init__(self):
-        self.tried: dict[Guidance, dict[str, float]] = {}
+        self.tried: dict[T, dict[str, float]] = {}
         self._longest = 0.0
 
     @property
-    def best(self) -> Guidance:
-        return min(self.tried, key=lambda guidance: self.tried[guidance]["frechet_distance"])
+    def best(self) -> T:
+        return min(self.tried, key=lambda each: self.tried[each]["frechet_distance"])
 
-    def try_all(self, candidates: Iterator[Guidance]) -> bool:
+    def best_beside(self, default: T) -> T:
+        """The best one, if it is better than the default, which was tried, by more than `LEAST_GAIN`."""
+        least, without = (self.tried[each]["frechet_distance"] for each in (self.best, default))
+        return self.best if least < (1 - LEAST_GAIN) * without else default
+
+    def try_all(self, candidates: Iterator[T]) -> bool:
         """Tries those that were not yet, while there is time; whether there was for all."""
-        for guidance in candidates:
-            if guidance in self.tried:
+        for each in candidates:
+            if each in self.tried:
                 continue
             if self.tried and self.budget.left < self._longest:
                 return False
             before = self.budget.used
-            self.tried[guidance] = self.measure(guidance)
+            self.tried[each] = self.measure(each)
             self._longest = max(self._longest, self.budget.used - before)
         return True
 
     def records(self) -> list[dict]:
         """As JSON can hold them."""
-        return [asdict(guidance) | measures for guidance, measures in self.tried.items()]
+        return [asdict(each) | measures for each, measures in self.tried.items()]
 
 
 def search(trials: Trials) -> Guidance:
@@ -210,8 +231,7 @@ def search(trials: Trials) -> Guidance:
         while going and centre != (best := WEAK if trials.best == none else trials.best):
             centre = best
             going = trials.try_all(around(centre, factor, shift))
-    least, without = (trials.tried[each]["frechet_distance"] for each in (trials.best, none))
-    return trials.best if least < (1 - LEAST_GAIN) * without else none
+    return trials.best_beside(none)
 
 
 def around(guidance: Guidance, factor: float, shift: float) -> Iterator[Guidance]:

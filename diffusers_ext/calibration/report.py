@@ -11,6 +11,8 @@ from diffusers_ext.hub.cards import CALIBRATION_FILE
 
 PICTURE_FILE = "calibration.png"
 
+TIMESTEPS = {"spacing": "the scheduler's own timesteps", "trajectory": "timesteps by the trajectory"}
+
 
 def write(folder: Path, report: Mapping) -> None:
     """Writes `calibration.json`, complete or not at all, and `calibration.png` if there is something to show."""
@@ -41,7 +43,8 @@ def describe(report: Mapping) -> list[str]:
             for number in dict.fromkeys(shown)
         )
         lines.append(
-            f"Without noise, the chosen timesteps end nearer to a fine trajectory, by root mean square: {each}."
+            f"Without noise, the timesteps by the trajectory end nearer to a fine one than the scheduler's own, by root mean "
+            f"square: {each}."
         )
     guidance = report.get("guidance")
     if guidance:
@@ -61,6 +64,8 @@ def describe(report: Mapping) -> list[str]:
         chosen = averages["chosen"]
         what = "the weights as saved" if chosen is None else f"the average of ema_std {chosen:g}"
         lines.append(f"Of {len(averages['tried'])} averages of the weights, {what} was chosen.")
+    if "steps" in report:
+        lines.append(_steps_in_words(report["steps"], report["num_inference_steps"]))
     for row in report.get("gained", ()):
         before, after = (row[name]["frechet_distance"] for name in ("before", "after"))
         accuracy = row["after"].get("label_accuracy")
@@ -73,6 +78,24 @@ def describe(report: Mapping) -> list[str]:
         )
     lines += report.get("left_out", ())
     return lines
+
+
+def _steps_in_words(found: Mapping, number: int) -> str:
+    """Which order and timesteps were chosen, and by what."""
+
+    def name(row: Mapping) -> str:
+        order = {1: "first", 2: "second"}[row["order"]]
+        return f"{order} order at {TIMESTEPS[row['timesteps']]}"
+
+    def distance(row: Mapping) -> float:
+        return next(each["frechet_distance"] for each in found["tried"] if row.items() <= each.items())
+
+    own, chosen = {"order": 1, "timesteps": "spacing"}, found["chosen"]
+    beside = f" for {distance(own):.3g} of {name(own)}" if chosen != own else ""
+    return (
+        f"Of {len(found['tried'])} ways to make {number} steps, each of {found['num_images']} images from the same noise, steps of "
+        f"{name(chosen)} were chosen by the Fréchet distance from {found['source']}: {distance(chosen):.3g}{beside}."
+    )
 
 
 def draw(report: Mapping, path: Path) -> bool:
@@ -90,7 +113,7 @@ def draw(report: Mapping, path: Path) -> bool:
         left.set_axis_off()
     if distances:
         numbers = [int(number) for number in distances]
-        for name, label in (("spacing", "the scheduler's own"), ("chosen", "chosen")):
+        for name, label in (("spacing", "the scheduler's own"), ("chosen", "by the trajectory")):
             values = [distances[str(number)][name] for number in numbers]
             right.plot(numbers, values, marker=".", label=label)
         right.set_xscale("log")

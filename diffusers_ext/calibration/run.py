@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from diffusers_ext.calibration import averages, guidance, timesteps, variance
+from diffusers_ext.calibration import averages, guidance, steps, timesteps, variance
 from diffusers_ext.calibration.budget import Budget, shared
 from diffusers_ext.calibration.guidance import Guidance, Parts, Ruler, Trials
 from diffusers_ext.calibration.subject import Subject
@@ -18,7 +18,13 @@ from diffusers_ext.schedulers import ExtDDPMScheduler
 
 
 # Shares of what is left of the budget when it is their turn; what they leave is for the report.
-SHARE_OF_VARIANCE, SHARE_OF_GUIDANCE, SHARE_OF_AVERAGES, SHARE_OF_TIMESTEPS = 0.15, 0.55, 0.4, 0.5
+SHARE_OF_VARIANCE, SHARE_OF_GUIDANCE, SHARE_OF_AVERAGES, SHARE_OF_TIMESTEPS, SHARE_OF_STEPS = (
+    0.15,
+    0.55,
+    0.4,
+    0.35,
+    0.5,
+)
 
 # Seeds of image sets, beside the seed that is given: what is chosen by is none of what any evaluation measures by default.
 SEED_OF_CHOICE, SEED_OF_REPORT = 501, 502
@@ -85,15 +91,7 @@ def calibrate(
         for number in _reported(subject):
             before[number] = rulers["report"].measure(Guidance(), subject.own_timesteps(number))
     if rulers and subject.can_guide and pipe.guider is None and subject.keeps_defaults:
-        say(f"guidance: sets of {rulers['choose'].num_images} images in {subject.num_steps} steps")
-        trials = Trials(lambda candidate: rulers["choose"].measure(candidate, own), budget.part(SHARE_OF_GUIDANCE))
-        chosen = guidance.search(trials)
-        report["guidance"] = {
-            "num_images": rulers["choose"].num_images,
-            "source": rulers["source"],
-            "tried": trials.records(),
-            "chosen": asdict(chosen),
-        }
+        chosen = _choose_guidance(rulers, own, budget, report, say)
     if rulers and run is not None:
         width, tried = averages.choose_width(
             *(pipe.denoiser, run),
@@ -111,9 +109,15 @@ def calibrate(
     numbers = [subject.num_steps, FEW_STEPS, 5, *timesteps.NUMBERS]
     lists["trajectory"], distances = shared(timesteps.choose(teacher, numbers, budget.part(SHARE_OF_TIMESTEPS)))
     report["distance_from_fine_trajectory"] = {str(number): pair for number, pair in distances.items()}
+    subject.choose(**config)
+    stepping = _choose_steps(subject, rulers, chosen, lists["trajectory"], budget, report, say)
+    if stepping.timesteps == "spacing" and lists["trajectory"].get(subject.num_steps, own) != own:
+        lists["trajectory"] = {number: subject.own_timesteps(number) for number in lists["trajectory"]}
     optimal = {"spacing": pipe.scheduler.config.timestep_spacing} | {
         objective: {str(number): each for number, each in found.items()} for objective, found in lists.items()
     }
+    if steps.has_orders(subject):
+        config["multistep_order"] = stepping.order
     subject.choose(**config, optimal_timesteps=optimal, timestep_spacing="optimal")
     defaults = {"num_inference_steps": subject.num_steps} | call
     if subject.keeps_defaults:
@@ -137,6 +141,49 @@ def _measure_variance(subject: Subject, data: Data, budget: Budget, seed: int, r
     return {"analytic_variance": table} | of_variance, lists
 
 
+def _choose_guidance(rulers: dict, own: list[int], budget: Budget, report: dict, say) -> Guidance:
+    """The guidance whose images are nearest, in the steps at these timesteps."""
+    ruler = rulers["choose"]
+    say(f"guidance: sets of {ruler.num_images} images in {len(own)} steps")
+    trials = Trials(lambda candidate: ruler.measure(candidate, own), budget.part(SHARE_OF_GUIDANCE))
+    chosen = guidance.search(trials)
+    report["guidance"] = {
+        "num_images": ruler.num_images,
+        "source": rulers["source"],
+        "tried": trials.records(),
+        "chosen": asdict(chosen),
+    }
+    return chosen
+
+
+def _choose_steps(
+    subject: Subject, rulers: dict | None, chosen: Guidance, lists: dict, budget: Budget, report: dict, say
+) -> steps.Stepping:
+    """The order of the steps and the kind of timesteps whose images are nearest, in the number that is calibrated for."""
+    if rulers is None:
+        return steps.NOT_COMPARED
+    ruler, own, found = rulers["choose"], subject.own_timesteps(subject.num_steps), lists.get(subject.num_steps)
+    orders = steps.has_orders(subject)
+    those = steps.candidates(own, own if found is None else found, orders)
+    say(f"steps: {len(those)} ways, by sets of {ruler.num_images} images")
+
+    def measure(stepping: steps.Stepping) -> dict[str, float]:
+        if orders:
+            subject.choose(multistep_order=stepping.order)
+        visited = own if stepping.timesteps == "spacing" else found
+        return ruler.measure(chosen, own, {"timesteps": visited})
+
+    stepping, tried = steps.choose(measure, those, budget.part(SHARE_OF_STEPS))
+    if tried:
+        report["steps"] = {
+            "num_images": ruler.num_images,
+            "source": rulers["source"],
+            "tried": tried,
+            "chosen": asdict(stepping),
+        }
+    return stepping
+
+
 def forget_calibration(subject: Subject) -> None:
     """Takes away what an earlier calibration chose, so that this one starts from what the training left."""
     pipe = subject.pipe
@@ -144,6 +191,8 @@ def forget_calibration(subject: Subject) -> None:
     changes = {key: None for key in ("analytic_variance", "optimal_timesteps") if key in config}
     if config.get("variance_type") == "analytic":
         changes["variance_type"] = "fixed_small" if isinstance(pipe.scheduler, ExtDDPMScheduler) else None
+    if config.get("multistep_order", 1) != 1:
+        changes["multistep_order"] = 1
     subject.choose(**changes)
     if subject.keeps_defaults:
         pipe.register_to_config(call_defaults=None)
@@ -168,8 +217,9 @@ def _make_rulers(subject: Subject, data: Data, budget: Budget, seed: int, report
     trial.images(each, few, number=guidance.BATCH)
     seconds = shared(time.perf_counter() - start) / guidance.BATCH / len(few) * subject.num_steps
     number = guidance.images_that_fit(seconds, SHARE_OF_GUIDANCE * budget.left)
+    kept = trial.evaluator.train_features
     return {
-        "choose": parts.ruler("choose", subject, data.features, number, seed + SEED_OF_CHOICE),
+        "choose": parts.ruler("choose", subject, data.features, number, seed + SEED_OF_CHOICE, kept),
         "report": parts.ruler("report", subject, data.features, number, seed + SEED_OF_REPORT),
         "source": parts.source,
     }
@@ -178,7 +228,7 @@ def _make_rulers(subject: Subject, data: Data, budget: Budget, seed: int, report
 def _gained(subject: Subject, ruler: Ruler, before: dict, chosen: Guidance, own: list[int]) -> list[dict]:
     rows = []
     for number, measures in before.items():
-        after = ruler.measure(chosen, own, num_steps=number)
+        after = ruler.measure(chosen, own, {"num_inference_steps": number})
         rows.append(
             {"num_inference_steps": number, "num_images": ruler.num_images, "before": measures, "after": after}
         )

@@ -1,7 +1,7 @@
 """The pipeline that is calibrated: its network in a pipeline of this package, and the clean samples that it was trained on."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline
@@ -45,6 +45,8 @@ class Subject:
     original: DiffusionPipeline
     pipe: GuidedDiffusionPipeline
     num_steps: int
+    # The scheduler that `own_timesteps` was last asked of, and the same without chosen timesteps.
+    _plain: tuple[SchedulerMixin, SchedulerMixin] | None = field(default=None, init=False, repr=False)
 
     @classmethod
     def of(cls, original: DiffusionPipeline, num_steps: int) -> "Subject":
@@ -121,11 +123,15 @@ class Subject:
     @property
     def without_noise(self) -> ExtDDIMScheduler | FlowScheduler:
         """A sampler that draws no noise."""
-        return (ExtDDIMScheduler if self.has_betas else FlowScheduler).from_config(self.pipe.scheduler.config)
+        cls = ExtDDIMScheduler if self.has_betas else FlowScheduler
+        return cls.from_config(self.pipe.scheduler.config, multistep_order=1)
 
     def own_timesteps(self, number: int) -> list[int]:
         """Those of the scheduler's spacing, whatever was chosen, in whole numbers."""
-        plain = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config, optimal_timesteps=None)
+        scheduler = self.pipe.scheduler
+        if self._plain is None or self._plain[0] is not scheduler:
+            self._plain = scheduler, type(scheduler).from_config(scheduler.config, optimal_timesteps=None)
+        plain = self._plain[1]
         if self.has_betas:
             return plain.list_timesteps(number).tolist()
         plain.set_timesteps(number)

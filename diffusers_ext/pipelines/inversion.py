@@ -144,9 +144,10 @@ def deterministic(scheduler: SchedulerMixin) -> tuple[SchedulerMixin, SchedulerM
             f"or FlowScheduler, got {type(scheduler).__name__}"
         )
     if is_linear(scheduler):
-        sampler = FlowScheduler.from_config(scheduler.config, stochastic_sampling=False)
+        sampler = FlowScheduler.from_config(scheduler.config, stochastic_sampling=False, multistep_order=1)
         return sampler, sampler
-    return ExtDDIMScheduler.from_config(scheduler.config), ExtDDIMInverseScheduler.from_config(scheduler.config)
+    sampler = ExtDDIMScheduler.from_config(scheduler.config, multistep_order=1)
+    return sampler, ExtDDIMInverseScheduler.from_config(scheduler.config)
 
 
 def slerp(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:

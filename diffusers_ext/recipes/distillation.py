@@ -332,7 +332,7 @@ def student_scheduler(config: DistillConfig, teacher: Teacher) -> SchedulerMixin
     else:
         rows = {number: torch.from_numpy(make_timesteps("trailing", number, length)) for number in numbers}
         lists = {str(number): teacher.schedule.labels(each).tolist() for number, each in rows.items()}
-    measured = ["analytic_variance", "optimal_timesteps"]  # of the teacher
+    measured = ["analytic_variance", "optimal_timesteps", "multistep_order"]  # of the teacher
     if source.get("variance_type") == "analytic":
         measured.append("variance_type")
     source = {key: value for key, value in source.items() if key not in measured}

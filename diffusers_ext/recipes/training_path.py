@@ -189,7 +189,7 @@ def build_scheduler(
 
 
 # Of a scheduler's config, what was measured of the network as it was.
-_MEASURED = ("optimal_timesteps", "analytic_variance")
+_MEASURED = ("optimal_timesteps", "analytic_variance", "multistep_order")
 
 
 def _scheduler_as_before(config: "DenoisingConfig", cls: type[SchedulerMixin]) -> SchedulerMixin:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffusers_ext.diffusion.noising import weighted_sum
 from diffusers_ext.schedulers.gaussian import GaussianSchedulerMixin, as_output, check_output, wide
+from diffusers_ext.schedulers.multistep import check_order
 
 
 class ReversibleMixin(GaussianSchedulerMixin):
@@ -37,8 +38,13 @@ class ReversibleMixin(GaussianSchedulerMixin):
         variance_type: str | None = None,
         analytic_variance: dict | None = None,
         optimal_timesteps: dict | None = None,
+        multistep_order: int = 1,
     ):
         self._setup()
+
+    def _check_config(self, config) -> None:
+        super()._check_config(config)
+        check_order(config.multistep_order)
 
     def reverse_step(
         self,
@@ -48,7 +54,7 @@ class ReversibleMixin(GaussianSchedulerMixin):
         return_dict: bool = True,
         model_input: Tensor | None = None,
     ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
-        """From x_s up to x_t: what `step` at `timestep` and `eta=0` undoes.
+        """From x_s up to x_t: what `step` of first order at `timestep` and `eta=0` undoes.
 
         The model is evaluated at `timestep`, the level that is reached, as in diffusers' `DDIMInverseScheduler`. Its
         input should be x_t; x_s stands in for it, and the error of that falls with the number of steps. If

@@ -15,7 +15,7 @@ class ExtDDIMInverseScheduler(ReversibleMixin, DDIMInverseScheduler):
     config keys of diffusers' class and differs from it where the previous timestep is not `t - T // n`, and for v and
     x_0 predictions, whose output is read at the timestep that the model was given rather than at the one before.
 
-    Args: as `ExtDDIMScheduler`.
+    Args: as `ExtDDIMScheduler`; `multistep_order` is the sampler's alone, and steps back are of first order.
     """
 
     _compatibles = DDIMScheduler._compatibles

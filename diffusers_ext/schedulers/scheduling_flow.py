@@ -29,6 +29,7 @@ from diffusers_ext.schedulers.gaussian import (
     read_chosen,
     wide,
 )
+from diffusers_ext.schedulers.multistep import MultistepMixin, check_order
 from diffusers_ext.schedulers.sources import FLOW_PREDICTION, read_flow_model
 from diffusers_ext.schedulers.transitions import FlowTransitions
 from diffusers_ext.untrusted import check_config
@@ -44,7 +45,7 @@ class FlowSchedulerOutput(FlowMatchEulerDiscreteSchedulerOutput):
     pred_original_sample: Tensor | None = None
 
 
-class FlowScheduler(FlowMatchEulerDiscreteScheduler):
+class FlowScheduler(MultistepMixin, FlowMatchEulerDiscreteScheduler):
     """`FlowMatchEulerDiscreteScheduler` whose step is that of DDIM on the linear path, and depends on its arguments alone.
 
     Takes every config key of diffusers' class, with its meaning and default, and the configs of its other solvers for
@@ -85,6 +86,7 @@ class FlowScheduler(FlowMatchEulerDiscreteScheduler):
             "optimal", by `optimal_timesteps`.
         optimal_timesteps: Timesteps chosen for this model, by their number, as `ExtDDIMScheduler` has them; in [1, T], and
             levels whatever `shift` is. They are visited where neither sigmas nor timesteps are given.
+        multistep_order: At 2 steps are of second order, as those of `ExtDDIMScheduler`; with `per_token_timesteps` they are not.
         use_flow_sigmas: True; for other solvers to read.
         flow_shift: `shift` by the name that other solvers have for it.
 
@@ -116,6 +118,7 @@ class FlowScheduler(FlowMatchEulerDiscreteScheduler):
         use_flow_sigmas: bool = True,
         flow_shift: float | None = None,
         optimal_timesteps: dict | None = None,
+        multistep_order: int = 1,
     ):
         check_config(self.config, FlowScheduler.__init__)
         prediction_type = "flow" if prediction_type == FLOW_PREDICTION else prediction_type
@@ -133,6 +136,9 @@ class FlowScheduler(FlowMatchEulerDiscreteScheduler):
         if not shift > 0:
             raise ValueError(f"shift must be above 0, got {shift}")
         check_integer("num_train_timesteps", num_train_timesteps)
+        check_order(multistep_order)
+        if multistep_order > 1 and stochastic_sampling:
+            raise ValueError("multistep_order must be 1 with stochastic_sampling, whose steps draw noise, got 2")
         self._register_explicitly(
             shift=shift,
             flow_shift=shift,
@@ -248,7 +254,7 @@ class FlowScheduler(FlowMatchEulerDiscreteScheduler):
                 f"sigmas must be below 1 for prediction_type {self.prediction_type!r}, which says nothing of x_0 there"
             )
         self.timesteps, self.sigmas = timesteps.to(device), sigmas.to(device)
-        self._step_index = self._begin_index = None
+        self._step_index = self._begin_index = self._last_step = None
         self._transitions = self._make_transitions(listed, levels[:-1].tolist())
         self._listed_sigmas = self.sigmas
 
@@ -364,8 +370,9 @@ class FlowScheduler(FlowMatchEulerDiscreteScheduler):
         # The predicted x_0, the direction that points to x_t, and new noise: both former are sums of x_t and the output.
         std = at.s.sigma if stochastic else eta * at.posterior_std
         of_x_t, of_output = _step_factors(at, std)
-        x_s = weighted_sum((of_x_t, x_t), (sign * of_output, prediction), (std, noise))
         x0 = weighted_sum((at.x0_of_x_t, x_t), (sign * at.x0_of_output, prediction))
+        more = self._second_order_terms(at, x0, is_noisy=eta > 0 or per_token_timesteps is not None)
+        x_s = weighted_sum((of_x_t, x_t), (sign * of_output, prediction), (std, noise), *more)
 
         if not torch.compiler.is_compiling() and per_token_timesteps is None:
             index = transitions.index(timestep)
@@ -382,7 +389,7 @@ class FlowScheduler(FlowMatchEulerDiscreteScheduler):
         return_dict: bool = True,
         model_input: Tensor | None = None,
     ) -> FlowSchedulerOutput | tuple[Tensor, Tensor]:
-        """From x_s up to x_t: what `step` at `timestep` and `eta=0` undoes.
+        """From x_s up to x_t: what `step` of first order at `timestep` and `eta=0` undoes.
 
         Args:
             model_output: The model's output at `timestep`, the level that is reached, of the shape of `sample`.

@@ -45,6 +45,7 @@ class VPredictionScheduler(ExtDDIMScheduler):
         variance_type: str | None = None,
         analytic_variance: dict | None = None,
         optimal_timesteps: dict | None = None,
+        multistep_order: int = 1,
     ):
         if prediction_type != "v_prediction":
             raise ValueError(

@@ -7,14 +7,11 @@ import torch
 from torch import Tensor
 
 from diffusers_ext.diffusion.analytic_variance import X0Variances
+from diffusers_ext.diffusion.multistep import LEVEL_ROUNDING
 from diffusers_ext.diffusion.noising import NoiseLevel, NoiseSchedule, Transition
 from diffusers_ext.diffusion.paths import Linear
 from diffusers_ext.diffusion.tables import DeviceTable, dtype_beside
 from diffusers_ext.machine import widest_float
-
-
-# How far two levels of the linear path have to be apart to be two: timesteps are float32, and some pipelines round them.
-LEVEL_ROUNDING = 1e-6
 
 
 class Transitions:

@@ -1,6 +1,7 @@
 """The table of samplers says what was measured, and each row is a sampler that has the pipeline's path."""
 
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -26,11 +27,21 @@ def listed(pair, number=3):
 def test_samplers_of_a_table_of_betas_are_of_the_calibrated_config(bench):
     lists = {"spacing": "trailing", "trajectory": {"3": [990, 500, 20]}, "bound": {"3": [999, 100, 3]}}
     table = {"timesteps": [0, 100, 999], "x0_variance": [1e-4, 0.01, 0.25]}
-    chosen = {"timestep_spacing": "optimal", "optimal_timesteps": lists, "analytic_variance": table}
+    chosen = {
+        "timestep_spacing": "optimal",
+        "optimal_timesteps": lists,
+        "analytic_variance": table,
+        "multistep_order": 2,
+    }
     rows = bench.samplers(dict(ExtDDIMScheduler(variance_type="analytic", **chosen).config))
     trailing = listed((ExtDDIMScheduler(timestep_spacing="trailing"), {}))
-    for name in ("DDPM, fixed_small", "DDPM, fixed_large", "DDPM, analytic", "DDIM", "analytic DDIM"):
+    even = ("DDPM, fixed_small", "DDPM, fixed_large", "DDPM, analytic", "DDIM", "analytic DDIM", "DDIM, second order")
+    for name in even:
         assert listed(rows[name]) == trailing
+    assert listed(rows["second order, by the trajectory"]) == [990, 500, 20]
+    orders = {name: rows[name][0].config.get("multistep_order") for name in rows}
+    assert orders["DDIM, second order"] == orders["second order, by the trajectory"] == 2
+    assert orders["DDIM"] == orders["DDIM, by the trajectory"] == orders["analytic DDIM"] == 1
     assert (
         listed(rows["DDIM, by the trajectory"]) == listed(rows["DDPM, analytic, by the trajectory"]) == [990, 500, 20]
     )
@@ -42,12 +53,20 @@ def test_samplers_of_a_table_of_betas_are_of_the_calibrated_config(bench):
 
 def test_samplers_of_the_linear_path_visit_the_chosen_timesteps_and_their_own(bench):
     lists = {"spacing": "trailing", "trajectory": {"2": [1000, 300]}}
-    rows = bench.samplers(dict(FlowScheduler(timestep_spacing="optimal", optimal_timesteps=lists).config))
+    chosen = {"timestep_spacing": "optimal", "optimal_timesteps": lists, "multistep_order": 2}
+    rows = bench.samplers(dict(FlowScheduler(**chosen).config))
     assert listed(rows["Euler, by the trajectory"], 2) == [1000, 300] and listed(rows["Euler"], 2) == [1000, 500]
+    assert listed(rows["second order, by the trajectory"], 2) == [1000, 300]
+    assert listed(rows["Euler, second order"], 2) == [1000, 500]
+    orders = {name: rows[name][0].config.multistep_order for name in rows if not name.startswith("diffusers'")}
+    assert [name for name, order in orders.items() if order == 2] == [
+        "Euler, second order",
+        "second order, by the trajectory",
+    ]
     assert all(listed(pair, 2)[0] >= 999 for pair in rows.values())
 
 
-def test_the_table_has_the_mean_and_the_range_of_its_pipelines(bench, tmp_path):
+def test_the_table_has_the_mean_the_range_and_the_number_of_its_pipelines(bench, tmp_path):
     def cell(*distances):
         return {f"seed_{seed}": {"distance": value, "calls": 5.0} for seed, value in enumerate(distances)}
 
@@ -57,8 +76,25 @@ def test_the_table_has_the_mean_and_the_range_of_its_pipelines(bench, tmp_path):
         "student of 2 steps": {"2": cell(3.0)},
     }
     assert bench.table(rows).splitlines()[2:] == [
-        "| DDIM |  | 5 (4 to 6) | 2 |",
-        "| student of 2 steps | 3 |  |  |",
+        "| DDIM |  | 5 (4 to 6) | 2 (1 of 2) |",
+        "| student of 2 steps | 3 (1 of 2) |  |  |",
     ]
     bench.draw({"guided": rows, "plain": {}}, 0.5, tmp_path / "few.png")
     assert (tmp_path / "few.png").stat().st_size > 1000
+
+
+def test_no_pipeline_is_loaded_where_every_cell_is_there(bench, tmp_path):
+    lists = {"spacing": "trailing", "trajectory": {"3": [990, 500, 20]}, "bound": {"3": [999, 100, 3]}}
+    table = {"timesteps": [0, 100, 999], "x0_variance": [1e-4, 0.01, 0.25]}
+    path = str(tmp_path)  # of a scheduler, and no network
+    ExtDDIMScheduler(optimal_timesteps=lists, timestep_spacing="trailing", analytic_variance=table).save_pretrained(
+        tmp_path / "scheduler"
+    )
+    index = {"_class_name": "GuidedDiffusionPipeline", "call_defaults": {"num_inference_steps": 2}}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    cell = {path: {"distance": 1.0, "calls": 3.0}}
+    results = {"plain": {"DDIM": {"3": cell}}, "guided": {"student of 2 steps": {"2": cell}}}
+    options = ["--pipelines", path, "--students", path, "--ways", "plain", "--num_steps", "3", "--samplers", "DDIM"]
+    before = json.dumps(results)
+    bench.measure_all(bench.parse([path, *options]), None, results, None)
+    assert json.dumps(results) == before

@@ -1,10 +1,14 @@
 """The parts of a calibration, each against an answer that is known by another road."""
 
+import itertools
 import math
+import re
+from types import SimpleNamespace
 
 import diffusers
 import pytest
 import torch
+from accelerate import PartialState
 from torch import nn
 
 from diffusers_ext import (
@@ -15,9 +19,11 @@ from diffusers_ext import (
     TextGuidedDiffusionPipeline,
     UNetModel,
 )
-from diffusers_ext.calibration import averages, guidance, timesteps, variance
+from diffusers_ext.calibration import averages, guidance, steps, timesteps, variance
+from diffusers_ext.calibration import budget as budget_module
 from diffusers_ext.calibration.budget import Budget, budget_of_training
 from diffusers_ext.calibration.guidance import Guidance, Parts, Trials, images_that_fit, search
+from diffusers_ext.calibration.steps import Stepping
 from diffusers_ext.calibration.subject import Subject, own_scheduler
 from diffusers_ext.diffusion.analytic_variance import VISIBLE_NOISE
 from diffusers_ext.evaluation.labelled_images import LabelledImages
@@ -28,6 +34,7 @@ from diffusers_ext.trainer.ema import WeightAverage
 from diffusers_ext.trainer.posthoc_ema import AverageSnapshots
 from gaussian_oracle import model_output
 from mixture_oracle import MixtureDenoiser
+from processes import in_ranks
 from tiny import tiny_unet
 from tiny_text import tiny_clip, tiny_text_unet, tiny_tokenizer
 
@@ -124,6 +131,35 @@ def test_a_step_of_the_pipelines_default_does_not_slip_into_the_teacher():
     plain = timesteps.Teacher.make(subject, [0, 1], {}, seed=0)
     subject.pipe.register_to_config(call_defaults={"guidance_scale": 5.0})
     assert torch.equal(timesteps.Teacher.make(subject, [0, 1], {}, seed=0).ends, plain.ends)
+
+
+def test_steps_are_those_of_least_distance_where_that_is_clear_and_images_were_compared():
+    every, two = steps.candidates([9, 4], [9, 3], has_orders=True), steps.candidates([9, 4], [9, 4], has_orders=True)
+    assert every[0] == Stepping(1, "spacing") and len(set(every)) == 4
+    assert two == [Stepping(1), Stepping(2)]
+    assert steps.candidates([9, 4], [9, 3], has_orders=False) == [Stepping(1), Stepping(1, "trajectory")]
+
+    def choose(least, among, budget=FOREVER):
+        distances = dict(zip(among, (4.0, *least), strict=True))
+        return steps.choose(lambda each: {"frechet_distance": distances[each]}, among, budget)
+
+    best, tried = choose([3.9, 3.5, 3.6], every)
+    assert best == Stepping(2, "trajectory")
+    assert tried[0] == {"order": 1, "timesteps": "spacing", "frechet_distance": 4.0} and len(tried) == 4
+    assert choose([3.9], two)[0] == Stepping(1)  # by less than 3 %
+    assert choose([3.8], two)[0] == Stepping(2)
+    assert choose([3.0], two, NEVER) == (Stepping(1, "trajectory"), [])  # as the trajectory says
+
+
+def test_processes_decide_by_the_clock_of_the_first(monkeypatch):
+    def work():
+        clock = itertools.count(0, 1 + 1000 * PartialState().process_index)
+        monkeypatch.setattr(budget_module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+        trials = Trials(bowl(Guidance(3.0)), Budget(20))
+        print(f"{search(trials)} of {len(trials.tried)} guidances")
+
+    first, second = re.findall(r"Guidance.* of (\d+) guidances", in_ranks(work))
+    assert first == second and 1 < int(first) < 12
 
 
 def bowl(best, depth=1.0):

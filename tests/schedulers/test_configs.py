@@ -171,7 +171,7 @@ def test_v_prediction_takes_a_stable_diffusion_config():
     )
     ours = VPredictionScheduler.from_config(stock.config)
     more = ("beta_reference_timesteps", "variance_type", "analytic_variance", "optimal_timesteps")
-    assert visible(ours) == visible(stock) | dict.fromkeys(more)
+    assert visible(ours) == visible(stock) | dict.fromkeys(more) | {"multistep_order": 1}
     unset = VPredictionScheduler.from_config(DDIMScheduler(prediction_type="v_prediction").config)
     assert unset.config.timestep_spacing == "trailing"  # a choice of sampling
     assert unset.config.rescale_betas_zero_snr is False  # of the model

@@ -24,6 +24,8 @@ CASES = {
     "ddim": (ExtDDIMScheduler, {}, {}),
     "ddim, eta": (ExtDDIMScheduler, {"clip_sample": False}, {"eta": 0.5}),
     "ddim, thresholding": (ExtDDIMScheduler, {"thresholding": True}, {"use_clipped_model_output": True}),
+    "ddim, second order": (ExtDDIMScheduler, {"multistep_order": 2}, {}),
+    "flow, second order": (FlowScheduler, {"multistep_order": 2}, {}),
     "v": (VPredictionScheduler, {}, {}),
     "flow": (FlowScheduler, {"shift": 2.0}, {}),
     "flow, eta": (FlowScheduler, {"prediction_type": "v_prediction"}, {"eta": 0.5}),

@@ -11,7 +11,8 @@ from PIL import Image
 
 import diffusers_ext
 from diffusers_ext import ExtDDIMScheduler, ExtDDPMScheduler, FlowScheduler, GuidedDiffusionPipeline
-from diffusers_ext.calibration import guidance, timesteps, variance
+from diffusers_ext.calibration import guidance, steps, timesteps, variance
+from diffusers_ext.calibration.budget import Budget
 from diffusers_ext.calibration.run import forget_calibration
 from diffusers_ext.calibration.subject import Subject
 from diffusers_ext.evaluation.feature_folders import FEATURES_FILE
@@ -38,6 +39,8 @@ def little():
         patch.setattr(timesteps, "NUM_FINE_STEPS", 16)
         patch.setattr(timesteps, "NUM_IMAGES", 8)
         patch.setattr(timesteps, "NUMBERS", (1, 2, 4, 8))
+        choose = steps.choose
+        patch.setattr(steps, "choose", lambda measure, those, budget: choose(measure, those, Budget(1e9)))
         yield
 
 
@@ -95,6 +98,9 @@ def test_what_was_chosen_is_what_a_plain_call_does(calibrated):
     chosen = config.optimal_timesteps["trajectory"]["4"]
     assert pipe.config.call_defaults == found["call_defaults"] and default_of(pipe, "num_inference_steps") == 4
     assert config.variance_type == "analytic" and config.timestep_spacing == "trailing"
+    assert config.multistep_order == found["steps"]["chosen"]["order"]
+    own = ExtDDIMScheduler.from_config(config, optimal_timesteps=None).list_timesteps(4).tolist()
+    assert found["steps"]["chosen"]["timesteps"] == "trajectory" or chosen == own
     expected = images(
         pipe, timesteps=chosen, **{n: v for n, v in found["call_defaults"].items() if n != "num_inference_steps"}
     )
@@ -108,6 +114,8 @@ def test_figures_and_card_say_what_was_found(folders, calibrated):
     saved = json.loads((folder / "calibration.json").read_text())
     assert saved["gained"] == found["gained"] and saved["guidance"]["tried"][0]["scale"] == 1
     assert {"before", "after", "num_images", "num_inference_steps"} <= saved["gained"][0].keys()
+    tried = {(each["order"], each["timesteps"]) for each in found["steps"]["tried"]}
+    assert {(1, "spacing"), (2, "spacing")} <= tried and any("ways to make 4 steps" in line for line in saved["lines"])
     assert saved["lines"] and (folder / "calibration.png").stat().st_size > 1000
     again = calibrate.main(command(folders))  # in place, where there is a card
     card = (folders / "pipe" / "README.md").read_text()
@@ -121,10 +129,12 @@ def test_figures_and_card_say_what_was_found(folders, calibrated):
 def test_calibrating_again_starts_from_what_the_training_left(calibrated):
     folder, _ = calibrated
     subject = Subject.of(diffusers_ext.DiffusionPipeline.from_pretrained(folder), 4)
+    subject.choose(multistep_order=2)
     forget_calibration(subject)
     config = subject.pipe.scheduler.config
     assert config.analytic_variance is None and config.optimal_timesteps is None and config.variance_type is None
     assert subject.pipe.config.call_defaults is None and config.timestep_spacing == "trailing"
+    assert config.multistep_order == 1
 
 
 def test_a_pipeline_of_diffusers_gets_a_scheduler_that_swaps_in(folders, tmp_path):

@@ -1,0 +1,55 @@
+"""The order of the steps and the timesteps under which images are nearest to held-out ones, with the guidance that was chosen."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from diffusers_ext.calibration.budget import Budget
+from diffusers_ext.calibration.guidance import Trials
+from diffusers_ext.calibration.subject import Subject
+
+
+@dataclass(frozen=True)
+class Stepping:
+    """An order, of `multistep_order`, and where the timesteps are from: "spacing", the scheduler's own, or "trajectory"."""
+
+    order: int = 1
+    timesteps: str = "spacing"
+
+
+# What a scheduler does by itself, and what takes its place where there is no time to compare images, or none to compare with.
+OWN, NOT_COMPARED = Stepping(), Stepping(1, "trajectory")
+
+
+def candidates(own: list[int], found: list[int], has_orders: bool) -> list[Stepping]:
+    """Those that differ, the scheduler's own first, and then what may gain most.
+
+    Args:
+        own: Timesteps of the scheduler's spacing.
+        found: The list that is nearest to a fine trajectory.
+        has_orders: Whether the scheduler draws no noise and so has steps of second order.
+    """
+    every = [OWN, Stepping(2), Stepping(2, "trajectory"), Stepping(1, "trajectory")]
+    return [
+        each for each in every if (has_orders or each.order == 1) and (found != own or each.timesteps == "spacing")
+    ]
+
+
+def choose(
+    measure: Callable[[Stepping], dict[str, float]], those: list[Stepping], budget: Budget
+) -> tuple[Stepping, list[dict]]:
+    """The one of least distance, the scheduler's own unless another is better by more than `LEAST_GAIN`.
+
+    Returns: it; and all that were compared with their distances, none if there was time for no more than one.
+    """
+    trials = Trials(measure, budget)
+    if len(those) > 1:
+        trials.try_all(iter(those))
+    if len(trials.tried) < 2:
+        return (NOT_COMPARED if len(those) > 1 else OWN), []
+    return trials.best_beside(OWN), trials.records()
+
+
+def has_orders(subject: Subject) -> bool:
+    """Whether the pipeline's own scheduler makes steps of second order: as it is called it draws no noise."""
+    config = subject.pipe.scheduler.config
+    return "multistep_order" in config and not config.get("stochastic_sampling")
