@@ -19,6 +19,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 
 from diffusers_ext.commands import calibrate, evaluate, train_ddpm
+from diffusers_ext.hub.modular_index import MODULAR_FILES
 from diffusers_ext.hub.remote_code import CODE_FILES
 from diffusers_ext.options import option, run_script
 from diffusers_ext.trainer.config import parse_duration
@@ -92,8 +93,8 @@ def export(run: Path, folder: Path, name: str) -> None:
     partial = folder.with_name(f".{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_atomically(DiffusionPipeline.from_pretrained(run, torch_dtype=torch.float16), partial)
-    for code in [path for path in partial.rglob("*.py") if path.name in CODE_FILES]:
+    save_atomically(DiffusionPipeline.from_pretrained(run).to(torch.float16), partial)
+    for code in [path for path in partial.rglob("*") if path.name in CODE_FILES + MODULAR_FILES]:
         code.unlink()
     index = json.loads((partial / "model_index.json").read_text(encoding="utf-8"))
     index.pop("auto_map")

@@ -324,7 +324,7 @@ def make(material, before, folder):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_that_is_ended_at_a_write_goes_on_or_leaves_what_was_there(
-    name, material, tmp_path, request, monkeypatch, record_property, hub
+    name, material, tmp_path, request, monkeypatch, hub
 ):
     step = request.config.getoption("every_write")
     if not step and name in list(SCRIPTS)[list(SCRIPTS).index(LAST_IN_THE_SUITE) + 1 :]:
@@ -338,7 +338,7 @@ def test_a_script_that_is_ended_at_a_write_goes_on_or_leaves_what_was_there(
     assert finish(child) == 0
     total, new = int((tmp_path / "count").read_text()), state_of(whole)
     assert total > 5
-    record_property("places", total)  # in the file that --junitxml writes
+    print(f"{total} places")  # which -rP shows
     place = (FIRST_PLACE + NEXT_PLACE * list(SCRIPTS).index(name)) % 1
     numbers = range(1, total + 1, step) if step else [1 + int(place * total)]
     for number in numbers:
@@ -397,7 +397,7 @@ def in_two_processes(folder, places=(None, None), count_to=(None, None)):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_two_processes_of_which_one_is_ended_at_a_write_go_on(rank, tmp_path, request, record_property):
+def test_two_processes_of_which_one_is_ended_at_a_write_go_on(rank, tmp_path, request):
     """The other ends too, by itself or by an error: it has lost the first."""
     step = request.config.getoption("every_write")
     if rank and not step:
@@ -406,7 +406,7 @@ def test_two_processes_of_which_one_is_ended_at_a_write_go_on(rank, tmp_path, re
     counts = [tmp_path / "count" if each == rank else None for each in range(2)]
     assert in_two_processes(tmp_path / "whole", count_to=counts) == [0, 0]
     total = int((tmp_path / "count").read_text())
-    record_property("places", total)
+    print(f"{total} places")  # which -rP shows
     for number in range(1, total + 1, step) if step else [int(0.6 * total)]:
         folder = tmp_path / f"ended-at-{number}"
         statuses = in_two_processes(folder, [number if each == rank else None for each in range(2)])
