@@ -70,8 +70,7 @@ def replace_files(folder: Path, index: str, write: Callable[[Path], None]) -> No
         OSError: if they cannot be written, or another process writes there; what was there is as it was.
     """
     with lock_folder(folder):
-        for left in folder.glob(f"{SAVING}*"):  # by a process that was killed
-            shutil.rmtree(left)
+        _remove_partial(folder)
         with tempfile.TemporaryDirectory(dir=folder, prefix=SAVING) as partial:
             try:
                 new = Path(partial, "new")
@@ -96,6 +95,13 @@ def finish_replacing(folder: str | Path) -> None:
         return
     with suppress(OSError), lock_folder(folder):
         _move_saved(Path(folder))
+        _remove_partial(Path(folder))
+
+
+def _remove_partial(folder: Path) -> None:
+    """What a process that was killed had begun to write; the folder is locked."""
+    for left in folder.glob(f"{SAVING}*"):
+        shutil.rmtree(left)
 
 
 def _move_saved(folder: Path) -> None:

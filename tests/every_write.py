@@ -7,6 +7,7 @@ Places are before each opening for writing, with the file opened and still empty
 a folder, and in the middle of each file of weights, which safetensors writes by itself.
 """
 
+import itertools
 import os
 import sys
 import traceback
@@ -25,13 +26,15 @@ class Places:
 
     def __init__(self, folder, number):
         self.folder, self.number, self.count, self.is_ending = os.path.realpath(folder), number, 0, False
+        self.numbers = itertools.count(1)  # also of threads
         sys.addaudithook(self.note)  # for good, so that this is for a process that was forked for it
         self.serialize_file = safetensors.torch.serialize_file
         safetensors.torch.serialize_file = self.write_weights
 
     def is_here(self):
-        self.count += 1
-        return self.count == self.number
+        number = next(self.numbers)
+        self.count = max(self.count, number)
+        return number == self.number
 
     def end(self):
         self.is_ending = True

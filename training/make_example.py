@@ -19,6 +19,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 
 from diffusers_ext.commands import calibrate, evaluate, train_ddpm
+from diffusers_ext.hub.modular_index import MODULAR_FILES
 from diffusers_ext.hub.remote_code import CODE_FILES
 from diffusers_ext.options import option, run_script
 from diffusers_ext.trainer.config import parse_duration
@@ -43,7 +44,7 @@ DATA = {"digits": "Optical Recognition of Handwritten Digits (E. Alpaydin and C.
 LICENSE = "apache-2.0"
 
 # Of a run's folder, what goes along beside the pipeline.
-SHIPPED = ("samples.png", "denoising.png", "calibration.png", "train_config.yaml")
+SHIPPED = ("samples.png", "denoising.png", "train_config.yaml")
 MAX_BYTES = 3_000_000
 
 USE = """
@@ -92,8 +93,8 @@ def export(run: Path, folder: Path, name: str) -> None:
     partial = folder.with_name(f".{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_atomically(DiffusionPipeline.from_pretrained(run, torch_dtype=torch.float16), partial)
-    for code in [path for path in partial.rglob("*.py") if path.name in CODE_FILES]:
+    save_atomically(DiffusionPipeline.from_pretrained(run, dtype=torch.float16), partial)
+    for code in [path for path in partial.rglob("*") if path.name in CODE_FILES + MODULAR_FILES]:
         code.unlink()
     index = json.loads((partial / "model_index.json").read_text(encoding="utf-8"))
     index.pop("auto_map")
@@ -117,8 +118,10 @@ def write_card(run: Path, folder: Path, name: str) -> None:
     card = ModelCard.load(run / "README.md")
     card.data.license = LICENSE
     card.data.model_name = f"diffusers_ext example {name}"
-    lines = [(line, re.match(r"- `(\S+\.png)`:", line)) for line in card.text.splitlines()]
-    card.text = "\n".join(line for line, picture in lines if picture is None or (folder / picture[1]).is_file())
+    lines = [(line, re.match(r"- `(\S+\.png)`:|!\[.*\]\((\S+)\)$", line)) for line in card.text.splitlines()]
+    card.text = "\n".join(
+        line for line, picture in lines if picture is None or (folder / (picture[1] or picture[2])).is_file()
+    )
     text = re.sub(r"(?<=\n## Use\n).*?(?=\n## )", USE.format(name=name), card.text, flags=re.DOTALL)
     text = re.sub(r"(?<=\n## Data\n\n)", f"{DATA[name]}, as scikit-learn has it.\n\n", text)
     text = re.sub(r"(?m)^# .*$", f"# {name}", text, count=1)

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import diffusers_ext
-from diffusers_ext.atomic_files import atomic_write
+from diffusers_ext.atomic_files import PARTIAL, atomic_write
 from diffusers_ext.draws import check_seed
 from diffusers_ext.evaluation.animation import check_animated, denoising_frames, interpolation_frames
 from diffusers_ext.evaluation.generate import LARGEST_SEED_OF_SETS, SEED_STRIDE, generate_images
@@ -206,7 +206,7 @@ def main(config: SampleConfig) -> Path:
 def check_folder(config: SampleConfig) -> None:
     """Refuses a folder that holds something else than what is to be replaced."""
     folder = config.folder
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists() or all(path.name.startswith(PARTIAL) for path in folder.iterdir()):
         return
     if not config.overwrite_output_dir:
         raise ValueError(f"output_dir {folder} is not empty: give another one, or --overwrite_output_dir")
@@ -215,14 +215,16 @@ def check_folder(config: SampleConfig) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Removes what this command saves."""
+    """Removes what this command saves, and what of it was being written when a process ended."""
     shutil.rmtree(folder / IMAGES, ignore_errors=True)
-    for name in (
-        RECORD,
-        "grid.png",
-        *(f"{what}.{end}" for what in ("denoising", "interpolation") for end in ANIMATION_FORMATS),
+    animations = (f"{what}.{end}" for what in ("denoising", "interpolation") for end in ANIMATION_FORMATS)
+    for path in (
+        *folder.glob(f"{PARTIAL}*"),
+        folder / "grid.png",
+        *(folder / name for name in animations),
+        folder / RECORD,  # by which the folder is known, so last
     ):
-        (folder / name).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
 def file_names(config: SampleConfig, wanted: Wanted) -> list[str]:

@@ -1,13 +1,13 @@
 """The demo of a pipeline as a Hugging Face Space: a folder that is pushed as it is."""
 
 import shutil
-import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import yaml
 from huggingface_hub.utils import filter_repo_objects
 
+from diffusers_ext.atomic_files import LOCK, lock_folder
 from diffusers_ext.hub.push import NOT_UPLOADED
 from diffusers_ext.untrusted import one_line
 
@@ -64,15 +64,28 @@ def export_space(pipeline: str, folder: str | Path, package_version: str) -> lis
         "Images of a diffusion pipeline: by label or text, from a picture, painted in, and between two seeds.\n",
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".space-") as made:
-        made = Path(made, "space")
-        made.mkdir()
-        for name, text in texts.items():
-            (made / name).write_text(text, encoding="utf-8", newline="\n")
-        if is_local:
-            _copy_pipeline(Path(pipeline), made / PIPELINE_FOLDER)
-        made.replace(folder)
+    hidden = folder.with_name(f".space-{folder.name}")
+    with lock_folder(hidden):
+        try:
+            _clear(hidden)  # of a process that was killed
+            for name, text in texts.items():
+                (hidden / name).write_text(text, encoding="utf-8", newline="\n")
+            if is_local:
+                _copy_pipeline(Path(pipeline), hidden / PIPELINE_FOLDER)
+        except BaseException:
+            shutil.rmtree(hidden, ignore_errors=True)
+            raise
+    hidden.replace(folder)
     return [*texts, *([f"{PIPELINE_FOLDER}/"] if is_local else [])]
+
+
+def _clear(hidden: Path) -> None:
+    """Empties a folder but for its lock."""
+    for path in hidden.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
 
 
 def _copy_pipeline(source: Path, target: Path) -> None:

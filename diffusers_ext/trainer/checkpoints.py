@@ -46,7 +46,7 @@ def write_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, save
     def complete():
         _write_manifest(hidden, step)
         if folder.exists():  # a run that went back before this step and came here again
-            _remove(folder)
+            remove_at_once(folder)
         os.rename(hidden, folder)
         _sync(output_dir)
 
@@ -201,7 +201,7 @@ def remove_old(output_dir: Path, step: int, *, limit: int | None = None, keep_ev
     kept = set(past[-limit:] if limit else past)
     kept |= {number for number in past if keep_every and number % keep_every == 0}
     for number in there.keys() - kept:
-        _remove(there[number])
+        remove_at_once(there[number])
     for path in output_dir.glob(".checkpoint-*"):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -210,8 +210,8 @@ def step_from_name(path: Path) -> int:
     return int(_NAME.fullmatch(path.name)[1])
 
 
-def _remove(path: Path):
-    # Renamed first: a folder that is half gone must not look like a checkpoint.
+def remove_at_once(path: Path) -> None:
+    """Removes a folder that must never look like a checkpoint when it is half gone, so that it is renamed first."""
     hidden = path.with_name(f".{path.name}.removed")
     shutil.rmtree(hidden, ignore_errors=True)
     os.rename(path, hidden)

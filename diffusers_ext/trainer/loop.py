@@ -188,6 +188,7 @@ class Trainer:
                 partial.write_text(to_yaml(config))
             if self.snapshots:
                 self.snapshots.drop_after(state.step)
+        self.milestones.go_on()
         self.page = open_page(self)
         self.clock.start(state.seconds)
         first_seconds = state.seconds
@@ -233,9 +234,11 @@ class Trainer:
             if self.snapshots and (is_last or self._is_due(config.ema_snapshot_steps)):
                 self._save_snapshot()
             if is_over or self._is_due(config.checkpointing_steps):
-                self.save_checkpoint()
+                self.values.read(self.last_checkpoint)
+                # Before the checkpoint, as the snapshots.
                 with self.shares.of("saving"):
-                    self.milestones.after_checkpoint()
+                    self.milestones.before_checkpoint()
+                self.save_checkpoint()
             if self.on_images and self._is_due(config.save_images_steps):
                 self.values.read(self.last_checkpoint)
                 with self.shares.of("making images"), random_state_kept(self.accelerator.device):

@@ -8,15 +8,17 @@ import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffusers import DiffusionPipeline, ModelMixin
 
+from diffusers_ext.atomic_files import INDEX_FILES, finish_replacing, replace_files
 from diffusers_ext.hub.cards import TrainingRun, describe_machine, source_commit, write_card
 from diffusers_ext.hub.push import MILESTONES, push_patiently
 from diffusers_ext.hub.remote_code import add_code
+from diffusers_ext.trainer.checkpoints import list_checkpoints, remove_at_once, step_from_name
 
 
 if TYPE_CHECKING:
@@ -39,8 +41,11 @@ class Milestones:
         self._hurry = threading.Event()  # set when nobody wants to wait between two tries any more
         self._uploads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="milestones")
 
-    def after_checkpoint(self) -> None:
-        """Pushes the step, if it is one of those; every process calls it, after the checkpoint of the step."""
+    def before_checkpoint(self) -> None:
+        """Saves the step's and begins to push it, if it is one of those; every process calls it, before the step's checkpoint.
+
+        So a run that is ended in between goes on from before the step, and comes to its milestone again.
+        """
         config, step = self._trainer.config, self._trainer.state.step
         if config.push_to_hub_every is None or step % (config.checkpointing_steps * config.push_to_hub_every):
             return
@@ -48,6 +53,19 @@ class Milestones:
             if self._trainer.accelerator.is_main_process:
                 self._save_and_push(saved, f"checkpoint-{step}")
         self._trainer.accelerator.wait_for_everyone()
+
+    def go_on(self) -> None:
+        """Begins to push what the run had saved before it was ended, up to the step that it goes on from."""
+        root = self._trainer.output_dir / MILESTONES
+        if self._trainer.config.push_to_hub_every is None or not self._trainer.accelerator.is_main_process:
+            return
+        for pushed in root.glob(".checkpoint-*"):  # and half removed
+            shutil.rmtree(pushed, ignore_errors=True)
+        for folder in list_checkpoints(root):
+            finish_replacing(folder)
+            is_complete = any((folder / index).is_file() for index in INDEX_FILES)
+            if is_complete and step_from_name(folder) <= self._trainer.state.step:
+                self._pending[folder.name] = self._uploads.submit(self._push, folder.name)
 
     def finish(self) -> list[str]:
         """Waits for the uploads, without further waits between tries; gives a line for each that could not be made."""
@@ -76,21 +94,27 @@ class Milestones:
 
     def _save(self, saved: DiffusionPipeline | ModelMixin, folder: Path) -> None:
         trainer = self._trainer
-        shutil.rmtree(folder, ignore_errors=True)
-        saved.save_pretrained(folder)
-        if isinstance(saved, ModelMixin):
-            add_code(folder)
+        name = hub_name(trainer.config)
         run = TrainingRun(
             commit=source_commit(),
             seed=trainer.config.seed,
             num_steps=trainer.state.step,
-            seconds=trainer.state.seconds,
+            seconds=trainer.clock.now(),
             hardware=describe_machine(),
         )
-        data = f"{trainer.data.name}, split {trainer.config.dataset_split}. The training was not at its end."
-        name = hub_name(trainer.config)
-        title = f"{name.rpartition('/')[2]}, step {trainer.state.step}"
-        write_card(folder, data=data, training=run, repo_id=name, revision=folder.name, title=title)
+        about = {
+            "data": f"{trainer.data.name}, split {trainer.config.dataset_split}. The training was not at its end.",
+            "title": f"{name.rpartition('/')[2]}, step {trainer.state.step}",
+        }
+
+        def write(partial: Path):
+            saved.save_pretrained(partial)
+            if isinstance(saved, ModelMixin):
+                add_code(partial)
+            write_card(partial, training=run, repo_id=name, revision=folder.name, **about)
+
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was ended between this and its checkpoint
+        replace_files(folder, "config.json" if isinstance(saved, ModelMixin) else "model_index.json", write)
 
     def _push(self, name: str) -> tuple[str | None, str]:
         config, folder = self._trainer.config, self._trainer.output_dir / MILESTONES / name
@@ -103,7 +127,8 @@ class Milestones:
             **hub_access(config),
         )
         if address is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):
+                remove_at_once(folder)
         return address, line
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffusers_ext import ExtDDIMScheduler, GuidedDiffusionPipeline, UNetModel
-from diffusers_ext.atomic_files import LOCK, SAVED, FolderInUse, finish_replacing, lock_folder, replace_files
+from diffusers_ext.atomic_files import LOCK, SAVED, SAVING, FolderInUse, finish_replacing, lock_folder, replace_files
 from diffusers_ext.data.prepare import prepare_images
 from diffusers_ext.evaluation.image_folder import is_image_folder
 from diffusers_ext.trainer.config import TrainerConfig
@@ -114,6 +114,7 @@ def test_files_that_were_complete_when_the_process_was_killed_are_moved(tmp_path
     (tmp_path / "config.json").write_text("old")
     (tmp_path / SAVED / "part").mkdir(parents=True)
     (tmp_path / SAVED / "config.json").write_text("new")
+    (tmp_path / f"{SAVING}ab" / "new").mkdir(parents=True)  # in which it was written
     (tmp_path / "part").mkdir()
     (tmp_path / "part" / "stale").touch()
     check_output_dir(TrainerConfig(output_dir=str(tmp_path), overwrite_output_dir=True))

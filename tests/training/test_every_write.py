@@ -13,14 +13,17 @@ import socket
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image
 from safetensors.torch import save_file
 
 from diffusers_ext import ExtDDIMScheduler, GuidedDiffusionPipeline, VAEModel
-from diffusers_ext.atomic_files import finish_replacing
+from diffusers_ext.atomic_files import LOCK, finish_replacing
 from diffusers_ext.calibration import guidance
 from diffusers_ext.data.prepare import prepare_images
+from diffusers_ext.demo.space import export_space
 from diffusers_ext.evaluation.feature_folders import FEATURES_FILE
+from diffusers_ext.hub.__main__ import main as hub_command
 from diffusers_ext.hub.cards import write_card
 from diffusers_ext.metrics.features import FeatureClassifierModel
 from diffusers_ext.recipes.text_to_image import TextConfig
@@ -33,11 +36,15 @@ from tiny_text import CAPTIONS, WIDTH, save_pictures
 from training import (
     cache_latents,
     calibrate,
+    compare_guidance,
     convert_checkpoint,
     distill,
     evaluate,
+    evaluate_vae,
     fit_prior,
     reconstruct_ema,
+    sample,
+    study,
     train_classifier,
     train_ddpm,
     train_features,
@@ -112,6 +119,59 @@ def measure(material, folder):
     evaluate.main(evaluate.parse([str(folder), *measured(material), *more]))
 
 
+def evaluate_vae_of(material, folder):
+    more = ("--num_images", "4", "--num_likelihood_images", "2", "--num_samples", "2")
+    evaluate_vae.main(evaluate_vae.parse([str(folder), *measured(material), *more]))
+
+
+def compare(material, folder):
+    more = ("--methods", "cfg", "--guidance_scales", "1", "2", "--mixed_precision", "no", "--num_images", "4")
+    words = [str(material / "pipeline"), *measured(material), *more, "--num_inference_steps", "1"]
+    compare_guidance.main(compare_guidance.parse([*words, "--output_dir", str(folder)]))
+
+
+def sweep(material, folder):
+    more = ("--sweep", "--sweep_steps", "1", "2", "--num_images", "4", "--mixed_precision", "no")
+    evaluate.main(evaluate.parse([str(folder), *measured(material), *more, "--num_neighbours", "1"]))
+
+
+def ask(material, folder):
+    options = {
+        "num_images": 5,
+        "num_data": 8,
+        "num_levels": 2,
+        "factors": (0.5,),
+        "features": "none",
+        "num_threads": 1,
+    }
+    given = {"pipelines": (str(material / "pipeline"),), "dataset_name": str(material / "data")}
+    study.main(study.StudyConfig(study="scaling", output_dir=str(folder), **given, **options))
+
+
+def draw(material, folder):
+    options = {
+        "num_images": 3,
+        "num_inference_steps": 1,
+        "num_threads": 1,
+        "mixed_precision": "no",
+        "denoising": "gif",
+    }
+    config = sample.SampleConfig(
+        str(material / "pipeline"), output_dir=str(folder), overwrite_output_dir=True, num_animated=2, **options
+    )
+    sample.main(config)
+
+
+def write_code(material, folder):
+    hub_command(["code", str(folder)])
+
+
+def export(material, folder):
+    """A space in the folder, so that what is hidden beside it is looked at too."""
+    if not (folder / "space").exists():
+        export_space(str(material / "pipeline"), folder / "space", "0.1.0")
+
+
 # The work, and what is in the folder before: for a run nothing, for others what they replace or add to.
 SCRIPTS = {
     "train_ddpm": (train(train_ddpm, train_ddpm.TrainConfig, **NETWORK, ema_snapshot_steps=2), None),
@@ -153,7 +213,34 @@ SCRIPTS = {
     "train_features": (features, "features"),
     "calibrate": (choose, "pipeline"),
     "evaluate": (measure, "pipeline"),
+    "sample": (draw, None),
+    "hub code": (write_code, "stock"),
+    "demo --export": (export, None),
+    "train_ddpm --push_to_hub": (
+        train(
+            train_ddpm,
+            train_ddpm.TrainConfig,
+            **NETWORK | {"push_to_hub": True, "push_to_hub_every": 1, "hub_token": "hf_token_of_alice"},
+            **{"checkpoints_total_limit": None},
+        ),
+        None,
+    ),
+    "train_ddpm --lora_rank": (
+        train(
+            train_ddpm,
+            train_ddpm.TrainConfig,
+            **{"pretrained_pipeline": lambda material: str(material / "teacher"), "lora_rank": 2},
+            **{"dataset_name": lambda material: str(material / "data"), "num_inference_steps": 1, "sample_columns": 1},
+        ),
+        None,
+    ),
+    "evaluate_vae": (evaluate_vae_of, "vae"),
+    "evaluate --sweep": (sweep, "pipeline"),
+    "compare_guidance": (compare, None),
+    "study": (ask, None),
 }
+# Those after it write by the same functions as the ones before: with --every-write alone.
+LAST_IN_THE_SUITE = "demo --export"
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -191,6 +278,7 @@ def material(tmp_path_factory):
     pipe.save_pretrained(folder / "teacher")
     torch.manual_seed(0)
     save_file(GuidedDiffusionUNet(num_heads=2).state_dict(), folder / "theirs.safetensors")
+    DDPMPipeline(tiny_unet(), DDPMScheduler()).save_pretrained(folder / "stock")
     (folder / "pipeline" / "train_config.yaml").write_text("dataset_name: data\n")
     snapshots = {"max_train_samples": 12, "ema_snapshot_steps": 1, "max_train_steps": 12}
     child = start(lambda: train(train_ddpm, train_ddpm.TrainConfig, **NETWORK, **snapshots)(folder, folder / "run"))
@@ -202,11 +290,16 @@ def material(tmp_path_factory):
 
 def state_of(folder):
     """What a folder is to whoever loads it: weights and configs by their names, and the log of a run."""
-    files = [path for path in folder.rglob("*") if path.suffix in (".safetensors", ".parquet") or path.name in LOADED]
+    files = [path for path in folder.rglob("*") if is_compared(path)]
     files = [path for path in files if not path.relative_to(folder).parts[0].startswith(".")]  # which nobody loads
     timed = ("seconds", "images_per_second")
     log = [{k: v for k, v in record.items() if k not in timed} for record in read_metrics(folder / "metrics.jsonl")]
     return {str(path.relative_to(folder)): digest(path) for path in files}, log
+
+
+def is_compared(path):
+    is_image = "images" in path.parts and path.is_file()
+    return path.suffix in (".safetensors", ".parquet") or path.name in LOADED or is_image
 
 
 def digest(path):
@@ -231,8 +324,11 @@ def make(material, before, folder):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_that_is_ended_at_a_write_goes_on_or_leaves_what_was_there(
-    name, material, tmp_path, request, monkeypatch
+    name, material, tmp_path, request, monkeypatch, hub
 ):
+    step = request.config.getoption("every_write")
+    if not step and name in list(SCRIPTS)[list(SCRIPTS).index(LAST_IN_THE_SUITE) + 1 :]:
+        pytest.skip("with --every-write")
     for size in ("BATCH", "FEWEST_IMAGES"):  # of a calibration, beyond its time
         monkeypatch.setattr(guidance, size, 20)
     work, before = SCRIPTS[name]
@@ -242,7 +338,7 @@ def test_a_script_that_is_ended_at_a_write_goes_on_or_leaves_what_was_there(
     assert finish(child) == 0
     total, new = int((tmp_path / "count").read_text()), state_of(whole)
     assert total > 5
-    step = request.config.getoption("every_write")
+    print(f"{total} places")  # which -rP shows
     place = (FIRST_PLACE + NEXT_PLACE * list(SCRIPTS).index(name)) % 1
     numbers = range(1, total + 1, step) if step else [1 + int(place * total)]
     for number in numbers:
@@ -255,10 +351,17 @@ def test_a_script_that_is_ended_at_a_write_goes_on_or_leaves_what_was_there(
         for path in folder.rglob("*.json"):
             if not any(part.startswith(".") for part in path.relative_to(folder).parts):
                 json.loads(path.read_text())  # none is half a file
+        if name == "convert_checkpoint":
+            finish_replacing(folder)  # as the command does, which refuses then what is there already
         if name != "convert_checkpoint" or comparable(state_of(folder), name) != comparable(new, name):
             assert finish(start(lambda folder=folder: work(material, folder))) == 0, number
         assert difference(comparable(state_of(folder), name), comparable(new, name)) == [], number
-        assert [path.name for path in folder.glob(".*") if path.name != ".cache"] == [], number
+        if "push_to_hub" in name:
+            pushed = {"main", "checkpoint-2", "checkpoint-4"}
+            assert set(hub.repos["model", f"alice/{folder.name}"].branches) == pushed, number
+            assert not any((folder / "milestones").iterdir()), number
+        # The file of a lock that nobody holds counts for nothing.
+        assert [path.name for path in folder.glob(".*") if path.name not in (".cache", LOCK)] == [], number
         shutil.rmtree(folder)
 
 
@@ -304,6 +407,7 @@ def test_two_processes_of_which_one_is_ended_at_a_write_go_on(rank, tmp_path, re
     counts = [tmp_path / "count" if each == rank else None for each in range(2)]
     assert in_two_processes(tmp_path / "whole", count_to=counts) == [0, 0]
     total = int((tmp_path / "count").read_text())
+    print(f"{total} places")  # which -rP shows
     for number in range(1, total + 1, step) if step else [int(0.6 * total)]:
         folder = tmp_path / f"ended-at-{number}"
         statuses = in_two_processes(folder, [number if each == rank else None for each in range(2)])

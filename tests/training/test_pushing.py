@@ -72,6 +72,10 @@ def test_a_hub_that_is_down_stops_no_run(hub, tmp_path, capsys, monkeypatch):
     command(["push", str(milestone), "alice/digits", "--branch", "checkpoint-2"])
     assert "model_index.json" in hub.files("alice/digits", branch="checkpoint-2")
 
+    main(config_of(run, hub_token=ALICE, resume_from_checkpoint="latest"))  # which pushes what is left
+    assert "model_index.json" in hub.files("alice/digits", branch="checkpoint-4")
+    assert not any((run / "milestones").iterdir())
+
 
 def test_milestones_need_a_push(tmp_path):
     with pytest.raises(ValueError, match="push_to_hub_every .*push_to_hub"):
