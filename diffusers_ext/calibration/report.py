@@ -39,12 +39,12 @@ def describe(report: Mapping) -> list[str]:
     shown = [number for number in ("5", "10", str(report["num_inference_steps"])) if number in distances]
     if shown:
         each = ", ".join(
-            f"{distances[number]['chosen']:.3g} for {distances[number]['spacing']:.3g} in {number} steps"
+            f"{distances[number]['chosen']:.3g} and {distances[number]['spacing']:.3g} in {number} steps"
             for number in dict.fromkeys(shown)
         )
         lines.append(
-            f"Without noise, the timesteps by the trajectory end nearer to a fine one than the scheduler's own, by root mean "
-            f"square: {each}."
+            "Without noise, images end as far as this from a fine trajectory, by root mean square, with the timesteps by it and "
+            f"with the scheduler's own: {each}."
         )
     guidance = report.get("guidance")
     if guidance:

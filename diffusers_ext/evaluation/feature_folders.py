@@ -152,7 +152,7 @@ def measuring_features(
         ValueError: see both; and for a network that does not take such images.
     """
     if features is None or Path(features).is_dir() or not is_pretrained(str(features)):
-        return features_for(real, features, state)
+        return features_for(real, features, state, advice="; --features none does without")
     with state.main_process_first():
         network = load_pretrained_features(str(features))
     if not network.fits(real.image_shape):
@@ -164,13 +164,14 @@ def measuring_features(
 
 
 def features_for(
-    real: RealImages, folder: str | Path | None, state: PartialState
+    real: RealImages, folder: str | Path | None, state: PartialState, advice: str = ""
 ) -> tuple[FeatureClassifierModel | ModuleFeatures, dict] | tuple[None, None]:
     """The network to measure images of a data set in, on the device of `state`, and what is known of it.
 
     Args:
         folder: Of `training/train_features.py`, or of an autoencoder; None for the features that are kept for this data set.
             They are trained if there are none yet: by the labels, or without where there are no two. "none" for no features.
+        advice: Ends the line that says that they are trained.
 
     Returns:
         None twice for "none".
@@ -185,7 +186,7 @@ def features_for(
         what = (
             "a feature classifier on" if real.can_be_classified else f"features without labels on {_how_many(real)} of"
         )
-        state.print(f"training {what} {real.name}, kept in {folder}", flush=True)
+        state.print(f"training {what} {real.name}, once, kept in {folder}{advice}", flush=True)
         train_and_save_features(real, folder)
         state.wait_for_everyone()
     model, about = load_features(folder, real)

@@ -90,9 +90,11 @@ class RunPage:
             self._write("running", "", step, seconds)
 
     def begin(self, step: int, seconds: float) -> None:
-        """Writes the first page; what it takes is not of the run's time."""
+        """Writes the first page, and says where it is; what it takes is not of the run's time."""
         message = f"The run goes on from step {step}." if step else "The run begins."
         self._write("running", message, step, seconds)
+        if not self._is_given_up:
+            self._say(f"{self._folder / PAGE_FILE} shows the run while it goes on, in a browser")
         self._begin, self._spent = time.perf_counter(), 0.0
 
     def trained(self, step: int, seconds: float) -> None:

@@ -1,5 +1,6 @@
 """The page of the demo as a person uses it, in headless Chromium; skipped where gradio, playwright or Chromium is missing."""
 
+import io
 import re
 import shutil
 
@@ -17,6 +18,7 @@ sync_api = pytest.importorskip("playwright.sync_api")
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="takes Chromium")
 PATIENCE = 120_000  # milliseconds, on a machine that does other work
+SETTLING = 1_000  # milliseconds that the canvas has for a picture or a stroke, of which it gives no sign
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +40,9 @@ def page():
     app.close()
 
 
+SHOWN_IMAGES = ".grid-wrap img, .gallery-item img, button.thumbnail-item img"
+
+
 def shown_step(page):
     return page.get_by_text(re.compile(r"predicted x_0, t = ")).first
 
@@ -52,7 +57,7 @@ def test_images_are_made_and_the_slider_goes_through_their_steps(page, tmp_path)
     slider.press("Enter")
     page.get_by_text("predicted x_0, t = 999").first.wait_for()
     assert last != shown_step(page).inner_text()
-    assert page.locator(".grid-wrap img, .gallery-item img, button.thumbnail-item img").count() >= 4
+    assert page.locator(SHOWN_IMAGES).count() >= 4
     page.screenshot(path=tmp_path / "page.png")
     assert Image.open(tmp_path / "page.png").convert("L").getextrema() != (255, 255)
 
@@ -61,6 +66,35 @@ def test_a_bad_value_shows_a_message(page):
     page.get_by_label("steps", exact=True).first.fill("0")
     page.get_by_role("button", name="generate A").click()
     page.get_by_text("The number of steps must be a whole number from 1 to 1000, got 0.").wait_for()
+
+
+def test_what_the_brush_paints_is_made_anew_and_the_rest_is_kept(page, tmp_path):
+    Image.new("RGB", (160, 160), (128, 128, 128)).save(tmp_path / "grey.png")
+    page.get_by_role("tab", name="inpaint").click()
+    button = page.get_by_role("button", name="inpaint", exact=True)
+    panel = page.get_by_role("tabpanel").filter(has=button)
+    panel.get_by_label(re.compile("images$")).and_(page.locator("input[type=number]")).fill("1")
+    panel.get_by_label("steps", exact=True).fill("4")
+    button.click()
+    page.get_by_text("Give a picture to paint over.").wait_for()
+    panel.locator("input[type=file]").first.set_input_files(tmp_path / "grey.png")
+    panel.get_by_label("Brush", exact=True).wait_for()
+    page.wait_for_timeout(SETTLING)
+    box = panel.locator("canvas").first.bounding_box()
+    middle, height = box["x"] + box["width"] / 2, box["height"]  # the picture is there, and takes 0.83 of the height
+    for share in (-0.32, -0.2):  # two strokes of 0.26 of the height, downwards, in the left part of the picture
+        page.mouse.move(middle + share * height, box["y"] + 0.18 * height)
+        page.mouse.down()
+        page.mouse.move(middle + share * height, box["y"] + 0.82 * height, steps=10)
+        page.mouse.up()
+        page.wait_for_timeout(SETTLING)
+    button.click()
+    made = panel.locator(SHOWN_IMAGES).first
+    made.wait_for()
+    page.screenshot(path=tmp_path / "inpainted.png")
+    made = Image.open(io.BytesIO(page.request.get(made.get_attribute("src")).body())).convert("L")
+    pixels = np.asarray(made.resize((8, 8), Image.Resampling.BOX), dtype=int)
+    assert np.abs(pixels[:, 5:] - 128).max() <= 2 and np.abs(pixels[:, :2] - 128).max() > 30
 
 
 def test_what_the_brush_painted_reaches_the_studio():

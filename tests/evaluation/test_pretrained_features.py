@@ -73,3 +73,28 @@ def test_what_is_not_there_is_refused_with_what_to_do(folders, tmp_path):
     except ImportError:
         with pytest.raises(ValueError, match="features inception need the package torch-fidelity"):
             load_pretrained_features("inception")
+
+
+def test_inception_is_torch_fidelity_s_network_read_from_the_file_of_its_weights(tmp_path, monkeypatch):
+    """Where the extra is installed: random weights in the place of the real ones, which come from another machine."""
+    package = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    file = tmp_path / "checkpoints" / package.URL_INCEPTION_V3.rpartition("/")[2]
+    file.parent.mkdir()
+
+    class Untrained(package.FeatureExtractorInceptionV3):
+        """As it is made, before weights are read."""
+
+        def load_state_dict(self, *args, **settings):
+            pass
+
+    torch.save({}, file)
+    torch.save(Untrained("untrained", ["2048"]).state_dict(), file)
+    features = load_pretrained_features("inception")
+    images = draw(3, 1, 40)
+    measured, labels = features.measure(images, batch_size=2)
+    reference = package.FeatureExtractorInceptionV3("reference", ["2048", "logits_unbiased"], str(file))
+    expected, logits = reference(images.expand(-1, 3, -1, -1))
+    assert labels is None and measured.shape == (3, features.feature_dim)
+    torch.testing.assert_close(measured, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(features.logits(measured), logits, rtol=1e-4, atol=1e-5)

@@ -211,8 +211,10 @@ def test_a_run_with_its_page_is_the_run_without_it_bit_for_bit(data, tmp_path, m
     settings = {"logging_steps": 1, "save_images_steps": 4, "on_images": lambda run: torch.rand(3)}
     (tmp_path / "without" / "index.html").mkdir(parents=True)
     trainer(data, tmp_path / "without", DrawnError(), **settings).train()
-    assert capfd.readouterr().out.count("index.html is not written any more: ") == 1
+    said = capfd.readouterr().out
+    assert said.count("index.html is not written any more: ") == 1 and "shows the run" not in said
     trainer(data, tmp_path / "with", DrawnError(), **settings).train()
+    assert capfd.readouterr().out.count(f"{tmp_path / 'with' / 'index.html'} shows the run while it goes on") == 1
     assert_same_run(tmp_path / "with", tmp_path / "without", 12)
     shown = read(tmp_path / "with")
     assert shown.num_points("mean between lines of the log") == 12 and shown.num_points("loss") == 2
