@@ -1,7 +1,6 @@
 """How networks of features, and plain pixels, order sets of images of known quality: beside the first network, by rank.
 
-    python benchmarks/bench_features.py runs/fashion --dataset_name path/to/fashion_mnist --resolution 32 \
-        --features labels=runs/features none=runs/features-without-labels
+    python benchmarks/bench_features.py runs/digits --dataset_name digits --resolution 8 --features a=runs/a b=runs/b
 
 A set has held-out images, as they are, with noise or blurred in three strengths, or images of the PIPELINE in 2, 5, 10 and 25
 steps. The table has each set's Fréchet distance from the training images, and Spearman's correlation with the first column.

@@ -23,6 +23,7 @@ from diffusers_ext.options import option, run_script
 class FeaturesConfig(DataOptions):
     """Train a small network, for measuring generated images in its features: a classifier of the labels, or without labels."""
 
+    unconditional: bool = option(False, "leave the labels out", "data")
     output_dir: str | None = option(None, "folder of the model; by default runs/features-NAME_OF_THE_DATA_SET", "run")
     overwrite_output_dir: bool = option(False, "replace what output_dir holds")
     num_train_epochs: int | None = option(

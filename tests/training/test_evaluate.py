@@ -259,6 +259,10 @@ def test_without_labels_the_features_are_trained_without_too_and_it_says_so(tmp_
     images.mkdir()
     for index in range(20):
         Image.effect_noise((8, 12), 50).save(images / f"{index}.png")
+    labelled = save_parquet(tmp_path / "labelled", with_labels=True, count=40)
+    options = {"dataset_name": str(labelled), "num_train_epochs": 1, "output_dir": str(tmp_path / "features")}
+    about = train_features.main(train_features.FeaturesConfig(unconditional=True, **options))
+    assert "held_out_share_found" in about and "held_out_accuracy" not in about
     shared = (images, "--dataset_name", data, "--cache_dir", tmp_path / "datasets")
     with pytest.warns(UserWarning, match="unreliable from 20 samples"):
         result = run(*shared)
