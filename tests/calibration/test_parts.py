@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import diffusers
 import pytest
 import torch
-from accelerate import PartialState
 from torch import nn
 
 from diffusers_ext import (
@@ -29,6 +28,7 @@ from diffusers_ext.diffusion.analytic_variance import VISIBLE_NOISE
 from diffusers_ext.evaluation.labelled_images import LabelledImages
 from diffusers_ext.evaluation.real_images import RealImages
 from diffusers_ext.guidance.guiding import guided_steps
+from diffusers_ext.machine import process_state
 from diffusers_ext.schedulers.scheduling_ddim import ExtDDIMScheduler as Sampler
 from diffusers_ext.trainer.ema import WeightAverage
 from diffusers_ext.trainer.posthoc_ema import AverageSnapshots
@@ -153,7 +153,7 @@ def test_steps_are_those_of_least_distance_where_that_is_clear_and_images_were_c
 
 def test_processes_decide_by_the_clock_of_the_first(monkeypatch):
     def work():
-        clock = itertools.count(0, 1 + 1000 * PartialState().process_index)
+        clock = itertools.count(0, 1 + 1000 * process_state().process_index)
         monkeypatch.setattr(budget_module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
         trials = Trials(bowl(Guidance(3.0)), Budget(20))
         print(f"{search(trials)} of {len(trials.tried)} guidances")
