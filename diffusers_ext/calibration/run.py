@@ -11,6 +11,7 @@ from diffusers_ext.calibration import averages, guidance, steps, timesteps, vari
 from diffusers_ext.calibration.budget import Budget, shared
 from diffusers_ext.calibration.guidance import Guidance, Parts, Ruler, Trials
 from diffusers_ext.calibration.subject import Subject
+from diffusers_ext.command_names import name_commands
 from diffusers_ext.evaluation.evaluator import knows_labels
 from diffusers_ext.evaluation.real_images import RealImages
 from diffusers_ext.metrics.features import FeatureClassifierModel
@@ -30,6 +31,9 @@ SHARE_OF_VARIANCE, SHARE_OF_GUIDANCE, SHARE_OF_AVERAGES, SHARE_OF_TIMESTEPS, SHA
 SEED_OF_CHOICE, SEED_OF_REPORT = 501, 502
 
 FEW_STEPS = 10  # beside the number that the pipeline is calibrated for
+
+# Sets of images by which anything is chosen and reported: one guidance beside none, and what it gained.
+LEAST_SETS = 4
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ def calibrate(
     seed: int = 0,
     run: Path | None = None,
     start: float | None = None,
+    keeps_time: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict:
     """Measures a pipeline and puts what is best into it: scheduler, weights and defaults of its call.
@@ -63,9 +68,11 @@ def calibrate(
     All processes call it alike, and share the work of making images.
 
     Args:
-        seconds: What it may take; each part measures something in any case.
+        seconds: What it may take. Each part measures something in any case, unless it `keeps_time`.
         run: Folder of the run, for its snapshots of averages.
         start: When the budget began, a reading of `time.perf_counter`; by default now.
+        keeps_time: Whether choosing by images is left out where the least of it takes longer than that, and trajectories
+            are of fewer images.
         say: Takes lines about what is done.
 
     Returns: what was found, for `calibration.json`.
@@ -84,7 +91,7 @@ def calibrate(
     if subject.has_betas:
         config, lists["bound"] = _measure_variance(subject, data, budget, seed, report, say)
 
-    chosen, rulers = Guidance(), _make_rulers(subject, data, budget, seed, report)
+    chosen, rulers = Guidance(), _make_rulers(subject, data, budget, seed, report, keeps_time)
     own = subject.own_timesteps(subject.num_steps)
     before = {}
     if rulers:
@@ -104,8 +111,10 @@ def calibrate(
 
     say("timesteps: from a fine trajectory")
     call = chosen.call(own) if chosen.scale != 1 else {}
-    labels = None if pipe.denoiser_num_classes is None else _labels(pipe.denoiser_num_classes, timesteps.NUM_IMAGES)
-    teacher = timesteps.Teacher.make(subject, labels, call, seed)
+    number = timesteps.NUM_IMAGES
+    if keeps_time:
+        number = shared(timesteps.images_that_fit(subject, call, budget.part(SHARE_OF_TIMESTEPS)))
+    teacher = timesteps.Teacher.make(subject, number, call, seed)
     numbers = [subject.num_steps, FEW_STEPS, 5, *timesteps.NUMBERS]
     lists["trajectory"], distances = shared(timesteps.choose(teacher, numbers, budget.part(SHARE_OF_TIMESTEPS)))
     report["distance_from_fine_trajectory"] = {str(number): pair for number, pair in distances.items()}
@@ -198,7 +207,9 @@ def forget_calibration(subject: Subject) -> None:
         pipe.register_to_config(call_defaults=None)
 
 
-def _make_rulers(subject: Subject, data: Data, budget: Budget, seed: int, report: dict) -> dict | None:
+def _make_rulers(
+    subject: Subject, data: Data, budget: Budget, seed: int, report: dict, keeps_time: bool
+) -> dict | None:
     """Rulers to choose and to report by, of as many images as there is time for; None if images cannot be measured."""
     left_out, labels = report["left_out"], data.real.has_labels
     if data.features is None:
@@ -216,6 +227,14 @@ def _make_rulers(subject: Subject, data: Data, budget: Budget, seed: int, report
     start = time.perf_counter()
     trial.images(each, few, number=guidance.BATCH)
     seconds = shared(time.perf_counter() - start) / guidance.BATCH / len(few) * subject.num_steps
+    if keeps_time and (needed := seconds * guidance.FEWEST_IMAGES * LEAST_SETS) > budget.left:
+        left_out.append(
+            name_commands(
+                f"Nothing was chosen by images, of which {LEAST_SETS} sets of {guidance.FEWEST_IMAGES} in {subject.num_steps} "
+                f"steps take {needed:.0f} s, with {budget.left:.0f} s left: training/calibrate.py does with a longer --max_time."
+            )
+        )
+        return None
     number = guidance.images_that_fit(seconds, SHARE_OF_GUIDANCE * budget.left)
     kept = trial.evaluator.train_features
     return {
@@ -237,7 +256,3 @@ def _gained(subject: Subject, ruler: Ruler, before: dict, chosen: Guidance, own:
 
 def _reported(subject: Subject) -> Sequence[int]:
     return tuple(dict.fromkeys((subject.num_steps, min(FEW_STEPS, subject.num_steps))))
-
-
-def _labels(num_classes: int, number: int) -> list[int]:
-    return [index % num_classes for index in range(number)]

@@ -1,5 +1,6 @@
 """Timesteps that keep a sampler without noise near a fine trajectory of its own, under the guidance that is the default."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,10 @@ from diffusers_ext.diffusion.timestep_search import cheapest_lists, trajectory_c
 
 # Steps of the fine trajectory, and images that have one.
 NUM_FINE_STEPS, NUM_IMAGES = 64, 32
+FEWEST_IMAGES = 4  # where time is short
+
+# Of the time for timesteps, what the fine trajectories may take; the rest is for the lists that are compared with them.
+SHARE_OF_FINE = 0.5
 
 # How much more each further step counts (`cheapest_lists`): an early error is partly undone by the later steps, or grows.
 GROWTHS = (1.0, 1.15)
@@ -39,15 +44,10 @@ class Teacher:
     costs: object
 
     @classmethod
-    def make(cls, subject: Subject, labels: Sequence[int] | None, guidance: dict, seed: int) -> "Teacher":
-        pipe = subject.pipe
+    def make(cls, subject: Subject, number: int, guidance: dict, seed: int) -> "Teacher":
+        """The trajectories of so many images, of all labels in turn, under a guidance of the call."""
         grid, schedule = subject.search_grid(NUM_FINE_STEPS), subject.schedule
-        number = NUM_IMAGES if labels is None else len(labels)
-        condition = {"batch_size": number} if labels is None else {"class_labels": list(labels)}
-        # Without any guidance said, the pipeline's defaults would guide.
-        guidance = guidance or ({"guidance_scale": 1.0} if pipe.guider is None else {})
-        noise = torch.randn(number, *pipe._sample_shape, generator=torch.Generator().manual_seed(seed))
-        call = condition | guidance | {"latents": noise, "output_type": "latent"}
+        call = _call(subject, number, guidance, seed)
         points = _sample(subject, call, grid.tolist(), with_points=True)
         x = torch.stack([point.x_t.cpu() for point in points.trajectory] + [points.images.cpu()])
         x0_hat = torch.stack([point.x0_hat.cpu() for point in points.trajectory])
@@ -59,6 +59,26 @@ class Teacher:
         """Root mean square of the difference between what these timesteps end in and the fine ones."""
         ends = _sample(self.subject, self.call, timesteps).images.cpu()
         return (ends - self.ends).square().mean().sqrt().item()
+
+
+def _call(subject: Subject, number: int, guidance: dict, seed: int) -> dict:
+    """Arguments of the pipeline's call for so many images of the noise of a seed."""
+    pipe, classes = subject.pipe, subject.pipe.denoiser_num_classes
+    condition = {"batch_size": number} if classes is None else {"class_labels": [i % classes for i in range(number)]}
+    # Without any guidance said, the pipeline's defaults would guide.
+    guidance = guidance or ({"guidance_scale": 1.0} if pipe.guider is None else {})
+    noise = torch.randn(number, *pipe._sample_shape, generator=torch.Generator().manual_seed(seed))
+    return condition | guidance | {"latents": noise, "output_type": "latent"}
+
+
+def images_that_fit(subject: Subject, guidance: dict, budget: Budget) -> int:
+    """Of how many images the fine trajectories fit into the time, by what two steps of a few take; up to `NUM_IMAGES`."""
+    few = subject.search_grid(NUM_FINE_STEPS)[[0, NUM_FINE_STEPS // 2]].tolist()  # the latter is guided, if any is
+    call = _call(subject, FEWEST_IMAGES, guidance, seed=0)
+    start = time.perf_counter()
+    _sample(subject, call, few)
+    seconds = (time.perf_counter() - start) / len(few) / FEWEST_IMAGES * NUM_FINE_STEPS
+    return max(FEWEST_IMAGES, min(NUM_IMAGES, int(SHARE_OF_FINE * budget.left / max(seconds, 1e-9))))
 
 
 def _sample(subject: Subject, call: dict, timesteps: Sequence[int], with_points: bool = False):

@@ -91,7 +91,8 @@ def calibrate_run(trainer: Trainer, wanted: bool | None, command: str) -> None:
     except ValueError as error:  # data that are trained on and cannot be measured, such as several labels an image
         say(f"not calibrated: {error}")
         return
-    found = calibrate(*(subject, data, seconds), seed=trainer.config.seed, run=folder, start=start, say=say)
+    options = {"seed": trainer.config.seed, "run": folder, "start": start, "keeps_time": not wanted, "say": say}
+    found = calibrate(subject, data, seconds, **options)
     found["left_out"] += left_out
     report = {"command": command, "dataset_name": trainer.config.dataset_name} | found
     if trainer.accelerator.is_main_process:

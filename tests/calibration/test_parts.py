@@ -22,6 +22,7 @@ from diffusers_ext.calibration import averages, guidance, steps, timesteps, vari
 from diffusers_ext.calibration import budget as budget_module
 from diffusers_ext.calibration.budget import Budget, budget_of_training
 from diffusers_ext.calibration.guidance import Guidance, Parts, Trials, images_that_fit, search
+from diffusers_ext.calibration.run import Data, calibrate
 from diffusers_ext.calibration.steps import Stepping
 from diffusers_ext.calibration.subject import Subject, own_scheduler
 from diffusers_ext.diffusion.analytic_variance import VISIBLE_NOISE
@@ -29,6 +30,7 @@ from diffusers_ext.evaluation.labelled_images import LabelledImages
 from diffusers_ext.evaluation.real_images import RealImages
 from diffusers_ext.guidance.guiding import guided_steps
 from diffusers_ext.machine import process_state
+from diffusers_ext.metrics.features import FeatureClassifierModel
 from diffusers_ext.schedulers.scheduling_ddim import ExtDDIMScheduler as Sampler
 from diffusers_ext.trainer.ema import WeightAverage
 from diffusers_ext.trainer.posthoc_ema import AverageSnapshots
@@ -103,7 +105,7 @@ def test_chosen_timesteps_end_nearer_to_a_fine_trajectory_than_the_spacing(predi
         else FlowScheduler(timestep_spacing="trailing", prediction_type=prediction_type)
     )
     subject = mixture_subject(linear)
-    teacher = timesteps.Teacher.make(subject, [0, 1] * 16, {"guidance_scale": 2.0}, seed=0)
+    teacher = timesteps.Teacher.make(subject, 32, {"guidance_scale": 2.0}, seed=0)
     lists, distances = timesteps.choose(teacher, [5, 3, 10], FOREVER)
     assert list(lists) == [3, 5, 10]
     for number, pair in distances.items():
@@ -128,9 +130,9 @@ def test_chosen_timesteps_end_nearer_to_a_fine_trajectory_than_the_spacing(predi
 def test_a_step_of_the_pipelines_default_does_not_slip_into_the_teacher():
     """Without guidance of its own a trajectory has none, whatever the pipeline does by default."""
     subject = mixture_subject()
-    plain = timesteps.Teacher.make(subject, [0, 1], {}, seed=0)
+    plain = timesteps.Teacher.make(subject, 2, {}, seed=0)
     subject.pipe.register_to_config(call_defaults={"guidance_scale": 5.0})
-    assert torch.equal(timesteps.Teacher.make(subject, [0, 1], {}, seed=0).ends, plain.ends)
+    assert torch.equal(timesteps.Teacher.make(subject, 2, {}, seed=0).ends, plain.ends)
 
 
 def test_steps_are_those_of_least_distance_where_that_is_clear_and_images_were_compared():
@@ -207,6 +209,25 @@ def test_the_saved_interval_holds_the_same_steps(start, stop, number):
 def real_images(held_out=None):
     images, labels = torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1).expand(-1, 1, 8, 8), torch.arange(40) % 2
     return RealImages(LabelledImages(images, labels, ["a", "b"]), held_out, "data", "crop", ())
+
+
+def labelled_subject():
+    torch.manual_seed(0)
+    scheduler = ExtDDIMScheduler(timestep_spacing="trailing")
+    return Subject.of(GuidedDiffusionPipeline(tiny_unet(num_classes=2), scheduler), 2)
+
+
+def test_what_keeps_to_its_time_leaves_out_what_takes_longer():
+    """Of no time at all, and of more than it takes."""
+    torch.manual_seed(0)
+    features = FeatureClassifierModel(8, 1, 2, (8, 16), label_names=["a", "b"])
+    data = Data(real_images(), None, features)
+    assert timesteps.images_that_fit(labelled_subject(), {}, NEVER) == 4
+    assert timesteps.images_that_fit(labelled_subject(), {}, FOREVER) == 32
+    hasty, thorough = (calibrate(labelled_subject(), data, 0.01, keeps_time=keeps) for keeps in (True, False))
+    assert hasty["left_out"][0].startswith("Nothing was chosen by images, of which 4 sets of 200 in 2 steps take")
+    assert "guidance" not in hasty and "gained" not in hasty and "2" in hasty["distance_from_fine_trajectory"]
+    assert thorough["left_out"] == [] and thorough["guidance"]["num_images"] == 200
 
 
 def test_a_test_split_is_no_part_of_the_choice_nor_of_the_report():
