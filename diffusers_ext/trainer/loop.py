@@ -437,9 +437,12 @@ class Trainer:
                 **self._parts,
             )
             self.last_checkpoint = write_checkpoint(accelerator, self.output_dir, self.state.step, save)
-            if accelerator.is_main_process:
-                limits = {"limit": config.checkpoints_total_limit, "keep_every": config.checkpoints_keep_every}
-                remove_old(self.output_dir, self.state.step, **limits)
+            self._remove_old_checkpoints()
+
+    def _remove_old_checkpoints(self):
+        if self.accelerator.is_main_process:
+            limits = {"limit": self.config.checkpoints_total_limit, "keep_every": self.config.checkpoints_keep_every}
+            remove_old(self.output_dir, self.state.step, **limits)
 
     def _save_snapshot(self):
         self.values.read(self.last_checkpoint)
@@ -463,5 +466,7 @@ class Trainer:
         load_run(folder, accelerator, warmup_steps=self.learning_rate.warmup_steps, **self._parts)
         set_options(self.optimizer, self.config)
         self.last_checkpoint = folder
+        if request == "latest":  # what a run that was ended after its last save has not come to
+            self._remove_old_checkpoints()
         accelerator.print(f"going on from {folder} (step {state.step}, {state.position} images seen)")
         return None if data.num_images is not None else load_stream_state(folder, accelerator.process_index)

@@ -125,7 +125,7 @@ def evaluate_vae_of(material, folder):
 
 
 def compare(material, folder):
-    more = ("--methods", "cfg", "--guidance_scales", "1", "2", "--mixed_precision", "no", "--num_images", "4")
+    more = ("--methods", "cfg", "--guidance_scales", "1", "2", "--mixed_precision", "no", "--num_images", "6")
     words = [str(material / "pipeline"), *measured(material), *more, "--num_inference_steps", "1"]
     compare_guidance.main(compare_guidance.parse([*words, "--output_dir", str(folder)]))
 
@@ -337,7 +337,7 @@ def test_a_script_that_is_ended_at_a_write_goes_on_or_leaves_what_was_there(
     child = start(lambda: work(material, whole), folder=whole, number=-1, count_to=tmp_path / "count")
     assert finish(child) == 0
     total, new = int((tmp_path / "count").read_text()), state_of(whole)
-    assert total > 5
+    assert total > 3
     print(f"{total} places")  # which -rP shows
     place = (FIRST_PLACE + NEXT_PLACE * list(SCRIPTS).index(name)) % 1
     numbers = range(1, total + 1, step) if step else [1 + int(place * total)]
