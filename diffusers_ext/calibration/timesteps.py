@@ -1,6 +1,7 @@
 """Timesteps that keep a sampler without noise near a fine trajectory of its own, under the guidance that is the default."""
 
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -86,7 +87,11 @@ def _sample(subject: Subject, call: dict, timesteps: Sequence[int], with_points:
     pipe, scheduler = subject.pipe, subject.pipe.scheduler
     try:
         pipe.scheduler = subject.without_noise
-        return pipe(**call, timesteps=list(timesteps), trajectory_steps=range(len(timesteps)) if with_points else None)
+        with warnings.catch_warnings():  # of lists so short that an interval of guidance has none of their steps
+            warnings.filterwarnings("ignore", "guidance_interval holds none")
+            return pipe(
+                **call, timesteps=list(timesteps), trajectory_steps=range(len(timesteps)) if with_points else None
+            )
     finally:
         pipe.scheduler = scheduler
 
