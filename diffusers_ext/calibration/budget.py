@@ -1,5 +1,6 @@
 """The time that calibrating a pipeline may take."""
 
+import math
 import time
 from typing import TypeVar
 
@@ -26,6 +27,12 @@ def budget_of_training(seconds: float) -> float:
 def shared(value: T) -> T:
     """What the main process has, in all of them, so that whatever they decide by it they decide alike."""
     return value if PartialState().num_processes == 1 else broadcast_object_list([value])[0]
+
+
+def number_that_fits(seconds: float, seconds_of_each: float, least: int, most: int) -> int:
+    """How many of what takes so long fit into a time, from `least` to `most`."""
+    number = seconds / max(seconds_of_each, 1e-9)
+    return int(min(max(number if math.isfinite(number) else 0, least), most))
 
 
 class Budget:

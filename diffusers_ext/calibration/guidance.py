@@ -3,7 +3,6 @@
 Every set of images is made from the same noise and the same labels, so that two sets differ by what is compared alone.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Generic, TypeVar
@@ -12,7 +11,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from diffusers_ext.calibration.budget import Budget, shared
+from diffusers_ext.calibration.budget import Budget, number_that_fits, shared
 from diffusers_ext.calibration.subject import Subject
 from diffusers_ext.evaluation.evaluator import Evaluator
 from diffusers_ext.evaluation.generate import generate_images, shared_by_processes
@@ -248,5 +247,4 @@ def around(guidance: Guidance, factor: float, shift: float) -> Iterator[Guidance
 
 def images_that_fit(seconds_of_image: float, seconds: float, num_sets: int = NUM_SETS) -> int:
     """Images of a set, of which so many are to be measured in this time; at least `FEWEST_IMAGES`."""
-    number = seconds / max(seconds_of_image * num_sets, 1e-9)
-    return int(min(max(number if math.isfinite(number) else 0, FEWEST_IMAGES), MOST_IMAGES))
+    return number_that_fits(seconds, seconds_of_image * num_sets, FEWEST_IMAGES, MOST_IMAGES)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffusers_ext.calibration.budget import Budget
+from diffusers_ext.calibration.budget import Budget, number_that_fits
 from diffusers_ext.calibration.subject import Subject
 from diffusers_ext.diffusion.noising import NoiseLevel
 from diffusers_ext.diffusion.timestep_search import cheapest_lists, trajectory_costs
@@ -79,7 +79,7 @@ def images_that_fit(subject: Subject, guidance: dict, budget: Budget) -> int:
     start = time.perf_counter()
     _sample(subject, call, few)
     seconds = (time.perf_counter() - start) / len(few) / FEWEST_IMAGES * NUM_FINE_STEPS
-    return max(FEWEST_IMAGES, min(NUM_IMAGES, int(SHARE_OF_FINE * budget.left / max(seconds, 1e-9))))
+    return number_that_fits(SHARE_OF_FINE * budget.left, seconds, FEWEST_IMAGES, NUM_IMAGES)
 
 
 def _sample(subject: Subject, call: dict, timesteps: Sequence[int], with_points: bool = False):
