@@ -50,7 +50,7 @@ class AdapterMixin(LoraBaseMixin):
         """
         about = denoiser_lora_adapter_metadata
         if about:  # the names of modules are a set, whose order differs between processes, as the file then would
-            about = {key: sorted(value) if _is_set_of_names(value) else value for key, value in about.items()}
+            about = {key: sorted(value) if isinstance(value, set) else value for key, value in about.items()}
         cls._save_lora_weights(
             save_directory,
             lora_layers={"denoiser": dict(denoiser_lora_layers)},
@@ -66,7 +66,3 @@ class AdapterMixin(LoraBaseMixin):
     def unfuse_lora(self, components: Sequence[str] = ("denoiser",), **kwargs):
         """Takes the adapters out of the weights again."""
         super().unfuse_lora(components=list(components), **kwargs)
-
-
-def _is_set_of_names(value: Any) -> bool:
-    return isinstance(value, set | list) and all(isinstance(each, str) for each in value)
