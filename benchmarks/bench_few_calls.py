@@ -5,11 +5,11 @@
     python benchmarks/bench_few_calls.py runs/few_calls --pipelines runs/digits --students runs/two_steps runs/one_step
 
 PIPELINES are runs of one recipe with several seeds, calibrated by training/calibrate.py; a cell of the table is their mean,
-with the least and the largest, and how many it is of where others are of more. STUDENTS are those of training/distill.py, one of each pipeline in the same order, or one for
-each of their recipes and pipelines; they are shown at their own number of steps. Image i of every set is made from the same
-noise, none of which the calibration saw, and compared with all training images. Rows have equal calls of the network in a
-column: as many an image as there are steps, and one more in each step that is guided. What the folder's `results.json` has is
-not measured again, so that rows and columns can be added. Beside it are `table.md` and `few_calls.png`.
+with the least and the largest, and how many it is of where others are of more. STUDENTS are those of training/distill.py, one
+of each pipeline in the same order, or one for each of their recipes and pipelines; they are shown at their own number of steps.
+Image i of every set is made from the same noise, none of which the calibration saw, and compared with all training images. Rows
+have equal calls of the network in a column: as many an image as there are steps, and one more in each step that is guided. What
+the folder's `results.json` has is not measured again, so that rows and columns can be added. Beside it are `table.md` and `few_calls.png`.
 """
 
 import argparse
