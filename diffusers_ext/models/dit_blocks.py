@@ -1,10 +1,13 @@
 """The blocks of `DiTModel`: attention and feed-forward layers, modulated by the embedding of timestep and label."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention import AttentionModuleMixin, FeedForward
 from torch import Tensor, nn
 
+from diffusers_ext.models.derivatives import needs_plain_operators
 from diffusers_ext.models.dit_parts import FirstValues, gated_width, learned_norm, normalise, rotate
 from diffusers_ext.models.layers import attention, project_heads, register_attention, register_skippable
 
@@ -36,11 +39,26 @@ class DiTFeedForward(FeedForward):
         if self.gated:
             x, gate = x.chunk(2, dim=-1)
             return linear_out(dropout(x * F.silu(gate)))
-        # The CPU's kernel of the tanh form takes 2.5 to 6 times as long as that of the form with erf. They differ by less
-        # than 5e-4: in bfloat16 so does their input by its rounding, and a network in training learns with either.
-        rounded = x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and self.training)
-        fast = x.device.type == "cpu" and rounded and not torch.compiler.is_compiling()
-        return linear_out(dropout(F.gelu(x, approximate="none" if fast else "tanh")))
+        return linear_out(dropout(gelu(x, in_training=self.training)))
+
+
+def gelu(x: Tensor, *, in_training: bool = False) -> Tensor:
+    """GELU in its tanh form, x / 2 (1 + tanh u) = x sigmoid(2 u) with u = sqrt(2 / pi) (x + 0.044715 x^3).
+
+    Args:
+        in_training: Whether a network in training takes it, which learns with either form.
+    """
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.gelu(x, approximate="tanh")
+    # The CPU's kernel of the tanh form takes 2.5 to 6 times as long as that of the form with erf. They differ by less than
+    # 5e-4: in bfloat16 so does their input by its rounding.
+    if x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and in_training):
+        return F.gelu(x)
+    if torch.is_grad_enabled() or needs_plain_operators(x):
+        return F.gelu(x, approximate="tanh")
+    # By the sigmoid, in place: 1.9 ms for 4.3 of 2048 x 512 values (one core of an AMD Zen 3).
+    slope = 2 * math.sqrt(2 / math.pi)
+    return (x * x).mul_(0.044715 * slope).add_(slope).mul_(x).sigmoid_().mul_(x)
 
 
 class DiTAttentionProcessor:

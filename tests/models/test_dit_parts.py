@@ -10,7 +10,7 @@ from diffusers.models.attention import FeedForward
 from peft import LoraConfig
 
 from diffusers_ext import DiTModel
-from diffusers_ext.models.dit_blocks import DiTFeedForward, modulated_norm
+from diffusers_ext.models.dit_blocks import DiTFeedForward, gelu, modulated_norm
 from diffusers_ext.models.dit_parts import ConvPatchEmbedding, gated_width, rotary_table, rotate
 from tiny import assert_same_output, assert_same_weights
 
@@ -115,6 +115,31 @@ def test_gelu_is_in_its_tanh_form_but_in_training_on_cpus_where_that_is_slow():
     assert (layer(x) - by_hand(x, "tanh")).abs().max() < 5e-4 * layer.net[2].weight.abs().sum(1).max()
     layer.double()  # whose user wants the network as it is
     torch.testing.assert_close(layer(x.double()), by_hand(x.double(), "tanh"), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.float16, 2e-3)]
+)
+def test_gelu_without_gradients_is_its_tanh_form_in_every_precision(dtype, tolerance):
+    x = torch.cat([torch.linspace(-12, 12, 1001), torch.tensor([-3e4, 0.0, 3e4])]).to(dtype)
+    expected = F.gelu(x.double(), approximate="tanh").to(dtype)
+    with torch.no_grad():
+        fast = gelu(x)
+    torch.testing.assert_close(fast, expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(gelu(x), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_gelu_without_gradients_leaves_its_input_and_the_other_derivatives_alone():
+    x = torch.linspace(-3, 3, 7, dtype=torch.float64)
+    before = x.clone()
+    with torch.no_grad():
+        gelu(x)
+        batched = torch.func.vmap(gelu)(x)
+        _, tangent = torch.func.jvp(gelu, (x,), (torch.ones_like(x),))
+    torch.testing.assert_close(x, before, rtol=0, atol=0)
+    torch.testing.assert_close(batched, F.gelu(x, approximate="tanh"))
+    slope = torch.func.vmap(torch.func.grad(lambda x: F.gelu(x, approximate="tanh")))(x)
+    torch.testing.assert_close(tangent, slope)
 
 
 def test_swiglu_is_that_of_diffusers_with_the_parameters_of_gelu():
