@@ -35,6 +35,7 @@ from diffusers_ext.recipes.denoising import (
 )
 from diffusers_ext.recipes.fine_tuning import names_of_labels, pretrained_vae
 from diffusers_ext.recipes.image_condition import batch_maker, batch_options, condition_of_run, network_options
+from diffusers_ext.recipes.model_guidance import unconditional_inputs
 from diffusers_ext.recipes.sample_grids import draw_while_training, drawing_cost, first_of, save_and_draw
 from diffusers_ext.recipes.training_path import build_scheduler
 from diffusers_ext.trainer.config import resolve_for_machine
@@ -98,11 +99,19 @@ def main(config: TrainConfig) -> Path:
         model = with_its_schedule(config, network, space.num_values)
         scheduler, scale = build_scheduler(config, largest_x0=space.largest), value_scale_of(data, vae)
         pipeline = partial(averaged_pipeline, scheduler=scheduler, space=space, condition=condition, value_scale=scale)
+        objective = build_objective(
+            *(config, scheduler, accelerator),
+            num_bins=space.num_values,
+            model=model,
+            unconditional=unconditional_inputs(data, learned=unlabelled, dropout="label_dropout")
+            if config.leads_targets
+            else None,
+        )
         trainer = Trainer(
             config,
             accelerator,
             model,
-            build_objective(config, scheduler, accelerator, num_bins=space.num_values, model=model),
+            objective,
             data,
             batch_options=batch_options(config, space, condition, label_dropout=config.label_dropout),
             on_images=partial(draw_while_training, pipeline, rows),
@@ -111,6 +120,8 @@ def main(config: TrainConfig) -> Path:
             ending_cost=with_calibration(partial(drawing_cost, pipeline, rows), config.calibrate),
             saved=pipeline,
         )
+        if config.leads_targets:
+            objective.guidance.progress = lambda: trainer.budget.progress(trainer.state.step, trainer.state.seconds)
         trainer.train()
         save_and_draw(pipeline, rows, trainer, **first_of(rows))
         save_adapter(trainer)

@@ -33,6 +33,7 @@ from diffusers_ext.recipes.denoising import (
 )
 from diffusers_ext.recipes.fine_tuning import pretrained_vae, with_labels_of
 from diffusers_ext.recipes.image_condition import batch_maker, batch_options, condition_of_run, network_options
+from diffusers_ext.recipes.model_guidance import unconditional_inputs
 from diffusers_ext.recipes.sample_grids import draw_while_training, drawing_cost, first_of, save_and_draw
 from diffusers_ext.recipes.text_encoder import TextDenoiser
 from diffusers_ext.recipes.text_to_image import TextConfig, Texts
@@ -79,11 +80,18 @@ def main(config: TextConfig) -> Path:
         if texts.trained:
             model = TextDenoiser(model, texts.text_encoder, texts.mask_padding)
         pipeline = partial(averaged_pipeline, scheduler=scheduler, space=space, texts=texts, condition=condition)
+        objective = build_objective(
+            *(config, scheduler, accelerator),
+            num_bins=space.num_values,
+            unconditional=unconditional_inputs(data, learned=empty, dropout="caption_dropout")
+            if config.leads_targets
+            else None,
+        )
         trainer = Trainer(
             config,
             accelerator,
             model,
-            build_objective(config, scheduler, accelerator, num_bins=space.num_values),
+            objective,
             data,
             batch_options=batch_options(config, space, condition, label_dropout=config.caption_dropout),
             on_images=partial(draw_while_training, pipeline, rows),
@@ -92,6 +100,8 @@ def main(config: TextConfig) -> Path:
             ending_cost=partial(drawing_cost, pipeline, rows),
             saved=pipeline,
         )
+        if config.leads_targets:
+            objective.guidance.progress = lambda: trainer.budget.progress(trainer.state.step, trainer.state.seconds)
         trainer.train()
         save_and_draw(pipeline, rows, trainer, **first_of(rows))
         save_adapter(trainer)

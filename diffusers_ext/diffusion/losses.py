@@ -14,6 +14,7 @@ References:
     Song, Durkan, Murray, Ermon 2021, Maximum Likelihood Training of Score-Based Diffusion Models, arXiv 2101.09258.
     Li, He 2025, Back to Basics: Let Denoising Generative Models Denoise, arXiv 2511.13720.
     Kingma, Salimans, Poole, Ho 2021, Variational Diffusion Models, arXiv 2107.00630.
+    Tang, Bao, Chen, Guo 2025, Diffusion Models without Classifier-free Guidance, arXiv 2502.12154 (model guidance).
 """
 
 import torch
@@ -139,6 +140,19 @@ def trained_share(
     return (loss.sum().square() / (len(schedule) * loss.square().sum())).item()
 
 
+def model_guidance(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+    """What is added to a network's target, so that it learns its guided prediction: (1 - 1 / s) (f(x_t, c) - f(x_t)).
+
+    With it the best prediction f is that whose distance from the target is (1 - 1 / s) times that from the unconditional u, so
+    that f = u + s (target - u): classifier-free guidance of scale s, in one call (model guidance, Tang et al. 2025).
+
+    Args:
+        conditional, unconditional: The network's own outputs, without gradients.
+        scale: s, at least 1, at which nothing is added.
+    """
+    return (1 - 1 / scale) * (conditional - unconditional)
+
+
 def denoising_loss(
     output: Tensor,
     x0: Tensor,
@@ -150,6 +164,7 @@ def denoising_loss(
     snr_gamma: float = 5.0,
     p2_gamma: float = 1.0,
     x0_weight: Tensor | None = None,
+    lead: Tensor | None = None,
 ) -> Tensor:
     """The weighted squared error of each sample, averaged over its elements, at least in float32; shape `(batch,)`.
 
@@ -160,10 +175,13 @@ def denoising_loss(
         x0: Clean samples in [-1, 1], shape `(batch, ...)`, like `eps` and `output`.
         level: Noise level of each sample.
         x0_weight: See `loss_weight`.
+        lead: Added to what the model is to output, of the shape of `output`; see `model_guidance`.
     """
     if weighting is None:
         weighting = DEFAULT_WEIGHTINGS[prediction_type]
     target = training_target(x0, eps, level, prediction_type)
+    if lead is not None:
+        target = target + lead
     wide = torch.promote_types(target.dtype, torch.float32)
     error = (output.to(wide) - target).square().flatten(1).mean(1)
     if weighting == "uniform":

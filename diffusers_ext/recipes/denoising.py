@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from accelerate import Accelerator
 from diffusers import ModelMixin, UNet2DModel
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from torch import nn
+from torch import Tensor, nn
 
 from diffusers_ext.conditions import parse_condition
 from diffusers_ext.data.batches import TIMESTEP_SAMPLINGS
@@ -26,6 +26,7 @@ from diffusers_ext.recipes.adapters import add_adapter
 from diffusers_ext.recipes.augmentation import NUM_LABELS
 from diffusers_ext.recipes.denoising_objective import DenoisingObjective, check_internal_weight
 from diffusers_ext.recipes.fine_tuning import load_network, with_labels_of
+from diffusers_ext.recipes.model_guidance import ModelGuidance, check_model_guidance
 from diffusers_ext.recipes.networks import NetworkConfig, build_network
 from diffusers_ext.recipes.presets import DESCRIBED_PRESETS, PRESETS, REPLACED_BY
 from diffusers_ext.recipes.pretrained import options_from, read_pretrained
@@ -102,6 +103,15 @@ class DenoisingConfig(PathConfig):
 
     internal_guidance_loss_weight: float = fixed_option(
         0.5, "weight of the loss of the middle layer's output (arXiv 2512.24176)", needs="internal_guidance_layer"
+    )
+
+    model_guidance_scale: float | None = fixed_option(
+        None,
+        "guidance that the network learns, so that it samples as if guided by one call a step: its targets are led by its own "
+        "predictions with label or text and without (arXiv 2502.12154)",
+    )
+    model_guidance_interval: tuple[float, float] = fixed_option(
+        (0.2, 0.8), "where: from and to which share of the noise levels, from noise", needs="model_guidance_scale"
     )
 
     augmentation_probability: float = fixed_option(
@@ -183,6 +193,12 @@ class DenoisingConfig(PathConfig):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         check_internal_weight(self.internal_guidance_loss_weight)
+        if self.leads_targets:
+            check_model_guidance(self.model_guidance_scale, self.model_guidance_interval)
+        if self.leads_targets and self.objective != "simple":
+            raise ValueError(
+                f"model_guidance_scale leads the targets of objective simple, which {self.objective} is not: leave it out"
+            )
         check_guidance_scale(self.guidance_scale)
         if self.objective == "vlb" and self.loss_weighting != "uniform":
             raise ValueError(
@@ -304,6 +320,11 @@ class DenoisingConfig(PathConfig):
         return self.guidance_scale
 
     @property
+    def leads_targets(self) -> bool:
+        """Whether the network learns its guided prediction."""
+        return self.model_guidance_scale is not None
+
+    @property
     def learns_variance(self) -> bool:
         return self.objective in ("vlb", "hybrid")
 
@@ -414,12 +435,14 @@ def build_objective(
     *,
     num_bins: int | None = 256,
     model: nn.Module | None = None,
+    unconditional: dict[str, Tensor] | None = None,
 ) -> DenoisingObjective | VariationalObjective:
     """The loss of a batch.
 
     Args:
         num_bins: Number of values that the data can have, None if they are continuous.
         model: Of `with_its_schedule`, for path "learned".
+        unconditional: Of `diffusers_ext.recipes.model_guidance.unconditional_inputs`, for model guidance.
 
     Raises:
         ValueError: if the run is sharded and its path is learned.
@@ -432,6 +455,9 @@ def build_objective(
             )
         return VariationalObjective(model.noise_schedule, config.num_train_timesteps, accelerator)
     logit_normal = (config.logit_mean, config.logit_std) if config.timestep_sampling == "logit_normal" else None
+    guidance = None
+    if config.leads_targets and unconditional is not None:
+        guidance = ModelGuidance(config.model_guidance_scale, unconditional, config.model_guidance_interval)
     return DenoisingObjective(
         model_schedule(scheduler),
         config.prediction_type,
@@ -444,6 +470,7 @@ def build_objective(
         logit_normal=logit_normal,
         internal_weight=None if config.internal_guidance_layer is None else config.internal_guidance_loss_weight,
         timestep_shift=config.timestep_shift,
+        guidance=guidance,
         num_bins=num_bins,
         accelerator=accelerator,
     )

@@ -22,6 +22,7 @@ from diffusers_ext.diffusion.noising import PREDICTION_TYPES, NoiseSchedule, add
 from diffusers_ext.diffusion.reverse_chain import ReverseChain
 from diffusers_ext.diffusion.tables import DeviceTable
 from diffusers_ext.recipes.loss_record import LossRecord, RecordedObjective
+from diffusers_ext.recipes.model_guidance import ModelGuidance
 from diffusers_ext.recipes.timestep_sampler import ImportanceTimesteps, LogitNormalTimesteps, UniformTimesteps
 
 
@@ -63,7 +64,9 @@ class DenoisingObjective(RecordedObjective):
         logit_normal: Mean and standard deviation of the logit of time, see `LogitNormalTimesteps`; None for even times.
         internal_weight: Weight of the loss of the output of the model's middle layer, `internal_sample`, in the training loss;
             None for a model that has none. The record, and the loss in evaluation mode, are those of the output alone.
-        timestep_shift: Of `UniformTimesteps`; not with the two above.
+        timestep_shift: Of `UniformTimesteps`; not with importance sampling and logit-normal times.
+        guidance: Leads the targets of training, so that the network learns its guided prediction; not with "vlb" and "hybrid".
+            The record's error, and the loss in evaluation mode, are those of the targets themselves.
         num_bins: Number of values that the data can have, 256 for 8 bits; None for continuous data (latents).
         accelerator: Collects the losses of all processes; without one there is one process.
 
@@ -85,6 +88,7 @@ class DenoisingObjective(RecordedObjective):
         logit_normal: tuple[float, float] | None = None,
         internal_weight: float | None = None,
         timestep_shift: float = 1.0,
+        guidance: ModelGuidance | None = None,
         num_bins: int | None = 256,
         accelerator: Accelerator | None = None,
     ):
@@ -102,6 +106,8 @@ class DenoisingObjective(RecordedObjective):
             raise ValueError(f"objective vlb is the bound itself, which no loss_weighting changes, got {weighting!r}")
         if importance_sampling and logit_normal is not None:
             raise ValueError(f"timesteps are drawn by importance or logit-normal, not both, got {logit_normal}")
+        if guidance is not None and objective != "simple":
+            raise ValueError(f"model guidance leads the targets of objective simple, which {objective} is not")
         if not (math.isfinite(vlb_weight) and vlb_weight > 0):
             raise ValueError(f"vlb_weight must be positive, got {vlb_weight}")
         self.schedule, self.prediction_type, self.objective = schedule, prediction_type, objective
@@ -111,7 +117,7 @@ class DenoisingObjective(RecordedObjective):
         if internal_weight is not None:
             check_internal_weight(internal_weight)
         self.vlb_weight, self.num_bins, self.internal_weight = vlb_weight, num_bins, internal_weight
-        self.accelerator = accelerator
+        self.guidance, self.accelerator = guidance, accelerator
         self.chain = ReverseChain(schedule) if self.learns_variance else None
         self._x0_weights = None  # of the timesteps, where the weighting is no function of the level alone
         if weighting == "likelihood":
@@ -124,7 +130,7 @@ class DenoisingObjective(RecordedObjective):
             self.timestep_sampler = UniformTimesteps(len(schedule), timestep_shift)
         self.loss_record = LossRecord(
             schedule,
-            has_error=self.learns_variance or weighting != "uniform",
+            has_error=self.learns_variance or weighting != "uniform" or guidance is not None,
             has_bound=self.learns_variance,
             accelerator=None if importance_sampling else accelerator,  # importance sampling gathers all losses itself
         )
@@ -149,8 +155,15 @@ class DenoisingObjective(RecordedObjective):
         timesteps, weight = self.timestep_sampler(batch["time"])
         x_t = add_noise(x0, eps, self.schedule.level(timesteps, x0))
         conditions = {name: batch[name] for name in MODEL_CONDITIONS if name in batch}
-        output = model(x_t, self.schedule.labels(timesteps), class_labels=batch.get("labels"), **conditions)
-        error, loss, bound = self.losses(output.sample, x0, eps, x_t, timesteps, batch.get("units"))
+        conditions["class_labels"], seen = batch.get("labels"), self.schedule.labels(timesteps)
+        reference = None
+        if self.training and self.guidance is not None:
+            reference = self.guidance.reference(model, x_t, seen, conditions)
+        output = model(x_t, seen, **conditions)
+        lead = None
+        if reference is not None:
+            lead = self.guidance.lead(output.sample, reference, timesteps, len(self.schedule))
+        error, loss, bound = self.losses(output.sample, x0, eps, x_t, timesteps, batch.get("units"), lead)
         if self.training:
             self._record(timesteps, weight, error, loss, bound)
         if self.training and self.internal_weight is not None:  # also at 0: each parameter is to get a gradient
@@ -171,6 +184,7 @@ class DenoisingObjective(RecordedObjective):
         x_t: Tensor,
         timesteps: Tensor,
         units: DataUnits | None = None,
+        lead: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Squared error of the prediction, loss, and bound in nats per dimension or 0, of each sample.
 
@@ -178,6 +192,7 @@ class DenoisingObjective(RecordedObjective):
             output: The model's output at `x_t`, which has `eps` in it.
             timesteps: int64, shape `(batch,)`.
             units: From `x0` to the data, whose bound it is; None if these are the data.
+            lead: Added to the target that the loss is of, and not to that of the error.
         """
         level = self.schedule.level(timesteps, x0)
         channels = x0.shape[1] * (2 if self.learns_variance else 1)
@@ -192,8 +207,8 @@ class DenoisingObjective(RecordedObjective):
             weights = self.weights
             if self._x0_weights is not None:
                 weights = weights | {"x0_weight": self._x0_weights.gather(timesteps, x0)[0]}
-            loss = denoising_loss(prediction, x0, eps, level, self.prediction_type, **weights)
-        if self.objective == "vlb" or self.weights["weighting"] != "uniform":
+            loss = denoising_loss(prediction, x0, eps, level, self.prediction_type, lead=lead, **weights)
+        if self.objective == "vlb" or lead is not None or self.weights["weighting"] != "uniform":
             error = denoising_loss(prediction.detach(), x0, eps, level, self.prediction_type, weighting="uniform")
         else:
             error = loss.detach()

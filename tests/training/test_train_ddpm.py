@@ -310,7 +310,7 @@ def test_a_transformer_is_trained_saved_and_goes_on(tmp_path):
     dit = {
         **{"model": "dit", "patch_size": 2, "hidden_size": 16, "num_layers": 3, "position_embedding": "rope"},
         **{"norm": "rms", "mlp": "swiglu", "value_residual": True, "patch_embedding": "conv", "long_skips": True},
-        **{"internal_guidance_layer": 2, "internal_guidance_loss_weight": 0.3},
+        **{"internal_guidance_layer": 2, "internal_guidance_loss_weight": 0.3, "model_guidance_scale": 2.0},
     }
     unet = ("block_out_channels", "layers_per_block")
     config = TrainConfig(

@@ -159,7 +159,7 @@ def test_a_run_that_goes_on_is_the_run(folder, encoders, tmp_path, frozen):
 def test_two_processes_make_the_run_of_one(folder, tmp_path):
     """With half of the batch each: denoiser and encoder, their averages, the losses and the grids."""
     settings = {"max_train_steps": 3, "save_images_steps": 2, "validation_split": "test", "validation_steps": 2}
-    settings |= {"caption_dropout": 0.3, "logging_steps": 1, "max_grad_norm": 0.1}
+    settings |= {"caption_dropout": 0.3, "logging_steps": 1, "max_grad_norm": 0.1, "model_guidance_scale": 2.0}
     whole = main(config_of(folder, tmp_path / "one", **settings))
     options = ["--config", str(whole / "train_config.yaml"), "--output_dir", str(tmp_path / "two")]
     half = parse_config(TextConfig, [*options, "--train_batch_size", "4", "--num_threads", "1"])
