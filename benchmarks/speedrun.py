@@ -5,7 +5,7 @@
 
 Each row of `ROWS` is `training/train_ddpm.py` with its options, for each seed; what comes after `--` is given to all. Image i of
 every set is made from the same noise, and compared with all training images in the features of one classifier, which is trained
-first if `--features` names none. A run whose pipeline is in its folder is not trained again. The folder gets `results.json`,
+first if `--features` names none. A row may train on smaller images: its own are then compared on a border like that of the data. A run whose pipeline is in its folder is not trained again. The folder gets `results.json`,
 `table.md`, and `rows.png`, in which each row of pictures is one recipe.
 """
 
@@ -58,6 +58,8 @@ ROWS: dict[str, str] = {
     "stable_decay": "--lr_scheduler warmup_stable_decay",
     "flip": "--random_flip",
     "patch_2": "--patch_size 2",
+    "resolution_28": "--resolution 28",  # that of MNIST's kind, without the border to 32
+    "model_guidance": "--model_guidance_scale 5",
     "together": "--mlp swiglu --value_residual --long_skips --timestep_sampling logit_normal",
 }
 
@@ -89,7 +91,8 @@ class Judge:
 
     def __init__(self, pipe, run: Path, arguments: argparse.Namespace):
         self.num_steps = arguments.num_inference_steps
-        self.comparison = Comparison.of(pipe, run, arguments.num_images, arguments.features)
+        size = (arguments.resolution, arguments.resolution)
+        self.comparison = Comparison.of(pipe, run, arguments.num_images, arguments.features, size)
         self.held_out = self.comparison.held_out_distance
 
     def measure(self, pipe, scale: float, settings: dict) -> tuple[float, float | None, torch.Tensor]:

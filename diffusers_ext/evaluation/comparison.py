@@ -4,11 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from diffusers_ext.data.images import fit
 from diffusers_ext.evaluation.evaluator import Evaluator
 from diffusers_ext.evaluation.feature_folders import features_for
 from diffusers_ext.evaluation.generate import generate_images
@@ -30,16 +32,23 @@ class Comparison:
     Attributes:
         evaluator: Of the run's training images.
         labels: Of each image of a set; None for a pipeline without.
+        pad_value: Of the border of images that are smaller than the real ones, 8 bits.
     """
 
     real: RealImages
     evaluator: Evaluator
     labels: list[int] | None
     num_images: int
+    pad_value: int = 0
 
     @classmethod
     def of(
-        cls, pipe: DiffusionPipeline, run: str | Path, num_images: int, features: str | None = None
+        cls,
+        pipe: DiffusionPipeline,
+        run: str | Path,
+        num_images: int,
+        features: str | None = None,
+        resolution: tuple[int, ...] | None = None,
     ) -> "Comparison":
         """Beside the data of a run.
 
@@ -47,14 +56,17 @@ class Comparison:
             pipe: The run's, or another with the same labels.
             run: Folder, whose `train_config.yaml` names the data.
             features: Folder of the network of features; by default the one that is kept for these data, or is trained.
+            resolution: At which images are compared; by default that of the pipeline. Smaller images are centred on a border
+                of the data's `pad_value`, as the data are if they are padded.
         """
-        data = take_options_of_run(DataOptions(resolution=image_size_of(pipe)), str(run))
+        data = take_options_of_run(DataOptions(resolution=resolution or image_size_of(pipe)), str(run))
         real = load_real_images(data.for_data())
         network, about = features_for(real, features, PartialState())
         kept = reference_features(network, real.train, about["sha256"])
         evaluator = Evaluator(real.train, network, NUM_REFERENCE, in_pixels=False, train_features=kept)
         labels = None if pipe.num_classes is None else labels_for(real, pipe.num_classes, num_images)[0]
-        return cls(real, evaluator, labels, num_images)
+        border = round((data.pad_value or 0) * 255 / real.white)
+        return cls(real, evaluator, labels, num_images, border)
 
     def generate(self, pipe: DiffusionPipeline, num_inference_steps: int, settings: dict[str, Any]) -> Tensor:
         """A set of images, image i always of the same noise, uint8.
@@ -62,7 +74,7 @@ class Comparison:
         Args:
             settings: Further arguments of the pipeline's call.
         """
-        return generate_images(
+        images = generate_images(
             pipe,
             range(self.num_images),
             labels=self.labels,
@@ -71,6 +83,11 @@ class Comparison:
             seed=SEED,
             show_progress=False,
         )
+        size = self.real.image_shape[1:]
+        if tuple(images.shape[2:]) == size:
+            return images
+        fitted = [fit(image, size, "pad", self.pad_value) for image in images.movedim(1, -1).numpy()]
+        return torch.from_numpy(np.stack(fitted)).movedim(-1, 1)
 
     def measure(self, images: Tensor) -> dict[str, float | int]:
         """The measures of a set, see `Evaluator.measure`."""
