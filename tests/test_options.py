@@ -360,6 +360,12 @@ def test_a_preset_leaves_the_network_and_the_path_to_options_that_name_others():
     for options in ({"beta_schedule": "linear"}, {"calibrate": True}):
         assert (quick(**options).model, quick(**options).path) == ("dit", None)
     assert quick(calibrate=False).path == "linear"
+    assert (quick().timestep_sampling, quick().model_guidance_scale) == ("logit_normal", 4.0)
+    others = ({"path": "learned"}, {"pretrained_pipeline": None, "timestep_shift": 2.0}, {"objective": "simple"})
+    assert [(quick(**options).timestep_sampling, quick(**options).model_guidance_scale) for options in others] == [
+        *(("stratified", None), ("stratified", 4.0), ("logit_normal", None)),
+    ]
+    assert TextConfig(preset="quick").model_guidance_scale is None
 
 
 def test_keywords_are_those_of_a_yaml_file(tmp_path):

@@ -35,7 +35,7 @@ from diffusers_ext.recipes.denoising import (
 )
 from diffusers_ext.recipes.fine_tuning import names_of_labels, pretrained_vae
 from diffusers_ext.recipes.image_condition import batch_maker, batch_options, condition_of_run, network_options
-from diffusers_ext.recipes.model_guidance import unconditional_inputs
+from diffusers_ext.recipes.model_guidance import left_to_labels, unconditional_inputs
 from diffusers_ext.recipes.sample_grids import draw_while_training, drawing_cost, first_of, save_and_draw
 from diffusers_ext.recipes.training_path import build_scheduler
 from diffusers_ext.trainer.config import resolve_for_machine
@@ -89,6 +89,7 @@ def main(config: TrainConfig) -> Path:
         config.check_sample(space.shape[1:], space.resolution)
         unlabelled = config.label_dropout > 0 or data.num_classes is None or data.has_unlabelled
         refuse_unlearned_guidance(config, unlabelled or config.drops_condition, "label_dropout")
+        config = left_to_labels(config, data, learned=unlabelled)
         check_augmentation(config, data)
         condition = condition_of_run(config, data, space)
         held_out = load_validation(config, accelerator, data, vae)

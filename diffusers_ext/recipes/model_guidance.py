@@ -1,8 +1,9 @@
 """Guidance that is trained into a network, which then samples as if it were guided, by one call a step (arXiv 2502.12154)."""
 
+import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,10 @@ from torch import Tensor, nn
 from diffusers_ext.data.image_table import ImageData
 from diffusers_ext.data.stream import StreamData
 from diffusers_ext.diffusion.losses import model_guidance
+
+
+if TYPE_CHECKING:
+    from diffusers_ext.recipes.denoising import DenoisingConfig
 
 
 # Share of a run before the targets are led: until then the two predictions are alike, and a call is saved.
@@ -24,6 +29,19 @@ def check_model_guidance(scale: float, interval: tuple[float, ...]) -> None:
         raise ValueError(
             f"model_guidance_interval must be two shares of the noise levels, 0 <= from < to <= 1, got {interval}"
         )
+
+
+def left_to_labels(config: "DenoisingConfig", data: ImageData | StreamData, *, learned: bool) -> "DenoisingConfig":
+    """The options without the guidance that a preset gave, where the data have nothing to lead by.
+
+    Args:
+        learned: Whether any example is without its label or text.
+    """
+    of_preset = {} if config.preset is None else config.PRESETS[config.preset]
+    is_given = config.leads_targets and config.model_guidance_scale != of_preset.get("model_guidance_scale")
+    if is_given or not config.leads_targets or (learned and data.num_classes is not None):
+        return config
+    return dataclasses.replace(config, model_guidance_scale=None)
 
 
 def unconditional_inputs(data: ImageData | StreamData, *, learned: bool, dropout: str) -> dict[str, Tensor]:

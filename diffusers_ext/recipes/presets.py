@@ -1,7 +1,7 @@
 """Options for a time that there is: what `--preset` of the commands that train a denoiser stands for.
 
 "quick" and "good" are a transformer on the linear path by Muon, which makes good images soonest of what was measured
-(docs/speedrun.md), at a width that a core can train in that time. "best" has the base width, the learning rate and the dropout of
+(docs/speedrun.md), at a width that a core can train in that time; "quick" learns its guidance along, where images have labels. "best" has the base width, the learning rate and the dropout of
 DDPM's model of CIFAR-10 (arXiv 2006.11239, Appendix B), or a DiT-S (arXiv 2212.09748, Table 1) at its learning rate doubled for
 small batches. They are a beginning, not a search: nobody knows the data but the user.
 """
@@ -17,10 +17,19 @@ PRESETS: dict[str, dict[str, Any]] = {
         "hidden_size": 128,
         "num_layers": 4,
         "path": "linear",
+        "timestep_sampling": "logit_normal",
+        "model_guidance_scale": 4.0,
         "train_batch_size": 16,
         "num_inference_steps": 20,
     },
-    "good": {"max_train_time": "1h", "model": "dit", "hidden_size": 256, "num_layers": 6, "path": "linear"},
+    "good": {
+        "max_train_time": "1h",
+        "model": "dit",
+        "hidden_size": 256,
+        "num_layers": 6,
+        "path": "linear",
+        "timestep_sampling": "logit_normal",
+    },
     "best": {
         "max_train_time": "10h",
         "learning_rate": 2e-4,
@@ -53,7 +62,10 @@ REPLACED_BY: dict[str, tuple[str, ...]] = {
     "max_train_steps": ("max_train_time",),
     "dit_size": _OF_NETWORKS,
     "hidden_size": ("num_attention_heads",),
-    "pretrained_pipeline": (*_OF_NETWORKS, "model", "path"),
+    "pretrained_pipeline": (*_OF_NETWORKS, "model", "path", "timestep_sampling", "model_guidance_scale"),
+    "path": ("timestep_sampling", "model_guidance_scale"),
+    "objective": ("model_guidance_scale",),
+    "timestep_shift": ("timestep_sampling",),
     **dict.fromkeys((*_FOR_UNETS, *_FOR_SEQUENCES), ("model",)),
     **dict.fromkeys(_FOR_BETAS, ("path",)),
 }

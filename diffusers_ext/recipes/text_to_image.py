@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import datasets
 import numpy as np
@@ -17,6 +17,7 @@ from diffusers_ext.draws import derived_seed
 from diffusers_ext.guidance.texts import longest_text, masks_padding_by_default
 from diffusers_ext.options import fixed_option, option, takes_keywords
 from diffusers_ext.recipes.denoising import DenoisingConfig
+from diffusers_ext.recipes.presets import PRESETS
 from diffusers_ext.recipes.pretrained import read_pretrained
 from diffusers_ext.recipes.sample_grids import MAX_ROWS
 from diffusers_ext.recipes.text_encoder import (
@@ -91,6 +92,11 @@ class TextConfig(DenoisingConfig):
     )
 
     takes_texts: ClassVar[bool] = True
+    # Without guidance in training, on top of which that of the calls would come, which texts have by default.
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        name: {option: value for option, value in options.items() if option != "model_guidance_scale"}
+        for name, options in PRESETS.items()
+    }
     ESSENTIAL: ClassVar[tuple[str, ...]] = (
         *DenoisingConfig.ESSENTIAL,
         *("caption_column", "pretrained_text_encoder", "validation_prompts"),

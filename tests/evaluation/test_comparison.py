@@ -56,7 +56,9 @@ def test_sets_are_of_one_noise_and_measured_beside_the_data_of_the_run(run, num_
 @pytest.mark.filterwarnings("ignore:the Fréchet distance of 128 features is unreliable")
 def test_smaller_images_are_centred_on_the_border_of_the_data(run):
     """As the data are at the size at which they are compared: by hand, and the images themselves within."""
-    (run / "train_config.yaml").write_text("dataset_name: digits\nresolution: [8, 8]\nresize_mode: pad\npad_value: 3\n")
+    (run / "train_config.yaml").write_text(
+        "dataset_name: digits\nresolution: [8, 8]\nresize_mode: pad\npad_value: 3\n"
+    )
     pipe = GuidedDiffusionPipeline(tiny_unet(10), ExtDDIMScheduler(timestep_spacing="trailing"))
     settings = (2, {"guidance_scale": 1.0})
     plain = Comparison.of(pipe, run, 20, str(run / "features")).generate(pipe, *settings)

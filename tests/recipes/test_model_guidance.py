@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import nn
 
+from diffusers_ext.commands.train_ddpm import TrainConfig
 from diffusers_ext.diffusion.betas import make_betas
 from diffusers_ext.diffusion.losses import model_guidance
 from diffusers_ext.diffusion.noising import NoiseSchedule, add_noise, training_target
 from diffusers_ext.recipes.denoising import DenoisingConfig, build_objective
 from diffusers_ext.recipes.denoising_objective import DenoisingObjective
-from diffusers_ext.recipes.model_guidance import START, ModelGuidance, unconditional_inputs
+from diffusers_ext.recipes.model_guidance import START, ModelGuidance, left_to_labels, unconditional_inputs
 from diffusers_ext.recipes.training_path import build_scheduler
 
 
@@ -144,6 +145,17 @@ def test_what_stands_for_no_condition_is_that_of_the_data():
         unconditional_inputs(SimpleNamespace(name="x", num_classes=None), **learned)
     with pytest.raises(ValueError, match="a label_dropout of 0 trains none"):
         unconditional_inputs(labels, learned=False, dropout="label_dropout")
+
+
+def test_a_presets_guidance_is_left_out_where_there_is_nothing_to_lead_by():
+    labels, none = SimpleNamespace(num_classes=3), SimpleNamespace(num_classes=None)
+    quick = TrainConfig(preset="quick")
+    assert left_to_labels(quick, labels, learned=True) is quick
+    for data, learned in ((none, True), (labels, False)):
+        left = left_to_labels(quick, data, learned=learned)
+        assert left.model_guidance_scale is None and left.timestep_sampling == "logit_normal"
+        own = TrainConfig(preset="quick", model_guidance_scale=2.0)
+        assert left_to_labels(own, data, learned=learned) is own  # and is refused
 
 
 @pytest.mark.parametrize(
