@@ -59,7 +59,8 @@ ROWS: dict[str, str] = {
     "flip": "--random_flip",
     "patch_2": "--patch_size 2",
     "resolution_28": "--resolution 28",  # that of MNIST's kind, without the border to 32
-    "model_guidance": "--model_guidance_scale 5",
+    "model_guidance": "--model_guidance_scale 4",
+    "best": "--resolution 28 --learning_rate 2e-3 --timestep_sampling logit_normal --model_guidance_scale 3",
     "together": "--mlp swiglu --value_residual --long_skips --timestep_sampling logit_normal",
 }
 
