@@ -16,7 +16,7 @@ class Stepping:
     timesteps: str = "spacing"
 
 
-# What a scheduler does by itself, and what takes its place where there is no time to compare images, or none to compare with.
+# What a scheduler does by itself, and what takes its place where there are no images to compare with.
 OWN, NOT_COMPARED = Stepping(), Stepping(1, "trajectory")
 
 
@@ -39,13 +39,13 @@ def choose(
 ) -> tuple[Stepping, list[dict]]:
     """The one of least distance, the scheduler's own unless another is better by more than `LEAST_GAIN`.
 
-    Returns: it; and all that were compared with their distances, none if there was time for no more than one.
+    Returns: it, the scheduler's own too if there was no time to compare two; and all that were compared with their distances.
     """
     trials = Trials(measure, budget)
     if len(those) > 1:
         trials.try_all(iter(those))
     if len(trials.tried) < 2:
-        return (NOT_COMPARED if len(those) > 1 else OWN), []
+        return OWN, []
     return trials.best_beside(OWN), trials.records()
 
 

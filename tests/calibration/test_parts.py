@@ -150,7 +150,7 @@ def test_steps_are_those_of_least_distance_where_that_is_clear_and_images_were_c
     assert tried[0] == {"order": 1, "timesteps": "spacing", "frechet_distance": 4.0} and len(tried) == 4
     assert choose([3.9], two)[0] == Stepping(1)  # by less than 3 %
     assert choose([3.8], two)[0] == Stepping(2)
-    assert choose([3.0], two, NEVER) == (Stepping(1, "trajectory"), [])  # as the trajectory says
+    assert choose([3.0], two, NEVER) == (Stepping(), [])  # what was not compared is not chosen
 
 
 def test_processes_decide_by_the_clock_of_the_first(monkeypatch):
