@@ -232,7 +232,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_steps", type=int, nargs="+", default=[5, 10])
     parser.add_argument("--num_images", type=int, default=500)
     parser.add_argument("--features", help="folder of training/train_features.py; by default the one that is kept")
-    parser.add_argument("--resolution", type=int, help="compare at this size, smaller images on a border like the data's")
+    parser.add_argument(
+        "--resolution", type=int, help="compare at this size, smaller images on a border like the data's"
+    )
     parser.add_argument("--likelihood_steps", type=int, nargs="*", default=[], help="steps of the bound in bits/dim")
     parser.add_argument("--num_likelihood_images", type=int, default=100)
     return parser.parse_args(argv)
