@@ -89,7 +89,9 @@ def main(config: TrainConfig) -> Path:
         config.check_sample(space.shape[1:], space.resolution)
         unlabelled = config.label_dropout > 0 or data.num_classes is None or data.has_unlabelled
         refuse_unlearned_guidance(config, unlabelled or config.drops_condition, "label_dropout")
-        config = left_to_labels(config, data, learned=unlabelled)
+        config, unconditional = left_to_labels(config, data, learned=unlabelled), None
+        if config.leads_targets:
+            unconditional = unconditional_inputs(data, learned=unlabelled, dropout="label_dropout")
         check_augmentation(config, data)
         condition = condition_of_run(config, data, space)
         held_out = load_validation(config, accelerator, data, vae)
@@ -104,9 +106,7 @@ def main(config: TrainConfig) -> Path:
             *(config, scheduler, accelerator),
             num_bins=space.num_values,
             model=model,
-            unconditional=unconditional_inputs(data, learned=unlabelled, dropout="label_dropout")
-            if config.leads_targets
-            else None,
+            unconditional=unconditional,
         )
         trainer = Trainer(
             config,

@@ -63,6 +63,9 @@ def main(config: TextConfig) -> Path:
         config.check_sample(space.shape[1:], space.resolution)
         empty = config.caption_dropout > 0 or any(not caption.strip() for caption in captions_of(data))
         refuse_unlearned_guidance(config, empty or config.drops_condition, "caption_dropout")
+        unconditional = None
+        if config.leads_targets:
+            unconditional = unconditional_inputs(data, learned=empty, dropout="caption_dropout")
         check_augmentation(config, data)
         condition = condition_of_run(config, data, space)
         if condition is not None:
@@ -83,9 +86,7 @@ def main(config: TextConfig) -> Path:
         objective = build_objective(
             *(config, scheduler, accelerator),
             num_bins=space.num_values,
-            unconditional=unconditional_inputs(data, learned=empty, dropout="caption_dropout")
-            if config.leads_targets
-            else None,
+            unconditional=unconditional,
         )
         trainer = Trainer(
             config,

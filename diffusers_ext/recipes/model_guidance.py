@@ -98,9 +98,9 @@ class ModelGuidance:
         """
         if self.progress() < START:
             return None
-        without = {
-            name: value.to(x_t.device).expand(len(x_t), *value.shape[1:]) for name, value in self.unconditional.items()
-        }
+        # Moved once, since a copy from the host would be waited for in each step.
+        self.unconditional = {name: value.to(x_t.device) for name, value in self.unconditional.items()}
+        without = {name: value.expand(len(x_t), *value.shape[1:]) for name, value in self.unconditional.items()}
         return model(x_t, timesteps, **conditions | without).sample
 
     def lead(self, output: Tensor, reference: Tensor, timesteps: Tensor, num_timesteps: int) -> Tensor:

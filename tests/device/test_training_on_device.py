@@ -6,6 +6,7 @@ import torch
 from devices import DEVICES, PRECISIONS, no_host_sync
 from diffusers_ext.data.prepare import prepare_images
 from diffusers_ext.recipes.denoising_objective import DenoisingObjective
+from diffusers_ext.recipes.model_guidance import ModelGuidance
 from diffusers_ext.schedulers import ExtDDIMScheduler
 from runs import forget_accelerate, metrics, saved, stop_before_step, trainer
 from tiny import tiny_unet
@@ -21,13 +22,12 @@ def data():
     return prepare_images("digits", max_samples=64)
 
 
-def run_of(data, folder, *, importance_sampling=False, **settings):
+def run_of(data, folder, *, importance_sampling=False, guidance=None, **settings):
     """A run of a small U-Net by `DenoisingObjective` on this machine's device."""
     forget_accelerate()
     scheduler = ExtDDIMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
-    objective = DenoisingObjective(
-        scheduler.schedule, scheduler.config.prediction_type, importance_sampling=importance_sampling
-    )
+    options = {"importance_sampling": importance_sampling, "guidance": guidance}
+    objective = DenoisingObjective(scheduler.schedule, scheduler.config.prediction_type, **options)
     model = tiny_unet(num_classes=10)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -88,13 +88,16 @@ def test_a_run_goes_on_from_its_checkpoint(data, tmp_path, precision):
 
 
 @pytest.mark.product
+@pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("importance_sampling", [False, True])
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_no_training_step_waits_for_the_device(data, tmp_path, precision, importance_sampling):
+def test_no_training_step_waits_for_the_device(data, tmp_path, precision, importance_sampling, guided):
+    guidance = ModelGuidance(2.0, {"class_labels": torch.tensor([10])}) if guided else None
     run = run_of(
         data,
         tmp_path,
         importance_sampling=importance_sampling,
+        guidance=guidance,
         mixed_precision=precision,
         max_train_steps=8,
         logging_steps=100,

@@ -313,6 +313,8 @@ def test_a_column_that_holds_no_captions_is_refused(folder, tmp_path):
 def test_grids_are_not_guided_by_an_empty_text_that_is_not_trained(folder, tmp_path):
     with pytest.raises(ValueError, match="guidance_scale, .* must be 1 with a caption_dropout of 0, .* got 4"):
         main(config_of(folder, tmp_path / "run", caption_dropout=0.0))
+    with pytest.raises(ValueError, match="model_guidance_scale leads away from .* caption_dropout of 0 trains none"):
+        main(config_of(folder, tmp_path / "run", caption_dropout=0.0, guidance_scale=1.0, model_guidance_scale=2.0))
     assert not (tmp_path / "run").exists()
 
 
