@@ -89,7 +89,10 @@ def main(config: TrainConfig) -> Path:
         config.check_sample(space.shape[1:], space.resolution)
         unlabelled = config.label_dropout > 0 or data.num_classes is None or data.has_unlabelled
         refuse_unlearned_guidance(config, unlabelled or config.drops_condition, "label_dropout")
-        config, unconditional = left_to_labels(config, data, learned=unlabelled), None
+        led, unconditional = config.leads_targets, None
+        config = left_to_labels(config, data, learned=unlabelled)
+        if led and not config.leads_targets:
+            accelerator.print("no model_guidance_scale, which the preset has, since there are no images with and without labels")
         if config.leads_targets:
             unconditional = unconditional_inputs(data, learned=unlabelled, dropout="label_dropout")
         check_augmentation(config, data)

@@ -332,6 +332,18 @@ def test_a_transformer_is_trained_saved_and_goes_on(tmp_path):
     assert read_metrics(folder / "metrics.jsonl")[-1]["step"] == 3
 
 
+def test_a_presets_guidance_that_has_no_labels_is_left_out_and_said(tmp_path, capsys):
+    options = {"model": "unet", "max_train_steps": 1, "num_inference_steps": 2, "calibrate": False}
+    settings = {**SMALL, **options, "preset": "quick", "output_dir": str(tmp_path / "run")}
+    folder = main(TrainConfig(**settings, unconditional=True))
+    assert "no model_guidance_scale, which the preset has" in capsys.readouterr().out
+    assert parse_config(TrainConfig, ["--config", str(folder / "train_config.yaml")]).model_guidance_scale is None
+    refused = tmp_path / "refused"
+    with pytest.raises(ValueError, match="model_guidance_scale needs labels or texts, and digits has none"):
+        main(TrainConfig(**SMALL | {"output_dir": str(refused)}, unconditional=True, model_guidance_scale=2.0))
+    assert not refused.exists()
+
+
 def test_nothing_is_written_when_the_data_are_refused(tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
