@@ -92,7 +92,9 @@ def main(config: TrainConfig) -> Path:
         led, unconditional = config.leads_targets, None
         config = left_to_labels(config, data, learned=unlabelled)
         if led and not config.leads_targets:
-            accelerator.print("no model_guidance_scale, which the preset has, since there are no images with and without labels")
+            accelerator.print(
+                "no model_guidance_scale, which the preset has, since there are no images with and without labels"
+            )
         if config.leads_targets:
             unconditional = unconditional_inputs(data, learned=unlabelled, dropout="label_dropout")
         check_augmentation(config, data)
