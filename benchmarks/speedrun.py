@@ -5,8 +5,9 @@
 
 Each row of `ROWS` is `training/train_ddpm.py` with its options, for each seed; what comes after `--` is given to all. Image i of
 every set is made from the same noise, and compared with all training images in the features of one classifier, which is trained
-first if `--features` names none. A row may train on smaller images: its own are then compared on a border like that of the data. A run whose pipeline is in its folder is not trained again. The folder gets `results.json`,
-`table.md`, and `rows.png`, in which each row of pictures is one recipe.
+first if `--features` names none. A row may train on smaller images: its own are then compared on a border like that of the data.
+A run whose pipeline is in its folder is not trained again. The folder gets `results.json`, `table.md`, and `rows.png`, in which
+each row of pictures is one recipe.
 """
 
 import argparse

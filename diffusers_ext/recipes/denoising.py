@@ -442,7 +442,8 @@ def build_objective(
     Args:
         num_bins: Number of values that the data can have, None if they are continuous.
         model: Of `with_its_schedule`, for path "learned".
-        unconditional: Of `diffusers_ext.recipes.model_guidance.unconditional_inputs`, for model guidance.
+        unconditional: Of `diffusers_ext.recipes.model_guidance.unconditional_inputs`, with which targets are led as the options
+            say; None for targets that are not.
 
     Raises:
         ValueError: if the run is sharded and its path is learned.
@@ -456,7 +457,7 @@ def build_objective(
         return VariationalObjective(model.noise_schedule, config.num_train_timesteps, accelerator)
     logit_normal = (config.logit_mean, config.logit_std) if config.timestep_sampling == "logit_normal" else None
     guidance = None
-    if config.leads_targets and unconditional is not None:
+    if unconditional is not None:
         guidance = ModelGuidance(config.model_guidance_scale, unconditional, config.model_guidance_interval)
     return DenoisingObjective(
         model_schedule(scheduler),

@@ -1,9 +1,9 @@
 """Options for a time that there is: what `--preset` of the commands that train a denoiser stands for.
 
 "quick" and "good" are a transformer on the linear path by Muon, which makes good images soonest of what was measured
-(docs/speedrun.md), at a width that a core can train in that time; "quick" learns its guidance along, where images have labels. "best" has the base width, the learning rate and the dropout of
-DDPM's model of CIFAR-10 (arXiv 2006.11239, Appendix B), or a DiT-S (arXiv 2212.09748, Table 1) at its learning rate doubled for
-small batches. They are a beginning, not a search: nobody knows the data but the user.
+(docs/speedrun.md), at a width that a core can train in that time; "quick" learns its guidance along, where images have labels.
+"best" has the base width, the learning rate and the dropout of DDPM's model of CIFAR-10 (arXiv 2006.11239, Appendix B), or a
+DiT-S (arXiv 2212.09748, Table 1) at its learning rate doubled for small batches. They are a beginning, not a search: nobody knows the data but the user.
 """
 
 from typing import Any
