@@ -7,11 +7,11 @@ Importing the package registers its classes with diffusers (see `diffusers_ext.r
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from diffusers_ext import openmp
+from diffusers_ext import runtime
 
 
-if openmp.is_command():  # before torch is loaded, as the scripts in `training/` do
-    openmp.settle()
+if runtime.is_command():  # before torch is loaded, as the scripts in `training/` do
+    runtime.settle()
 
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.guiders import BaseGuidance

@@ -51,9 +51,9 @@ MAY_IMPORT = {
     "api": "__init__ untrusted options data trainer recipes commands command_names",
     "demo": "__init__ atomic_files draws figures untrusted value_scale schedulers hub pipelines evaluation examples",
     "__main__": "__init__ command_names",
-    "openmp": "",
+    "runtime": "",
     "examples": "pipelines",
-    "__init__": "openmp examples registration diffusion schedulers models guidance pipelines",
+    "__init__": "runtime examples registration diffusion schedulers models guidance pipelines",
 }
 LONGEST_FUNCTION = 80
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from diffusers_ext import __version__, openmp
+from diffusers_ext import __version__, runtime
 from diffusers_ext.__main__ import COMMANDS, main
 from diffusers_ext.command_names import command_of, name_commands, started_as
 from diffusers_ext.commands import train_ddpm
@@ -38,7 +38,7 @@ def test_each_command_of_the_table_says_its_own_name_in_its_help(name, capsys):
 
 def test_each_script_of_training_is_a_command_and_starts_the_same_function():
     modules = {command.module for command in OURS.values()}
-    scripts = [path.stem for path in (ROOT / "training").glob("*.py") if "import openmp" in path.read_text()]
+    scripts = [path.stem for path in (ROOT / "training").glob("*.py") if "import runtime" in path.read_text()]
     assert len(scripts) > 15
     for stem in set(scripts) - {"make_example"}:  # which is for those who release the package
         assert f"commands.{stem}" in modules
@@ -175,19 +175,23 @@ def test_the_entry_point_is_the_table():
 def test_a_command_is_known_before_the_package_is_imported(words, first, is_one, monkeypatch):
     monkeypatch.setattr(sys, "orig_argv", words)
     monkeypatch.setattr(sys, "argv", [first])
-    assert openmp.is_command() == is_one
+    assert runtime.is_command() == is_one
 
 
-def test_how_threads_wait_is_settled_for_a_command_before_torch_is_loaded():
+def test_the_runtime_is_settled_for_a_command_before_torch_is_loaded():
     body = ast.parse((ROOT / "diffusers_ext" / "__init__.py").read_text(encoding="utf-8")).body
     settled = next(
-        i for i, node in enumerate(body) if isinstance(node, ast.If) and "openmp.settle" in ast.unparse(node)
+        i for i, node in enumerate(body) if isinstance(node, ast.If) and "runtime.settle" in ast.unparse(node)
     )
     before = [node for node in body[:settled] if isinstance(node, ast.Import | ast.ImportFrom)]
     names = {node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in before}
-    assert names <= {"importlib", "typing", "diffusers_ext"}  # of the last, openmp alone
-    needs = ast.walk(ast.parse(Path(openmp.__file__).read_text(encoding="utf-8")))
-    assert {each.names[0].name for each in needs if isinstance(each, ast.Import | ast.ImportFrom)} == {"os", "sys"}
+    assert names <= {"importlib", "typing", "diffusers_ext"}  # of the last, runtime alone
+    needs = ast.walk(ast.parse(Path(runtime.__file__).read_text(encoding="utf-8")))
+    assert {each.names[0].name for each in needs if isinstance(each, ast.Import | ast.ImportFrom)} == {
+        "ctypes",
+        "os",
+        "sys",
+    }
 
 
 def test_the_commands_are_those_of_their_page():

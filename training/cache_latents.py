@@ -7,7 +7,7 @@ Writes shards of parquet, each atomically. The processes share them out; a run t
 those that are missing when the same command is given again. Other splits go into the same folder by `--dataset_split`.
 """
 
-import openmp  # noqa: F401  before torch is loaded
+import runtime  # noqa: F401  before torch is loaded
 
 from diffusers_ext.commands.cache_latents import CacheConfig, main, run
 

@@ -11,7 +11,7 @@ chosen is saved with the pipeline, and `calibration.json`, `calibration.png` and
 nothing was chosen by. Images of a test split are not looked at.
 """
 
-import openmp  # noqa: F401  before torch is loaded
+import runtime  # noqa: F401  before torch is loaded
 
 from diffusers_ext.commands.calibrate import CalibrateConfig, main, parse, run
 

@@ -10,7 +10,7 @@ not made again, so that a command that was stopped goes on when it is given agai
 image of each label by each method, at its scale of least distance.
 """
 
-import openmp  # noqa: F401  before torch is loaded
+import runtime  # noqa: F401  before torch is loaded
 
 from diffusers_ext.commands.compare_guidance import CompareConfig, main, parse, run
 

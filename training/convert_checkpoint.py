@@ -7,7 +7,7 @@ FILE holds the weights of a U-Net, or their EMA, or what the trainer of the last
 say is given by the names that it has in those projects. The pipeline is loaded as any other, and `--pretrained_pipeline` of the training scripts goes on with it.
 """
 
-import openmp  # noqa: F401  before torch is loaded
+import runtime  # noqa: F401  before torch is loaded
 
 from diffusers_ext.commands.convert_checkpoint import ConvertConfig, main, run
 

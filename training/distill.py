@@ -11,7 +11,7 @@ student makes the guided images at the price of unguided ones. The student is a 
 steps that it was distilled for.
 """
 
-import openmp  # noqa: F401  before torch is loaded
+import runtime  # noqa: F401  before torch is loaded
 
 from diffusers_ext.commands.distill import DistillConfig, main, parse, run
 

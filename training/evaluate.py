@@ -13,7 +13,7 @@ from texts are asked for by the captions of the held-out split, or of the traini
 in other proportions, such as a folder with equally many of each label, are compared with real ones weighted to the same.
 """
 
-import openmp  # noqa: F401  before torch is loaded
+import runtime  # noqa: F401  before torch is loaded
 
 from diffusers_ext.commands.evaluate import EvaluateConfig, main, parse, run
 

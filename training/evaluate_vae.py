@@ -9,7 +9,7 @@ that means something; how close the decoded images are, in PSNR, SSIM and the Fr
 classifier. What a training run says in train_config.yaml need not be said again.
 """
 
-import openmp  # noqa: F401  before torch is loaded
+import runtime  # noqa: F401  before torch is loaded
 
 from diffusers_ext.commands.evaluate_vae import EvaluateVAEConfig, main, parse, run
 

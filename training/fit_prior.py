@@ -9,7 +9,7 @@ the mean and the covariance of the data, as the network knows them, or an autoen
 draws get the noise of the start. It is saved with the pipeline, whose calls then start there by default.
 """
 
-import openmp  # noqa: F401  before torch is loaded
+import runtime  # noqa: F401  before torch is loaded
 
 from diffusers_ext.commands.fit_prior import FitPriorConfig, main, parse, run
 

@@ -8,7 +8,7 @@ that training with this --ema_std would have given it, up to the error that is p
 section 3.2). Nothing is trained, and the run stays as it is.
 """
 
-import openmp  # noqa: F401  before torch is loaded
+import runtime  # noqa: F401  before torch is loaded
 
 from diffusers_ext.commands.reconstruct_ema import ReconstructConfig, main, run
 

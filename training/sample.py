@@ -11,7 +11,7 @@ the same that `training/evaluate.py` measures. `images/` can be measured by `tra
 its subfolders, and `metadata.jsonl` has the seed and the label or the text of each file.
 """
 
-import openmp  # noqa: F401  before torch is loaded
+import runtime  # noqa: F401  before torch is loaded
 
 from diffusers_ext.commands.sample import SampleConfig, main, parse, run
 

@@ -6,7 +6,7 @@ RUN is the folder, or the name on the Hub, of a pipeline that makes images from 
 column; all pictures of a row start from the same noise.
 """
 
-import openmp  # noqa: F401  before torch is loaded
+import runtime  # noqa: F401  before torch is loaded
 
 from diffusers_ext.commands.sample_prompts import SampleConfig, main, run
 

@@ -11,7 +11,7 @@ given x_t, over the data, and with draws of it, in the place of the network's pr
 images, samples and latents. docs/study.md shows what came out for small models.
 """
 
-import openmp  # noqa: F401  before torch is loaded
+import runtime  # noqa: F401  before torch is loaded
 
 from diffusers_ext.commands.study import StudyConfig, main, parse, run
 

@@ -9,7 +9,7 @@ default. For a pipeline of latents it learns the latents of the same VAE. `--hel
 reads them from a file.
 """
 
-import openmp  # noqa: F401  before torch is loaded
+import runtime  # noqa: F401  before torch is loaded
 
 from diffusers_ext.commands.train_classifier import TrainClassifierConfig, main, run
 

@@ -8,7 +8,7 @@ Without options it trains on scikit-learn's handwritten digits. `--help` lists t
 them from a file.
 """
 
-import openmp  # noqa: F401  before torch is loaded
+import runtime  # noqa: F401  before torch is loaded
 
 from diffusers_ext.commands.train_ddpm import TrainConfig, main, run
 

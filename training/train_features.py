@@ -3,7 +3,7 @@
 python training/train_features.py --dataset_name digits --output_dir runs/features-digits
 """
 
-import openmp  # noqa: F401  before torch is loaded
+import runtime  # noqa: F401  before torch is loaded
 
 from diffusers_ext.commands.train_features import FeaturesConfig, main, run
 

@@ -9,7 +9,7 @@ trains on scikit-learn's handwritten digits, whose captions are their labels. `-
 FILE.yaml` reads them from a file. `training/sample_prompts.py OUTPUT_DIR` draws texts at several guidance scales.
 """
 
-import openmp  # noqa: F401  before torch is loaded
+import runtime  # noqa: F401  before torch is loaded
 
 from diffusers_ext.commands.train_text_to_image import TextConfig, main, run
 

@@ -10,7 +10,7 @@ that a diffusion model is trained on; hierarchical ones have a prior that is lea
 the result on held-out images.
 """
 
-import openmp  # noqa: F401  before torch is loaded
+import runtime  # noqa: F401  before torch is loaded
 
 from diffusers_ext.commands.train_vae import TrainVAEConfig, main, run
 
