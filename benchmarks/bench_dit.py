@@ -7,12 +7,14 @@ Both have the same widths, depth and heads, ten labels and batches of square sam
 which makes 256 tokens. What a step is and how it is timed stands in `training_step.py`.
 """
 
-import torch
 from diffusers import DiTTransformer2DModel
 from training_step import OurStep, StockStep, compare, parser
 
 from diffusers_ext import DiTModel
 from diffusers_ext.models.dit import dit_config
+
+
+WIDTHS = {"hidden_size": 256, "num_layers": 6, "num_attention_heads": 4, "patch_size": 2}
 
 
 def stock(
@@ -30,8 +32,7 @@ def stock(
 
 
 def main(name: str | None, size: int, channels: int, rounds: int, batch_size: int, threads: int):
-    widths = {"hidden_size": 256, "num_layers": 6, "num_attention_heads": 4, "patch_size": 2}
-    widths = widths if name is None else dit_config(name)
+    widths = WIDTHS if name is None else dit_config(name)
 
     def ours() -> DiTModel:
         return DiTModel(sample_size=size, in_channels=channels, num_classes=10, **widths)
@@ -42,12 +43,8 @@ def main(name: str | None, size: int, channels: int, rounds: int, batch_size: in
         "diffusers_ext, fp32": lambda: OurStep(ours(), False),
         "diffusers_ext, bf16 autocast": lambda: OurStep(ours(), True),
     }
-    generator = torch.Generator().manual_seed(0)
-    x_t, target = torch.randn(2, batch_size, channels, size, size, generator=generator)
-    timesteps = torch.randint(1000, (batch_size,), generator=generator)
-    labels = torch.randint(10, (batch_size,), generator=generator)
     print(", ".join(f"{key} {value}" for key, value in widths.items()))
-    compare(settings, rounds, threads, x_t, timesteps, target, class_labels=labels)
+    compare(settings, rounds, threads, (batch_size, channels, size, size), num_classes=10)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ Both have widths 64-128-128, two layers a level, attention at 16x16 and about 6.
 images of 1x32x32. What a step is and how it is timed stands in `training_step.py`.
 """
 
-import torch
 from stock import stock_unet
 from training_step import OurStep, StockStep, compare, parser
 
@@ -27,10 +26,7 @@ SETTINGS = {
 
 
 def main(rounds: int, batch_size: int, threads: int):
-    generator = torch.Generator().manual_seed(0)
-    x_t, target = torch.randn(2, batch_size, 1, 32, 32, generator=generator)
-    timesteps = torch.randint(1000, (batch_size,), generator=generator)
-    compare(SETTINGS, rounds, threads, x_t, timesteps, target)
+    compare(SETTINGS, rounds, threads, (batch_size, 1, 32, 32))
 
 
 if __name__ == "__main__":
