@@ -227,7 +227,8 @@ def takes_keywords(cls: type[Config]) -> type[Config]:
     """A decorator of a config that is made in Python too: its keywords are those of a YAML file.
 
     Other names of options are taken, a value is converted to the option's type, a path is a text, and one value stands for
-    several. A `preset` of the class's `PRESETS` gives what is not given, as far as it has an effect beside what is.
+    several. A `preset` of the class's `PRESETS`, the one that is named or that its `preset_for` takes, gives what is not given, as
+    far as it has an effect beside what is.
 
     Raises, as the config:
         TypeError: for a keyword that is no option; near ones are named, and the counterpart of another trainer's.
@@ -244,7 +245,7 @@ def takes_keywords(cls: type[Config]) -> type[Config]:
         if unknown := [name for name in values if name not in hints]:
             raise TypeError(f"{cls.__name__}: {_unknown(unknown, cls)}")
         values = {name: _convert(name, _without_path(value), hints[name]) for name, value in values.items()}
-        init(self, **preset_of(cls, values), **values)
+        init(self, **values | preset_of(cls, values))
 
     cls.__init__ = __init__
     return cls
@@ -261,25 +262,29 @@ def _without_path(value: Any) -> Any:
 
 
 def preset_of(cls: type, values: dict[str, Any]) -> dict[str, Any]:
-    """What the preset that `values` name gives beside them: nothing that has no effect with them.
+    """What the preset that `values` name gives beside them, or the one that is taken where they name none, with its name.
 
-    An option that another one stands in for (`REPLACED_BY` of the class: the option, if it is not off, and what it leaves no
-    room for) is left to that.
+    Nothing that has no effect with them: an option that another one stands in for (`REPLACED_BY` of the class: the option, if it
+    is not off, and what it leaves no room for) is left to that.
     """
-    if values.get("preset") is None:
+    preset = values.get("preset")
+    if preset is None and hasattr(cls, "preset_for"):
+        preset = cls.preset_for(values)
+    if preset not in getattr(cls, "PRESETS", {}):
         return {}
     given = {name for name, value in values.items() if value is not None and value is not False}
     replaced = {name for other in given for name in cls.REPLACED_BY.get(other, ())}
-    given = {name: value for name, value in cls.PRESETS[values["preset"]].items() if name not in {*values, *replaced}}
+    given = {name: value for name, value in cls.PRESETS[preset].items() if name not in {*values, *replaced}}
     needs = {field.name: field.metadata["needs"] for field in dataclasses.fields(cls)}
     defaults = {field.name: field.default for field in dataclasses.fields(cls)}
     config = types.SimpleNamespace(**(defaults | given | values))
-    return {name: value for name, value in given.items() if not (needs[name] and _missing(config, needs[name]))}
+    given = {name: value for name, value in given.items() if not (needs[name] and _missing(config, needs[name]))}
+    return given | {"preset": preset}
 
 
 def describe_preset(config: Any) -> str | None:
     """A line that says what the preset of a config means, and what the config has in its place; None without a preset."""
-    if getattr(config, "preset", None) is None:
+    if getattr(config, "preset", None) not in getattr(config, "PRESETS", {}):
         return None
     needs = {field.name: field.metadata["needs"] for field in dataclasses.fields(config)}
     parts = []

@@ -337,6 +337,17 @@ def test_what_a_preset_means_is_said_and_is_saved(tmp_path, capsys):
     assert to_command(config, "train.py") == "accelerate launch train.py --steps 3 --weight 0.5 --rates 0.1 0.2"
 
 
+SAYS_HOW = {
+    "model": "unet",
+    "block_out_channels": (8, 16),
+    "path": "cosine",
+    "prediction_type": "epsilon",
+    "optimizer": "adamw",
+    "learning_rate": 1e-4,
+    "beta_schedule": "linear",
+}
+
+
 def test_every_preset_is_a_config_of_both_networks():
     for config in (train_ddpm.TrainConfig, TextConfig):
         for preset in config.PRESETS:
@@ -348,6 +359,28 @@ def test_every_preset_is_a_config_of_both_networks():
     assert train_ddpm.TrainConfig(preset="good", max_train_steps=5).max_train_time is None
 
 
+@pytest.mark.parametrize(
+    "given, preset",
+    [
+        ({}, None),
+        ({"max_train_time": "59s"}, None),
+        ({"max_train_time": "1m"}, "quick"),
+        ({"max_train_time": "19m", "train_batch_size": 8, "dataset_name": "digits"}, "quick"),
+        ({"max_train_time": "20m"}, "good"),
+        ({"max_train_time": "100h"}, "good"),
+        ({"max_train_time": "1h", "max_train_steps": 9}, None),
+        ({"max_train_time": "1h", "preset": "none"}, "none"),
+        ({"max_train_time": "1h", "preset": "quick"}, "quick"),
+        *(({"max_train_time": "1h", name: value}, None) for name, value in SAYS_HOW.items()),
+    ],
+)
+def test_a_run_by_time_that_says_nothing_of_how_takes_the_preset_of_its_time(given, preset):
+    config = train_ddpm.TrainConfig(**given)
+    assert config.preset == preset
+    named = train_ddpm.TrainConfig(**given | {"preset": "none" if preset is None else preset})
+    assert config == dataclasses.replace(named, preset=preset)
+
+
 def test_a_preset_leaves_the_network_and_the_path_to_options_that_name_others():
     quick = partial(train_ddpm.TrainConfig, preset="quick")
     assert (quick().model, quick().hidden_size, quick().path) == ("dit", 128, "linear")
@@ -357,9 +390,8 @@ def test_a_preset_leaves_the_network_and_the_path_to_options_that_name_others():
             None,
             "linear",
         )
-    for options in ({"beta_schedule": "linear"}, {"calibrate": True}):
-        assert (quick(**options).model, quick(**options).path) == ("dit", None)
-    assert quick(calibrate=False).path == "linear"
+    assert (quick(beta_schedule="linear").model, quick(beta_schedule="linear").path) == ("dit", None)
+    assert quick(calibrate=True).path == "linear"
     assert (quick().timestep_sampling, quick().model_guidance_scale) == ("logit_normal", 4.0)
     others = ({"path": "learned"}, {"pretrained_pipeline": None, "timestep_shift": 2.0}, {"objective": "simple"})
     assert [(quick(**options).timestep_sampling, quick(**options).model_guidance_scale) for options in others] == [

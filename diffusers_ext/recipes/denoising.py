@@ -1,6 +1,7 @@
 """The options, data, network, scheduler and objective of the scripts that train a denoiser."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -28,7 +29,7 @@ from diffusers_ext.recipes.denoising_objective import DenoisingObjective, check_
 from diffusers_ext.recipes.fine_tuning import load_network, with_labels_of
 from diffusers_ext.recipes.model_guidance import ModelGuidance, check_model_guidance
 from diffusers_ext.recipes.networks import NetworkConfig, build_network
-from diffusers_ext.recipes.presets import DESCRIBED_PRESETS, PRESETS, REPLACED_BY
+from diffusers_ext.recipes.presets import DESCRIBED_PRESETS, PRESETS, REPLACED_BY, preset_for
 from diffusers_ext.recipes.pretrained import options_from, read_pretrained
 from diffusers_ext.recipes.training_path import SCHEDULERS, PathConfig, build_scheduler
 from diffusers_ext.recipes.variational_objective import VariationalModel, VariationalObjective
@@ -48,10 +49,11 @@ class DenoisingConfig(PathConfig):
         ValueError: if options contradict one another or are out of range.
     """
 
-    preset: Literal[tuple(PRESETS)] | None = option(
+    preset: Literal[(*PRESETS, "none")] | None = option(
         None,
         f"options for a time that there is: {DESCRIBED_PRESETS}. An option that is given wins; the run's first line says what "
-        "the preset means",
+        "the preset means. By default quick or good, by a max_train_time of a minute or more, beside which no network, path or "
+        "optimizer is given; else none",
         "run",
     )
 
@@ -297,6 +299,7 @@ class DenoisingConfig(PathConfig):
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = PRESETS
     REPLACED_BY: ClassVar[dict[str, tuple[str, ...]]] = REPLACED_BY
+    preset_for: ClassVar[Callable[[dict[str, Any]], str | None]] = staticmethod(preset_for)
     ESSENTIAL: ClassVar[tuple[str, ...]] = (
         *NetworkConfig.ESSENTIAL,
         *(

@@ -37,7 +37,7 @@ def left_to_labels(config: "DenoisingConfig", data: ImageData | StreamData, *, l
     Args:
         learned: Whether any example is without its label or text.
     """
-    of_preset = {} if config.preset is None else config.PRESETS[config.preset]
+    of_preset = config.PRESETS.get(config.preset, {})
     is_given = config.leads_targets and config.model_guidance_scale != of_preset.get("model_guidance_scale")
     if is_given or not config.leads_targets or (learned and data.num_classes is not None):
         return config

@@ -8,6 +8,8 @@ DiT-S (arXiv 2212.09748, Table 1) at its learning rate doubled for small batches
 
 from typing import Any
 
+from diffusers_ext.trainer.schedule import parse_duration
+
 
 # By the name of the preset, shortest first. Options of one kind of network have no effect with the other, and are left out there.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -42,6 +44,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 DESCRIBED_PRESETS = ", ".join(f"{name} ({options['max_train_time']})" for name, options in PRESETS.items())
 
+# From which time to train, in seconds, a run that says nothing of how takes which; the others are taken by their names.
+BY_TIME: dict[str, float] = {"quick": 60, "good": 20 * 60}
+
 _OF_NETWORKS = ("dropout", "block_out_channels", "hidden_size", "num_layers", "num_attention_heads")
 # Options of a U-Net, and of sequences, which a transformer does not take; and those of a path of betas alone.
 _FOR_UNETS = (
@@ -52,10 +57,7 @@ _FOR_UNETS = (
     "fourier_features",
 )
 _FOR_SEQUENCES = ("sequence_column", "sequence_layout", "sequence_scale")
-_FOR_BETAS = (
-    *("beta_schedule", "beta_start", "beta_end", "beta_reference_timesteps", "rescale_betas_zero_snr"),
-    "calibrate",
-)
+_FOR_BETAS = ("beta_schedule", "beta_start", "beta_end", "beta_reference_timesteps", "rescale_betas_zero_snr")
 
 # An option that is given, and not off, and those of a preset that it leaves no room for.
 REPLACED_BY: dict[str, tuple[str, ...]] = {
@@ -69,3 +71,20 @@ REPLACED_BY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys((*_FOR_UNETS, *_FOR_SEQUENCES), ("model",)),
     **dict.fromkeys(_FOR_BETAS, ("path",)),
 }
+
+
+# Options that say how to train, beside which no preset is taken that nobody named.
+_RECIPE = {name for options in PRESETS.values() for name in options} - {"train_batch_size", "num_inference_steps"}
+_SAYS_HOW = {*_RECIPE, *REPLACED_BY, "prediction_type", "loss_weighting", "optimizer"} - {"max_train_time"}
+
+
+def preset_for(values: dict[str, Any]) -> str | None:
+    """The preset of a run by time that says nothing of its network, its path or its optimizer; None for one that does.
+
+    Args:
+        values: The options that are given, by name.
+    """
+    if values.get("max_train_time") is None or not _SAYS_HOW.isdisjoint(values):
+        return None
+    seconds = parse_duration(values["max_train_time"])
+    return max((name for name, least in BY_TIME.items() if seconds >= least), key=BY_TIME.__getitem__, default=None)
