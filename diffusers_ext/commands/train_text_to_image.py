@@ -94,7 +94,8 @@ def main(config: TextConfig) -> Path:
             model,
             objective,
             data,
-            batch_options=batch_options(config, space, condition, label_dropout=config.caption_dropout),
+            batch_options=batch_options(config, space, condition, label_dropout=config.caption_dropout)
+            | {"text_dropout": config.bpe_dropout > 0},
             on_images=partial(draw_while_training, pipeline, rows),
             validation_data=held_out,
             prepare_batch=augmenting(config, batch_maker(condition, space, accelerator.device)),

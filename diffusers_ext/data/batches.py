@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 TIMESTEP_SAMPLINGS = ("uniform", "stratified")
 
 # Independent streams of random numbers: of one image, of one optimizer step, of the order of one epoch, of the order of
-# one window of a stream; and of one image's augmentation.
-_IMAGE, _STEP, EPOCH, WINDOW, _AUGMENTATION = range(5)
+# one window of a stream; of one image's augmentation; and of one image's text.
+_IMAGE, _STEP, EPOCH, WINDOW, _AUGMENTATION, _TEXT = range(6)
 # Order of the uniform numbers of an image; room is left so that a new use changes no old one.
 _FLIP, _DROP, _TIME, _CROP, _LEVEL, _CONDITION, _NUM_UNIFORM = 0, 1, 2, slice(3, 5), 5, 6, 8
 
@@ -64,6 +64,7 @@ class BatchOptions:
         condition_noise: The largest level of the noise in condition images, in [0, 1].
         condition_shape: (channels, height, width) of a condition image, which has noise of its own.
         augmentation: Whether images come with numbers for their augmentation.
+        text_dropout: Whether images come with a number for the division of their text into tokens.
     """
 
     seed: int
@@ -81,6 +82,7 @@ class BatchOptions:
     condition_noise: float = 0.0
     condition_shape: tuple[int, int, int] | None = None
     augmentation: bool = False
+    text_dropout: bool = False
 
     @property
     def images_per_step(self) -> int:
@@ -107,7 +109,8 @@ class BatchMaker:
     `condition_level`, float32, shape `(batch,)`, and `condition_noise`, float32, shape `(batch, *condition_shape)`; and
     `condition_pixels`, like `pixels`, where they are a column of the data.
 
-    With augmentation there is `augmentation_uniform`, float32 in [0, 1), shape `(batch, NUM_AUGMENTATION)`.
+    With augmentation there is `augmentation_uniform`, float32 in [0, 1), shape `(batch, NUM_AUGMENTATION)`; with dropout in
+    texts `text_uniform`, float64 in [0, 1), shape `(batch,)`.
 
     Args:
         shape: (height, width, channels) of an image, and of the noise unless the options say otherwise.
@@ -167,6 +170,9 @@ class BatchMaker:
         if options.augmentation:
             numbers = [self.at(_AUGMENTATION, one).random(NUM_AUGMENTATION, np.float32) for one in positions]
             items["augmentation_uniform"] = torch.from_numpy(np.stack(numbers))
+        if options.text_dropout:
+            numbers = [self.at(_TEXT, one).random() for one in positions]
+            items["text_uniform"] = torch.tensor(numbers, dtype=torch.float64)
         if options.latent_shape:
             items["latent_noise"] = torch.from_numpy(latent_noise)
         if conditions is not None:

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diffusers_ext.command_names import name_commands
+from diffusers_ext.data.bpe_dropout import BPEDropout
 from diffusers_ext.data.config import DataConfig
 from diffusers_ext.data.identity import hash_weights
 from diffusers_ext.data.image_table import ImageData
@@ -129,6 +130,9 @@ def captions_of(data: ImageData) -> list[str]:
     return [data.id2label[number] for number in range(len(data.id2label))]
 
 
+NUM_VARIANTS = 16  # of the tokens of a caption, by dropout of merges
+
+
 class TokenTable:
     """The tokens of each caption, for an encoder that is trained.
 
@@ -136,16 +140,41 @@ class TokenTable:
         tokenizer: That of the encoder.
         captions: In the order of their numbers; the number after the last is the empty text.
         max_length: Tokens at which a text is cut.
+        dropout: What divides captions otherwise, for batches with `text_uniform`; None for batches without.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], max_length: int):
-        ids, mask = tokenize(tokenizer, [*captions, ""], max_length, full_length=True)
-        self._ids, self._mask = ids.to(torch.int32), mask.to(torch.uint8)
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        captions: Sequence[str],
+        max_length: int,
+        dropout: BPEDropout | None = None,
+    ):
+        captions = [*captions, ""]
+        ids, mask = tokenize(tokenizer, captions, max_length, full_length=True)
+        # (1 + variants, captions, tokens); the first are the tokens as they are.
+        num_tables = 1 if dropout is None else 1 + NUM_VARIANTS
+        self._ids, self._mask = (
+            table.expand(num_tables, *table.shape).clone() for table in (ids.to(torch.int32), mask.to(torch.uint8))
+        )
+        for variant in range(1, num_tables):
+            for row, caption in enumerate(captions):
+                tokens = [tokenizer.bos_token_id, *dropout(caption, variant), tokenizer.eos_token_id]
+                if len(tokens) <= max_length:  # what would be cut stays as it is
+                    self._ids[variant, row] = tokenizer.pad_token_id
+                    self._ids[variant, row, : len(tokens)] = torch.tensor(tokens)
+                    self._mask[variant, row] = torch.arange(max_length) < len(tokens)
 
     def put_into(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The batch with `input_ids` and `attention_mask`, int64 of shape `(batch, tokens)`, instead of `labels`."""
-        rows = batch.pop("labels")
-        return batch | {"input_ids": self._ids[rows].long(), "attention_mask": self._mask[rows].long()}
+        """The batch with `input_ids` and `attention_mask`, int64 of shape `(batch, tokens)`, instead of `labels`.
+
+        `text_uniform`, in [0, 1) of shape `(batch,)`, says which of the other divisions of its caption an image gets.
+        """
+        rows, variants = batch.pop("labels"), 0
+        if (uniform := batch.pop("text_uniform", None)) is not None:
+            variants = 1 + (uniform * NUM_VARIANTS).long()
+        found = {"input_ids": self._ids[variants, rows], "attention_mask": self._mask[variants, rows]}
+        return batch | {name: value.long() for name, value in found.items()}
 
 
 class EmbeddingTable:

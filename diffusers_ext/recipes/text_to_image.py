@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diffusers_ext.command_names import name_commands
+from diffusers_ext.data.bpe_dropout import BPEDropout
 from diffusers_ext.data.captions import EmbeddingTable, TokenTable, embed_captions
 from diffusers_ext.draws import derived_seed
 from diffusers_ext.guidance.texts import longest_text, masks_padding_by_default
@@ -77,6 +78,11 @@ class TextConfig(DenoisingConfig):
         "text encoder made for the run",
         at_least=SMALLEST_VOCABULARY,
     )
+    bpe_dropout: float = fixed_option(
+        0.0,
+        "probability with which two parts of a word are not merged into one token, anew for each image, so that unknown words "
+        "are made of known parts (arXiv 1910.13267)",
+    )
     text_hidden_size: int = fixed_option(128, "width of the text encoder", at_least=1)
     text_num_layers: int = fixed_option(2, "blocks of the text encoder", at_least=1)
     text_num_attention_heads: int | None = fixed_option(
@@ -88,7 +94,7 @@ class TextConfig(DenoisingConfig):
     guidance_scale: float = option(4.0, "classifier-free guidance of the sample grids; 1 is none")
 
     OF_NEW_ENCODER: ClassVar[tuple[str, ...]] = (
-        *("vocab_size", "text_hidden_size", "text_num_layers", "text_num_attention_heads"),
+        *("vocab_size", "bpe_dropout", "text_hidden_size", "text_num_layers", "text_num_attention_heads"),
     )
 
     takes_texts: ClassVar[bool] = True
@@ -106,6 +112,8 @@ class TextConfig(DenoisingConfig):
         super().__post_init__()
         if not 0 <= self.caption_dropout < 1:
             raise ValueError(f"caption_dropout must be in [0, 1), got {self.caption_dropout:g}")
+        if not 0 <= self.bpe_dropout < 1:
+            raise ValueError(f"bpe_dropout must be in [0, 1), got {self.bpe_dropout:g}")
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for name in ("label_column", "num_classes", "label_names", "unconditional"):
             if getattr(self, name) != defaults[name]:
@@ -227,7 +235,9 @@ class Texts:
         if self.mask_padding:
             length = min(length, max(longest_caption(self.tokenizer, captions), 3))
         if self.trained:
-            return TokenTable(self.tokenizer, captions, length)
+            rate = self.config.bpe_dropout
+            dropout = BPEDropout(self.tokenizer, rate, self.config.seed) if rate else None
+            return TokenTable(self.tokenizer, captions, length, dropout)
         folder = Path(self.config.cache_dir or datasets.config.HF_DATASETS_CACHE) / "diffusers_ext"
         path = embed_captions(
             self.tokenizer,

@@ -145,6 +145,7 @@ def test_a_short_run_learns_that_the_caption_matters(folder, tmp_path, capsys):
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_run_that_goes_on_is_the_run(folder, encoders, tmp_path, frozen):
     settings = {"max_train_steps": 6, "checkpointing_steps": 3, "checkpoints_total_limit": None, "random_flip": True}
+    settings |= {} if frozen else {"bpe_dropout": 0.5}
     if frozen:
         settings |= {"pretrained_text_encoder": str(encoders / "clip"), "cache_dir": str(tmp_path / "cache")}
     whole = main(config_of(folder, tmp_path / "whole", **settings))
@@ -160,6 +161,7 @@ def test_two_processes_make_the_run_of_one(folder, tmp_path):
     """With half of the batch each: denoiser and encoder, their averages, the losses and the grids."""
     settings = {"max_train_steps": 3, "save_images_steps": 2, "validation_split": "test", "validation_steps": 2}
     settings |= {"caption_dropout": 0.3, "logging_steps": 1, "max_grad_norm": 0.1, "model_guidance_scale": 2.0}
+    settings |= {"bpe_dropout": 0.5}
     whole = main(config_of(folder, tmp_path / "one", **settings))
     options = ["--config", str(whole / "train_config.yaml"), "--output_dir", str(tmp_path / "two")]
     half = parse_config(TextConfig, [*options, "--train_batch_size", "4", "--num_threads", "1"])
@@ -293,6 +295,8 @@ def test_tokenizer_goes_through_disk_and_is_the_same_each_time(tmp_path):
         (["--text_encoder", "x", "--vocab_size", "300"], "leave it or pretrained_text_encoder out"),
         (["--vocab_size", "100"], "at least 258"),
         (["--caption_dropout", "1"], r"in \[0, 1\)"),
+        (["--bpe_dropout", "1"], r"bpe_dropout must be in \[0, 1\)"),
+        (["--text_encoder", "x", "--bpe_dropout", "0.1"], "leave it or pretrained_text_encoder out"),
         (["--text_hidden_size", "30", "--text_num_attention_heads", "4"], "must be a multiple"),
         (["--streaming"], "reads no captions ahead"),
         (["--validation_prompts", *["a"] * 17], "must be 1 to 16 texts, a row each, got 17"),
