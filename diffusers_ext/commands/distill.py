@@ -103,8 +103,6 @@ def run_stage(
         ending_cost=partial(drawing_cost, saved, rows),
         saved=saved,
     )
-    objective.progress = lambda: trainer.budget.progress(trainer.state.step, trainer.state.seconds)
-    objective.steps = lambda: trainer.state.step
     trainer.train()
     save_and_draw(saved, rows, trainer, label=None if data.id2label is None else data.used_labels[0])
     if accelerator.is_main_process:

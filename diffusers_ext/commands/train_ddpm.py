@@ -23,8 +23,8 @@ from diffusers_ext.recipes.augmentation import augmenting, check_augmentation
 from diffusers_ext.recipes.calibration import calibrate_run, with_calibration
 from diffusers_ext.recipes.condition_grids import condition_rows, described_run
 from diffusers_ext.recipes.data_statistics import with_statistics
-from diffusers_ext.recipes.denoising import (
-    DenoisingConfig,
+from diffusers_ext.recipes.denoising import DenoisingConfig
+from diffusers_ext.recipes.denoising_parts import (
     build_model,
     build_objective,
     load_data,
@@ -126,8 +126,6 @@ def main(config: TrainConfig) -> Path:
             ending_cost=with_calibration(partial(drawing_cost, pipeline, rows), config.calibrate),
             saved=pipeline,
         )
-        if config.leads_targets:
-            objective.guidance.progress = lambda: trainer.budget.progress(trainer.state.step, trainer.state.seconds)
         trainer.train()
         save_and_draw(pipeline, rows, trainer, **first_of(rows))
         save_adapter(trainer)

@@ -26,11 +26,7 @@ from diffusers_ext.recipes.adapters import save_adapter, without_adapter
 from diffusers_ext.recipes.augmentation import augmenting, check_augmentation
 from diffusers_ext.recipes.condition_grids import condition_rows, described_run
 from diffusers_ext.recipes.data_statistics import with_statistics
-from diffusers_ext.recipes.denoising import (
-    build_model,
-    build_objective,
-    refuse_unlearned_guidance,
-)
+from diffusers_ext.recipes.denoising_parts import build_model, build_objective, refuse_unlearned_guidance
 from diffusers_ext.recipes.fine_tuning import pretrained_vae, with_labels_of
 from diffusers_ext.recipes.image_condition import batch_maker, batch_options, condition_of_run, network_options
 from diffusers_ext.recipes.model_guidance import unconditional_inputs
@@ -102,8 +98,6 @@ def main(config: TextConfig) -> Path:
             ending_cost=partial(drawing_cost, pipeline, rows),
             saved=pipeline,
         )
-        if config.leads_targets:
-            objective.guidance.progress = lambda: trainer.budget.progress(trainer.state.step, trainer.state.seconds)
         trainer.train()
         save_and_draw(pipeline, rows, trainer, **first_of(rows))
         save_adapter(trainer)

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -144,6 +145,16 @@ class DenoisingObjective(RecordedObjective):
                 f"{self.prediction_type} is {DEFAULT_WEIGHTINGS[self.prediction_type]}",
                 stacklevel=3,
             )
+
+    @property
+    def progress(self) -> Callable[[], float]:
+        """Gives the share of the training that is over, in [0, 1], which guidance waits for."""
+        return (lambda: 1.0) if self.guidance is None else self.guidance.progress
+
+    @progress.setter
+    def progress(self, value: Callable[[], float]) -> None:
+        if self.guidance is not None:
+            self.guidance.progress = value
 
     @property
     def learns_variance(self) -> bool:

@@ -102,6 +102,7 @@ class Trainer:
         self.hook = step_hook or StepHook()
         self.hook.prepare(accelerator, channels_last=config.channels_last)
         self.objective = self._check_objective(compute_loss)
+        self._tell_objective()
         self.budget, self.ending = config.budget(), Ending(self, ending_cost)
         self.milestones = Milestones(self, saved or Trainer.averaged_model)
         self.learning_rate = LearningRate(
@@ -165,6 +166,16 @@ class Trainer:
                 + (f" and {len(learned) - 1} more" if len(learned) > 1 else "")
             )
         return compute_loss.to(self.accelerator.device)
+
+    def _tell_objective(self) -> None:
+        """Lets an objective that changes along the run ask how far it is, if it has `progress` or `steps`."""
+        asked = {
+            "progress": lambda: self.budget.progress(self.state.step, self.state.seconds),
+            "steps": lambda: self.state.step,
+        }
+        for name, answer in asked.items():
+            if hasattr(self.objective, name):
+                setattr(self.objective, name, answer)
 
     def train(self) -> None:
         """Runs until the budget is used up, from the checkpoint that the config names if it names one.

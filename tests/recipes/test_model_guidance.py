@@ -10,8 +10,9 @@ from diffusers_ext.commands.train_ddpm import TrainConfig
 from diffusers_ext.diffusion.betas import make_betas
 from diffusers_ext.diffusion.losses import model_guidance
 from diffusers_ext.diffusion.noising import NoiseSchedule, add_noise, training_target
-from diffusers_ext.recipes.denoising import DenoisingConfig, build_objective
+from diffusers_ext.recipes.denoising import DenoisingConfig
 from diffusers_ext.recipes.denoising_objective import DenoisingObjective
+from diffusers_ext.recipes.denoising_parts import build_objective
 from diffusers_ext.recipes.model_guidance import START, ModelGuidance, left_to_labels, unconditional_inputs
 from diffusers_ext.recipes.training_path import build_scheduler
 

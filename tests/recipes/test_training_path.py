@@ -10,7 +10,8 @@ from diffusers_ext import ExtDDIMScheduler, ExtDDPMScheduler, FlowScheduler, Sco
 from diffusers_ext.diffusion.noising import NoiseSchedule
 from diffusers_ext.diffusion.paths import PATHS, Linear, PathSchedule, SubVariancePreserving, VarianceExploding
 from diffusers_ext.options import parse_config, to_command
-from diffusers_ext.recipes.denoising import DenoisingConfig, build_objective
+from diffusers_ext.recipes.denoising import DenoisingConfig
+from diffusers_ext.recipes.denoising_parts import build_objective
 from diffusers_ext.recipes.training_path import build_scheduler
 from diffusers_ext.schedulers.levels import (
     describe_path,

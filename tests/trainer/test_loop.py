@@ -53,6 +53,26 @@ def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(data, tmp_path, accumu
         assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
 
 
+class Following(CountedError):
+    """An objective that writes down how far it is told that the run is."""
+
+    def __init__(self):
+        super().__init__()
+        self.progress, self.steps, self.told = None, None, []
+
+    def forward(self, model, batch):
+        if self.training:
+            self.told.append((self.progress(), self.steps()))
+        return super().forward(model, batch)
+
+
+def test_an_objective_that_changes_along_the_run_is_told_how_far_it_is(data, tmp_path):
+    objective = Following()
+    trainer(data, tmp_path, objective, max_train_steps=4).train()
+    assert objective.told == [(step / 4, step) for step in range(4)]
+    assert not hasattr(CountedError(), "progress")  # others are left as they are
+
+
 def test_steps_that_a_scaled_loss_leaves_out_do_not_spoil_the_log(data, tmp_path):
     """fp16 seeks its scale by steps whose gradients overflow and which change nothing; JSON has no number for their norm."""
     run = trainer(data, tmp_path, max_train_steps=9)
