@@ -75,6 +75,7 @@ def _stock(name: str, config: dict):
 def measure(comparison: Comparison, pipe, number: int, settings: dict) -> dict[str, float]:
     """The Fréchet distance of a set of images in so many steps, and the calls of the network for each."""
     pipe.set_progress_bar_config(disable=True)
+    pipe.enable_autocast()  # as evaluate.py does
     with counted_calls(pipe) as counts:
         images = comparison.generate(pipe, number, settings)
     distance = comparison.measure(images)["frechet_distance"]

@@ -1,9 +1,5 @@
 """Sets of known quality are what their names say, and are ordered beside the first network."""
 
-import importlib
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -14,11 +10,8 @@ from tiny import tiny_unet
 
 
 @pytest.fixture(scope="module")
-def bench():
-    folder = str(Path(__file__).parents[2] / "benchmarks")
-    sys.path.insert(0, folder)
-    yield importlib.import_module("bench_features")
-    sys.path.remove(folder)
+def bench(script):
+    return script("bench_features")
 
 
 def test_each_set_is_farther_from_the_held_out_images_than_the_one_before(bench):

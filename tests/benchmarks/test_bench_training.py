@@ -1,7 +1,3 @@
-import importlib
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
@@ -12,12 +8,8 @@ from tiny import tiny_unet
 
 
 @pytest.fixture(scope="module")
-def bench():
-    """The script, which imports its neighbours."""
-    folder = str(Path(__file__).parents[2] / "benchmarks")
-    sys.path.insert(0, folder)
-    yield importlib.import_module("bench_training")
-    sys.path.remove(folder)
+def bench(script):
+    yield script("bench_training")
     forget_accelerate()
 
 

@@ -1,9 +1,6 @@
 """The table of samplers says what was measured, and each row is a sampler that has the pipeline's path."""
 
-import importlib
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -11,11 +8,8 @@ from diffusers_ext import ExtDDIMScheduler, FlowScheduler
 
 
 @pytest.fixture(scope="module")
-def bench():
-    folder = str(Path(__file__).parents[2] / "benchmarks")
-    sys.path.insert(0, folder)
-    yield importlib.import_module("bench_few_calls")
-    sys.path.remove(folder)
+def bench(script):
+    return script("bench_few_calls")
 
 
 def listed(pair, number=3):

@@ -1,8 +1,5 @@
 """The script's rows are recipes that train_ddpm.py takes, and its table says what was measured."""
 
-import importlib
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,11 +10,8 @@ from diffusers_ext.options import parse_config
 
 
 @pytest.fixture(scope="module")
-def speedrun():
-    folder = str(Path(__file__).parents[2] / "benchmarks")
-    sys.path.insert(0, folder)
-    yield importlib.import_module("speedrun")
-    sys.path.remove(folder)
+def speedrun(script):
+    return script("speedrun")
 
 
 def test_each_row_is_a_recipe_that_differs_from_the_base(speedrun):
