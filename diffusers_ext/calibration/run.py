@@ -165,7 +165,7 @@ def _choose_steps(
 ) -> steps.Stepping:
     """The order of the steps and the kind of timesteps whose images are nearest, in the number that is calibrated for."""
     if rulers is None:
-        return steps.NOT_COMPARED
+        return steps.OWN
     ruler, own, found = rulers["choose"], subject.own_timesteps(subject.num_steps), lists.get(subject.num_steps)
     orders = steps.has_orders(subject)
     those = steps.candidates(own, own if found is None else found, orders)

@@ -16,8 +16,7 @@ class Stepping:
     timesteps: str = "spacing"
 
 
-# What a scheduler does by itself, and what takes its place where there are no images to compare with.
-OWN, NOT_COMPARED = Stepping(), Stepping(1, "trajectory")
+OWN = Stepping()  # what a scheduler does by itself, and where there are no images to compare with
 
 
 def candidates(own: list[int], found: list[int], has_orders: bool) -> list[Stepping]:
