@@ -76,7 +76,10 @@ class DistillConfig(TrainerConfig):
     )
     student_steps: int = fixed_option(2, "steps of the student, and of its calls by default", at_least=1)
     teacher_steps: int = _progressive_option(
-        16, "steps of the pipeline that the first student learns from: student_steps times a power of 2", at_least=2
+        32,
+        "steps of the pipeline that the first student learns from: student_steps times a power of 2; fine ones make the nearest "
+        "students (docs/few_calls.md)",
+        at_least=2,
     )
     steps_per_stage: int | None = option(
         None,
