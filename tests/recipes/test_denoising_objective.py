@@ -17,8 +17,9 @@ from diffusers_ext.diffusion.losses import DEFAULT_WEIGHTINGS, bound_loss, denoi
 from diffusers_ext.diffusion.noising import PREDICTION_TYPES, NoiseSchedule, add_noise, predict_x0
 from diffusers_ext.diffusion.paths import PATHS, PathSchedule
 from diffusers_ext.diffusion.reverse_chain import ReverseChain
-from diffusers_ext.recipes.denoising import DenoisingConfig, build_objective
+from diffusers_ext.recipes.denoising import DenoisingConfig
 from diffusers_ext.recipes.denoising_objective import DenoisingObjective
+from diffusers_ext.recipes.denoising_parts import build_objective
 from diffusers_ext.recipes.training_path import build_scheduler
 from diffusers_ext.schedulers.levels import model_schedule
 from runs import forget_accelerate
