@@ -15,7 +15,8 @@ from runs import trainer
 
 
 def interrupted(folder, work):
-    config = resolve_for_machine(TrainerConfig(output_dir=str(folder), resume_from_checkpoint="latest"))
+    settings = {"mixed_precision": "no", "resume_from_checkpoint": "latest"}  # that of `trainer`, on any machine
+    config = resolve_for_machine(TrainerConfig(output_dir=str(folder), **settings))
     with pytest.raises(Interrupted) as interrupt, open_run(config, make_accelerator(config)) as open_folder:
         work(lambda: open_folder(config))
     return interrupt.value
