@@ -309,7 +309,7 @@ def describe_set(
                 "features_sha256": about_features["sha256"],
                 "scheduler_class": type(pipe.scheduler).__name__,
                 "scheduler": scheduler,
-                "clip_guided_noise": bool(pipe.config.get("clip_guided_noise")),
+                "clip_guided_noise": pipe.config.get("clip_guided_noise", False),
                 "num_images": config.num_images,
                 "label_proportions": labels_for(real, pipe.num_classes, config.num_images)[1]["proportions"],
                 "num_inference_steps": config.num_inference_steps,

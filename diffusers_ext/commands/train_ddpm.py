@@ -154,7 +154,7 @@ def averaged_pipeline(
             vae=space.vae,
             statistics=space.statistics,
             id2label=names_of_labels(trainer.config, trainer.data),
-            clip_guided_noise=True,
+            clip_guided_noise="always",
             image_condition=None if condition is None else condition.to_config(),
             value_scale=value_scale,
         )

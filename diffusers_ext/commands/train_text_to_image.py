@@ -161,7 +161,7 @@ def averaged_pipeline(
             statistics=space.statistics,
             max_text_length=texts.max_length,
             mask_padding=texts.mask_padding,
-            clip_guided_noise=True,
+            clip_guided_noise="always",
             image_condition=None if condition is None else condition.to_config(),
         )
         pipe.set_progress_bar_config(disable=True)

@@ -47,8 +47,9 @@ class GuidedDiffusionPipeline(
         id2label: Names of the labels by their ids, saved with the pipeline.
         clip_guided_noise: Whether DDIM, under guidance, takes the noise in x_t to be what the clipped x_0 leaves, as
             Dhariwal & Nichol 2021's sampler does, rather than what the guided prediction says. That leaves the range of
-            the data, and the noise that it says would stay in the image. `training/train_ddpm.py` saves its pipelines
-            with it; the default is a scheduler's own.
+            the data, and the noise that it says would stay in the image. "always" does so without guidance too, where what
+            the network predicts leaves that range by less, but in each of many steps. `training/train_ddpm.py` saves its
+            pipelines with that; the default is a scheduler's own.
         noise_path: What the denoiser was trained on, so that a scheduler of another path is refused: "vp" for betas, "linear"
             for rectified flow, "ve" or "subvp". By default what the scheduler is of; it is saved with the pipeline.
         call_defaults: What a call does where it does not say it, saved with the pipeline: `num_inference_steps`, 50 without;
@@ -90,7 +91,7 @@ class GuidedDiffusionPipeline(
         statistics: ModelMixin | None = None,
         prior: ModelMixin | None = None,
         id2label: dict | None = None,
-        clip_guided_noise: bool = False,
+        clip_guided_noise: bool | str = False,
         noise_path: str | None = None,
         call_defaults: dict | None = None,
         image_condition: dict | None = None,
@@ -113,6 +114,8 @@ class GuidedDiffusionPipeline(
         )
         # JSON turns the keys into strings, and so does this, so that a saved pipeline equals the loaded one.
         self.register_to_config(id2label=None if id2label is None else {str(k): v for k, v in id2label.items()})
+        if clip_guided_noise not in (False, True, "always"):
+            raise ValueError(f'clip_guided_noise must be False, True or "always", got {clip_guided_noise!r}')
         self.register_to_config(clip_guided_noise=clip_guided_noise, call_defaults=check_call_defaults(call_defaults))
         image_condition_of(denoiser, image_condition, vae)  # which checks it
         if isinstance(image_condition, ImageCondition):

@@ -75,7 +75,7 @@ class TextGuidedDiffusionPipeline(
         statistics: ModelMixin | None = None,
         max_text_length: int | None = None,
         mask_padding: bool | None = None,
-        clip_guided_noise: bool = False,
+        clip_guided_noise: bool | str = False,
         noise_path: str | None = None,
         image_condition: dict | None = None,
     ):

@@ -68,7 +68,8 @@ class Steps:
             self.scheduler, guider, self.condition, self.batch_size, self.timesteps.device, call.low_memory
         )
         is_guided = guider is not None and guider._enabled and any(self.guide)
-        reuse_clipped = is_guided and bool(pipe.config.get("clip_guided_noise"))
+        clips = pipe.config.get("clip_guided_noise")
+        reuse_clipped = clips == "always" or (is_guided and bool(clips))
         self._options = _step_options(self.scheduler, self.generator, call, reuse_clipped)
 
     def keep(self, x0: Tensor | None, mask: Tensor | None) -> None:

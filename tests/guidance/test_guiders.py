@@ -321,13 +321,16 @@ def test_rescaling_gives_the_standard_deviation_of_the_conditional_prediction_ba
         (1.0, True, None, False),
         (4.0, True, False, False),
         (1.0, False, True, True),
+        (1.0, "always", None, True),
+        (4.0, "always", None, True),
+        (1.0, "always", False, False),
     ],
 )
 def test_a_guided_x0_that_is_clipped_leaves_no_noise_behind(tmp_path, prediction_type, scale, saved, reuse, expected):
     """One DDIM step by hand: with guidance the noise is what the clipped x_0 leaves of x_t, if the pipeline says so."""
     pipe, noise = pipeline(scheduler=ExtDDIMScheduler(prediction_type=prediction_type)), torch.randn(2, 1, 8, 8)
     if saved:
-        GuidedDiffusionPipeline(**pipe.components, clip_guided_noise=True).save_pretrained(tmp_path)
+        GuidedDiffusionPipeline(**pipe.components, clip_guided_noise=saved).save_pretrained(tmp_path)
         pipe = diffusers_ext.DiffusionPipeline.from_pretrained(tmp_path)
         pipe.set_progress_bar_config(disable=True)
     seen = (
@@ -401,3 +404,8 @@ def test_a_weaker_network_of_other_data_is_refused(weak, message):
 def test_guiders_of_ours_are_guiders():
     assert issubclass(WeakModelGuidance, BaseGuidance)
     assert diffusers.WeakModelGuidance is WeakModelGuidance
+
+
+def test_another_word_for_the_clipped_noise_is_refused():
+    with pytest.raises(ValueError, match="clip_guided_noise must be False, True or \"always\", got 'never'"):
+        GuidedDiffusionPipeline(**pipeline().components, clip_guided_noise="never")
