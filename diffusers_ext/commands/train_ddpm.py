@@ -18,7 +18,7 @@ from diffusers_ext.data.latent_cache import SampleSpace, value_scale_of
 from diffusers_ext.data.stream import StreamData
 from diffusers_ext.hub.cards import DEFAULT_LIMITATIONS
 from diffusers_ext.options import fixed_option, option, run_script, takes_keywords, to_command
-from diffusers_ext.recipes.adapters import save_adapter, without_adapter
+from diffusers_ext.recipes.adapters import clipped_noise_of_run, save_adapter, without_adapter
 from diffusers_ext.recipes.augmentation import augmenting, check_augmentation
 from diffusers_ext.recipes.calibration import calibrate_run, with_calibration
 from diffusers_ext.recipes.condition_grids import condition_rows, described_run
@@ -154,7 +154,7 @@ def averaged_pipeline(
             vae=space.vae,
             statistics=space.statistics,
             id2label=names_of_labels(trainer.config, trainer.data),
-            clip_guided_noise="always",
+            clip_guided_noise=clipped_noise_of_run(trainer.config),
             image_condition=None if condition is None else condition.to_config(),
             value_scale=value_scale,
         )

@@ -22,7 +22,7 @@ from diffusers_ext.data.sequences import refuse_sequences
 from diffusers_ext.data.validation import prepare_validation
 from diffusers_ext.guidance.texts import width_of
 from diffusers_ext.options import run_script, to_command
-from diffusers_ext.recipes.adapters import save_adapter, without_adapter
+from diffusers_ext.recipes.adapters import clipped_noise_of_run, save_adapter, without_adapter
 from diffusers_ext.recipes.augmentation import augmenting, check_augmentation
 from diffusers_ext.recipes.condition_grids import condition_rows, described_run
 from diffusers_ext.recipes.data_statistics import with_statistics
@@ -161,7 +161,7 @@ def averaged_pipeline(
             statistics=space.statistics,
             max_text_length=texts.max_length,
             mask_padding=texts.mask_padding,
-            clip_guided_noise="always",
+            clip_guided_noise=clipped_noise_of_run(trainer.config),
             image_condition=None if condition is None else condition.to_config(),
         )
         pipe.set_progress_bar_config(disable=True)

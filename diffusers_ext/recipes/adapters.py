@@ -16,6 +16,7 @@ from diffusers_ext.atomic_files import atomic_write
 from diffusers_ext.draws import derived_seed
 from diffusers_ext.models.network import Network
 from diffusers_ext.pipelines.pipeline_guided_diffusion import GuidedDiffusionPipeline
+from diffusers_ext.recipes.pretrained import read_pretrained
 from diffusers_ext.trainer.loop import Trainer
 from diffusers_ext.trainer.run_folder import ADAPTER_FILE
 
@@ -25,6 +26,15 @@ if TYPE_CHECKING:
 
 # Those of attention, in all of our networks.
 DEFAULT_TARGETS = ("to_q", "to_kv", "to_out")
+
+
+def clipped_noise_of_run(config: "DenoisingConfig") -> bool | str:
+    """`clip_guided_noise` of the run's pipeline: "always", or that of the pipeline that an adapter is for, whose pictures the two
+    make together.
+    """
+    if config.lora_rank is None:
+        return "always"
+    return read_pretrained(config.pretrained_pipeline).config.get("clip_guided_noise", False)
 
 
 def add_adapter(network: ModelMixin, config: "DenoisingConfig") -> ModelMixin:

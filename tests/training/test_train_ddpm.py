@@ -439,3 +439,17 @@ def test_a_hybrid_run_with_importance_sampling_resumes_bit_by_bit_and_is_sampled
     for scheduler in (pipe.scheduler, diffusers_ext.ExtDDIMScheduler.from_config(pipe.scheduler.config)):
         pipe.scheduler = scheduler
         assert pipe(**settings).images.shape == (2, 8, 8, 1)
+
+
+def test_images_of_many_plain_steps_have_no_noise_left_of_what_was_clipped(tmp_path):
+    """The pipeline says so for itself: the noise in x_t is what the clipped x_0 leaves, without guidance too."""
+    folder = main(config_of(tmp_path / "run", max_train_steps=1))
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+
+    def images(**call):
+        generator = torch.Generator().manual_seed(0)
+        return pipe(class_labels=[1], num_inference_steps=4, output_type="np", generator=generator, **call).images
+
+    assert np.array_equal(images(), images(use_clipped_model_output=True))
+    assert not np.array_equal(images(), images(use_clipped_model_output=False))
