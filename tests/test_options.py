@@ -365,7 +365,8 @@ def test_every_preset_is_a_config_of_both_networks():
         ({}, None),
         ({"max_train_time": "59s"}, None),
         ({"max_train_time": "1m"}, "quick"),
-        ({"max_train_time": "19m", "train_batch_size": 8, "dataset_name": "digits"}, "quick"),
+        ({"max_train_time": "19m", "train_batch_size": 8}, "quick"),
+        ({"max_train_time": "19m", "dataset_name": "digits"}, None),
         ({"max_train_time": "20m"}, "good"),
         ({"max_train_time": "100h"}, "good"),
         ({"max_train_time": "1h", "max_train_steps": 9}, None),
@@ -375,10 +376,15 @@ def test_every_preset_is_a_config_of_both_networks():
     ],
 )
 def test_a_run_by_time_that_says_nothing_of_how_takes_the_preset_of_its_time(given, preset):
+    given = {"dataset_name": "path/to/images"} | given
     config = train_ddpm.TrainConfig(**given)
     assert config.preset == preset
     named = train_ddpm.TrainConfig(**given | {"preset": "none" if preset is None else preset})
     assert config == dataclasses.replace(named, preset=preset)
+
+
+def test_a_run_of_the_digits_that_come_with_the_package_takes_none():
+    assert train_ddpm.TrainConfig(max_train_time="1h").preset is None
 
 
 def test_a_preset_leaves_the_network_and_the_path_to_options_that_name_others():

@@ -36,7 +36,7 @@ class DenoisingConfig(PathConfig):
         None,
         f"options for a time that there is: {DESCRIBED_PRESETS}. An option that is given wins; the run's first line says what "
         "the preset means. By default quick or good, by a max_train_time of a minute or more, beside which no network, path or "
-        "optimizer is given; else none",
+        "optimizer is given, but for digits; else none",
         "run",
     )
 

@@ -79,12 +79,15 @@ _SAYS_HOW = {*_RECIPE, *REPLACED_BY, "prediction_type", "loss_weighting", "optim
 
 
 def preset_for(values: dict[str, Any]) -> str | None:
-    """The preset of a run by time that says nothing of its network, its path or its optimizer; None for one that does.
+    """The preset of a run by time that says nothing of its network, its path or its optimizer; None for one that does, and for
+    the digits, of 8x8: after 90 s of a core "quick" has a Fréchet distance of 7.1 there, and the defaults 2.2.
 
     Args:
         values: The options that are given, by name.
     """
     if values.get("max_train_time") is None or not _SAYS_HOW.isdisjoint(values):
+        return None
+    if values.get("dataset_name", "digits") == "digits":
         return None
     seconds = parse_duration(values["max_train_time"])
     return max((name for name, least in BY_TIME.items() if seconds >= least), key=BY_TIME.__getitem__, default=None)
