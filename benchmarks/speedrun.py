@@ -62,7 +62,7 @@ ROWS: dict[str, str] = {
     "resolution_28": "--resolution 28",  # that of MNIST's kind, without the border to 32
     "model_guidance": "--model_guidance_scale 4",
     "best": "--resolution 28 --learning_rate 2e-3 --timestep_sampling logit_normal --model_guidance_scale 3",
-    # Where bf16 is fast, as with AMX, a network of four times the size has steps enough in ten minutes.
+    # Where bf16 is fast, as with AMX, a network of three times the size has steps enough in ten minutes.
     "best_192": "--resolution 28 --learning_rate 2e-3 --timestep_sampling logit_normal --model_guidance_scale 2.5 "
     "--hidden_size 192 --num_layers 6",
     "together": "--mlp swiglu --value_residual --long_skips --timestep_sampling logit_normal",

@@ -177,3 +177,14 @@ def _size(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
 
 def _text(size: tuple[int, ...]) -> str:
     return "x".join(map(str, size))
+
+
+def check_clipped_noise(value: bool | str) -> bool | str:
+    """A pipeline's `clip_guided_noise`, as it is.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    if value not in (False, True, "always"):
+        raise ValueError(f'clip_guided_noise must be False, True or "always", got {value!r}')
+    return value

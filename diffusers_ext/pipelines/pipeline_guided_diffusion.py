@@ -16,7 +16,7 @@ from diffusers_ext.guidance.labels import num_classes_of
 from diffusers_ext.pipelines.adapters import AdapterMixin
 from diffusers_ext.pipelines.call_condition import CallCondition, image_condition_of
 from diffusers_ext.pipelines.call_defaults import check_call_defaults
-from diffusers_ext.pipelines.components import check_components, check_value_scale
+from diffusers_ext.pipelines.components import check_clipped_noise, check_components, check_value_scale
 from diffusers_ext.pipelines.image_inputs import ImageInput
 from diffusers_ext.pipelines.inversion import InversionMixin
 from diffusers_ext.pipelines.label_condition import Label, LabelCondition, LabelledMixin, Labels
@@ -114,8 +114,7 @@ class GuidedDiffusionPipeline(
         )
         # JSON turns the keys into strings, and so does this, so that a saved pipeline equals the loaded one.
         self.register_to_config(id2label=None if id2label is None else {str(k): v for k, v in id2label.items()})
-        if clip_guided_noise not in (False, True, "always"):
-            raise ValueError(f'clip_guided_noise must be False, True or "always", got {clip_guided_noise!r}')
+        clip_guided_noise = check_clipped_noise(clip_guided_noise)
         self.register_to_config(clip_guided_noise=clip_guided_noise, call_defaults=check_call_defaults(call_defaults))
         image_condition_of(denoiser, image_condition, vae)  # which checks it
         if isinstance(image_condition, ImageCondition):

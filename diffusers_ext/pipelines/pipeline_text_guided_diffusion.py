@@ -15,7 +15,7 @@ from diffusers_ext.conditions import ImageCondition
 from diffusers_ext.guidance.guiding import Interval
 from diffusers_ext.pipelines.adapters import AdapterMixin
 from diffusers_ext.pipelines.call_condition import CallCondition, image_condition_of
-from diffusers_ext.pipelines.components import check_text_components
+from diffusers_ext.pipelines.components import check_clipped_noise, check_text_components
 from diffusers_ext.pipelines.image_inputs import ImageInput
 from diffusers_ext.pipelines.loading import FromPipeMixin, SavedWithCodeMixin, replaceable
 from diffusers_ext.pipelines.outputs import GuidedDiffusionPipelineOutput
@@ -95,7 +95,9 @@ class TextGuidedDiffusionPipeline(
             statistics=statistics,
         )
         self.register_to_config(
-            max_text_length=max_text_length, mask_padding=mask_padding, clip_guided_noise=clip_guided_noise
+            max_text_length=max_text_length,
+            mask_padding=mask_padding,
+            clip_guided_noise=check_clipped_noise(clip_guided_noise),
         )
         image_condition_of(denoiser, image_condition, vae)  # which checks it
         if isinstance(image_condition, ImageCondition):

@@ -323,3 +323,10 @@ def test_the_precision_by_default_is_what_the_machine_is_fast_at():
         ValueError, match="dtype must be torch.bfloat16, torch.float16 or torch.float32, got torch.int8"
     ):
         pipeline().enable_autocast(torch.int8)
+
+
+def test_a_text_pipeline_refuses_another_word_for_the_clipped_noise_too():
+    tokenizer = tiny_tokenizer()
+    parts = (tiny_text_unet(), ExtDDIMScheduler(), tokenizer, tiny_clip(tokenizer))
+    with pytest.raises(ValueError, match="clip_guided_noise must be False, True or \"always\", got 'never'"):
+        TextGuidedDiffusionPipeline(*parts, clip_guided_noise="never")
