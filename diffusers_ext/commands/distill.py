@@ -26,6 +26,7 @@ from diffusers_ext.recipes.distillation import (
     complete,
     guided_by_default,
     load_student_data,
+    paired_by_default,
     student_scheduler,
 )
 from diffusers_ext.recipes.sample_grids import draw_while_training, drawing_cost, save_and_draw
@@ -45,7 +46,7 @@ def main(config: DistillConfig) -> Path:
         raise ValueError("a distillation has its teacher in each process, which FSDP spreads: launch with --multi_gpu")
     with open_run(config, accelerator) as open_folder:
         pipe = load_teacher(config.pipeline)
-        config = guided_by_default(config, pipe)
+        config = paired_by_default(guided_by_default(config, pipe))
         check_steps(config, Teacher(pipe, config.guidance_scale, config.guidance_interval))
         config, data, space = load_student_data(config, accelerator, pipe)
         open_folder(
@@ -124,6 +125,7 @@ def averaged_student(
             vae=vae,
             id2label=names,
             call_defaults={"num_inference_steps": trainer.config.student_steps},
+            clip_guided_noise="always",  # as in the steps that it was trained towards
         )
         pipe.set_progress_bar_config(disable=True)
         yield pipe

@@ -25,6 +25,7 @@ from diffusers_ext.guidance.guided_denoiser import check_guidance_scale
 from diffusers_ext.options import fixed_option, option
 from diffusers_ext.pipelines.pipeline_guided_diffusion import GuidedDiffusionPipeline
 from diffusers_ext.recipes.distillation_objective import (
+    CONSISTENCY_PAIRS,
     DISTILLATION_WEIGHTINGS,
     STEPS_A_DOUBLING,
     ConsistencyObjective,
@@ -108,6 +109,12 @@ class DistillConfig(TrainerConfig):
         "how often the two noise levels of the loss come nearer by a factor of 2; by default until they are neighbours, but each "
         f"time after {STEPS_A_DOUBLING} optimizer steps at the soonest",
         at_least=0,
+    )
+    consistency_pairs: Literal[CONSISTENCY_PAIRS] | None = _consistency_option(
+        None,
+        "what the student's cleaner point is: the image with less of its noise (data), or where the pipeline's step leads "
+        "(teacher), by which the student learns its guidance; by default teacher where it is guided, in its calls or in its "
+        "training, else data",
     )
     noise_mean: float = _consistency_option(-1.1, "mean of log(sigma / alpha) of the noisier one")
     noise_std: float = _consistency_option(2.0, "standard deviation of it")
@@ -234,14 +241,19 @@ class DistillConfig(TrainerConfig):
         return stages
 
 
+def options_of_run(pipeline: str) -> dict[str, Any]:
+    """The options of the run that the pipeline is of, as its folder has them; none for other folders."""
+    path = Path(pipeline) / CONFIG_FILE
+    return (yaml.safe_load(path.read_text()) or {}) if path.is_file() else {}
+
+
 def complete(config: DistillConfig) -> DistillConfig:
     """The options with the data, where they are left open, as the run has them that the pipeline is of.
 
     Raises:
         ValueError: if neither names a data set.
     """
-    path = Path(config.pipeline) / CONFIG_FILE
-    saved = (yaml.safe_load(path.read_text()) or {}) if path.is_file() else {}
+    saved = options_of_run(config.pipeline)
     changes: dict[str, Any] = {}
     if config.dataset_name in (None, saved.get("dataset_name")):
         for field in dataclasses.fields(DataConfig):
@@ -309,6 +321,7 @@ def build_objective(
     if config.method == "consistency":
         return ConsistencyObjective(
             teacher,
+            pairs=config.consistency_pairs or "data",
             doublings=config.doublings,
             noise_mean=config.noise_mean,
             noise_std=config.noise_std,
@@ -368,6 +381,26 @@ def guided_by_default(config: DistillConfig, pipe: GuidedDiffusionPipeline) -> D
         first, last = (max(bound - schedule.first_label, 0) for bound in bounds)
         bounds = noise_ratio(schedule)[math.ceil(first) : math.floor(last) + 1][[0, -1]].tolist()
     return dataclasses.replace(config, guidance_scale=scale, guidance_interval=tuple(bounds))
+
+
+def paired_by_default(config: DistillConfig) -> DistillConfig:
+    """The options with the pairs of a consistency model, if they say none; those of `guided_by_default` come first.
+
+    Raises:
+        ValueError: if pairs of the data are asked for, and guidance.
+    """
+    if config.method != "consistency":
+        return config
+    is_guided = config.guidance_scale != 1
+    if config.consistency_pairs == "data" and is_guided:
+        raise ValueError(
+            f"consistency_pairs must be teacher for a guidance_scale of {config.guidance_scale:g}, since pairs of the data know "
+            "nothing of guidance, got data: leave it out, or give --guidance_scale 1"
+        )
+    if config.consistency_pairs is None:
+        learned = options_of_run(config.pipeline).get("model_guidance_scale") is not None
+        return dataclasses.replace(config, consistency_pairs="teacher" if is_guided or learned else "data")
+    return config
 
 
 def check_steps(config: DistillConfig, teacher: Teacher) -> None:

@@ -39,6 +39,9 @@ DISTILLATION_WEIGHTINGS = ("truncated_snr", "snr_plus_one", "sample")
 # images of one call improve from a Fréchet distance of 55 to 29, with ten they lose their labels and all that they show.
 STEPS_A_DOUBLING = 300
 
+# Where the cleaner of two points comes from: the noisier one's image and noise, or the teacher's step from it.
+CONSISTENCY_PAIRS = ("data", "teacher")
+
 # Of x_0 in its output: at the data the prediction is what the network is given, whatever it says.
 WITH_BOUNDARY_CONDITION = ("v_prediction", "flow")
 
@@ -148,10 +151,12 @@ class ProgressiveObjective(StudentObjective):
 class ConsistencyObjective(StudentObjective):
     """The student predicts the x_0 at t that it predicts at a cleaner r, which comes to t as the training goes on (ECT).
 
-    x_r has the noise that x_t has. With guidance, x_r is where the teacher's guided step from x_t leads (Song et al. 2023,
-    consistency distillation), so that the student is led to the guided images without being guided.
+    x_r has the noise that x_t has, or is where the teacher's step from x_t leads (Song et al. 2023, consistency distillation).
+    With the former the student learns the trajectories of the data, whatever the teacher makes of them; with the latter those
+    of the teacher, so that it is led to guided images without being guided.
 
     Args:
+        pairs: What x_r is, one of `CONSISTENCY_PAIRS`: "data" or "teacher".
         doublings: How often r comes nearer by a factor of 2, evenly over the training; by default as often as it takes for
             each timestep to be paired with its neighbour, but not before `STEPS_A_DOUBLING` steps for each.
         noise_mean, noise_std: Of log(sigma / alpha) of t.
@@ -163,13 +168,15 @@ class ConsistencyObjective(StudentObjective):
         steps: Gives the optimizer steps so far, by which the doublings of the default are held back.
 
     Raises:
-        ValueError: if the prediction type lacks the boundary condition, or the weighting is unknown.
+        ValueError: if the prediction type lacks the boundary condition, if the pairs or the weighting are unknown, or if a
+            teacher is guided and the pairs are of the data.
     """
 
     def __init__(
         self,
         teacher: Teacher,
         *,
+        pairs: str = "data",
         doublings: int | None = None,
         noise_mean: float = -1.1,
         noise_std: float = 2.0,
@@ -187,6 +194,14 @@ class ConsistencyObjective(StudentObjective):
             raise ValueError(
                 f"consistency_weighting must be one of {', '.join(CONSISTENCY_WEIGHTINGS)}, got {weighting!r}"
             )
+        if pairs not in CONSISTENCY_PAIRS:
+            raise ValueError(f"consistency_pairs must be one of {', '.join(CONSISTENCY_PAIRS)}, got {pairs!r}")
+        if pairs == "data" and teacher.guidance_scale != 1:
+            raise ValueError(
+                f"consistency_pairs must be teacher for a guidance_scale of {teacher.guidance_scale:g}, since pairs of the data "
+                "know nothing of guidance, got data"
+            )
+        self.pairs = pairs
         self.noise_mean, self.noise_std, self.bend = noise_mean, noise_std, bend
         self.doublings = doublings_until_neighbours(self.schedule) if doublings is None else doublings
         partners = [partner_timesteps(self.schedule, number) for number in range(self.doublings + 1)]
@@ -218,7 +233,7 @@ class ConsistencyObjective(StudentObjective):
         x_t = add_noise(x0, eps, level_t)
         # The state of the generators is that of the student's own call, so that dropout is the same in both.
         with torch.no_grad(), random_state_kept(x0.device):
-            if self.teacher.guidance_scale == 1:
+            if self.pairs == "data":
                 x_r = add_noise(x0, eps, level_r)
             else:
                 x_r = ddim_step(self.teacher.x0(x_t, t, labels), x_t, level_t, level_r)

@@ -160,7 +160,8 @@ def test_times_of_a_batch_become_noise_levels_of_a_log_normal_distribution():
 
 def test_under_guidance_the_cleaner_point_is_the_teachers():
     """So that a consistency function of other data than the batch's has no loss, if the teacher's steps follow it."""
-    plain, guided = (ConsistencyObjective(Teacher(exact_pipe(), scale), doublings=4) for scale in (1.0, 3.0))
+    plain = ConsistencyObjective(Teacher(exact_pipe()), doublings=4)
+    guided = ConsistencyObjective(Teacher(exact_pipe(), 3.0), doublings=4, pairs="teacher")
     batch, seen = batch_of(32), {}
     for name, objective in (("plain", plain), ("guided", guided)):
 
@@ -177,6 +178,25 @@ def test_under_guidance_the_cleaner_point_is_the_teachers():
     expected = level_r.alpha * x0 + level_r.sigma * (x_t - level_t.alpha * x0) / level_t.sigma
     torch.testing.assert_close(seen["guided"][0], expected)
     assert not torch.allclose(seen["plain"][0], expected, atol=1e-2)
+
+
+@pytest.mark.parametrize("pairs", ["data", "teacher"])
+def test_pairs_of_the_teacher_teach_what_it_makes_of_other_data(pairs):
+    """Its consistency function, here a constant x_0, has no loss along its steps, and along the data's where r is no data."""
+    pipe = exact_pipe()
+    teacher = Teacher(pipe)
+    teacher._call = lambda x_t, timesteps, labels: constant_x0(0.25, teacher.schedule)[0](
+        x_t, timesteps, class_labels=labels, return_dict=False
+    )[0]
+    objective = ConsistencyObjective(teacher, doublings=5, pairs=pairs)
+    batch = batch_of(64)
+    t, loss = objective.losses(constant_x0(0.25, teacher.schedule)[0], batch)
+    at_the_data = objective._partners.values[5][t] == -1
+    assert 0 < at_the_data.sum() < 64
+    if pairs == "teacher":
+        assert loss.abs().max() < 1e-9
+    else:
+        assert loss[at_the_data].min() > 1e-2
 
 
 def test_dropout_is_the_same_in_both_calls_of_a_consistency_loss():
@@ -226,6 +246,10 @@ def test_what_cannot_be_distilled_is_refused():
             teacher_of(prediction_type)
     with pytest.raises(ValueError, match="must predict v or flow, .* got sample"):
         ConsistencyObjective(teacher_of("sample"))
+    with pytest.raises(ValueError, match="must be teacher for a guidance_scale of 3, .* got data"):
+        ConsistencyObjective(Teacher(exact_pipe(), 3.0))
+    with pytest.raises(ValueError, match="must be one of data, teacher, got 'both'"):
+        ConsistencyObjective(Teacher(exact_pipe()), pairs="both")
     with pytest.raises(ValueError, match="an even number of them, got 3"):
         ProgressiveObjective(teacher_of("sample"), [999, 500, 1])
     with pytest.raises(ValueError, match="must hold noise levels of the path"):

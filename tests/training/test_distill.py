@@ -1,5 +1,6 @@
 """The whole command on tiny networks: stages, resuming, students as pipelines, and what is refused."""
 
+import dataclasses
 import shutil
 from functools import partial
 
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from diffusers_ext import ConsistencyScheduler, ExtDDIMScheduler, FlowScheduler, GuidedDiffusionPipeline, UNetModel
 from diffusers_ext.diffusion.distillation import angle_timesteps
 from diffusers_ext.diffusion.timesteps import make_timesteps
-from diffusers_ext.recipes.distillation import guided_by_default
+from diffusers_ext.recipes.distillation import guided_by_default, paired_by_default
 from diffusers_ext.recipes.teacher import Teacher
 from runs import assert_same_run, forget_accelerate
 from tiny import tiny_unet
@@ -140,7 +141,8 @@ def test_a_consistency_model_is_sampled_in_one_step_and_in_some(folders, tmp_pat
     assert type(pipe.scheduler) is ConsistencyScheduler
     assert listed_by_call(pipe) == [39]
     assert listed_by_call(pipe, num_inference_steps=2) == angle_timesteps(pipe.scheduler.schedule, 2)
-    assert not pipe.scheduler.config.get("analytic_variance")
+    assert not pipe.scheduler.config.get("analytic_variance") and pipe.config.clip_guided_noise == "always"
+    assert yaml.safe_load((folder / "train_config.yaml").read_text())["consistency_pairs"] == "teacher"
 
 
 def test_a_student_learns_the_guidance_of_its_pipelines_calls(folders):
@@ -164,6 +166,23 @@ def test_a_student_learns_the_guidance_of_its_pipelines_calls(folders):
     pipe.guider = ClassifierFreeGuidance()
     with pytest.raises(ValueError, match="guided by its ClassifierFreeGuidance, which is not what a student learns"):
         guided(pipe)
+
+
+def test_a_consistency_model_learns_along_the_steps_of_a_pipeline_with_guidance(folders, tmp_path):
+    """Guided by its calls, or in its training, of which its run's options tell."""
+
+    def pairs(*more, pipeline="pipe"):
+        config = options(folders, "--method", "consistency", *more, pipeline=pipeline)
+        return paired_by_default(dataclasses.replace(config, guidance_scale=config.guidance_scale or 1.0)).consistency_pairs
+
+    assert pairs() == "data" and pairs("--guidance_scale", "2") == "teacher"
+    assert pairs("--consistency_pairs", "teacher") == "teacher"
+    learned = shutil.copytree(folders / "pipe", tmp_path / "learned")
+    saved = yaml.safe_load((learned / "train_config.yaml").read_text()) | {"model_guidance_scale": 3.0}
+    (learned / "train_config.yaml").write_text(yaml.safe_dump(saved))
+    assert pairs(pipeline=learned) == "teacher" and pairs("--consistency_pairs", "data", pipeline=learned) == "data"
+    with pytest.raises(ValueError, match="must be teacher for a guidance_scale of 2, .* got data"):
+        pairs("--guidance_scale", "2", "--consistency_pairs", "data")
 
 
 def test_a_student_is_not_calibrated(progressive):
