@@ -6,7 +6,8 @@
 
 PIPELINES are runs of one recipe with several seeds, calibrated by training/calibrate.py; a cell of the table is their mean,
 with the least and the largest, and how many it is of where others are of more. STUDENTS are those of training/distill.py, one
-of each pipeline in the same order, or one for each of their recipes and pipelines; they are shown at their own number of steps.
+of each pipeline or several. A progressive one is shown at its own number of steps, with those of its halvings, in one row, and a
+consistency model at as many of the numbers of steps as it has.
 Image i of every set is made from the same noise, none of which the calibration saw, and compared with all training images. Rows
 have equal calls of the network in a column: as many an image as there are steps, and one more in each step that is guided. What
 the folder's `results.json` has is not measured again, so that rows and columns can be added. Beside it are `table.md` and `few_calls.png`.
@@ -22,13 +23,15 @@ import diffusers
 from diffusers import DiffusionPipeline
 
 import diffusers_ext
-from diffusers_ext import ExtDDIMScheduler
+from diffusers_ext import ConsistencyScheduler, ExtDDIMScheduler
 from diffusers_ext.atomic_files import atomic_write
 from diffusers_ext.evaluation.bits_per_dim import measure_bits_per_dim
 from diffusers_ext.evaluation.comparison import Comparison
 from diffusers_ext.evaluation.network_calls import counted_calls
 from diffusers_ext.evaluation.subject import load_pipeline
 from diffusers_ext.figures import save_picture
+from diffusers_ext.recipes.distillation import MOST_CONSISTENCY_STEPS
+from diffusers_ext.trainer.run_folder import STAGES
 
 
 PLAIN = {"optimal_timesteps": None, "variance_type": "fixed_small", "multistep_order": 1}
@@ -105,13 +108,22 @@ def measure_all(arguments: argparse.Namespace, comparison: Comparison, results: 
             print(f"{way}, {name}, {number} steps, {path}: {done[path]}", flush=True)
             save()
     for student in arguments.students:
-        number = DiffusionPipeline.load_config(student)["call_defaults"]["num_inference_steps"]
-        name = f"student of {number} {'step' if number == 1 else 'steps'}"
-        done = results["guided"].setdefault(name, {}).setdefault(str(number), {})
-        if student not in done:
-            done[student] = measure(comparison, load_pipeline(student), number, {"guidance_scale": 1.0})
-            print(f"{name}, {student}: {done[student]}", flush=True)
-            save()
+        for name, number, path in cells_of_student(student, arguments.num_steps):
+            done = results[arguments.ways[0]].setdefault(name, {}).setdefault(str(number), {})
+            if path not in done:
+                done[path] = measure(comparison, load_pipeline(path), number, {"guidance_scale": 1.0})
+                print(f"{name}, {number} steps, {path}: {done[path]}", flush=True)
+                save()
+
+
+def cells_of_student(student: str, num_steps: list[int]) -> list[tuple[str, int, str]]:
+    """The row, the number of steps, and the folder of each of its cells."""
+    if ExtDDIMScheduler.load_config(student, subfolder="scheduler")["_class_name"] == ConsistencyScheduler.__name__:
+        numbers = [number for number in sorted(num_steps) if number <= MOST_CONSISTENCY_STEPS]
+        return [("student, consistency", number, student) for number in numbers]
+    folders = [student, *map(str, sorted(Path(student, STAGES).glob("*_steps")))]
+    numbers = [DiffusionPipeline.load_config(each)["call_defaults"]["num_inference_steps"] for each in folders]
+    return [("students, progressive", number, each) for number, each in zip(numbers, folders, strict=True)]
 
 
 def distances_of(cell: dict) -> list[float]:

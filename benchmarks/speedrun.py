@@ -102,6 +102,7 @@ class Judge:
 
     def measure(self, pipe, scale: float, settings: dict) -> tuple[float, float | None, torch.Tensor]:
         """The Fréchet distance, the share of the labels that the classifier reads, and the images."""
+        pipe.enable_autocast()  # as evaluate.py does
         images = self.comparison.generate(pipe, self.num_steps, settings | {"guidance_scale": scale})
         measured = self.comparison.measure(images)
         return measured["frechet_distance"], measured.get("label_accuracy"), images[:SHOWN]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from diffusers_ext import ExtDDIMScheduler, FlowScheduler
+from diffusers_ext import ConsistencyScheduler, ExtDDIMScheduler, FlowScheduler
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +67,11 @@ def test_the_table_has_the_mean_the_range_and_the_number_of_its_pipelines(bench,
     rows = {
         "DDIM": {"5": cell(4.0, 6.0), "10": cell(2.0)},
         "DDPM": {"10": cell()},
-        "student of 2 steps": {"2": cell(3.0)},
+        "students, progressive": {"2": cell(3.0)},
     }
     assert bench.table(rows).splitlines()[2:] == [
         "| DDIM |  | 5 (4 to 6) | 2 (1 of 2) |",
-        "| student of 2 steps | 3 (1 of 2) |  |  |",
+        "| students, progressive | 3 (1 of 2) |  |  |",
     ]
     bench.draw({"guided": rows, "plain": {}}, 0.5, tmp_path / "few.png")
     assert (tmp_path / "few.png").stat().st_size > 1000
@@ -87,8 +87,26 @@ def test_no_pipeline_is_loaded_where_every_cell_is_there(bench, tmp_path):
     index = {"_class_name": "GuidedDiffusionPipeline", "call_defaults": {"num_inference_steps": 2}}
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     cell = {path: {"distance": 1.0, "calls": 3.0}}
-    results = {"plain": {"DDIM": {"3": cell}}, "guided": {"student of 2 steps": {"2": cell}}}
+    results = {"plain": {"DDIM": {"3": cell}, "students, progressive": {"2": cell}}, "guided": {}}
     options = ["--pipelines", path, "--students", path, "--ways", "plain", "--num_steps", "3", "--samplers", "DDIM"]
     before = json.dumps(results)
     bench.measure_all(bench.parse([path, *options]), None, results, None)
     assert json.dumps(results) == before
+
+
+def test_students_are_shown_at_the_numbers_of_steps_that_they_have(bench, tmp_path):
+    """With those of the halvings before, and a consistency model at all that it has timesteps for."""
+    for name, number, scheduler in (
+        ("progressive", 1, ExtDDIMScheduler()),
+        ("progressive/stages/4_steps", 4, ExtDDIMScheduler()),
+        ("progressive/stages/2_steps", 2, ExtDDIMScheduler()),
+        ("consistency", 2, ConsistencyScheduler()),
+    ):
+        scheduler.save_pretrained(tmp_path / name / "scheduler")
+        index = {"_class_name": "GuidedDiffusionPipeline", "call_defaults": {"num_inference_steps": number}}
+        (tmp_path / name / "model_index.json").write_text(json.dumps(index))
+    cells = bench.cells_of_student(str(tmp_path / "progressive"), [1, 50])
+    assert [(name, number) for name, number, _ in cells] == [("students, progressive", number) for number in (1, 2, 4)]
+    assert cells[1][2] == str(tmp_path / "progressive/stages/2_steps")
+    cells = bench.cells_of_student(str(tmp_path / "consistency"), [4, 1, 50])
+    assert cells == [("student, consistency", number, str(tmp_path / "consistency")) for number in (1, 4)]

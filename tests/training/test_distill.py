@@ -173,7 +173,9 @@ def test_a_consistency_model_learns_along_the_steps_of_a_pipeline_with_guidance(
 
     def pairs(*more, pipeline="pipe"):
         config = options(folders, "--method", "consistency", *more, pipeline=pipeline)
-        return paired_by_default(dataclasses.replace(config, guidance_scale=config.guidance_scale or 1.0)).consistency_pairs
+        return paired_by_default(
+            dataclasses.replace(config, guidance_scale=config.guidance_scale or 1.0)
+        ).consistency_pairs
 
     assert pairs() == "data" and pairs("--guidance_scale", "2") == "teacher"
     assert pairs("--consistency_pairs", "teacher") == "teacher"
