@@ -110,3 +110,19 @@ def test_students_are_shown_at_the_numbers_of_steps_that_they_have(bench, tmp_pa
     assert cells[1][2] == str(tmp_path / "progressive/stages/2_steps")
     cells = bench.cells_of_student(str(tmp_path / "consistency"), [4, 1, 50])
     assert cells == [("student, consistency", number, str(tmp_path / "consistency")) for number in (1, 4)]
+
+
+def test_likelihoods_are_by_variance_and_by_where_their_timesteps_end(bench):
+    lists = {"spacing": "trailing", "trajectory": {"2": [990, 20]}, "bound": {"2": [999, 30]}}
+    table = {"timesteps": [0, 100, 999], "x0_variance": [1e-4, 0.01, 0.25]}
+    calibrated = ExtDDIMScheduler(timestep_spacing="optimal", optimal_timesteps=lists, analytic_variance=table)
+    rows = bench.likelihood_samplers(dict(calibrated.config))
+    assert rows["fixed_small, leading"].list_timesteps(2, "bound").tolist() == [500, 0]
+    assert rows["analytic, trailing"].list_timesteps(2, "bound").tolist() == [999, 499]
+    assert rows["analytic, by the bound"].list_timesteps(2, "bound").tolist() == [999, 30]
+    assert {name: row.config.variance_type for name, row in rows.items()} == {
+        name: name.split(",")[0] for name in rows
+    }
+    assert "analytic, by the bound" not in bench.likelihood_samplers(
+        dict(ExtDDIMScheduler(analytic_variance=table).config)
+    )
