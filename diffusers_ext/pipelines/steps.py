@@ -13,6 +13,7 @@ from torch import Generator, Tensor
 
 from diffusers_ext.draws import draw_normal
 from diffusers_ext.guidance.guiding import choose_guider, guided_steps
+from diffusers_ext.pipelines.components import check_clipped_noise
 from diffusers_ext.pipelines.inpainting import KnownPixels, mask_of_latents
 from diffusers_ext.pipelines.outputs import TrajectoryPoint
 from diffusers_ext.pipelines.truncation import check_latents
@@ -68,8 +69,8 @@ class Steps:
             self.scheduler, guider, self.condition, self.batch_size, self.timesteps.device, call.low_memory
         )
         is_guided = guider is not None and guider._enabled and any(self.guide)
-        clips = pipe.config.get("clip_guided_noise")
-        reuse_clipped = clips == "always" or (is_guided and bool(clips))
+        clips = check_clipped_noise(pipe.config.get("clip_guided_noise") or False)
+        reuse_clipped = clips == "always" or (is_guided and clips)
         self._options = _step_options(self.scheduler, self.generator, call, reuse_clipped)
 
     def keep(self, x0: Tensor | None, mask: Tensor | None) -> None:

@@ -169,6 +169,9 @@ def test_a_guider_of_the_folder_guides():
     arguments = {"class_labels": 1, "trajectory_steps": [1]}
     got = call(modular, **arguments)
     assert np.array_equal(got, call(pipe, **arguments, guidance_scale=3.0))
+    modular.update_components(clip_guided_noise="never")
+    with pytest.raises(ValueError, match="clip_guided_noise must be False, True or \"always\", got 'never'"):
+        call(modular, **arguments)
 
 
 def test_a_sampler_of_diffusers_starts_from_an_image():

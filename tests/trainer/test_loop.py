@@ -70,7 +70,9 @@ def test_an_objective_that_changes_along_the_run_is_told_how_far_it_is(data, tmp
     objective = Following()
     trainer(data, tmp_path, objective, max_train_steps=4).train()
     assert objective.told == [(step / 4, step) for step in range(4)]
-    assert not hasattr(CountedError(), "progress")  # others are left as they are
+    others = CountedError()
+    trainer(data, tmp_path / "others", others, max_train_steps=1).train()
+    assert not hasattr(others, "progress") and not hasattr(others, "steps")
 
 
 def test_steps_that_a_scaled_loss_leaves_out_do_not_spoil_the_log(data, tmp_path):
