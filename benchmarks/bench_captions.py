@@ -5,7 +5,8 @@
 The encoder is that of `training/train_text_to_image.py`, and learns to tell the labels of the images from the mean of its
 hidden states, which is what a denoiser is told of a text beside attention to it (`pool_context`). Printed is the share of
 held-out captions whose label it tells, the mean of the last steps, for each seed; beside it that of a linear model of the
-characters. It says what the encoder can carry over to other captions, not how good images are.
+characters, and with `--pretrained_text_encoder` of one of that encoder's mean hidden states. It says what the encoder can carry
+over to other captions, not how good images are.
 """
 
 import argparse
@@ -20,7 +21,8 @@ from torch import nn
 from diffusers_ext.data.bpe_dropout import BPEDropout
 from diffusers_ext.data.captions import TokenTable
 from diffusers_ext.data.sources import load_source
-from diffusers_ext.recipes.text_encoder import longest_caption, new_text_encoder, train_tokenizer
+from diffusers_ext.guidance.texts import encode_tokens, longest_text, tokenize
+from diffusers_ext.recipes.text_encoder import load_text_encoder, longest_caption, new_text_encoder, train_tokenizer
 
 
 def accuracy(
@@ -57,6 +59,25 @@ def accuracy(
     return statistics.mean(shares)
 
 
+@torch.no_grad()
+def mean_states(name: str, captions: list[str], batch_size: int = 64) -> torch.Tensor:
+    """The mean hidden states of captions by an encoder that is there, float32, shape `(captions, width)`."""
+    tokenizer, encoder = load_text_encoder(name)
+    longest, means = longest_text(tokenizer, encoder), []
+    for start in range(0, len(captions), batch_size):
+        tokens = tokenize(tokenizer, captions[start : start + batch_size], longest, full_length=False)
+        encoded = encode_tokens(encoder, *tokens, mask_padding=True)
+        weights = encoded.mask[..., None].float()
+        means.append((encoded.states * weights).sum(1) / weights.sum(1))
+    return torch.cat(means).float()
+
+
+def linear_share(features: dict, labels: dict[str, torch.Tensor], strength: float) -> float:
+    """The share of held-out captions whose label a linear model of their features tells."""
+    linear = LogisticRegression(C=strength, max_iter=3000).fit(features["train"], labels["train"])
+    return linear.score(features["test"], labels["test"])
+
+
 def main(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     captions, labels = {}, {}
@@ -65,11 +86,14 @@ def main(options: argparse.Namespace) -> None:
         captions[kind] = list(source[options.caption_column])
         labels[kind] = torch.tensor(list(source[options.label_column]))
     vectors = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5))
-    linear = LogisticRegression(C=30, max_iter=2000).fit(vectors.fit_transform(captions["train"]), labels["train"])
-    share = linear.score(vectors.transform(captions["test"]), labels["test"])
+    characters = {"train": vectors.fit_transform(captions["train"]), "test": vectors.transform(captions["test"])}
+    share = linear_share(characters, labels, 30)
     print(
         f"{len(captions['train'])} captions, {len(captions['test'])} held out; linear in the characters: {share:.1%}"
     )
+    if options.pretrained_text_encoder is not None:
+        states = {split: mean_states(options.pretrained_text_encoder, captions[split]) for split in captions}
+        print(f"linear in the states of {options.pretrained_text_encoder}: {linear_share(states, labels, 1):.1%}")
     for rate in options.rates:
         shares = [accuracy(captions, labels, rate, seed, options) for seed in options.seeds]
         each = ", ".join(f"{share:.1%}" for share in shares)
@@ -82,7 +106,8 @@ if __name__ == "__main__":
     parser.add_argument("--caption_column", default="text")
     parser.add_argument("--label_column", default="label")
     parser.add_argument("--held_out_split", default="test")
-    parser.add_argument("--rates", type=float, nargs="+", default=[0.0, 0.1, 0.2, 0.4])
+    parser.add_argument("--pretrained_text_encoder", help="folder or name on the Hub; by default none")
+    parser.add_argument("--rates", type=float, nargs="*", default=[0.0, 0.1, 0.2, 0.4])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=400, help="of 64 captions")
     parser.add_argument("--vocab_size", type=int, default=2000)

@@ -107,7 +107,6 @@ VAE = "python training/train_vae.py --dataset_name path/to/twemoji64 --architect
 FEATURES = "python training/train_features.py --dataset_name path/to/italy_power_demand --output_dir runs/features-italy_power_demand"
 BEFORE = {
     "model_cards/twemoji_latent/README.md": VAE,
-    "model_cards/twemoji_text/README.md": VAE,
     "model_cards/italy_power_demand/README.md": FEATURES,
 }
 
@@ -182,6 +181,12 @@ def save_checkpoint_of_lucidrains(file):
     torch.save({"model": state, "ema": {f"ema_model.{name}": value for name, value in state.items()}}, file)
 
 
+def save_text_encoder(folder):
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(folder)
+    tiny_clip(tokenizer).save_pretrained(folder)
+
+
 # Data and models by the names that documents give them.
 MATERIAL = {
     "path/to/images": lambda folder: save_files(folder, side=20),
@@ -193,6 +198,7 @@ MATERIAL = {
     "path/to/64x64_diffusion.pt": save_checkpoint_of_guided_diffusion,
     "results/model-1.pt": save_checkpoint_of_lucidrains,
     "a/stable-diffusion": save_stable_diffusion,
+    "path/to/all-MiniLM-L6-v2": save_text_encoder,
     "a/ddpm": save_ddpm,
 }
 
