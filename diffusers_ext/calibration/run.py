@@ -82,10 +82,6 @@ def calibrate(
         "scheduler_class": type(pipe.scheduler).__name__,
         "left_out": [],
     }
-    config, lists = {}, {}
-    if subject.has_betas:
-        config, lists["bound"] = _measure_variance(subject, data, budget, seed, report, say)
-
     chosen, rulers = Guidance(), _make_rulers(subject, data, budget, seed, report, keeps_time)
     own = subject.own_timesteps(subject.num_steps)
     before = {}
@@ -104,6 +100,10 @@ def calibrate(
         if width is not None:
             say(f"weights: the average of ema_std {width:g}")
 
+    config, lists = {}, {}
+    if subject.has_betas:  # of the weights that were chosen
+        config, lists["bound"] = _measure_variance(subject, data, budget, seed, report, say)
+
     say("timesteps: from a fine trajectory")
     call = chosen.call(own) if chosen.scale != 1 else {}
     number = timesteps.NUM_IMAGES
@@ -115,8 +115,9 @@ def calibrate(
     report["distance_from_fine_trajectory"] = {str(number): pair for number, pair in distances.items()}
     subject.choose(**config)
     stepping = _choose_steps(subject, rulers, chosen, lists["trajectory"], budget, report, say)
-    if stepping.timesteps == "spacing" and lists["trajectory"].get(subject.num_steps, own) != own:
-        lists["trajectory"] = {number: subject.own_timesteps(number) for number in lists["trajectory"]}
+    if stepping.timesteps == "spacing" and lists["trajectory"].get(subject.num_steps) != own:
+        numbers = {*lists["trajectory"], subject.num_steps}  # of which the last may be more than the grid has
+        lists["trajectory"] = {number: subject.own_timesteps(number) for number in sorted(numbers)}
     optimal = {"spacing": pipe.scheduler.config.timestep_spacing} | {
         objective: {str(number): each for number, each in found.items()} for objective, found in lists.items()
     }

@@ -74,11 +74,12 @@ def _call(subject: Subject, number: int, guidance: dict, seed: int) -> dict:
 
 def images_that_fit(subject: Subject, guidance: dict, budget: Budget) -> int:
     """Of how many images the fine trajectories fit into the time, by what two steps of a few take; up to `NUM_IMAGES`."""
-    few = subject.search_grid(NUM_FINE_STEPS)[[0, NUM_FINE_STEPS // 2]].tolist()  # the latter is guided, if any is
+    grid = subject.search_grid(NUM_FINE_STEPS)
+    few = grid[[0, len(grid) // 2]].tolist()  # the latter is guided, if any is
     call = _call(subject, FEWEST_IMAGES, guidance, seed=0)
     start = time.perf_counter()
     _sample(subject, call, few)
-    seconds = (time.perf_counter() - start) / len(few) / FEWEST_IMAGES * NUM_FINE_STEPS
+    seconds = (time.perf_counter() - start) / len(few) / FEWEST_IMAGES * len(grid)
     return number_that_fits(SHARE_OF_FINE * budget.left, seconds, FEWEST_IMAGES, NUM_IMAGES)
 
 

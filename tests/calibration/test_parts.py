@@ -228,6 +228,47 @@ def test_what_keeps_to_its_time_leaves_out_what_takes_longer():
     assert "guidance" not in hasty and "gained" not in hasty and "2" in hasty["distance_from_fine_trajectory"]
 
 
+@pytest.mark.parametrize("length", [2, 20, 40])
+def test_a_chain_that_is_shorter_than_the_fine_trajectory_is_calibrated(length):
+    scheduler = ExtDDIMScheduler(
+        num_train_timesteps=length, beta_reference_timesteps=1000, timestep_spacing="trailing"
+    )
+    subject = Subject.of(GuidedDiffusionPipeline(tiny_unet(num_classes=2), scheduler), 2)
+    assert timesteps.images_that_fit(subject, {}, FOREVER) == 32
+    found = calibrate(subject, Data(real_images(), None, None), 0.01, keeps_time=True)
+    assert found["distance_from_fine_trajectory"]
+
+
+def test_timesteps_that_nothing_compared_are_not_visited():
+    """Of a number of steps beyond the grid of the search there is no list near the trajectory, and none is made of another."""
+    torch.manual_seed(0)
+    scheduler = ExtDDIMScheduler(timestep_spacing="trailing")
+    subject = Subject.of(GuidedDiffusionPipeline(tiny_unet(), scheduler), 100)
+    expected = scheduler.list_timesteps(100).tolist()
+    calibrate(subject, Data(real_images(), None, None), 0.01)
+    assert subject.pipe.scheduler.list_timesteps(100).tolist() == expected
+
+
+def test_the_variance_is_that_of_the_weights_that_were_chosen(monkeypatch, tmp_path):
+    torch.manual_seed(0)
+    subject = labelled_subject()
+    features = FeatureClassifierModel(8, 1, 2, (8, 16), label_names=["a", "b"])
+
+    def others(network, run, measure, budget):
+        """A width whose weights predict nothing."""
+        for parameter in network.parameters():
+            parameter.data.zero_()
+        return 0.1, []
+
+    monkeypatch.setattr(averages, "choose_width", others)
+    found = calibrate(subject, Data(real_images(), None, features), 0.01, run=tmp_path)
+    of_others = labelled_subject()
+    others(of_others.pipe.denoiser, None, None, None)
+    expected = calibrate(of_others, Data(real_images(), None, None), 0.01)
+    assert found["averages"]["chosen"] == 0.1
+    assert found["analytic_variance"]["x0_variance"] == expected["analytic_variance"]["x0_variance"]
+
+
 def test_a_test_split_is_no_part_of_the_choice_nor_of_the_report():
     other = LabelledImages(
         torch.full((9, 1, 8, 8), 200, dtype=torch.uint8), torch.zeros(9, dtype=torch.int64), ["a", "b"]
