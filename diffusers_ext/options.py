@@ -129,6 +129,7 @@ def parse_config(
     try:
         values = read_yaml(cls, config_file) if config_file else {}
         config = cls(**(values | given))
+        object.__setattr__(config, "_given", frozenset(values | given))
         check_options(config)  # which not every one does by itself
     except (ValueError, OSError) as error:
         parser.error(str(error))
@@ -136,6 +137,13 @@ def parse_config(
         print(to_yaml(config), end="")
         return None
     return config
+
+
+def given_names(config: Any) -> frozenset[str]:
+    """Names of the options that the command line or its file gave; of a config that was made in Python, those that differ from
+    their defaults."""
+    differ = (field.name for field in dataclasses.fields(config) if getattr(config, field.name) != field.default)
+    return getattr(config, "_given", None) or frozenset(differ)
 
 
 def run_script(
@@ -265,7 +273,7 @@ def preset_of(cls: type, values: dict[str, Any]) -> dict[str, Any]:
     """What the preset that `values` name gives beside them, or the one that is taken where they name none, with its name.
 
     Nothing that has no effect with them: an option that another one stands in for (`REPLACED_BY` of the class: the option, if it
-    is not off, and what it leaves no room for) is left to that.
+    is not off, or "option=value", and what it leaves no room for) is left to that.
     """
     preset = values.get("preset")
     if preset is None and hasattr(cls, "preset_for"):
@@ -273,6 +281,7 @@ def preset_of(cls: type, values: dict[str, Any]) -> dict[str, Any]:
     if preset not in getattr(cls, "PRESETS", {}):
         return {}
     given = {name for name, value in values.items() if value is not None and value is not False}
+    given |= {f"{name}={values[name]}" for name in given}
     replaced = {name for other in given for name in cls.REPLACED_BY.get(other, ())}
     given = {name: value for name, value in cls.PRESETS[preset].items() if name not in {*values, *replaced}}
     needs = {field.name: field.metadata["needs"] for field in dataclasses.fields(cls)}

@@ -14,6 +14,7 @@ from diffusers_ext.options import (
     describe_preset,
     fixed_on_resume,
     fixed_option,
+    given_names,
     option,
     parse_config,
     read_yaml,
@@ -404,6 +405,35 @@ def test_a_preset_leaves_the_network_and_the_path_to_options_that_name_others():
         *(("stratified", None), ("stratified", 4.0), ("logit_normal", None)),
     ]
     assert TextConfig(preset="quick").model_guidance_scale is None
+
+
+def test_a_preset_leaves_the_path_to_a_sampler_that_the_linear_one_has_not():
+    """Such as a run by time that says no more than its scheduler, which nobody asked for the linear path."""
+    of_time = partial(train_ddpm.TrainConfig, dataset_name="path/to/images", max_train_time="10m")
+    for options in ({"scheduler": "ddpm"}, {"scheduler": "ddim"}, {"timestep_spacing": "leading"}):
+        made = of_time(**options)
+        assert (made.preset, made.model, made.is_linear) == ("quick", "dit", False)
+        assert (made.timestep_sampling, made.model_guidance_scale) == ("stratified", None)
+    for options in ({"scheduler": "flow"}, {"timestep_spacing": "linspace"}):
+        assert of_time(**options).is_linear and of_time(**options).timestep_sampling == "logit_normal"
+
+
+@pytest.mark.parametrize("preset", ["quick", "good", None])
+def test_a_run_that_goes_on_has_the_preset_that_it_began_with(tmp_path, preset):
+    """Whatever time it is given now."""
+    for folder in (tmp_path, tmp_path / "checkpoint-5"):
+        folder.mkdir(exist_ok=True)
+        write(folder / "train_config.yaml", yaml.safe_dump({"preset": preset}))
+    again = partial(train_ddpm.TrainConfig, dataset_name="path/to/images", output_dir=str(tmp_path))
+    for request in ("latest", "checkpoint-5", str(tmp_path / "checkpoint-5")):
+        for budget in ({"max_train_time": "10m"}, {"max_train_time": "2h"}, {"max_train_steps": 9}):
+            assert again(**budget, resume_from_checkpoint=request).preset == preset
+
+
+def test_options_that_were_given_are_known_though_they_are_the_defaults(tmp_path):
+    config = parse_config(Budgeted, ["--config", write(tmp_path / "c.yaml", "weight: 0.0"), "--rates", "1.0"])
+    assert given_names(config) == {"weight", "rates"}
+    assert given_names(Budgeted(steps=7)) == {"steps"}
 
 
 def test_keywords_are_those_of_a_yaml_file(tmp_path):

@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 
 from accelerate import Accelerator
-from diffusers import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from safetensors.torch import load_file
 
 from diffusers_ext import GuidedDiffusionPipeline
 from diffusers_ext.data.image_table import ImageData
@@ -29,12 +29,16 @@ from diffusers_ext.recipes.distillation import (
     paired_by_default,
     student_scheduler,
 )
+from diffusers_ext.recipes.distillation_objective import check_teacher, digest_of
 from diffusers_ext.recipes.sample_grids import draw_while_training, drawing_cost, save_and_draw
 from diffusers_ext.recipes.teacher import Teacher, load_teacher
+from diffusers_ext.trainer.checkpoints import find_checkpoint
 from diffusers_ext.trainer.config import resolve_for_machine
 from diffusers_ext.trainer.loop import Trainer
 from diffusers_ext.trainer.run import describe_data, finish_run, make_accelerator, open_run
+from diffusers_ext.trainer.run_folder import check_same_run
 from diffusers_ext.trainer.sharding import is_sharded
+from diffusers_ext.trainer.state import OBJECTIVE_FILE
 
 
 def main(config: DistillConfig) -> Path:
@@ -49,6 +53,8 @@ def main(config: DistillConfig) -> Path:
         config = paired_by_default(guided_by_default(config, pipe))
         check_steps(config, Teacher(pipe, config.guidance_scale, config.guidance_interval))
         config, data, space = load_student_data(config, accelerator, pipe)
+        if config.label_dropout is None:
+            config = dataclasses.replace(config, label_dropout=0.1 if pipe.null_label is not None else 0.0)
         open_folder(
             dataclasses.replace(resolve_for_machine(config), report_to=None)
         )  # each stage has trackers of its own
@@ -56,6 +62,7 @@ def main(config: DistillConfig) -> Path:
             folder = Path(stage.output_dir)
             if stage.output_dir != config.output_dir:
                 if (folder / "model_index.json").is_file():
+                    check_finished(resolve_for_machine(stage))
                     accelerator.print(
                         f"{folder} holds the student of {stage.student_steps} steps: it is not trained anew"
                     )
@@ -66,6 +73,19 @@ def main(config: DistillConfig) -> Path:
             run_stage(resolve_for_machine(stage), accelerator, data, space, command)
             accelerator.free_memory()
     return Path(config.output_dir)
+
+
+def check_finished(stage: DistillConfig) -> None:
+    """Refuses to go on from the student of a stage that learned another thing.
+
+    Raises:
+        ValueError: if its options were others, or its pipeline had other weights.
+    """
+    check_same_run(stage, Path(stage.output_dir))
+    checkpoint, _ = find_checkpoint(Path(stage.output_dir), "latest")
+    if checkpoint is not None:
+        before = load_file(checkpoint / OBJECTIVE_FILE)["teacher_digest"]
+        check_teacher(before, digest_of(load_teacher(stage.pipeline).denoiser))
 
 
 def run_stage(
@@ -82,13 +102,15 @@ def run_stage(
         accelerator.init_trackers(config.tracker_project_name, config={"options": to_yaml(config)})
     pipe = load_teacher(config.pipeline).to(accelerator.device)
     teacher = Teacher(pipe, config.guidance_scale, config.guidance_interval, accelerator.autocast)
-    if config.label_dropout is None:
-        config = dataclasses.replace(config, label_dropout=0.1 if teacher.null_label is not None else 0.0)
     student = teacher.copy_network()
     if not config.label_dropout and "learned_unconditional" in student.config and not data.has_unlabelled:
         student.register_to_config(learned_unconditional=data.id2label is None)
     saved = partial(
-        averaged_student, scheduler=student_scheduler(config, teacher), vae=space.vae, names=pipe.config.id2label
+        averaged_student,
+        scheduler=student_scheduler(config, teacher),
+        space=space,
+        names=pipe.config.id2label,
+        value_scale=pipe.config.value_scale,
     )
     objective, rows = build_objective(config, teacher, accelerator), rows_of(data)
     trainer = Trainer(
@@ -115,15 +137,21 @@ def run_stage(
 
 @contextmanager
 def averaged_student(
-    trainer: Trainer, scheduler: SchedulerMixin, vae: ModelMixin | None, names: dict[str, str] | None
+    trainer: Trainer,
+    scheduler: SchedulerMixin,
+    space: SampleSpace,
+    names: dict[str, str] | None,
+    value_scale: dict | None,
 ) -> Iterator[GuidedDiffusionPipeline]:
     """The pipeline of the student as it stands, with the averaged weights if there are any."""
     with trainer.averaged_model() as model:
         pipe = GuidedDiffusionPipeline(
             denoiser=model,
             scheduler=type(scheduler).from_config(scheduler.config),
-            vae=vae,
+            vae=space.vae,
+            statistics=space.statistics,
             id2label=names,
+            value_scale=value_scale,
             call_defaults={"num_inference_steps": trainer.config.student_steps},
             clip_guided_noise="always",  # as in the steps that it was trained towards
         )

@@ -17,12 +17,14 @@ from diffusers_ext.command_names import name_commands
 from diffusers_ext.data.config import DataConfig
 from diffusers_ext.data.image_table import ImageData
 from diffusers_ext.data.latent_cache import SampleSpace, prepare_samples, read_info
+from diffusers_ext.data.sequences import in_scale_of
 from diffusers_ext.data.stream import StreamData
 from diffusers_ext.diffusion.distillation import CONSISTENCY_WEIGHTINGS, angle_timesteps, noise_ratio
 from diffusers_ext.diffusion.timesteps import make_timesteps
+from diffusers_ext.evaluation.options import OF_MACHINE
 from diffusers_ext.evaluation.pipeline_facts import image_size_of, label_names_of
 from diffusers_ext.guidance.guided_denoiser import check_guidance_scale
-from diffusers_ext.options import fixed_option, option
+from diffusers_ext.options import fixed_option, given_names, option
 from diffusers_ext.pipelines.pipeline_guided_diffusion import GuidedDiffusionPipeline
 from diffusers_ext.recipes.distillation_objective import (
     CONSISTENCY_PAIRS,
@@ -256,11 +258,11 @@ def complete(config: DistillConfig) -> DistillConfig:
     saved = options_of_run(config.pipeline)
     changes: dict[str, Any] = {}
     if config.dataset_name in (None, saved.get("dataset_name")):
-        for field in dataclasses.fields(DataConfig):
-            default = {each.name: each.default for each in dataclasses.fields(config)}[field.name]
-            value = saved.get(field.name)
-            if value is not None and getattr(config, field.name) == default:
-                changes[field.name] = tuple(value) if isinstance(value, list) else value
+        given = {*given_names(config), *OF_MACHINE, "sequence_scale"}  # the pipeline itself knows the last
+        for name in [field.name for field in dataclasses.fields(DataConfig) if field.name not in given]:
+            value = saved.get(name)
+            if value is not None:
+                changes[name] = tuple(value) if isinstance(value, list) else value
     if config.dataset_name is None and "dataset_name" not in changes:
         raise ValueError(f"{config.pipeline} has no {CONFIG_FILE} that names its data set: give --dataset_name")
     if config.output_dir is None:
@@ -280,26 +282,33 @@ def load_student_data(
         config = dataclasses.replace(config, unconditional=True, num_classes=None, label_names=None)
     if config.resolution is None and not read_info(config.dataset_name):
         config = dataclasses.replace(config, resolution=image_size_of(pipe))
+    scale = config.sequence_scale
+    refusal = f"sequence_scale must be left out, since the pipeline has a scale, got {scale}"
     with accelerator.local_main_process_first():
-        data = prepare_samples(config, pipe.vae)
+        data = in_scale_of(pipe.config, prepare_samples(config, pipe.vae), scale, refusal)
     for note in (describe_data(config, data), *data.notes):
         accelerator.print(note)
-    space = SampleSpace.of(data, pipe.vae)
+    space = dataclasses.replace(SampleSpace.of(data, pipe.vae), statistics=pipe.statistics)
     if tuple(space.shape) != tuple(pipe._sample_shape):
         shapes = ["x".join(map(str, shape)) for shape in (pipe._sample_shape, space.shape)]
         raise ValueError(
             f"the images must be those that the pipeline makes, whose samples are {shapes[0]}, got {shapes[1]} of {data.name}: "
             "see --resolution and --image_mode"
         )
-    _check_labels(pipe, data)
+    _check_labels(pipe, data, config.label_dropout)
     return dataclasses.replace(config, resolution=space.resolution, resize_mode=data.resize_mode), data, space
 
 
-def _check_labels(pipe: GuidedDiffusionPipeline, data: ImageData | StreamData) -> None:
-    """Refuses images with other labels than the pipeline's."""
+def _check_labels(pipe: GuidedDiffusionPipeline, data: ImageData | StreamData, dropout: float | None) -> None:
+    """Refuses images with other labels than the pipeline's, and to leave labels out that it cannot do without."""
     number, names = pipe.denoiser_num_classes, label_names_of(pipe)
     if number is None:
         return
+    if dropout and pipe.null_label is None:
+        raise ValueError(
+            "label_dropout must be 0 for a pipeline that has no label that stands for none (its own label_dropout was 0), got "
+            f"{dropout:g}"
+        )
     if data.id2label is None:
         raise ValueError(f"the pipeline makes images by label, and those of {data.name} have none: see --label_column")
     here = [data.id2label[label] for label in sorted(data.id2label)]

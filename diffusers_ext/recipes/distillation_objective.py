@@ -46,6 +46,27 @@ CONSISTENCY_PAIRS = ("data", "teacher")
 WITH_BOUNDARY_CONDITION = ("v_prediction", "flow")
 
 
+def digest_of(network: nn.Module) -> Tensor:
+    """A digest of the weights, uint8."""
+    return torch.tensor(list(bytes.fromhex(hash_weights(network))), dtype=torch.uint8)
+
+
+def check_teacher(before: Tensor, now: Tensor) -> None:
+    """Refuses to go on with another teacher.
+
+    Args:
+        before, now: Of `digest_of`.
+
+    Raises:
+        ValueError: if they differ.
+    """
+    if not torch.equal(before.cpu(), now.cpu()):
+        raise ValueError(
+            "the checkpoint is of a run with another pipeline to distil, whose weights are others: give the same one, or "
+            "start a new run in another --output_dir"
+        )
+
+
 class StudentObjective(RecordedObjective):
     """The mean loss of a batch, to be called with the student and the batch (see `diffusers_ext.data.batches`).
 
@@ -61,8 +82,7 @@ class StudentObjective(RecordedObjective):
         super().__init__()
         self.teacher, self.schedule, self.prediction_type = teacher, teacher.schedule, teacher.prediction_type
         self.loss_record = LossRecord(teacher.schedule, accelerator=accelerator)
-        digest = bytes.fromhex(hash_weights(teacher.network))
-        self.register_buffer("teacher_digest", torch.tensor(list(digest), dtype=torch.uint8))
+        self.register_buffer("teacher_digest", digest_of(teacher.network))
 
     def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         timesteps, loss = self.losses(model, batch)
@@ -84,11 +104,7 @@ class StudentObjective(RecordedObjective):
         Raises:
             ValueError: if it is one.
         """
-        if not torch.equal(state_dict["teacher_digest"].cpu(), self.teacher_digest.cpu()):
-            raise ValueError(
-                "the checkpoint is of a run with another pipeline to distil, whose weights are others: give the same one, or "
-                "start a new run in another --output_dir"
-            )
+        check_teacher(state_dict["teacher_digest"], self.teacher_digest)
         return super().load_state_dict(state_dict, *args, **kwargs)
 
 

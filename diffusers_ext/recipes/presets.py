@@ -6,9 +6,13 @@
 DiT-S (arXiv 2212.09748, Table 1) at its learning rate doubled for small batches. They are a beginning, not a search: nobody knows the data but the user.
 """
 
+from pathlib import Path
 from typing import Any
 
+from diffusers_ext.recipes.training_path import SCHEDULERS
+from diffusers_ext.trainer.run_folder import CONFIG_FILE
 from diffusers_ext.trainer.schedule import parse_duration
+from diffusers_ext.untrusted import read_yaml_mapping
 
 
 # By the name of the preset, shortest first. Options of one kind of network have no effect with the other, and are left out there.
@@ -57,9 +61,11 @@ _FOR_UNETS = (
     "fourier_features",
 )
 _FOR_SEQUENCES = ("sequence_column", "sequence_layout", "sequence_scale")
+_OF_LINEAR = ("path", "timestep_sampling", "model_guidance_scale")
 _FOR_BETAS = ("beta_schedule", "beta_start", "beta_end", "beta_reference_timesteps", "rescale_betas_zero_snr")
 
 # An option that is given, and not off, and those of a preset that it leaves no room for.
+# An option at a value is "option=value".
 REPLACED_BY: dict[str, tuple[str, ...]] = {
     "max_train_steps": ("max_train_time",),
     "dit_size": _OF_NETWORKS,
@@ -68,6 +74,10 @@ REPLACED_BY: dict[str, tuple[str, ...]] = {
     "path": ("timestep_sampling", "model_guidance_scale"),
     "objective": ("model_guidance_scale",),
     "timestep_shift": ("timestep_sampling",),
+    # The linear path has a sampler of its own, and spacings.
+    **dict.fromkeys(
+        (*(f"scheduler={name}" for name in SCHEDULERS if name != "flow"), "timestep_spacing=leading"), _OF_LINEAR
+    ),
     **dict.fromkeys((*_FOR_UNETS, *_FOR_SEQUENCES), ("model",)),
     **dict.fromkeys(_FOR_BETAS, ("path",)),
 }
@@ -80,14 +90,25 @@ _SAYS_HOW = {*_RECIPE, *REPLACED_BY, "prediction_type", "loss_weighting", "optim
 
 def preset_for(values: dict[str, Any]) -> str | None:
     """The preset of a run by time that says nothing of its network, its path or its optimizer; None for one that does, and for
-    the digits, of 8x8: after 90 s of a core "quick" has a Fréchet distance of 7.1 there, and the defaults 2.2.
+    the digits, of 8x8: after 90 s of a core "quick" has a Fréchet distance of 7.1 there, and the defaults 2.2. A run that goes on
+    has the preset that it began with.
 
     Args:
         values: The options that are given, by name.
     """
+    if values.get("resume_from_checkpoint") is not None:
+        return _preset_of_run(values)
     if values.get("max_train_time") is None or not _SAYS_HOW.isdisjoint(values):
         return None
     if values.get("dataset_name", "digits") == "digits":
         return None
     seconds = parse_duration(values["max_train_time"])
     return max((name for name, least in BY_TIME.items() if seconds >= least), key=BY_TIME.__getitem__, default=None)
+
+
+def _preset_of_run(values: dict[str, Any]) -> str | None:
+    """The preset in the options of the checkpoint, or of the folder with the latest one, that a run goes on from."""
+    request, folder = values["resume_from_checkpoint"], Path(values.get("output_dir") or "")
+    places = [folder] if request == "latest" else [Path(request), folder / request]
+    found = next((place / CONFIG_FILE for place in places if (place / CONFIG_FILE).is_file()), None)
+    return None if found is None else read_yaml_mapping(found).get("preset")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from diffusers import ClassifierFreeGuidance
 from PIL import Image
 from safetensors.torch import load_file
@@ -16,8 +17,9 @@ from safetensors.torch import load_file
 from diffusers_ext import ConsistencyScheduler, ExtDDIMScheduler, FlowScheduler, GuidedDiffusionPipeline, UNetModel
 from diffusers_ext.diffusion.distillation import angle_timesteps
 from diffusers_ext.diffusion.timesteps import make_timesteps
-from diffusers_ext.recipes.distillation import guided_by_default, paired_by_default
-from diffusers_ext.recipes.teacher import Teacher
+from diffusers_ext.models.statistics import DataStatisticsModel
+from diffusers_ext.recipes.distillation import complete, guided_by_default, load_student_data, paired_by_default
+from diffusers_ext.recipes.teacher import Teacher, load_teacher
 from runs import assert_same_run, forget_accelerate
 from tiny import tiny_unet
 from tiny_vae import tiny_vae
@@ -129,6 +131,66 @@ def test_a_run_that_was_broken_off_ends_in_the_same_student(folders, progressive
     assert_same_run(again, progressive, 4)
     ours, theirs = load_file(again / WEIGHTS), load_file(progressive / WEIGHTS)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_finished_stage_of_another_distillation_is_not_gone_on_from(folders, progressive, tmp_path):
+    """Under another guidance, or of other weights, which the last stage alone does not know of."""
+    again = tmp_path / "again"
+    shutil.copytree(progressive, again)
+    (again / "model_index.json").unlink()
+    shutil.rmtree(again / "checkpoint-4")
+    go_on = ("--output_dir", str(again), "--resume_from_checkpoint", "latest")
+    with pytest.raises(ValueError, match="is of a run with guidance_scale 1.5, got 4.0"):
+        run(folders, *PROGRESSIVE[:-1], "4", *go_on)
+    shutil.copytree(folders / "pipe", tmp_path / "other")
+    network = tiny_unet(num_classes=2)
+    next(network.parameters()).data += 1e-3
+    network.save_pretrained(tmp_path / "other" / "denoiser")
+    with pytest.raises(ValueError, match="another pipeline to distil, whose weights are others"):
+        run(tmp_path, *PROGRESSIVE, *go_on, pipeline="other")
+    run(folders, *PROGRESSIVE, *go_on)
+
+
+def test_students_of_normalised_data_and_of_sequences_answer_in_the_units_of_the_data(folders, tmp_path):
+    statistics = DataStatisticsModel(8, 1)
+    statistics.mean.fill_(-0.5)
+    statistics.std.fill_(0.25)
+    names = dict(enumerate(LABELS))
+    scheduler = v_scheduler(clip_sample_range=6.0)
+    pipe = GuidedDiffusionPipeline(tiny_unet(num_classes=2), scheduler, id2label=names, statistics=statistics)
+    pipe.save_pretrained(tmp_path / "normalised")
+    data = ("--dataset_name", str(folders / "data"), "--max_train_steps", "1", "--teacher_steps", "4")
+    config = options(tmp_path, *data, pipeline="normalised")
+    _, _, space = load_student_data(config, Accelerator(), load_teacher(config.pipeline))
+    batch = space.encoder(torch.device("cpu"))(
+        {"images": torch.full((1, 1, 8, 8), -0.25), "own_labels": torch.zeros(1)}
+    )
+    torch.testing.assert_close(batch["images"], torch.ones(1, 1, 8, 8))
+    folder = run(tmp_path, *data, "--output_dir", str(tmp_path / "of_normalised"), pipeline="normalised")
+    student = diffusers.DiffusionPipeline.from_pretrained(folder)
+    assert torch.equal(student.statistics.mean, statistics.mean) and torch.equal(
+        student.statistics.std, statistics.std
+    )
+
+    np.savez(tmp_path / "sequences.npz", values=np.random.default_rng(0).normal(50, 9, size=(12, 16, 1)))
+    scale = {"shift": [50.0], "scale": [20.0]}
+    series = UNetModel(16, 1, 1, dims=1, block_out_channels=(8, 8), layers_per_block=1)
+    GuidedDiffusionPipeline(series, v_scheduler(), value_scale=scale).save_pretrained(tmp_path / "series")
+    data = ("--dataset_name", str(tmp_path / "sequences.npz"), *data[2:])
+    folder = run(tmp_path, *data, "--output_dir", str(tmp_path / "of_series"), pipeline="series")
+    assert diffusers.DiffusionPipeline.from_pretrained(folder).config.value_scale == scale
+
+
+def test_options_that_are_given_are_not_those_of_the_pipelines_run(folders, tmp_path):
+    """Though they are the defaults; those of a machine are of that run alone."""
+    pipe = shutil.copytree(folders / "pipe", tmp_path / "flipped")
+    saved = yaml.safe_load((pipe / "train_config.yaml").read_text())
+    (pipe / "train_config.yaml").write_text(
+        yaml.safe_dump(saved | {"random_flip": True, "preprocessing_num_workers": 4})
+    )
+    taken = complete(options(tmp_path, pipeline="flipped"))
+    assert taken.random_flip and taken.preprocessing_num_workers == 1 and taken.resolution == (8, 8)
+    assert not complete(options(tmp_path, "--no-random_flip", pipeline="flipped")).random_flip
 
 
 def test_a_consistency_model_is_sampled_in_one_step_and_in_some(folders, tmp_path):
@@ -253,12 +315,20 @@ def test_pipelines_and_images_that_do_not_fit_are_refused(folders, tmp_path):
         tmp_path / "swapped"
     )
     GuidedDiffusionPipeline(tiny_unet(), v_scheduler()).save_pretrained(tmp_path / "plain")
+    whole = tiny_unet(num_classes=2)
+    whole.register_to_config(learned_unconditional=False)
+    GuidedDiffusionPipeline(whole, v_scheduler(), id2label=names).save_pretrained(tmp_path / "whole")
     data, out = ("--dataset_name", str(folders / "data")), ("--output_dir", str(tmp_path / "out"))
     for pipeline, more, reason in (
         ("epsilon", data, "must predict v, x_0 or flow, got epsilon"),
         ("flow", (*data, "--method", "consistency", "--student_steps", "1"), "consistency is for paths of betas"),
         ("swapped", data, "labels of .* must be those of the pipeline, dog, cat, got cat, dog"),
         ("plain", (*data, "--guidance_scale", "2"), "guidance_scale must be 1 for a pipeline without labels"),
+        (
+            "whole",
+            (*data, "--label_dropout", "0.1"),
+            "must be 0 for a pipeline that has no label that stands for none",
+        ),
         ("plain", (), "has no train_config.yaml that names its data set"),
         ("plain", (*data, "--resolution", "16"), "whose samples are 1x8x8, got 1x16x16"),
         ("plain", (*data, "--teacher_steps", "64"), "at most the number of timesteps of the pipeline's path, 40"),
