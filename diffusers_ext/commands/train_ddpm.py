@@ -78,8 +78,7 @@ class TrainConfig(DenoisingConfig):
 
 def main(config: TrainConfig) -> Path:
     """Trains a model and returns the folder of its pipeline."""
-    accelerator = make_accelerator(config)
-    command = to_command(config, "training/train_ddpm.py")
+    accelerator, given = make_accelerator(config), config
     config = resolve_for_machine(config)
     with open_run(config, accelerator) as open_folder:
         vae = pretrained_vae(config)
@@ -91,6 +90,9 @@ def main(config: TrainConfig) -> Path:
         refuse_unlearned_guidance(config, unlabelled or config.drops_condition, "label_dropout")
         led, unconditional = config.leads_targets, None
         config = left_to_labels(config, data, learned=unlabelled)
+        # As it was given, but for a preset's guidance that is left out, which would then be asked for.
+        given = dataclasses.replace(given, model_guidance_scale=config.model_guidance_scale)
+        command = to_command(given, "training/train_ddpm.py")
         if led and not config.leads_targets:
             accelerator.print(
                 "no model_guidance_scale, which the preset has, since there are no images with and without labels"

@@ -338,6 +338,8 @@ def test_a_presets_guidance_that_has_no_labels_is_left_out_and_said(tmp_path, ca
     folder = main(TrainConfig(**settings, unconditional=True))
     assert "no model_guidance_scale, which the preset has" in capsys.readouterr().out
     assert parse_config(TrainConfig, ["--config", str(folder / "train_config.yaml")]).model_guidance_scale is None
+    card = (folder / "README.md").read_text()  # whose command makes the run again
+    assert "training/train_ddpm.py" in card and "--model_guidance_scale" not in card
     refused = tmp_path / "refused"
     with pytest.raises(ValueError, match="model_guidance_scale needs labels or texts, and digits has none"):
         main(TrainConfig(**SMALL | {"output_dir": str(refused)}, unconditional=True, model_guidance_scale=2.0))
