@@ -5,12 +5,15 @@ known words were always whole. Where merges are left out at random it learns fro
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from diffusers_ext.draws import derived_seed
+
+
+NUM_VARIANTS = 16  # that a text has in a training
 
 
 class BPEDropout:
@@ -43,6 +46,10 @@ class BPEDropout:
             text = self._backend.normalizer.normalize_str(text)
         words = [word for word, _ in self._backend.pre_tokenizer.pre_tokenize_str(text)]
         return [number for word in words for number in self._tokens(word, variant)]
+
+    def variants(self, text: str) -> Iterator[list[int]]:
+        """All divisions that the text has in a training."""
+        return (self(text, variant) for variant in range(1, 1 + NUM_VARIANTS))
 
     def _tokens(self, word: str, variant: int) -> list[int]:
         key = (word, variant)

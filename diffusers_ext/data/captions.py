@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diffusers_ext.command_names import name_commands
-from diffusers_ext.data.bpe_dropout import BPEDropout
+from diffusers_ext.data.bpe_dropout import NUM_VARIANTS, BPEDropout
 from diffusers_ext.data.config import DataConfig
 from diffusers_ext.data.identity import hash_weights
 from diffusers_ext.data.image_table import ImageData
@@ -128,9 +128,6 @@ def captions_of(data: ImageData) -> list[str]:
     if data.has_label_sets:
         raise ValueError(f"{data.name} has several labels an image, and an image is trained with one caption")
     return [data.id2label[number] for number in range(len(data.id2label))]
-
-
-NUM_VARIANTS = 16  # of the tokens of a caption, by dropout of merges
 
 
 class TokenTable:

@@ -216,7 +216,7 @@ class Texts:
         else:
             tokenizer = train_tokenizer(captions, config.vocab_size, LONGEST_BY_DEFAULT)
             # A multiple of 8 leaves prompts some room.
-            needed = min(-(-longest_caption(tokenizer, captions) // 8) * 8, LONGEST_BY_DEFAULT)
+            needed = min(-(-_longest_division(config, tokenizer, captions) // 8) * 8, LONGEST_BY_DEFAULT)
             max_length = tokenizer.model_max_length = config.max_text_length or needed
             torch.manual_seed(derived_seed(config.seed, 1))  # another seed than the denoiser's
             encoder = new_text_encoder(
@@ -233,11 +233,9 @@ class Texts:
         # Padding that is seen must be as long as it will be when images are made; that which is not, need not.
         length = self.max_length
         if self.mask_padding:
-            length = min(length, max(longest_caption(self.tokenizer, captions), 3))
+            length = min(length, max(_longest_division(self.config, self.tokenizer, captions), 3))
         if self.trained:
-            rate = self.config.bpe_dropout
-            dropout = BPEDropout(self.tokenizer, rate, self.config.seed) if rate else None
-            return TokenTable(self.tokenizer, captions, length, dropout)
+            return TokenTable(self.tokenizer, captions, length, _dropout(self.config, self.tokenizer))
         folder = Path(self.config.cache_dir or datasets.config.HF_DATASETS_CACHE) / "diffusers_ext"
         path = embed_captions(
             self.tokenizer,
@@ -250,3 +248,15 @@ class Texts:
         )
         self.text_encoder.to("cpu")  # until images are made
         return EmbeddingTable(path, self.config.text_cache == "memory", self.mask_padding)
+
+
+def _dropout(config: TextConfig, tokenizer: PreTrainedTokenizerBase) -> BPEDropout | None:
+    return BPEDropout(tokenizer, config.bpe_dropout, config.seed) if config.bpe_dropout else None
+
+
+def _longest_division(config: TextConfig, tokenizer: PreTrainedTokenizerBase, captions: Sequence[str]) -> int:
+    """Tokens of the longest caption, the special ones included, however it is divided in training."""
+    longest, dropout = longest_caption(tokenizer, captions), _dropout(config, tokenizer)
+    if dropout is None:
+        return longest
+    return max(longest, *(2 + len(tokens) for caption in captions for tokens in dropout.variants(caption)))

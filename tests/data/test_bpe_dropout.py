@@ -7,9 +7,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from diffusers_ext.data.bpe_dropout import BPEDropout
-from diffusers_ext.data.captions import NUM_VARIANTS, TokenTable
+from diffusers_ext.data.bpe_dropout import NUM_VARIANTS, BPEDropout
+from diffusers_ext.data.captions import TokenTable
 from diffusers_ext.recipes.text_encoder import train_tokenizer
+from diffusers_ext.recipes.text_to_image import TextConfig, Texts
 
 
 CAPTIONS = ["green apple", "Green heart", "a very much longer caption of green things", "naïve ☂"]
@@ -78,6 +79,24 @@ def test_held_out_captions_and_those_that_would_be_cut_stay_whole():
     uniform = torch.zeros(5, dtype=torch.float64)
     dropped = short.put_into({"labels": rows, "text_uniform": uniform})["input_ids"]
     assert torch.equal(dropped[2], TokenTable(words, CAPTIONS, 8).put_into({"labels": rows})["input_ids"][2])
+
+
+@pytest.mark.parametrize("mask_padding", [False, True])
+def test_texts_have_room_for_every_division_of_their_captions(mask_padding):
+    """Also of the longest one, which would otherwise stay whole, and of captions that are a word each."""
+    captions = ["strawberry", "blueberry", "raspberry"] * 20
+    config = TextConfig(dataset_name="data", bpe_dropout=0.9, mask_padding=mask_padding, text_hidden_size=16)
+    texts = Texts.of(config, captions)
+    table = texts.table(captions, torch.device("cpu"))
+    uniform = (torch.arange(NUM_VARIANTS, dtype=torch.float64) + 0.5) / NUM_VARIANTS
+    for row in range(3):
+        rows = torch.full((NUM_VARIANTS,), row)
+        ids = table.put_into({"labels": rows, "text_uniform": uniform})["input_ids"]
+        for variant, found in enumerate(ids, 1):
+            expected = BPEDropout(texts.tokenizer, 0.9, config.seed)(captions[row], variant)
+            assert found[1 : 1 + len(expected)].tolist() == expected
+            assert found[1 + len(expected)] == texts.tokenizer.eos_token_id
+        assert len(ids.unique(dim=0)) > 1
 
 
 def test_other_tokenizers_and_rates_are_refused():
