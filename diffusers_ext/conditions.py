@@ -18,12 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffusers_ext.diffusion.tables import DeviceTable
+
 
 CONDITIONS = ("lowres", "grey", "edges")
 GIVEN = "given"  # the kind of a condition that is no function of the image: a column of the data set
 
 LUMA = (0.299, 0.587, 0.114)  # of red, green and blue (Rec. ITU-R BT.601), as PIL's mode L
 EDGE_GAIN = 2.0  # a step of half of black to white, along a straight line, is a black line
+_ACROSS = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]) / 8  # of images in [-1, 1]
+_SOBEL = DeviceTable(torch.stack([_ACROSS, _ACROSS.T])[:, None])
 
 
 def lower_resolution(images: Tensor, factor: int) -> Tensor:
@@ -33,8 +37,7 @@ def lower_resolution(images: Tensor, factor: int) -> Tensor:
 
 def luma(images: Tensor) -> Tensor:
     """Brightness of images of 3 channels; of 4 channels, brightness and alpha."""
-    weights = torch.tensor(LUMA, dtype=images.dtype, device=images.device).view(1, 3, 1, 1)
-    brightness = (images[:, :3] * weights).sum(1, keepdim=True)
+    brightness = sum(weight * images[:, i : i + 1] for i, weight in enumerate(LUMA))
     return torch.cat([brightness, images[:, 3:]], dim=1)
 
 
@@ -44,10 +47,7 @@ def line_art(images: Tensor) -> Tensor:
     The gradient is that of Sobel's operator, in units of the range from black to white for each pixel of a straight edge.
     """
     channels = images.shape[1]
-    across = (
-        torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]).to(images) / 8
-    )  # of images in [-1, 1]
-    kernels = torch.stack([across, across.T])[:, None].repeat(channels, 1, 1, 1)
+    kernels = _SOBEL.on(images.device, images.dtype).repeat(channels, 1, 1, 1)
     padded = F.pad(images, (1, 1, 1, 1), mode="replicate")
     gradient = F.conv2d(padded, kernels, groups=channels).unflatten(1, (channels, 2)).norm(dim=2)
     return 1 - 2 * (EDGE_GAIN * gradient.amax(1, keepdim=True)).clamp(max=1)

@@ -74,11 +74,15 @@ def _warped(images: Tensor, size: Tensor, angle: Tensor, aspect: Tensor, directi
     scales = torch.diag_embed(torch.stack([stretch, 1 / stretch], dim=1))
     undo = _rotation(direction) @ scales @ _rotation(-direction) @ _rotation(-angle)
     undo = undo * torch.exp2(-SIZE_STD * size)[:, None, None]
-    sides = images.new_tensor([width, height], dtype=torch.float32)
-    offset = undo @ (-SHIFT_STD * shift.flip(1) * sides)[:, :, None]
+    # By numbers of the host alone, which copy nothing to a device.
+    moved = -SHIFT_STD * torch.stack([width * shift[:, 1], height * shift[:, 0]], dim=1)
+    offset = (undo @ moved[:, :, None])[:, :, 0]
     # grid_sample counts in halves of the sides.
-    half = sides / 2
-    theta = torch.cat([undo * half / half[:, None], offset / half[:, None]], dim=2)
+    rows = [
+        [undo[:, 0, 0], undo[:, 0, 1] * (height / width), offset[:, 0] * (2 / width)],
+        [undo[:, 1, 0] * (width / height), undo[:, 1, 1], offset[:, 1] * (2 / height)],
+    ]
+    theta = torch.stack([torch.stack(row, dim=1) for row in rows], dim=1)
     grid = F.affine_grid(theta, [*images.shape], align_corners=False)
     return F.grid_sample(images.float(), grid, padding_mode="reflection", align_corners=False).to(images.dtype)
 

@@ -4,7 +4,11 @@ import pytest
 import torch
 
 from devices import DEVICES, PRECISIONS, no_host_sync
+from diffusers_ext.conditions import line_art, luma
+from diffusers_ext.data.batches import NUM_AUGMENTATION
 from diffusers_ext.data.prepare import prepare_images
+from diffusers_ext.diffusion.tables import DeviceTable
+from diffusers_ext.recipes.augmentation import augment
 from diffusers_ext.recipes.denoising_objective import DenoisingObjective
 from diffusers_ext.recipes.model_guidance import ModelGuidance
 from diffusers_ext.schedulers import ExtDDIMScheduler
@@ -15,6 +19,7 @@ from tiny import tiny_unet
 pytestmark = pytest.mark.device
 
 ON_CPU = DEVICES == ["cpu"]
+UNIFORM = DeviceTable(torch.rand(4, NUM_AUGMENTATION, generator=torch.Generator().manual_seed(0)))
 
 
 @pytest.fixture(scope="module")
@@ -114,3 +119,15 @@ def test_no_training_step_waits_for_the_device(data, tmp_path, precision, import
     run._step = watched
     run.train()
     assert steps_without == [4, 5, 6, 7]
+
+
+@pytest.mark.product
+@pytest.mark.parametrize(
+    "prepare", [luma, line_art, lambda images: augment(images, UNIFORM.on(images.device, images.dtype), 0.5)]
+)
+def test_what_is_made_of_a_batch_waits_for_nothing(prepare):
+    """Once the tables are there."""
+    images = torch.rand(4, 3, 16, 16, device=DEVICES[0]) * 2 - 1
+    prepare(images)
+    with no_host_sync(DEVICES[0]):
+        prepare(images)
