@@ -1,6 +1,6 @@
 """Time of a training step of `DiTModel` beside diffusers' `DiTTransformer2DModel`, in one run.
 
-    python benchmarks/bench_dit.py
+    python benchmarks/bench_dit.py --compiled
     python benchmarks/bench_dit.py --name DiT-S/2 --size 32 --channels 4 --batch_size 8
 
 Both have the same widths, depth and heads, ten labels and batches of square samples; by default 1x32x32 in patches of 2,
@@ -31,7 +31,7 @@ def stock(
     )
 
 
-def main(name: str | None, size: int, channels: int, rounds: int, batch_size: int, threads: int):
+def main(name: str | None, size: int, channels: int, rounds: int, batch_size: int, threads: int, compiled: bool):
     widths = WIDTHS if name is None else dit_config(name)
 
     def ours() -> DiTModel:
@@ -43,6 +43,11 @@ def main(name: str | None, size: int, channels: int, rounds: int, batch_size: in
         "diffusers_ext, fp32": lambda: OurStep(ours(), False),
         "diffusers_ext, bf16 autocast": lambda: OurStep(ours(), True),
     }
+    if compiled:
+        settings["diffusers, bf16 autocast, compiled"] = lambda: StockStep(
+            stock(size, channels, **widths), True, compiled=True
+        )
+        settings["diffusers_ext, bf16 autocast, compiled"] = lambda: OurStep(ours(), True, compiled=True)
     print(", ".join(f"{key} {value}" for key, value in widths.items()))
     compare(settings, rounds, threads, (batch_size, channels, size, size), num_classes=10)
 
@@ -52,4 +57,5 @@ if __name__ == "__main__":
     options.add_argument("--name", help="a size of the paper, such as DiT-S/2, in place of width 256 and 6 blocks")
     options.add_argument("--size", type=int, default=32, help="side of the samples")
     options.add_argument("--channels", type=int, default=1, help="channels of the samples")
+    options.add_argument("--compiled", action="store_true", help="both compiled too, as by --compile")
     main(**vars(options.parse_args()))

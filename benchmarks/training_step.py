@@ -1,7 +1,7 @@
 """The time of training steps, measured by turns: what the benchmarks of networks share.
 
 A step is forward, backward, clipping, AdamW and averaging of the weights. diffusers' networks run as
-`train_unconditional.py` runs them; ours as `train_ddpm.py` does, without compiling, in a process that keeps its memory
+`train_unconditional.py` runs them; ours as `train_ddpm.py` does, in a process that keeps its memory
 (`diffusers_ext/runtime.py`). Each setting is a process of its own. They take turns of a step, so that a machine that slows
 down slows all of them, and the medians are compared.
 """
@@ -24,8 +24,10 @@ from diffusers_ext.trainer.ema import WeightAverage
 class StockStep:
     """A network with the optimizer and average of `train_unconditional.py`."""
 
-    def __init__(self, model: torch.nn.Module, mixed_precision: bool):
+    def __init__(self, model: torch.nn.Module, mixed_precision: bool, compiled: bool = False):
         self.model, self.mixed_precision = model, mixed_precision
+        if compiled:
+            model.compile()
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=1e-6)
         ema = EMAModel(model.parameters(), decay=0.9999, use_ema_warmup=True)
         self.average = lambda: ema.step(model.parameters())
@@ -43,8 +45,10 @@ class StockStep:
 class OurStep(StockStep):
     """A network with the memory layout, optimizer and average of `diffusers_ext.trainer`."""
 
-    def __init__(self, model: torch.nn.Module, mixed_precision: bool):
+    def __init__(self, model: torch.nn.Module, mixed_precision: bool, compiled: bool = False):
         self.model, self.mixed_precision = model.to(memory_format=torch.channels_last), mixed_precision
+        if compiled:
+            model.compile()
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         average = WeightAverage(model, std=0.1)
         self.average = lambda: average.update(model)

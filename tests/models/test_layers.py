@@ -78,6 +78,35 @@ def test_attention_in_bfloat16_and_its_gradients_are_as_close_as_their_rounding(
         assert (got - value).norm() < 0.01 * value.norm()
 
 
+@pytest.mark.parametrize("shape", [None, (5, 1, 1, 7)], ids=str)
+@pytest.mark.parametrize("most_pairs", [2**25, 1], ids=["by products", "fused"])
+def test_compiled_attention_in_bfloat16_and_its_gradients_are_as_close_as_their_rounding(
+    monkeypatch, most_pairs, shape
+):
+    """Written out for the compiler where its weights are few, which then are no fused kernel's."""
+    monkeypatch.setattr(layers, "MOST_PAIRS_KEPT", most_pairs)
+    torch.compiler.reset()
+    leaves = [draw(5, n, 3, 16).bfloat16().transpose(1, 2).requires_grad_() for n in (10, 7, 7)]
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    mask = None if shape is None else torch.where(draw(*shape) > 1, -1e4, draw(*shape)).bfloat16()
+    out_grad, kernels = draw(5, 3, 10, 16).bfloat16(), []
+
+    def as_written(graph, inputs):
+        kernels.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    query, key, value = exact
+    logits = query @ key.mT / 4
+    expected = (logits if mask is None else logits + mask.double()).softmax(-1) @ value
+    ours = torch.compile(attention, backend=as_written, fullgraph=True)(*leaves, mask)
+    torch.compiler.reset()
+    assert any("softmax" in name for name in kernels) == (most_pairs > 1)
+    assert (ours - expected).norm() < 0.01 * expected.norm()
+    wanted = torch.autograd.grad(expected, exact, out_grad.double())
+    for got, value in zip(torch.autograd.grad(ours, leaves, out_grad), wanted, strict=True):
+        assert (got - value).norm() < 0.01 * value.norm()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_without_gradients_is_the_fused_kernel_s(dtype):
     query, key, value = (draw(2, 3, n, 16, dtype=dtype) for n in (10, 7, 7))
