@@ -182,7 +182,10 @@ def build_network(
     """
     dims = 2 if isinstance(sample_size, int) else len(sample_size)
     if config.model == "dit" and dims == 1:
-        raise ValueError("model dit cuts images into patches, and the data are sequences: take model unet")
+        raise ValueError(
+            "model dit, which a run by time takes by default, cuts images into patches, and the data are sequences: take "
+            "--model unet"
+        )
     torch.manual_seed(config.seed)
     common = of_condition_image | {
         "sample_size": sample_size,

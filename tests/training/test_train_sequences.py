@@ -190,7 +190,7 @@ def test_without_labels_the_latents_of_an_autoencoder_are_features(data, vae):
     [
         (
             {"model": "dit", "block_out_channels": (64, 128, 128), "layers_per_block": 2},
-            "the data are sequences: take model unet",
+            "the data are sequences: take --model unet",
         ),
         ({"resolution": (6,), "block_out_channels": (8, 8, 8)}, "resolution must be a multiple of 4, .*halves"),
         ({"resolution": None}, "of several lengths .*give --resolution"),
