@@ -1,7 +1,7 @@
 """Options for a time that there is: what `--preset` of the commands that train a denoiser stands for.
 
 "quick" and "good" are a transformer on the linear path by Muon, which makes good images soonest of what was measured
-(docs/speedrun.md), at a width that a core can train in that time; "quick" learns its guidance along, where images have labels.
+(docs/speedrun.md), at a width that a core can train in that time; they learn their guidance along, where images have labels.
 "best" has the base width, the learning rate and the dropout of DDPM's model of CIFAR-10 (arXiv 2006.11239, Appendix B), or a
 DiT-S (arXiv 2212.09748, Table 1) at its learning rate doubled for small batches. They are a beginning, not a search: nobody knows the data but the user.
 """
@@ -35,6 +35,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_layers": 6,
         "path": "linear",
         "timestep_sampling": "logit_normal",
+        "model_guidance_scale": 2.5,
+        "learning_rate": 2e-3,
     },
     "best": {
         "max_train_time": "10h",

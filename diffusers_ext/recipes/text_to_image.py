@@ -98,10 +98,12 @@ class TextConfig(DenoisingConfig):
     )
 
     takes_texts: ClassVar[bool] = True
-    # Without guidance in training, on top of which that of the calls would come, which texts have by default.
+    # Without guidance in training, on top of which that of the calls would come, which texts have by default; and without the
+    # learning rate that was found beside it.
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        name: {option: value for option, value in options.items() if option != "model_guidance_scale"}
+        name: {option: value for option, value in options.items() if option not in left_out}
         for name, options in PRESETS.items()
+        for left_out in [("model_guidance_scale", "learning_rate") if "model_guidance_scale" in options else ()]
     }
     ESSENTIAL: ClassVar[tuple[str, ...]] = (
         *DenoisingConfig.ESSENTIAL,
