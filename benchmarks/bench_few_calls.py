@@ -172,9 +172,9 @@ def draw(results: dict, held_out: float, path: Path) -> None:
             style |= {"marker": "*", "markersize": 11} if name.startswith("student") else {}
             axes.plot(*zip(*points, strict=True), color=colours[name], label=name, **style) if points else None
         axes.axhline(held_out, color="grey", linestyle=":", label="held-out real images")
-        axes.set(
-            xscale="log", yscale="log", xlabel="steps", title={"guided": "guided", "plain": "without guidance"}[way]
-        )
+        axes.set(xscale="log", yscale="log", xlabel="steps")
+        if len(ways) > 1:
+            axes.set_title({"guided": "guided", "plain": "without guidance"}[way])
         ticks = sorted({int(number) for cells in results[way].values() for number, cell in cells.items() if cell})
         axes.set_xticks(ticks, labels=[str(number) for number in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
