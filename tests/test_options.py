@@ -399,10 +399,10 @@ def test_a_preset_leaves_the_network_and_the_path_to_options_that_name_others():
         )
     assert (quick(beta_schedule="linear").model, quick(beta_schedule="linear").path) == ("dit", None)
     assert quick(calibrate=True).path == "linear"
-    assert (quick().timestep_sampling, quick().model_guidance_scale) == ("logit_normal", 4.0)
+    assert (quick().timestep_sampling, quick().model_guidance_scale) == ("logit_normal", 2.5)
     others = ({"path": "learned"}, {"pretrained_pipeline": None, "timestep_shift": 2.0}, {"objective": "simple"})
     assert [(quick(**options).timestep_sampling, quick(**options).model_guidance_scale) for options in others] == [
-        *(("stratified", None), ("stratified", 4.0), ("logit_normal", None)),
+        *(("stratified", None), ("stratified", 2.5), ("logit_normal", None)),
     ]
     assert TextConfig(preset="quick").model_guidance_scale is None
 

@@ -24,7 +24,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_layers": 4,
         "path": "linear",
         "timestep_sampling": "logit_normal",
-        "model_guidance_scale": 4.0,
+        "model_guidance_scale": 2.5,
         "train_batch_size": 16,
         "num_inference_steps": 20,
     },
