@@ -94,7 +94,21 @@ def _steps_in_words(found: Mapping, number: int) -> str:
     beside = f" for {distance(own):.3g} of {name(own)}" if chosen != own else ""
     return (
         f"Of {len(found['tried'])} ways to make {number} steps, each of {found['num_images']} images from the same noise, steps of "
-        f"{name(chosen)} were chosen by the Fréchet distance from {found['source']}: {distance(chosen):.3g}{beside}."
+        f"{name(chosen)} were chosen by the Fréchet distance from {found['source']}: {distance(chosen):.3g}{beside}.{_few(found)}"
+    )
+
+
+def _few(found: Mapping) -> str:
+    """From how many steps on timesteps by the trajectory hold, if any do."""
+    if "fewest_by_trajectory" not in found:
+        return ""
+    tried = [
+        f"{row['trajectory']:.3g} for {row['spacing']:.3g} in {row['num_inference_steps']}"
+        for row in found["few_tried"]
+    ]
+    those = f" ({', '.join(tried)})" if tried else ""
+    return (
+        f" These timesteps hold from {found['fewest_by_trajectory']} steps on, and the scheduler's own below{those}."
     )
 
 

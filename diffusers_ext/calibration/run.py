@@ -25,6 +25,9 @@ SHARE_OF_TIMESTEPS, SHARE_OF_STEPS = 0.25, 0.7
 # Seeds of image sets, beside the seed that is given: what is chosen by is none of what any evaluation measures by default.
 SEED_OF_CHOICE, SEED_OF_REPORT = 501, 502
 
+# By which the timesteps near the trajectory are held for good, or not, in few steps; in one, both kinds are the same.
+FEWEST_STEPS = (4, 3, 2)
+
 FEW_STEPS = 10  # beside the number that the pipeline is calibrated for
 
 # Sets of images by which anything is chosen and reported: one guidance beside none, and what it gained.
@@ -115,6 +118,10 @@ def calibrate(
     report["distance_from_fine_trajectory"] = {str(number): pair for number, pair in distances.items()}
     subject.choose(**config)
     stepping = _choose_steps(subject, rulers, chosen, lists["trajectory"], budget, report, say)
+    if stepping.timesteps == "trajectory":
+        least = _fewest_steps(subject, rulers["choose"], chosen, stepping, lists["trajectory"], budget, report, say)
+        few = [number for number in lists["trajectory"] if number < least]
+        lists["trajectory"] |= {number: subject.own_timesteps(number) for number in few}
     if stepping.timesteps == "spacing" and lists["trajectory"].get(subject.num_steps) != own:
         numbers = {*lists["trajectory"], subject.num_steps}  # of which the last may be more than the grid has
         lists["trajectory"] = {number: subject.own_timesteps(number) for number in sorted(numbers)}
@@ -187,6 +194,31 @@ def _choose_steps(
             "chosen": asdict(stepping),
         }
     return stepping
+
+
+def _fewest_steps(
+    subject: Subject,
+    ruler: Ruler,
+    chosen: Guidance,
+    stepping: steps.Stepping,
+    lists: dict,
+    budget: Budget,
+    report: dict,
+    say,
+) -> int:
+    """From how many steps on the timesteps near the trajectory hold."""
+    if steps.has_orders(subject):
+        subject.choose(multistep_order=stepping.order)
+    numbers = [subject.num_steps, *(number for number in FEWEST_STEPS if number < subject.num_steps)]
+    say(f"few steps: sets of {ruler.num_images} images")
+
+    def measure(number: int, kind: str) -> float:
+        visited = lists[number] if kind == "trajectory" else subject.own_timesteps(number)
+        return ruler.measure(chosen, visited, {"timesteps": visited})["frechet_distance"]
+
+    least, tried = steps.fewest_by_trajectory(measure, numbers, budget.part(SHARE_OF_STEPS))
+    report["steps"] |= {"fewest_by_trajectory": least, "few_tried": tried}
+    return least
 
 
 def forget_calibration(subject: Subject) -> None:

@@ -1,6 +1,6 @@
 """The order of the steps and the timesteps under which images are nearest to held-out ones, with the guidance that was chosen."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from diffusers_ext.calibration.budget import Budget
@@ -46,6 +46,32 @@ def choose(
     if len(trials.tried) < 2:
         return OWN, []
     return trials.best_beside(OWN), trials.records()
+
+
+def fewest_by_trajectory(
+    measure: Callable[[int, str], float], numbers: Sequence[int], budget: Budget
+) -> tuple[int, list[dict]]:
+    """From how many steps on images are nearer at the timesteps near the trajectory, by sets of both kinds.
+
+    Few steps end near a fine trajectory by ends that are means of images, which are no images.
+
+    Args:
+        measure: The distance in so many steps at the timesteps of "spacing" or "trajectory".
+        numbers: Descending. They are near at the first, and the others are looked at until they are not, or while there is time.
+
+    Returns: the least number at which they are, and what was measured.
+    """
+    least, tried, longest = numbers[0], [], 0.0
+    for number in numbers[1:]:
+        before = budget.used
+        if budget.left <= longest:
+            break
+        distances = {kind: measure(number, kind) for kind in ("spacing", "trajectory")}
+        tried.append({"num_inference_steps": number} | distances)
+        if distances["trajectory"] > distances["spacing"]:
+            break
+        least, longest = number, budget.used - before
+    return least, tried
 
 
 def has_orders(subject: Subject) -> bool:

@@ -211,6 +211,36 @@ def real_images(held_out=None):
     return RealImages(LabelledImages(images, labels, ["a", "b"]), held_out, "data", "crop", ())
 
 
+def test_few_steps_keep_the_timesteps_near_the_trajectory_as_far_as_they_are_nearer():
+    looked_at = []
+
+    def measure(number, kind):
+        looked_at.append((number, kind))
+        return {4: 1.0, 3: 1.5, 2: 2.0}[number] + {4: -0.1, 3: 0.0, 2: 0.1}[number] * (kind == "trajectory")
+
+    least, tried = steps.fewest_by_trajectory(measure, [10, 4, 3, 2], FOREVER)
+    assert least == 3 and tried[-1] == {"num_inference_steps": 2, "spacing": 2.0, "trajectory": 2.1}
+    worse = steps.fewest_by_trajectory(lambda number, kind: float(kind == "trajectory"), [10, 4, 3, 2], FOREVER)
+    assert worse == (10, [{"num_inference_steps": 4, "spacing": 0.0, "trajectory": 1.0}])
+    looked_at.clear()
+    assert steps.fewest_by_trajectory(measure, [10, 4, 3, 2], NEVER) == (10, []) and not looked_at
+
+
+def test_below_the_fewest_steps_a_pipeline_visits_its_own_timesteps(monkeypatch):
+    """What a calibration says of few steps is what its pipeline does in them."""
+    by_trajectory = steps.Stepping(1, "trajectory")
+    monkeypatch.setattr(steps, "choose", lambda measure, those, budget: (by_trajectory, [{"frechet_distance": 1.0}]))
+    monkeypatch.setattr(steps, "fewest_by_trajectory", lambda measure, numbers, budget: (4, []))
+    subject, features = labelled_subject(), FeatureClassifierModel(8, 1, 2, (8, 16), label_names=["a", "b"])
+    subject.num_steps = 5
+    found = calibrate(subject, Data(real_images(), None, features), 0.01)
+    assert found["steps"]["fewest_by_trajectory"] == 4
+    plain = ExtDDIMScheduler.from_config(subject.pipe.scheduler.config, optimal_timesteps=None)
+    chosen = subject.pipe.scheduler.config.optimal_timesteps["trajectory"]
+    for number in (2, 3):
+        assert chosen[str(number)] == plain.list_timesteps(number).tolist()
+
+
 def labelled_subject():
     torch.manual_seed(0)
     scheduler = ExtDDIMScheduler(timestep_spacing="trailing")
