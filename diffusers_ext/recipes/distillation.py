@@ -29,6 +29,7 @@ from diffusers_ext.pipelines.pipeline_guided_diffusion import GuidedDiffusionPip
 from diffusers_ext.recipes.distillation_objective import (
     CONSISTENCY_PAIRS,
     DISTILLATION_WEIGHTINGS,
+    DOUBLINGS,
     STEPS_A_DOUBLING,
     ConsistencyObjective,
     ProgressiveObjective,
@@ -108,8 +109,8 @@ class DistillConfig(TrainerConfig):
     )
     doublings: int | None = _consistency_option(
         None,
-        "how often the two noise levels of the loss come nearer by a factor of 2; by default until they are neighbours, but each "
-        f"time after {STEPS_A_DOUBLING} optimizer steps at the soonest",
+        f"how often the two noise levels of the loss come nearer by a factor of 2; by default at most {DOUBLINGS} times, each after "
+        f"{STEPS_A_DOUBLING} optimizer steps at the soonest; some 10 make them neighbours",
         at_least=0,
     )
     consistency_pairs: Literal[CONSISTENCY_PAIRS] | None = _consistency_option(
