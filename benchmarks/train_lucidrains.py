@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 
 import datasets
-from denoising_diffusion_pytorch import GaussianDiffusion, Trainer, Unet
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -36,6 +35,8 @@ def write_images(name: str, folder: Path, resolution: int) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
+    from denoising_diffusion_pytorch import GaussianDiffusion, Trainer, Unet
+
     out = Path(arguments.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     images = out.with_name(f"{out.name}-images")
