@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-import yaml
 from accelerate import Accelerator
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
@@ -34,6 +33,7 @@ from diffusers_ext.recipes.distillation_objective import (
     ConsistencyObjective,
     ProgressiveObjective,
     StudentObjective,
+    check_pairs,
 )
 from diffusers_ext.recipes.teacher import Teacher
 from diffusers_ext.schedulers import ConsistencyScheduler, ExtDDIMScheduler, FlowScheduler
@@ -42,6 +42,7 @@ from diffusers_ext.trainer.config import TrainerConfig
 from diffusers_ext.trainer.run import describe_data
 from diffusers_ext.trainer.run_folder import CONFIG_FILE, STAGES
 from diffusers_ext.trainer.schedule import parse_duration
+from diffusers_ext.untrusted import read_yaml_mapping
 
 
 METHODS = ("progressive", "consistency")
@@ -247,7 +248,7 @@ class DistillConfig(TrainerConfig):
 def options_of_run(pipeline: str) -> dict[str, Any]:
     """The options of the run that the pipeline is of, as its folder has them; none for other folders."""
     path = Path(pipeline) / CONFIG_FILE
-    return (yaml.safe_load(path.read_text()) or {}) if path.is_file() else {}
+    return read_yaml_mapping(path) if path.is_file() else {}
 
 
 def complete(config: DistillConfig) -> DistillConfig:
@@ -401,15 +402,11 @@ def paired_by_default(config: DistillConfig) -> DistillConfig:
     """
     if config.method != "consistency":
         return config
-    is_guided = config.guidance_scale != 1
-    if config.consistency_pairs == "data" and is_guided:
-        raise ValueError(
-            f"consistency_pairs must be teacher for a guidance_scale of {config.guidance_scale:g}, since pairs of the data know "
-            "nothing of guidance, got data: leave it out, or give --guidance_scale 1"
-        )
     if config.consistency_pairs is None:
         learned = options_of_run(config.pipeline).get("model_guidance_scale") is not None
+        is_guided = config.guidance_scale != 1
         return dataclasses.replace(config, consistency_pairs="teacher" if is_guided or learned else "data")
+    check_pairs(config.consistency_pairs, config.guidance_scale)
     return config
 
 

@@ -168,6 +168,21 @@ class ProgressiveObjective(StudentObjective):
         return two_steps_in_one(x0_t, x0_u, t, u, s)
 
 
+def check_pairs(pairs: str, guidance_scale: float) -> None:
+    """Refuses pairs that are unknown, and those of the data for a teacher that is guided.
+
+    Raises:
+        ValueError: if they are such.
+    """
+    if pairs not in CONSISTENCY_PAIRS:
+        raise ValueError(f"consistency_pairs must be one of {', '.join(CONSISTENCY_PAIRS)}, got {pairs!r}")
+    if pairs == "data" and guidance_scale != 1:
+        raise ValueError(
+            f"consistency_pairs must be teacher for a guidance_scale of {guidance_scale:g}, since pairs of the data know nothing "
+            "of guidance, got data: leave it out, or give --guidance_scale 1"
+        )
+
+
 class ConsistencyObjective(StudentObjective):
     """The student predicts the x_0 at t that it predicts at a cleaner r, which comes to t as the training goes on (ECT).
 
@@ -214,13 +229,7 @@ class ConsistencyObjective(StudentObjective):
             raise ValueError(
                 f"consistency_weighting must be one of {', '.join(CONSISTENCY_WEIGHTINGS)}, got {weighting!r}"
             )
-        if pairs not in CONSISTENCY_PAIRS:
-            raise ValueError(f"consistency_pairs must be one of {', '.join(CONSISTENCY_PAIRS)}, got {pairs!r}")
-        if pairs == "data" and teacher.guidance_scale != 1:
-            raise ValueError(
-                f"consistency_pairs must be teacher for a guidance_scale of {teacher.guidance_scale:g}, since pairs of the data "
-                "know nothing of guidance, got data"
-            )
+        check_pairs(pairs, teacher.guidance_scale)
         self.pairs = pairs
         self.noise_mean, self.noise_std, self.bend = noise_mean, noise_std, bend
         most = min(DOUBLINGS, doublings_until_neighbours(self.schedule))
