@@ -218,10 +218,10 @@ def default_scale(pipeline) -> float | None:
     """The guidance scale of a call that gives none; None with a guider in its stead, or where there is no guidance."""
     if getattr(pipeline, "guider", None) is not None:
         return None
-    if isinstance(pipeline, TextGuidedDiffusionPipeline):
-        return DEFAULT_GUIDANCE_SCALE if pipeline.knows_empty_text else 1.0
-    if isinstance(pipeline, GuidedDiffusionPipeline):
-        return (pipeline.config.call_defaults or {}).get("guidance_scale", 1.0)
+    if isinstance(pipeline, TextGuidedDiffusionPipeline | GuidedDiffusionPipeline):
+        of_texts = isinstance(pipeline, TextGuidedDiffusionPipeline) and pipeline.knows_empty_text
+        usual = DEFAULT_GUIDANCE_SCALE if of_texts else 1.0
+        return (pipeline.config.call_defaults or {}).get("guidance_scale", usual)
     return default_of(pipeline, "guidance_scale")
 
 

@@ -15,6 +15,7 @@ from diffusers_ext.conditions import ImageCondition
 from diffusers_ext.guidance.guiding import Interval
 from diffusers_ext.pipelines.adapters import AdapterMixin
 from diffusers_ext.pipelines.call_condition import CallCondition, image_condition_of
+from diffusers_ext.pipelines.call_defaults import check_call_defaults
 from diffusers_ext.pipelines.components import check_clipped_noise, check_text_components
 from diffusers_ext.pipelines.image_inputs import ImageInput
 from diffusers_ext.pipelines.loading import FromPipeMixin, SavedWithCodeMixin, replaceable
@@ -44,7 +45,7 @@ class TextGuidedDiffusionPipeline(
         max_text_length: Tokens at which a text is cut, saved with the pipeline; `None` for all that the encoder takes.
         mask_padding: Whether encoder and denoiser look away from the padding of a text, saved with the pipeline; `None`
             for no with CLIP and yes with any other encoder.
-        clip_guided_noise, noise_path, image_condition: As for `GuidedDiffusionPipeline`.
+        clip_guided_noise, noise_path, call_defaults, image_condition: As for `GuidedDiffusionPipeline`.
 
     Raises:
         ValueError: if the components do not fit one another.
@@ -77,6 +78,7 @@ class TextGuidedDiffusionPipeline(
         mask_padding: bool | None = None,
         clip_guided_noise: bool | str = False,
         noise_path: str | None = None,
+        call_defaults: dict | None = None,
         image_condition: dict | None = None,
     ):
         super().__init__()
@@ -98,6 +100,7 @@ class TextGuidedDiffusionPipeline(
             max_text_length=max_text_length,
             mask_padding=mask_padding,
             clip_guided_noise=check_clipped_noise(clip_guided_noise),
+            call_defaults=check_call_defaults(call_defaults),
         )
         image_condition_of(denoiser, image_condition, vae)  # which checks it
         if isinstance(image_condition, ImageCondition):
@@ -109,7 +112,7 @@ class TextGuidedDiffusionPipeline(
         self,
         prompt: str | list[str] | None = None,
         negative_prompt: str | list[str] | None = None,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         *,
         num_images_per_prompt: int = 1,
@@ -149,9 +152,10 @@ class TextGuidedDiffusionPipeline(
             prompt: One text, or several. A text that is too long is cut at its end, with a warning.
             negative_prompt: What to lead away from, in place of the empty text: one for all prompts, or one for each.
                 Needs guidance.
-            num_inference_steps: Number of steps, each of one call of the network (two with guidance).
-            guidance_scale: Weight of classifier-free guidance, at least 0; 1 is none. `None` for the guider of the pipeline, or 4
-                without one; or 1 where there is nothing to lead away from: no negative text, and a denoiser that was
+            num_inference_steps: Number of steps, each of one call of the network (two with guidance); by default that of
+                `call_defaults`, or 50.
+            guidance_scale: Weight of classifier-free guidance, at least 0; 1 is none. `None` for the guider of the pipeline, or
+                without one what `call_defaults` say, or 4; or 1 where there is nothing to lead away from: no negative text, and a denoiser that was
                 trained without empty texts, or no encoder. Not to be given together with a guider.
             num_images_per_prompt: Images of each prompt; they come one after the other, prompt by prompt.
             prompt_embeds: In place of `prompt`, hidden states `(prompts, tokens, cross_attention_dim)`.

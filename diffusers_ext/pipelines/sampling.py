@@ -246,15 +246,12 @@ class SamplingMixin(ConditionImagesMixin):
 
     def _completed(self, condition: Condition, call: CallOptions) -> CallOptions:
         """The call with what it leaves open as the pipeline was saved."""
-        can_guide = condition.can_guide(self)
-        if can_guide and call.guidance_scale is None and call.guider is None and self.guider is None:
-            call = replace(call, guidance_scale=condition.default_guidance_scale)
-        can_guide = can_guide and not condition.weighted and self.guider is None
+        can_guide = condition.can_guide(self) and self.guider is None
         given = {field.name: getattr(call, field.name) for field in fields(call)}
-        output_type = call.output_type or self._default_output
-        return replace(
-            call, output_type=output_type, **with_defaults(given, self.config.get("call_defaults"), can_guide)
-        )
+        saved = with_defaults(given, self.config.get("call_defaults"), can_guide and not condition.weighted)
+        if can_guide and call.guidance_scale is None and call.guider is None:
+            saved.setdefault("guidance_scale", condition.default_guidance_scale)
+        return replace(call, output_type=call.output_type or self._default_output, **saved)
 
     def _denoiser(
         self,

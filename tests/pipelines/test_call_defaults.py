@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModularPipeline
 from diffusers.guiders import ClassifierFreeGuidance
 
-from diffusers_ext import ExtDDIMScheduler, GuidedDiffusionPipeline
+from diffusers_ext import ExtDDIMScheduler, GuidedDiffusionPipeline, TextGuidedDiffusionPipeline
 from diffusers_ext.evaluation.pipeline_facts import default_of
+from diffusers_ext.evaluation.subject import default_scale
 from tiny import assert_same_output, tiny_unet
+from tiny_text import tiny_clip, tiny_text_unet, tiny_tokenizer
 
 
 DEFAULTS = {"num_inference_steps": 4, "guidance_scale": 3.0, "guidance_interval": {"sigma": [0.1, 2.0]}}
@@ -104,3 +106,34 @@ def test_scripts_know_the_defaults(plain, chosen):
 def test_what_are_no_defaults_is_refused(defaults, message):
     with pytest.raises(ValueError, match=message):
         make(call_defaults=defaults)
+
+
+def test_texts_are_guided_by_four_where_neither_call_nor_pipeline_says_more(tmp_path):
+    tokenizer = tiny_tokenizer()
+    parts = {"tokenizer": tokenizer, "text_encoder": tiny_clip(tokenizer)}
+
+    def make_texts(**config):
+        scheduler = ExtDDIMScheduler(timestep_spacing="trailing", clip_sample=False)
+        pipe = TextGuidedDiffusionPipeline(tiny_text_unet(), scheduler, **parts, **config)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    plain, chosen, prompts = make_texts(), make_texts(call_defaults=DEFAULTS), ["red dot", "blue bar"]
+    expected = images(plain, prompt=prompts, **DEFAULTS)
+    assert torch.equal(images(chosen, prompt=prompts), expected)
+    usual = images(plain, prompt=prompts, num_inference_steps=4, guidance_scale=4.0)
+    assert torch.equal(images(plain, prompt=prompts, num_inference_steps=4), usual)
+    assert not torch.equal(usual, expected)
+    for said in ({"guidance_scale": 1.0}, {"guidance_interval": (0.0, 0.5)}):  # then nothing of the defaults
+        got, by_plain = (images(pipe, prompt=prompts, num_inference_steps=4, **said) for pipe in (chosen, plain))
+        assert torch.equal(got, by_plain)
+    chosen.save_pretrained(tmp_path)
+    assert_same_output(images(DiffusionPipeline.from_pretrained(tmp_path), prompt=prompts), expected)
+    blocks = ModularPipeline.from_pretrained(tmp_path)
+    blocks.load_components()
+    blocks.set_progress_bar_config(disable=True)
+    generator = [torch.Generator().manual_seed(seed) for seed in range(2)]
+    got = blocks(prompt=prompts, generator=generator, output_type="pt", output="images")
+    assert_same_output(got, expected)
+    assert default_of(chosen, "num_inference_steps") == 4 and default_of(plain, "num_inference_steps") == 50
+    assert (default_scale(chosen), default_scale(plain)) == (3.0, 4.0)
