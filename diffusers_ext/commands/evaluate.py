@@ -35,7 +35,7 @@ from diffusers_ext.evaluation.generate import LARGEST_SEED_OF_SETS
 from diffusers_ext.evaluation.image_folder import is_image_folder, read_image_folder
 from diffusers_ext.evaluation.likelihood_curves import draw_likelihood
 from diffusers_ext.evaluation.likelihood_options import LikelihoodOptions
-from diffusers_ext.evaluation.options import DataOptions, take_options_of_run
+from diffusers_ext.evaluation.options import AskedOptions, take_options_of_run
 from diffusers_ext.evaluation.perceptual_distance import LPIPS_NETWORKS, PerceptualDistance, load_distance
 from diffusers_ext.evaluation.pipeline_facts import image_size_of, label_names_of, takes_prompts
 from diffusers_ext.evaluation.real_images import RealImages, describe_reference, load_real_images
@@ -75,7 +75,7 @@ OPTIONS_OF_PIPELINES = [
 
 
 @dataclass(frozen=True)
-class EvaluateConfig(LikelihoodOptions, SweepOptions, DataOptions):
+class EvaluateConfig(LikelihoodOptions, SweepOptions, AskedOptions):
     """Measure generated images against real ones: Fréchet distance, precision and recall, and the labels they show."""
 
     pipeline: str | None = option(None, "PIPELINE may also stand first, without --pipeline", "what is measured")
@@ -89,12 +89,6 @@ class EvaluateConfig(LikelihoodOptions, SweepOptions, DataOptions):
     )
     guidance_scale: float | None = option(None, "by default the run's or the pipeline's")
     internal_guidance_scale: float = option(1.0, "guidance away from the network's middle layer; 1 is none")
-    caption_column: str | None = option(
-        None, "column of the captions that texts are taken from; by default found as in training"
-    )
-    condition_column: str | None = option(
-        None, "column of the condition images of a pipeline that was trained on one; by default the run's"
-    )
     scheduler: str | None = option(None, "class of a scheduler of diffusers or diffusers_ext to sample with instead")
     eval_batch_size: int = option(64, "images to generate at a time; the images do not depend on it", at_least=1)
     mixed_precision: Literal["no", "bf16"] | None = option(
@@ -319,7 +313,7 @@ def complete(config: EvaluateConfig, pipeline: DiffusionPipeline | None) -> Eval
     if getattr(pipeline, "guider", None) is not None:
         own.add("guidance_scale")  # the run's is not of its guider
     of_sampling = [name for name in OPTIONS_OF_SAMPLING if name not in own]
-    config = take_options_of_run(config, config.pipeline, of_sampling, of_data=["caption_column", "condition_column"])
+    config = take_options_of_run(config, config.pipeline, of_sampling, of_data=config.OF_ASKING)
     if config.resolution is None and pipeline is not None:
         config = dataclasses.replace(config, resolution=image_size_of(pipeline))
     if config.sweep:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -23,6 +24,7 @@ from diffusers_ext.data.stream import StreamData
 
 
 DEFAULT_SHUFFLE_BUFFER = 1000
+MOST_PARTS = 32  # of a stream from which a sample is taken, each of which is opened
 
 
 # What options may be called where they stand in a call rather than on a command line.
@@ -50,6 +52,7 @@ def prepare_images(
     read_ahead: bool = False,
     share_by: str | None = None,
     condition_column: str | None = None,
+    sample: int | None = None,
     **options: Any,
 ) -> ImageData:
     """Loads, decodes and fits the images, or the sequences, of a data set, and reads their labels.
@@ -62,6 +65,8 @@ def prepare_images(
         read_ahead: Fetch no more than the first `max_train_samples` rows, in order, and keep them in memory.
         share_by: Column by whose values `max_train_samples` are shared; None for that of the labels.
         condition_column: Column of a condition image for each image, of its size; None for none.
+        sample: At most so many of those images, which stand for all: of each label its share, or of a stream the first of parts
+            that are spread over it.
 
     Raises:
         ValueError: if the data set has no images, if its labels are neither integers nor names, or if it must be said
@@ -76,14 +81,22 @@ def prepare_images(
     max_samples, chosen = config.max_train_samples, None
     if read_ahead:
         rows = undecoded(source, column)
-        source = datasets.Dataset.from_list(list(itertools.islice(rows, max_samples)), features=rows.features)
-        notes += (
-            f"of the split {config.dataset_split}, which is read as a stream, these are the first {len(source)} images",
-        )
-    elif max_samples is not None and max_samples < len(source):
-        chosen = fair_share(source, max_samples, share_by or config.label_column)
-        notes += (f"{len(chosen)} of {len(source)} {noun} are taken, of each label its share",)
-        source = source.select(chosen)
+        if sample is None or max_samples is not None:
+            first = min(number for number in (max_samples, sample, sys.maxsize) if number is not None)
+            examples, which = list(itertools.islice(rows, first)), "the first {}"
+        else:
+            examples, which = first_of_parts(rows, sample), "{}, from all over it"
+        source = datasets.Dataset.from_list(examples, features=rows.features)
+        which = which.format(f"{len(source)} {noun}")
+        notes += (f"of the split {config.dataset_split}, which is read as a stream, these are {which}",)
+    else:
+        every = len(source)
+        for most in (max_samples, sample):
+            if most is not None and most < len(source):
+                some = fair_share(source, most, share_by or config.label_column)
+                chosen, source = some if chosen is None else chosen[some], source.select(some)
+        if chosen is not None:
+            notes += (f"{len(chosen)} of {every} {noun} are taken, of each label its share",)
     labels = None if config.unconditional else read_labels(source, config.label_column, config.names_of_labels)
     first_rows = undecoded(source.select_columns([column]).select(range(min(len(source), PROBED_ROWS))), column)
     how, decided = decide(first_rows, source.features[column], column, config, multiple_of)
@@ -107,6 +120,17 @@ def prepare_images(
         return kind(pixels, None, None, config.dataset_name, tuple(notes), how.resize_mode, **more)
     data = kind(pixels, labels[0][rows], labels[1], config.dataset_name, tuple(notes), how.resize_mode, **more)
     return dataclasses.replace(data, notes=(*data.notes, *_about_labels(data)))
+
+
+def first_of_parts(rows: datasets.IterableDataset, number: int) -> list[dict[str, Any]]:
+    """At most so many examples: of parts that are spread over all shards the first ones, equally many of each."""
+    num_parts = min(rows.num_shards, MOST_PARTS, number)
+    counts = [len(part) for part in np.array_split(np.arange(number), num_parts)]
+    return [
+        example
+        for part, count in enumerate(counts)
+        for example in itertools.islice(rows.shard(num_parts, part), count)
+    ]
 
 
 def _decode_conditions(

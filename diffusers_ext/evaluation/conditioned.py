@@ -53,19 +53,8 @@ class ConditionedImages:
         order = drawn_order(len(source), seed)
         rows = order.repeat(-(-number // len(order)))[:number]
         truth = convert_channels(source.images, condition.image_channels)[rows]
-        if condition.kind == GIVEN:
-            column = real.held_out_conditions if held_out else real.train_conditions
-            if column is None:
-                raise ValueError(
-                    name_commands(
-                        "the pipeline's condition images are a column of its data set, and none is named: see --condition_column of "
-                        "training/evaluate.py"
-                    )
-                )
-            conditions = column[rows].float() / 255
-        else:
-            parts = (condition.of_images(part.float() / 127.5 - 1) for part in truth.split(AT_ONCE))
-            conditions = (torch.cat([*parts]) / 2 + 0.5).clamp(0, 1)
+        column = real.held_out_conditions if held_out else real.train_conditions
+        conditions = condition_images(condition, truth, None if column is None else column[rows])
         return cls(condition, truth, conditions, source.labels[rows], held_out)
 
     @property
@@ -97,6 +86,30 @@ class ConditionedImages:
             rows["bicubic"] = self.bicubic[:COLUMNS] / 255
         rows |= {"result": images[:COLUMNS] / 255, "truth": self.truth[:COLUMNS] / 255}
         return labelled_grid(list(rows.values()), list(rows))
+
+
+def condition_images(condition: ImageCondition, images: Tensor, column: Tensor | None) -> Tensor:
+    """The condition images of these images, in [0, 1], as a pipeline takes them.
+
+    Args:
+        images: uint8, shape `(number, channels, height, width)`, with any channels that `convert_channels` knows.
+        column: The condition images of the data set, uint8, of the same number, for a condition that is given; else None.
+
+    Raises:
+        ValueError: for a condition that is given, without them.
+    """
+    if condition.kind != GIVEN:
+        images = convert_channels(images, condition.image_channels)
+        parts = (condition.of_images(part.float() / 127.5 - 1) for part in images.split(AT_ONCE))
+        return (torch.cat([*parts]) / 2 + 0.5).clamp(0, 1)
+    if column is None:
+        raise ValueError(
+            name_commands(
+                "the pipeline's condition images are a column of its data set, and none is named: see --condition_column of "
+                "training/evaluate.py"
+            )
+        )
+    return column.float() / 255
 
 
 def closeness(images: Tensor, truth: Tensor, lpips: PerceptualDistance | None = None) -> dict[str, float]:

@@ -3,6 +3,7 @@
 `training/train_features.py` is the command for both, and `training/evaluate.py` calls them where no features are given.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ class FeatureTraining:
 
     Args:
         num_epochs: Passes over the images; by default enough for some 275 000 images, at least 1 and at most 20.
+        num_steps: So many steps, in place of epochs.
         batch_size: Images a step, over all processes; by default 128, or fewer to make 24 steps an epoch, at least 16.
         learning_rate: The peak.
         random_flip: Mirror each image with probability 1/2; not for digits or letters.
@@ -36,6 +38,7 @@ class FeatureTraining:
     """
 
     num_epochs: int | None = None
+    num_steps: int | None = None
     batch_size: int | None = None
     learning_rate: float = 2e-3
     weight_decay: float = 0.05
@@ -74,14 +77,14 @@ class FeatureTraining:
         loader = DataLoader(train, batch_size, shuffle=True, drop_last=True)
         model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
-        num_steps = num_epochs * len(loader)
+        num_steps = self.num_steps or num_epochs * len(loader)
         schedule = get_cosine_schedule_with_warmup(optimizer, num_steps // 5, num_steps)
         generator = torch.Generator().manual_seed(self.seed + accelerator.process_index)
         hidden = not (self.show_progress and accelerator.is_local_main_process)
         model.train()
         with tqdm(total=num_steps, desc=title, disable=hidden) as progress:
-            for epoch in range(1, num_epochs + 1):
-                for images, labels in loader:
+            for epoch, done in enumerate(range(0, num_steps, len(loader)), start=1):
+                for images, labels in itertools.islice(loader, num_steps - done):
                     with autocast:
                         loss = loss_of(model, images, labels, generator)
                     accelerator.backward(loss)

@@ -5,7 +5,7 @@ import typing
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from diffusers_ext.data.config import DataConfig
 from diffusers_ext.data.latent_cache import read_info
@@ -54,6 +54,21 @@ class DataOptions(left_open(DataConfig, leave_out=("unconditional", "random_flip
         """The options as training has them, with its defaults for those left open."""
         names = [field.name for field in dataclasses.fields(DataConfig)]
         return DataConfig(**{name: value for name in names if (value := getattr(self, name, None)) is not None})
+
+
+@dataclass(frozen=True)
+class AskedOptions(DataOptions):
+    """Those of `DataOptions`, and what a pipeline's images are asked for by."""
+
+    caption_column: str | None = option(
+        None, "column of the captions that texts are taken from; by default found as in training"
+    )
+    condition_column: str | None = option(
+        None, "column of the condition images of a pipeline that was trained on one; by default the run's"
+    )
+
+    # Of the options here, those that `DataOptions` does not have.
+    OF_ASKING: ClassVar[tuple[str, ...]] = ("caption_column", "condition_column")
 
 
 def take_options_of_run(

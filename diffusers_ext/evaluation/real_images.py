@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -69,9 +69,11 @@ class RealImages:
         notes: What the user may want to know about the preparation.
         whites: Which values are white.
         white: What is white in the images' own range, which the value of a border is in.
-        captions: Of the held-out images, or of the training images where those have none; None if not asked for.
+        train_captions, held_out_captions: Texts of the images; None where there are none, or if not asked for.
         train_conditions, held_out_conditions: Condition images of a column, uint8, `(images, channels, height, width)`; None if
             not asked for.
+        train_sets, held_out_sets: Which labels each image has, bool, `(images, labels)`, where it can have several; None
+            otherwise, or if not asked for. The images are then without labels.
     """
 
     train: LabelledImages
@@ -79,16 +81,24 @@ class RealImages:
     name: str
     resize_mode: str
     notes: tuple[str, ...]
-    captions: Captions | None = None
+    train_captions: Captions | None = None
+    held_out_captions: Captions | None = None
     whites: Whites = DEFAULT_WHITES
     white: int = 255
     train_conditions: Tensor | None = None
     held_out_conditions: Tensor | None = None
+    train_sets: Tensor | None = None
+    held_out_sets: Tensor | None = None
 
     @property
     def value_scale(self) -> ValueScale | None:
         """Of sequences, between own units, in which they are, and [-1, 1]; None for images."""
         return self.train.value_scale
+
+    @property
+    def captions(self) -> Captions | None:
+        """Of the held-out images, or of the training images where those have none; None if not asked for."""
+        return self.held_out_captions or self.train_captions
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -132,6 +142,9 @@ def load_real_images(
     caption_column: str | None = None,
     condition_column: str | None = None,
     label_names: Sequence[str] | None = None,
+    sample: int | None = None,
+    streaming: bool = False,
+    label_sets: bool = False,
 ) -> RealImages:
     """Both splits of a data set, in memory.
 
@@ -143,33 +156,43 @@ def load_real_images(
         condition_column: Read the condition images of this column too.
         label_names: Of a model's labels 0, 1, 2, ..., by which the images' labels are numbered if all of them are among
             these.
+        sample: At most so many images of each split, which stand for all of them.
+        streaming: Read the sample from a stream, and no more of the data set than it takes.
+        label_sets: Read several labels an image too, which are refused otherwise.
 
     Raises:
-        ValueError: see `prepare_images`; and if the held-out images have labels that the training images have not.
+        ValueError: see `prepare_images`; for captions of a stream; and if the held-out images have labels that the training images have not.
     """
+    if streaming and caption_column is not None:
+        raise ValueError("captions are read from all rows, of which streaming reads some: leave it out")
     if caption_column is not None and not _has_labels_beside(config, caption_column):
         config = dataclasses.replace(config, unconditional=True)
-    columns = {"share_by": caption_column, "condition_column": condition_column}
-    train = _load_split(config, **columns)
+    how = {"share_by": caption_column, "condition_column": condition_column}
+    how |= {"sample": sample, "read_ahead": streaming, "label_sets": label_sets}
+    train = _load_split(config, **how)
     if label_names is not None and set(train.images.label_names) <= set(label_names):
         train = train._replace(images=_numbered_by(label_names, train.images))
     held_out = None
     if (name := held_out_split or find_held_out_split(config)) is not None:
-        held_out = _load_like(train, dataclasses.replace(config, dataset_split=name), **columns)
-    captions, notes = None, train.prepared.notes
+        held_out = _load_like(train, dataclasses.replace(config, dataset_split=name), **how)
+    captions, notes = {}, train.prepared.notes
     if caption_column is not None:
-        captions = _find_captions(config, caption_column, [train] if held_out is None else [held_out, train])
-        notes += (f"images are asked for by the captions of the split {captions.split}, column {caption_column}",)
+        splits = [train] if held_out is None else [held_out, train]
+        captions = _find_captions(config, caption_column, splits)
+        first = next(iter(captions))
+        notes += (f"images are asked for by the captions of the split {first}, column {caption_column}",)
     return RealImages(
         train.images,
         None if held_out is None else held_out.images,
         config.dataset_name,
         train.prepared.resize_mode,
         notes,
-        captions,
+        captions.get(train.name),
+        None if held_out is None else captions.get(held_out.name),
         train.prepared.whites,
         train.prepared.white,
         *(None if split is None else _conditions_of(split.prepared) for split in (train, held_out)),
+        *(None if split is None else _sets_of(split.prepared, label_names) for split in (train, held_out)),
     )
 
 
@@ -188,12 +211,31 @@ def _conditions_of(data: ImageData) -> Tensor | None:
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 
-def _load_split(config: DataConfig, **columns: str | None) -> _Split:
-    prepared = prepare_images(config, **columns)
-    return _Split(config.dataset_split, prepared, to_labelled_images(prepared))
+def _sets_of(data: ImageData, label_names: Sequence[str] | None) -> Tensor | None:
+    """Which of a model's labels, or else of their own, images have that can have several; None for others.
+
+    Raises:
+        ValueError: for a label that is none of the model's.
+    """
+    if not data.has_label_sets:
+        return None
+    own = [data.id2label[label] for label in range(len(data.id2label))]
+    names = own if label_names is None else list(label_names)
+    if unknown := sorted(set(own) - set(names)):
+        raise ValueError(f"{data.name} has labels that the model does not know: {', '.join(unknown[:5])}")
+    sets = torch.zeros(len(data), len(names), dtype=torch.bool)
+    sets[:, [names.index(name) for name in own]] = torch.from_numpy(data.labels).bool()
+    return sets
 
 
-def _load_like(train: _Split, config: DataConfig, **columns: str | None) -> _Split:
+def _load_split(config: DataConfig, *, label_sets: bool, **how: Any) -> _Split:
+    prepared = prepare_images(config, **how)
+    without = label_sets and prepared.has_label_sets
+    labelled = dataclasses.replace(prepared, labels=None, id2label=None) if without else prepared
+    return _Split(config.dataset_split, prepared, to_labelled_images(labelled))
+
+
+def _load_like(train: _Split, config: DataConfig, **how: Any) -> _Split:
     """All images of another split, prepared as the training images are, whatever its own pictures would suggest."""
     like = train.prepared
     config = dataclasses.replace(
@@ -203,12 +245,12 @@ def _load_like(train: _Split, config: DataConfig, **columns: str | None) -> _Spl
         resize_mode=like.resize_mode,
         white_value=config.white_value or like.whites.integers,
     )
-    held_out = _load_split(config, **columns)
+    held_out = _load_split(config, **how)
     if isinstance(like, SequenceData) and isinstance(held_out.prepared, SequenceData):
         scaled = dataclasses.replace(held_out.prepared, value_scale=like.value_scale)
         held_out = held_out._replace(prepared=scaled, images=to_labelled_images(scaled))
     elif held_out.prepared.channels != like.channels <= len(CHANNEL_MODES):
-        held_out = _load_split(dataclasses.replace(config, image_mode=CHANNEL_MODES[like.channels - 1]), **columns)
+        held_out = _load_split(dataclasses.replace(config, image_mode=CHANNEL_MODES[like.channels - 1]), **how)
     return held_out._replace(images=_with_labels_of(train.images, held_out.images, held_out.name))
 
 
@@ -260,24 +302,31 @@ def _has_labels_beside(config: DataConfig, caption_column: str) -> bool:
     return isinstance(feature, datasets.ClassLabel) or isinstance(feature, datasets.Value) and column != caption_column
 
 
-def _find_captions(config: DataConfig, column: str, splits: Sequence[_Split]) -> Captions:
-    """The captions of the first of these splits that has any.
+def _find_captions(config: DataConfig, column: str, splits: Sequence[_Split]) -> dict[str, Captions]:
+    """The captions of those of these splits that have some, in their order.
 
     Raises:
-        ValueError: if none has, or one has them for some of its images only.
+        ValueError: if none has, or the first that has some has them for a part of its images.
     """
+    found: dict[str, Captions] = {}
     for split in splits:
         source = _open(config, split.name)
         if column not in source.features or count_missing(source, column) == len(source):
             continue
         rows = source.select(split.prepared.rows)
+        if found and count_missing(rows, column):  # the first are those that images are asked for by
+            continue
         refuse_missing(rows, column, split.name)
         feature, values = rows.features[column], rows[column][:]
         if isinstance(feature, datasets.ClassLabel):
             values = [feature.names[value] for value in values]
         labels = split.images.labels if split.images.label_names else None
-        return Captions(tuple(map(str, values)), labels, column, split.name)
-    raise ValueError(f"the split {config.dataset_split} of {config.dataset_name} has no text in the column {column}")
+        found[split.name] = Captions(tuple(map(str, values)), labels, column, split.name)
+    if not found:
+        raise ValueError(
+            f"the split {config.dataset_split} of {config.dataset_name} has no text in the column {column}"
+        )
+    return found
 
 
 def _open(config: DataConfig, split: str) -> datasets.Dataset:

@@ -9,12 +9,14 @@ from PIL import Image
 
 from diffusers_ext.data.config import DataConfig
 from diffusers_ext.data.prepare import prepare_images
+from diffusers_ext.evaluation import feature_folders
 from diffusers_ext.evaluation.feature_folders import (
     cached_features_folder,
     load_features,
     split_for_training,
     train_and_save_features,
 )
+from diffusers_ext.evaluation.feature_training import fit_feature_classifier
 from diffusers_ext.evaluation.real_images import find_held_out_split, load_real_images
 from diffusers_ext.evaluation.subject import labels_for
 
@@ -164,3 +166,79 @@ def test_bad_input_is_refused(tmp_path, options):
         ValueError, match="is no folder of a feature classifier: make one with training/train_features"
     ):
         load_features(tmp_path)
+
+
+def test_a_sample_of_a_table_has_of_each_label_its_share_of_those_trained_on(tmp_path, options):
+    save_split(tmp_path / "data", "train", pictures(40, (8, 8)), names=("a", "a", "a", "b"))
+    save_split(tmp_path / "data", "validation", pictures(12, (8, 8), seed=1), names=("a", "b"))
+    options = dataclasses.replace(options, max_train_samples=24)
+    trained_on = {image.numpy().tobytes() for image in load_real_images(options).train.images}
+    real = load_real_images(options, sample=8)
+    assert real.train.labels.bincount().tolist() == [6, 2] and real.held_out.labels.bincount().tolist() == [4, 4]
+    assert {image.numpy().tobytes() for image in real.train.images} < trained_on and len(trained_on) == 24
+    assert "8 of 40 images are taken, of each label its share" in real.notes
+    every = load_real_images(options, sample=1000)
+    assert len(every.train) == 24 and len(every.held_out) == 12
+
+
+def test_a_sample_of_a_stream_is_of_all_its_parts_or_of_the_first_images_trained_on(tmp_path, options):
+    """Files whose images are as bright as their number, from 0 to 3."""
+    (tmp_path / "data").mkdir()
+    for number in range(4):
+        pixels = [Image.fromarray(np.full((8, 8), number, np.uint8))] * 10
+        features = datasets.Features({"image": datasets.Image()})
+        table = datasets.Dataset.from_dict({"image": pixels}, features=features)
+        table.to_parquet(tmp_path / "data" / f"train-{number:05}-of-00004.parquet")
+
+    def counts(sample, **more):
+        config = dataclasses.replace(options, **more)
+        images = load_real_images(config, sample=sample, streaming=True).train.images
+        return images[:, 0, 0, 0].bincount(minlength=4).tolist()
+
+    assert counts(8) == [2, 2, 2, 2] and counts(100) == [10, 10, 10, 10]
+    assert counts(6) == [2, 2, 1, 1] and sum(counts(3)) == 3 and max(counts(3)) == 1
+    assert counts(8, max_train_samples=15) == [8, 0, 0, 0] and counts(20, max_train_samples=15) == [10, 5, 0, 0]
+    with pytest.raises(ValueError, match="captions are read from all rows, of which streaming reads some"):
+        load_real_images(options, caption_column="text", streaming=True, sample=4)
+
+
+def test_captions_of_both_splits_are_those_of_their_images(tmp_path, options):
+    for split, count in (("train", 6), ("validation", 3)):
+        rows = {"image": pictures(count, (8, 8)), "text": [f"{split} {index}" for index in range(count)]}
+        if split == "train":
+            rows["image"][4] = None  # which cannot be decoded
+        features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+        (tmp_path / "data").mkdir(exist_ok=True)
+        table = datasets.Dataset.from_dict(rows, features=features)
+        table.to_parquet(tmp_path / "data" / f"{split}.parquet")
+    real = load_real_images(dataclasses.replace(options, max_bad_share=0.5), caption_column="text")
+    assert real.train_captions.texts == tuple(f"train {index}" for index in (0, 1, 2, 3, 5))
+    assert real.held_out_captions.texts == tuple(f"validation {index}" for index in range(3))
+    assert real.captions is real.held_out_captions and len(real.train) == 5
+
+
+def test_quick_features_take_as_many_steps_as_fit(monkeypatch):
+    real = load_real_images(DataConfig(dataset_name="digits", max_train_samples=64))
+    taken = []
+
+    def fit(train, num_steps, **settings):
+        taken.append(num_steps)
+        return num_steps
+
+    clock = iter(range(0, 1000, 2))  # a call of the clock each 2 s: four steps take 2 s
+    monkeypatch.setattr(feature_folders, "fit_features_without_labels", fit)
+    monkeypatch.setattr(feature_folders.time, "perf_counter", lambda: next(clock))
+    model, about = feature_folders.quick_features(real, 100)
+    assert taken == [4, 196] and model == 196 == about["num_steps"]
+    assert feature_folders.quick_features(real, 1000)[0] == feature_folders.MOST_QUICK_STEPS
+    assert feature_folders.quick_features(real, 40) is None and taken[-1] == 4
+
+
+def test_steps_of_the_training_are_counted_over_epochs():
+    train = load_real_images(DataConfig(dataset_name="digits", max_train_samples=40)).train
+    settings = {"batch_size": 16, "show_progress": False}
+    by_steps = fit_feature_classifier(train, num_steps=6, **settings)
+    by_epochs = fit_feature_classifier(train, num_epochs=3, **settings)  # of two steps
+    others = fit_feature_classifier(train, num_steps=5, **settings)
+    weights, same, fewer = (model.classifier.weight for model in (by_epochs, by_steps, others))
+    assert torch.equal(weights, same) and not torch.equal(weights, fewer)
