@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "conversion": "diffusion schedulers models",
     "metrics": "untrusted pixels diffusion sizes value_scale command_names",
     "evaluation": "__init__ untrusted atomic_files conditions draws machine pixels sizes value_scale options figures latents diffusion schedulers models guidance pipelines hub data metrics command_names",
-    "calibration": "__init__ atomic_files figures diffusion schedulers guidance pipelines hub data trainer metrics evaluation command_names",
+    "calibration": "__init__ atomic_files options figures diffusion schedulers guidance pipelines hub data trainer metrics evaluation command_names",
     "recipes": "calibration __init__ untrusted atomic_files conditions draws machine pixels options figures latents sizes value_scale diffusion schedulers models guidance pipelines hub data trainer metrics evaluation command_names",
     "studies": "atomic_files figures diffusion",
     "commands": "__init__ calibration studies conversion untrusted atomic_files conditions draws machine pixels options figures latents sizes value_scale diffusion schedulers models guidance pipelines hub data trainer metrics evaluation recipes command_names",

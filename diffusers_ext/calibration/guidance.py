@@ -12,12 +12,12 @@ from accelerate import PartialState
 from torch import Tensor
 
 from diffusers_ext.calibration.budget import Budget, number_that_fits, shared
+from diffusers_ext.calibration.examples import Examples
 from diffusers_ext.calibration.subject import Subject
 from diffusers_ext.evaluation.evaluator import Evaluator
 from diffusers_ext.evaluation.generate import generate_images, shared_by_processes
 from diffusers_ext.evaluation.label_shares import proportional_labels
-from diffusers_ext.evaluation.labelled_images import LabelledImages, convert_channels, drawn_order
-from diffusers_ext.evaluation.real_images import RealImages
+from diffusers_ext.evaluation.labelled_images import convert_channels
 from diffusers_ext.evaluation.reference_cache import reference_features
 from diffusers_ext.metrics.features import FeatureClassifierModel
 
@@ -69,7 +69,7 @@ class Guidance:
         return {"guidance_scale": self.scale, "guidance_interval": {"timestep": [edges[end], edges[first]]}}
 
 
-WEAK = Guidance(1.2)
+NONE, WEAK = Guidance(), Guidance(1.2)
 
 
 @dataclass
@@ -78,15 +78,48 @@ class Ruler:
 
     Args:
         evaluator: With the real images.
-        labels: Of the images, or None.
+        asked: What each image is asked for by, keywords of `generate_images`.
+        labels: That the images are to show, int64, or None where that is not known.
         seed: Of their noise.
     """
 
     subject: Subject
     evaluator: Evaluator
-    labels: list[int] | None
+    asked: dict[str, list]
+    labels: Tensor | None
     num_images: int
     seed: int
+
+    @classmethod
+    def by(
+        cls,
+        real: Examples,
+        subject: Subject,
+        features: FeatureClassifierModel,
+        num_images: int,
+        seed: int,
+        kept: Tensor | None = None,
+    ) -> "Ruler":
+        """A ruler by these real images, of images by label in their proportions, or asked for as they are in turn.
+
+        Args:
+            kept: The features of the real images, as another ruler by them has them; by default they are looked up.
+        """
+        kept = reference_features(features, real.images) if kept is None else kept
+        evaluator = Evaluator(
+            *(real.images, features, num_images, NUM_NEIGHBOURS), in_pixels=False, seed=seed, train_features=kept
+        )
+        named, labels = real.images.label_names, None
+        if subject.asks_as(real):
+            drawn = real.draw(num_images, seed)
+            asked, labels = subject.asked(drawn), drawn.images.labels if named else None
+        else:
+            asked = {}
+            if (classes := subject.num_classes) is not None:
+                counts = torch.bincount(real.images.labels, minlength=classes).tolist() if named else [1] * classes
+                asked["labels"] = proportional_labels(num_images, counts)
+                labels = torch.tensor(asked["labels"])
+        return cls(subject, evaluator, asked, labels, num_images, seed)
 
     def measure(
         self, guidance: Guidance, timesteps: list[int], steps: Mapping[str, Any] | None = None
@@ -99,8 +132,7 @@ class Ruler:
                 of `timesteps`.
         """
         images = self.images(guidance, timesteps, steps)
-        labels = None if self.labels is None else torch.tensor(self.labels)
-        measures = shared(self.evaluator.measure(images, labels) if PartialState().is_main_process else {})
+        measures = shared(self.evaluator.measure(images, self.labels) if PartialState().is_main_process else {})
         return {name: measures[name] for name in ("frechet_distance", "label_accuracy") if name in measures}
 
     def images(
@@ -110,70 +142,25 @@ class Ruler:
         steps: Mapping[str, Any] | None = None,
         number: int | None = None,
     ) -> Tensor:
-        """The images that are measured, or the first of them; uint8."""
+        """The images that are measured, or the first of them, as the real ones are."""
         pipe = self.subject.pipe
-        settings = guidance.call(timesteps) if self.subject.can_guide and self.labels is not None else {}
+        settings = guidance.call(timesteps) if self.subject.can_guide and pipe.guider is None else {}
         steps = {"timesteps": timesteps} if steps is None else dict(steps)
 
         def make(indices: range) -> Tensor:
             return generate_images(
                 pipe,
                 indices,
-                labels=self.labels,
+                **self.asked,
                 settings=settings | steps,
                 batch_size=BATCH,
                 seed=self.seed,
                 show_progress=False,
             )
 
-        images = shared_by_processes(number or self.num_images, make)
+        with torch.autocast(pipe.device.type, torch.bfloat16, enabled=self.subject.bf16):
+            images = shared_by_processes(number or self.num_images, make)
         return convert_channels(images, self.evaluator.train.images.shape[1])
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Real images to choose by and others to report by, none of them of a test split."""
-
-    choose: LabelledImages
-    report: LabelledImages
-    source: str
-
-    @classmethod
-    def of(cls, real: RealImages, held_out_name: str | None, seed: int) -> "Parts":
-        """The validation split and the training images; without one, two halves of the training images."""
-        if held_out_name in ("validation", "valid", "val") and real.held_out is not None:
-            return cls(real.held_out, real.train, f"the split {held_out_name}, and reported by the training images")
-        order, train = drawn_order(len(real.train), seed), real.train
-        halves = [
-            LabelledImages(train.images[rows], train.labels[rows], train.label_names)
-            for rows in (order[: len(order) // 2], order[len(order) // 2 :])
-        ]
-        return cls(*halves, "one half of the training images, and reported by the other")
-
-    def ruler(
-        self,
-        which: str,
-        subject: Subject,
-        features: FeatureClassifierModel,
-        num_images: int,
-        seed: int,
-        kept: Tensor | None = None,
-    ) -> Ruler:
-        """A ruler by one of the parts.
-
-        Args:
-            kept: The features of its real images, as another ruler by it has them; by default they are looked up.
-        """
-        real = getattr(self, which)
-        kept = reference_features(features, real) if kept is None else kept
-        evaluator = Evaluator(
-            *(real, features, num_images, NUM_NEIGHBOURS), in_pixels=False, seed=seed, train_features=kept
-        )
-        classes, labels = subject.pipe.denoiser_num_classes, None
-        if classes is not None:
-            counts = torch.bincount(real.labels, minlength=classes).tolist() if real.label_names else [1] * classes
-            labels = proportional_labels(num_images, counts)
-        return Ruler(subject, evaluator, labels, num_images, seed)
 
 
 @dataclass
@@ -213,14 +200,14 @@ class Trials(Generic[T]):
         return [asdict(each) | measures for each, measures in self.tried.items()]
 
 
-def search(trials: Trials) -> Guidance:
+def search(trials: Trials, default: Guidance = NONE) -> Guidance:
     """The guidance of least distance: first over scales, in all steps and in an interval, then around the best.
 
-    No guidance unless one is better by more than `LEAST_GAIN`.
+    The default unless one is better by more than `LEAST_GAIN`.
     """
-    none = Guidance()
+    none = NONE
     start, stop = FIRST_INTERVAL
-    first = [none]
+    first = [default, none]
     for full, limited in zip(FULL_SCALES, LIMITED_SCALES, strict=True):
         first += [Guidance(limited, start, stop), Guidance(full)]
     going = trials.try_all(iter(first))
@@ -230,7 +217,7 @@ def search(trials: Trials) -> Guidance:
         while going and centre != (best := WEAK if trials.best == none else trials.best):
             centre = best
             going = trials.try_all(around(centre, factor, shift))
-    return trials.best_beside(none)
+    return trials.best_beside(default)
 
 
 def around(guidance: Guidance, factor: float, shift: float) -> Iterator[Guidance]:

@@ -25,6 +25,12 @@ def write(folder: Path, report: Mapping) -> None:
 def describe(report: Mapping) -> list[str]:
     """The report in lines of Markdown."""
     lines, bits = [], report.get("bits_per_dim_of_steps", {})
+    if "quick_features" in report:
+        quick = report["quick_features"]
+        lines.append(
+            f"Images were compared in the features of a network that was trained without labels for it, in {quick['num_steps']} steps "
+            f"and {quick['seconds']:.0f} s; distances in others are on another scale."
+        )
     if "analytic_variance" in report:
         lines.append(
             f"The mean squared error of the predicted x_0, for the analytic variance, was measured on "
@@ -144,17 +150,18 @@ def draw(report: Mapping, path: Path) -> bool:
 def _draw_guidance(axes, guidance: Mapping) -> None:
     """The distance over the scale, a line for each interval that was tried with several scales."""
     groups: dict[tuple, list] = {}
-    none = next(row for row in guidance["tried"] if row["scale"] == 1)
+    none = next((row for row in guidance["tried"] if row["scale"] == 1), None)
     for row in guidance["tried"]:
         if row["scale"] != 1:
             groups.setdefault((row["start"], row["stop"]), []).append(row)
     for (start, stop), rows in sorted(groups.items(), key=lambda group: -len(group[1])):
-        rows = sorted([none, *rows], key=lambda row: row["scale"])
+        rows = sorted(rows if none is None else [none, *rows], key=lambda row: row["scale"])
         label = "all steps" if (start, stop) == (0, 1) else f"{start:g} to {stop:g} of the steps"
         style = {"marker": ".", "label": label} if len(rows) > 2 else {"marker": "x", "linestyle": "", "color": "grey"}
-        rows = rows if len(rows) > 2 else rows[1:]
+        rows = rows if len(rows) > 2 or none is None else rows[1:]
         axes.plot([row["scale"] for row in rows], [row["frechet_distance"] for row in rows], **style)
-    axes.axhline(none["frechet_distance"], color="grey", linestyle="--", label="no guidance")
+    if none is not None:
+        axes.axhline(none["frechet_distance"], color="grey", linestyle="--", label="no guidance")
     chosen = guidance["chosen"]
     axes.axvline(chosen["scale"], color="grey", linestyle=":", label="chosen")
     axes.set_xlabel("guidance scale")

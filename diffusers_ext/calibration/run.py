@@ -2,19 +2,18 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from diffusers_ext.calibration import averages, guidance, steps, timesteps, variance
 from diffusers_ext.calibration.budget import Budget, shared
-from diffusers_ext.calibration.guidance import Guidance, Parts, Ruler, Trials
+from diffusers_ext.calibration.data import Data
+from diffusers_ext.calibration.examples import Examples, Parts
+from diffusers_ext.calibration.guidance import Guidance, Ruler, Trials
 from diffusers_ext.calibration.subject import Subject
 from diffusers_ext.command_names import name_commands
-from diffusers_ext.evaluation.evaluator import knows_labels
-from diffusers_ext.evaluation.real_images import RealImages
-from diffusers_ext.metrics.features import FeatureClassifierModel
 from diffusers_ext.schedulers import ExtDDPMScheduler
 
 
@@ -32,21 +31,6 @@ FEW_STEPS = 10  # beside the number that the pipeline is calibrated for
 
 # Sets of images by which anything is chosen and reported: one guidance beside none, and what it gained.
 LEAST_SETS = 4
-
-
-@dataclass(frozen=True)
-class Data:
-    """Images to calibrate with.
-
-    Attributes:
-        real: A data set.
-        held_out_name: The split that `real.held_out` is, or None.
-        features: To measure images in, or None.
-    """
-
-    real: RealImages
-    held_out_name: str | None
-    features: FeatureClassifierModel | None
 
 
 @torch.no_grad()
@@ -83,19 +67,22 @@ def calibrate(
         "budget_seconds": round(seconds, 1),
         "num_inference_steps": subject.num_steps,
         "scheduler_class": type(pipe.scheduler).__name__,
+        "mixed_precision": "bf16" if subject.bf16 else "no",
         "left_out": [],
     }
-    chosen, rulers = Guidance(), _make_rulers(subject, data, budget, seed, report, keeps_time)
+    parts = Parts.of(data.real, data.held_out_name, seed)
+    default = chosen = Guidance(subject.default_scale)
+    rulers = _make_rulers(subject, data, parts, budget, seed, report, keeps_time)
     own = subject.own_timesteps(subject.num_steps)
     before = {}
     if rulers:
         for number in _reported(subject):
-            before[number] = rulers["report"].measure(Guidance(), subject.own_timesteps(number))
+            before[number] = rulers["report"].measure(default, subject.own_timesteps(number))
     if rulers and subject.can_guide and pipe.guider is None and subject.keeps_defaults:
-        chosen = _choose_guidance(rulers, own, budget, report, say)
+        chosen = _choose_guidance(rulers, own, default, budget, report, say)
     if rulers and run is not None:
         width, tried = averages.choose_width(
-            *(pipe.denoiser, run),
+            *(pipe.components, run),
             lambda: rulers["choose"].measure(chosen, own)["frechet_distance"],
             budget.part(SHARE_OF_AVERAGES),
         )
@@ -105,14 +92,14 @@ def calibrate(
 
     config, lists = {}, {}
     if subject.has_betas:  # of the weights that were chosen
-        config, lists["bound"] = _measure_variance(subject, data, budget, seed, report, say)
+        config, lists["bound"] = _measure_variance(subject, parts.train, budget, seed, report, say)
 
     say("timesteps: from a fine trajectory")
-    call = chosen.call(own) if chosen.scale != 1 else {}
+    call = chosen.call(own) if subject.can_guide and pipe.guider is None else {}
     number = timesteps.NUM_IMAGES
     if keeps_time:
-        number = shared(timesteps.images_that_fit(subject, call, budget.part(SHARE_OF_TIMESTEPS)))
-    teacher = timesteps.Teacher.make(subject, number, call, seed)
+        number = shared(timesteps.images_that_fit(subject, call, budget.part(SHARE_OF_TIMESTEPS), parts.choose))
+    teacher = timesteps.Teacher.make(subject, number, call, seed, parts.choose)
     numbers = [subject.num_steps, FEW_STEPS, 5, *timesteps.NUMBERS]
     lists["trajectory"], distances = shared(timesteps.choose(teacher, numbers, budget.part(SHARE_OF_TIMESTEPS)))
     report["distance_from_fine_trajectory"] = {str(number): pair for number, pair in distances.items()}
@@ -131,7 +118,7 @@ def calibrate(
     if steps.has_orders(subject):
         config["multistep_order"] = stepping.order
     subject.choose(**config, optimal_timesteps=optimal, timestep_spacing="optimal")
-    defaults = {"num_inference_steps": subject.num_steps} | call
+    defaults = {"num_inference_steps": subject.num_steps} | (call if chosen != default else {})
     if subject.keeps_defaults:
         pipe.register_to_config(call_defaults=defaults)
         report["call_defaults"] = defaults
@@ -141,10 +128,12 @@ def calibrate(
     return report
 
 
-def _measure_variance(subject: Subject, data: Data, budget: Budget, seed: int, report: dict, say) -> tuple[dict, dict]:
+def _measure_variance(
+    subject: Subject, train: Examples, budget: Budget, seed: int, report: dict, say
+) -> tuple[dict, dict]:
     """The analytic variance for the scheduler's config, and the lists of timesteps that are best in the bound."""
     say(f"the errors of the predicted x_0, at {variance.NUM_POINTS} timesteps")
-    prediction = shared(variance.measure(subject, data.real.train, budget.part(SHARE_OF_VARIANCE), seed))
+    prediction = shared(variance.measure(subject, train, budget.part(SHARE_OF_VARIANCE), seed))
     table = prediction.table(subject.last_noise)
     lists, bits = variance.lists_by_bound(subject, prediction, list(timesteps.NUMBERS))
     report["analytic_variance"] = table | {"num_images": prediction.num_images}
@@ -153,13 +142,14 @@ def _measure_variance(subject: Subject, data: Data, budget: Budget, seed: int, r
     return {"analytic_variance": table} | of_variance, lists
 
 
-def _choose_guidance(rulers: dict, own: list[int], budget: Budget, report: dict, say) -> Guidance:
+def _choose_guidance(rulers: dict, own: list[int], default: Guidance, budget: Budget, report: dict, say) -> Guidance:
     """The guidance whose images are nearest, in the steps at these timesteps."""
     ruler = rulers["choose"]
     say(f"guidance: sets of {ruler.num_images} images in {len(own)} steps")
     trials = Trials(lambda candidate: ruler.measure(candidate, own), budget.part(SHARE_OF_GUIDANCE))
-    chosen = guidance.search(trials)
+    chosen = guidance.search(trials, default)
     report["guidance"] = {
+        "default": default.scale,
         "num_images": ruler.num_images,
         "source": rulers["source"],
         "tried": trials.records(),
@@ -236,21 +226,23 @@ def forget_calibration(subject: Subject) -> None:
 
 
 def _make_rulers(
-    subject: Subject, data: Data, budget: Budget, seed: int, report: dict, keeps_time: bool
+    subject: Subject, data: Data, parts: Parts, budget: Budget, seed: int, report: dict, keeps_time: bool
 ) -> dict | None:
     """Rulers to choose and to report by, of as many images as there is time for; None if images cannot be measured."""
-    left_out, labels = report["left_out"], data.real.has_labels
+    left_out = report["left_out"]
     if data.features is None:
-        left_out.append("Nothing was chosen by the distance from real images: there is no feature classifier of them.")
+        left_out.append(
+            "Nothing was chosen by the distance from real images: there is no network of features of them."
+        )
         return None
-    if subject.pipe.denoiser_num_classes is not None and not (labels and knows_labels(data.features, data.real.train)):
-        left_out.append("Guidance was not chosen: the images have no labels that the feature classifier knows.")
+    known = subject.asks_as(parts.train) or subject.num_classes in (None, len(data.real.train.label_names))
+    if not known:
+        left_out.append("Nothing was chosen by images: the real ones have not the labels of the pipeline.")
         return None
-    parts = Parts.of(data.real, data.held_out_name, seed)
     if min(len(parts.choose), len(parts.report)) <= guidance.NUM_NEIGHBOURS:
-        left_out.append("Guidance was not chosen: there are too few images to compare with.")
+        left_out.append("Nothing was chosen by images: there are too few to compare with.")
         return None
-    trial = parts.ruler("choose", subject, data.features, guidance.FEWEST_IMAGES, seed + SEED_OF_CHOICE)
+    trial = Ruler.by(parts.choose, subject, data.features, guidance.FEWEST_IMAGES, seed + SEED_OF_CHOICE)
     few, each = subject.own_timesteps(min(4, subject.num_steps)), Guidance(1.5) if subject.can_guide else Guidance()
     start = time.perf_counter()
     trial.images(each, few, number=guidance.BATCH)
@@ -266,8 +258,8 @@ def _make_rulers(
     number = guidance.images_that_fit(seconds, SHARE_OF_GUIDANCE * budget.left)
     kept = trial.evaluator.train_features
     return {
-        "choose": parts.ruler("choose", subject, data.features, number, seed + SEED_OF_CHOICE, kept),
-        "report": parts.ruler("report", subject, data.features, number, seed + SEED_OF_REPORT),
+        "choose": Ruler.by(parts.choose, subject, data.features, number, seed + SEED_OF_CHOICE, kept),
+        "report": Ruler.by(parts.report, subject, data.features, number, seed + SEED_OF_REPORT),
         "source": parts.source,
     }
 

@@ -1,4 +1,4 @@
-"""The pipeline that is calibrated: its network in a pipeline of this package, and the clean samples that it was trained on."""
+"""The pipeline that is calibrated: its network in a pipeline of this package, and what images are asked of it by."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -6,26 +6,32 @@ from dataclasses import dataclass, field
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from torch import Tensor, nn
+from torch import Tensor
 
+from diffusers_ext.calibration.examples import Examples
 from diffusers_ext.command_names import name_commands
 from diffusers_ext.diffusion.analytic_variance import VISIBLE_NOISE
 from diffusers_ext.diffusion.data_units import DataUnits
 from diffusers_ext.diffusion.noising import LEARNED_VARIANCES, NoiseSchedule
 from diffusers_ext.diffusion.timestep_search import search_grid
 from diffusers_ext.evaluation.bits_per_dim import clip_of
-from diffusers_ext.evaluation.labelled_images import LabelledImages, convert_channels, drawn_order
+from diffusers_ext.evaluation.conditioned import condition_images
+from diffusers_ext.evaluation.labelled_images import convert_channels
 from diffusers_ext.evaluation.pipeline_facts import label_names_of
+from diffusers_ext.evaluation.subject import default_scale
+from diffusers_ext.pipelines.call_condition import CallCondition
 from diffusers_ext.pipelines.image_inputs import encode_pixels
+from diffusers_ext.pipelines.label_condition import LabelCondition
 from diffusers_ext.pipelines.pipeline_guided_diffusion import GuidedDiffusionPipeline
+from diffusers_ext.pipelines.pipeline_text_guided_diffusion import TextGuidedDiffusionPipeline
+from diffusers_ext.pipelines.statistics import labels_of_data
+from diffusers_ext.pipelines.stock import components_for, stock_name
+from diffusers_ext.pipelines.text_condition import TextCondition
 from diffusers_ext.schedulers import ConsistencyScheduler, ExtDDIMScheduler, ExtDDPMScheduler, FlowScheduler
 from diffusers_ext.schedulers.gaussian import GaussianSchedulerMixin
 from diffusers_ext.schedulers.levels import is_linear, model_schedule, prediction_type_of
 from diffusers_ext.schedulers.samplers import is_sampler
 
-
-# Parts of a pipeline of diffusers that may be its network.
-NETWORKS = ("denoiser", "unet", "transformer")
 
 # In the scheduler's config of a student, the number of steps that it was distilled to.
 STUDENT_STEPS = "_student_steps"
@@ -40,34 +46,23 @@ class Subject:
         pipe: The one that is measured: the same, or one of this package with the networks of a pipeline of diffusers. Its
             scheduler is of this package.
         num_steps: Network calls that it is calibrated for.
+        bf16: Whether images are made under bf16 autocast; trajectories and errors are those of the weights as they are.
     """
 
     original: DiffusionPipeline
-    pipe: GuidedDiffusionPipeline
+    pipe: GuidedDiffusionPipeline | TextGuidedDiffusionPipeline
     num_steps: int
+    bf16: bool = False
     # The scheduler that `own_timesteps` was last asked of, and the same without chosen timesteps.
     _plain: tuple[SchedulerMixin, SchedulerMixin] | None = field(default=None, init=False, repr=False)
 
     @classmethod
-    def of(cls, original: DiffusionPipeline, num_steps: int) -> "Subject":
-        """A pipeline without texts, unconditional or by label, in pixels or latents.
+    def of(cls, original: DiffusionPipeline, num_steps: int, bf16: bool = False) -> "Subject":
+        """A pipeline of this package, or of diffusers that is called as these are.
 
         Raises:
             ValueError: if it is another, or its scheduler is for none of the paths that are known here.
         """
-        name = type(original).__name__
-        network = next((part for part in NETWORKS if isinstance(getattr(original, part, None), nn.Module)), None)
-        if network is None or getattr(original, "text_encoder", None) is not None or hasattr(original, "tokenizer"):
-            raise ValueError(
-                name_commands(
-                    f"a pipeline to calibrate must make images by label or of no condition, got {name}: of texts, compare scales of "
-                    "guidance with training/sample_prompts.py"
-                )
-            )
-        if getattr(original, "image_condition", None) is not None:
-            raise ValueError(
-                f"a pipeline to calibrate must have no condition images, got {original.image_condition.describe()}"
-            )
         if (getattr(original, "config", {}).get("call_defaults") or {}).get("start_timestep") is not None:
             raise ValueError(
                 name_commands(
@@ -75,17 +70,24 @@ class Subject:
                     "before training/fit_prior.py"
                 )
             )
-        scheduler = own_scheduler(original.scheduler)
-        if isinstance(original, GuidedDiffusionPipeline):
-            original.scheduler = scheduler
-            pipe = original
-        else:
-            pipe = GuidedDiffusionPipeline(
-                getattr(original, network), scheduler, vae=getattr(original, "vae", None), id2label=_names(original)
+        name, pipe = type(original).__name__, original
+        if isinstance(original, GuidedDiffusionPipeline | TextGuidedDiffusionPipeline):
+            original.scheduler = own_scheduler(original.scheduler)
+        elif stock_name(original.components, "denoiser") is None or getattr(original, "text_encoder_2", None):
+            raise ValueError(
+                "a pipeline to calibrate must have a network that is called with labels, with the hidden states of one text encoder, "
+                f"or with neither, got {name} of {', '.join(original.components)}"
             )
+        else:
+            of_texts = getattr(original, "text_encoder", None) is not None or hasattr(original, "tokenizer")
+            kind = TextGuidedDiffusionPipeline if of_texts else GuidedDiffusionPipeline
+            components = components_for(kind, original) | {"scheduler": own_scheduler(original.scheduler)}
+            pipe = kind(**components, **({} if of_texts else {"id2label": _names(original)}))
+        if isinstance(pipe, TextGuidedDiffusionPipeline) and pipe.text_encoder is None:
+            raise ValueError(f"a pipeline to calibrate must have its tokenizer and text_encoder, got {name} without")
         pipe.set_progress_bar_config(disable=True)
         pipe.denoiser.eval()
-        return cls(original, pipe, num_steps)
+        return cls(original, pipe, num_steps, bf16)
 
     def check_can_be_calibrated(self) -> None:
         """Refuses a student, whose timesteps and guidance it was distilled for.
@@ -106,9 +108,41 @@ class Subject:
         return self.pipe is self.original
 
     @property
+    def of_texts(self) -> bool:
+        """Whether images are asked for by texts."""
+        return isinstance(self.pipe, TextGuidedDiffusionPipeline)
+
+    @property
+    def num_classes(self) -> int | None:
+        """Labels that images are asked for by; None without."""
+        return None if self.of_texts else self.pipe.denoiser_num_classes
+
+    @property
+    def needs_examples(self) -> bool:
+        """Whether images can only be asked for by what real ones have, which labels are known without."""
+        return self.of_texts or self.pipe.image_condition is not None
+
+    def asks_as(self, examples: Examples | None) -> bool:
+        """Whether images are asked for as these examples are, and not by a label each in turn or in proportion."""
+        return (
+            self.needs_examples or self.num_classes is not None and examples is not None and examples.sets is not None
+        )
+
+    @property
     def can_guide(self) -> bool:
-        """Whether there are labels to guide to, and a null label to lead away from."""
-        return self.pipe.denoiser_num_classes is not None and self.pipe.null_label is not None
+        """Whether there is a condition to guide to, and the network knows what to do without, to be led away from."""
+        pipe = self.pipe
+        if pipe.image_condition is not None and pipe.denoiser.config.get("learned_without_image", True):
+            return True
+        if self.of_texts:
+            return pipe.knows_empty_text
+        return self.num_classes is not None and pipe.null_label is not None
+
+    @property
+    def default_scale(self) -> float:
+        """Of guidance, in calls of the pipeline that say nothing of it; 1 is none."""
+        scale = default_scale(self.original) if self.can_guide else None
+        return 1.0 if scale is None else scale
 
     @property
     def has_betas(self) -> bool:
@@ -154,38 +188,77 @@ class Subject:
         """What the sampler does to the predicted x_0, or None."""
         return clip_of(self.pipe.scheduler.config)
 
-    def clean_samples(self, images: LabelledImages, number: int, seed: int) -> tuple[Tensor, Tensor | None]:
-        """x_0 of training images that the seed draws, on the scale of the network and its device, and their labels."""
-        pipe, rows = self.pipe, drawn_order(len(images), seed)[:number]
-        channels = pipe.denoiser.config.in_channels if pipe.vae is None else pipe.vae.config.in_channels
-        pixels = convert_channels(images.images[rows], channels).to(pipe.device, torch.float32) * (2 / 255) - 1
-        labels = None
-        if pipe.denoiser_num_classes is not None:
-            known = len(images.label_names) == pipe.denoiser_num_classes
-            labels = (images.labels[rows] if known else torch.full((len(rows),), pipe.null_label)).to(pipe.device)
-        return encode_pixels(pixels, pipe.vae, pipe._sample_shape, pipe.statistics, labels), labels
+    def asked(self, examples: Examples) -> dict[str, list]:
+        """Keywords of `generate_images` that ask for images as these are: by label, text and condition image of each."""
+        asked: dict[str, list] = {}
+        if (condition := self.pipe.image_condition) is not None:
+            asked["conditions"] = list(condition_images(condition, examples.images.images, examples.conditions))
+        if self.of_texts:
+            asked["prompts"] = list(examples.captions)
+        elif self.num_classes is not None and examples.sets is not None:
+            asked["labels"] = [row.nonzero().flatten().tolist() for row in examples.sets]
+        elif self.num_classes is not None and len(examples.images.label_names) == self.num_classes:
+            asked["labels"] = examples.images.labels.tolist()
+        return asked
 
-    def units(self, labels: Tensor | None, like: Tensor) -> DataUnits | None:
+    def ask_in_turn(self, number: int, examples: Examples | None = None, seed: int = 0) -> dict[str, list]:
+        """The same for so many images of all labels in turn, or like examples that the seed draws."""
+        if self.asks_as(examples):
+            return self.asked(examples.draw(number, seed))
+        return {} if self.num_classes is None else {"labels": [i % self.num_classes for i in range(number)]}
+
+    def condition(self, asked: dict[str, list]) -> CallCondition:
+        """What a call of the pipeline makes of these keywords."""
+        pipe = self.pipe
+        if self.of_texts:
+            named = TextCondition(pipe, asked["prompts"], None, 1)
+        else:
+            named = LabelCondition(pipe, asked.get("labels"))
+        return CallCondition(pipe, named, (), asked.get("conditions"))
+
+    def clean_samples(self, examples: Examples) -> tuple[Tensor, CallCondition]:
+        """x_0 of real images, on the scale of the network and its device, and the condition that each is asked for by."""
+        pipe, images = self.pipe, examples.images
+        if (scale := pipe._value_scale or images.value_scale) is not None:
+            pixels = scale.to_model(images.images).to(pipe.device, torch.float32)
+        else:
+            channels = pipe.denoiser.config.in_channels if pipe.vae is None else pipe.vae.config.in_channels
+            pixels = convert_channels(images.images, channels).to(pipe.device, torch.float32) * (2 / 255) - 1
+        condition = self.condition(self.asked(examples))
+        labels = labels_of_data(pipe.statistics, condition)
+        labels = None if labels is None else labels.to(pipe.device)
+        return encode_pixels(pixels, pipe.vae, pipe._sample_shape, pipe.statistics, labels), condition
+
+    def units(self, condition: CallCondition, like: Tensor) -> DataUnits | None:
         """From samples of the network to images in [-1, 1]; None if they are the same, or latents."""
         pipe = self.pipe
-        return None if pipe.vae is not None or pipe.statistics is None else pipe.statistics.units(labels, like)
+        if pipe.vae is not None or pipe.statistics is None:
+            return None
+        labels = labels_of_data(pipe.statistics, condition)
+        return pipe.statistics.units(None if labels is None else labels.to(like.device), like)
+
+    @property
+    def has_bins(self) -> bool:
+        """Whether the network's samples are images in 8 bits, and not latents or sequences."""
+        return self.pipe.vae is None and self.pipe._dims == 2
 
     @property
     def last_noise(self) -> float | None:
-        """The most noise, as `X0Variances` has it, that cannot be seen in a channel of an image in 8 bits; None for latents."""
+        """The most noise, as `X0Variances` has it, that cannot be seen in a channel of an image in 8 bits; None for others."""
         pipe = self.pipe
-        if pipe.vae is not None:
+        if not self.has_bins:
             return None
         return VISIBLE_NOISE if pipe.statistics is None else VISIBLE_NOISE / pipe.statistics.std.max().item()
 
-    def network(self, labels: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
-        """The network under these labels, without guidance and without its variances."""
-        denoiser = self.pipe.denoiser
-        more = {} if labels is None else {"class_labels": labels}
+    def network(self, condition: CallCondition, number: int) -> Callable[[Tensor, Tensor], Tensor]:
+        """The network under a condition of so many samples, without guidance and without its variances.
+
+        It takes samples and timesteps, which are the same for all of them.
+        """
+        denoiser = self.pipe._denoiser(self.pipe.scheduler, None, condition, number, self.pipe.device)
 
         def denoise(x_t: Tensor, timesteps: Tensor) -> Tensor:
-            output = denoiser(x_t.to(next(denoiser.parameters()).dtype), timesteps, **more, return_dict=False)[0]
-            return output[:, : x_t.shape[1]].float()
+            return denoiser(x_t, timesteps[0])[:, : x_t.shape[1]]
 
         return denoise
 

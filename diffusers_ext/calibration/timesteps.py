@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from diffusers_ext.calibration.budget import Budget, number_that_fits
+from diffusers_ext.calibration.examples import Examples
 from diffusers_ext.calibration.subject import Subject
 from diffusers_ext.diffusion.noising import NoiseLevel
 from diffusers_ext.diffusion.timestep_search import cheapest_lists, trajectory_costs
+from diffusers_ext.evaluation.generate import condition_of
 
 
 # Steps of the fine trajectory, and images that have one.
@@ -45,10 +47,12 @@ class Teacher:
     costs: object
 
     @classmethod
-    def make(cls, subject: Subject, number: int, guidance: dict, seed: int) -> "Teacher":
-        """The trajectories of so many images, of all labels in turn, under a guidance of the call."""
+    def make(
+        cls, subject: Subject, number: int, guidance: dict, seed: int, examples: Examples | None = None
+    ) -> "Teacher":
+        """The trajectories of so many images, of all labels in turn or like these examples, under a guidance of the call."""
         grid, schedule = subject.search_grid(NUM_FINE_STEPS), subject.schedule
-        call = _call(subject, number, guidance, seed)
+        call = _call(subject, number, guidance, seed, examples)
         points = _sample(subject, call, grid.tolist(), with_points=True)
         x = torch.stack([point.x_t.cpu() for point in points.trajectory] + [points.images.cpu()])
         x0_hat = torch.stack([point.x0_hat.cpu() for point in points.trajectory])
@@ -62,21 +66,21 @@ class Teacher:
         return (ends - self.ends).square().mean().sqrt().item()
 
 
-def _call(subject: Subject, number: int, guidance: dict, seed: int) -> dict:
+def _call(subject: Subject, number: int, guidance: dict, seed: int, examples: Examples | None) -> dict:
     """Arguments of the pipeline's call for so many images of the noise of a seed."""
-    pipe, classes = subject.pipe, subject.pipe.denoiser_num_classes
-    condition = {"batch_size": number} if classes is None else {"class_labels": [i % classes for i in range(number)]}
+    pipe = subject.pipe
+    condition = condition_of(number, **subject.ask_in_turn(number, examples, seed))
     # Without any guidance said, the pipeline's defaults would guide.
     guidance = guidance or ({"guidance_scale": 1.0} if pipe.guider is None else {})
     noise = torch.randn(number, *pipe._sample_shape, generator=torch.Generator().manual_seed(seed))
     return condition | guidance | {"latents": noise, "output_type": "latent"}
 
 
-def images_that_fit(subject: Subject, guidance: dict, budget: Budget) -> int:
+def images_that_fit(subject: Subject, guidance: dict, budget: Budget, examples: Examples | None = None) -> int:
     """Of how many images the fine trajectories fit into the time, by what two steps of a few take; up to `NUM_IMAGES`."""
     grid = subject.search_grid(NUM_FINE_STEPS)
     few = grid[[0, len(grid) // 2]].tolist()  # the latter is guided, if any is
-    call = _call(subject, FEWEST_IMAGES, guidance, seed=0)
+    call = _call(subject, FEWEST_IMAGES, guidance, 0, examples)
     start = time.perf_counter()
     _sample(subject, call, few)
     seconds = (time.perf_counter() - start) / len(few) / FEWEST_IMAGES * len(grid)

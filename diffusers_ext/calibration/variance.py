@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffusers_ext.calibration.budget import Budget
+from diffusers_ext.calibration.examples import Examples
 from diffusers_ext.calibration.subject import Subject
 from diffusers_ext.diffusion.analytic_variance import (
     PredictionMoments,
@@ -20,7 +21,6 @@ from diffusers_ext.diffusion.noising import NoiseSchedule, Normal
 from diffusers_ext.diffusion.precision import to_float64
 from diffusers_ext.diffusion.timestep_search import bound_costs, cheapest_lists, search_grid
 from diffusers_ext.diffusion.variational_bound import decoder_nats
-from diffusers_ext.evaluation.labelled_images import LabelledImages
 
 
 # Timesteps that it is measured at; between them it is interpolated.
@@ -41,7 +41,7 @@ class Prediction:
         x0_variance: Mean squared error of a coordinate there, float64, within what it can be.
         x0_square: Mean square of a coordinate of x_0.
         num_images: That it was measured on.
-        last_nats: Cost of a coordinate of an image in 8 bits if the step from there is the last; None for latents.
+        last_nats: Cost of a coordinate of an image in 8 bits if the step from there is the last; None for others.
     """
 
     grid: Tensor
@@ -61,23 +61,20 @@ class Prediction:
         return table | ({} if last_noise is None else {"last_noise": round(last_noise, 5)})
 
 
-def measure(subject: Subject, images: LabelledImages, budget: Budget, seed: int) -> Prediction:
-    """Measures in batches until the time is over, at least one."""
-    pipe = subject.pipe
-    schedule, config = pipe.scheduler.schedule, pipe.scheduler.config
+def measure(subject: Subject, train: Examples, budget: Budget, seed: int) -> Prediction:
+    """Measures on images that the network was trained on, in batches until the time is over, at least one."""
+    schedule, config = subject.pipe.scheduler.schedule, subject.pipe.scheduler.config
     grid = search_grid(schedule, NUM_POINTS)
-    x0, labels = subject.clean_samples(images, MOST_IMAGES, seed)
-    generator = torch.Generator().manual_seed(seed)
+    examples, generator = train.at_most(MOST_IMAGES, seed), torch.Generator().manual_seed(seed)
     total: PredictionMoments | None = None
-    for start in range(0, len(x0), BATCH):
-        rows, before = slice(start, start + BATCH), budget.used
-        of_rows = None if labels is None else labels[rows]
-        network = subject.network(of_rows)
+    for rows in torch.arange(len(examples)).split(BATCH):
+        before = budget.used
+        x0, condition = subject.clean_samples(examples.take(rows))
         moments = measure_prediction(
-            *(network, [x0[rows]], schedule, grid, config.prediction_type),
+            *(subject.network(condition, len(x0)), [x0], schedule, grid, config.prediction_type),
             clip=subject.clip,
             generator=generator,
-            decoder=None if pipe.vae is not None else partial(_decoder, units=subject.units(of_rows, x0[rows])),
+            decoder=partial(_decoder, units=subject.units(condition, x0)) if subject.has_bins else None,
         )
         total = moments if total is None else total + moments
         if budget.left < budget.used - before:
@@ -85,7 +82,7 @@ def measure(subject: Subject, images: LabelledImages, budget: Budget, seed: int)
     level = schedule.level(grid, torch.zeros(1, dtype=torch.float64))
     largest = config.clip_sample_range if config.clip_sample and not config.thresholding else None
     x0_variance = within_bounds(total.x0_variance, level, largest)
-    last = None if pipe.vae is not None else total.last_nats / total.count
+    last = total.last_nats / total.count if subject.has_bins else None
     return Prediction(grid, x0_variance, total.x0_square / total.count, total.count // x0[0].numel(), last)
 
 

@@ -10,23 +10,21 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from diffusers_ext.atomic_files import lock_folder
 from diffusers_ext.calibration import report as reports
-from diffusers_ext.calibration.run import Data, calibrate
+from diffusers_ext.calibration.data import CalibrationOptions, Data
+from diffusers_ext.calibration.run import calibrate
 from diffusers_ext.calibration.subject import Subject
 from diffusers_ext.command_names import name_commands
-from diffusers_ext.data.sequences import refuse_sequences
 from diffusers_ext.draws import check_seed
 from diffusers_ext.evaluation.feature_folders import features_for
 from diffusers_ext.evaluation.generate import LARGEST_SEED_OF_SETS
-from diffusers_ext.evaluation.options import DataOptions, take_options_of_run
-from diffusers_ext.evaluation.pipeline_facts import default_of, image_size_of, label_names_of
-from diffusers_ext.evaluation.real_images import find_held_out_split, load_real_images
+from diffusers_ext.evaluation.pipeline_facts import default_of
 from diffusers_ext.evaluation.subject import load_pipeline
 from diffusers_ext.hub.cards import add_calibration
-from diffusers_ext.machine import process_state, set_threads
+from diffusers_ext.machine import process_state, runs_in_bf16, set_threads
 from diffusers_ext.options import option, parse_config, run_script, to_command
 from diffusers_ext.trainer.config import parse_duration
 from diffusers_ext.trainer.run import save_atomically
@@ -34,7 +32,7 @@ from diffusers_ext.trainer.run_folder import CONFIG_FILE
 
 
 @dataclass(frozen=True)
-class CalibrateConfig(DataOptions):
+class CalibrateConfig(CalibrationOptions):
     """Choose for a trained pipeline what its calls do by default, and save it so."""
 
     pipeline: str | None = option(None, "PIPELINE may also stand first, without --pipeline", "what is calibrated")
@@ -48,6 +46,9 @@ class CalibrateConfig(DataOptions):
         "folder of a network of training/train_features.py, or none; by default one is trained on the data set, once, and kept",
     )
     max_time: str = option("5m", "time that it may take, such as 90s or 5m, loading and a feature classifier aside")
+    mixed_precision: Literal["no", "bf16"] | None = option(
+        None, "precision that images are made in; by default bf16 where the hardware is fast at it"
+    )
     seed: int = option(0, "of the noise and of the draw of images")
     num_threads: int | None = option(None, "CPU threads; by default all cores", at_least=1)
     output_dir: str | None = option(
@@ -96,17 +97,16 @@ def calibrate_and_save(config: CalibrateConfig) -> dict:
     set_threads(config.num_threads, state.num_processes)
     command = to_command(config, "training/calibrate.py", launcher="python")
     pipe = load_pipeline(config.pipeline).to(state.device)
-    subject = Subject.of(pipe, 1)  # which refuses what cannot be calibrated, before anything is read
+    bf16 = runs_in_bf16(config.mixed_precision, state.device.type)
+    subject = Subject.of(pipe, 1, bf16)  # which refuses what cannot be calibrated, before anything is read
     subject.check_can_be_calibrated()
-    config = complete(config, pipe)
-    subject.num_steps = config.num_inference_steps
-    real = load_real_images(config.for_data(), config.held_out_split, label_names=label_names_of(pipe))
-    refuse_sequences(real, "training/calibrate.py")
-    features, _ = features_for(real, config.features, state)
-    name = config.held_out_split or find_held_out_split(config.for_data())
+    config = config.of_run(config.pipeline, pipe, ("num_inference_steps",))
+    subject.num_steps = config.num_inference_steps or default_of(pipe, "num_inference_steps")
+    data = Data.load(config, subject)
+    features, _ = features_for(data.real, config.features, state)
     run = Path(config.pipeline) if Path(config.pipeline).is_dir() else None
     found = calibrate(
-        *(subject, Data(real, name, features), config.seconds),
+        *(subject, dataclasses.replace(data, features=features), config.seconds),
         seed=config.seed,
         run=run,
         start=time.perf_counter(),
@@ -118,16 +118,6 @@ def calibrate_and_save(config: CalibrateConfig) -> dict:
     state.wait_for_everyone()
     state.print("\n".join(["", *(f"- {line}" for line in reports.describe(found)), "", f"saved in {config.folder}"]))
     return found
-
-
-def complete(config: CalibrateConfig, pipe) -> CalibrateConfig:
-    """The options, with what was left open as the training run or the pipeline has it."""
-    config = take_options_of_run(config, config.pipeline, ["num_inference_steps"])
-    if config.num_inference_steps is None:
-        config = dataclasses.replace(config, num_inference_steps=default_of(pipe, "num_inference_steps"))
-    if config.resolution is None:
-        config = dataclasses.replace(config, resolution=image_size_of(pipe))
-    return config
 
 
 def save(folder: Path, subject: Subject, found: dict, source: str) -> None:

@@ -15,6 +15,7 @@ from diffusers import AutoModel
 from torch import Tensor, nn
 
 from diffusers_ext import GaussianPriorModel, GuidedDiffusionPipeline
+from diffusers_ext.calibration.examples import Examples
 from diffusers_ext.calibration.subject import Subject
 from diffusers_ext.command_names import name_commands
 from diffusers_ext.evaluation.options import DataOptions, take_options_of_run
@@ -144,8 +145,9 @@ def clean_samples(config: FitPriorConfig, pipe: GuidedDiffusionPipeline) -> tupl
             f"by_label needs a pipeline and images with the same labels, got {pipe.denoiser_num_classes or 'none'} and "
             f"{len(real.train.label_names) or 'none'}"
         )
-    x0, labels = Subject(pipe, pipe, 1).clean_samples(real.train, config.max_images, config.seed)
-    return x0.cpu(), labels.cpu() if config.by_label else None
+    examples = Examples(real.train).at_most(config.max_images, config.seed)
+    x0, _ = Subject(pipe, pipe, 1).clean_samples(examples)
+    return x0.cpu(), examples.images.labels if config.by_label else None
 
 
 def save(config: FitPriorConfig, pipe: nn.Module) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from torch import Tensor, nn
+from torch import Tensor
 
 import diffusers_ext
 from diffusers_ext.command_names import name_commands
@@ -18,7 +18,7 @@ from diffusers_ext.hub.saved_folder import SavedFolder, loading_lines
 from diffusers_ext.options import option, run_script
 from diffusers_ext.recipes.denoising import DenoisingConfig
 from diffusers_ext.recipes.training_path import build_scheduler
-from diffusers_ext.trainer.posthoc_ema import is_of, list_snapshots, load_averages, reconstruct
+from diffusers_ext.trainer.posthoc_ema import list_snapshots, load_averages, models_of, reconstruct
 from diffusers_ext.trainer.run import save_atomically
 from diffusers_ext.trainer.run_folder import CONFIG_FILE
 from diffusers_ext.untrusted import read_yaml_mapping
@@ -65,13 +65,7 @@ def main(config: ReconstructConfig) -> Path:
 
     averages, schedule = split_schedule(averages)
     loaded = getattr(diffusers_ext, saved.class_name if saved.is_model else "DiffusionPipeline").from_pretrained(run)
-    parts = [loaded] if saved.is_model else loaded.components.values()
-    models = [part for part in parts if isinstance(part, nn.Module) and is_of(part, averages)]
-    if not models and not saved.is_model:  # parts that were trained together, such as a denoiser and its text encoder
-        prefixes = {name.partition(".")[0] for name in averages}
-        together = {name: part for name, part in loaded.components.items() if name in prefixes}
-        joint = nn.ModuleDict({name: part for name, part in together.items() if isinstance(part, nn.Module)})
-        models = [joint] if is_of(joint, averages) else []
+    models = models_of({"": loaded} if saved.is_model else loaded.components, averages)
     if len(models) != 1:
         raise ValueError(
             f"the snapshots are of another model than {run} holds: they must have the names and shapes of the parameters "

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from diffusers_ext import GuidedDiffusionPipeline
+from diffusers_ext.calibration.examples import Examples
 from diffusers_ext.calibration.subject import Subject
 from diffusers_ext.diffusion.noising import predict_x0
 from diffusers_ext.draws import check_seed
@@ -31,6 +32,7 @@ from diffusers_ext.figures import labelled_grid
 from diffusers_ext.machine import process_state, set_threads
 from diffusers_ext.metrics.features import FeatureClassifierModel
 from diffusers_ext.options import option, parse_config, run_script
+from diffusers_ext.pipelines.call_condition import CallCondition
 from diffusers_ext.pipelines.outputs import decode_samples
 from diffusers_ext.studies import data_draws, embeddings, noise_end, scaling
 from diffusers_ext.studies.report import Report
@@ -104,9 +106,10 @@ class Material:
     def pipe(self) -> GuidedDiffusionPipeline:
         return next(iter(self.pipes.values()))
 
-    def clean(self, pipe: GuidedDiffusionPipeline) -> tuple[Tensor, Tensor | None]:
-        """x_0 of the data as the pipeline's network knows them, and labels."""
-        return Subject(pipe, pipe, 1).clean_samples(self.real.train, self.config.num_data, self.config.seed)
+    def clean(self, pipe: GuidedDiffusionPipeline, most: int | None = None) -> tuple[Tensor, CallCondition]:
+        """x_0 of the data as the pipeline's network knows them, at most so many, and the condition that they are of."""
+        number = min(self.config.num_data, most or self.config.num_data)
+        return Subject(pipe, pipe, 1).clean_samples(Examples(self.real.train).at_most(number, self.config.seed))
 
     def labels(self, pipe: GuidedDiffusionPipeline) -> list[int] | None:
         """Of the samples, in the proportions of the data's."""
@@ -226,10 +229,9 @@ def study_scaling(material: Material) -> Report:
     for name, pipe in material.pipes.items():
         schedule = pipe.scheduler.schedule
         timesteps = torch.linspace(0, len(schedule) - 1, config.num_levels).round().long().tolist()
-        x0, labels = material.clean(pipe)
-        x0, labels = x0[:BATCH], None if labels is None else labels[:BATCH]
+        x0, condition = material.clean(pipe, BATCH)
         errors = scaling.relative_errors(
-            *(Subject(pipe, pipe, 1).network(labels), x0, schedule, pipe.scheduler.config.prediction_type),
+            *(Subject(pipe, pipe, 1).network(condition, len(x0)), x0, schedule, pipe.scheduler.config.prediction_type),
             *(timesteps, config.factors),
             torch.Generator().manual_seed(config.seed),
         )
@@ -251,12 +253,14 @@ def study_scaling(material: Material) -> Report:
 def study_data_draws(material: Material) -> Report:
     """Samplers whose x_0 is the network's, or the mean or a draw of the data."""
     config, pipe = material.config, material.pipe
-    images, image_labels = material.clean(pipe)
-    chosen, schedule = material.labels(pipe), pipe.scheduler.schedule
+    images, condition = material.clean(pipe)
+    chosen, schedule, subject = material.labels(pipe), pipe.scheduler.schedule, Subject(pipe, pipe, 1)
     labels = None if chosen is None else torch.tensor(chosen, device=images.device)
-    clip, prediction_type = Subject(pipe, pipe, 1).clip, pipe.scheduler.config.prediction_type
-    network, generator = Subject(pipe, pipe, 1).network(labels), torch.Generator(images.device)
-    posterior = data_draws.DataPosterior(images, image_labels, labels)
+    clip, prediction_type = subject.clip, pipe.scheduler.config.prediction_type
+    asked = subject.condition({} if chosen is None else {"labels": chosen})
+    network, generator = subject.network(asked, config.num_images), torch.Generator(images.device)
+    by_label = None if condition.labels is None else condition.labels.to(images.device)
+    posterior = data_draws.DataPosterior(images, by_label, None if by_label is None else labels)
 
     def of_network(x: Tensor, level, timestep: int) -> Tensor:
         at = torch.full((len(x),), timestep, device=x.device)
@@ -312,7 +316,8 @@ def study_embedding(material: Material) -> Report:
     chosen = material.labels(pipe)
     if chosen is None or not material.real.has_labels:
         raise ValueError("embedding colours points by label, and this pipeline or its data have none")
-    x0, labels = (part[: config.num_images] for part in material.clean(pipe))
+    x0, condition = material.clean(pipe, config.num_images)
+    labels = condition.labels.to(x0.device)
     images = decode_samples(x0, pipe.vae, pipe.statistics, labels)
     seeds = range(config.num_images)
     settings = {"num_inference_steps": config.num_inference_steps, "guidance_scale": 1.0}

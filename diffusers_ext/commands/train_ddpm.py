@@ -17,7 +17,7 @@ from diffusers_ext.data.image_table import ImageData
 from diffusers_ext.data.latent_cache import SampleSpace, value_scale_of
 from diffusers_ext.data.stream import StreamData
 from diffusers_ext.hub.cards import DEFAULT_LIMITATIONS
-from diffusers_ext.options import fixed_option, option, run_script, takes_keywords, to_command
+from diffusers_ext.options import fixed_option, run_script, takes_keywords, to_command
 from diffusers_ext.recipes.adapters import clipped_noise_of_run, save_adapter, without_adapter
 from diffusers_ext.recipes.augmentation import augmenting, check_augmentation
 from diffusers_ext.recipes.calibration import calibrate_run, with_calibration
@@ -61,19 +61,10 @@ class TrainConfig(DenoisingConfig):
         0.1, "probability of training an image without its label, for guidance", "labels"
     )
 
-    calibrate: bool | None = option(
-        None,
-        "choose at the end what the pipeline does by default, as training/calibrate.py does, in a tenth of the training's time "
-        "or 30 s if that is more; by default after a training of at least 2 minutes",
-        "sampling",
-    )
-
     def __post_init__(self):
         super().__post_init__()
         if not 0 <= self.label_dropout < 1:
             raise ValueError(f"label_dropout must be in [0, 1), got {self.label_dropout:g}")
-        if self.calibrate and self.has_condition:
-            raise ValueError("calibrate is for models without condition images: leave it out")
 
 
 def main(config: TrainConfig) -> Path:

@@ -24,6 +24,7 @@ from diffusers_ext.guidance.texts import width_of
 from diffusers_ext.options import run_script, to_command
 from diffusers_ext.recipes.adapters import clipped_noise_of_run, save_adapter, without_adapter
 from diffusers_ext.recipes.augmentation import augmenting, check_augmentation
+from diffusers_ext.recipes.calibration import calibrate_run, with_calibration
 from diffusers_ext.recipes.condition_grids import condition_rows, described_run
 from diffusers_ext.recipes.data_statistics import with_statistics
 from diffusers_ext.recipes.denoising_parts import build_model, build_objective, refuse_unlearned_guidance
@@ -95,12 +96,13 @@ def main(config: TextConfig) -> Path:
             on_images=partial(draw_while_training, pipeline, rows),
             validation_data=held_out,
             prepare_batch=augmenting(config, batch_maker(condition, space, accelerator.device)),
-            ending_cost=partial(drawing_cost, pipeline, rows),
+            ending_cost=with_calibration(partial(drawing_cost, pipeline, rows), config.calibrate),
             saved=pipeline,
         )
         trainer.train()
         save_and_draw(pipeline, rows, trainer, **first_of(rows))
         save_adapter(trainer)
+        calibrate_run(trainer, config.calibrate, command)
         if accelerator.is_main_process:
             described = "\n\n".join([describe_data(config, data), *data.notes])
             about = {"pictures": PICTURES, "pipeline_tag": "text-to-image"} | described_run(condition)

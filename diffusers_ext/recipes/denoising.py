@@ -147,6 +147,11 @@ class DenoisingConfig(PathConfig):
     guidance_scale: float = option(1.0, "classifier-free guidance of the sample grids; 1 is none")
     sample_columns: int = option(8, "pictures in a row of the sample grids", at_least=1)
     eval_batch_size: int | None = option(None, "pictures sampled at once; by default train_batch_size", at_least=1)
+    calibrate: bool | None = option(
+        None,
+        "choose at the end what the pipeline does by default, as training/calibrate.py does, in a tenth of the training's time "
+        "or 30 s if that is more; by default after a training of at least 2 minutes",
+    )
 
     def default_optimizer(self) -> str:
         """Muon for a transformer that starts at random weights, whose images it makes good soonest (docs/speedrun.md)."""

@@ -109,7 +109,13 @@ def load_teacher(name: str) -> GuidedDiffusionPipeline:
     """A pipeline of this package or of diffusers, with a scheduler of this package, to make a `Teacher` of.
 
     Raises:
-        ValueError: if there is none, it makes images of texts, or its path is not known here.
+        ValueError: if there is none, it makes images of texts or condition images, or its path is not known here.
     """
     pipe = load_pipeline(name)
-    return Subject.of(pipe, 1).pipe
+    subject = Subject.of(pipe, 1)
+    if subject.needs_examples:
+        what = "texts" if subject.of_texts else "condition images"
+        raise ValueError(
+            f"a pipeline to distil must make images by label or of no condition, got {type(pipe).__name__} of {what}"
+        )
+    return subject.pipe

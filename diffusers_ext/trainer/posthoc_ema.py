@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -232,3 +233,17 @@ def is_of(model: nn.Module, averages: Mapping[str, Tensor]) -> bool:
     return {name: parameter.shape for name, parameter in model.named_parameters()} == {
         name: average.shape for name, average in averages.items()
     }
+
+
+def models_of(parts: Mapping[str, Any], averages: Mapping[str, Tensor]) -> list[nn.Module]:
+    """The models that averages are of, among parts by their names: one or several of them, or parts that were trained together.
+
+    Of the latter, such as a denoiser and its text encoder, the averages have the names of the parts as first names.
+    """
+    modules = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+    found = [module for module in modules.values() if is_of(module, averages)]
+    if found:
+        return found
+    first_names = {name.partition(".")[0] for name in averages}
+    together = nn.ModuleDict({name: module for name, module in modules.items() if name in first_names})
+    return [together] if is_of(together, averages) else []

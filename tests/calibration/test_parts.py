@@ -1,5 +1,6 @@
 """The parts of a calibration, each against an answer that is known by another road."""
 
+import dataclasses
 import itertools
 import math
 import re
@@ -21,13 +22,15 @@ from diffusers_ext import (
 from diffusers_ext.calibration import averages, guidance, steps, timesteps, variance
 from diffusers_ext.calibration import budget as budget_module
 from diffusers_ext.calibration.budget import Budget, budget_of_training
-from diffusers_ext.calibration.guidance import Guidance, Parts, Trials, images_that_fit, search
-from diffusers_ext.calibration.run import Data, calibrate
+from diffusers_ext.calibration.data import Data
+from diffusers_ext.calibration.examples import Examples, Parts
+from diffusers_ext.calibration.guidance import Guidance, Trials, images_that_fit, search
+from diffusers_ext.calibration.run import calibrate
 from diffusers_ext.calibration.steps import Stepping
 from diffusers_ext.calibration.subject import Subject, own_scheduler
 from diffusers_ext.diffusion.analytic_variance import VISIBLE_NOISE
 from diffusers_ext.evaluation.labelled_images import LabelledImages
-from diffusers_ext.evaluation.real_images import RealImages
+from diffusers_ext.evaluation.real_images import Captions, RealImages
 from diffusers_ext.guidance.guiding import guided_steps
 from diffusers_ext.machine import process_state
 from diffusers_ext.metrics.features import FeatureClassifierModel
@@ -38,7 +41,7 @@ from gaussian_oracle import model_output
 from mixture_oracle import MixtureDenoiser
 from processes import in_ranks
 from tiny import tiny_unet
-from tiny_text import tiny_clip, tiny_text_unet, tiny_tokenizer
+from tiny_text import tiny_clip, tiny_stable_diffusion, tiny_text_unet, tiny_tokenizer
 
 
 FOREVER, NEVER = Budget(1e9), Budget(0)
@@ -72,8 +75,8 @@ def mixture_subject(scheduler=None):
 
 def test_the_table_is_the_variance_of_x0_given_x_t():
     images = gaussian_images()
-    subject = gaussian_subject()
-    prediction = variance.measure(subject, images, FOREVER, seed=0)
+    train, subject = Examples(images), gaussian_subject()
+    prediction = variance.measure(subject, train, FOREVER, seed=0)
     level = subject.pipe.scheduler.schedule.level(prediction.grid, torch.zeros(1, dtype=torch.float64))
     # Of the images as they are, cut at the ends of the range: their own variance under the same linear denoiser.
     own = ((images.images.double() / 127.5 - 1) ** 2).mean()
@@ -82,14 +85,12 @@ def test_the_table_is_the_variance_of_x0_given_x_t():
     torch.testing.assert_close(prediction.x0_variance, expected, rtol=0.06, atol=0)
     table = prediction.table(VISIBLE_NOISE)
     assert table["timesteps"] == sorted(table["timesteps"]) and len(str(table)) < 2000 and table["last_noise"] > 0
-    assert (
-        prediction.num_images == 64 and variance.measure(subject, images, NEVER, seed=0).num_images == variance.BATCH
-    )
+    assert prediction.num_images == 64 and variance.measure(subject, train, NEVER, seed=0).num_images == variance.BATCH
 
 
 def test_lists_by_the_bound_cost_no_more_than_the_spacing():
     subject = gaussian_subject()
-    prediction = variance.measure(subject, gaussian_images(), NEVER, seed=0)
+    prediction = variance.measure(subject, Examples(gaussian_images()), NEVER, seed=0)
     lists, bits = variance.lists_by_bound(subject, prediction, [1, 2, 5, 10, 50])
     for number, timesteps_ in lists.items():
         assert len(timesteps_) == number and timesteps_ == sorted(timesteps_, reverse=True)
@@ -284,16 +285,16 @@ def test_the_variance_is_that_of_the_weights_that_were_chosen(monkeypatch, tmp_p
     subject = labelled_subject()
     features = FeatureClassifierModel(8, 1, 2, (8, 16), label_names=["a", "b"])
 
-    def others(network, run, measure, budget):
+    def others(parts, run, measure, budget):
         """A width whose weights predict nothing."""
-        for parameter in network.parameters():
+        for parameter in parts["denoiser"].parameters():
             parameter.data.zero_()
         return 0.1, []
 
     monkeypatch.setattr(averages, "choose_width", others)
     found = calibrate(subject, Data(real_images(), None, features), 0.01, run=tmp_path)
     of_others = labelled_subject()
-    others(of_others.pipe.denoiser, None, None, None)
+    others(of_others.pipe.components, None, None, None)
     expected = calibrate(of_others, Data(real_images(), None, None), 0.01)
     assert found["averages"]["chosen"] == 0.1
     assert found["analytic_variance"]["x0_variance"] == expected["analytic_variance"]["x0_variance"]
@@ -304,7 +305,7 @@ def test_a_test_split_is_no_part_of_the_choice_nor_of_the_report():
         torch.full((9, 1, 8, 8), 200, dtype=torch.uint8), torch.zeros(9, dtype=torch.int64), ["a", "b"]
     )
     parts = Parts.of(real_images(other), "test", seed=0)
-    chosen, reported = (set(part.images[:, 0, 0, 0].tolist()) for part in (parts.choose, parts.report))
+    chosen, reported = (set(part.images.images[:, 0, 0, 0].tolist()) for part in (parts.choose, parts.report))
     assert not chosen & reported and chosen | reported == set(range(40))
     parts = Parts.of(real_images(other), "validation", seed=0)
     assert len(parts.choose) == 9 and len(parts.report) == 40
@@ -328,15 +329,15 @@ def test_the_width_of_the_average_with_the_least_distance_stays(tmp_path):
         return sum((p - target[name]).square().sum().item() for name, p in network.named_parameters())
 
     saved = {name: parameter.clone() for name, parameter in network.named_parameters()}
-    width, tried = averages.choose_width(network, tmp_path, measure, FOREVER)
+    width, tried = averages.choose_width({"denoiser": network}, tmp_path, measure, FOREVER)
     assert width == 0.07 and measure() < 1e-2 * tried[0]["frechet_distance"] and len(tried) > 3
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             parameter.copy_(saved[name])
-    width, tried = averages.choose_width(network, tmp_path, lambda: 1.0, FOREVER)
+    width, tried = averages.choose_width({"denoiser": network}, tmp_path, lambda: 1.0, FOREVER)
     assert width is None and all(torch.equal(parameter, saved[name]) for name, parameter in network.named_parameters())
-    assert averages.choose_width(nn.Linear(2, 2), tmp_path, lambda: 1.0, FOREVER) == (None, [])
-    assert averages.choose_width(network, tmp_path / "none", lambda: 1.0, FOREVER) == (None, [])
+    assert averages.choose_width({"denoiser": nn.Linear(2, 2)}, tmp_path, lambda: 1.0, FOREVER) == (None, [])
+    assert averages.choose_width({"denoiser": network}, tmp_path / "none", lambda: 1.0, FOREVER) == (None, [])
 
 
 def test_pipelines_of_diffusers_get_a_scheduler_that_takes_the_place_of_their_own():
@@ -365,14 +366,112 @@ def test_a_pipeline_of_diffusers_on_the_linear_path_gets_the_flow_scheduler():
             own_scheduler(diffusers.FlowMatchEulerDiscreteScheduler(**{key: True}))
 
 
-def test_a_pipeline_of_texts_is_refused():
+def text_pipeline(**config):
     tokenizer = tiny_tokenizer()
-    encoder = tiny_clip(tokenizer)
-    pipe = TextGuidedDiffusionPipeline(tiny_text_unet(), ExtDDIMScheduler(), tokenizer=tokenizer, text_encoder=encoder)
-    with pytest.raises(
-        ValueError, match="must make images by label or of no condition, got TextGuidedDiffusionPipeline"
-    ):
+    parts = {"tokenizer": tokenizer, "text_encoder": tiny_clip(tokenizer)}
+    pipe = TextGuidedDiffusionPipeline(tiny_text_unet(**config), ExtDDIMScheduler(clip_sample=False), **parts)
+    return pipe
+
+
+def coloured_examples(number=6):
+    pixels = torch.randint(256, (number, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = LabelledImages(pixels, torch.full([number], -1), [])
+    return Examples(images, ("red dot", "blue bar", "white edge", "green dot", "", "a")[:number])
+
+
+def test_the_network_of_a_pipeline_of_texts_sees_the_text_of_each_image():
+    pipe, examples = text_pipeline(), coloured_examples()
+    subject = Subject.of(pipe, 5)
+    assert subject.of_texts and subject.needs_examples and subject.can_guide and subject.default_scale == 4.0
+    x0, condition = subject.clean_samples(examples)
+    torch.testing.assert_close(x0, examples.images.images / 127.5 - 1)
+    t = torch.full((len(x0),), 500)
+    got = subject.network(condition, len(x0))(x0, t)
+    embeds = pipe.encode_prompt(list(examples.captions))
+    expected = pipe.denoiser(x0, t, encoder_hidden_states=embeds.states, encoder_attention_mask=embeds.mask).sample
+    torch.testing.assert_close(got, expected)
+    drawn = examples.draw(8, seed=1)
+    assert subject.ask_in_turn(8, examples, seed=1) == {"prompts": list(drawn.captions)}
+    assert sorted(drawn.captions[:6]) == sorted(examples.captions) and drawn.captions[6:] == drawn.captions[:2]
+
+
+def test_stable_diffusion_is_measured_as_its_calls_are_and_gets_a_scheduler_that_swaps_in():
+    pipe = tiny_stable_diffusion(diffusers.DDIMScheduler(clip_sample=False))
+    subject = Subject.of(pipe, 4)
+    assert subject.default_scale == 7.5 and not subject.keeps_defaults
+    x0, condition = subject.clean_samples(coloured_examples(3))
+    t = torch.full((3,), 300)
+    ids = pipe.tokenizer(["red dot", "blue bar", "white edge"], padding="max_length", return_tensors="pt").input_ids
+    expected = pipe.unet(x0, t, encoder_hidden_states=pipe.text_encoder(ids)[0]).sample
+    torch.testing.assert_close(subject.network(condition, 3)(x0, t), expected, atol=1e-5, rtol=1e-5)
+    found = calibrate(subject, Data(coloured_real_images(), None, None), 0.01)
+    assert "call_defaults" not in found and pipe.scheduler is subject.pipe.scheduler
+    assert pipe.scheduler.config.variance_type == "analytic" and isinstance(pipe.scheduler, ExtDDIMScheduler)
+    pipe.set_progress_bar_config(disable=True)
+    assert torch.isfinite(pipe("red dot", num_inference_steps=2, output_type="pt").images).all()
+
+
+def coloured_real_images():
+    examples = coloured_examples()
+    texts = Captions(examples.captions, None, "text", "train")
+    return RealImages(examples.images, None, "data", "crop", (), train_captions=texts)
+
+
+def test_texts_are_guided_as_by_default_unless_another_scale_is_better():
+    pipe = text_pipeline()
+    worse = Trials(lambda each: {"frechet_distance": 1.0 if each.scale == 4 else 0.99}, FOREVER)
+    assert search(worse, Guidance(4.0)) == Guidance(4.0)
+    assert search(Trials(bowl(Guidance(1.5)), FOREVER), Guidance(4.0)).scale == pytest.approx(1.5, rel=0.2)
+    torch.manual_seed(0)
+    features = FeatureClassifierModel(8, 3, None, (8, 16))
+    subject = Subject.of(pipe, 2)
+    found = calibrate(subject, Data(enough(coloured_real_images()), None, features), 0.01)
+    assert found["guidance"]["default"] == 4.0 and found["guidance"]["tried"][0]["scale"] == 4.0
+    scale = found["guidance"]["chosen"]["scale"]
+    assert pipe.config.call_defaults.get("guidance_scale", 4.0) == scale
+    without = Subject.of(text_pipeline(learned_unconditional=False), 2)
+    assert without.default_scale == 1.0 and not without.can_guide
+
+
+def enough(real):
+    """The same images a few times, so that there are more than neighbours of each."""
+    rows = torch.arange(len(real.train)).repeat(4)
+    texts = dataclasses.replace(real.train_captions, texts=real.train_captions.texts * 4)
+    return dataclasses.replace(real, train=real.train.take(rows), train_captions=texts)
+
+
+def test_pipelines_that_are_called_otherwise_are_refused():
+    pipe = text_pipeline()
+    pipe.register_modules(tokenizer=None, text_encoder=None)
+    with pytest.raises(ValueError, match="must have its tokenizer and text_encoder"):
         Subject.of(pipe, 5)
+    pipe = tiny_stable_diffusion(diffusers.DDIMScheduler())
+    pipe.text_encoder_2 = pipe.text_encoder
+    with pytest.raises(ValueError, match="hidden states of one text encoder, or with neither, got StableDiffusion"):
+        Subject.of(pipe, 5)
+
+
+def test_parts_that_were_trained_together_have_their_average_together(tmp_path):
+    torch.manual_seed(0)
+    parts = {"denoiser": nn.Linear(3, 2), "text_encoder": nn.Linear(2, 2), "vae": nn.Linear(2, 2)}
+    together = nn.ModuleDict({name: parts[name] for name in ("denoiser", "text_encoder")})
+    snapshots, wanted = AverageSnapshots(together, (0.05, 0.1), tmp_path), WeightAverage(together, std=0.07)
+    for step in range(1, 101):
+        with torch.no_grad():
+            for parameter in together.parameters():
+                parameter += 0.1 * torch.randn(parameter.shape) + 0.05
+        snapshots.update(together)
+        wanted.update(together)
+        if step % 20 == 0:
+            snapshots.write(step)
+    target = wanted.averages()
+
+    def measure():
+        return sum((p - target[name]).square().sum().item() for name, p in together.named_parameters())
+
+    before = parts["vae"].weight.clone()
+    width, _ = averages.choose_width(parts, tmp_path, measure, FOREVER)
+    assert width == 0.07 and measure() < 1e-3 and torch.equal(parts["vae"].weight, before)
 
 
 def test_time_is_a_tenth_of_the_training_and_at_least_half_a_minute():

@@ -7,6 +7,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from PIL import Image
 
 from diffusers_ext import DataStatisticsModel, ExtDDIMScheduler, ExtDDPMScheduler, GuidedDiffusionPipeline, UNetModel
+from diffusers_ext.calibration.examples import Examples
 from diffusers_ext.calibration.subject import Subject
 from diffusers_ext.calibration.variance import _decoder
 from diffusers_ext.data.batches import BatchOptions, TrainingBatches
@@ -118,12 +119,13 @@ def test_the_calibration_looks_at_normalised_images_and_counts_bits_of_the_data(
     pipe = pipeline()
     subject = Subject.of(pipe, 4)
     pixels = ((IMAGES[:3] + 1) * 127.5).round().to(torch.uint8)
-    x0, labels = subject.clean_samples(LabelledImages(pixels, torch.arange(3), ["a", "b", "c"]), 3, seed=0)
-    torch.testing.assert_close(x0, pipe.denoiser.points[labels], atol=1e-5, rtol=0)
+    examples = Examples(LabelledImages(pixels, torch.arange(3), ["a", "b", "c"])).at_most(3, seed=0)
+    x0, condition = subject.clean_samples(examples)
+    torch.testing.assert_close(x0, pipe.denoiser.points[condition.labels], atol=1e-5, rtol=0)
     assert subject.last_noise == pytest.approx(VISIBLE_NOISE / 0.2)
     # A prediction that is off by a bin and a half of the data, with an error of the same size.
     bin_width = 2 / 255 / 0.2
-    nats = _decoder(x0, x0 * (1 - 1e-9), torch.tensor(bin_width / 2), subject.units(labels, x0))
+    nats = _decoder(x0, x0 * (1 - 1e-9), torch.tensor(bin_width / 2), subject.units(condition, x0))
     # An outermost bin has no end: half of the mass and that of half a bin, of one standard deviation.
     assert nats.mean().item() == pytest.approx(-np.log(0.8413447), rel=1e-3)
 

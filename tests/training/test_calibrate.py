@@ -10,15 +10,15 @@ import torch
 from PIL import Image
 
 import diffusers_ext
+from calibrations import make_little
 from diffusers_ext import ExtDDIMScheduler, ExtDDPMScheduler, FlowScheduler, GuidedDiffusionPipeline
-from diffusers_ext.calibration import guidance, steps, timesteps, variance
-from diffusers_ext.calibration.budget import Budget
 from diffusers_ext.calibration.run import forget_calibration
 from diffusers_ext.calibration.subject import Subject
 from diffusers_ext.evaluation.feature_folders import FEATURES_FILE
 from diffusers_ext.evaluation.pipeline_facts import default_of
 from diffusers_ext.hub.cards import write_card
 from diffusers_ext.metrics.features import FeatureClassifierModel
+from diffusers_ext.recipes import calibration as recipe
 from processes import in_ranks
 from tiny import assert_same_output, tiny_unet
 from training import calibrate, train_ddpm
@@ -30,17 +30,8 @@ LABELS = ["cat", "dog"]
 
 @pytest.fixture(autouse=True, scope="module")
 def little():
-    """Few images and few numbers of steps, and what is compared here measured in one batch, however slow the machine is."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("BATCH", "FEWEST_IMAGES", "MOST_IMAGES"):
-            patch.setattr(guidance, name, 24)
-        patch.setattr(variance, "NUM_POINTS", 16)
-        patch.setattr(variance, "BATCH", 32)
-        patch.setattr(timesteps, "NUM_FINE_STEPS", 16)
-        patch.setattr(timesteps, "NUM_IMAGES", 8)
-        patch.setattr(timesteps, "NUMBERS", (1, 2, 4, 8))
-        choose = steps.choose
-        patch.setattr(steps, "choose", lambda measure, those, budget: choose(measure, those, Budget(1e9)))
+        make_little(patch)
         yield
 
 
@@ -74,7 +65,17 @@ def command(folders, *more):
     return calibrate.parse(
         [
             *(str(folders / "pipe"), "--dataset_name", str(folders / "data"), "--features", str(folders / "features")),
-            *("--max_time", "1s", "--num_inference_steps", "4", "--num_threads", "1", *more),
+            *(
+                "--max_time",
+                "1s",
+                "--num_inference_steps",
+                "4",
+                "--num_threads",
+                "1",
+                "--mixed_precision",
+                "no",
+                *more,
+            ),
         ]
     )
 
@@ -172,9 +173,10 @@ def test_two_processes_choose_alike_and_make_the_images_of_one(folders, calibrat
     assert pipe.config.call_defaults == two["call_defaults"] and images(pipe).isfinite().all()
 
 
-def test_a_run_ends_calibrated_if_it_is_long_or_asked_to(folders, tmp_path, capsys):
+def test_a_run_ends_calibrated_if_it_is_long_or_asked_to(folders, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(recipe, "quick_features", lambda real, seconds: None)  # for want of time
     settings = {
-        "dataset_name": str(folders / "plain"),  # no labels, for which there is no feature classifier to train
+        "dataset_name": str(folders / "plain"),  # no labels, for a classifier that is trained in a moment
         "output_dir": str(tmp_path / "run"),
         "num_train_timesteps": 20,
         "max_train_steps": 2,
@@ -190,7 +192,7 @@ def test_a_run_ends_calibrated_if_it_is_long_or_asked_to(folders, tmp_path, caps
     assert pipe.scheduler.config.variance_type == "analytic" and pipe.config.call_defaults == {
         "num_inference_steps": 2
     }
-    assert "there is no feature classifier" in (folder / "README.md").read_text()
+    assert "there is no network of features" in (folder / "README.md").read_text()
     linear = settings | {"path": "linear", "output_dir": str(tmp_path / "linear"), "calibrate": True}
     output = in_ranks(lambda: train_ddpm.main(train_ddpm.TrainConfig(**linear)))
     assert output.count("calibrating for") == 1

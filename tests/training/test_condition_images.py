@@ -247,7 +247,6 @@ def test_texts_streams_and_latents_have_condition_images_too(tmp_path):
         ({"condition_dropout": 0.2}, "condition_dropout has no meaning without condition or condition_column"),
         ({"condition": "edges", "condition_dropout": 1.0}, r"condition_dropout must be in \[0, 1\), got 1"),
         ({"condition": "edges", "condition_noise": 1.5}, r"condition_noise must be in \[0, 1\], got 1.5"),
-        ({"condition": "edges", "calibrate": True}, "calibrate is for models without condition images"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(settings, message):
