@@ -124,6 +124,8 @@ def prepare_images(
 
 def first_of_parts(rows: datasets.IterableDataset, number: int) -> list[dict[str, Any]]:
     """At most so many examples: of parts that are spread over all shards the first ones, equally many of each."""
+    if rows.num_shards < MOST_PARTS:
+        rows = rows.reshard()  # row groups of parquet
     num_parts = min(rows.num_shards, MOST_PARTS, number)
     counts = [len(part) for part in np.array_split(np.arange(number), num_parts)]
     return [

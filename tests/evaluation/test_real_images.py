@@ -198,6 +198,10 @@ def test_a_sample_of_a_stream_is_of_all_its_parts_or_of_the_first_images_trained
     assert counts(8) == [2, 2, 2, 2] and counts(100) == [10, 10, 10, 10]
     assert counts(6) == [2, 2, 1, 1] and sum(counts(3)) == 3 and max(counts(3)) == 1
     assert counts(8, max_train_samples=15) == [8, 0, 0, 0] and counts(20, max_train_samples=15) == [10, 5, 0, 0]
+    one = datasets.load_dataset("parquet", data_files=str(tmp_path / "data" / "*.parquet"), split="train")
+    (tmp_path / "one").mkdir()
+    one.to_parquet(tmp_path / "one" / "train.parquet", batch_size=10)  # rows of a group of the file
+    assert counts(8, dataset_name=str(tmp_path / "one")) == [2, 2, 2, 2]
     with pytest.raises(ValueError, match="captions are read from all rows, of which streaming reads some"):
         load_real_images(options, caption_column="text", streaming=True, sample=4)
 
