@@ -72,12 +72,13 @@ def _fields(studio: Studio) -> list[gr.components.Component]:
         seed = gr.Number(0, label="seed", precision=0)
     with gr.Row():
         scheduler = gr.Dropdown(studio.schedulers, value=AS_SAVED, label="scheduler")
-        steps = gr.Number(min(50, studio.default("num_inference_steps")), label="steps", precision=0)
+        steps = gr.Number(min(50, studio.default_steps), label="steps", precision=0)
     with gr.Accordion("guidance", open=studio.labels is not None or studio.takes_prompts):
-        scale = gr.Number(studio.default("guidance_scale"), label="guidance scale", info="1 is none")
+        default_scale, default_start, default_stop = studio.default_guidance
+        scale = gr.Number(default_scale, label="guidance scale", info="1 is none")
         with gr.Row():
-            start = gr.Slider(0, 1, 0, label="from", info="fraction of the steps")
-            stop = gr.Slider(0, 1, 1, label="to")
+            start = gr.Slider(0, 1, default_start, label="from", info="fraction of the steps")
+            stop = gr.Slider(0, 1, default_stop, label="to")
     return [labels, prompt, count, scheduler, steps, scale, start, stop, seed]
 
 

@@ -21,8 +21,9 @@ from diffusers_ext.evaluation.pipeline_facts import (
     num_labels_of,
     takes_prompts,
 )
-from diffusers_ext.evaluation.subject import make_sampler
+from diffusers_ext.evaluation.subject import default_scale, make_sampler
 from diffusers_ext.figures import enlarged, labelled_grid
+from diffusers_ext.guidance.guiding import guided_steps
 from diffusers_ext.pipelines.outputs import decode_samples
 from diffusers_ext.schedulers.samplers import set_timesteps
 from diffusers_ext.value_scale import ValueScale
@@ -99,10 +100,24 @@ class Studio:
             self._samplers[name] = sampler
         self.schedulers = list(self._samplers)
 
-    def default(self, name: str) -> float:
-        """What the pipeline's call does by default: its `num_inference_steps`, or its `guidance_scale`."""
-        value = default_of(self._pipe, name)
-        return 1.0 if value is None else value
+    @property
+    def default_steps(self) -> int:
+        """Steps of the pipeline's call by default."""
+        return default_of(self._pipe, "num_inference_steps")
+
+    @property
+    def default_guidance(self) -> tuple[float, float, float]:
+        """The scale of guidance in the pipeline's call by default, and from and to which fraction of its steps it acts."""
+        pipe, scale = self._pipe, default_scale(self._pipe)
+        interval = (pipe.config.get("call_defaults") or {}).get("guidance_interval")
+        if interval is None:
+            return 1.0 if scale is None else scale, 0.0, 1.0
+        sampler, timesteps = set_timesteps(pipe.scheduler, self.default_steps, None, 1.0, pipe._execution_device)
+        acts = [step for step, guided in enumerate(guided_steps(interval, sampler, timesteps)) if guided]
+        if not acts:
+            return 1.0, 0.0, 1.0
+        first, end = acts[0], acts[-1] + 1  # in the middle between two steps, so that rounding changes none
+        return scale, round((first + 0.5) / len(timesteps), 3), min(1.0, round((end + 0.5) / len(timesteps), 3))
 
     def generate(self, settings: Settings) -> Made:
         """Images by their seeds, and the way to them from noise."""

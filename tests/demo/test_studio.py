@@ -1,5 +1,7 @@
 """What the demo makes, without a page: this needs no gradio."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from PIL import Image
 
 import diffusers_ext
 from diffusers_ext import ExtDDIMScheduler, GuidedDiffusionPipeline, TextGuidedDiffusionPipeline
+from diffusers_ext.calibration.guidance import Guidance
 from diffusers_ext.demo.settings import AS_SAVED, Settings
 from diffusers_ext.demo.studio import Studio, evenly, painted
 from tiny import tiny_unet
@@ -98,12 +101,28 @@ def test_a_text_makes_the_images_of_its_pipeline():
     tokenizer = tiny_tokenizer()
     pipe = TextGuidedDiffusionPipeline(tiny_text_unet(), ExtDDIMScheduler(), tokenizer, tiny_clip(tokenizer))
     studio = Studio(pipe)
-    assert studio.takes_prompts and studio.labels is None
+    assert studio.takes_prompts and studio.labels is None and studio.default_guidance == (4.0, 0.0, 1.0)
     made = studio.generate(Settings(prompt="red dot", num_images=1, num_steps=2, guidance_scale=2.0))
     expected = pipe("red dot", num_inference_steps=2, guidance_scale=2.0, generator=torch.Generator().manual_seed(0))
     side = expected.images[0].size[0]
     zoom = made.images[0].size[0] // side
     assert np.abs(values(made.images[0])[::zoom, ::zoom] - values(expected.images[0])).max() <= 1
+
+
+@pytest.mark.parametrize("start, stop", [(0.0, 0.8), (0.25, 0.5), (0.2, 1.0), (0.0, 1.0)])
+@pytest.mark.parametrize("num_steps", [4, 10, 49])
+def test_the_fields_begin_with_what_a_plain_call_does(start, stop, num_steps):
+    scheduler = ExtDDIMScheduler(timestep_spacing="trailing")
+    scheduler.set_timesteps(num_steps)
+    defaults = Guidance(3.0, start, stop).call(scheduler.timesteps.tolist()) | {"num_inference_steps": num_steps}
+    pipe = GuidedDiffusionPipeline(tiny_unet(num_classes=2), scheduler, call_defaults=defaults)
+    studio = Studio(pipe)
+    scale, first, last = studio.default_guidance
+    shown = Settings(["1"], num_images=1, num_steps=studio.default_steps, guidance_scale=scale)
+    shown = dataclasses.replace(shown, guidance_start=first, guidance_stop=last)
+    plain = pipe(1, generator=[torch.Generator().manual_seed(0)], output_type="pt").images
+    asked = {"num_inference_steps": num_steps, **shown.guidance}
+    assert torch.equal(pipe(1, generator=[torch.Generator().manual_seed(0)], output_type="pt", **asked).images, plain)
 
 
 @pytest.mark.parametrize(
