@@ -199,7 +199,7 @@ class Texts:
         trained: Whether the encoder is trained with the denoiser.
         max_length: Tokens at which a text is cut.
         mask_padding: Whether encoder and denoiser look away from the padding.
-        longest: Tokens that the captions are padded to.
+        dropout: What divides captions otherwise in training, and remembers how; None without.
     """
 
     config: TextConfig
@@ -208,17 +208,21 @@ class Texts:
     trained: bool
     max_length: int
     mask_padding: bool
+    dropout: BPEDropout | None = None
 
     @classmethod
     def of(cls, config: TextConfig, captions: Sequence[str]) -> "Texts":
         """The encoder that the options name, or a new one whose tokens are learned from the captions."""
+        dropout = None
         if config.pretrained_text_encoder is not None:
             tokenizer, encoder = load_text_encoder(config.pretrained_text_encoder)
             max_length = longest_text(tokenizer, encoder, config.max_text_length)
         else:
             tokenizer = train_tokenizer(captions, config.vocab_size, LONGEST_BY_DEFAULT)
+            if config.bpe_dropout:
+                dropout = BPEDropout(tokenizer, config.bpe_dropout, config.seed)
             # A multiple of 8 leaves prompts some room.
-            needed = min(-(-_longest_division(config, tokenizer, captions) // 8) * 8, LONGEST_BY_DEFAULT)
+            needed = min(-(-_longest_division(dropout, tokenizer, captions) // 8) * 8, LONGEST_BY_DEFAULT)
             max_length = tokenizer.model_max_length = config.max_text_length or needed
             torch.manual_seed(derived_seed(config.seed, 1))  # another seed than the denoiser's
             encoder = new_text_encoder(
@@ -228,16 +232,17 @@ class Texts:
                 num_attention_heads=config.text_heads,
             )
         mask_padding = masks_padding_by_default(encoder) if config.mask_padding is None else config.mask_padding
-        return cls(config, tokenizer, encoder, config.pretrained_text_encoder is None, max_length, mask_padding)
+        trained = config.pretrained_text_encoder is None
+        return cls(config, tokenizer, encoder, trained, max_length, mask_padding, dropout)
 
     def table(self, captions: Sequence[str], device: torch.device) -> TokenTable | EmbeddingTable:
         """The tokens or embeddings that stand for the captions in a batch."""
         # Padding that is seen must be as long as it will be when images are made; that which is not, need not.
         length = self.max_length
         if self.mask_padding:
-            length = min(length, max(_longest_division(self.config, self.tokenizer, captions), 3))
+            length = min(length, max(_longest_division(self.dropout, self.tokenizer, captions), 3))
         if self.trained:
-            return TokenTable(self.tokenizer, captions, length, _dropout(self.config, self.tokenizer))
+            return TokenTable(self.tokenizer, captions, length, self.dropout)
         folder = Path(self.config.cache_dir or datasets.config.HF_DATASETS_CACHE) / "diffusers_ext"
         path = embed_captions(
             self.tokenizer,
@@ -252,13 +257,9 @@ class Texts:
         return EmbeddingTable(path, self.config.text_cache == "memory", self.mask_padding)
 
 
-def _dropout(config: TextConfig, tokenizer: PreTrainedTokenizerBase) -> BPEDropout | None:
-    return BPEDropout(tokenizer, config.bpe_dropout, config.seed) if config.bpe_dropout else None
-
-
-def _longest_division(config: TextConfig, tokenizer: PreTrainedTokenizerBase, captions: Sequence[str]) -> int:
+def _longest_division(dropout: BPEDropout | None, tokenizer: PreTrainedTokenizerBase, captions: Sequence[str]) -> int:
     """Tokens of the longest caption, the special ones included, however it is divided in training."""
-    longest, dropout = longest_caption(tokenizer, captions), _dropout(config, tokenizer)
+    longest = longest_caption(tokenizer, captions)
     if dropout is None:
         return longest
     return max(longest, *(2 + len(tokens) for caption in captions for tokens in dropout.variants(caption)))
