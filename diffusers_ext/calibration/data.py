@@ -38,7 +38,7 @@ class CalibrationOptions(AskedOptions):
         Args:
             others: Names of options beside those of the data.
         """
-        options = take_options_of_run(self, folder, others, of_data=self.OF_ASKING)
+        options = take_options_of_run(self, folder, others, of_data=self.OF_ASKING, hold_out_validation=True)
         return dataclasses.replace(options, resolution=options.resolution or image_size_of(pipe))
 
 

@@ -8,10 +8,6 @@ from diffusers_ext.evaluation.labelled_images import LabelledImages, drawn_order
 from diffusers_ext.evaluation.real_images import RealImages
 
 
-# Splits by which anything may be chosen; a test split is none.
-VALIDATION_SPLITS = ("validation", "valid", "val")
-
-
 @dataclass(frozen=True, eq=False)
 class Examples:
     """Real images, each with what it can be asked for by.
@@ -54,25 +50,27 @@ class Parts:
     Attributes:
         train: What the network was trained on.
         source: Where those to choose and to report by are from, in words.
+        held_out: Whether the network was not trained on those to choose by.
     """
 
     train: Examples
     choose: Examples
     report: Examples
     source: str
+    held_out: bool
 
     @classmethod
     def of(cls, real: RealImages, held_out_name: str | None, seed: int) -> "Parts":
-        """The validation split and the training images; without one, two halves of the training images.
+        """A split that is no test split and the training images; without one, two halves of the training images.
 
         Args:
             held_out_name: The split that the held-out images are of, or None.
         """
         texts = [None if each is None else each.texts for each in (real.train_captions, real.held_out_captions)]
         train = Examples(real.train, texts[0], real.train_conditions, real.train_sets)
-        if held_out_name in VALIDATION_SPLITS and real.held_out is not None:
+        if real.held_out is not None and not held_out_name.startswith("test"):
             held_out = Examples(real.held_out, texts[1], real.held_out_conditions, real.held_out_sets)
-            return cls(train, held_out, train, f"the split {held_out_name}, and reported by the training images")
+            return cls(train, held_out, train, f"the split {held_out_name}, and reported by the training images", True)
         order = drawn_order(len(train), seed)
         halves = [train.take(rows) for rows in (order[: len(order) // 2], order[len(order) // 2 :])]
-        return cls(train, *halves, "one half of the training images, and reported by the other")
+        return cls(train, *halves, "one half of the training images, and reported by the other", False)

@@ -29,6 +29,12 @@ FEWEST_STEPS = (4, 3, 2)
 
 FEW_STEPS = 10  # beside the number that the pipeline is calibrated for
 
+# Texts and condition images that a network was trained on need less guidance than others do (docs/few_calls.md).
+SEEN_EXAMPLES = (
+    "Guidance was not chosen: texts or condition images that the network was trained on need less of it than others. It is by a "
+    "validation split, --validation_split of a run or --held_out_split."
+)
+
 # Sets of images by which anything is chosen and reported: one guidance beside none, and what it gained.
 LEAST_SETS = 4
 
@@ -79,7 +85,10 @@ def calibrate(
         for number in _reported(subject):
             before[number] = rulers["report"].measure(default, subject.own_timesteps(number))
     if rulers and subject.can_guide and pipe.guider is None and subject.keeps_defaults:
-        chosen = _choose_guidance(rulers, own, default, budget, report, say)
+        if subject.needs_examples and not parts.held_out:
+            report["left_out"].append(SEEN_EXAMPLES)
+        else:
+            chosen = _choose_guidance(rulers, own, default, budget, report, say)
     if rulers and run is not None:
         width, tried = averages.choose_width(
             *(pipe.components, run),

@@ -72,7 +72,12 @@ class AskedOptions(DataOptions):
 
 
 def take_options_of_run(
-    options: DataOptions, folder: str | Path, others: Sequence[str] = (), of_data: Sequence[str] = ()
+    options: DataOptions,
+    folder: str | Path,
+    others: Sequence[str] = (),
+    of_data: Sequence[str] = (),
+    *,
+    hold_out_validation: bool = False,
 ) -> DataOptions:
     """The options with what was left open taken from the train_config.yaml of a training run, if there is one.
 
@@ -80,6 +85,7 @@ def take_options_of_run(
         folder: Of the run.
         others: Names of options beside those of the data. They are taken for another data set too.
         of_data: Names of options of the data that are not among `DataOptions`.
+        hold_out_validation: Take the run's validation split, if it had one, for the held-out split.
 
     Raises:
         ValueError: if neither names a data set.
@@ -88,6 +94,8 @@ def take_options_of_run(
     if options.dataset_name in (None, saved.get("dataset_name")):  # of another data set, the options are others
         of_images = [field.name for field in dataclasses.fields(DataOptions) if field.name not in OF_MACHINE]
         names += [*of_data, *of_images]
+        if hold_out_validation:
+            saved = saved | {"held_out_split": saved.get("validation_split")}
     left = [name for name in names if getattr(options, name) is None and saved.get(name) is not None]
     taken = {name: tuple(saved[name]) if isinstance(saved[name], list) else saved[name] for name in left}
     options = dataclasses.replace(options, **taken)

@@ -307,8 +307,10 @@ def test_a_test_split_is_no_part_of_the_choice_nor_of_the_report():
     parts = Parts.of(real_images(other), "test", seed=0)
     chosen, reported = (set(part.images.images[:, 0, 0, 0].tolist()) for part in (parts.choose, parts.report))
     assert not chosen & reported and chosen | reported == set(range(40))
-    parts = Parts.of(real_images(other), "validation", seed=0)
-    assert len(parts.choose) == 9 and len(parts.report) == 40
+    assert not parts.held_out
+    for name in ("validation", "train[90%:]"):
+        parts = Parts.of(real_images(other), name, seed=0)
+        assert len(parts.choose) == 9 and len(parts.report) == 40 and parts.held_out
 
 
 def test_the_width_of_the_average_with_the_least_distance_stays(tmp_path):
@@ -424,8 +426,12 @@ def test_texts_are_guided_as_by_default_unless_another_scale_is_better():
     assert search(Trials(bowl(Guidance(1.5)), FOREVER), Guidance(4.0)).scale == pytest.approx(1.5, rel=0.2)
     torch.manual_seed(0)
     features = FeatureClassifierModel(8, 3, None, (8, 16))
-    subject = Subject.of(pipe, 2)
-    found = calibrate(subject, Data(enough(coloured_real_images()), None, features), 0.01)
+    seen = Data(enough(coloured_real_images()), None, features)
+    found = calibrate(Subject.of(pipe, 2), seen, 0.01)
+    assert "guidance" not in found and pipe.config.call_defaults == {"num_inference_steps": 2}
+    assert any("that the network was trained on need less of it" in line for line in found["left_out"])
+    real = dataclasses.replace(seen.real, held_out=seen.real.train, held_out_captions=seen.real.train_captions)
+    found = calibrate(Subject.of(pipe, 2), Data(real, "validation", features), 0.01)
     assert found["guidance"]["default"] == 4.0 and found["guidance"]["tried"][0]["scale"] == 4.0
     scale = found["guidance"]["chosen"]["scale"]
     assert pipe.config.call_defaults.get("guidance_scale", 4.0) == scale

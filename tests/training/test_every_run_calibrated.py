@@ -110,11 +110,13 @@ def test_a_run_on_texts_chooses_by_the_images_of_captions(texts, tmp_path):
 
 
 def test_a_run_on_condition_images_chooses_by_those_of_real_images(shards, tmp_path):
-    config = train_ddpm.TrainConfig(
-        **COMMON, dataset_name=shards, condition="lowres:2", unconditional=True, output_dir=str(tmp_path / "run")
-    )
+    """The split that the run takes the loss on is that by which it chooses."""
+    settings = COMMON | {"dataset_name": shards, "condition": "lowres:2", "unconditional": True}
+    settings |= {"dataset_split": "train[:60%]", "validation_split": "train[60%:]"}
+    config = train_ddpm.TrainConfig(**settings, output_dir=str(tmp_path / "run"))
     pipe, report = report_of(train_ddpm.main(config))
     assert report["guidance"]["default"] == 1.0 and report["guidance"]["tried"]
+    assert "the split train[60%:], and" in report["guidance"]["source"]
     grey = torch.full((1, 1, 4, 4), 0.5)
     assert torch.isfinite(torch.as_tensor(pipe(condition_image=grey, output_type="np").images)).all()
 
