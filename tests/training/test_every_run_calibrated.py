@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from calibrations import make_little
+from diffusers_ext import VAEModel
 from diffusers_ext.calibration import data as calibration_data
 from diffusers_ext.calibration.examples import Parts
 from diffusers_ext.calibration.subject import Subject
@@ -17,7 +18,7 @@ from diffusers_ext.recipes import calibration as recipe
 from processes import in_ranks
 from runs import forget_accelerate
 from tiny_text import CAPTIONS, WIDTH, save_pictures
-from training import calibrate, train_ddpm, train_text_to_image
+from training import cache_latents, calibrate, train_ddpm, train_text_to_image
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:the Fréchet distance of")
@@ -107,6 +108,22 @@ def test_a_run_on_texts_chooses_by_the_images_of_captions(texts, tmp_path):
     options = ["--output_dir", str(tmp_path / "out"), "--max_time", "1s", "--num_threads", "1"]
     found = calibrate.main(calibrate.parse([str(tmp_path / "run"), *options]))
     assert "label_accuracy" in found["gained"][0]["after"] and "quick_features" not in found
+
+
+def test_a_run_on_latents_of_captions_looks_at_the_images_that_they_were_made_of(texts, tmp_path):
+    torch.manual_seed(0)
+    vae = VAEModel(sample_size=8, in_channels=3, out_channels=3, block_out_channels=(8, 16), latent_channels=4)
+    vae.register_to_config(scaling_factor=1.3, shift_factor=0.1)
+    vae.save_pretrained(tmp_path / "vae")
+    names = {"vae": str(tmp_path / "vae"), "output_dir": str(tmp_path / "latents")}
+    cache_latents.main(cache_latents.CacheConfig(dataset_name=texts, label_column="text", num_threads=1, **names))
+    forget_accelerate()
+    settings = (
+        COMMON | TEXTS | names | {"dataset_name": str(tmp_path / "latents"), "output_dir": str(tmp_path / "run")}
+    )
+    pipe, report = report_of(train_text_to_image.main(train_text_to_image.TextConfig(**settings)))
+    assert "split validation" in report["guidance"]["source"] and "last_noise" not in report["analytic_variance"]
+    assert pipe("red dot", output_type="pt").images.shape == (1, 3, 8, 8)
 
 
 def test_a_run_on_condition_images_chooses_by_those_of_real_images(shards, tmp_path):
