@@ -13,11 +13,11 @@ from accelerate import Accelerator
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from safetensors.torch import load_file
 
-from diffusers_ext import GuidedDiffusionPipeline
+from diffusers_ext import GuidedDiffusionPipeline, TextGuidedDiffusionPipeline
+from diffusers_ext.data.captions import captions_of
 from diffusers_ext.data.image_table import ImageData
-from diffusers_ext.data.latent_cache import SampleSpace, prepare_samples
+from diffusers_ext.data.latent_cache import SampleSpace
 from diffusers_ext.data.stream import StreamData
-from diffusers_ext.data.validation import prepare_validation
 from diffusers_ext.options import parse_config, run_script, to_command, to_yaml
 from diffusers_ext.recipes.distillation import (
     DistillConfig,
@@ -30,8 +30,9 @@ from diffusers_ext.recipes.distillation import (
     student_scheduler,
 )
 from diffusers_ext.recipes.distillation_objective import check_teacher, digest_of
-from diffusers_ext.recipes.sample_grids import draw_while_training, drawing_cost, save_and_draw
+from diffusers_ext.recipes.sample_grids import draw_while_training, drawing_cost, first_of, save_and_draw
 from diffusers_ext.recipes.teacher import Teacher, load_teacher
+from diffusers_ext.recipes.text_to_image import some_prompts
 from diffusers_ext.trainer.checkpoints import find_checkpoint
 from diffusers_ext.trainer.config import resolve_for_machine
 from diffusers_ext.trainer.loop import Trainer
@@ -49,12 +50,13 @@ def main(config: DistillConfig) -> Path:
     if is_sharded(accelerator):
         raise ValueError("a distillation has its teacher in each process, which FSDP spreads: launch with --multi_gpu")
     with open_run(config, accelerator) as open_folder:
-        pipe = load_teacher(config.pipeline)
+        pipe = load_teacher(config.pipeline).to(accelerator.device)
         config = paired_by_default(guided_by_default(config, pipe))
-        check_steps(config, Teacher(pipe, config.guidance_scale, config.guidance_interval))
-        config, data, space = load_student_data(config, accelerator, pipe)
+        teacher = Teacher(pipe, config.guidance_scale, config.guidance_interval)
+        check_steps(config, teacher)
+        config, data, held_out, space = load_student_data(config, accelerator, teacher)
         if config.label_dropout is None:
-            config = dataclasses.replace(config, label_dropout=0.1 if pipe.null_label is not None else 0.0)
+            config = dataclasses.replace(config, label_dropout=0.1 if teacher.subject.can_guide else 0.0)
         open_folder(
             dataclasses.replace(resolve_for_machine(config), report_to=None)
         )  # each stage has trackers of its own
@@ -70,7 +72,7 @@ def main(config: DistillConfig) -> Path:
                 if accelerator.is_main_process:
                     folder.mkdir(parents=True, exist_ok=True)
                 accelerator.wait_for_everyone()
-            run_stage(resolve_for_machine(stage), accelerator, data, space, command)
+            run_stage(resolve_for_machine(stage), accelerator, data, held_out, space, command)
             accelerator.free_memory()
     return Path(config.output_dir)
 
@@ -92,6 +94,7 @@ def run_stage(
     config: DistillConfig,
     accelerator: Accelerator,
     data: ImageData | StreamData,
+    held_out: ImageData | None,
     space: SampleSpace,
     command: str,
 ) -> None:
@@ -103,15 +106,9 @@ def run_stage(
     pipe = load_teacher(config.pipeline).to(accelerator.device)
     teacher = Teacher(pipe, config.guidance_scale, config.guidance_interval, accelerator.autocast)
     student = teacher.copy_network()
-    if not config.label_dropout and "learned_unconditional" in student.config and not data.has_unlabelled:
+    if not config.label_dropout and "learned_unconditional" in student.config and not has_unconditional(data):
         student.register_to_config(learned_unconditional=data.id2label is None)
-    saved = partial(
-        averaged_student,
-        scheduler=student_scheduler(config, teacher),
-        space=space,
-        names=pipe.config.id2label,
-        value_scale=pipe.config.value_scale,
-    )
+    saved = partial(averaged_student, teacher=pipe, scheduler=student_scheduler(config, teacher), space=space)
     objective, rows = build_objective(config, teacher, accelerator), rows_of(data)
     trainer = Trainer(
         config,
@@ -121,15 +118,16 @@ def run_stage(
         data,
         batch_options={"label_dropout": config.label_dropout} | space.batch_options,
         on_images=partial(draw_while_training, saved, rows),
-        validation_data=prepare_validation(config, data, partial(prepare_samples, vae=space.vae)),
+        validation_data=held_out,
         prepare_batch=space.encoder(accelerator.device),
         ending_cost=partial(drawing_cost, saved, rows),
         saved=saved,
     )
     trainer.train()
-    save_and_draw(saved, rows, trainer, label=None if data.id2label is None else data.used_labels[0])
+    save_and_draw(saved, rows, trainer, **first_of(rows))
     if accelerator.is_main_process:
-        finish_run(trainer, command, "\n\n".join([describe_data(config, data), *data.notes]))
+        about = {"pipeline_tag": "text-to-image"} if teacher.subject.of_texts else {}
+        finish_run(trainer, command, "\n\n".join([describe_data(config, data), *data.notes]), **about)
     for tracker in accelerator.trackers:
         tracker.finish()
     accelerator.trackers = []
@@ -138,31 +136,46 @@ def run_stage(
 @contextmanager
 def averaged_student(
     trainer: Trainer,
+    teacher: GuidedDiffusionPipeline | TextGuidedDiffusionPipeline,
     scheduler: SchedulerMixin,
     space: SampleSpace,
-    names: dict[str, str] | None,
-    value_scale: dict | None,
-) -> Iterator[GuidedDiffusionPipeline]:
+) -> Iterator[GuidedDiffusionPipeline | TextGuidedDiffusionPipeline]:
     """The pipeline of the student as it stands, with the averaged weights if there are any."""
+    config, defaults = teacher.config, {"num_inference_steps": trainer.config.student_steps}
+    if isinstance(teacher, TextGuidedDiffusionPipeline):
+        parts = {name: getattr(teacher, name) for name in ("tokenizer", "text_encoder")}
+        parts |= {name: config[name] for name in ("max_text_length", "mask_padding")}
+        defaults["guidance_scale"] = 1.0  # where those of texts are guided by more
+    else:
+        parts = {"id2label": config.id2label, "value_scale": config.value_scale}
     with trainer.averaged_model() as model:
-        pipe = GuidedDiffusionPipeline(
+        pipe = type(teacher)(
             denoiser=model,
             scheduler=type(scheduler).from_config(scheduler.config),
             vae=space.vae,
             statistics=space.statistics,
-            id2label=names,
-            value_scale=value_scale,
-            call_defaults={"num_inference_steps": trainer.config.student_steps},
+            call_defaults=defaults,
             clip_guided_noise="always",  # as in the steps that it was trained towards
+            **parts,
         )
         pipe.set_progress_bar_config(disable=True)
         yield pipe
 
 
+def has_unconditional(data: ImageData | StreamData) -> bool:
+    """Whether an image has no label, of which it could have several, or an empty text."""
+    if getattr(data, "texts", None) is None:
+        return data.has_unlabelled
+    return any(not caption.strip() for caption in captions_of(data))
+
+
 def rows_of(data: ImageData | StreamData) -> dict[str, list | None]:
-    """The rows of a sample grid: one for each label that images have."""
+    """The rows of a sample grid: one for each label, or some of the captions."""
     if data.id2label is None:
         return {"labels": None, "names": None}
+    if getattr(data, "texts", None) is not None:
+        prompts = some_prompts(captions_of(data))
+        return {"prompts": prompts, "names": prompts}
     return {"labels": data.used_labels, "names": [data.id2label[label] for label in data.used_labels]}
 
 

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -36,6 +36,12 @@ MODEL_CONDITIONS = (
     *("encoder_hidden_states", "encoder_attention_mask", "input_ids", "attention_mask"),
     *("condition_image", "condition_given", "condition_level", "augmentation"),
 )
+
+
+def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a batch says of its images, by the names of the model's arguments."""
+    inputs = {name: batch[name] for name in MODEL_CONDITIONS if name in batch}
+    return inputs if batch.get("labels") is None else inputs | {"class_labels": batch["labels"]}
 
 
 def check_internal_weight(internal_weight: float) -> None:
@@ -165,8 +171,7 @@ class DenoisingObjective(RecordedObjective):
         x0, eps = batch["images"], batch["noise"]
         timesteps, weight = self.timestep_sampler(batch["time"])
         x_t = add_noise(x0, eps, self.schedule.level(timesteps, x0))
-        conditions = {name: batch[name] for name in MODEL_CONDITIONS if name in batch}
-        conditions["class_labels"], seen = batch.get("labels"), self.schedule.labels(timesteps)
+        conditions, seen = model_inputs(batch), self.schedule.labels(timesteps)
         reference = None
         if self.training and self.guidance is not None:
             reference = self.guidance.reference(model, x_t, seen, conditions)

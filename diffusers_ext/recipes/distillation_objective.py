@@ -27,6 +27,7 @@ from diffusers_ext.diffusion.losses import denoising_loss
 from diffusers_ext.diffusion.noising import add_noise, predict_eps, predict_x0
 from diffusers_ext.diffusion.tables import DeviceTable
 from diffusers_ext.diffusion.timesteps import check_timesteps
+from diffusers_ext.recipes.denoising_objective import model_inputs
 from diffusers_ext.recipes.loss_record import LossRecord, RecordedObjective
 from diffusers_ext.recipes.teacher import Teacher, call_network
 from diffusers_ext.trainer.validation import random_state_kept
@@ -99,8 +100,8 @@ class StudentObjective(RecordedObjective):
     def losses(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The timesteps of a batch, int64, and the loss of each sample, both of shape `(batch,)`."""
 
-    def _output(self, model: nn.Module, x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
-        return call_network(model, x_t, self.schedule.labels(timesteps), labels)
+    def _output(self, model: nn.Module, x_t: Tensor, timesteps: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        return call_network(model, x_t, self.schedule.labels(timesteps), inputs)
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], *args: Any, **kwargs: Any):
         """Refuses the state of a run with another teacher.
@@ -147,24 +148,24 @@ class ProgressiveObjective(StudentObjective):
     def losses(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         index = (batch["time"] * len(self)).long().clamp(max=len(self) - 1)
         timesteps = self._steps.on(index.device, torch.int64)[index].unbind(1)
-        x0, labels, t = batch["images"], batch.get("labels"), timesteps[0]
+        x0, inputs, t = batch["images"], model_inputs(batch), timesteps[0]
         level = self.schedule.level(t, x0)
         x_t = add_noise(x0, batch["noise"], level)
-        target = self.target(x_t, timesteps, labels)
-        output = self._output(model, x_t, t, labels)
+        target = self.target(x_t, timesteps, inputs)
+        output = self._output(model, x_t, t, inputs)
         eps = predict_eps(target, x_t, level)
         return t, denoising_loss(output, target, eps, level, self.prediction_type, weighting=self.weighting)
 
     @torch.no_grad()
-    def target(self, x_t: Tensor, timesteps: tuple[Tensor, Tensor, Tensor], labels: Tensor | None) -> Tensor:
+    def target(self, x_t: Tensor, timesteps: tuple[Tensor, Tensor, Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
         """The x_0 of the teacher's two steps at once.
 
         Args:
             timesteps: Of x_t, of the teacher's second step, and where it ends, -1 for the data; each int64, shape `(batch,)`.
         """
         t, u, s = (self.schedule.level(each, x_t) for each in timesteps)
-        x0_t = self.teacher.x0(x_t, timesteps[0], labels)
-        x0_u = self.teacher.x0(ddim_step(x0_t, x_t, t, u), timesteps[1], labels)
+        x0_t = self.teacher.x0(x_t, timesteps[0], inputs)
+        x0_u = self.teacher.x0(ddim_step(x0_t, x_t, t, u), timesteps[1], inputs)
         return two_steps_in_one(x0_t, x0_u, t, u, s)
 
 
@@ -256,7 +257,7 @@ class ConsistencyObjective(StudentObjective):
         return torch.searchsorted(self._noise.on(time.device, time.dtype), noise).clamp(max=len(self.schedule) - 1)
 
     def losses(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        x0, eps, labels = batch["images"], batch["noise"], batch.get("labels")
+        x0, eps, inputs = batch["images"], batch["noise"], model_inputs(batch)
         t = self.timesteps(batch["time"])
         r = self._partners.on(t.device, torch.int64)[self.done_doublings][t]
         level_t, level_r = self.schedule.level(t, x0), self.schedule.level(r, x0)
@@ -266,11 +267,11 @@ class ConsistencyObjective(StudentObjective):
             if self.pairs == "data":
                 x_r = add_noise(x0, eps, level_r)
             else:
-                x_r = ddim_step(self.teacher.x0(x_t, t, labels), x_t, level_t, level_r)
+                x_r = ddim_step(self.teacher.x0(x_t, t, inputs), x_t, level_t, level_r)
             # At the data, where there is no timestep, the network counts for nothing.
-            output = self._output(model, x_r, r.clamp(min=0), labels)
+            output = self._output(model, x_r, r.clamp(min=0), inputs)
             target = predict_x0(output, x_r, level_r, self.prediction_type)
-        output = self._output(model, x_t, t, labels)
+        output = self._output(model, x_t, t, inputs)
         difference = predict_x0(output, x_t, level_t, self.prediction_type) - target
         weight = self._weights.on(t.device, difference.dtype)[self.done_doublings][t]
         return t, weight * pseudo_huber(difference, self.bend)

@@ -187,8 +187,13 @@ class TextConfig(DenoisingConfig):
         """The texts of the sample grids."""
         if self.validation_prompts is not None:
             return list(self.validation_prompts)
-        rows = np.linspace(0, len(captions) - 1, min(NUM_PROMPTS, len(captions)))
-        return [captions[round(row)] for row in rows]
+        return some_prompts(captions)
+
+
+def some_prompts(captions: Sequence[str]) -> list[str]:
+    """Captions that are shown in a sample grid, evenly spread over them."""
+    rows = np.linspace(0, len(captions) - 1, min(NUM_PROMPTS, len(captions)))
+    return [captions[round(row)] for row in rows]
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,24 @@
 import pytest
 import torch
 
-from diffusers_ext import ConsistencyScheduler, DiTModel, ExtDDIMScheduler, GuidedDiffusionPipeline
+from diffusers_ext import (
+    ConsistencyScheduler,
+    DiTModel,
+    ExtDDIMScheduler,
+    GuidedDiffusionPipeline,
+    TextGuidedDiffusionPipeline,
+)
 from diffusers_ext.diffusion.noising import add_noise, training_target
 from diffusers_ext.guidance.guided_denoiser import GuidedDenoiser
 from diffusers_ext.guidance.guiding import classifier_free_guidance
+from diffusers_ext.pipelines.call_condition import CallCondition
+from diffusers_ext.pipelines.text_condition import TextCondition
 from diffusers_ext.recipes.distillation import DistillConfig, student_scheduler
 from diffusers_ext.recipes.distillation_objective import STEPS_A_DOUBLING, ConsistencyObjective, ProgressiveObjective
 from diffusers_ext.recipes.teacher import Teacher
 from mixture_oracle import MixtureDenoiser
 from tiny import tiny_unet
+from tiny_text import tiny_clip, tiny_t5, tiny_text_unet, tiny_tokenizer
 
 
 def exact_pipe():
@@ -40,7 +49,7 @@ def test_the_progressive_target_ends_where_two_steps_of_the_sampler_do(num_steps
         scheduler.set_timesteps(timesteps=fine)
         for timestep in (t[0], u[0]):
             x = scheduler.step(pipe.denoiser(x, timestep.expand(6), batch["labels"])[0], timestep, x).prev_sample
-        target = objective.target(x_t, (t, u, s), batch["labels"])
+        target = objective.target(x_t, (t, u, s), {"class_labels": batch["labels"]})
         level = teacher.schedule.level(t, x_t)
         v = training_target(target, (x_t - level.alpha * target) / level.sigma, level, "v_prediction")
         scheduler.set_timesteps(timesteps=fine[::2])
@@ -55,7 +64,7 @@ def test_a_student_with_the_targets_for_outputs_has_no_loss():
     def ideal(x_t, timesteps, class_labels, return_dict):
         follow = {999: (699, 399), 399: (99, -1)}
         u, s = (torch.tensor([follow[int(t)][i] for t in timesteps]) for i in (0, 1))
-        target = objective.target(x_t, (timesteps, u, s), class_labels)
+        target = objective.target(x_t, (timesteps, u, s), {"class_labels": class_labels})
         level = objective.schedule.level(timesteps, x_t)
         seen.append(timesteps)
         return (training_target(target, (x_t - level.alpha * target) / level.sigma, level, "v_prediction"),)
@@ -78,21 +87,47 @@ def test_the_guided_target_is_the_guided_prediction_of_the_pipeline(make):
     plain = Teacher(pipe)
     for timestep, acts in ((900, False), (500, True), (20, False)):
         t = torch.full((6,), timestep)
-        expected = guided(x, t[:1]) if acts else plain.output(x, t, labels)
-        torch.testing.assert_close(teacher.output(x, t, labels), expected, rtol=1e-5, atol=1e-5)
-        assert acts == (not torch.allclose(plain.output(x, t, labels), expected, rtol=1e-3))
+        expected = guided(x, t[:1]) if acts else plain.output(x, t, {"class_labels": labels})
+        torch.testing.assert_close(teacher.output(x, t, {"class_labels": labels}), expected, rtol=1e-5, atol=1e-5)
+        assert acts == (not torch.allclose(plain.output(x, t, {"class_labels": labels}), expected, rtol=1e-3))
     mixed = torch.tensor([900, 500, 20, 900, 500, 20])  # each sample at its own level
-    together = teacher.x0(x, mixed, labels)
+    together = teacher.x0(x, mixed, {"class_labels": labels})
     for row, t in enumerate(mixed):
-        alone = teacher.x0(x[row : row + 1], t[None], labels[row : row + 1])
+        alone = teacher.x0(x[row : row + 1], t[None], {"class_labels": labels[row : row + 1]})
         torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make_encoder, mask_padding", [(tiny_clip, False), (tiny_t5, True)])
+def test_the_guided_target_of_texts_is_that_of_the_pipeline_whatever_their_lengths(make_encoder, mask_padding):
+    tokenizer = tiny_tokenizer()
+    scheduler = ExtDDIMScheduler(prediction_type="v_prediction", clip_sample=False)
+    parts = {"tokenizer": tokenizer, "text_encoder": make_encoder(tokenizer)}
+    pipe = TextGuidedDiffusionPipeline(tiny_text_unet(), scheduler, **parts)
+    assert pipe.mask_padding == mask_padding
+    texts = ["red dot", "a white edge that is red", ""]
+    embeds = pipe.encode_prompt(texts)
+    inputs = {"encoder_hidden_states": embeds.states}
+    inputs |= {} if embeds.mask is None else {"encoder_attention_mask": embeds.mask}
+    x, t = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.full((3,), 500)
+    got = Teacher(pipe, 3.0).output(x, t, inputs)
+    with_text, without = (
+        Teacher(pipe).output(x, t, Teacher(pipe).unconditional(inputs) | own) for own in (inputs, {})
+    )
+    torch.testing.assert_close(got, without + 3 * (with_text - without), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got[2], without[2], rtol=1e-4, atol=1e-4)  # of the empty text
+    condition = CallCondition(pipe, TextCondition(pipe, texts, None, 1))
+    condition.named.check(pipe, classifier_free_guidance(3.0), t[:1], [True])
+    guided = pipe._denoiser(scheduler, classifier_free_guidance(3.0), condition, 3, x.device)
+    torch.testing.assert_close(got, guided(x, t[:1]), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="has not learned to do without them"):
+        Teacher(TextGuidedDiffusionPipeline(tiny_text_unet(learned_unconditional=False), scheduler, **parts), 3.0)
 
 
 def test_predictions_are_clipped_as_the_pipeline_clips_them():
     scheduler = ExtDDIMScheduler(prediction_type="v_prediction", clip_sample_range=0.5)
     teacher = Teacher(GuidedDiffusionPipeline(tiny_unet(2), scheduler))
     x, t = 3 * torch.randn(4, 1, 8, 8), torch.tensor([999, 600, 300, 0])
-    assert teacher.x0(x, t, torch.zeros(4, dtype=torch.int64)).abs().max() == 0.5
+    assert teacher.x0(x, t, {"class_labels": torch.zeros(4, dtype=torch.int64)}).abs().max() == 0.5
 
 
 def constant_x0(value, schedule):
@@ -173,7 +208,7 @@ def test_under_guidance_the_cleaner_point_is_the_teachers():
     assert torch.equal(seen["plain"][1], seen["guided"][1])
     t = guided.timesteps(batch["time"])
     r, x_t = guided._partners.values[4][t], seen["guided"][1]
-    x0 = guided.teacher.x0(x_t, t, batch["labels"])
+    x0 = guided.teacher.x0(x_t, t, {"class_labels": batch["labels"]})
     level_t, level_r = guided.schedule.level(t, x_t), guided.schedule.level(r, x_t)
     expected = level_r.alpha * x0 + level_r.sigma * (x_t - level_t.alpha * x0) / level_t.sigma
     torch.testing.assert_close(seen["guided"][0], expected)

@@ -14,14 +14,23 @@ from diffusers import ClassifierFreeGuidance
 from PIL import Image
 from safetensors.torch import load_file
 
-from diffusers_ext import ConsistencyScheduler, ExtDDIMScheduler, FlowScheduler, GuidedDiffusionPipeline, UNetModel
+from diffusers_ext import (
+    ConsistencyScheduler,
+    ExtDDIMScheduler,
+    FlowScheduler,
+    GuidedDiffusionPipeline,
+    TextGuidedDiffusionPipeline,
+    UNetModel,
+)
 from diffusers_ext.diffusion.distillation import angle_timesteps
 from diffusers_ext.diffusion.timesteps import make_timesteps
 from diffusers_ext.models.statistics import DataStatisticsModel
 from diffusers_ext.recipes.distillation import complete, guided_by_default, load_student_data, paired_by_default
 from diffusers_ext.recipes.teacher import Teacher, load_teacher
+from diffusers_ext.trainer.run_folder import read_metrics
 from runs import assert_same_run, forget_accelerate
 from tiny import tiny_unet
+from tiny_text import CAPTIONS, save_pictures, tiny_clip, tiny_text_unet, tiny_tokenizer
 from tiny_vae import tiny_vae
 from training import calibrate, distill
 
@@ -161,7 +170,7 @@ def test_students_of_normalised_data_and_of_sequences_answer_in_the_units_of_the
     pipe.save_pretrained(tmp_path / "normalised")
     data = ("--dataset_name", str(folders / "data"), "--max_train_steps", "1", "--teacher_steps", "4")
     config = options(tmp_path, *data, pipeline="normalised")
-    _, _, space = load_student_data(config, Accelerator(), load_teacher(config.pipeline))
+    _, _, _, space = load_student_data(config, Accelerator(), Teacher(load_teacher(config.pipeline)))
     batch = space.encoder(torch.device("cpu"))(
         {"images": torch.full((1, 1, 8, 8), -0.25), "own_labels": torch.zeros(1)}
     )
@@ -303,6 +312,37 @@ def test_options_that_contradict_one_another_are_refused(folders, more, reason, 
     assert reason in capsys.readouterr().err.replace("\n", " ")
 
 
+@pytest.mark.parametrize("method", ["progressive", "consistency"])
+def test_students_of_texts_are_asked_by_texts_and_not_guided(method, tmp_path):
+    data = save_pictures(tmp_path / "data", "train", CAPTIONS)
+    save_pictures(tmp_path / "data", "validation", CAPTIONS[:4])
+    tokenizer, names = tiny_tokenizer(), {"max_text_length": 8, "mask_padding": False}
+    pipe = TextGuidedDiffusionPipeline(tiny_text_unet(), v_scheduler(), tokenizer, tiny_clip(tokenizer), **names)
+    pipe.save_pretrained(tmp_path / "texts")
+    saved = {"dataset_name": data, "resolution": [8, 8], "caption_column": "text"}
+    (tmp_path / "texts" / "train_config.yaml").write_text(yaml.safe_dump(saved))
+    more = ("--method", method, "--student_steps", "2", "--output_dir", str(tmp_path / "student"))
+    more += ("--max_train_steps", "3", "--validation_split", "validation")
+    more += ("--teacher_steps", "4") if method == "progressive" else ()
+    folder = run(tmp_path, *more, pipeline="texts")
+    saved = yaml.safe_load((folder / "train_config.yaml").read_text())
+    assert saved["guidance_scale"] == 4.0 and saved["label_dropout"] == 0.1 and saved["label_column"] is None
+    student = diffusers.DiffusionPipeline.from_pretrained(folder)
+    assert student.config.call_defaults == {"num_inference_steps": 2, "guidance_scale": 1.0}
+    assert student.config.max_text_length == 8 and "pipeline_tag: text-to-image" in (folder / "README.md").read_text()
+    student.set_progress_bar_config(disable=True)
+    generators = [[torch.Generator().manual_seed(seed)] for seed in (0, 0, 1)]
+    calls = [
+        student("red dot", generator=each, output_type="pt", **more)
+        for each, more in zip(generators, ({}, {"guidance_scale": 1.0}, {}), strict=True)
+    ]
+    assert torch.equal(calls[0].images, calls[1].images) and not torch.equal(calls[0].images, calls[2].images)
+    assert not torch.equal(student.denoiser.conv_in.weight, pipe.denoiser.conv_in.weight)
+    assert read_metrics(folder / "metrics.jsonl")[-1]["val_loss"] > 0
+    with pytest.raises(ValueError, match="streaming reads no captions ahead"):
+        run(tmp_path, "--streaming", *more[:4], "--output_dir", str(tmp_path / "stream"), pipeline="texts")
+
+
 def test_pipelines_and_images_that_do_not_fit_are_refused(folders, tmp_path):
     names = dict(enumerate(LABELS))
     network = tiny_unet(num_classes=2)
@@ -327,7 +367,7 @@ def test_pipelines_and_images_that_do_not_fit_are_refused(folders, tmp_path):
         (
             "whole",
             (*data, "--label_dropout", "0.1"),
-            "must be 0 for a pipeline that has no label that stands for none",
+            "must be 0 for a pipeline that has not learned to do without labels or texts",
         ),
         ("plain", (), "has no train_config.yaml that names its data set"),
         ("plain", (*data, "--resolution", "16"), "whose samples are 1x8x8, got 1x16x16"),
