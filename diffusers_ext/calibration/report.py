@@ -62,8 +62,8 @@ def describe(report: Mapping) -> list[str]:
                 where = f"in the part from {chosen['start']:g} to {chosen['stop']:g} of the steps"
             what = f"a guidance scale of {chosen['scale']:g} {where}"
         lines.append(
-            f"Of {tried} guidances, each of {guidance['num_images']} images from the same noise, {what} was chosen by the Fréchet "
-            f"distance from {guidance['source']}."
+            f"Of {tried} guidances, each of {guidance['num_images']} images from the same noise in {guidance['num_inference_steps']} "
+            f"steps, {what} was chosen by the Fréchet distance from {guidance['source']}."
         )
     averages = report.get("averages")
     if averages and averages["tried"]:
@@ -71,7 +71,7 @@ def describe(report: Mapping) -> list[str]:
         what = "the weights as saved" if chosen is None else f"the average of ema_std {chosen:g}"
         lines.append(f"Of {len(averages['tried'])} averages of the weights, {what} was chosen.")
     if "steps" in report:
-        lines.append(_steps_in_words(report["steps"], report["num_inference_steps"]))
+        lines.append(_steps_in_words(report["steps"]))
     for row in report.get("gained", ()):
         before, after = (row[name]["frechet_distance"] for name in ("before", "after"))
         accuracy = row["after"].get("label_accuracy")
@@ -86,7 +86,7 @@ def describe(report: Mapping) -> list[str]:
     return lines
 
 
-def _steps_in_words(found: Mapping, number: int) -> str:
+def _steps_in_words(found: Mapping) -> str:
     """Which order and timesteps were chosen, and by what."""
 
     def name(row: Mapping) -> str:
@@ -99,7 +99,7 @@ def _steps_in_words(found: Mapping, number: int) -> str:
     own, chosen = {"order": 1, "timesteps": "spacing"}, found["chosen"]
     beside = f" for {distance(own):.3g} of {name(own)}" if chosen != own else ""
     return (
-        f"Of {len(found['tried'])} ways to make {number} steps, each of {found['num_images']} images from the same noise, steps of "
+        f"Of {len(found['tried'])} ways to make {found['num_inference_steps']} steps, each of {found['num_images']} images from the same noise, steps of "
         f"{name(chosen)} were chosen by the Fréchet distance from {found['source']}: {distance(chosen):.3g}{beside}.{_few(found)}"
     )
 
@@ -123,28 +123,30 @@ def draw(report: Mapping, path: Path) -> bool:
     from matplotlib.figure import Figure
 
     guidance, distances = report.get("guidance"), report["distance_from_fine_trajectory"]
-    if not guidance and not distances:
+    panels = []
+    if guidance and len(guidance["tried"]) > 1:
+        panels.append(lambda axes: _draw_guidance(axes, guidance))
+    if len(distances) > 1:
+        panels.append(lambda axes: _draw_distances(axes, distances))
+    if not panels:
         return False
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    if guidance:
-        _draw_guidance(left, guidance)
-    else:
-        left.set_axis_off()
-    if distances:
-        numbers = [int(number) for number in distances]
-        for name, label in (("spacing", "the scheduler's own"), ("chosen", "by the trajectory")):
-            values = [distances[str(number)][name] for number in numbers]
-            right.plot(numbers, values, marker=".", label=label)
-        right.set_xscale("log")
-        right.set_yscale("log")
-        right.set_xlabel("steps")
-        right.set_ylabel("distance from a fine trajectory, root mean square")
-        right.legend(frameon=False)
-    else:
-        right.set_axis_off()
+    figure = Figure(figsize=(5.5 * len(panels), 4.2), layout="constrained")
+    for draw_panel, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
+        draw_panel(axes)
     save_picture(figure, path)
     return True
+
+
+def _draw_distances(axes, distances: Mapping) -> None:
+    """How far images end from a fine trajectory over the number of steps."""
+    numbers = [int(number) for number in distances]
+    for name, label in (("spacing", "the scheduler's own"), ("chosen", "by the trajectory")):
+        axes.plot(numbers, [distances[str(number)][name] for number in numbers], marker=".", label=label)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("steps")
+    axes.set_ylabel("distance from a fine trajectory, root mean square")
+    axes.legend(frameon=False)
 
 
 def _draw_guidance(axes, guidance: Mapping) -> None:

@@ -1,8 +1,8 @@
 """The calibration of a pipeline from end to end, within a budget of time."""
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -27,7 +27,8 @@ SEED_OF_CHOICE, SEED_OF_REPORT = 501, 502
 # By which the timesteps near the trajectory are held for good, or not, in few steps; in one, both kinds are the same.
 FEWEST_STEPS = (4, 3, 2)
 
-FEW_STEPS = 10  # beside the number that the pipeline is calibrated for
+# Beside the number that the pipeline is calibrated for, what is reported; and that in which images are compared in a hurry.
+FEW_STEPS = 10
 
 # Texts and condition images that a network was trained on need less guidance than others do (docs/few_calls.md).
 SEEN_EXAMPLES = (
@@ -37,6 +38,21 @@ SEEN_EXAMPLES = (
 
 # Sets of images by which anything is chosen and reported: one guidance beside none, and what it gained.
 LEAST_SETS = 4
+
+
+@dataclass(frozen=True)
+class Rulers:
+    """Measures sets of images by which anything is chosen, and others by which what was gained is reported.
+
+    Attributes:
+        source: Where the real images of both are from, in words.
+        num_steps: In which images are compared.
+    """
+
+    choose: Ruler
+    report: Ruler
+    source: str
+    num_steps: int
 
 
 @torch.no_grad()
@@ -79,11 +95,12 @@ def calibrate(
     parts = Parts.of(data.real, data.held_out_name, seed)
     default = chosen = Guidance(subject.default_scale)
     rulers = _make_rulers(subject, data, parts, budget, seed, report, keeps_time)
-    own = subject.own_timesteps(subject.num_steps)
-    before = {}
+    # The number of steps in which images are compared.
+    compared = rulers.num_steps if rulers else subject.num_steps
+    own, before = subject.own_timesteps(compared), {}
     if rulers:
-        for number in _reported(subject):
-            before[number] = rulers["report"].measure(default, subject.own_timesteps(number))
+        for number in dict.fromkeys((compared, min(FEW_STEPS, compared))):
+            before[number] = rulers.report.measure(default, subject.own_timesteps(number))
     if rulers and subject.can_guide and pipe.guider is None and subject.keeps_defaults:
         if subject.needs_examples and not parts.held_out:
             report["left_out"].append(SEEN_EXAMPLES)
@@ -92,7 +109,7 @@ def calibrate(
     if rulers and run is not None:
         width, tried = averages.choose_width(
             *(pipe.components, run),
-            lambda: rulers["choose"].measure(chosen, own)["frechet_distance"],
+            lambda: rulers.choose.measure(chosen, own)["frechet_distance"],
             budget.part(SHARE_OF_AVERAGES),
         )
         report["averages"] = {"tried": tried, "chosen": width}
@@ -109,16 +126,16 @@ def calibrate(
     if keeps_time:
         number = shared(timesteps.images_that_fit(subject, call, budget.part(SHARE_OF_TIMESTEPS), parts.choose))
     teacher = timesteps.Teacher.make(subject, number, call, seed, parts.choose)
-    numbers = [subject.num_steps, FEW_STEPS, 5, *timesteps.NUMBERS]
+    numbers = [compared, subject.num_steps, FEW_STEPS, 5, *timesteps.NUMBERS]
     lists["trajectory"], distances = shared(timesteps.choose(teacher, numbers, budget.part(SHARE_OF_TIMESTEPS)))
     report["distance_from_fine_trajectory"] = {str(number): pair for number, pair in distances.items()}
     subject.choose(**config)
-    stepping = _choose_steps(subject, rulers, chosen, lists["trajectory"], budget, report, say)
+    stepping = _choose_steps(subject, rulers, chosen, own, lists["trajectory"], budget, report, say)
     if stepping.timesteps == "trajectory":
-        least = _fewest_steps(subject, rulers["choose"], chosen, stepping, lists["trajectory"], budget, report, say)
+        least = _fewest_steps(subject, rulers, chosen, own, stepping, lists["trajectory"], budget, report, say)
         few = [number for number in lists["trajectory"] if number < least]
         lists["trajectory"] |= {number: subject.own_timesteps(number) for number in few}
-    if stepping.timesteps == "spacing" and lists["trajectory"].get(subject.num_steps) != own:
+    if stepping.timesteps == "spacing" and lists["trajectory"].get(compared) != own:
         numbers = {*lists["trajectory"], subject.num_steps}  # of which the last may be more than the grid has
         lists["trajectory"] = {number: subject.own_timesteps(number) for number in sorted(numbers)}
     optimal = {"spacing": pipe.scheduler.config.timestep_spacing} | {
@@ -132,7 +149,7 @@ def calibrate(
         pipe.register_to_config(call_defaults=defaults)
         report["call_defaults"] = defaults
     if rulers:
-        report["gained"] = _gained(subject, rulers["report"], before, chosen, own)
+        report["gained"] = _gained(rulers.report, before, chosen, own)
     report["seconds"] = round(budget.used, 1)
     return report
 
@@ -151,16 +168,17 @@ def _measure_variance(
     return {"analytic_variance": table} | of_variance, lists
 
 
-def _choose_guidance(rulers: dict, own: list[int], default: Guidance, budget: Budget, report: dict, say) -> Guidance:
+def _choose_guidance(rulers: Rulers, own: list[int], default: Guidance, budget: Budget, report: dict, say) -> Guidance:
     """The guidance whose images are nearest, in the steps at these timesteps."""
-    ruler = rulers["choose"]
+    ruler = rulers.choose
     say(f"guidance: sets of {ruler.num_images} images in {len(own)} steps")
     trials = Trials(lambda candidate: ruler.measure(candidate, own), budget.part(SHARE_OF_GUIDANCE))
     chosen = guidance.search(trials, default)
     report["guidance"] = {
         "default": default.scale,
         "num_images": ruler.num_images,
-        "source": rulers["source"],
+        "num_inference_steps": rulers.num_steps,
+        "source": rulers.source,
         "tried": trials.records(),
         "chosen": asdict(chosen),
     }
@@ -168,12 +186,19 @@ def _choose_guidance(rulers: dict, own: list[int], default: Guidance, budget: Bu
 
 
 def _choose_steps(
-    subject: Subject, rulers: dict | None, chosen: Guidance, lists: dict, budget: Budget, report: dict, say
+    subject: Subject,
+    rulers: Rulers | None,
+    chosen: Guidance,
+    own: list[int],
+    lists: dict,
+    budget: Budget,
+    report: dict,
+    say,
 ) -> steps.Stepping:
-    """The order of the steps and the kind of timesteps whose images are nearest, in the number that is calibrated for."""
+    """The order of the steps and the kind of timesteps whose images are nearest, in the number in which they are compared."""
     if rulers is None:
         return steps.OWN
-    ruler, own, found = rulers["choose"], subject.own_timesteps(subject.num_steps), lists.get(subject.num_steps)
+    ruler, found = rulers.choose, lists.get(rulers.num_steps)
     orders = steps.has_orders(subject)
     those = steps.candidates(own, own if found is None else found, orders)
     say(f"steps: {len(those)} ways, by sets of {ruler.num_images} images")
@@ -188,7 +213,8 @@ def _choose_steps(
     if tried:
         report["steps"] = {
             "num_images": ruler.num_images,
-            "source": rulers["source"],
+            "num_inference_steps": rulers.num_steps,
+            "source": rulers.source,
             "tried": tried,
             "chosen": asdict(stepping),
         }
@@ -197,8 +223,9 @@ def _choose_steps(
 
 def _fewest_steps(
     subject: Subject,
-    ruler: Ruler,
+    rulers: Rulers,
     chosen: Guidance,
+    own: list[int],
     stepping: steps.Stepping,
     lists: dict,
     budget: Budget,
@@ -208,12 +235,12 @@ def _fewest_steps(
     """From how many steps on the timesteps near the trajectory hold."""
     if steps.has_orders(subject):
         subject.choose(multistep_order=stepping.order)
-    numbers = [subject.num_steps, *(number for number in FEWEST_STEPS if number < subject.num_steps)]
-    say(f"few steps: sets of {ruler.num_images} images")
+    numbers = [rulers.num_steps, *(number for number in FEWEST_STEPS if number < rulers.num_steps)]
+    say(f"few steps: sets of {rulers.choose.num_images} images")
 
     def measure(number: int, kind: str) -> float:
         visited = lists[number] if kind == "trajectory" else subject.own_timesteps(number)
-        return ruler.measure(chosen, visited, {"timesteps": visited})["frechet_distance"]
+        return rulers.choose.measure(chosen, own, {"timesteps": visited})["frechet_distance"]
 
     least, tried = steps.fewest_by_trajectory(measure, numbers, budget.part(SHARE_OF_STEPS))
     report["steps"] |= {"fewest_by_trajectory": least, "few_tried": tried}
@@ -236,8 +263,11 @@ def forget_calibration(subject: Subject) -> None:
 
 def _make_rulers(
     subject: Subject, data: Data, parts: Parts, budget: Budget, seed: int, report: dict, keeps_time: bool
-) -> dict | None:
-    """Rulers to choose and to report by, of as many images as there is time for; None if images cannot be measured."""
+) -> Rulers | None:
+    """Of as many images as there is time for; None if images cannot be measured.
+
+    Where time is kept, and too short for the steps that the pipeline is calibrated for, images are compared in fewer.
+    """
     left_out = report["left_out"]
     if data.features is None:
         left_out.append(
@@ -255,25 +285,33 @@ def _make_rulers(
     few, each = subject.own_timesteps(min(4, subject.num_steps)), Guidance(1.5) if subject.can_guide else Guidance()
     start = time.perf_counter()
     trial.images(each, few, number=guidance.BATCH)
-    seconds = shared(time.perf_counter() - start) / guidance.BATCH / len(few) * subject.num_steps
-    if keeps_time and (needed := seconds * guidance.FEWEST_IMAGES * LEAST_SETS) > budget.left:
+    seconds_of_step = shared(time.perf_counter() - start) / guidance.BATCH / len(few)
+
+    def needed(number: int) -> float:
+        return seconds_of_step * number * guidance.FEWEST_IMAGES * LEAST_SETS
+
+    num_steps, left = subject.num_steps, budget.left
+    if keeps_time and needed(num_steps) > left:
+        num_steps = min(FEW_STEPS, num_steps)
+    if keeps_time and needed(num_steps) > left:
         left_out.append(
             name_commands(
-                f"Nothing was chosen by images, of which {LEAST_SETS} sets of {guidance.FEWEST_IMAGES} in {subject.num_steps} "
-                f"steps take {needed:.0f} s, with {budget.left:.0f} s left: training/calibrate.py does with a longer --max_time."
+                f"Nothing was chosen by images, of which {LEAST_SETS} sets of {guidance.FEWEST_IMAGES} in {num_steps} steps take "
+                f"{needed(num_steps):.0f} s, with {left:.0f} s left: training/calibrate.py does with a longer --max_time."
             )
         )
         return None
-    number = guidance.images_that_fit(seconds, SHARE_OF_GUIDANCE * budget.left)
+    number = guidance.images_that_fit(seconds_of_step * num_steps, SHARE_OF_GUIDANCE * left)
     kept = trial.evaluator.train_features
-    return {
-        "choose": Ruler.by(parts.choose, subject, data.features, number, seed + SEED_OF_CHOICE, kept),
-        "report": Ruler.by(parts.report, subject, data.features, number, seed + SEED_OF_REPORT),
-        "source": parts.source,
-    }
+    return Rulers(
+        Ruler.by(parts.choose, subject, data.features, number, seed + SEED_OF_CHOICE, kept),
+        Ruler.by(parts.report, subject, data.features, number, seed + SEED_OF_REPORT),
+        parts.source,
+        num_steps,
+    )
 
 
-def _gained(subject: Subject, ruler: Ruler, before: dict, chosen: Guidance, own: list[int]) -> list[dict]:
+def _gained(ruler: Ruler, before: dict, chosen: Guidance, own: list[int]) -> list[dict]:
     rows = []
     for number, measures in before.items():
         after = ruler.measure(chosen, own, {"num_inference_steps": number})
@@ -281,7 +319,3 @@ def _gained(subject: Subject, ruler: Ruler, before: dict, chosen: Guidance, own:
             {"num_inference_steps": number, "num_images": ruler.num_images, "before": measures, "after": after}
         )
     return rows
-
-
-def _reported(subject: Subject) -> Sequence[int]:
-    return tuple(dict.fromkeys((subject.num_steps, min(FEW_STEPS, subject.num_steps))))

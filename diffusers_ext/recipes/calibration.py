@@ -30,7 +30,7 @@ from diffusers_ext.trainer.run import save_atomically
 
 # Values of all images of a data set up to which a feature classifier is trained as it is kept, which takes some seconds; of
 # larger ones another network of features is trained in this share of the time.
-MOST_TO_TRAIN_ON, SHARE_OF_FEATURES = 500_000, 0.4
+MOST_TO_TRAIN_ON, SHARE_OF_FEATURES = 500_000, 0.5
 
 
 def with_calibration(cost: Callable[[Trainer], EndingCost], wanted: bool | None) -> Callable[[Trainer], EndingCost]:

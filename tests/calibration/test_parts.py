@@ -19,8 +19,9 @@ from diffusers_ext import (
     TextGuidedDiffusionPipeline,
     UNetModel,
 )
-from diffusers_ext.calibration import averages, guidance, steps, timesteps, variance
+from diffusers_ext.calibration import averages, guidance, run, steps, timesteps, variance
 from diffusers_ext.calibration import budget as budget_module
+from diffusers_ext.calibration import report as reports
 from diffusers_ext.calibration.budget import Budget, budget_of_training
 from diffusers_ext.calibration.data import Data
 from diffusers_ext.calibration.examples import Examples, Parts
@@ -248,7 +249,7 @@ def labelled_subject():
     return Subject.of(GuidedDiffusionPipeline(tiny_unet(num_classes=2), scheduler), 2)
 
 
-def test_what_keeps_to_its_time_leaves_out_what_takes_longer():
+def test_what_keeps_to_its_time_leaves_out_what_takes_longer(tmp_path):
     torch.manual_seed(0)
     features = FeatureClassifierModel(8, 1, 2, (8, 16), label_names=["a", "b"])
     data = Data(real_images(), None, features)
@@ -256,7 +257,39 @@ def test_what_keeps_to_its_time_leaves_out_what_takes_longer():
     assert timesteps.images_that_fit(labelled_subject(), {}, FOREVER) == 32
     hasty = calibrate(labelled_subject(), data, 0.01, keeps_time=True)
     assert hasty["left_out"][0].startswith("Nothing was chosen by images, of which 4 sets of 200 in 2 steps take")
+    assert not reports.draw(hasty | {"distance_from_fine_trajectory": {"2": {}}}, tmp_path / "nothing.png")
     assert "guidance" not in hasty and "gained" not in hasty and "2" in hasty["distance_from_fine_trajectory"]
+
+
+def test_in_a_hurry_images_are_compared_in_few_steps(monkeypatch, tmp_path):
+    """A step of an image takes 10 ms by this clock: 100 sets of 8 in 50 steps take 400 s, and in 10 steps 80 s."""
+    torch.manual_seed(0)
+    features = FeatureClassifierModel(8, 1, 2, (8, 16), label_names=["a", "b"])
+    for name in ("FEWEST_IMAGES", "MOST_IMAGES", "BATCH"):
+        monkeypatch.setattr(guidance, name, 8)
+    monkeypatch.setattr(run, "LEAST_SETS", 100)
+    now = [0.0]
+    clock = SimpleNamespace(perf_counter=lambda: now[0])
+    monkeypatch.setattr(budget_module, "time", clock)
+    monkeypatch.setattr(run, "time", clock)
+    images = guidance.Ruler.images
+
+    def slow(ruler, each, timesteps_, steps_=None, number=None):
+        number, given = number or ruler.num_images, {"timesteps": timesteps_} if steps_ is None else dict(steps_)
+        now[0] += 0.01 * number * (given.get("num_inference_steps") or len(given["timesteps"]))
+        return images(ruler, each, timesteps_, steps_, number)
+
+    monkeypatch.setattr(guidance.Ruler, "images", slow)
+    subject = labelled_subject()
+    subject.num_steps = 50
+    found = calibrate(subject, Data(real_images(), None, features), 200, keeps_time=True)
+    assert found["guidance"]["num_inference_steps"] == 10 == found["steps"]["num_inference_steps"]
+    assert [row["num_inference_steps"] for row in found["gained"]] == [10]
+    assert found["call_defaults"]["num_inference_steps"] == 50 and "in 10 steps" in " ".join(reports.describe(found))
+    assert reports.draw(found, tmp_path / "calibration.png")
+    patient = calibrate(subject, Data(real_images(), None, features), 10_000, keeps_time=True)
+    assert patient["guidance"]["num_inference_steps"] == 50
+    assert [row["num_inference_steps"] for row in patient["gained"]] == [50, 10]
 
 
 @pytest.mark.parametrize("length", [2, 20, 40])

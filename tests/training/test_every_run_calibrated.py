@@ -46,6 +46,11 @@ def little():
         yield
 
 
+@pytest.fixture(autouse=True)
+def no_features_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFUSERS_EXT_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("texts")
