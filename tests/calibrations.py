@@ -9,7 +9,7 @@ from diffusers_ext.evaluation import feature_folders
 
 def make_little(patch: pytest.MonkeyPatch) -> None:
     """What is compared is measured in one batch, and nothing that the tests look at is left out for want of time."""
-    for name in ("BATCH", "FEWEST_IMAGES", "MOST_IMAGES"):
+    for name in ("TIMED_IMAGES", "FEWEST_IMAGES", "MOST_IMAGES"):
         patch.setattr(guidance, name, 24)
     patch.setattr(variance, "NUM_POINTS", 16)
     patch.setattr(variance, "BATCH", 32)

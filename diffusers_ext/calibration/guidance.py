@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 
 from diffusers_ext.calibration.budget import Budget, number_that_fits, shared
@@ -18,7 +17,6 @@ from diffusers_ext.evaluation.evaluator import Evaluator
 from diffusers_ext.evaluation.generate import generate_images, shared_by_processes
 from diffusers_ext.evaluation.label_shares import proportional_labels
 from diffusers_ext.evaluation.labelled_images import convert_channels
-from diffusers_ext.evaluation.reference_cache import reference_features
 from diffusers_ext.metrics.features import FeatureClassifierModel
 
 
@@ -27,7 +25,7 @@ T = TypeVar("T")
 # Images of a set, by the time there is.
 FEWEST_IMAGES, MOST_IMAGES = 200, 2000
 NUM_NEIGHBOURS = 3
-BATCH = 50
+TIMED_IMAGES = 50  # by which it is known how long a set takes
 
 # Sets that a search should be able to measure.
 NUM_SETS = 16
@@ -77,25 +75,27 @@ class Ruler:
     """Measures how far a set of images of a pipeline is from real ones.
 
     Args:
-        evaluator: With the real images.
+        evaluator: With the real images; None in all processes but the first, which measures.
         asked: What each image is asked for by, keywords of `generate_images`.
         labels: That the images are to show, int64, or None where that is not known.
         seed: Of their noise.
+        channels: Of the real images.
     """
 
     subject: Subject
-    evaluator: Evaluator
+    evaluator: Evaluator | None
     asked: dict[str, list]
     labels: Tensor | None
     num_images: int
     seed: int
+    channels: int
 
     @classmethod
     def by(
         cls,
         real: Examples,
         subject: Subject,
-        features: FeatureClassifierModel,
+        features: FeatureClassifierModel | None,
         num_images: int,
         seed: int,
         kept: Tensor | None = None,
@@ -103,12 +103,13 @@ class Ruler:
         """A ruler by these real images, of images by label in their proportions, or asked for as they are in turn.
 
         Args:
-            kept: The features of the real images, as another ruler by them has them; by default they are looked up.
+            features: None in all processes but the first.
+            kept: The features of the real images, as another ruler by them has them; by default they are measured.
         """
-        kept = reference_features(features, real.images) if kept is None else kept
-        evaluator = Evaluator(
-            *(real.images, features, num_images, NUM_NEIGHBOURS), in_pixels=False, seed=seed, train_features=kept
-        )
+        evaluator = None
+        if features is not None:
+            settings = {"in_pixels": False, "seed": seed, "train_features": kept}
+            evaluator = Evaluator(real.images, features, num_images, NUM_NEIGHBOURS, **settings)
         named, labels = real.images.label_names, None
         if subject.asks_as(real):
             drawn = real.draw(num_images, seed)
@@ -119,7 +120,7 @@ class Ruler:
                 counts = torch.bincount(real.images.labels, minlength=classes).tolist() if named else [1] * classes
                 asked["labels"] = proportional_labels(num_images, counts)
                 labels = torch.tensor(asked["labels"])
-        return cls(subject, evaluator, asked, labels, num_images, seed)
+        return cls(subject, evaluator, asked, labels, num_images, seed, real.images.images.shape[1])
 
     def measure(
         self, guidance: Guidance, timesteps: list[int], steps: Mapping[str, Any] | None = None
@@ -132,7 +133,7 @@ class Ruler:
                 of `timesteps`.
         """
         images = self.images(guidance, timesteps, steps)
-        measures = shared(self.evaluator.measure(images, self.labels) if PartialState().is_main_process else {})
+        measures = shared({} if self.evaluator is None else self.evaluator.measure(images, self.labels))
         return {name: measures[name] for name in ("frechet_distance", "label_accuracy") if name in measures}
 
     def images(
@@ -153,14 +154,15 @@ class Ruler:
                 indices,
                 **self.asked,
                 settings=settings | steps,
-                batch_size=BATCH,
+                batch_size=self.subject.batch_size,
                 seed=self.seed,
                 show_progress=False,
             )
 
-        with torch.autocast(pipe.device.type, torch.bfloat16, enabled=self.subject.bf16):
+        precision = self.subject.precision
+        with torch.autocast(pipe.device.type, precision, enabled=precision != torch.float32):
             images = shared_by_processes(number or self.num_images, make)
-        return convert_channels(images, self.evaluator.train.images.shape[1])
+        return convert_channels(images, self.channels)
 
 
 @dataclass

@@ -17,6 +17,8 @@ from diffusers_ext.command_names import name_commands
 from diffusers_ext.schedulers import ExtDDPMScheduler
 
 
+PRECISIONS = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
 # Shares of what is left of the budget when it is their turn; what they leave is for the report.
 SHARE_OF_VARIANCE, SHARE_OF_GUIDANCE, SHARE_OF_AVERAGES = 0.15, 0.45, 0.4
 SHARE_OF_TIMESTEPS, SHARE_OF_STEPS = 0.25, 0.7
@@ -89,10 +91,12 @@ def calibrate(
         "budget_seconds": round(seconds, 1),
         "num_inference_steps": subject.num_steps,
         "scheduler_class": type(pipe.scheduler).__name__,
-        "mixed_precision": "bf16" if subject.bf16 else "no",
-        "left_out": [],
+        "mixed_precision": PRECISIONS[subject.precision],
+        "left_out": list(data.left_out),
     }
     parts = Parts.of(data.real, data.held_out_name, seed)
+    if subject.num_classes is not None and pipe.null_label is None:  # so that an image of no label cannot be asked for
+        parts = parts.with_labels()
     default = chosen = Guidance(subject.default_scale)
     rulers = _make_rulers(subject, data, parts, budget, seed, report, keeps_time)
     # The number of steps in which images are compared.
@@ -268,8 +272,8 @@ def _make_rulers(
 
     Where time is kept, and too short for the steps that the pipeline is calibrated for, images are compared in fewer.
     """
-    left_out = report["left_out"]
-    if data.features is None:
+    left_out, features = report["left_out"], data.features
+    if not shared(features is not None):
         left_out.append(
             "Nothing was chosen by the distance from real images: there is no network of features of them."
         )
@@ -281,11 +285,12 @@ def _make_rulers(
     if min(len(parts.choose), len(parts.report)) <= guidance.NUM_NEIGHBOURS:
         left_out.append("Nothing was chosen by images: there are too few to compare with.")
         return None
-    trial = Ruler.by(parts.choose, subject, data.features, guidance.FEWEST_IMAGES, seed + SEED_OF_CHOICE)
+    kept = {name: data.features_of(getattr(parts, name).images) for name in ("choose", "report")}
+    trial = Ruler.by(*(parts.choose, subject, features, guidance.FEWEST_IMAGES, seed + SEED_OF_CHOICE, kept["choose"]))
     few, each = subject.own_timesteps(min(4, subject.num_steps)), Guidance(1.5) if subject.can_guide else Guidance()
     start = time.perf_counter()
-    trial.images(each, few, number=guidance.BATCH)
-    seconds_of_step = shared(time.perf_counter() - start) / guidance.BATCH / len(few)
+    trial.images(each, few, number=guidance.TIMED_IMAGES)
+    seconds_of_step = shared(time.perf_counter() - start) / guidance.TIMED_IMAGES / len(few)
 
     def needed(number: int) -> float:
         return seconds_of_step * number * guidance.FEWEST_IMAGES * LEAST_SETS
@@ -302,10 +307,9 @@ def _make_rulers(
         )
         return None
     number = guidance.images_that_fit(seconds_of_step * num_steps, SHARE_OF_GUIDANCE * left)
-    kept = trial.evaluator.train_features
     return Rulers(
-        Ruler.by(parts.choose, subject, data.features, number, seed + SEED_OF_CHOICE, kept),
-        Ruler.by(parts.report, subject, data.features, number, seed + SEED_OF_REPORT),
+        Ruler.by(parts.choose, subject, features, number, seed + SEED_OF_CHOICE, kept["choose"]),
+        Ruler.by(parts.report, subject, features, number, seed + SEED_OF_REPORT, kept["report"]),
         parts.source,
         num_steps,
     )

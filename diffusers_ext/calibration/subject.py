@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline
@@ -16,7 +17,7 @@ from diffusers_ext.diffusion.noising import LEARNED_VARIANCES, NoiseSchedule
 from diffusers_ext.diffusion.timestep_search import search_grid
 from diffusers_ext.evaluation.bits_per_dim import clip_of
 from diffusers_ext.evaluation.conditioned import condition_images
-from diffusers_ext.evaluation.labelled_images import convert_channels
+from diffusers_ext.evaluation.labelled_images import LabelledImages, convert_channels
 from diffusers_ext.evaluation.pipeline_facts import label_names_of
 from diffusers_ext.evaluation.subject import default_scale
 from diffusers_ext.pipelines.call_condition import CallCondition
@@ -33,6 +34,8 @@ from diffusers_ext.schedulers.levels import is_linear, model_schedule, predictio
 from diffusers_ext.schedulers.samplers import is_sampler
 
 
+BATCH_SIZE = 50  # images at a time, by default
+
 # In the scheduler's config of a student, the number of steps that it was distilled to.
 STUDENT_STEPS = "_student_steps"
 
@@ -46,19 +49,24 @@ class Subject:
         pipe: The one that is measured: the same, or one of this package with the networks of a pipeline of diffusers. Its
             scheduler is of this package.
         num_steps: Network calls that it is calibrated for.
-        bf16: Whether images are made under bf16 autocast; trajectories and errors are those of the weights as they are.
+        precision: That images are made in under autocast; trajectories and errors are those of the weights as they are.
+        batch_size: Images at a time.
     """
 
     original: DiffusionPipeline
     pipe: GuidedDiffusionPipeline | TextGuidedDiffusionPipeline
     num_steps: int
-    bf16: bool = False
+    precision: torch.dtype = torch.float32
+    batch_size: int = BATCH_SIZE
     # The scheduler that `own_timesteps` was last asked of, and the same without chosen timesteps.
     _plain: tuple[SchedulerMixin, SchedulerMixin] | None = field(default=None, init=False, repr=False)
 
     @classmethod
-    def of(cls, original: DiffusionPipeline, num_steps: int, bf16: bool = False) -> "Subject":
+    def of(cls, original: DiffusionPipeline, num_steps: int, **how: Any) -> "Subject":
         """A pipeline of this package, or of diffusers that is called as these are.
+
+        Args:
+            how: `precision` and `batch_size`.
 
         Raises:
             ValueError: if it is another, or its scheduler is for none of the paths that are known here.
@@ -87,7 +95,7 @@ class Subject:
             raise ValueError(f"a pipeline to calibrate must have its tokenizer and text_encoder, got {name} without")
         pipe.set_progress_bar_config(disable=True)
         pipe.denoiser.eval()
-        return cls(original, pipe, num_steps, bf16)
+        return cls(original, pipe, num_steps, **how)
 
     def check_can_be_calibrated(self) -> None:
         """Refuses a student, whose timesteps and guidance it was distilled for.
@@ -218,16 +226,23 @@ class Subject:
 
     def clean_samples(self, examples: Examples) -> tuple[Tensor, CallCondition]:
         """x_0 of real images, on the scale of the network and its device, and the condition that each is asked for by."""
-        pipe, images = self.pipe, examples.images
+        condition = self.condition(self.asked(examples))
+        return self.x0(examples.images, labels_of_data(self.pipe.statistics, condition)), condition
+
+    def x0(self, images: LabelledImages, labels: Tensor | None = None) -> Tensor:
+        """Real images on the scale of the network and its device.
+
+        Args:
+            labels: By which statistics of the data know their means, where they have one for each label.
+        """
+        pipe = self.pipe
         if (scale := pipe._value_scale or images.value_scale) is not None:
             pixels = scale.to_model(images.images).to(pipe.device, torch.float32)
         else:
             channels = pipe.denoiser.config.in_channels if pipe.vae is None else pipe.vae.config.in_channels
             pixels = convert_channels(images.images, channels).to(pipe.device, torch.float32) * (2 / 255) - 1
-        condition = self.condition(self.asked(examples))
-        labels = labels_of_data(pipe.statistics, condition)
         labels = None if labels is None else labels.to(pipe.device)
-        return encode_pixels(pixels, pipe.vae, pipe._sample_shape, pipe.statistics, labels), condition
+        return encode_pixels(pixels, pipe.vae, pipe._sample_shape, pipe.statistics, labels)
 
     def units(self, condition: CallCondition, like: Tensor) -> DataUnits | None:
         """From samples of the network to images in [-1, 1]; None if they are the same, or latents."""

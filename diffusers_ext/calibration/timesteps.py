@@ -20,6 +20,9 @@ from diffusers_ext.evaluation.generate import condition_of
 NUM_FINE_STEPS, NUM_IMAGES = 64, 32
 FEWEST_IMAGES = 4  # where time is short
 
+# Arguments of a call that each image has its own of.
+PER_IMAGE = ("latents", "class_labels", "prompt", "condition_image")
+
 # Of the time for timesteps, what the fine trajectories may take; the rest is for the lists that are compared with them.
 SHARE_OF_FINE = 0.5
 
@@ -53,16 +56,15 @@ class Teacher:
         """The trajectories of so many images, of all labels in turn or like these examples, under a guidance of the call."""
         grid, schedule = subject.search_grid(NUM_FINE_STEPS), subject.schedule
         call = _call(subject, number, guidance, seed, examples)
-        points = _sample(subject, call, grid.tolist(), with_points=True)
-        x = torch.stack([point.x_t.cpu() for point in points.trajectory] + [points.images.cpu()])
-        x0_hat = torch.stack([point.x0_hat.cpu() for point in points.trajectory])
+        ends, x_t, x0_hat = _sample(subject, call, grid.tolist(), with_points=True)
+        x = torch.cat([x_t, ends[None]])
         every = torch.cat([grid - schedule.first_label, torch.tensor([-1])])
         costs = trajectory_costs(x, x0_hat, NoiseLevel(schedule.alpha[every], schedule.sigma[every]))
         return cls(subject, call, grid, x[-1], costs)
 
     def distance(self, timesteps: Sequence[int]) -> float:
         """Root mean square of the difference between what these timesteps end in and the fine ones."""
-        ends = _sample(self.subject, self.call, timesteps).images.cpu()
+        ends, *_ = _sample(self.subject, self.call, timesteps)
         return (ends - self.ends).square().mean().sqrt().item()
 
 
@@ -87,18 +89,33 @@ def images_that_fit(subject: Subject, guidance: dict, budget: Budget, examples: 
     return number_that_fits(SHARE_OF_FINE * budget.left, seconds, FEWEST_IMAGES, NUM_IMAGES)
 
 
-def _sample(subject: Subject, call: dict, timesteps: Sequence[int], with_points: bool = False):
-    """A call of the pipeline by a sampler without noise."""
+def _sample(
+    subject: Subject, call: dict, timesteps: Sequence[int], with_points: bool = False
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What a call of the pipeline by a sampler without noise ends in, on the CPU, in batches of the subject's size.
+
+    Returns: the ends; and, with points, x_t and the predicted x_0 of each step, `(steps, images, ...)`.
+    """
     pipe, scheduler = subject.pipe, subject.pipe.scheduler
+    number, ends, x_t, x0_hat = len(call["latents"]), [], [], []
     try:
         pipe.scheduler = subject.without_noise
-        with warnings.catch_warnings():  # of lists so short that an interval of guidance has none of their steps
-            warnings.filterwarnings("ignore", "guidance_interval holds none")
-            return pipe(
-                **call, timesteps=list(timesteps), trajectory_steps=range(len(timesteps)) if with_points else None
-            )
+        for first in range(0, number, subject.batch_size):
+            rows = slice(first, min(first + subject.batch_size, number))
+            part = {name: value[rows] if name in PER_IMAGE else value for name, value in call.items()}
+            part |= {"batch_size": rows.stop - rows.start} if "batch_size" in call else {}
+            with warnings.catch_warnings():  # of lists so short that an interval of guidance has none of their steps
+                warnings.filterwarnings("ignore", "guidance_interval holds none")
+                steps = range(len(timesteps)) if with_points else None
+                made = pipe(**part, timesteps=list(timesteps), trajectory_steps=steps)
+            ends.append(made.images.cpu())
+            if with_points:
+                x_t.append(torch.stack([point.x_t.cpu() for point in made.trajectory]))
+                x0_hat.append(torch.stack([point.x0_hat.cpu() for point in made.trajectory]))
     finally:
         pipe.scheduler = scheduler
+    points = (torch.cat(x_t, 1), torch.cat(x0_hat, 1)) if with_points else (None, None)
+    return torch.cat(ends), *points
 
 
 def choose(teacher: Teacher, numbers: Sequence[int], budget: Budget) -> tuple[dict[int, list[int]], dict[int, dict]]:

@@ -12,11 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
+import torch
+
 from diffusers_ext.atomic_files import lock_folder
 from diffusers_ext.calibration import report as reports
 from diffusers_ext.calibration.data import CalibrationOptions, Data
 from diffusers_ext.calibration.run import calibrate
-from diffusers_ext.calibration.subject import Subject
+from diffusers_ext.calibration.subject import BATCH_SIZE, Subject
 from diffusers_ext.command_names import name_commands
 from diffusers_ext.draws import check_seed
 from diffusers_ext.evaluation.feature_folders import features_for
@@ -46,6 +48,9 @@ class CalibrateConfig(CalibrationOptions):
         "folder of a network of training/train_features.py, or none; by default one is trained on the data set, once, and kept",
     )
     max_time: str = option("5m", "time that it may take, such as 90s or 5m, loading and a feature classifier aside")
+    eval_batch_size: int = option(
+        BATCH_SIZE, "images to generate at a time; the images do not depend on it", at_least=1
+    )
     mixed_precision: Literal["no", "bf16"] | None = option(
         None, "precision that images are made in; by default bf16 where the hardware is fast at it"
     )
@@ -97,10 +102,12 @@ def calibrate_and_save(config: CalibrateConfig) -> dict:
     set_threads(config.num_threads, state.num_processes)
     command = to_command(config, "training/calibrate.py", launcher="python")
     pipe = load_pipeline(config.pipeline).to(state.device)
-    bf16 = runs_in_bf16(config.mixed_precision, state.device.type)
-    subject = Subject.of(pipe, 1, bf16)  # which refuses what cannot be calibrated, before anything is read
+    precision = torch.bfloat16 if runs_in_bf16(config.mixed_precision, state.device.type) else torch.float32
+    subject = Subject.of(
+        pipe, 1, precision=precision, batch_size=config.eval_batch_size
+    )  # which refuses what cannot be calibrated, before anything is read
     subject.check_can_be_calibrated()
-    config = config.of_run(config.pipeline, pipe, ("num_inference_steps",))
+    config = config.of_run(config.pipeline, subject.pipe, ("num_inference_steps",))
     subject.num_steps = config.num_inference_steps or default_of(pipe, "num_inference_steps")
     data = Data.load(config, subject)
     features, _ = features_for(data.real, config.features, state)

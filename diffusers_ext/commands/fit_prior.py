@@ -145,9 +145,9 @@ def clean_samples(config: FitPriorConfig, pipe: GuidedDiffusionPipeline) -> tupl
             f"by_label needs a pipeline and images with the same labels, got {pipe.denoiser_num_classes or 'none'} and "
             f"{len(real.train.label_names) or 'none'}"
         )
-    examples = Examples(real.train).at_most(config.max_images, config.seed)
-    x0, _ = Subject(pipe, pipe, 1).clean_samples(examples)
-    return x0.cpu(), examples.images.labels if config.by_label else None
+    images = Examples(real.train).at_most(config.max_images, config.seed).images
+    x0 = Subject(pipe, pipe, 1).x0(images, images.labels if known else None)
+    return x0.cpu(), images.labels if config.by_label else None
 
 
 def save(config: FitPriorConfig, pipe: nn.Module) -> None:

@@ -316,6 +316,11 @@ def study_embedding(material: Material) -> Report:
     chosen = material.labels(pipe)
     if chosen is None or not material.real.has_labels:
         raise ValueError("embedding colours points by label, and this pipeline or its data have none")
+    if len(material.real.train.label_names) != pipe.denoiser_num_classes:
+        raise ValueError(
+            f"embedding needs the {pipe.denoiser_num_classes} labels of the pipeline, got data of "
+            f"{len(material.real.train.label_names)}: see --label_column"
+        )
     x0, condition = material.clean(pipe, config.num_images)
     labels = condition.labels.to(x0.device)
     images = decode_samples(x0, pipe.vae, pipe.statistics, labels)

@@ -2,10 +2,9 @@
 
 import dataclasses
 import itertools
-import sys
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -25,6 +24,13 @@ from diffusers_ext.data.stream import StreamData
 
 DEFAULT_SHUFFLE_BUFFER = 1000
 MOST_PARTS = 32  # of a stream from which a sample is taken, each of which is opened
+
+
+class Sample(NamedTuple):
+    """So many images in the place of all, where these are more than `all_up_to`, or a stream."""
+
+    number: int
+    all_up_to: int = 0
 
 
 # What options may be called where they stand in a call rather than on a command line.
@@ -52,7 +58,7 @@ def prepare_images(
     read_ahead: bool = False,
     share_by: str | None = None,
     condition_column: str | None = None,
-    sample: int | None = None,
+    sample: "Sample | None" = None,
     **options: Any,
 ) -> ImageData:
     """Loads, decodes and fits the images, or the sequences, of a data set, and reads their labels.
@@ -65,8 +71,8 @@ def prepare_images(
         read_ahead: Fetch no more than the first `max_train_samples` rows, in order, and keep them in memory.
         share_by: Column by whose values `max_train_samples` are shared; None for that of the labels.
         condition_column: Column of a condition image for each image, of its size; None for none.
-        sample: At most so many of those images, which stand for all: of each label its share, or of a stream the first of parts
-            that are spread over it.
+        sample: Of those images some, which stand for all: of each label its share, or of a stream the first of parts that are
+            spread over it.
 
     Raises:
         ValueError: if the data set has no images, if its labels are neither integers nor names, or if it must be said
@@ -82,18 +88,18 @@ def prepare_images(
     if read_ahead:
         rows = undecoded(source, column)
         if sample is None or max_samples is not None:
-            first = min(number for number in (max_samples, sample, sys.maxsize) if number is not None)
+            first = max_samples if sample is None else min(max_samples, sample.number)
             examples, which = list(itertools.islice(rows, first)), "the first {}"
         else:
-            examples, which = first_of_parts(rows, sample), "{}, from all over it"
+            examples, which = first_of_parts(rows, sample.number), "{}, from all over it"
         source = datasets.Dataset.from_list(examples, features=rows.features)
         which = which.format(f"{len(source)} {noun}")
         notes += (f"of the split {config.dataset_split}, which is read as a stream, these are {which}",)
     else:
         every = len(source)
-        for most in (max_samples, sample):
-            if most is not None and most < len(source):
-                some = fair_share(source, most, share_by or config.label_column)
+        for limit in (None if max_samples is None else Sample(max_samples, max_samples), sample):
+            if limit is not None and len(source) > limit.all_up_to:
+                some = fair_share(source, limit.number, share_by or config.label_column)
                 chosen, source = some if chosen is None else chosen[some], source.select(some)
         if chosen is not None:
             notes += (f"{len(chosen)} of {every} {noun} are taken, of each label its share",)

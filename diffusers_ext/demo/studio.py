@@ -109,9 +109,11 @@ class Studio:
     def default_guidance(self) -> tuple[float, float, float]:
         """The scale of guidance in the pipeline's call by default, and from and to which fraction of its steps it acts."""
         pipe, scale = self._pipe, default_scale(self._pipe)
+        if scale is None:  # its guider is what guides
+            return 1.0, 0.0, 1.0
         interval = (pipe.config.get("call_defaults") or {}).get("guidance_interval")
         if interval is None:
-            return 1.0 if scale is None else scale, 0.0, 1.0
+            return scale, 0.0, 1.0
         sampler, timesteps = set_timesteps(pipe.scheduler, self.default_steps, None, 1.0, pipe._execution_device)
         acts = [step for step, guided in enumerate(guided_steps(interval, sampler, timesteps)) if guided]
         if not acts:

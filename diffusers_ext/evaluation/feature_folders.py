@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from diffusers_ext.atomic_files import finish_replacing, replace_files
@@ -33,6 +32,7 @@ from diffusers_ext.value_scale import ValueScale
 
 # Steps of `quick_features`, of which a few are timed first.
 TIMED_STEPS, FEWEST_QUICK_STEPS, MOST_QUICK_STEPS = 4, 100, 400
+FEWEST_QUICK_IMAGES = 16  # of which variances and covariances are something to learn
 
 # What a folder of a trained feature classifier says of its training.
 FEATURES_FILE = "features.json"
@@ -74,7 +74,7 @@ def train_and_save_features(real: RealImages, folder: Path, **settings) -> dict:
         "num_held_out_images": len(held_out),
         **measured,
     }
-    if int(os.environ.get("RANK", 0)) == 0:
+    if settings.get("alone") or int(os.environ.get("RANK", 0)) == 0:
 
         def write(partial: Path):
             model.save_pretrained(partial)
@@ -88,14 +88,18 @@ def quick_features(real: RealImages, seconds: float) -> tuple[FeatureClassifierM
     """A network of features that is trained without labels in this time, and what is known of it; None if that is too short.
 
     Within so few steps it ranks sets of images more as one that is fully trained does than a classifier would
-    (docs/few_calls.md). All processes call it alike.
+    (docs/few_calls.md). The process that calls it trains it alone.
 
-    Returns: the network, on the device that accelerate chose, with `num_steps` and `seconds`.
+    Returns: the network, on the device of the process, with `num_steps` and `seconds`.
     """
-    start, settings = time.perf_counter(), {"show_progress": False}
-    fit_features_without_labels(real.train, num_steps=TIMED_STEPS, **settings)
-    each = (time.perf_counter() - start) / TIMED_STEPS
-    (num_steps,) = broadcast_object_list([int(min(seconds / each - TIMED_STEPS, MOST_QUICK_STEPS))])
+    if len(real.train) < FEWEST_QUICK_IMAGES:
+        return None
+    start, settings = time.perf_counter(), {"show_progress": False, "alone": True}
+    for _ in range(2):  # of which the second has no first calls of anything in it
+        before = time.perf_counter()
+        fit_features_without_labels(real.train, num_steps=TIMED_STEPS, **settings)
+    now = time.perf_counter()
+    num_steps = int(min((seconds - (now - start)) / ((now - before) / TIMED_STEPS), MOST_QUICK_STEPS))
     if num_steps < FEWEST_QUICK_STEPS:
         return None
     model = fit_features_without_labels(real.train, num_steps=num_steps, **settings)
@@ -153,8 +157,8 @@ def cached_features_folder(real: RealImages) -> Path:
     train, held_out = split_for_training(real, seed=0)
     for part in (train, held_out):
         content.update(repr(tuple(part.images.shape)).encode())
-        content.update(part.images.numpy().tobytes())
-        content.update(part.labels.numpy().tobytes())
+        content.update(part.images.contiguous().numpy())  # as they lie in memory, of which a copy may be large
+        content.update(part.labels.contiguous().numpy())
     content.update(repr(real.train.label_names).encode())
     if real.value_scale is not None:
         content.update(repr(real.value_scale).encode())

@@ -5,13 +5,13 @@
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ class FeatureTraining:
         random_flip: Mirror each image with probability 1/2; not for digits or letters.
         seed: Of the weights, the order and what is drawn. On one machine, the same seed gives the same weights.
         bf16: Train under bf16 autocast; by default, where the device is fast at it. The weights stay float32.
+        alone: Train in this process by itself, however many there are, and however their networks are spread.
     """
 
     num_epochs: int | None = None
@@ -45,6 +46,7 @@ class FeatureTraining:
     random_flip: bool = False
     seed: int = 0
     bf16: bool | None = None
+    alone: bool = False
     show_progress: bool = True
 
     def run(
@@ -65,7 +67,7 @@ class FeatureTraining:
             ValueError: if there are too few images, or the loss is not finite.
         """
         num_epochs, batch_size = _choose_length(len(train), self.num_epochs, self.batch_size)
-        accelerator = Accelerator()
+        accelerator = _Alone() if self.alone else Accelerator()
         # Batch normalisation needs at least two images.
         batch_size = max(2, min(batch_size, len(train)) // accelerator.num_processes)
         device = accelerator.device.type
@@ -95,6 +97,38 @@ class FeatureTraining:
                 if not math.isfinite(loss.item()):
                     raise ValueError(f"the loss is {loss.item()} after epoch {epoch}: lower learning_rate")
         return accelerator.unwrap_model(model, keep_fp32_wrapper=False).eval()
+
+
+class _Alone:
+    """What a training asks of an `Accelerator`, by a process alone."""
+
+    num_processes, process_index, is_local_main_process = 1, 0, True
+
+    def __init__(self):
+        self.device = PartialState().device
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer, loader: DataLoader) -> tuple:
+        return model.to(self.device), optimizer, _OnDevice(loader, self.device)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def unwrap_model(self, model: nn.Module, keep_fp32_wrapper: bool) -> nn.Module:
+        return model
+
+
+class _OnDevice:
+    """A loader whose batches come on a device."""
+
+    def __init__(self, loader: DataLoader, device: torch.device):
+        self.loader, self.device = loader, device
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        for batch in self.loader:
+            yield [each.to(self.device) for each in batch]
 
 
 def fit_feature_classifier(train: LabelledImages, **settings) -> FeatureClassifierModel:

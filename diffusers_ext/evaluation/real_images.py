@@ -14,7 +14,7 @@ from diffusers_ext.data.captions import count_missing, refuse_missing
 from diffusers_ext.data.config import DataConfig
 from diffusers_ext.data.image_table import ImageData
 from diffusers_ext.data.label_columns import find_label_column
-from diffusers_ext.data.prepare import prepare_images
+from diffusers_ext.data.prepare import Sample, prepare_images
 from diffusers_ext.data.sequences import SequenceData
 from diffusers_ext.data.sources import load_source, split_names
 from diffusers_ext.evaluation.labelled_images import LabelledImages, drawn_order
@@ -142,9 +142,10 @@ def load_real_images(
     caption_column: str | None = None,
     condition_column: str | None = None,
     label_names: Sequence[str] | None = None,
-    sample: int | None = None,
+    sample: Sample | None = None,
     streaming: bool = False,
     label_sets: bool = False,
+    only_train: bool = False,
 ) -> RealImages:
     """Both splits of a data set, in memory.
 
@@ -156,9 +157,10 @@ def load_real_images(
         condition_column: Read the condition images of this column too.
         label_names: Of a model's labels 0, 1, 2, ..., by which the images' labels are numbered if all of them are among
             these.
-        sample: At most so many images of each split, which stand for all of them.
+        sample: Of each split some images, which stand for all of them.
         streaming: Read the sample from a stream, and no more of the data set than it takes.
         label_sets: Read several labels an image too, which are refused otherwise.
+        only_train: Read no held-out split, whatever there is.
 
     Raises:
         ValueError: see `prepare_images`; for captions of a stream; and if the held-out images have labels that the training images have not.
@@ -173,7 +175,7 @@ def load_real_images(
     if label_names is not None and set(train.images.label_names) <= set(label_names):
         train = train._replace(images=_numbered_by(label_names, train.images))
     held_out = None
-    if (name := held_out_split or find_held_out_split(config)) is not None:
+    if not only_train and (name := held_out_split or find_held_out_split(config)) is not None:
         held_out = _load_like(train, dataclasses.replace(config, dataset_split=name), **how)
     captions, notes = {}, train.prepared.notes
     if caption_column is not None:
@@ -295,7 +297,10 @@ def _has_labels_beside(config: DataConfig, caption_column: str) -> bool:
     if any(given is not None for given in (config.label_column, config.num_classes, config.label_names)):
         return True
     source = _open(config, config.dataset_split)
-    column = find_label_column(source)
+    try:
+        column = find_label_column(source)
+    except ValueError:  # there are several, of which none is named
+        return False
     if column is None:
         return False
     feature = source.features[column]

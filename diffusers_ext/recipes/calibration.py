@@ -2,10 +2,13 @@
 
 import dataclasses
 import math
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline
@@ -14,14 +17,14 @@ from diffusers_ext.calibration import report as reports
 from diffusers_ext.calibration.budget import SHORTEST_TRAINING, budget_of_training, shared
 from diffusers_ext.calibration.data import CalibrationOptions, Data
 from diffusers_ext.calibration.run import calibrate
-from diffusers_ext.calibration.subject import Subject
+from diffusers_ext.calibration.subject import BATCH_SIZE, Subject
 from diffusers_ext.evaluation.feature_folders import (
     FEATURES_FILE,
     cached_features_folder,
-    features_for,
+    load_features,
     quick_features,
+    train_and_save_features,
 )
-from diffusers_ext.evaluation.real_images import RealImages
 from diffusers_ext.hub.cards import CALIBRATION_FILE
 from diffusers_ext.trainer.ending import EndingCost
 from diffusers_ext.trainer.loop import Trainer
@@ -31,6 +34,8 @@ from diffusers_ext.trainer.run import save_atomically
 # Values of all images of a data set up to which a feature classifier is trained as it is kept, which takes some seconds; of
 # larger ones another network of features is trained in this share of the time.
 MOST_TO_TRAIN_ON, SHARE_OF_FEATURES = 500_000, 0.5
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def with_calibration(cost: Callable[[Trainer], EndingCost], wanted: bool | None) -> Callable[[Trainer], EndingCost]:
@@ -53,7 +58,7 @@ def is_calibrated(wanted: bool | None, seconds: float) -> bool:
 def calibrate_run(trainer: Trainer, wanted: bool | None, command: str) -> None:
     """Calibrates the pipeline that a run has saved, in its folder, for the number of steps of its sample grids.
 
-    A run that cannot be calibrated ends without, and says why.
+    A run that cannot be calibrated ends without, and says why: what it saved stays as it is.
     """
     start, folder, say = time.perf_counter(), trainer.output_dir, trainer.accelerator.print
     if trainer.accelerator.is_main_process:  # of the run's pipeline before it went on
@@ -68,38 +73,74 @@ def calibrate_run(trainer: Trainer, wanted: bool | None, command: str) -> None:
         return
     seconds = budget_of_training(shared(seconds))
     say(f"calibrating for {seconds:.0f} s (--no-calibrate leaves it)", flush=True)
-    pipe = DiffusionPipeline.from_pretrained(folder).to(trainer.accelerator.device)
-    subject, data, error = None, None, None
     try:
-        subject = Subject.of(pipe, trainer.config.num_inference_steps, trainer.config.mixed_precision == "bf16")
-        data = Data.load(CalibrationOptions().of_run(str(folder), pipe), subject)
-    except (ValueError, OSError) as problem:  # of another path, or of data that are no longer there
+        report = calibrate_in_folder(trainer, seconds, start, keeps_time=not wanted)
+    except NotCalibrated as error:
+        say(f"not calibrated: {error}")
+    except Exception as error:  # whatever it is, the run is to be finished, of which nothing is lost
+        if trainer.accelerator.num_processes > 1:  # the others wait for this one, and end with it
+            resumed = "--resume_from_checkpoint latest --no-calibrate"
+            print(f"calibrating failed; {resumed} finishes the run without, whose pipeline is saved", file=sys.stderr)
+            raise
+        say(f"not calibrated: {type(error).__name__}: {error}")
+    else:
+        reported = {"command": command, "dataset_name": trainer.config.dataset_name} | report.found
+        if trainer.accelerator.is_main_process:
+            save_atomically(report.pipe, folder, also=partial(reports.write, report=reported))
+        trainer.accelerator.wait_for_everyone()
+        say("\n".join(f"  {line}" for line in reports.describe(reported)), flush=True)
+
+
+class NotCalibrated(Exception):
+    """Says why a run cannot be calibrated, in all processes alike."""
+
+
+class Calibrated(NamedTuple):
+    """A pipeline with what was chosen in it, and what was found."""
+
+    pipe: DiffusionPipeline
+    found: dict
+
+
+def calibrate_in_folder(trainer: Trainer, seconds: float, start: float, *, keeps_time: bool) -> Calibrated:
+    """The pipeline of the run's folder, calibrated in so many seconds from `start` on; nothing is written.
+
+    Raises:
+        NotCalibrated: if its path is none that is calibrated, or its data are no longer there or cannot be measured.
+    """
+    config, folder, error = trainer.config, trainer.output_dir, None
+    pipe = DiffusionPipeline.from_pretrained(folder).to(trainer.accelerator.device)
+    how = {
+        "precision": PRECISIONS.get(config.mixed_precision, torch.float32),
+        "batch_size": min(config.eval_batch_size or config.train_batch_size, BATCH_SIZE),
+    }
+    subject = data = None
+    try:
+        subject = Subject.of(pipe, config.num_inference_steps, **how)
+        data = Data.load(CalibrationOptions().of_run(str(folder), subject.pipe), subject)
+    except (ValueError, OSError) as problem:
         error = str(problem)
     errors = [each for each in gather_object([error]) if each is not None]
-    if errors:  # of any process, without which the others would wait
-        say(f"not calibrated: {errors[0]}")
-        return
-    data, about = with_features(data, seconds)
-    options = {"seed": trainer.config.seed, "run": folder, "start": start, "keeps_time": not wanted, "say": say}
-    found = calibrate(subject, data, seconds, **options)
-    report = {"command": command, "dataset_name": trainer.config.dataset_name} | about | found
-    if trainer.accelerator.is_main_process:
-        save_atomically(pipe, folder, also=partial(reports.write, report=report))
-    trainer.accelerator.wait_for_everyone()
-    say("\n".join(f"  {line}" for line in reports.describe(found)), flush=True)
+    if errors:
+        raise NotCalibrated(errors[0])
+    about: dict = {}
+    if trainer.accelerator.is_main_process:  # which alone measures, and on whose disk features are kept
+        data, about = with_features(data, seconds)
+    options = {"seed": config.seed, "run": folder, "start": start, "keeps_time": keeps_time}
+    found = calibrate(subject, data, seconds, **options, say=trainer.accelerator.print)
+    return Calibrated(pipe, about | found)
 
 
 def with_features(data: Data, seconds: float) -> tuple[Data, dict]:
-    """The data with a network of features, if there is time for one; and what is to be said of it."""
-    features, about = None, {}
-    if _has_features(data.real):
-        features, _ = features_for(data.real, None, PartialState())
-    elif (quick := quick_features(data.real, SHARE_OF_FEATURES * seconds)) is not None:
-        features, about = quick[0], {"quick_features": quick[1]}
-    return dataclasses.replace(data, features=features), about
-
-
-def _has_features(real: RealImages) -> bool:
-    """Whether there is a network of features, or a classifier is trained in no time; one without labels takes longer."""
-    known = (cached_features_folder(real) / FEATURES_FILE).is_file()
-    return known or real.can_be_classified and real.train.images.numel() <= MOST_TO_TRAIN_ON
+    """The data with a network of features, if there is time for one; and what is to be said of it. In one process alone."""
+    folder = cached_features_folder(data.real)
+    if data.real.can_be_classified and data.real.train.images.numel() <= MOST_TO_TRAIN_ON:
+        if not (folder / FEATURES_FILE).is_file():
+            train_and_save_features(data.real, folder, alone=True)
+    if (folder / FEATURES_FILE).is_file():
+        features, _ = load_features(folder)
+        return dataclasses.replace(data, features=features.to(PartialState().device)), {}
+    quick = quick_features(data.real, SHARE_OF_FEATURES * seconds)
+    if quick is None:
+        return data, {}
+    return dataclasses.replace(data, features=quick[0], keeps_features=False), {"quick_features": quick[1]}

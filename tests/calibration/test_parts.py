@@ -265,7 +265,7 @@ def test_in_a_hurry_images_are_compared_in_few_steps(monkeypatch, tmp_path):
     """A step of an image takes 10 ms by this clock: 100 sets of 8 in 50 steps take 400 s, and in 10 steps 80 s."""
     torch.manual_seed(0)
     features = FeatureClassifierModel(8, 1, 2, (8, 16), label_names=["a", "b"])
-    for name in ("FEWEST_IMAGES", "MOST_IMAGES", "BATCH"):
+    for name in ("FEWEST_IMAGES", "MOST_IMAGES", "TIMED_IMAGES"):
         monkeypatch.setattr(guidance, name, 8)
     monkeypatch.setattr(run, "LEAST_SETS", 100)
     now = [0.0]

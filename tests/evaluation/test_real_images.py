@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from diffusers_ext.data.config import DataConfig
-from diffusers_ext.data.prepare import prepare_images
+from diffusers_ext.data.prepare import Sample, prepare_images
 from diffusers_ext.evaluation import feature_folders
 from diffusers_ext.evaluation.feature_folders import (
     cached_features_folder,
@@ -173,12 +173,15 @@ def test_a_sample_of_a_table_has_of_each_label_its_share_of_those_trained_on(tmp
     save_split(tmp_path / "data", "validation", pictures(12, (8, 8), seed=1), names=("a", "b"))
     options = dataclasses.replace(options, max_train_samples=24)
     trained_on = {image.numpy().tobytes() for image in load_real_images(options).train.images}
-    real = load_real_images(options, sample=8)
+    real = load_real_images(options, sample=Sample(8))
     assert real.train.labels.bincount().tolist() == [6, 2] and real.held_out.labels.bincount().tolist() == [4, 4]
     assert {image.numpy().tobytes() for image in real.train.images} < trained_on and len(trained_on) == 24
     assert "8 of 40 images are taken, of each label its share" in real.notes
-    every = load_real_images(options, sample=1000)
-    assert len(every.train) == 24 and len(every.held_out) == 12
+    # Of more images than suffice so many, of fewer all.
+    for sample, numbers in ((Sample(1000), (24, 12)), (Sample(8, 12), (8, 12)), (Sample(8, 24), (24, 12))):
+        every = load_real_images(options, sample=sample)
+        assert (len(every.train), len(every.held_out)) == numbers
+    assert load_real_images(options, only_train=True).held_out is None
 
 
 def test_a_sample_of_a_stream_is_of_all_its_parts_or_of_the_first_images_trained_on(tmp_path, options):
@@ -192,7 +195,7 @@ def test_a_sample_of_a_stream_is_of_all_its_parts_or_of_the_first_images_trained
 
     def counts(sample, **more):
         config = dataclasses.replace(options, **more)
-        images = load_real_images(config, sample=sample, streaming=True).train.images
+        images = load_real_images(config, sample=Sample(sample, 1000), streaming=True).train.images
         return images[:, 0, 0, 0].bincount(minlength=4).tolist()
 
     assert counts(8) == [2, 2, 2, 2] and counts(100) == [10, 10, 10, 10]
@@ -203,7 +206,7 @@ def test_a_sample_of_a_stream_is_of_all_its_parts_or_of_the_first_images_trained
     one.to_parquet(tmp_path / "one" / "train.parquet", batch_size=10)  # rows of a group of the file
     assert counts(8, dataset_name=str(tmp_path / "one")) == [2, 2, 2, 2]
     with pytest.raises(ValueError, match="captions are read from all rows, of which streaming reads some"):
-        load_real_images(options, caption_column="text", streaming=True, sample=4)
+        load_real_images(options, caption_column="text", streaming=True, sample=Sample(4))
 
 
 def test_captions_of_both_splits_are_those_of_their_images(tmp_path, options):
@@ -229,13 +232,15 @@ def test_quick_features_take_as_many_steps_as_fit(monkeypatch):
         taken.append(num_steps)
         return num_steps
 
-    clock = iter(range(0, 1000, 2))  # a call of the clock each 2 s: four steps take 2 s
+    clock = iter(range(0, 1000, 2))  # a call of the clock each 2 s: four steps take 2 s, and these take 6 s
     monkeypatch.setattr(feature_folders, "fit_features_without_labels", fit)
     monkeypatch.setattr(feature_folders.time, "perf_counter", lambda: next(clock))
     model, about = feature_folders.quick_features(real, 100)
-    assert taken == [4, 196] and model == 196 == about["num_steps"]
+    assert taken == [4, 4, 188] and model == 188 == about["num_steps"]
     assert feature_folders.quick_features(real, 1000)[0] == feature_folders.MOST_QUICK_STEPS
     assert feature_folders.quick_features(real, 40) is None and taken[-1] == 4
+    few = dataclasses.replace(real, train=real.train.take(torch.arange(3)))
+    assert feature_folders.quick_features(few, 1000) is None
 
 
 def test_steps_of_the_training_are_counted_over_epochs():

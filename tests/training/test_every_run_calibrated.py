@@ -12,6 +12,7 @@ from PIL import Image
 from calibrations import make_little
 from diffusers_ext import VAEModel
 from diffusers_ext.calibration import data as calibration_data
+from diffusers_ext.calibration import guidance
 from diffusers_ext.calibration.examples import Parts
 from diffusers_ext.calibration.subject import Subject
 from diffusers_ext.recipes import calibration as recipe
@@ -34,6 +35,9 @@ COMMON = {
     "num_threads": 1,
     "calibrate": True,
 }
+# As `accelerate launch` says it.
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}
+FSDP |= {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
 TEXTS = {"text_hidden_size": WIDTH, "text_num_layers": 1, "vocab_size": 300, "validation_prompts": ("red dot",)}
 
 
@@ -94,19 +98,27 @@ def report_of(folder):
     return pipe, report
 
 
-def test_a_run_on_texts_chooses_by_the_images_of_captions(texts, tmp_path):
+def test_a_run_on_texts_chooses_by_the_images_of_captions(texts, tmp_path, monkeypatch):
+    search = guidance.search
+
+    def one_of_them(trials, default):
+        search(trials, default)
+        return guidance.Guidance(2.5, 0.0, 0.5)
+
+    monkeypatch.setattr(guidance, "search", one_of_them)
     settings = COMMON | TEXTS | {"dataset_name": texts, "ema_snapshot_steps": 1, "caption_column": "text"}
     config = train_text_to_image.TextConfig(output_dir=str(tmp_path / "run"), **settings)
     pipe, report = report_of(train_text_to_image.main(config))
     assert report["guidance"]["default"] == 4.0 and "split validation" in report["guidance"]["source"]
     assert len(report["averages"]["tried"]) > 1  # of denoiser and text encoder together
     assert pipe.scheduler.config.variance_type == "analytic"
-    chosen = report["guidance"]["chosen"]["scale"]
-    assert report["call_defaults"].get("guidance_scale", 4.0) == chosen
+    assert (
+        report["call_defaults"]["guidance_scale"] == 2.5 and "timestep" in report["call_defaults"]["guidance_interval"]
+    )
     generator = [torch.Generator().manual_seed(0)]
     plain = pipe("red dot", generator=generator, output_type="pt").images
     assert len(pipe("red dot", trajectory_steps=[0, 1]).trajectory) == 2  # the steps that it was calibrated for
-    said = {name: report["call_defaults"].get(name) for name in ("guidance_scale", "guidance_interval")}
+    said = {"guidance_scale": 2.5, "guidance_interval": (0.0, 0.5)}
     again = [torch.Generator().manual_seed(0)]
     assert torch.equal(pipe("red dot", num_inference_steps=2, generator=again, output_type="pt", **said).images, plain)
     # The command finds captions as the run did, and a classifier of the labels beside them.
@@ -194,3 +206,60 @@ def test_a_run_on_a_stream_reads_some_of_each_part_of_it(shards, tmp_path, monke
 
 def calibrate_subject(folder):
     return Subject.of(DiffusionPipeline.from_pretrained(folder), 2)
+
+
+def test_what_cannot_be_calibrated_ends_as_it_was_saved(texts, tmp_path, monkeypatch, capsys):
+    """Captions that a validation split lacks, an image alone, a fault on the way: each run has its card and pipeline."""
+    lacking = tmp_path / "lacking"
+    save_pictures(lacking, "train", CAPTIONS * 2)
+    save_pictures(lacking, "validation", CAPTIONS, [None] * len(CAPTIONS))
+    settings = COMMON | TEXTS | {"dataset_name": str(lacking), "output_dir": str(tmp_path / "texts")}
+    _, report = report_of(train_text_to_image.main(train_text_to_image.TextConfig(**settings)))
+    assert "half of the training images" in report["steps"]["source"]
+    settings = COMMON | {"dataset_name": "digits", "max_train_samples": 1, "output_dir": str(tmp_path / "one")}
+    folder = train_ddpm.main(train_ddpm.TrainConfig(**settings | {"train_batch_size": 1}))
+    assert "no network of features" in (folder / "README.md").read_text()
+    forget_accelerate()
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(recipe, "calibrate", broken)
+    settings = COMMON | {"dataset_name": "digits", "output_dir": str(tmp_path / "broken")}
+    folder = train_ddpm.main(train_ddpm.TrainConfig(**settings))
+    assert "not calibrated: RuntimeError: out of memory" in capsys.readouterr().out
+    assert (folder / "README.md").is_file() and not (folder / "calibration.json").exists()
+    assert DiffusionPipeline.from_pretrained(folder).config.call_defaults is None
+    forget_accelerate()
+    monkeypatch.setattr(calibration_data, "load_real_images", gone)
+    train_ddpm.main(train_ddpm.TrainConfig(**settings | {"overwrite_output_dir": True}))
+    assert "not calibrated: the data are gone" in capsys.readouterr().out
+
+
+def gone(*args, **kwargs):
+    raise FileNotFoundError("the data are gone")
+
+
+def test_a_test_split_that_cannot_be_read_is_no_reason_to_choose_nothing(tmp_path):
+    folder = tmp_path / "data"
+    for split, labels in (("train", [0, 1] * 12), ("test", [0, -1])):
+        rows = {
+            "image": [Image.fromarray(np.full((8, 8), 9 * i, np.uint8)) for i, _ in enumerate(labels)],
+            "label": labels,
+        }
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+        folder.mkdir(exist_ok=True)
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}.parquet")
+    settings = COMMON | {"dataset_name": str(folder), "output_dir": str(tmp_path / "run")}
+    _, report = report_of(train_ddpm.main(train_ddpm.TrainConfig(**settings)))
+    assert "The split test was not looked at: label_column 'label' must hold integers" in report["left_out"][0]
+
+
+def test_processes_that_spread_the_weights_end_calibrated_too(shards, tmp_path, monkeypatch):
+    """Features are trained by the first alone, whose launcher says FSDP."""
+    settings = COMMON | {"dataset_name": shards, "train_batch_size": 2, "output_dir": str(tmp_path / "run")}
+    for name, value in FSDP.items():
+        monkeypatch.setenv(name, value)
+    output = in_ranks(lambda: train_ddpm.main(train_ddpm.TrainConfig(**settings)))
+    assert output.count("calibrating for") == 1 and "not calibrated" not in output
+    report_of(tmp_path / "run")

@@ -329,7 +329,7 @@ def test_a_script_that_is_ended_at_a_write_goes_on_or_leaves_what_was_there(
     step = request.config.getoption("every_write")
     if not step and name in list(SCRIPTS)[list(SCRIPTS).index(LAST_IN_THE_SUITE) + 1 :]:
         pytest.skip("with --every-write")
-    for size in ("BATCH", "FEWEST_IMAGES"):  # of a calibration, beyond its time
+    for size in ("TIMED_IMAGES", "FEWEST_IMAGES"):  # of a calibration, beyond its time
         monkeypatch.setattr(guidance, size, 20)
     work, before = SCRIPTS[name]
     whole = make(material, before, tmp_path / "whole")
