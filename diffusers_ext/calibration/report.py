@@ -28,8 +28,8 @@ def describe(report: Mapping) -> list[str]:
     if "quick_features" in report:
         quick = report["quick_features"]
         lines.append(
-            f"Images were compared in the features of a network that was trained without labels for it, in {quick['num_steps']} steps "
-            f"and {quick['seconds']:.0f} s; distances in others are on another scale."
+            f"Images were compared in the features of a network that was trained without labels for it, in {quick['num_steps']} "
+            f"steps and {quick['seconds']:.0f} s; distances in others are on another scale."
         )
     if "analytic_variance" in report:
         lines.append(
@@ -99,8 +99,9 @@ def _steps_in_words(found: Mapping) -> str:
     own, chosen = {"order": 1, "timesteps": "spacing"}, found["chosen"]
     beside = f" for {distance(own):.3g} of {name(own)}" if chosen != own else ""
     return (
-        f"Of {len(found['tried'])} ways to make {found['num_inference_steps']} steps, each of {found['num_images']} images from the same noise, steps of "
-        f"{name(chosen)} were chosen by the Fréchet distance from {found['source']}: {distance(chosen):.3g}{beside}.{_few(found)}"
+        f"Of {len(found['tried'])} ways to make {found['num_inference_steps']} steps, each of {found['num_images']} images from the "
+        f"same noise, steps of {name(chosen)} were chosen by the Fréchet distance from {found['source']}: {distance(chosen):.3g}"
+        f"{beside}.{_few(found)}"
     )
 
 

@@ -163,7 +163,8 @@ def load_real_images(
         only_train: Read no held-out split, whatever there is.
 
     Raises:
-        ValueError: see `prepare_images`; for captions of a stream; and if the held-out images have labels that the training images have not.
+        ValueError: see `prepare_images`; for captions of a stream; and if the held-out images have labels that the training
+            images have not.
     """
     if streaming and caption_column is not None:
         raise ValueError("captions are read from all rows, of which streaming reads some: leave it out")

@@ -155,8 +155,8 @@ class TextGuidedDiffusionPipeline(
             num_inference_steps: Number of steps, each of one call of the network (two with guidance); by default that of
                 `call_defaults`, or 50.
             guidance_scale: Weight of classifier-free guidance, at least 0; 1 is none. `None` for the guider of the pipeline, or
-                without one what `call_defaults` say, or 4; or 1 where there is nothing to lead away from: no negative text, and a denoiser that was
-                trained without empty texts, or no encoder. Not to be given together with a guider.
+                without one what `call_defaults` say, or 4; or 1 where there is nothing to lead away from: no negative text, and a
+                denoiser that was trained without empty texts, or no encoder. Not to be given together with a guider.
             num_images_per_prompt: Images of each prompt; they come one after the other, prompt by prompt.
             prompt_embeds: In place of `prompt`, hidden states `(prompts, tokens, cross_attention_dim)`.
             prompt_attention_mask: 1 or true at the tokens to attend to, shape `(prompts, tokens)`; by default all.
