@@ -31,7 +31,7 @@ from diffusers_ext.value_scale import ValueScale
 
 
 # Steps of `quick_features`, of which a few are timed first.
-TIMED_STEPS, FEWEST_QUICK_STEPS, MOST_QUICK_STEPS = 4, 100, 400
+TIMED_STEPS, FEWEST_QUICK_STEPS, MOST_QUICK_STEPS = 4, 100, 200
 FEWEST_QUICK_IMAGES = 16  # of which variances and covariances are something to learn
 
 # What a folder of a trained feature classifier says of its training.
