@@ -10,6 +10,7 @@ from diffusers_ext.hub.cards import CALIBRATION_FILE
 
 
 PICTURE_FILE = "calibration.png"
+NAMED_INTERVALS = 4
 
 TIMESTEPS = {"spacing": "the scheduler's own timesteps", "trajectory": "timesteps by the trajectory"}
 
@@ -160,8 +161,9 @@ def _draw_guidance(axes, guidance: Mapping) -> None:
     for (start, stop), rows in sorted(groups.items(), key=lambda group: -len(group[1])):
         rows = sorted(rows if none is None else [none, *rows], key=lambda row: row["scale"])
         label = "all steps" if (start, stop) == (0, 1) else f"{start:g} to {stop:g} of the steps"
-        style = {"marker": ".", "label": label} if len(rows) > 2 else {"marker": "x", "linestyle": "", "color": "grey"}
-        rows = rows if len(rows) > 2 or none is None else rows[1:]
+        is_line = len(rows) > 2 or len(groups) <= NAMED_INTERVALS  # of many, those of one scale are points without a name
+        style = {"marker": ".", "label": label} if is_line else {"marker": "x", "linestyle": "", "color": "grey"}
+        rows = rows if is_line or none is None else rows[1:]
         axes.plot([row["scale"] for row in rows], [row["frechet_distance"] for row in rows], **style)
     if none is not None:
         axes.axhline(none["frechet_distance"], color="grey", linestyle="--", label="no guidance")
