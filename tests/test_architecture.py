@@ -49,7 +49,7 @@ MAY_IMPORT = {
     "studies": "atomic_files figures diffusion",
     "commands": "__init__ calibration studies conversion untrusted atomic_files conditions draws machine pixels options figures latents sizes value_scale diffusion schedulers models guidance pipelines hub data trainer metrics evaluation recipes command_names",
     "api": "__init__ untrusted options data trainer recipes commands command_names",
-    "demo": "__init__ atomic_files draws figures untrusted value_scale schedulers hub pipelines evaluation examples",
+    "demo": "__init__ atomic_files draws figures untrusted value_scale schedulers guidance hub pipelines evaluation examples",
     "__main__": "__init__ command_names",
     "runtime": "",
     "examples": "pipelines",

@@ -161,7 +161,9 @@ def _draw_guidance(axes, guidance: Mapping) -> None:
     for (start, stop), rows in sorted(groups.items(), key=lambda group: -len(group[1])):
         rows = sorted(rows if none is None else [none, *rows], key=lambda row: row["scale"])
         label = "all steps" if (start, stop) == (0, 1) else f"{start:g} to {stop:g} of the steps"
-        is_line = len(rows) > 2 or len(groups) <= NAMED_INTERVALS  # of many, those of one scale are points without a name
+        is_line = (
+            len(rows) > 2 or len(groups) <= NAMED_INTERVALS
+        )  # of many, those of one scale are points without a name
         style = {"marker": ".", "label": label} if is_line else {"marker": "x", "linestyle": "", "color": "grey"}
         rows = rows if is_line or none is None else rows[1:]
         axes.plot([row["scale"] for row in rows], [row["frechet_distance"] for row in rows], **style)

@@ -1,5 +1,6 @@
 """The calibration of a pipeline from end to end, within a budget of time."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -10,7 +11,7 @@ import torch
 from diffusers_ext.calibration import averages, guidance, steps, timesteps, variance
 from diffusers_ext.calibration.budget import Budget, shared
 from diffusers_ext.calibration.data import Data
-from diffusers_ext.calibration.examples import Examples, Parts
+from diffusers_ext.calibration.examples import Parts
 from diffusers_ext.calibration.guidance import Guidance, Ruler, Trials
 from diffusers_ext.calibration.subject import Subject
 from diffusers_ext.command_names import name_commands
@@ -34,8 +35,8 @@ FEW_STEPS = 10
 
 # Texts and condition images that a network was trained on need less guidance than others do (docs/few_calls.md).
 SEEN_EXAMPLES = (
-    "Guidance was not chosen: texts or condition images that the network was trained on need less of it than others. It is by a "
-    "validation split, --validation_split of a run or --held_out_split."
+    "Guidance was not chosen, and is what calls do without a calibration: texts or condition images that the network was trained on "
+    "need less of it than others. Give a split that it was not trained on, by --validation_split of a run or --held_out_split."
 )
 
 # Sets of images by which anything is chosen and reported: one guidance beside none, and what it gained.
@@ -55,6 +56,30 @@ class Rulers:
     report: Ruler
     source: str
     num_steps: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the parts of a calibration share.
+
+    Attributes:
+        report: What was found, which each part adds to.
+        keeps_time: Whether what takes longer than there is time for is left out.
+        say: Takes lines about what is done.
+    """
+
+    subject: Subject
+    parts: Parts
+    budget: Budget
+    report: dict
+    seed: int
+    keeps_time: bool
+    say: Callable[[str], None]
+
+    @property
+    def can_guide(self) -> bool:
+        """Whether calls of the pipeline are guided by a scale."""
+        return self.subject.can_guide and self.subject.pipe.guider is None
 
 
 @torch.no_grad()
@@ -97,51 +122,23 @@ def calibrate(
     parts = Parts.of(data.real, data.held_out_name, seed)
     if subject.num_classes is not None and pipe.null_label is None:  # so that an image of no label cannot be asked for
         parts = parts.with_labels()
+    work = Work(subject, parts, budget, report, seed, keeps_time, say)
     default = chosen = Guidance(subject.default_scale)
-    rulers = _make_rulers(subject, data, parts, budget, seed, report, keeps_time)
-    # The number of steps in which images are compared.
-    compared = rulers.num_steps if rulers else subject.num_steps
-    own, before = subject.own_timesteps(compared), {}
+    rulers, before = _make_rulers(work, data), {}
+    own = subject.own_timesteps(rulers.num_steps if rulers else subject.num_steps)
     if rulers:
-        for number in dict.fromkeys((compared, min(FEW_STEPS, compared))):
+        for number in dict.fromkeys((len(own), min(FEW_STEPS, len(own)))):
             before[number] = rulers.report.measure(default, subject.own_timesteps(number))
-    if rulers and subject.can_guide and pipe.guider is None and subject.keeps_defaults:
-        if subject.needs_examples and not parts.held_out:
-            report["left_out"].append(SEEN_EXAMPLES)
-        else:
-            chosen = _choose_guidance(rulers, own, default, budget, report, say)
+        chosen = _choose_guidance(work, rulers, own, default)
     if rulers and run is not None:
-        width, tried = averages.choose_width(
-            *(pipe.components, run),
-            lambda: rulers.choose.measure(chosen, own)["frechet_distance"],
-            budget.part(SHARE_OF_AVERAGES),
-        )
-        report["averages"] = {"tried": tried, "chosen": width}
-        if width is not None:
-            say(f"weights: the average of ema_std {width:g}")
-
+        _choose_average(work, rulers, own, chosen, run)
     config, lists = {}, {}
     if subject.has_betas:  # of the weights that were chosen
-        config, lists["bound"] = _measure_variance(subject, parts.train, budget, seed, report, say)
-
-    say("timesteps: from a fine trajectory")
-    call = chosen.call(own) if subject.can_guide and pipe.guider is None else {}
-    number = timesteps.NUM_IMAGES
-    if keeps_time:
-        number = shared(timesteps.images_that_fit(subject, call, budget.part(SHARE_OF_TIMESTEPS), parts.choose))
-    teacher = timesteps.Teacher.make(subject, number, call, seed, parts.choose)
-    numbers = [compared, subject.num_steps, FEW_STEPS, 5, *timesteps.NUMBERS]
-    lists["trajectory"], distances = shared(timesteps.choose(teacher, numbers, budget.part(SHARE_OF_TIMESTEPS)))
-    report["distance_from_fine_trajectory"] = {str(number): pair for number, pair in distances.items()}
+        config, lists["bound"] = _measure_variance(work)
+    call = chosen.call(own) if work.can_guide else {}
+    found = _find_timesteps(work, own, call)
     subject.choose(**config)
-    stepping = _choose_steps(subject, rulers, chosen, own, lists["trajectory"], budget, report, say)
-    if stepping.timesteps == "trajectory":
-        least = _fewest_steps(subject, rulers, chosen, own, stepping, lists["trajectory"], budget, report, say)
-        few = [number for number in lists["trajectory"] if number < least]
-        lists["trajectory"] |= {number: subject.own_timesteps(number) for number in few}
-    if stepping.timesteps == "spacing" and lists["trajectory"].get(compared) != own:
-        numbers = {*lists["trajectory"], subject.num_steps}  # of which the last may be more than the grid has
-        lists["trajectory"] = {number: subject.own_timesteps(number) for number in sorted(numbers)}
+    stepping, lists["trajectory"] = _choose_steps(work, rulers, chosen, own, found)
     optimal = {"spacing": pipe.scheduler.config.timestep_spacing} | {
         objective: {str(number): each for number, each in found.items()} for objective, found in lists.items()
     }
@@ -158,12 +155,12 @@ def calibrate(
     return report
 
 
-def _measure_variance(
-    subject: Subject, train: Examples, budget: Budget, seed: int, report: dict, say
-) -> tuple[dict, dict]:
+def _measure_variance(work: Work) -> tuple[dict, dict]:
     """The analytic variance for the scheduler's config, and the lists of timesteps that are best in the bound."""
-    say(f"the errors of the predicted x_0, at {variance.NUM_POINTS} timesteps")
-    prediction = shared(variance.measure(subject, train, budget.part(SHARE_OF_VARIANCE), seed))
+    subject, report = work.subject, work.report
+    work.say(f"the errors of the predicted x_0, at {variance.NUM_POINTS} timesteps")
+    budget = work.budget.part(SHARE_OF_VARIANCE)
+    prediction = shared(variance.measure(subject, work.parts.train, budget, work.seed))
     table = prediction.table(subject.last_noise)
     lists, bits = variance.lists_by_bound(subject, prediction, list(timesteps.NUMBERS))
     report["analytic_variance"] = table | {"num_images": prediction.num_images}
@@ -172,13 +169,18 @@ def _measure_variance(
     return {"analytic_variance": table} | of_variance, lists
 
 
-def _choose_guidance(rulers: Rulers, own: list[int], default: Guidance, budget: Budget, report: dict, say) -> Guidance:
-    """The guidance whose images are nearest, in the steps at these timesteps."""
+def _choose_guidance(work: Work, rulers: Rulers, own: list[int], default: Guidance) -> Guidance:
+    """The guidance whose images are nearest, in the steps at these timesteps; the default where none is chosen."""
+    if not work.can_guide or not work.subject.keeps_defaults:
+        return default
+    if work.subject.needs_examples and not work.parts.held_out:
+        work.report["left_out"].append(SEEN_EXAMPLES)
+        return default
     ruler = rulers.choose
-    say(f"guidance: sets of {ruler.num_images} images in {len(own)} steps")
-    trials = Trials(lambda candidate: ruler.measure(candidate, own), budget.part(SHARE_OF_GUIDANCE))
+    work.say(f"guidance: sets of {ruler.num_images} images in {len(own)} steps")
+    trials = Trials(lambda candidate: ruler.measure(candidate, own), work.budget.part(SHARE_OF_GUIDANCE))
     chosen = guidance.search(trials, default)
-    report["guidance"] = {
+    work.report["guidance"] = {
         "default": default.scale,
         "num_images": ruler.num_images,
         "num_inference_steps": rulers.num_steps,
@@ -189,23 +191,63 @@ def _choose_guidance(rulers: Rulers, own: list[int], default: Guidance, budget: 
     return chosen
 
 
+def _choose_average(work: Work, rulers: Rulers, own: list[int], chosen: Guidance, run: Path) -> None:
+    """Leaves the average of the run's weights in the pipeline whose images are nearest, if it took snapshots."""
+    width, tried = averages.choose_width(
+        *(work.subject.pipe.components, run),
+        lambda: rulers.choose.measure(chosen, own)["frechet_distance"],
+        work.budget.part(SHARE_OF_AVERAGES),
+    )
+    work.report["averages"] = {"tried": tried, "chosen": width}
+    if width is not None:
+        work.say(f"weights: the average of ema_std {width:g}")
+
+
+def _find_timesteps(work: Work, own: list[int], call: dict) -> dict[int, list[int]]:
+    """For each number of steps the list that is nearest to a fine trajectory under the arguments of a call."""
+    subject, parts = work.subject, work.parts
+    work.say("timesteps: from a fine trajectory")
+    number = timesteps.NUM_IMAGES
+    if work.keeps_time:
+        budget = work.budget.part(SHARE_OF_TIMESTEPS)
+        number = shared(timesteps.images_that_fit(subject, call, budget, parts.choose))
+    teacher = timesteps.Teacher.make(subject, number, call, work.seed, parts.choose)
+    numbers = [len(own), subject.num_steps, FEW_STEPS, 5, *timesteps.NUMBERS]
+    lists, distances = shared(timesteps.choose(teacher, numbers, work.budget.part(SHARE_OF_TIMESTEPS)))
+    work.report["distance_from_fine_trajectory"] = {str(number): pair for number, pair in distances.items()}
+    return lists
+
+
 def _choose_steps(
-    subject: Subject,
-    rulers: Rulers | None,
-    chosen: Guidance,
-    own: list[int],
-    lists: dict,
-    budget: Budget,
-    report: dict,
-    say,
+    work: Work, rulers: Rulers | None, chosen: Guidance, own: list[int], lists: dict[int, list[int]]
+) -> tuple[steps.Stepping, dict[int, list[int]]]:
+    """The order of the steps and the kind of timesteps whose images are nearest, and the timesteps of each number of steps.
+
+    Args:
+        own: Of the scheduler's spacing, in the number of steps in which images are compared.
+        lists: Near a fine trajectory, by their numbers.
+    """
+    subject, stepping = work.subject, steps.OWN
+    if rulers is not None:
+        stepping = _compare_steps(work, rulers, chosen, own, lists.get(rulers.num_steps))
+    least = math.inf
+    if stepping.timesteps == "trajectory":
+        least = _fewest_steps(work, rulers, chosen, own, stepping, lists)
+    numbers = {*lists, subject.num_steps}  # of which the last may be more than the grid has
+    return stepping, {
+        number: lists[number] if number >= least and number in lists else subject.own_timesteps(number)
+        for number in sorted(numbers)
+    }
+
+
+def _compare_steps(
+    work: Work, rulers: Rulers, chosen: Guidance, own: list[int], found: list[int] | None
 ) -> steps.Stepping:
-    """The order of the steps and the kind of timesteps whose images are nearest, in the number in which they are compared."""
-    if rulers is None:
-        return steps.OWN
-    ruler, found = rulers.choose, lists.get(rulers.num_steps)
+    """The order and the kind of timesteps whose images are nearest, in the number of steps in which they are compared."""
+    subject, ruler = work.subject, rulers.choose
     orders = steps.has_orders(subject)
     those = steps.candidates(own, own if found is None else found, orders)
-    say(f"steps: {len(those)} ways, by sets of {ruler.num_images} images")
+    work.say(f"steps: {len(those)} ways, by sets of {ruler.num_images} images")
 
     def measure(stepping: steps.Stepping) -> dict[str, float]:
         if orders:
@@ -213,9 +255,9 @@ def _choose_steps(
         visited = own if stepping.timesteps == "spacing" else found
         return ruler.measure(chosen, own, {"timesteps": visited})
 
-    stepping, tried = steps.choose(measure, those, budget.part(SHARE_OF_STEPS))
+    stepping, tried = steps.choose(measure, those, work.budget.part(SHARE_OF_STEPS))
     if tried:
-        report["steps"] = {
+        work.report["steps"] = {
             "num_images": ruler.num_images,
             "num_inference_steps": rulers.num_steps,
             "source": rulers.source,
@@ -226,28 +268,26 @@ def _choose_steps(
 
 
 def _fewest_steps(
-    subject: Subject,
+    work: Work,
     rulers: Rulers,
     chosen: Guidance,
     own: list[int],
     stepping: steps.Stepping,
-    lists: dict,
-    budget: Budget,
-    report: dict,
-    say,
+    lists: dict[int, list[int]],
 ) -> int:
     """From how many steps on the timesteps near the trajectory hold."""
+    subject, ruler = work.subject, rulers.choose
     if steps.has_orders(subject):
         subject.choose(multistep_order=stepping.order)
     numbers = [rulers.num_steps, *(number for number in FEWEST_STEPS if number < rulers.num_steps)]
-    say(f"few steps: sets of {rulers.choose.num_images} images")
+    work.say(f"few steps: sets of {ruler.num_images} images")
 
     def measure(number: int, kind: str) -> float:
         visited = lists[number] if kind == "trajectory" else subject.own_timesteps(number)
-        return rulers.choose.measure(chosen, own, {"timesteps": visited})["frechet_distance"]
+        return ruler.measure(chosen, own, {"timesteps": visited})["frechet_distance"]
 
-    least, tried = steps.fewest_by_trajectory(measure, numbers, budget.part(SHARE_OF_STEPS))
-    report["steps"] |= {"fewest_by_trajectory": least, "few_tried": tried}
+    least, tried = steps.fewest_by_trajectory(measure, numbers, work.budget.part(SHARE_OF_STEPS))
+    work.report["steps"] |= {"fewest_by_trajectory": least, "few_tried": tried}
     return least
 
 
@@ -265,14 +305,13 @@ def forget_calibration(subject: Subject) -> None:
         pipe.register_to_config(call_defaults=None)
 
 
-def _make_rulers(
-    subject: Subject, data: Data, parts: Parts, budget: Budget, seed: int, report: dict, keeps_time: bool
-) -> Rulers | None:
+def _make_rulers(work: Work, data: Data) -> Rulers | None:
     """Of as many images as there is time for; None if images cannot be measured.
 
     Where time is kept, and too short for the steps that the pipeline is calibrated for, images are compared in fewer.
     """
-    left_out, features = report["left_out"], data.features
+    subject, parts, seed = work.subject, work.parts, work.seed
+    left_out, features = work.report["left_out"], data.features
     if not shared(features is not None):
         left_out.append(
             "Nothing was chosen by the distance from real images: there is no network of features of them."
@@ -295,10 +334,10 @@ def _make_rulers(
     def needed(number: int) -> float:
         return seconds_of_step * number * guidance.FEWEST_IMAGES * LEAST_SETS
 
-    num_steps, left = subject.num_steps, budget.left
-    if keeps_time and needed(num_steps) > left:
+    num_steps, left = subject.num_steps, work.budget.left
+    if work.keeps_time and needed(num_steps) > left:
         num_steps = min(FEW_STEPS, num_steps)
-    if keeps_time and needed(num_steps) > left:
+    if work.keeps_time and needed(num_steps) > left:
         left_out.append(
             name_commands(
                 f"Nothing was chosen by images, of which {LEAST_SETS} sets of {guidance.FEWEST_IMAGES} in {num_steps} steps take "

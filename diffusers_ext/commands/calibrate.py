@@ -17,6 +17,7 @@ import torch
 from diffusers_ext.atomic_files import lock_folder
 from diffusers_ext.calibration import report as reports
 from diffusers_ext.calibration.data import CalibrationOptions, Data
+from diffusers_ext.calibration.examples import is_test_split
 from diffusers_ext.calibration.run import calibrate
 from diffusers_ext.calibration.subject import BATCH_SIZE, Subject
 from diffusers_ext.command_names import name_commands
@@ -72,6 +73,11 @@ class CalibrateConfig(CalibrationOptions):
         super().__post_init__()
         check_seed(self.seed, LARGEST_SEED_OF_SETS - 1000)
         parse_duration(self.max_time)  # which refuses what is none
+        if is_test_split(self.held_out_split or ""):
+            raise ValueError(
+                f"held_out_split must be a split by which may be chosen, got {self.held_out_split}: what was chosen by a test split "
+                "could no longer be measured by it"
+            )
         if self.output_dir is None and not Path(self.pipeline).is_dir():
             raise ValueError(
                 f"{self.pipeline} is no folder here: say by --output_dir where the pipeline is to be saved"
@@ -112,8 +118,10 @@ def calibrate_and_save(config: CalibrateConfig) -> dict:
     data = Data.load(config, subject)
     features, _ = features_for(data.real, config.features, state)
     run = Path(config.pipeline) if Path(config.pipeline).is_dir() else None
+    if state.is_main_process:  # which alone measures
+        data = dataclasses.replace(data, features=features)
     found = calibrate(
-        *(subject, dataclasses.replace(data, features=features), config.seconds),
+        *(subject, data, config.seconds),
         seed=config.seed,
         run=run,
         start=time.perf_counter(),

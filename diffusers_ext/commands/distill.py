@@ -25,14 +25,14 @@ from diffusers_ext.recipes.distillation import (
     check_steps,
     complete,
     guided_by_default,
-    load_student_data,
     paired_by_default,
     student_scheduler,
 )
+from diffusers_ext.recipes.distillation_data import load_student_data
 from diffusers_ext.recipes.distillation_objective import check_teacher, digest_of
 from diffusers_ext.recipes.sample_grids import draw_while_training, drawing_cost, first_of, save_and_draw
 from diffusers_ext.recipes.teacher import Teacher, load_teacher
-from diffusers_ext.recipes.text_to_image import some_prompts
+from diffusers_ext.recipes.text_to_image import PICTURES, some_prompts
 from diffusers_ext.trainer.checkpoints import find_checkpoint
 from diffusers_ext.trainer.config import resolve_for_machine
 from diffusers_ext.trainer.loop import Trainer
@@ -50,9 +50,9 @@ def main(config: DistillConfig) -> Path:
     if is_sharded(accelerator):
         raise ValueError("a distillation has its teacher in each process, which FSDP spreads: launch with --multi_gpu")
     with open_run(config, accelerator) as open_folder:
-        pipe = load_teacher(config.pipeline).to(accelerator.device)
-        config = paired_by_default(guided_by_default(config, pipe))
-        teacher = Teacher(pipe, config.guidance_scale, config.guidance_interval)
+        subject = load_teacher(config.pipeline)
+        config = paired_by_default(guided_by_default(config, subject), subject)
+        teacher = Teacher(subject.pipe, config.guidance_scale, config.guidance_interval)
         check_steps(config, teacher)
         config, data, held_out, space = load_student_data(config, accelerator, teacher)
         if config.label_dropout is None:
@@ -87,7 +87,7 @@ def check_finished(stage: DistillConfig) -> None:
     checkpoint, _ = find_checkpoint(Path(stage.output_dir), "latest")
     if checkpoint is not None:
         before = load_file(checkpoint / OBJECTIVE_FILE)["teacher_digest"]
-        check_teacher(before, digest_of(load_teacher(stage.pipeline).denoiser))
+        check_teacher(before, digest_of(load_teacher(stage.pipeline).pipe.denoiser))
 
 
 def run_stage(
@@ -103,7 +103,7 @@ def run_stage(
     if config.report_to:
         accelerator.project_configuration.logging_dir = f"{config.output_dir}/logs"
         accelerator.init_trackers(config.tracker_project_name, config={"options": to_yaml(config)})
-    pipe = load_teacher(config.pipeline).to(accelerator.device)
+    pipe = load_teacher(config.pipeline).pipe.to(accelerator.device)
     teacher = Teacher(pipe, config.guidance_scale, config.guidance_interval, accelerator.autocast)
     student = teacher.copy_network()
     if not config.label_dropout and "learned_unconditional" in student.config and not has_unconditional(data):
@@ -126,7 +126,7 @@ def run_stage(
     trainer.train()
     save_and_draw(saved, rows, trainer, **first_of(rows))
     if accelerator.is_main_process:
-        about = {"pipeline_tag": "text-to-image"} if teacher.subject.of_texts else {}
+        about = {"pipeline_tag": "text-to-image", "pictures": PICTURES} if teacher.subject.of_texts else {}
         finish_run(trainer, command, "\n\n".join([describe_data(config, data), *data.notes]), **about)
     for tracker in accelerator.trackers:
         tracker.finish()
@@ -141,11 +141,12 @@ def averaged_student(
     space: SampleSpace,
 ) -> Iterator[GuidedDiffusionPipeline | TextGuidedDiffusionPipeline]:
     """The pipeline of the student as it stands, with the averaged weights if there are any."""
-    config, defaults = teacher.config, {"num_inference_steps": trainer.config.student_steps}
+    config = teacher.config
+    # Said, since texts are guided by more, and scripts take what a run has of it where its pipeline says nothing.
+    defaults = {"num_inference_steps": trainer.config.student_steps, "guidance_scale": 1.0}
     if isinstance(teacher, TextGuidedDiffusionPipeline):
         parts = {name: getattr(teacher, name) for name in ("tokenizer", "text_encoder")}
         parts |= {name: config[name] for name in ("max_text_length", "mask_padding")}
-        defaults["guidance_scale"] = 1.0  # where those of texts are guided by more
     else:
         parts = {"id2label": config.id2label, "value_scale": config.value_scale}
     with trainer.averaged_model() as model:

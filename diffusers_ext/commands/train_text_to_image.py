@@ -33,17 +33,11 @@ from diffusers_ext.recipes.image_condition import batch_maker, batch_options, co
 from diffusers_ext.recipes.model_guidance import unconditional_inputs
 from diffusers_ext.recipes.sample_grids import draw_while_training, drawing_cost, first_of, save_and_draw
 from diffusers_ext.recipes.text_encoder import TextDenoiser
-from diffusers_ext.recipes.text_to_image import TextConfig, Texts
+from diffusers_ext.recipes.text_to_image import PICTURES, TextConfig, Texts
 from diffusers_ext.recipes.training_path import build_scheduler
 from diffusers_ext.trainer.config import resolve_for_machine
 from diffusers_ext.trainer.loop import Trainer
 from diffusers_ext.trainer.run import describe_data, finish_run, make_accelerator, open_run
-
-
-PICTURES = {
-    "samples.png": "samples, a row for each text",
-    "denoising.png": "x_t and the predicted x_0 on the way, decoded if they are latents",
-}
 
 
 def main(config: TextConfig) -> Path:

@@ -58,7 +58,7 @@ def prepare_images(
     read_ahead: bool = False,
     share_by: str | None = None,
     condition_column: str | None = None,
-    sample: "Sample | None" = None,
+    sample: Sample | None = None,
     **options: Any,
 ) -> ImageData:
     """Loads, decodes and fits the images, or the sequences, of a data set, and reads their labels.

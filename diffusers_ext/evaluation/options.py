@@ -85,7 +85,7 @@ def take_options_of_run(
         folder: Of the run.
         others: Names of options beside those of the data. They are taken for another data set too.
         of_data: Names of options of the data that are not among `DataOptions`.
-        hold_out_validation: Take the run's validation split, if it had one, for the held-out split.
+        hold_out_validation: Take the run's validation split, if it had one that is no test split, for the held-out split.
 
     Raises:
         ValueError: if neither names a data set.
@@ -94,7 +94,7 @@ def take_options_of_run(
     if options.dataset_name in (None, saved.get("dataset_name")):  # of another data set, the options are others
         of_images = [field.name for field in dataclasses.fields(DataOptions) if field.name not in OF_MACHINE]
         names += [*of_data, *of_images]
-        if hold_out_validation:
+        if hold_out_validation and not (saved.get("validation_split") or "").startswith("test"):
             saved = saved | {"held_out_split": saved.get("validation_split")}
     left = [name for name in names if getattr(options, name) is None and saved.get(name) is not None]
     taken = {name: tuple(saved[name]) if isinstance(saved[name], list) else saved[name] for name in left}
@@ -112,6 +112,7 @@ def _options_of(folder: Path) -> dict[str, Any]:
     if info is None:
         return saved
     of_images = dataclasses.asdict(info)
-    if "caption_column" in saved:  # captions are kept as labels
+    of_texts = "caption_dropout" in saved or saved.get("caption_column") is not None  # a training, or a distillation
+    if of_texts:  # whose captions are kept as labels
         of_images |= {"caption_column": info.label_column, "label_column": None}
     return saved | of_images

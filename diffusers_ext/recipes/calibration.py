@@ -8,7 +8,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline
@@ -16,7 +15,7 @@ from diffusers import DiffusionPipeline
 from diffusers_ext.calibration import report as reports
 from diffusers_ext.calibration.budget import SHORTEST_TRAINING, budget_of_training, shared
 from diffusers_ext.calibration.data import CalibrationOptions, Data
-from diffusers_ext.calibration.run import calibrate
+from diffusers_ext.calibration.run import PRECISIONS, calibrate
 from diffusers_ext.calibration.subject import BATCH_SIZE, Subject
 from diffusers_ext.evaluation.feature_folders import (
     FEATURES_FILE,
@@ -34,8 +33,6 @@ from diffusers_ext.trainer.run import save_atomically
 # Values of all images of a data set up to which a feature classifier is trained as it is kept, which takes some seconds; of
 # larger ones another network of features is trained in this share of the time.
 MOST_TO_TRAIN_ON, SHARE_OF_FEATURES = 500_000, 0.5
-
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def with_calibration(cost: Callable[[Trainer], EndingCost], wanted: bool | None) -> Callable[[Trainer], EndingCost]:
@@ -111,7 +108,7 @@ def calibrate_in_folder(trainer: Trainer, seconds: float, start: float, *, keeps
     config, folder, error = trainer.config, trainer.output_dir, None
     pipe = DiffusionPipeline.from_pretrained(folder).to(trainer.accelerator.device)
     how = {
-        "precision": PRECISIONS.get(config.mixed_precision, torch.float32),
+        "precision": next(dtype for dtype, name in PRECISIONS.items() if name == config.mixed_precision),
         "batch_size": min(config.eval_batch_size or config.train_batch_size, BATCH_SIZE),
     }
     subject = data = None

@@ -171,7 +171,7 @@ class DenoisingObjective(RecordedObjective):
         x0, eps = batch["images"], batch["noise"]
         timesteps, weight = self.timestep_sampler(batch["time"])
         x_t = add_noise(x0, eps, self.schedule.level(timesteps, x0))
-        conditions, seen = model_inputs(batch), self.schedule.labels(timesteps)
+        conditions, seen = {"class_labels": None} | model_inputs(batch), self.schedule.labels(timesteps)
         reference = None
         if self.training and self.guidance is not None:
             reference = self.guidance.reference(model, x_t, seen, conditions)

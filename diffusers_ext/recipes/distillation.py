@@ -7,35 +7,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import datasets
 import torch
 from accelerate import Accelerator
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from diffusers_ext.calibration.subject import STUDENT_STEPS
+from diffusers_ext.calibration.subject import STUDENT_STEPS, Subject
 from diffusers_ext.command_names import name_commands
-from diffusers_ext.data.captions import (
-    EmbeddingTable,
-    captions_of,
-    embed_captions,
-    find_caption_column,
-    with_texts,
-)
 from diffusers_ext.data.config import DataConfig
-from diffusers_ext.data.image_table import ImageData
-from diffusers_ext.data.latent_cache import SampleSpace, prepare_samples, read_info
-from diffusers_ext.data.sequences import in_scale_of
-from diffusers_ext.data.stream import StreamData
-from diffusers_ext.data.validation import prepare_validation
 from diffusers_ext.diffusion.distillation import CONSISTENCY_WEIGHTINGS, angle_timesteps, noise_ratio
 from diffusers_ext.diffusion.timesteps import make_timesteps
 from diffusers_ext.evaluation.options import OF_MACHINE
-from diffusers_ext.evaluation.pipeline_facts import image_size_of, label_names_of
-from diffusers_ext.evaluation.subject import default_scale
 from diffusers_ext.guidance.guided_denoiser import check_guidance_scale
 from diffusers_ext.options import fixed_option, given_names, option
-from diffusers_ext.pipelines.pipeline_guided_diffusion import GuidedDiffusionPipeline
-from diffusers_ext.pipelines.pipeline_text_guided_diffusion import TextGuidedDiffusionPipeline
 from diffusers_ext.recipes.distillation_objective import (
     CONSISTENCY_PAIRS,
     DISTILLATION_WEIGHTINGS,
@@ -47,11 +30,9 @@ from diffusers_ext.recipes.distillation_objective import (
     check_pairs,
 )
 from diffusers_ext.recipes.teacher import Teacher
-from diffusers_ext.recipes.text_encoder import longest_caption
 from diffusers_ext.schedulers import ConsistencyScheduler, ExtDDIMScheduler, FlowScheduler
 from diffusers_ext.schedulers.levels import is_linear, model_schedule
 from diffusers_ext.trainer.config import TrainerConfig
-from diffusers_ext.trainer.run import describe_data
 from diffusers_ext.trainer.run_folder import CONFIG_FILE, STAGES
 from diffusers_ext.trainer.schedule import parse_duration
 from diffusers_ext.untrusted import read_yaml_mapping
@@ -289,87 +270,6 @@ def complete(config: DistillConfig) -> DistillConfig:
     return dataclasses.replace(config, **changes)
 
 
-def load_student_data(
-    config: DistillConfig, accelerator: Accelerator, teacher: Teacher
-) -> tuple[DistillConfig, ImageData | StreamData, ImageData | None, SampleSpace]:
-    """The images that the pipeline is distilled with, as its network sees them, and the options that have their size.
-
-    Returns: the options, the images, those held out if the options name some, and the space of the samples.
-
-    Raises:
-        ValueError: if they are of another shape or of other labels than those that the pipeline makes.
-    """
-    pipe, subject = teacher.pipe, teacher.subject
-    if subject.num_classes is None and not subject.of_texts and not config.unconditional:
-        config = dataclasses.replace(config, unconditional=True, num_classes=None, label_names=None)
-    if config.resolution is None and not read_info(config.dataset_name):
-        config = dataclasses.replace(config, resolution=image_size_of(pipe))
-    scale, of_data = config.sequence_scale, config
-    refusal = f"sequence_scale must be left out, since the pipeline has a scale, got {scale}"
-    with accelerator.local_main_process_first():
-        if subject.of_texts:  # captions are read as labels
-            of_data = dataclasses.replace(config, label_column=_caption_column(config))
-        data = in_scale_of(pipe.config, prepare_samples(of_data, pipe.vae), scale, refusal)
-        if subject.of_texts:
-            data = _with_texts(config, data, pipe)
-        space = dataclasses.replace(SampleSpace.of(data, pipe.vae), statistics=pipe.statistics)
-        held_out = prepare_validation(of_data, data, partial(prepare_samples, vae=space.vae))
-        if held_out is not None and subject.of_texts:
-            held_out = _with_texts(config, held_out, pipe)
-    for note in (describe_data(config, data), *data.notes):
-        accelerator.print(note)
-    if tuple(space.shape) != tuple(pipe._sample_shape):
-        shapes = ["x".join(map(str, shape)) for shape in (pipe._sample_shape, space.shape)]
-        raise ValueError(
-            f"the images must be those that the pipeline makes, whose samples are {shapes[0]}, got {shapes[1]} of {data.name}: "
-            "see --resolution and --image_mode"
-        )
-    _check_labels(teacher, data, config.label_dropout)
-    config = dataclasses.replace(config, resolution=space.resolution, resize_mode=data.resize_mode)
-    return config, data, held_out, space
-
-
-def _caption_column(config: DistillConfig) -> str:
-    if config.streaming:
-        raise ValueError("streaming reads no captions ahead, which are encoded beforehand: leave it out")
-    return find_caption_column(config, config.caption_column)
-
-
-def _with_texts(config: DistillConfig, data: ImageData, pipe: TextGuidedDiffusionPipeline) -> ImageData:
-    """The data with the hidden states that the pipeline's text encoder has of each caption, which are kept."""
-    captions, length = captions_of(data), pipe.max_text_length
-    if pipe.mask_padding:  # which need not be as long as it will be when images are made
-        length = min(length, longest_caption(pipe.tokenizer, [*captions, ""]))
-    folder = Path(config.cache_dir or datasets.config.HF_DATASETS_CACHE) / "diffusers_ext"
-    how = {"max_length": length, "mask_padding": pipe.mask_padding, "dtype": "fp16", "folder": folder}
-    path = embed_captions(pipe.tokenizer, pipe.text_encoder, captions, **how)
-    return with_texts(data, EmbeddingTable(path, True, pipe.mask_padding))
-
-
-def _check_labels(teacher: Teacher, data: ImageData | StreamData, dropout: float | None) -> None:
-    """Refuses images with other labels than the pipeline's, and to leave labels or texts out that it cannot do without."""
-    number, names = teacher.subject.num_classes, label_names_of(teacher.pipe)
-    if dropout and (number is not None or teacher.subject.of_texts) and not teacher.subject.can_guide:
-        raise ValueError(
-            "label_dropout must be 0 for a pipeline that has not learned to do without labels or texts (its own label_dropout or "
-            f"caption_dropout was 0), got {dropout:g}"
-        )
-    if number is None:
-        return
-    if data.id2label is None:
-        raise ValueError(f"the pipeline makes images by label, and those of {data.name} have none: see --label_column")
-    here = [data.id2label[label] for label in sorted(data.id2label)]
-    if len(here) != number or names not in (None, here):
-        raise ValueError(
-            f"the labels of {data.name} must be those of the pipeline, {_some(names or [f'{number} of them'])}, got "
-            f"{_some(here)}: see --label_names and --label_column"
-        )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:10]) + (f", ... ({len(names)})" if len(names) > 10 else "")
-
-
 def build_objective(
     config: DistillConfig, teacher: Teacher, accelerator: Accelerator | None = None
 ) -> StudentObjective:
@@ -414,9 +314,7 @@ def student_scheduler(config: DistillConfig, teacher: Teacher) -> SchedulerMixin
     return scheduler
 
 
-def guided_by_default(
-    config: DistillConfig, pipe: GuidedDiffusionPipeline | TextGuidedDiffusionPipeline
-) -> DistillConfig:
+def guided_by_default(config: DistillConfig, subject: Subject) -> DistillConfig:
     """The options with the guidance of the pipeline's own calls, if they say none.
 
     Raises:
@@ -424,12 +322,13 @@ def guided_by_default(
     """
     if config.guidance_scale is not None:
         return config
+    pipe = subject.pipe
     if pipe.guider is not None:
         raise ValueError(
             f"the pipeline is guided by its {type(pipe.guider).__name__}, which is not what a student learns: say by "
             "--guidance_scale how its calls are guided, 1 for not at all"
         )
-    scale = default_scale(pipe)
+    scale = subject.default_scale
     interval = (pipe.config.get("call_defaults") or {}).get("guidance_interval")
     if scale == 1 or interval is None:
         return dataclasses.replace(config, guidance_scale=scale)
@@ -441,8 +340,10 @@ def guided_by_default(
     return dataclasses.replace(config, guidance_scale=scale, guidance_interval=tuple(bounds))
 
 
-def paired_by_default(config: DistillConfig) -> DistillConfig:
+def paired_by_default(config: DistillConfig, subject: Subject) -> DistillConfig:
     """The options with the pairs of a consistency model, if they say none; those of `guided_by_default` come first.
+
+    A student too may have learned guidance, which the data know nothing of.
 
     Raises:
         ValueError: if pairs of the data are asked for, and guidance.
@@ -451,6 +352,7 @@ def paired_by_default(config: DistillConfig) -> DistillConfig:
         return config
     if config.consistency_pairs is None:
         learned = options_of_run(config.pipeline).get("model_guidance_scale") is not None
+        learned = learned or subject.pipe.scheduler.config.get(STUDENT_STEPS) is not None
         is_guided = config.guidance_scale != 1
         return dataclasses.replace(config, consistency_pairs="teacher" if is_guided or learned else "data")
     check_pairs(config.consistency_pairs, config.guidance_scale)

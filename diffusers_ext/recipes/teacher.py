@@ -118,8 +118,8 @@ def call_network(network: nn.Module, x_t: Tensor, timesteps: Tensor, inputs: Map
     return output.to(torch.promote_types(output.dtype, torch.float32))
 
 
-def load_teacher(name: str) -> GuidedDiffusionPipeline | TextGuidedDiffusionPipeline:
-    """A pipeline of this package or of diffusers, with a scheduler of this package, to make a `Teacher` of.
+def load_teacher(name: str) -> Subject:
+    """A pipeline of this package or of diffusers, and, as `pipe`, one of this package to make a `Teacher` of.
 
     Raises:
         ValueError: if there is none, it makes images of condition images, or its path is not known here.
@@ -131,4 +131,4 @@ def load_teacher(name: str) -> GuidedDiffusionPipeline | TextGuidedDiffusionPipe
             f"a pipeline to distil must make images by label, by text or of no condition, got {type(pipe).__name__} of condition "
             "images"
         )
-    return subject.pipe
+    return subject

@@ -40,6 +40,11 @@ OF_PRETRAINED = (
 LONGEST_BY_DEFAULT = 77  # tokens of a text for an encoder that is made for the run, as many as CLIP's
 NUM_PROMPTS = 8
 
+PICTURES = {
+    "samples.png": "samples, a row for each text",
+    "denoising.png": "x_t and the predicted x_0 on the way, decoded if they are latents",
+}
+
 
 @takes_keywords
 @dataclass(frozen=True)

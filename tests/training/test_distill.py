@@ -2,8 +2,8 @@
 
 import dataclasses
 import shutil
-from functools import partial
 
+import datasets
 import diffusers
 import numpy as np
 import pytest
@@ -22,17 +22,28 @@ from diffusers_ext import (
     TextGuidedDiffusionPipeline,
     UNetModel,
 )
+from diffusers_ext.calibration.subject import STUDENT_STEPS, Subject
+from diffusers_ext.commands import evaluate as evaluate_command
 from diffusers_ext.diffusion.distillation import angle_timesteps
 from diffusers_ext.diffusion.timesteps import make_timesteps
 from diffusers_ext.models.statistics import DataStatisticsModel
-from diffusers_ext.recipes.distillation import complete, guided_by_default, load_student_data, paired_by_default
+from diffusers_ext.recipes.distillation import complete, guided_by_default, paired_by_default
+from diffusers_ext.recipes.distillation_data import load_student_data
 from diffusers_ext.recipes.teacher import Teacher, load_teacher
 from diffusers_ext.trainer.run_folder import read_metrics
 from runs import assert_same_run, forget_accelerate
 from tiny import tiny_unet
-from tiny_text import CAPTIONS, save_pictures, tiny_clip, tiny_text_unet, tiny_tokenizer
+from tiny_text import (
+    CAPTIONS,
+    save_pictures,
+    tiny_clip,
+    tiny_stable_diffusion,
+    tiny_t5,
+    tiny_text_unet,
+    tiny_tokenizer,
+)
 from tiny_vae import tiny_vae
-from training import calibrate, distill
+from training import cache_latents, calibrate, distill, evaluate
 
 
 LABELS = ["cat", "dog"]
@@ -103,7 +114,10 @@ def listed_by_call(pipe, **call):
 def test_each_stage_is_a_pipeline_that_makes_its_steps_unguided(folders, progressive):
     for steps, folder in ((4, progressive / "stages" / "4_steps"), (2, progressive)):
         pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
-        assert type(pipe) is GuidedDiffusionPipeline and pipe.config.call_defaults == {"num_inference_steps": steps}
+        assert type(pipe) is GuidedDiffusionPipeline and pipe.config.call_defaults == {
+            "num_inference_steps": steps,
+            "guidance_scale": 1.0,
+        }
         assert type(pipe.scheduler) is ExtDDIMScheduler
         listed = listed_by_call(pipe)
         assert listed == make_timesteps("trailing", 8, 40).tolist()[:: 8 // steps] and pipe.guidance_scale == 1
@@ -170,7 +184,7 @@ def test_students_of_normalised_data_and_of_sequences_answer_in_the_units_of_the
     pipe.save_pretrained(tmp_path / "normalised")
     data = ("--dataset_name", str(folders / "data"), "--max_train_steps", "1", "--teacher_steps", "4")
     config = options(tmp_path, *data, pipeline="normalised")
-    _, _, _, space = load_student_data(config, Accelerator(), Teacher(load_teacher(config.pipeline)))
+    _, _, _, space = load_student_data(config, Accelerator(), Teacher(load_teacher(config.pipeline).pipe))
     batch = space.encoder(torch.device("cpu"))(
         {"images": torch.full((1, 1, 8, 8), -0.25), "own_labels": torch.zeros(1)}
     )
@@ -219,7 +233,10 @@ def test_a_consistency_model_is_sampled_in_one_step_and_in_some(folders, tmp_pat
 def test_a_student_learns_the_guidance_of_its_pipelines_calls(folders):
     """As calibration saves it: in an interval of timesteps, which are noise levels to the student."""
     pipe = diffusers.DiffusionPipeline.from_pretrained(folders / "pipe")
-    guided = partial(guided_by_default, options(folders))
+
+    def guided(pipe, *more):
+        return guided_by_default(options(folders, *more), Subject.of(pipe, 1))
+
     assert guided(pipe).guidance_scale == 1 and guided(pipe).guidance_interval is None
     pipe.register_to_config(call_defaults={"guidance_scale": 2.5, "guidance_interval": {"timestep": [4.5, 20.5]}})
     config, schedule = guided(pipe), pipe.scheduler.schedule
@@ -233,7 +250,9 @@ def test_a_student_learns_the_guidance_of_its_pipelines_calls(folders):
     assert guided(linear).guidance_interval == pytest.approx((5 / 35, 20 / 20))  # its timestep t is at sigma t / 40
     pipe.register_to_config(call_defaults={"guidance_scale": 2.0, "guidance_interval": {"sigma": [0.3, 5.0]}})
     assert guided(pipe).guidance_interval == (0.3, 5.0)
-    assert guided_by_default(options(folders, "--guidance_scale", "1"), pipe).guidance_interval is None
+    assert guided(pipe, "--guidance_scale", "1").guidance_interval is None
+    # Pipelines of diffusers as their own calls are.
+    assert guided(tiny_stable_diffusion(v_scheduler(clip_sample=False))).guidance_scale == 7.5
     pipe.guider = ClassifierFreeGuidance()
     with pytest.raises(ValueError, match="guided by its ClassifierFreeGuidance, which is not what a student learns"):
         guided(pipe)
@@ -244,9 +263,8 @@ def test_a_consistency_model_learns_along_the_steps_of_a_pipeline_with_guidance(
 
     def pairs(*more, pipeline="pipe"):
         config = options(folders, "--method", "consistency", *more, pipeline=pipeline)
-        return paired_by_default(
-            dataclasses.replace(config, guidance_scale=config.guidance_scale or 1.0)
-        ).consistency_pairs
+        config = dataclasses.replace(config, guidance_scale=config.guidance_scale or 1.0)
+        return paired_by_default(config, load_teacher(config.pipeline)).consistency_pairs
 
     assert pairs() == "data" and pairs("--guidance_scale", "2") == "teacher"
     assert pairs("--consistency_pairs", "teacher") == "teacher"
@@ -254,6 +272,10 @@ def test_a_consistency_model_learns_along_the_steps_of_a_pipeline_with_guidance(
     saved = yaml.safe_load((learned / "train_config.yaml").read_text()) | {"model_guidance_scale": 3.0}
     (learned / "train_config.yaml").write_text(yaml.safe_dump(saved))
     assert pairs(pipeline=learned) == "teacher" and pairs("--consistency_pairs", "data", pipeline=learned) == "data"
+    student = GuidedDiffusionPipeline(tiny_unet(num_classes=2), v_scheduler())
+    student.scheduler.register_to_config(**{STUDENT_STEPS: 2})
+    student.save_pretrained(tmp_path / "student")
+    assert pairs(pipeline=tmp_path / "student") == "teacher"  # whose guidance is in it, whatever its options say
     with pytest.raises(ValueError, match="must be teacher for a guidance_scale of 2, .* got data"):
         pairs("--guidance_scale", "2", "--consistency_pairs", "data")
 
@@ -312,35 +334,124 @@ def test_options_that_contradict_one_another_are_refused(folders, more, reason, 
     assert reason in capsys.readouterr().err.replace("\n", " ")
 
 
-@pytest.mark.parametrize("method", ["progressive", "consistency"])
-def test_students_of_texts_are_asked_by_texts_and_not_guided(method, tmp_path):
-    data = save_pictures(tmp_path / "data", "train", CAPTIONS)
-    save_pictures(tmp_path / "data", "validation", CAPTIONS[:4])
-    tokenizer, names = tiny_tokenizer(), {"max_text_length": 8, "mask_padding": False}
-    pipe = TextGuidedDiffusionPipeline(tiny_text_unet(), v_scheduler(), tokenizer, tiny_clip(tokenizer), **names)
-    pipe.save_pretrained(tmp_path / "texts")
-    saved = {"dataset_name": data, "resolution": [8, 8], "caption_column": "text"}
-    (tmp_path / "texts" / "train_config.yaml").write_text(yaml.safe_dump(saved))
-    more = ("--method", method, "--student_steps", "2", "--output_dir", str(tmp_path / "student"))
-    more += ("--max_train_steps", "3", "--validation_split", "validation")
-    more += ("--teacher_steps", "4") if method == "progressive" else ()
-    folder = run(tmp_path, *more, pipeline="texts")
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """Captions, one of them empty, and pipelines of them whose encoders see their padding (clip) or not (t5)."""
+    folder = tmp_path_factory.mktemp("texts")
+    save_pictures(folder / "data", "train", CAPTIONS, [*CAPTIONS[:-1], ""])
+    save_pictures(folder / "data", "validation", CAPTIONS[:4])
+    save_pictures(folder / "lacking", "train", CAPTIONS)
+    save_pictures(folder / "lacking", "validation", CAPTIONS[:4], [*CAPTIONS[:3], None])
+    saved = {
+        "dataset_name": str(folder / "data"),
+        "resolution": [8, 8],
+        "caption_column": None,
+        "caption_dropout": 0.1,
+    }
+    for name, make in (("clip", tiny_clip), ("t5", tiny_t5)):
+        tokenizer = tiny_tokenizer()
+        pipe = TextGuidedDiffusionPipeline(
+            tiny_text_unet(), v_scheduler(), tokenizer, make(tokenizer), max_text_length=8
+        )
+        pipe.save_pretrained(folder / name)
+        (folder / name / "train_config.yaml").write_text(yaml.safe_dump(saved))
+    return folder
+
+
+FEW = ("--max_train_steps", "3", "--student_steps", "2", "--teacher_steps", "4")
+
+
+@pytest.mark.parametrize("encoder, method", [("clip", "progressive"), ("t5", "progressive"), ("t5", "consistency")])
+def test_students_of_texts_are_asked_by_texts_and_not_guided(encoder, method, texts, tmp_path):
+    more = FEW if method == "progressive" else (*FEW[:4], "--method", method)
+    more += ("--validation_split", "validation", "--output_dir", str(tmp_path / "student"))
+    folder = run(texts, *more, pipeline=encoder)
     saved = yaml.safe_load((folder / "train_config.yaml").read_text())
-    assert saved["guidance_scale"] == 4.0 and saved["label_dropout"] == 0.1 and saved["label_column"] is None
-    student = diffusers.DiffusionPipeline.from_pretrained(folder)
+    assert (saved["guidance_scale"], saved["label_dropout"], saved["label_column"]) == (4.0, 0.1, None)
+    assert saved["caption_column"] == "text" and read_metrics(folder / "metrics.jsonl")[-1]["val_loss"] > 0
+    teacher, student = (diffusers.DiffusionPipeline.from_pretrained(each) for each in (texts / encoder, folder))
     assert student.config.call_defaults == {"num_inference_steps": 2, "guidance_scale": 1.0}
-    assert student.config.max_text_length == 8 and "pipeline_tag: text-to-image" in (folder / "README.md").read_text()
+    assert (student.max_text_length, student.mask_padding) == (8, teacher.mask_padding)
+    card = (folder / "README.md").read_text()
+    assert "pipeline_tag: text-to-image" in card and "samples, a row for each text" in card
+    assert "captions of the column text, by the pipeline's text encoder" in card
     student.set_progress_bar_config(disable=True)
     generators = [[torch.Generator().manual_seed(seed)] for seed in (0, 0, 1)]
     calls = [
-        student("red dot", generator=each, output_type="pt", **more)
-        for each, more in zip(generators, ({}, {"guidance_scale": 1.0}, {}), strict=True)
+        student("red dot", generator=each, output_type="pt", **said).images
+        for each, said in zip(generators, ({}, {"guidance_scale": 1.0}, {}), strict=True)
     ]
-    assert torch.equal(calls[0].images, calls[1].images) and not torch.equal(calls[0].images, calls[2].images)
-    assert not torch.equal(student.denoiser.conv_in.weight, pipe.denoiser.conv_in.weight)
-    assert read_metrics(folder / "metrics.jsonl")[-1]["val_loss"] > 0
-    with pytest.raises(ValueError, match="streaming reads no captions ahead"):
-        run(tmp_path, "--streaming", *more[:4], "--output_dir", str(tmp_path / "stream"), pipeline="texts")
+    assert torch.equal(calls[0], calls[1]) and not torch.equal(calls[0], calls[2])
+    assert not torch.equal(student.denoiser.conv_in.weight, teacher.denoiser.conv_in.weight)
+    assert evaluate_command.complete(evaluate.EvaluateConfig(pipeline=str(folder)), student).guidance_scale is None
+    if encoder == "t5" and method == "progressive":
+        again = ("--max_train_steps", "1", "--student_steps", "1", "--teacher_steps", "2")
+        last = run(tmp_path, *again, "--output_dir", str(tmp_path / "one"), pipeline="student")
+        assert yaml.safe_load((last / "train_config.yaml").read_text())["guidance_scale"] == 1.0
+
+
+def test_a_student_without_empty_texts_says_so_unless_a_caption_is_empty(texts, tmp_path):
+    for name, known in (("data", True), ("lacking", False)):
+        more = (*FEW, "--label_dropout", "0", "--dataset_name", str(texts / name), "--resolution", "8")
+        student = run(texts, *more, "--output_dir", str(tmp_path / name), pipeline="clip")
+        assert diffusers.DiffusionPipeline.from_pretrained(student).knows_empty_text == known
+
+
+@pytest.mark.parametrize(
+    ("more", "pipeline", "reason"),
+    [
+        (("--streaming",), "clip", "streaming reads no captions ahead"),
+        (("--unconditional",), "clip", "unconditional has no meaning for a pipeline of texts"),
+        (("--label_names", "a", "b"), "clip", "label_names has no meaning for a pipeline of texts"),
+        (("--caption_column", "nosuch"), "clip", "caption_column 'nosuch' is not in the data set"),
+        (("--caption_column", "text"), "pipe", "caption_column is for pipelines of texts"),
+    ],
+)
+def test_options_of_texts_and_of_labels_are_for_their_own_pipelines(more, pipeline, reason, texts, folders, tmp_path):
+    with pytest.raises(ValueError, match=reason):
+        of = folders if pipeline == "pipe" else texts
+        run(of, *more, *FEW, "--output_dir", str(tmp_path / "out"), pipeline=pipeline)
+    if more == ("--streaming",):
+        data = ("--dataset_name", str(texts / "lacking"), "--validation_split", "validation")
+        with pytest.raises(ValueError, match="caption_column 'text' is empty in 1 of 4 rows of the split validation"):
+            run(texts, *data, *FEW, "--output_dir", str(tmp_path / "out"), pipeline=pipeline)
+
+
+def test_a_student_by_label_on_latents_is_measured_by_its_own_labels(tmp_path):
+    """Though its images have another column that is called label, and a guidance of its teacher's is not the student's."""
+    rows = {
+        "image": [Image.new("L", (8, 8), 20 * i) for i in range(8)],
+        "kind": [i % 2 for i in range(8)],
+        "label": list(range(8)),
+    }
+    kinds = datasets.ClassLabel(names=LABELS)
+    features = {"image": datasets.Image(), "kind": kinds, "label": datasets.Value("int64")}
+    (tmp_path / "data").mkdir()
+    table = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+    table.to_parquet(tmp_path / "data" / "train.parquet")
+    vae = tiny_vae(channels=1)
+    vae.save_pretrained(tmp_path / "vae")
+    latents = {"dataset_name": str(tmp_path / "data"), "label_column": "kind", "vae": str(tmp_path / "vae")}
+    forget_accelerate()
+    cache_latents.main(cache_latents.CacheConfig(**latents, output_dir=str(tmp_path / "latents"), num_threads=1))
+    side = 8 // 2 ** (len(vae.config.block_out_channels) - 1)
+    network = UNetModel(
+        side, *[vae.config.latent_channels] * 2, block_out_channels=(8, 8), layers_per_block=1, num_classes=2
+    )
+    pipe = GuidedDiffusionPipeline(network, v_scheduler(clip_sample=False), vae=vae, id2label=dict(enumerate(LABELS)))
+    pipe.save_pretrained(tmp_path / "pipe")
+    more = (
+        "--dataset_name",
+        str(tmp_path / "latents"),
+        "--guidance_scale",
+        "3",
+        "--output_dir",
+        str(tmp_path / "student"),
+    )
+    folder = run(tmp_path, *FEW, *more)
+    student = diffusers.DiffusionPipeline.from_pretrained(folder)
+    config = evaluate_command.complete(evaluate.EvaluateConfig(pipeline=str(folder)), student)
+    assert (config.label_column, config.caption_column, config.guidance_scale) == ("kind", None, None)
 
 
 def test_pipelines_and_images_that_do_not_fit_are_refused(folders, tmp_path):
