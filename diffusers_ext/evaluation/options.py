@@ -112,7 +112,8 @@ def _options_of(folder: Path) -> dict[str, Any]:
     if info is None:
         return saved
     of_images = dataclasses.asdict(info)
-    of_texts = "caption_dropout" in saved or saved.get("caption_column") is not None  # a training, or a distillation
-    if of_texts:  # whose captions are kept as labels
+    # Captions are kept as labels. A training of texts has the option, and so has each distillation, where it is given for texts.
+    is_student = "student_steps" in saved
+    if saved.get("caption_column") is not None or "caption_column" in saved and not is_student:
         of_images |= {"caption_column": info.label_column, "label_column": None}
     return saved | of_images
