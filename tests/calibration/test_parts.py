@@ -303,14 +303,19 @@ def test_a_chain_that_is_shorter_than_the_fine_trajectory_is_calibrated(length):
     assert found["distance_from_fine_trajectory"]
 
 
-def test_timesteps_that_nothing_compared_are_not_visited():
-    """Of a number of steps beyond the grid of the search there is no list near the trajectory, and none is made of another."""
+@pytest.mark.parametrize("num_steps", [1, 10, 100])
+def test_timesteps_that_nothing_compared_are_not_visited(num_steps, monkeypatch):
+    """In any number of steps: in one, both kinds are the same, and beyond the grid of the search there is no list."""
     torch.manual_seed(0)
-    scheduler = ExtDDIMScheduler(timestep_spacing="trailing")
-    subject = Subject.of(GuidedDiffusionPipeline(tiny_unet(), scheduler), 100)
-    expected = scheduler.list_timesteps(100).tolist()
+    plain = ExtDDIMScheduler(timestep_spacing="trailing")
+    subject = Subject.of(GuidedDiffusionPipeline(tiny_unet(), plain), num_steps)
+    found = {1: [999], 4: [999, 600, 300, 100], 10: plain.list_timesteps(10).tolist()}
+    monkeypatch.setattr(timesteps, "choose", lambda teacher, numbers, budget: (found, {}))
     calibrate(subject, Data(real_images(), None, None), 0.01)
-    assert subject.pipe.scheduler.list_timesteps(100).tolist() == expected
+    chosen = subject.pipe.scheduler.config.optimal_timesteps["trajectory"]
+    for number in {num_steps, *map(int, chosen)}:
+        expected = plain.list_timesteps(number).tolist()
+        assert subject.pipe.scheduler.list_timesteps(number).tolist() == expected
 
 
 def test_the_variance_is_that_of_the_weights_that_were_chosen(monkeypatch, tmp_path):
