@@ -16,7 +16,6 @@ def make_little(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(timesteps, "NUM_FINE_STEPS", 16)
     patch.setattr(timesteps, "NUM_IMAGES", 8)
     patch.setattr(timesteps, "NUMBERS", (1, 2, 4, 8))
-    patch.setattr(feature_folders, "FEWEST_QUICK_STEPS", 2)
-    patch.setattr(feature_folders, "MOST_QUICK_STEPS", 3)
+    patch.setattr(feature_folders, "QUICK_STEPS", {True: (2, 3), False: (2, 3)})
     choose = steps.choose
     patch.setattr(steps, "choose", lambda measure, those, budget: choose(measure, those, Budget(1e9)))

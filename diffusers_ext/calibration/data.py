@@ -66,6 +66,11 @@ class Data:
     keeps_features: bool = True
     left_out: tuple[str, ...] = ()
 
+    @property
+    def knows_labels(self) -> bool:
+        """Whether the network was trained on labels, which features without see next to nothing of."""
+        return getattr(self.features, "classifier", None) is not None
+
     def features_of(self, images: LabelledImages) -> Tensor | None:
         """Of real images; None where there is no network."""
         if self.features is None:

@@ -28,9 +28,10 @@ def describe(report: Mapping) -> list[str]:
     lines, bits = [], report.get("bits_per_dim_of_steps", {})
     if "quick_features" in report:
         quick = report["quick_features"]
+        how = "a classifier" if quick["by_label"] else "a network without labels"
         lines.append(
-            f"Images were compared in the features of a network that was trained without labels for it, in {quick['num_steps']} "
-            f"steps and {quick['seconds']:.0f} s; distances in others are on another scale."
+            f"Images were compared in the features of {how} that was trained for it, in {quick['num_steps']} steps and "
+            f"{quick['seconds']:.0f} s; distances in others are on another scale."
         )
     if "analytic_variance" in report:
         lines.append(

@@ -39,6 +39,12 @@ SEEN_EXAMPLES = (
     "need less of it than others. Give a split that it was not trained on, by --validation_split of a run or --held_out_split."
 )
 
+# Features without labels see the variety that guidance takes, and not what it gives (docs/few_calls.md).
+WITHOUT_LABELS = (
+    "Guidance was not chosen, and is what calls do without a calibration: it is by the features of a classifier of the images' "
+    "labels, of which there is none."
+)
+
 # Sets of images by which anything is chosen and reported: one guidance beside none, and what it gained.
 LEAST_SETS = 4
 
@@ -50,12 +56,14 @@ class Rulers:
     Attributes:
         source: Where the real images of both are from, in words.
         num_steps: In which images are compared.
+        know_labels: Whether the features are those of a classifier.
     """
 
     choose: Ruler
     report: Ruler
     source: str
     num_steps: int
+    know_labels: bool
 
 
 @dataclass(frozen=True)
@@ -173,8 +181,12 @@ def _choose_guidance(work: Work, rulers: Rulers, own: list[int], default: Guidan
     """The guidance whose images are nearest, in the steps at these timesteps; the default where none is chosen."""
     if not work.can_guide or not work.subject.keeps_defaults:
         return default
-    if work.subject.needs_examples and not work.parts.held_out:
-        work.report["left_out"].append(SEEN_EXAMPLES)
+    unfit = {
+        SEEN_EXAMPLES: work.subject.needs_examples and not work.parts.held_out,
+        WITHOUT_LABELS: not rulers.know_labels,
+    }
+    if reasons := [reason for reason, holds in unfit.items() if holds]:
+        work.report["left_out"].append(reasons[0])
         return default
     ruler = rulers.choose
     work.say(f"guidance: sets of {ruler.num_images} images in {len(own)} steps")
@@ -351,6 +363,7 @@ def _make_rulers(work: Work, data: Data) -> Rulers | None:
         Ruler.by(parts.report, subject, features, number, seed + SEED_OF_REPORT, kept["report"]),
         parts.source,
         num_steps,
+        shared(data.knows_labels),
     )
 
 

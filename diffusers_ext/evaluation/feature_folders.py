@@ -30,8 +30,9 @@ from diffusers_ext.untrusted import read_json
 from diffusers_ext.value_scale import ValueScale
 
 
-# Steps of `quick_features`, of which a few are timed first.
-TIMED_STEPS, FEWEST_QUICK_STEPS, MOST_QUICK_STEPS = 4, 100, 200
+# Steps of `quick_features`, of which a few are timed first: at least and at most, by whether it is a classifier.
+TIMED_STEPS = 4
+QUICK_STEPS = {True: (200, 2000), False: (100, 200)}
 FEWEST_QUICK_IMAGES = 16  # of which variances and covariances are something to learn
 
 # What a folder of a trained feature classifier says of its training.
@@ -85,25 +86,31 @@ def train_and_save_features(real: RealImages, folder: Path, **settings) -> dict:
 
 
 def quick_features(real: RealImages, seconds: float) -> tuple[FeatureClassifierModel, dict] | None:
-    """A network of features that is trained without labels in this time, and what is known of it; None if that is too short.
+    """A network of features that is trained in this time, and what is known of it; None if that is too short (docs/few_calls.md).
 
-    Within so few steps it ranks sets of images more as one that is fully trained does than a classifier would
-    (docs/few_calls.md). The process that calls it trains it alone.
+    A classifier where there are labels, else one without. The process that calls it trains it alone.
 
-    Returns: the network, on the device of the process, with `num_steps` and `seconds`.
+    Returns: the network, on the device of the process, with whether it is `by_label`, `num_steps` and `seconds`.
     """
     if len(real.train) < FEWEST_QUICK_IMAGES:
         return None
+    by_label = real.can_be_classified
+    fit = fit_feature_classifier if by_label else fit_features_without_labels
+    fewest, most = QUICK_STEPS[by_label]
     start, settings = time.perf_counter(), {"show_progress": False, "alone": True}
     for _ in range(2):  # of which the second has no first calls of anything in it
         before = time.perf_counter()
-        fit_features_without_labels(real.train, num_steps=TIMED_STEPS, **settings)
+        fit(real.train, num_steps=TIMED_STEPS, **settings)
     now = time.perf_counter()
-    num_steps = int(min((seconds - (now - start)) / ((now - before) / TIMED_STEPS), MOST_QUICK_STEPS))
-    if num_steps < FEWEST_QUICK_STEPS:
+    num_steps = int(min((seconds - (now - start)) / ((now - before) / TIMED_STEPS), most))
+    if num_steps < fewest:
         return None
-    model = fit_features_without_labels(real.train, num_steps=num_steps, **settings)
-    return model, {"num_steps": num_steps, "seconds": round(time.perf_counter() - start, 1)}
+    model = fit(real.train, num_steps=num_steps, **settings)
+    return model, {
+        "by_label": by_label,
+        "num_steps": num_steps,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
 
 
 def load_features(

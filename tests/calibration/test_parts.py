@@ -465,7 +465,7 @@ def test_texts_are_guided_as_by_default_unless_another_scale_is_better():
     assert search(worse, Guidance(4.0)) == Guidance(4.0)
     assert search(Trials(bowl(Guidance(1.5)), FOREVER), Guidance(4.0)).scale == pytest.approx(1.5, rel=0.2)
     torch.manual_seed(0)
-    features = FeatureClassifierModel(8, 3, None, (8, 16))
+    features = FeatureClassifierModel(8, 3, 2, (8, 16))
     seen = Data(enough(coloured_real_images()), None, features)
     found = calibrate(Subject.of(pipe, 2), seen, 0.01)
     assert "guidance" not in found and pipe.config.call_defaults == {"num_inference_steps": 2}
@@ -475,6 +475,10 @@ def test_texts_are_guided_as_by_default_unless_another_scale_is_better():
     assert found["guidance"]["default"] == 4.0 and found["guidance"]["tried"][0]["scale"] == 4.0
     scale = found["guidance"]["chosen"]["scale"]
     assert pipe.config.call_defaults.get("guidance_scale", 4.0) == scale
+    # Features without labels see too little of what guidance gives.
+    blind = calibrate(Subject.of(pipe, 2), Data(real, "validation", FeatureClassifierModel(8, 3, None, (8, 16))), 0.01)
+    assert "guidance" not in blind and "features of a classifier" in blind["left_out"][0] and blind["gained"]
+    assert pipe.config.call_defaults == {"num_inference_steps": 2}
     without = Subject.of(text_pipeline(learned_unconditional=False), 2)
     assert without.default_scale == 1.0 and not without.can_guide
 

@@ -17,6 +17,7 @@ from diffusers_ext.evaluation.feature_folders import (
     train_and_save_features,
 )
 from diffusers_ext.evaluation.feature_training import fit_feature_classifier
+from diffusers_ext.evaluation.labelled_images import LabelledImages
 from diffusers_ext.evaluation.real_images import find_held_out_split, load_real_images
 from diffusers_ext.evaluation.subject import labels_for
 
@@ -233,12 +234,16 @@ def test_quick_features_take_as_many_steps_as_fit(monkeypatch):
         return num_steps
 
     clock = iter(range(0, 1000, 2))  # a call of the clock each 2 s: four steps take 2 s, and these take 6 s
-    monkeypatch.setattr(feature_folders, "fit_features_without_labels", fit)
+    monkeypatch.setattr(feature_folders, "fit_feature_classifier", fit)
     monkeypatch.setattr(feature_folders.time, "perf_counter", lambda: next(clock))
-    model, about = feature_folders.quick_features(real, 100)
-    assert taken == [4, 4, 188] and model == 188 == about["num_steps"]
-    assert feature_folders.quick_features(real, 1000)[0] == feature_folders.MOST_QUICK_STEPS
-    assert feature_folders.quick_features(real, 40) is None and taken[-1] == 4
+    model, about = feature_folders.quick_features(real, 200)
+    assert taken == [4, 4, 388] and model == 388 == about["num_steps"] and about["by_label"]
+    assert feature_folders.quick_features(real, 5000)[0] == 2000
+    assert feature_folders.quick_features(real, 100) is None and taken[-1] == 4
+    unlabelled = dataclasses.replace(real, train=LabelledImages(real.train.images, torch.full([64], -1), []))
+    monkeypatch.setattr(feature_folders, "fit_features_without_labels", fit)
+    model, about = feature_folders.quick_features(unlabelled, 100)
+    assert model == 188 == about["num_steps"] and not about["by_label"]
     few = dataclasses.replace(real, train=real.train.take(torch.arange(3)))
     assert feature_folders.quick_features(few, 1000) is None
 

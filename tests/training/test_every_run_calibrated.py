@@ -149,8 +149,8 @@ def test_a_run_on_condition_images_chooses_by_those_of_real_images(shards, tmp_p
     settings |= {"dataset_split": "train[:60%]", "validation_split": "train[60%:]"}
     config = train_ddpm.TrainConfig(**settings, output_dir=str(tmp_path / "run"))
     pipe, report = report_of(train_ddpm.main(config))
-    assert report["guidance"]["default"] == 1.0 and report["guidance"]["tried"]
-    assert "the split train[60%:], and" in report["guidance"]["source"]
+    assert "the split train[60%:], and" in report["steps"]["source"]
+    assert "guidance" not in report and "by the features of a classifier" in report["left_out"][0]  # without labels
     grey = torch.full((1, 1, 4, 4), 0.5)
     assert torch.isfinite(torch.as_tensor(pipe(condition_image=grey, output_type="np").images)).all()
 
@@ -175,7 +175,7 @@ def test_a_run_on_several_labels_an_image_asks_for_the_sets_of_real_ones(tmp_pat
     table.to_parquet(tmp_path / "data" / "train.parquet")
     settings = COMMON | {"dataset_name": str(tmp_path / "data"), "label_column": "tags"}
     pipe, report = report_of(train_ddpm.main(train_ddpm.TrainConfig(**settings, output_dir=str(tmp_path / "run"))))
-    assert report["guidance"]["tried"]
+    assert "guidance" not in report and "by the features of a classifier" in report["left_out"][0]
     subject = calibrate_subject(tmp_path / "run")
     data = calibration_data.Data.load(
         calibration_data.CalibrationOptions().of_run(str(tmp_path / "run"), pipe), subject
