@@ -32,7 +32,7 @@ from diffusers_ext.value_scale import ValueScale
 
 # Steps of `quick_features`, of which a few are timed first: at least and at most, by whether it is a classifier.
 TIMED_STEPS = 4
-QUICK_STEPS = {True: (200, 2000), False: (100, 200)}
+QUICK_STEPS = {True: (200, 400), False: (100, 200)}
 FEWEST_QUICK_IMAGES = 16  # of which variances and covariances are something to learn
 
 # What a folder of a trained feature classifier says of its training.

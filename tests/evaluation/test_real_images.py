@@ -238,7 +238,7 @@ def test_quick_features_take_as_many_steps_as_fit(monkeypatch):
     monkeypatch.setattr(feature_folders.time, "perf_counter", lambda: next(clock))
     model, about = feature_folders.quick_features(real, 200)
     assert taken == [4, 4, 388] and model == 388 == about["num_steps"] and about["by_label"]
-    assert feature_folders.quick_features(real, 5000)[0] == 2000
+    assert feature_folders.quick_features(real, 5000)[0] == 400
     assert feature_folders.quick_features(real, 100) is None and taken[-1] == 4
     unlabelled = dataclasses.replace(real, train=LabelledImages(real.train.images, torch.full([64], -1), []))
     monkeypatch.setattr(feature_folders, "fit_features_without_labels", fit)
