@@ -114,7 +114,6 @@ class Data:
 
 def sample_for(subject: Subject) -> Sample:
     """How many images of a split are read."""
-    channels = (subject.pipe.vae or subject.pipe.denoiser).config.in_channels
-    values = channels * math.prod(image_size_of(subject.pipe))
+    values = subject.image_channels * math.prod(image_size_of(subject.pipe))
     number = min(max(SAMPLED_VALUES // values, FEWEST_SAMPLED), MOST_SAMPLED, max(MOST_VALUES // values, 1))
     return Sample(number, MOST_VALUES // values)

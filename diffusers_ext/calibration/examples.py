@@ -4,13 +4,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from diffusers_ext.evaluation.labelled_images import LabelledImages, drawn_order
-from diffusers_ext.evaluation.real_images import RealImages
-
-
-def is_test_split(name: str) -> bool:
-    """Whether a split is one that nothing may be chosen by."""
-    return name.startswith("test")
+from diffusers_ext.evaluation.labelled_images import LabelledImages, drawn_in_turn, drawn_order
+from diffusers_ext.evaluation.real_images import RealImages, is_test_split
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,8 +48,7 @@ class Examples:
 
     def draw(self, number: int, seed: int) -> "Examples":
         """So many of them: each once in an order that the seed draws, then again in this order."""
-        order = drawn_order(len(self), seed)
-        return self.take(order.repeat(-(-number // len(order)))[:number])
+        return self.take(drawn_in_turn(len(self), number, seed))
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,6 +18,7 @@ from diffusers_ext.evaluation.generate import generate_images, shared_by_process
 from diffusers_ext.evaluation.label_shares import proportional_labels
 from diffusers_ext.evaluation.labelled_images import convert_channels
 from diffusers_ext.metrics.features import FeatureClassifierModel
+from diffusers_ext.trainer.config import DTYPES
 
 
 T = TypeVar("T")
@@ -145,7 +146,7 @@ class Ruler:
     ) -> Tensor:
         """The images that are measured, or the first of them, as the real ones are."""
         pipe = self.subject.pipe
-        settings = guidance.call(timesteps) if self.subject.can_guide and pipe.guider is None else {}
+        settings = guidance.call(timesteps) if self.subject.takes_scale else {}
         steps = {"timesteps": timesteps} if steps is None else dict(steps)
 
         def make(indices: range) -> Tensor:
@@ -159,7 +160,7 @@ class Ruler:
                 show_progress=False,
             )
 
-        precision = self.subject.precision
+        precision = DTYPES[self.subject.mixed_precision]
         with torch.autocast(pipe.device.type, precision, enabled=precision != torch.float32):
             images = shared_by_processes(number or self.num_images, make)
         return convert_channels(images, self.channels)

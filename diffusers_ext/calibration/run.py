@@ -18,8 +18,6 @@ from diffusers_ext.command_names import name_commands
 from diffusers_ext.schedulers import ExtDDPMScheduler
 
 
-PRECISIONS = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
-
 # Shares of what is left of the budget when it is their turn; what they leave is for the report.
 SHARE_OF_VARIANCE, SHARE_OF_GUIDANCE, SHARE_OF_AVERAGES = 0.15, 0.45, 0.4
 SHARE_OF_TIMESTEPS, SHARE_OF_STEPS = 0.25, 0.7
@@ -84,11 +82,6 @@ class Work:
     keeps_time: bool
     say: Callable[[str], None]
 
-    @property
-    def can_guide(self) -> bool:
-        """Whether calls of the pipeline are guided by a scale."""
-        return self.subject.can_guide and self.subject.pipe.guider is None
-
 
 @torch.no_grad()
 def calibrate(
@@ -124,7 +117,7 @@ def calibrate(
         "budget_seconds": round(seconds, 1),
         "num_inference_steps": subject.num_steps,
         "scheduler_class": type(pipe.scheduler).__name__,
-        "mixed_precision": PRECISIONS[subject.precision],
+        "mixed_precision": subject.mixed_precision,
         "left_out": list(data.left_out),
     }
     parts = Parts.of(data.real, data.held_out_name, seed)
@@ -143,7 +136,7 @@ def calibrate(
     config, lists = {}, {}
     if subject.has_betas:  # of the weights that were chosen
         config, lists["bound"] = _measure_variance(work)
-    call = chosen.call(own) if work.can_guide else {}
+    call = chosen.call(own) if subject.takes_scale else {}
     found = _find_timesteps(work, own, call)
     subject.choose(**config)
     stepping, lists["trajectory"] = _choose_steps(work, rulers, chosen, own, found)
@@ -179,14 +172,13 @@ def _measure_variance(work: Work) -> tuple[dict, dict]:
 
 def _choose_guidance(work: Work, rulers: Rulers, own: list[int], default: Guidance) -> Guidance:
     """The guidance whose images are nearest, in the steps at these timesteps; the default where none is chosen."""
-    if not work.can_guide or not work.subject.keeps_defaults:
+    if not work.subject.takes_scale or not work.subject.keeps_defaults:
         return default
-    unfit = {
-        SEEN_EXAMPLES: work.subject.needs_examples and not work.parts.held_out,
-        WITHOUT_LABELS: not rulers.know_labels,
-    }
-    if reasons := [reason for reason, holds in unfit.items() if holds]:
-        work.report["left_out"].append(reasons[0])
+    if work.subject.needs_examples and not work.parts.held_out:
+        work.report["left_out"].append(SEEN_EXAMPLES)
+        return default
+    if not rulers.know_labels:
+        work.report["left_out"].append(WITHOUT_LABELS)
         return default
     ruler = rulers.choose
     work.say(f"guidance: sets of {ruler.num_images} images in {len(own)} steps")
@@ -337,7 +329,8 @@ def _make_rulers(work: Work, data: Data) -> Rulers | None:
         left_out.append("Nothing was chosen by images: there are too few to compare with.")
         return None
     kept = {name: data.features_of(getattr(parts, name).images) for name in ("choose", "report")}
-    trial = Ruler.by(*(parts.choose, subject, features, guidance.FEWEST_IMAGES, seed + SEED_OF_CHOICE, kept["choose"]))
+    number = guidance.FEWEST_IMAGES
+    trial = Ruler.by(parts.choose, subject, features, number, seed + SEED_OF_CHOICE, kept["choose"])
     few, each = subject.own_timesteps(min(4, subject.num_steps)), Guidance(1.5) if subject.can_guide else Guidance()
     start = time.perf_counter()
     trial.images(each, few, number=guidance.TIMED_IMAGES)

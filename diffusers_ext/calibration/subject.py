@@ -49,14 +49,15 @@ class Subject:
         pipe: The one that is measured: the same, or one of this package with the networks of a pipeline of diffusers. Its
             scheduler is of this package.
         num_steps: Network calls that it is calibrated for.
-        precision: That images are made in under autocast; trajectories and errors are those of the weights as they are.
+        mixed_precision: That images are made in, "no", "bf16" or "fp16"; trajectories and errors are those of the weights as they
+            are.
         batch_size: Images at a time.
     """
 
     original: DiffusionPipeline
     pipe: GuidedDiffusionPipeline | TextGuidedDiffusionPipeline
     num_steps: int
-    precision: torch.dtype = torch.float32
+    mixed_precision: str = "no"
     batch_size: int = BATCH_SIZE
     # The scheduler that `own_timesteps` was last asked of, and the same without chosen timesteps.
     _plain: tuple[SchedulerMixin, SchedulerMixin] | None = field(default=None, init=False, repr=False)
@@ -66,7 +67,7 @@ class Subject:
         """A pipeline of this package, or of diffusers that is called as these are.
 
         Args:
-            how: `precision` and `batch_size`.
+            how: `mixed_precision` and `batch_size`.
 
         Raises:
             ValueError: if it is another, or its scheduler is for none of the paths that are known here.
@@ -147,10 +148,20 @@ class Subject:
         return self.num_classes is not None and pipe.null_label is not None
 
     @property
+    def takes_scale(self) -> bool:
+        """Whether calls are guided by a scale, and not by a guider or by nothing."""
+        return self.can_guide and self.pipe.guider is None
+
+    @property
     def default_scale(self) -> float:
         """Of guidance, in calls of the pipeline that say nothing of it; 1 is none."""
         scale = default_scale(self.original) if self.can_guide else None
         return 1.0 if scale is None else scale
+
+    @property
+    def image_channels(self) -> int:
+        """Of the images that the pipeline makes, or that its latents are of."""
+        return (self.pipe.vae or self.pipe.denoiser).config.in_channels
 
     @property
     def has_betas(self) -> bool:
@@ -239,8 +250,9 @@ class Subject:
         if (scale := pipe._value_scale or images.value_scale) is not None:
             pixels = scale.to_model(images.images).to(pipe.device, torch.float32)
         else:
-            channels = pipe.denoiser.config.in_channels if pipe.vae is None else pipe.vae.config.in_channels
-            pixels = convert_channels(images.images, channels).to(pipe.device, torch.float32) * (2 / 255) - 1
+            pixels = (
+                convert_channels(images.images, self.image_channels).to(pipe.device, torch.float32) * (2 / 255) - 1
+            )
         labels = None if labels is None else labels.to(pipe.device)
         return encode_pixels(pixels, pipe.vae, pipe._sample_shape, pipe.statistics, labels)
 

@@ -12,12 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
-import torch
-
 from diffusers_ext.atomic_files import lock_folder
 from diffusers_ext.calibration import report as reports
 from diffusers_ext.calibration.data import CalibrationOptions, Data
-from diffusers_ext.calibration.examples import is_test_split
 from diffusers_ext.calibration.run import calibrate
 from diffusers_ext.calibration.subject import BATCH_SIZE, Subject
 from diffusers_ext.command_names import name_commands
@@ -25,6 +22,7 @@ from diffusers_ext.draws import check_seed
 from diffusers_ext.evaluation.feature_folders import features_for
 from diffusers_ext.evaluation.generate import LARGEST_SEED_OF_SETS
 from diffusers_ext.evaluation.pipeline_facts import default_of
+from diffusers_ext.evaluation.real_images import is_test_split
 from diffusers_ext.evaluation.subject import load_pipeline
 from diffusers_ext.hub.cards import add_calibration
 from diffusers_ext.machine import process_state, runs_in_bf16, set_threads
@@ -108,10 +106,9 @@ def calibrate_and_save(config: CalibrateConfig) -> dict:
     set_threads(config.num_threads, state.num_processes)
     command = to_command(config, "training/calibrate.py", launcher="python")
     pipe = load_pipeline(config.pipeline).to(state.device)
-    precision = torch.bfloat16 if runs_in_bf16(config.mixed_precision, state.device.type) else torch.float32
-    subject = Subject.of(
-        pipe, 1, precision=precision, batch_size=config.eval_batch_size
-    )  # which refuses what cannot be calibrated, before anything is read
+    how = {"mixed_precision": "bf16" if runs_in_bf16(config.mixed_precision, state.device.type) else "no"}
+    # Refuses what cannot be calibrated, before anything is read.
+    subject = Subject.of(pipe, 1, batch_size=config.eval_batch_size, **how)
     subject.check_can_be_calibrated()
     config = config.of_run(config.pipeline, subject.pipe, ("num_inference_steps",))
     subject.num_steps = config.num_inference_steps or default_of(pipe, "num_inference_steps")

@@ -14,7 +14,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from safetensors.torch import load_file
 
 from diffusers_ext import GuidedDiffusionPipeline, TextGuidedDiffusionPipeline
-from diffusers_ext.data.captions import captions_of
+from diffusers_ext.data.captions import captions_of, has_empty_caption
 from diffusers_ext.data.image_table import ImageData
 from diffusers_ext.data.latent_cache import SampleSpace
 from diffusers_ext.data.stream import StreamData
@@ -30,7 +30,13 @@ from diffusers_ext.recipes.distillation import (
 )
 from diffusers_ext.recipes.distillation_data import load_student_data
 from diffusers_ext.recipes.distillation_objective import check_teacher, digest_of
-from diffusers_ext.recipes.sample_grids import draw_while_training, drawing_cost, first_of, save_and_draw
+from diffusers_ext.recipes.sample_grids import (
+    draw_while_training,
+    drawing_cost,
+    first_of,
+    rows_by_label,
+    save_and_draw,
+)
 from diffusers_ext.recipes.teacher import Teacher, load_teacher
 from diffusers_ext.recipes.text_to_image import PICTURES, some_prompts
 from diffusers_ext.trainer.checkpoints import find_checkpoint
@@ -167,17 +173,15 @@ def has_unconditional(data: ImageData | StreamData) -> bool:
     """Whether an image has no label, of which it could have several, or an empty text."""
     if getattr(data, "texts", None) is None:
         return data.has_unlabelled
-    return any(not caption.strip() for caption in captions_of(data))
+    return has_empty_caption(data)
 
 
 def rows_of(data: ImageData | StreamData) -> dict[str, list | None]:
     """The rows of a sample grid: one for each label, or some of the captions."""
-    if data.id2label is None:
-        return {"labels": None, "names": None}
-    if getattr(data, "texts", None) is not None:
-        prompts = some_prompts(captions_of(data))
-        return {"prompts": prompts, "names": prompts}
-    return {"labels": data.used_labels, "names": [data.id2label[label] for label in data.used_labels]}
+    if getattr(data, "texts", None) is None:
+        return rows_by_label(data)
+    prompts = some_prompts(captions_of(data))
+    return {"prompts": prompts, "names": prompts}
 
 
 parse = partial(parse_config, DistillConfig, first="pipeline")

@@ -13,9 +13,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from diffusers_ext import GuidedDiffusionPipeline
 from diffusers_ext.conditions import ImageCondition
-from diffusers_ext.data.image_table import ImageData
 from diffusers_ext.data.latent_cache import SampleSpace, value_scale_of
-from diffusers_ext.data.stream import StreamData
 from diffusers_ext.hub.cards import DEFAULT_LIMITATIONS
 from diffusers_ext.options import fixed_option, run_script, takes_keywords, to_command
 from diffusers_ext.recipes.adapters import clipped_noise_of_run, save_adapter, without_adapter
@@ -36,7 +34,13 @@ from diffusers_ext.recipes.denoising_parts import (
 from diffusers_ext.recipes.fine_tuning import names_of_labels, pretrained_vae
 from diffusers_ext.recipes.image_condition import batch_maker, batch_options, condition_of_run, network_options
 from diffusers_ext.recipes.model_guidance import left_to_labels, unconditional_inputs
-from diffusers_ext.recipes.sample_grids import draw_while_training, drawing_cost, first_of, save_and_draw
+from diffusers_ext.recipes.sample_grids import (
+    draw_while_training,
+    drawing_cost,
+    first_of,
+    rows_by_label,
+    save_and_draw,
+)
 from diffusers_ext.recipes.training_path import build_scheduler
 from diffusers_ext.trainer.config import resolve_for_machine
 from diffusers_ext.trainer.loop import Trainer
@@ -93,7 +97,7 @@ def main(config: TrainConfig) -> Path:
         check_augmentation(config, data)
         condition = condition_of_run(config, data, space)
         held_out = load_validation(config, accelerator, data, vae)
-        rows = rows_of(data) if condition is None else condition_rows(config, condition, held_out, data)
+        rows = rows_by_label(data) if condition is None else condition_rows(config, condition, held_out, data)
         open_folder(config)
         of_image = network_options(config, condition, space)
         network = build_model(config, space, data.num_classes, learned_unconditional=unlabelled, **of_image)
@@ -153,13 +157,6 @@ def averaged_pipeline(
         )
         pipe.set_progress_bar_config(disable=True)
         yield pipe
-
-
-def rows_of(data: ImageData | StreamData) -> dict[str, list | None]:
-    """The rows of a sample grid: one for each label that images have."""
-    if data.id2label is None:
-        return {"labels": None, "names": None}
-    return {"labels": data.used_labels, "names": [data.id2label[label] for label in data.used_labels]}
 
 
 run = partial(run_script, TrainConfig, main)

@@ -15,7 +15,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from diffusers_ext import TextGuidedDiffusionPipeline
 from diffusers_ext.conditions import ImageCondition
-from diffusers_ext.data.captions import captions_of, find_caption_column, with_texts
+from diffusers_ext.data.captions import captions_of, find_caption_column, has_empty_caption, with_texts
 from diffusers_ext.data.image_table import ImageData
 from diffusers_ext.data.latent_cache import SampleSpace, prepare_samples
 from diffusers_ext.data.sequences import refuse_sequences
@@ -52,7 +52,7 @@ def main(config: TextConfig) -> Path:
         space = with_statistics(config, data, SampleSpace.of(data, vae), accelerator)
         config = dataclasses.replace(config, resolution=space.resolution, resize_mode=data.resize_mode)
         config.check_sample(space.shape[1:], space.resolution)
-        empty = config.caption_dropout > 0 or any(not caption.strip() for caption in captions_of(data))
+        empty = config.caption_dropout > 0 or has_empty_caption(data)
         refuse_unlearned_guidance(config, empty or config.drops_condition, "caption_dropout")
         unconditional = None
         if config.leads_targets:

@@ -130,6 +130,11 @@ def captions_of(data: ImageData) -> list[str]:
     return [data.id2label[number] for number in range(len(data.id2label))]
 
 
+def has_empty_caption(data: ImageData) -> bool:
+    """Whether an image has an empty text, which stands for any picture."""
+    return any(not caption.strip() for caption in captions_of(data))
+
+
 class TokenTable:
     """The tokens of each caption, for an encoder that is trained.
 

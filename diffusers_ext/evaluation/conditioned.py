@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffusers_ext.command_names import name_commands
 from diffusers_ext.conditions import GIVEN, ImageCondition
-from diffusers_ext.evaluation.labelled_images import convert_channels, drawn_order
+from diffusers_ext.evaluation.labelled_images import convert_channels, drawn_in_turn
 from diffusers_ext.evaluation.perceptual_distance import PerceptualDistance
 from diffusers_ext.evaluation.real_images import RealImages
 from diffusers_ext.figures import labelled_grid
@@ -50,8 +50,7 @@ class ConditionedImages:
         if real.captions is not None:  # whose texts go with the condition images
             held_out = held_out and len(real.captions.texts) == len(real.held_out)
         source = real.held_out if held_out else real.train
-        order = drawn_order(len(source), seed)
-        rows = order.repeat(-(-number // len(order)))[:number]
+        rows = drawn_in_turn(len(source), number, seed)
         truth = convert_channels(source.images, condition.image_channels)[rows]
         column = real.held_out_conditions if held_out else real.train_conditions
         conditions = condition_images(condition, truth, None if column is None else column[rows])

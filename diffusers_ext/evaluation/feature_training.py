@@ -5,7 +5,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -86,7 +86,8 @@ class FeatureTraining:
         model.train()
         with tqdm(total=num_steps, desc=title, disable=hidden) as progress:
             for epoch, done in enumerate(range(0, num_steps, len(loader)), start=1):
-                for images, labels in itertools.islice(loader, num_steps - done):
+                for batch in itertools.islice(loader, num_steps - done):
+                    images, labels = (each.to(accelerator.device) for each in batch)
                     with autocast:
                         loss = loss_of(model, images, labels, generator)
                     accelerator.backward(loss)
@@ -108,27 +109,13 @@ class _Alone:
         self.device = PartialState().device
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer, loader: DataLoader) -> tuple:
-        return model.to(self.device), optimizer, _OnDevice(loader, self.device)
+        return model.to(self.device), optimizer, loader
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
     def unwrap_model(self, model: nn.Module, keep_fp32_wrapper: bool) -> nn.Module:
         return model
-
-
-class _OnDevice:
-    """A loader whose batches come on a device."""
-
-    def __init__(self, loader: DataLoader, device: torch.device):
-        self.loader, self.device = loader, device
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator[list[Tensor]]:
-        for batch in self.loader:
-            yield [each.to(self.device) for each in batch]
 
 
 def fit_feature_classifier(train: LabelledImages, **settings) -> FeatureClassifierModel:

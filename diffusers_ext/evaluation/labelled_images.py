@@ -62,6 +62,12 @@ def drawn_order(count: int, seed: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
+def drawn_in_turn(count: int, number: int, seed: int) -> Tensor:
+    """Numbers of `number` of `count` examples: each once in the order that the seed draws, then again in this order; int64."""
+    order = drawn_order(count, seed)
+    return order.repeat(-(-number // count))[:number]
+
+
 def convert_channels(images: Tensor, channels: int) -> Tensor:
     """Colour to grey by its luma (ITU-R BT.601, as in Pillow's mode L), grey to colour by copies; else unchanged.
 

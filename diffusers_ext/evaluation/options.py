@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from diffusers_ext.data.config import DataConfig
 from diffusers_ext.data.latent_cache import read_info
-from diffusers_ext.evaluation.real_images import HELD_OUT_SPLITS
+from diffusers_ext.evaluation.real_images import HELD_OUT_SPLITS, is_test_split
 from diffusers_ext.options import check_options, option
 from diffusers_ext.untrusted import read_yaml_mapping
 
@@ -94,7 +94,7 @@ def take_options_of_run(
     if options.dataset_name in (None, saved.get("dataset_name")):  # of another data set, the options are others
         of_images = [field.name for field in dataclasses.fields(DataOptions) if field.name not in OF_MACHINE]
         names += [*of_data, *of_images]
-        if hold_out_validation and not (saved.get("validation_split") or "").startswith("test"):
+        if hold_out_validation and not is_test_split(saved.get("validation_split") or ""):
             saved = saved | {"held_out_split": saved.get("validation_split")}
     left = [name for name in names if getattr(options, name) is None and saved.get(name) is not None]
     taken = {name: tuple(saved[name]) if isinstance(saved[name], list) else saved[name] for name in left}

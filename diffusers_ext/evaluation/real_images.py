@@ -17,12 +17,18 @@ from diffusers_ext.data.label_columns import find_label_column
 from diffusers_ext.data.prepare import Sample, prepare_images
 from diffusers_ext.data.sequences import SequenceData
 from diffusers_ext.data.sources import load_source, split_names
-from diffusers_ext.evaluation.labelled_images import LabelledImages, drawn_order
+from diffusers_ext.evaluation.labelled_images import LabelledImages, drawn_in_turn
 from diffusers_ext.pixels import DEFAULT_WHITES, IMAGE_MODES, Whites, to_range
 from diffusers_ext.value_scale import ValueScale
 
 
 HELD_OUT_SPLITS = ("validation", "test", "valid", "val")
+
+
+def is_test_split(name: str) -> bool:
+    """Whether a split is one that nothing may be chosen by."""
+    return name.startswith("test")
+
 
 # PIL's mode of images of 1, 2, 3 and 4 channels.
 CHANNEL_MODES = tuple(IMAGE_MODES)
@@ -48,8 +54,7 @@ class Captions:
 
         It is the order in which `Evaluator.measure_held_out` takes the images.
         """
-        order = drawn_order(len(self.texts), seed)
-        rows = order.repeat(-(-count // len(order)))[:count]
+        rows = drawn_in_turn(len(self.texts), count, seed)
         return [self.texts[row] for row in rows.tolist()], None if self.labels is None else self.labels[rows]
 
     def describe(self) -> dict[str, str | int]:

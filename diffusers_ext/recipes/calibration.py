@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from diffusers_ext.calibration import report as reports
 from diffusers_ext.calibration.budget import SHORTEST_TRAINING, budget_of_training, shared
 from diffusers_ext.calibration.data import CalibrationOptions, Data
-from diffusers_ext.calibration.run import PRECISIONS, calibrate
+from diffusers_ext.calibration.run import calibrate
 from diffusers_ext.calibration.subject import BATCH_SIZE, Subject
 from diffusers_ext.evaluation.feature_folders import (
     FEATURES_FILE,
@@ -108,7 +108,7 @@ def calibrate_in_folder(trainer: Trainer, seconds: float, start: float, *, keeps
     config, folder, error = trainer.config, trainer.output_dir, None
     pipe = DiffusionPipeline.from_pretrained(folder).to(trainer.accelerator.device)
     how = {
-        "precision": next(dtype for dtype, name in PRECISIONS.items() if name == config.mixed_precision),
+        "mixed_precision": config.mixed_precision,
         "batch_size": min(config.eval_batch_size or config.train_batch_size, BATCH_SIZE),
     }
     subject = data = None
@@ -131,10 +131,11 @@ def calibrate_in_folder(trainer: Trainer, seconds: float, start: float, *, keeps
 def with_features(data: Data, seconds: float) -> tuple[Data, dict]:
     """The data with a network of features, if there is time for one; and what is to be said of it. In one process alone."""
     folder = cached_features_folder(data.real)
-    if data.real.can_be_classified and data.real.train.images.numel() <= MOST_TO_TRAIN_ON:
-        if not (folder / FEATURES_FILE).is_file():
-            train_and_save_features(data.real, folder, alone=True)
-    if (folder / FEATURES_FILE).is_file():
+    is_kept = (folder / FEATURES_FILE).is_file()
+    if not is_kept and data.real.can_be_classified and data.real.train.images.numel() <= MOST_TO_TRAIN_ON:
+        train_and_save_features(data.real, folder, alone=True)
+        is_kept = True
+    if is_kept:
         features, _ = load_features(folder)
         return dataclasses.replace(data, features=features.to(PartialState().device)), {}
     quick = quick_features(data.real, SHARE_OF_FEATURES * seconds)

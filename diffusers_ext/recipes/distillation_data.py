@@ -2,16 +2,12 @@
 
 import dataclasses
 from functools import partial
-from pathlib import Path
 
-import datasets
 import torch
 from accelerate import Accelerator
 
 from diffusers_ext.data.captions import (
-    EmbeddingTable,
     captions_of,
-    embed_captions,
     find_caption_column,
     with_texts,
 )
@@ -24,7 +20,7 @@ from diffusers_ext.evaluation.pipeline_facts import image_size_of, label_names_o
 from diffusers_ext.pipelines.pipeline_text_guided_diffusion import TextGuidedDiffusionPipeline
 from diffusers_ext.recipes.distillation import DistillConfig
 from diffusers_ext.recipes.teacher import Teacher
-from diffusers_ext.recipes.text_encoder import longest_caption
+from diffusers_ext.recipes.text_encoder import encoded_captions
 from diffusers_ext.trainer.run import describe_data
 
 
@@ -113,15 +109,18 @@ def _with_texts(
     config: DistillConfig, data: ImageData, pipe: TextGuidedDiffusionPipeline, device: torch.device
 ) -> ImageData:
     """The data with the hidden states that the pipeline's text encoder has of each caption, in a file that is mapped."""
-    captions, length = captions_of(data), pipe.max_text_length
-    if pipe.mask_padding:  # which need not be as long as it will be when images are made
-        length = min(length, longest_caption(pipe.tokenizer, [*captions, ""]))
-    folder = Path(config.cache_dir or datasets.config.HF_DATASETS_CACHE) / "diffusers_ext"
-    # In float32, which those of any encoder fit into.
-    how = {"max_length": length, "mask_padding": pipe.mask_padding, "dtype": "fp32", "folder": folder}
-    path = embed_captions(pipe.tokenizer, pipe.text_encoder.to(device), captions, **how)
-    pipe.text_encoder.to("cpu")  # each stage has a pipeline of its own
-    return with_texts(data, EmbeddingTable(path, False, pipe.mask_padding))
+    table = encoded_captions(
+        pipe.tokenizer,
+        pipe.text_encoder,
+        captions_of(data),
+        max_length=pipe.max_text_length,
+        mask_padding=pipe.mask_padding,
+        dtype="fp32",  # which the states of any encoder fit into
+        in_memory=False,
+        cache_dir=config.cache_dir,
+        device=device,
+    )
+    return with_texts(data, table)
 
 
 def _check_shape(teacher: Teacher, data: ImageData | StreamData, space: SampleSpace) -> None:

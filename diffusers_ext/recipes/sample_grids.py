@@ -15,6 +15,8 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
+from diffusers_ext.data.image_table import ImageData
+from diffusers_ext.data.stream import StreamData
 from diffusers_ext.evaluation.animation import as_shown
 from diffusers_ext.evaluation.generate import condition_of, sample_images, shared_by_processes
 from diffusers_ext.figures import labelled_grid, save_picture
@@ -100,6 +102,13 @@ def _pictures_of(
     of_rows = list(of_rows)[:MAX_ROWS]
     name = "labels" if prompts is None else "prompts"
     return len(of_rows), columns, {name: [row for row in of_rows for _ in range(columns)]}
+
+
+def rows_by_label(data: ImageData | StreamData) -> dict[str, list | None]:
+    """The rows of a grid: one for each label that images have."""
+    if data.id2label is None:
+        return {"labels": None, "names": None}
+    return {"labels": data.used_labels, "names": [data.id2label[label] for label in data.used_labels]}
 
 
 def first_of(rows: dict[str, Any]) -> dict[str, Any]:

@@ -99,7 +99,7 @@ class Teacher:
         """What stands for no label or for the empty text, by the names and of the shapes of these inputs."""
         if (labels := inputs.get("class_labels")) is not None:
             none = torch.zeros_like(labels)
-            return {"class_labels": none if labels.dtype == torch.bool else none.fill_(self.subject.pipe.null_label)}
+            return {"class_labels": none if labels.dtype == torch.bool else none.fill_(self.pipe.null_label)}
         states = inputs["encoder_hidden_states"]
         if self._empty is None:  # encoded once
             self._empty = self.pipe.encode_prompt([""])

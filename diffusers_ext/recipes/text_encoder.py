@@ -1,9 +1,10 @@
 """Text encoders for a training run: one that is there and stays as it is, or a small one of CLIP's kind made for it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 
+import datasets
 import torch
 import transformers
 from safetensors import SafetensorError
@@ -22,6 +23,7 @@ from transformers import (
 )
 
 from diffusers_ext.atomic_files import finish_replacing
+from diffusers_ext.data.captions import EmbeddingTable, embed_captions
 from diffusers_ext.guidance.texts import encode_tokens, longest_text, tokenize, width_of
 from diffusers_ext.untrusted import check_attention, check_component_folder
 
@@ -145,6 +147,36 @@ def _check_encoder(name: str, tokenizer: PreTrainedTokenizerBase, encoder: PreTr
             f"--pretrained_text_encoder {name} must have hidden states of its config's width, {width_of(encoder)}, got "
             f"{states.shape[-1]}"
         )
+
+
+def encoded_captions(
+    tokenizer: PreTrainedTokenizerBase,
+    text_encoder: PreTrainedModel,
+    captions: Sequence[str],
+    *,
+    max_length: int,
+    mask_padding: bool,
+    dtype: str,
+    in_memory: bool,
+    cache_dir: str | None,
+    device: torch.device,
+) -> EmbeddingTable:
+    """The hidden states that an encoder has of each caption, made on a device, which the encoder leaves again, and kept in a file.
+
+    Args:
+        max_length: Tokens at which a text is cut; those that are hidden where all texts are shorter are left out.
+        dtype: "fp16" or "fp32", in which they are kept.
+        in_memory: Read the file, rather than map it.
+        cache_dir: That of `datasets` if None.
+    """
+    # Padding that is seen must be as long as it will be when images are made; that which is not, need not.
+    if mask_padding:
+        max_length = min(max_length, max(longest_caption(tokenizer, captions), 3))
+    folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "diffusers_ext"
+    how = {"max_length": max_length, "mask_padding": mask_padding, "dtype": dtype, "folder": folder}
+    path = embed_captions(tokenizer, text_encoder.to(device), captions, **how)
+    text_encoder.to("cpu")  # until images are made
+    return EmbeddingTable(path, in_memory, mask_padding)
 
 
 class TextDenoiser(nn.Module):

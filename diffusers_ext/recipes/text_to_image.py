@@ -3,17 +3,15 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import datasets
 import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diffusers_ext.command_names import name_commands
 from diffusers_ext.data.bpe_dropout import BPEDropout
-from diffusers_ext.data.captions import EmbeddingTable, TokenTable, embed_captions
+from diffusers_ext.data.captions import EmbeddingTable, TokenTable
 from diffusers_ext.draws import derived_seed
 from diffusers_ext.guidance.texts import longest_text, masks_padding_by_default
 from diffusers_ext.options import fixed_option, option, takes_keywords
@@ -23,6 +21,7 @@ from diffusers_ext.recipes.pretrained import read_pretrained
 from diffusers_ext.recipes.sample_grids import MAX_ROWS
 from diffusers_ext.recipes.text_encoder import (
     SMALLEST_VOCABULARY,
+    encoded_captions,
     load_text_encoder,
     longest_caption,
     new_text_encoder,
@@ -247,24 +246,23 @@ class Texts:
 
     def table(self, captions: Sequence[str], device: torch.device) -> TokenTable | EmbeddingTable:
         """The tokens or embeddings that stand for the captions in a batch."""
-        # Padding that is seen must be as long as it will be when images are made; that which is not, need not.
-        length = self.max_length
-        if self.mask_padding:
-            length = min(length, max(_longest_division(self.dropout, self.tokenizer, captions), 3))
+        config = self.config
         if self.trained:
+            length = self.max_length  # of padding that is seen; that which is hidden need not be so long
+            if self.mask_padding:
+                length = min(length, max(_longest_division(self.dropout, self.tokenizer, captions), 3))
             return TokenTable(self.tokenizer, captions, length, self.dropout)
-        folder = Path(self.config.cache_dir or datasets.config.HF_DATASETS_CACHE) / "diffusers_ext"
-        path = embed_captions(
+        return encoded_captions(
             self.tokenizer,
-            self.text_encoder.to(device),
+            self.text_encoder,
             captions,
-            max_length=length,
+            max_length=self.max_length,
             mask_padding=self.mask_padding,
-            dtype=self.config.text_cache_dtype,
-            folder=folder,
+            dtype=config.text_cache_dtype,
+            in_memory=config.text_cache == "memory",
+            cache_dir=config.cache_dir,
+            device=device,
         )
-        self.text_encoder.to("cpu")  # until images are made
-        return EmbeddingTable(path, self.config.text_cache == "memory", self.mask_padding)
 
 
 def _longest_division(dropout: BPEDropout | None, tokenizer: PreTrainedTokenizerBase, captions: Sequence[str]) -> int:

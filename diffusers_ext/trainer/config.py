@@ -278,7 +278,7 @@ def resolve_for_machine(config: TrainerConfig) -> TrainerConfig:
     return dataclasses.replace(config, **changes)
 
 
-_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def describe_speed(config: TrainerConfig, device: str) -> str:
@@ -295,7 +295,7 @@ def describe_speed(config: TrainerConfig, device: str) -> str:
 
     best = fastest(device)
     used, there = (
-        words(_DTYPES[config.mixed_precision], config.channels_last),
+        words(DTYPES[config.mixed_precision], config.channels_last),
         words(best.precision, best.channels_last),
     )
     threads = torch.get_num_threads()

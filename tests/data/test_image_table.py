@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from diffusers_ext.commands.train_ddpm import rows_of
 from diffusers_ext.data.config import DataConfig
 from diffusers_ext.data.label_columns import fair_share, read_labels
 from diffusers_ext.data.prepare import prepare_images
 from diffusers_ext.data.sources import load_digits
+from diffusers_ext.recipes.sample_grids import rows_by_label
 
 
 RNG = np.random.default_rng(0)
@@ -252,7 +252,7 @@ def test_class_labels_without_images_are_named_and_keep_their_ids(parquet):
     data = prepare_images(folder)
     assert (data.num_classes, data.used_labels, data.labels.tolist()) == (3, [0, 2], [0, 2])
     assert data.notes == ("1 of 3 labels have no images and are not drawn: b",)
-    assert rows_of(data) == {"labels": [0, 2], "names": ["a", "c"]}
+    assert rows_by_label(data) == {"labels": [0, 2], "names": ["a", "c"]}
 
 
 @pytest.mark.parametrize(
