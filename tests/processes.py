@@ -5,6 +5,7 @@ What only the launcher does, its words and its handling of signals, is tested wi
 tests/training/test_train_ddpm.py and tests/training/test_launcher.py, and so is that a script runs under it.
 """
 
+import faulthandler
 import os
 import signal
 import sys
@@ -100,6 +101,28 @@ class Launched:
         return output
 
 
+def serve_store():
+    """A store by which ranks find one another, in a process of its own.
+
+    It answers in a thread, which asks for the names of those that connect. A fork made meanwhile would have the lock of
+    the names taken for good: whatever is to be forked is forked from a process without that thread.
+
+    Returns: The id of the process, which serves until it is killed or this one ends, and the port of its store.
+    """
+    parent, (reading, writing) = os.getpid(), os.pipe()
+
+    def serve():
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        os.write(writing, f"{store.port}\n".encode())
+        while os.getppid() == parent:
+            time.sleep(1)
+
+    server = fork(serve)
+    os.close(writing)
+    with os.fdopen(reading, encoding="utf-8") as lines:
+        return server, int(lines.readline())
+
+
 def in_ranks(work, number=2):
     """Runs `work` in so many processes, joined as those of `accelerate launch --num_processes NUMBER` on CPUs.
 
@@ -108,13 +131,14 @@ def in_ranks(work, number=2):
     Returns: What they printed.
 
     Raises:
-        AssertionError: if one of them fails, which ends the others, or hangs.
+        AssertionError: if one of them fails, which ends the others, or hangs: then it says where each of them was.
     """
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    shared = {"WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
+    server, port = serve_store()
+    shared = {"WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     shared |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0, "OMP_NUM_THREADS": 1}
 
     def joined(rank):
+        faulthandler.register(signal.SIGUSR1, file=sys.stderr)
         environment = shared | {"RANK": rank, "LOCAL_RANK": rank}
         os.environ |= {name: str(value) for name, value in environment.items()}
         forget_accelerate()
@@ -131,7 +155,11 @@ def in_ranks(work, number=2):
                 failed += [os.waitstatus_to_exitcode(status) for _, status in ended if status]
         finally:
             hung = list(running)
-            for child in hung:
+            if hung and not failed:
+                for child in hung:
+                    os.kill(child, signal.SIGUSR1)
+                time.sleep(1)
+            for child in (*hung, server):
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
         output.seek(0)
