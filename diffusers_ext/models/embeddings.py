@@ -78,7 +78,7 @@ class TimestepEmbedding(nn.Module):
         pooled_dim: int | None = None,
     ):
         super().__init__()
-        self.frequency_dim, self.endpoint = frequency_dim, endpoint
+        self.frequency_dim, self.endpoint, self.num_classes = frequency_dim, endpoint, num_classes
         self.linear_1 = nn.Linear(frequency_dim, dim)
         self.linear_2 = nn.Linear(dim, dim)
         self.class_embedding = None if num_classes is None else nn.Embedding(num_classes + 1, dim)
@@ -97,9 +97,7 @@ class TimestepEmbedding(nn.Module):
         embedding = self.linear_2(F.silu(self.linear_1(embedding)))
         if self.class_embedding is not None:
             if class_labels is None:
-                class_labels = timesteps.new_full(
-                    timesteps.shape, self.class_embedding.num_embeddings - 1, dtype=torch.long
-                )
+                class_labels = timesteps.new_full(timesteps.shape, self.num_classes, dtype=torch.long)
             embedding = embedding + self.embed_labels(class_labels).to(embedding.dtype)
         if self.context_embedding is not None:
             embedding = embedding + self.context_embedding(mean_of_tokens(context, mask))
@@ -112,15 +110,11 @@ class TimestepEmbedding(nn.Module):
         """
         if class_labels.ndim == 1:
             return self.class_embedding(class_labels)
-        weight = self.class_embedding.weight
-        if class_labels.shape[1] != len(weight) - 1:
-            raise ValueError(
-                f"class_labels must have shape (batch,), or (batch, {len(weight) - 1}) for sets of labels, got "
-                f"{tuple(class_labels.shape)}"
-            )
-        members = class_labels.to(weight.dtype)
+        # Looked up by the module, for whatever hooks, adapters or casts there are in it.
+        table = self.class_embedding(torch.arange(self.num_classes + 1, device=class_labels.device))
+        members = class_labels.to(table.dtype)
         none = 1 - members.amax(1, keepdim=True)
-        return torch.cat([members, none], dim=1) @ weight
+        return torch.cat([members, none], dim=1) @ table
 
 
 def embed_augmentation(layer: nn.Linear | None, augmentation: Tensor | None, sample: Tensor) -> Tensor | float:

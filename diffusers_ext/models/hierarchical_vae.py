@@ -150,6 +150,18 @@ class HierarchicalVAEModel(AutoencoderNetwork):
                 nn.init.zeros_(level.prior_out.weight)
                 nn.init.zeros_(level.prior_out.bias)
 
+    def enable_group_offload(self, onload_device, offload_device="cpu", offload_type="block_level", **options) -> None:
+        """Moves the weights of layers away until they are called, as `diffusers.ModelMixin.enable_group_offload`.
+
+        Raises:
+            ValueError: if it is by blocks: the prior and the posterior of a level share some, and are not called in turn.
+        """
+        if offload_type != "leaf_level":
+            raise ValueError(
+                f'offload_type must be "leaf_level", layer by layer, for this model, got {offload_type!r}'
+            )
+        super().enable_group_offload(onload_device, torch.device(offload_device), offload_type, **options)
+
     @property
     def num_latents(self) -> int:
         """Numbers of all levels of a sample."""

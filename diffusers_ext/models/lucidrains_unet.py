@@ -177,6 +177,7 @@ class LucidrainsUNetModel(Network):
 
     _no_split_modules = ["LucidrainsBlock", "LinearAttention", "FullAttention"]
     _repeated_blocks = ["LucidrainsBlock"]
+    _group_offload_block_modules = ["downs", "ups"]  # lists of the lists of each level's modules
 
     @register_to_config
     def __init__(

@@ -10,6 +10,7 @@ from diffusers.models.attention import AttentionMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from diffusers_ext.models.derivatives import in_torch_func
 from diffusers_ext.untrusted import check_config
 
 
@@ -84,27 +85,56 @@ def check_shape(sample: Tensor, channels: int, dims: int = 2, name: str = "sampl
         raise ValueError(f"{name} must have shape (batch, {channels}, {spatial}), got {tuple(sample.shape)}")
 
 
-def check_conditions(config, class_labels: Tensor | None, context: Tensor | None) -> None:
+def check_conditions(config, sample: Tensor, class_labels: Tensor | None, context: Tensor | None) -> None:
     """Refuses labels and contexts that a denoiser was not built for, and their absence where it needs them.
 
     Args:
         config: Of the denoiser, with `num_classes`, `learned_unconditional` and `cross_attention_dim`.
-        class_labels, context: As in the denoiser's `forward`.
+        sample, class_labels, context: As in the denoiser's `forward`.
 
     Raises:
-        ValueError: if one is missing, or given without need.
+        ValueError: if one is missing, given without need, of another shape, or out of range.
     """
     if (context is None) != (config.cross_attention_dim is None):
         raise ValueError(
             "encoder_hidden_states must be given exactly if the model has cross-attention, got "
             f"{'none' if context is None else tuple(context.shape)} for cross_attention_dim={config.cross_attention_dim}"
         )
-    if class_labels is not None and config.num_classes is None:
-        raise ValueError("class_labels were given to a model without labels: it was built with num_classes=None")
-    if class_labels is None and config.num_classes is not None and not config.learned_unconditional:
+    if context is not None and (context.ndim != 3 or context.shape[::2] != (len(sample), config.cross_attention_dim)):
+        raise ValueError(
+            f"encoder_hidden_states must have shape ({len(sample)}, tokens, {config.cross_attention_dim}), got "
+            f"{tuple(context.shape)}"
+        )
+    if class_labels is not None:
+        if config.num_classes is None:
+            raise ValueError("class_labels were given to a model without labels: it was built with num_classes=None")
+        _check_labels(class_labels, len(sample), config.num_classes, config.learned_unconditional)
+    elif config.num_classes is not None and not config.learned_unconditional:
         raise ValueError(
             "class_labels must be given: the model has no null label, since it was trained with a label on each image"
         )
+
+
+def _check_labels(class_labels: Tensor, batch_size: int, num_classes: int, has_null: bool) -> None:
+    is_sets = class_labels.ndim == 2
+    if class_labels.shape != ((batch_size, num_classes) if is_sets else (batch_size,)):
+        raise ValueError(
+            f"class_labels must be one for each of the {batch_size} samples, or sets of labels of shape "
+            f"({batch_size}, {num_classes}), got {tuple(class_labels.shape)}"
+        )
+    # On other devices the embedding checks the range itself, and a check here would wait for the device.
+    if class_labels.device.type != "cpu" or torch.compiler.is_compiling() or in_torch_func():
+        return
+    if is_sets:
+        outside = class_labels[(class_labels != 0) & (class_labels != 1)]
+        if len(outside):
+            raise ValueError(f"class_labels of sets must be zeros and ones, got {outside.tolist()}")
+        return
+    last = num_classes if has_null else num_classes - 1
+    outside = class_labels[(class_labels < 0) | (class_labels > last)]
+    if len(outside):
+        reason = "" if has_null else ", since the model has no null label"
+        raise ValueError(f"class_labels must be in [0, {last}]{reason}, got {outside.tolist()}")
 
 
 def check_num_classes(num_classes: int | None) -> None:

@@ -407,7 +407,7 @@ class UNetModel(Network):
         config = self.config
         check_shape(sample, config.in_channels, config.dims)
         check_size(sample.shape[2:], config.block_out_channels)
-        check_conditions(config, class_labels, context)
+        check_conditions(config, sample, class_labels, context)
 
 
 def check_options(in_channels, out_channels, block_out_channels, layers_per_block, head_dim, num_classes, dims):

@@ -95,6 +95,7 @@ class VAEModel(AutoencoderNetwork):
 
     _no_split_modules = ["VAEBlock"]
     _repeated_blocks = ["VAEBlock"]
+    _group_offload_block_modules = ["encoder", "decoder"]  # which `encode` and `decode` call, and not `forward`
 
     @register_to_config
     def __init__(

@@ -85,15 +85,6 @@ def test_a_pipeline_loads_in_a_precision_by_either_name(tmp_path):
         assert DiffusionPipeline.from_pretrained(tmp_path, **{name: torch.bfloat16}).denoiser.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize(
-    "options", [{"offload_type": "leaf_level"}, {"offload_type": "block_level", "num_blocks_per_group": 1}]
-)
-def test_weights_that_come_and_go_in_groups_compute_the_same(model, options):
-    expected = output_of(model)
-    model.enable_group_offload(onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), **options)
-    assert torch.equal(output_of(model), expected)
-
-
 def test_weights_stored_in_fewer_bits_compute_nearly_the_same(model):
     expected = output_of(model)
     model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)

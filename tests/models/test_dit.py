@@ -167,24 +167,13 @@ def test_a_config_that_cannot_work_is_refused(config, message):
         ({"sample": draw(2, 3, 8, 8)}, r"shape \(batch, 4, height, width\), got \(2, 3, 8, 8\)"),
         ({"class_labels": torch.tensor([0, 4])}, r"class_labels must be in \[0, 3\], got \[4\]"),
         ({"class_labels": torch.tensor([-1, 999])}, r"got \[-1, 999\]"),
-        ({"class_labels": torch.tensor([0, 1, 2])}, r"one for each of the 2 samples, got \(3,\)"),
+        ({"class_labels": torch.tensor([0, 1, 2])}, r"one for each of the 2 samples, or sets .*, got \(3,\)"),
         ({"encoder_hidden_states": draw(2, 3, 8)}, "cross_attention_dim=None"),
     ],
 )
 def test_an_input_that_does_not_fit_is_refused(kwargs, message):
     with pytest.raises(ValueError, match=message):
         tiny(num_classes=3)(**({"sample": draw(2, 4, 8, 8), "timestep": 3} | kwargs))
-
-
-def test_a_context_that_does_not_fit_is_refused():
-    for context in (draw(2, 3, 9), draw(3, 3, 8), draw(2, 8)):
-        with pytest.raises(ValueError, match=r"encoder_hidden_states must have shape \(2, tokens, 8\), got"):
-            tiny(cross_attention_dim=8)(draw(2, 4, 8, 8), 3, None, context)
-
-
-def test_labels_of_a_model_without_labels_are_refused():
-    with pytest.raises(ValueError, match="num_classes=None"):
-        tiny()(draw(2, 4, 8, 8), 3, torch.tensor([0, 1]))
 
 
 def test_no_label_is_the_null_label_and_so_is_that_of_diffusers():
