@@ -7,6 +7,9 @@ say: one number, or one for each channel. Some VAEs of diffusers have `latents_m
 beside them; the shift is then that mean, and the scale `scaling_factor / latents_std`.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Generator, Tensor, nn
 
@@ -27,6 +30,11 @@ def check_one_level(vae: nn.Module, name: str = "vae") -> None:
                 "training/train_vae.py --architecture conv"
             )
         )
+
+
+def image_channels(config: Mapping[str, Any]) -> int:
+    """Channels of the images that an autoencoder decodes, by its config; those of diffusers may say but what they take."""
+    return config.get("out_channels", config["in_channels"])
 
 
 def latent_scale(vae: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,8 +95,10 @@ def encode_latents(
     """
     check_one_level(vae)
     encoded = vae.encode(images.to(vae.dtype))
-    if not hasattr(encoded, "latent_dist"):  # of a VQModel, which has one code for an image and no posterior
-        return normalize_latents(vae, encoded.latents)
+    if not hasattr(
+        encoded, "latent_dist"
+    ):  # of a VQModel or an AutoencoderDC: one code for an image, and no posterior
+        return normalize_latents(vae, encoded[0])
     posterior = encoded.latent_dist
     if not sample:
         return normalize_latents(vae, posterior.mode())

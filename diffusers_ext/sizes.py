@@ -1,6 +1,7 @@
 """Sizes of samples: one number or one for each axis, and what halving them at each resolution allows."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 def as_size(size: int | Sequence[int], dims: int = 2, name: str = "sample_size") -> tuple[int, ...]:
@@ -18,6 +19,12 @@ def as_size(size: int | Sequence[int], dims: int = 2, name: str = "sample_size")
 def downsampling_factor(block_out_channels: Sequence[int]) -> int:
     """Ratio of a sample's side to that of the lowest resolution, of which each is half of the one before."""
     return 2 ** (len(block_out_channels) - 1)
+
+
+def compression(config: Mapping[str, Any]) -> int:
+    """Ratio of an image's side to that of its latents, by the config of an autoencoder, of this package or of diffusers."""
+    widths = config.get("block_out_channels") or config.get("encoder_block_out_channels") or (0,)
+    return downsampling_factor(widths)
 
 
 def check_size(size: Sequence[int], block_out_channels: Sequence[int], name: str = "the sample") -> None:

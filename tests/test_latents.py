@@ -1,7 +1,10 @@
 import pytest
 import torch
+from diffusers import AutoencoderDC
 
-from diffusers_ext.latents import decode_latents, encode_latents, normalize_latents
+from diffusers_ext import ExtDDIMScheduler, GuidedDiffusionPipeline, UNetModel
+from diffusers_ext.latents import decode_latents, encode_latents, image_channels, normalize_latents
+from diffusers_ext.sizes import compression
 from tiny_vae import tiny_vae
 
 
@@ -65,3 +68,25 @@ def test_a_scale_that_cannot_be_used_is_refused(config, message):
         decode_latents(vae, torch.zeros(1, 4, 4, 4))
     with pytest.raises(ValueError, match=message), torch.no_grad():
         encode_latents(vae, images())
+
+
+@torch.no_grad()
+def test_an_autoencoder_without_a_posterior_is_one_like_any_other():
+    """`AutoencoderDC` names its widths, its output and the number of its channels in ways of its own."""
+    torch.manual_seed(0)
+    blocks = {f"{half}_block_types": "ResBlock" for half in ("encoder", "decoder")}
+    widths = {f"{half}_block_out_channels": (8, 16) for half in ("encoder", "decoder")}
+    layers = {f"{half}_layers_per_block": (1, 1) for half in ("encoder", "decoder")}
+    scales = {f"{half}_qkv_multiscales": ((), ()) for half in ("encoder", "decoder")}
+    vae = AutoencoderDC(3, 4, 4, **blocks, **widths, **layers, **scales, scaling_factor=0.5).eval()
+    x = images()
+    z = encode_latents(vae, x)
+    torch.testing.assert_close(z, vae.encode(x).latent * 0.5)
+    assert (
+        z.shape == (3, 4, 8 // compression(vae.config), 8 // compression(vae.config))
+        and image_channels(vae.config) == 3
+    )
+    unet = UNetModel(4, 4, 4, block_out_channels=(8, 16), layers_per_block=1)
+    pipe = GuidedDiffusionPipeline(unet, ExtDDIMScheduler(clip_sample=False), vae=vae)
+    edited = pipe(image=(x + 1) / 2, strength=0.5, num_inference_steps=4, output_type="pt").images
+    assert edited.shape == (3, 3, 8, 8)

@@ -6,6 +6,7 @@ from diffusers import ModelMixin
 
 from diffusers_ext.guidance.labels import num_classes_of
 from diffusers_ext.pipelines.call_defaults import DEFAULT_NUM_STEPS
+from diffusers_ext.sizes import compression
 
 
 def num_labels_of(pipeline) -> int | None:
@@ -39,7 +40,7 @@ def image_size_of(pipeline) -> tuple[int, ...]:
         if size is not None:
             sides = (size,) * config.get("dims", 2) if isinstance(size, int) else size
             vae = getattr(pipeline, "vae", None)
-            scale = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+            scale = 1 if vae is None else compression(vae.config)
             return tuple(side * scale for side in sides)
     raise ValueError(f"the size of the images of {type(pipeline).__name__} is not in its configs: give --resolution")
 

@@ -358,18 +358,24 @@ def _slots_of_labels(weights: Tensor, null: Tensor) -> tuple[list[tuple[Tensor, 
     return list(zip(labels.unbind(1), ordered.unbind(1), strict=True)), _needs_null(weights)
 
 
+# Of weights that are to add up to 1: they are rounded to float32, each of them.
+SUM_TOLERANCE = 1e-5
+
+
 def _needs_null(weights: Tensor) -> bool:
-    return bool((weights.sum(1) != 1).any())
+    return bool(((weights.double().sum(1) - 1).abs() > SUM_TOLERANCE).any())
 
 
 def classifier_gradient(context: StepContext) -> Tensor:
     """The gradient of log p(label | x_t) in x_t by the classifier, shape and dtype of x_t."""
     classifier = context.classifier
-    with torch.enable_grad():
-        x_t = context.x_t.detach().requires_grad_()
-        logits = classifier(x_t.to(classifier.dtype), context.timestep.expand(len(x_t)), return_dict=False)[0]
+    with torch.inference_mode(False), torch.enable_grad():
+        # Copies, since tensors that were made in inference mode cannot be differentiated.
+        x_t, timestep, labels = context.x_t.clone(), context.timestep.clone(), context.class_labels.clone()
+        x_t.requires_grad_()
+        logits = classifier(x_t.to(classifier.dtype), timestep.expand(len(x_t)), return_dict=False)[0]
         wide = torch.promote_types(logits.dtype, torch.float32)
-        of_labels = logits.log_softmax(-1, dtype=wide).gather(1, context.class_labels[:, None])
+        of_labels = logits.log_softmax(-1, dtype=wide).gather(1, labels[:, None])
         return torch.autograd.grad(of_labels.sum(), x_t)[0]
 
 

@@ -23,9 +23,9 @@ Interval = tuple[float, float] | Mapping[str, tuple[float, float]]
 
 
 @contextmanager
-def without_notice() -> Iterator[None]:
-    """Makes guiders without diffusers' notice that they may change, which is for users who name one themselves."""
-    notice = logging.getLogger("diffusers.guiders.guider_utils")
+def without_notice(logger: str = "diffusers.guiders.guider_utils") -> Iterator[None]:
+    """Keeps a logger silent; by default that of diffusers' guiders, whose notice is for users who name one themselves."""
+    notice = logging.getLogger(logger)
     before, notice.disabled = notice.disabled, True
     try:
         yield

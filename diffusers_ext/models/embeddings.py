@@ -110,6 +110,11 @@ class TimestepEmbedding(nn.Module):
         """
         if class_labels.ndim == 1:
             return self.class_embedding(class_labels)
+        if class_labels.shape[1] != self.num_classes:
+            raise ValueError(
+                f"class_labels must have shape (batch,), or (batch, {self.num_classes}) for sets of labels, got "
+                f"{tuple(class_labels.shape)}"
+            )
         # Looked up by the module, for whatever hooks, adapters or casts there are in it.
         table = self.class_embedding(torch.arange(self.num_classes + 1, device=class_labels.device))
         members = class_labels.to(table.dtype)

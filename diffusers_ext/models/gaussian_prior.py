@@ -79,10 +79,18 @@ class GaussianPriorModel(Float32Network):
             rank: Number of components; by default all up to `MOST_NUMBERS` numbers, or else `DEFAULT_RANK`.
 
         Raises:
-            ValueError: if there are fewer than 2 samples, or they are not finite.
+            ValueError: if there are fewer than 2 samples, or they are not finite; or if labels and their number are not both
+                given, or do not fit.
         """
         if len(x0) < 2 or not x0.isfinite().all():
             raise ValueError(f"x0 must be at least 2 finite samples, got {len(x0)}")
+        if (labels is None) != (num_classes is None):
+            raise ValueError("labels and num_classes must be given together, or neither")
+        if labels is not None:
+            if labels.shape != x0.shape[:1]:
+                raise ValueError(f"labels must be one for each of the {len(x0)} samples, got {tuple(labels.shape)}")
+            if not ((labels >= 0) & (labels <= num_classes)).all():
+                raise ValueError(f"labels must be in [0, {num_classes}], got {labels.min()} to {labels.max()}")
         shape, rows = x0.shape[1:], 1 if num_classes is None else num_classes + 1
         if rank is None:
             rank = x0[0].numel() if rows * x0[0].numel() ** 2 <= MOST_NUMBERS else DEFAULT_RANK

@@ -7,6 +7,13 @@ from typing import Any
 from diffusers.loaders.lora_base import LoraBaseMixin
 from torch import Tensor
 
+from diffusers_ext.guidance.guiding import without_notice
+from diffusers_ext.pipelines.stock import STOCK_NAMES
+
+
+# Says of each prefix that there is nothing with it.
+LOADER_OF_ADAPTERS = "diffusers.loaders.peft"
+
 
 class AdapterMixin(LoraBaseMixin):
     """`load_lora_weights` and what goes with it, for a pipeline with a `denoiser`; needs `peft`.
@@ -25,9 +32,26 @@ class AdapterMixin(LoraBaseMixin):
             name: A folder or a name on the Hub, with `pytorch_lora_weights.safetensors`; or its tensors by name.
             adapter_name: By which it is chosen later; by default a number.
             kwargs: As for `diffusers.loaders.peft.PeftAdapterMixin.load_lora_adapter`, such as `weight_name` and `revision`.
+
+        Raises:
+            ValueError: if there is no layer of a denoiser in it.
         """
         kwargs = {"use_safetensors": True, "_pipeline": self} | kwargs
-        self.denoiser.load_lora_adapter(name, prefix="denoiser", adapter_name=adapter_name, **kwargs)
+        before = self._adapters_of_denoiser()
+        for prefix in STOCK_NAMES["denoiser"]:  # by which the names of layers begin in the file
+            with without_notice(LOADER_OF_ADAPTERS):
+                self.denoiser.load_lora_adapter(name, prefix=prefix, adapter_name=adapter_name, **kwargs)
+            if self._adapters_of_denoiser() != before:
+                return
+        if kwargs.get("hotswap"):  # into an adapter that there was
+            return
+        raise ValueError(
+            f"an adapter must have layers whose names begin with one of {', '.join(STOCK_NAMES['denoiser'])}, and this one has none: it is of "
+            "something else, such as a text encoder alone"
+        )
+
+    def _adapters_of_denoiser(self) -> set[str]:
+        return set(getattr(self.denoiser, "peft_config", None) or {})
 
     @classmethod
     def save_lora_weights(

@@ -41,8 +41,10 @@ class CallCondition:
         self.weighted = named.weighted
         self.default_guidance_scale = named.default_guidance_scale if named.can_guide(pipe) else None
         self.image = _read_image(pipe, condition_image)
+        if self.image is not None:
+            self.image = named.for_each_image(self.image)
         self.noise_level = _check_noise_level(pipe.image_condition, self.image, condition_noise_level)
-        self.masks = masks_for(pipe, regions)
+        self.masks = [named.for_each_image(mask) for mask in masks_for(pipe, regions)]
         self.per_image = named.per_image | {"condition_image": self.image}
         self.per_image |= {f"the mask of regions[{index}]": mask for index, mask in enumerate(self.masks)}
         self._noised: Tensor | None = None
@@ -60,6 +62,10 @@ class CallCondition:
     def can_guide(self, pipe) -> bool:
         """Whether there is a condition, and one without it to lead away from."""
         return self.named.can_guide(pipe) or self.can_drop_image or bool(self.regions)
+
+    def for_each_image(self, values: Tensor) -> Tensor:
+        """Images or masks of which there may be one for each prompt, as often as each prompt has images."""
+        return self.named.for_each_image(values)
 
     def draw_noise(self, batch_size: int, generator, device: torch.device) -> None:
         """Puts noise of the asked level into the condition image, before the start noise is drawn; none at level 0."""

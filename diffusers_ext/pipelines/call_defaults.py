@@ -18,16 +18,15 @@ CALL_DEFAULTS = ("num_inference_steps", "guidance_scale", "guidance_interval", "
 # Arguments of a call that say where it starts, beside which the default does not count.
 SAYS_START = ("start_timestep", "latents", "image", "timesteps")
 
-# Arguments of a call that say how to guide, with the value that says nothing: one that does takes the place of all the defaults
-# of guidance, which were chosen together.
-OF_GUIDANCE = {
+# Arguments of a call that say by what to guide, with the value that says nothing: one that does takes the place of all the
+# defaults of guidance, which were chosen together. Those that say where, and how much of it, are about what there is.
+SAYS_GUIDANCE = {
     "guider": None,
     "guidance_scale": None,
-    "guidance_interval": None,
-    "guidance_rescale": 0.0,
     "classifier_scale": 0.0,
     "internal_guidance_scale": 1.0,
 }
+OF_GUIDANCE = ("guidance_scale", "guidance_interval")
 
 
 def check_call_defaults(defaults: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -79,7 +78,7 @@ def with_defaults(given: Mapping[str, Any], defaults: Mapping[str, Any] | None, 
         filled["num_inference_steps"] = defaults.get("num_inference_steps", DEFAULT_NUM_STEPS)
     if all(given.get(name) is None for name in SAYS_START) and "start_timestep" in defaults:
         filled["start_timestep"] = defaults["start_timestep"]
-    silent = all(given.get(name, nothing) == nothing for name, nothing in OF_GUIDANCE.items())
+    silent = all(given.get(name, nothing) == nothing for name, nothing in SAYS_GUIDANCE.items())
     if can_guide and silent:
-        filled |= {name: value for name, value in defaults.items() if name in OF_GUIDANCE}
+        filled |= {name: defaults[name] for name in OF_GUIDANCE if name in defaults and given.get(name) is None}
     return filled

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from diffusers_ext.command_names import name_commands
 from diffusers_ext.guidance.labels import num_classes_of
 from diffusers_ext.guidance.texts import context_width, longest_text, width_of
-from diffusers_ext.latents import check_one_level
+from diffusers_ext.latents import check_one_level, image_channels
 from diffusers_ext.models.statistics import DataStatisticsModel, check_statistics
 from diffusers_ext.models.vae import VAEModel
 from diffusers_ext.pipelines.stock import check_stock_denoiser
@@ -38,6 +38,7 @@ def check_components(
         _check_vae(vae, denoiser)
     check_statistics(statistics, in_channels, _size(denoiser.config.sample_size, _dims(denoiser)), num_classes)
     if weak_denoiser is not None:
+        check_stock_denoiser(weak_denoiser, with_texts, "weak_denoiser")
         for key in ("in_channels", "sample_size"):
             theirs, ours = weak_denoiser.config[key], denoiser.config[key]
             if _size(theirs, 2) != _size(ours, 2):
@@ -50,6 +51,11 @@ def check_components(
         if theirs not in (0, ours):
             raise ValueError(f"weak_denoiser must have no condition_channels or the denoiser's {ours}, got {theirs}")
     if classifier is not None:
+        if "out_channels" in classifier.config:
+            raise ValueError(
+                f"classifier must have logits of labels, as NoisyClassifierModel, got a {type(classifier).__name__}, which "
+                "is a denoiser"
+            )
         if classifier.config.in_channels != in_channels:
             raise ValueError(
                 f"classifier must take the denoiser's {in_channels} channels, got {classifier.config.in_channels}"
@@ -75,7 +81,7 @@ def check_value_scale(value_scale: dict | None, denoiser: nn.Module, vae: nn.Mod
     scale = ValueScale.of_config(value_scale)
     if denoiser.config.get("dims", 2) != 1:
         raise ValueError("value_scale is of sequences, and the denoiser makes images: leave it out")
-    channels = denoiser.config.in_channels if vae is None else vae.config.out_channels
+    channels = denoiser.config.in_channels if vae is None else image_channels(vae.config)
     if scale.channels != channels:
         raise ValueError(
             f"value_scale must have a shift and a scale for each of {channels} channels, got {scale.channels}"

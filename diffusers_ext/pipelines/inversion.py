@@ -99,8 +99,10 @@ class InversionMixin:
         Raises:
             ValueError: if an argument does not fit the model.
         """
-        if num_images < 2:
-            raise ValueError(f"num_images must be at least 2, the two ends, got {num_images}")
+        if isinstance(num_images, bool) or not isinstance(num_images, int) or num_images < 2:
+            raise ValueError(f"num_images must be an integer of at least 2, the two ends, got {num_images!r}")
+        output_type = output_type or self._default_output
+        self._check_output_type(output_type)
         condition = LabelCondition(self, class_labels)
         if condition.labels is not None and len(condition.labels) != 1:
             raise ValueError("class_labels must be one label for all images of an interpolation")
@@ -119,11 +121,12 @@ class InversionMixin:
         sampler, _ = deterministic(self.scheduler)
         sampler.set_timesteps(num_inference_steps, device=device)
         predict = self._denoiser(sampler, None, whole, num_images, device)
-        for t in sampler.timesteps:
-            x = sampler.step(predict(x, t), t, x).prev_sample
+        with self._precision():
+            for t in sampler.timesteps:
+                x = sampler.step(predict(x, t)[:, : x.shape[1]], t, x).prev_sample
         labels = labels_of_data(self.statistics, condition)
         images = decode_images(
-            *(x, self.vae, output_type or self._default_output),
+            *(x, self.vae, output_type),
             statistics=self.statistics,
             labels=labels,
             value_scale=self._value_scale,

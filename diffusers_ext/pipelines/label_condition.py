@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from numbers import Real
 from typing import Any, TypeAlias
 
@@ -67,6 +67,10 @@ class LabelCondition:
     def can_guide(self, pipe: "LabelledMixin") -> bool:
         """Whether there are labels, and a null label to lead away from."""
         return self.labels is not None and pipe.null_label is not None
+
+    def for_each_image(self, values: Tensor) -> Tensor:
+        """What is given once for each label, as it is, since each image has a label of its own."""
+        return values
 
     def inputs(self, pipe: "LabelledMixin", batch_size: int, device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
         """Pairs of labels and null labels, each of shape `(batch,)`, or multi-hot or weights `(batch, num_classes)`.
@@ -165,6 +169,28 @@ def _as_sets(labels: Tensor, num_classes: int) -> Tensor:
     return torch.nn.functional.one_hot(labels, num_classes + 1)[:, :num_classes].bool()  # none for the null label
 
 
+def check_label_names(id2label: Mapping[Any, str] | None, num_classes: int | None) -> dict[str, str] | None:
+    """Names of labels as they are saved: by the number of each as a text, as JSON has it.
+
+    Args:
+        id2label: From ids of labels to their names.
+        num_classes: Of the pipeline; `None` for one without labels.
+
+    Raises:
+        ValueError: if there is a name for what is no label.
+    """
+    if id2label is None:
+        return None
+    names = {str(label): name for label, name in id2label.items()}
+    if num_classes is None:
+        return names
+    known = {str(label) for label in range(num_classes)}
+    if unknown := [label for label in names if label not in known]:
+        some = ", ".join(map(repr, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
+        raise ValueError(f"id2label must name labels from 0 to {len(known) - 1}, got names of {some}")
+    return names
+
+
 class LabelledMixin:
     """Labels by id and by name, for a pipeline with a `denoiser`, perhaps a `classifier`, and `id2label` in its config."""
 
@@ -223,12 +249,12 @@ class LabelledMixin:
         Raises:
             ValueError: for a label that the model does not have, or if the images have different kinds.
         """
-        if isinstance(class_labels, Mapping):
+        if isinstance(class_labels, Mapping | Set):
             class_labels = [class_labels]
         if isinstance(class_labels, Tensor | np.ndarray) and class_labels.ndim == 2:
             return self._multi_hot(torch.as_tensor(class_labels))
         is_sequence = isinstance(class_labels, list | tuple)
-        if not (is_sequence and any(isinstance(each, Mapping | list | tuple | set) for each in class_labels)):
+        if not (is_sequence and any(isinstance(each, Mapping | list | tuple | Set) for each in class_labels)):
             return torch.tensor(self.get_label_ids(class_labels), dtype=torch.int64)
         weighted = isinstance(class_labels[0], Mapping)
         if any(isinstance(each, Mapping) != weighted for each in class_labels):
@@ -238,7 +264,7 @@ class LabelledMixin:
         rows = torch.zeros(len(class_labels), self.num_classes)
         for row, labels in zip(rows, class_labels, strict=True):
             if not isinstance(labels, Mapping):
-                members = labels if isinstance(labels, list | tuple | set) else [labels]
+                members = labels if isinstance(labels, list | tuple | Set) else [labels]
                 labels = dict.fromkeys(members, 1.0)
             for label, weight in labels.items():
                 number = self._label_id(label)
@@ -263,9 +289,16 @@ class LabelledMixin:
         return self._sets(class_labels.bool())
 
     def _label_id(self, label: int | str) -> int:
+        if isinstance(label, Tensor | np.ndarray) and label.ndim == 0:
+            label = label.item()
         if isinstance(label, str):
             if label not in self.labels:
                 raise ValueError(f"class_labels has no label named {label!r}; {self._names_like(label)}")
+            same = [number for number, name in self.config.id2label.items() if name == label]
+            if len(same) > 1:
+                raise ValueError(
+                    f"{label!r} is the name of the labels {', '.join(same)}: give the number of one of them"
+                )
             return self.labels[label]
         if isinstance(label, bool) or not isinstance(label, int | np.integer):
             raise ValueError(f"class_labels must be ids or names, got {label!r}")

@@ -30,6 +30,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from diffusers_ext.draws import as_generators
+from diffusers_ext.latents import image_channels
 from diffusers_ext.pipelines.call_condition import CallCondition
 from diffusers_ext.pipelines.call_defaults import with_defaults
 from diffusers_ext.pipelines.components import check_components
@@ -192,9 +193,9 @@ class EncodeImages(Block):
         if values.image is None:
             return
         check_components(parts.denoiser, parts.vae, statistics=parts.statistics)
-        values.pixels = parts._to_pixels(values.image, parts._execution_device)
+        values.pixels = values.condition.for_each_image(parts._to_pixels(values.image, parts._execution_device))
         if values.mask_image is not None:
-            values.mask = parts._to_mask(values.mask_image, values.pixels)
+            values.mask = values.condition.for_each_image(parts._to_mask(values.mask_image, values.pixels))
         labels = labels_of_data(parts.statistics, values.condition)
         values.image_latents = encode_pixels(values.pixels, parts.vae, parts._sample_shape, parts.statistics, labels)
 
@@ -358,7 +359,7 @@ class DecodeImages(Block):
         ARGUMENTS.options(output_type=values.output_type)
         x, vae = values.latents, parts.vae
         output_type = values.output_type or default_output_type(x.ndim - 2)
-        check_output_type(output_type, x.shape[1] if vae is None else vae.config.out_channels, x.ndim - 2)
+        check_output_type(output_type, x.shape[1] if vae is None else image_channels(vae.config), x.ndim - 2)
         labels = None if values.condition is None else labels_of_data(parts.statistics, values.condition)
         values.images = decode_images(
             *(x, vae, output_type, values.pixels, values.mask, parts.statistics, labels),

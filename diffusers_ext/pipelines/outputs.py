@@ -66,8 +66,13 @@ def default_output_type(dims: int) -> str:
     return "pil" if dims == 2 else "np"
 
 
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
 def check_output_type(output_type: str, channels: int, dims: int) -> None:
-    """Refuses pictures of samples that are none: of another number of channels, or of a sequence."""
+    """Refuses what is no type of output, and pictures of samples that are none: of other channels, or of a sequence."""
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
     if output_type == "pil" and (channels not in (1, 3, 4) or dims != 2):
         raise ValueError(
             f"output_type must be 'np' or 'pt' for this model: 'pil' is for images of 1, 3 or 4 channels, and its "

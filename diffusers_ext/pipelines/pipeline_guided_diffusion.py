@@ -19,7 +19,7 @@ from diffusers_ext.pipelines.call_defaults import check_call_defaults
 from diffusers_ext.pipelines.components import check_clipped_noise, check_components, check_value_scale
 from diffusers_ext.pipelines.image_inputs import ImageInput
 from diffusers_ext.pipelines.inversion import InversionMixin
-from diffusers_ext.pipelines.label_condition import Label, LabelCondition, LabelledMixin, Labels
+from diffusers_ext.pipelines.label_condition import Label, LabelCondition, LabelledMixin, Labels, check_label_names
 from diffusers_ext.pipelines.loading import FromPipeMixin, SavedWithCodeMixin, replaceable
 from diffusers_ext.pipelines.outputs import GuidedDiffusionPipelineOutput
 from diffusers_ext.pipelines.regions import read_regions
@@ -112,8 +112,7 @@ class GuidedDiffusionPipeline(
             statistics=statistics,
             prior=prior,
         )
-        # JSON turns the keys into strings, and so does this, so that a saved pipeline equals the loaded one.
-        self.register_to_config(id2label=None if id2label is None else {str(k): v for k, v in id2label.items()})
+        self.register_to_config(id2label=check_label_names(id2label, self.num_classes))
         clip_guided_noise = check_clipped_noise(clip_guided_noise)
         self.register_to_config(clip_guided_noise=clip_guided_noise, call_defaults=check_call_defaults(call_defaults))
         image_condition_of(denoiser, image_condition, vae)  # which checks it

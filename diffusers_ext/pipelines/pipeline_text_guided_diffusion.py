@@ -157,7 +157,8 @@ class TextGuidedDiffusionPipeline(
             guidance_scale: Weight of classifier-free guidance, at least 0; 1 is none. `None` for the guider of the pipeline, or
                 without one what `call_defaults` say, or 4; or 1 where there is nothing to lead away from: no negative text, and a
                 denoiser that was trained without empty texts, or no encoder. Not to be given together with a guider.
-            num_images_per_prompt: Images of each prompt; they come one after the other, prompt by prompt.
+            num_images_per_prompt: Images of each prompt; they come one after the other, prompt by prompt. Images and masks may be
+                given once for each prompt too.
             prompt_embeds: In place of `prompt`, hidden states `(prompts, tokens, cross_attention_dim)`.
             prompt_attention_mask: 1 or true at the tokens to attend to, shape `(prompts, tokens)`; by default all.
             negative_prompt_embeds, negative_prompt_attention_mask: The same in place of `negative_prompt`, for one
@@ -171,19 +172,16 @@ class TextGuidedDiffusionPipeline(
         Raises:
             ValueError: if an argument does not fit the model, the scheduler or another argument.
         """
-        regions = read_regions(regions)
-        texts = TextCondition(
-            self,
-            texts_or_embeds("prompt", prompt, prompt_embeds, prompt_attention_mask),
-            texts_or_embeds(
-                "negative_prompt", negative_prompt, negative_prompt_embeds, negative_prompt_attention_mask
-            ),
-            num_images_per_prompt,
-            [region.condition for region in regions],
-        )
-        condition = CallCondition(self, texts, regions, condition_image, condition_noise_level)
-        if isinstance(generator, list | tuple):
-            texts.check_count("generator", len(generator))
         call = CallOptions.of(locals())
+        prompts = texts_or_embeds("prompt", prompt, prompt_embeds, prompt_attention_mask)
+        negative = texts_or_embeds(
+            "negative_prompt", negative_prompt, negative_prompt_embeds, negative_prompt_attention_mask
+        )
         with self._precision():
+            regions = read_regions(regions)
+            named = [region.condition for region in regions]
+            texts = TextCondition(self, prompts, negative, num_images_per_prompt, named)
+            condition = CallCondition(self, texts, regions, condition_image, condition_noise_level)
+            if isinstance(generator, list | tuple):
+                texts.check_count("generator", len(generator))
             return self._sample(condition, call)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffusers_ext.pipelines.image_inputs import ImageInput, soft_mask_to_tensor
-from diffusers_ext.sizes import downsampling_factor
+from diffusers_ext.sizes import compression
 
 
 class Region(NamedTuple):
@@ -53,7 +53,7 @@ def masks_for(pipe, regions: Sequence[Region]) -> list[Tensor]:
         ValueError: if a mask is not of the size of the images, or has values outside of [0, 1].
     """
     spatial = tuple(pipe._sample_shape[1:])
-    factor = 1 if pipe.vae is None else downsampling_factor(pipe.vae.config.get("block_out_channels", (0,)))
+    factor = 1 if pipe.vae is None else compression(pipe.vae.config)
     size, masks = tuple(side * factor for side in spatial), []
     for index, region in enumerate(regions):
         mask = soft_mask_to_tensor(region.mask, pipe._dims, f"the mask of regions[{index}]")

@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 from diffusers_ext.draws import as_generators
 from diffusers_ext.guidance.guided_denoiser import GuidedDenoiser
 from diffusers_ext.guidance.guiding import Interval
-from diffusers_ext.latents import latent_scale
+from diffusers_ext.latents import image_channels, latent_scale
 from diffusers_ext.machine import fast_precision
 from diffusers_ext.pipelines.call_condition import CallCondition, ConditionImagesMixin
 from diffusers_ext.pipelines.call_defaults import with_defaults
@@ -40,9 +40,6 @@ from diffusers_ext.sizes import as_size
 from diffusers_ext.value_scale import ValueScale
 
 
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-
-
 class Condition(Protocol):
     """The labels or texts that the images of a call are to show."""
 
@@ -52,6 +49,9 @@ class Condition(Protocol):
 
     def can_guide(self, pipe: "SamplingMixin") -> bool:
         """Whether there is a condition, and one without it to lead away from."""
+
+    def for_each_image(self, values: Tensor) -> Tensor:
+        """What is given once for each prompt, as often as each has images."""
 
     def check(
         self, pipe: "SamplingMixin", guider: BaseGuidance | None, timesteps: Tensor, guide: Sequence[bool]
@@ -101,8 +101,6 @@ class CallOptions:
         return cls(**{field.name: arguments[field.name] for field in fields(cls) if field.name in arguments})
 
     def __post_init__(self):
-        if self.output_type not in (None, *OUTPUT_TYPES):
-            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {self.output_type!r}")
         if self.image is None:
             given = [name for name in ("strength", "mask_image") if getattr(self, name) is not None]
             if given:
@@ -115,6 +113,20 @@ class CallOptions:
             given = [name for name in ("image", "timesteps") if getattr(self, name) is not None]
             if given:
                 raise ValueError(f"start_timestep and {given[0]} both say where to start: give one of them")
+
+    @property
+    def tensors_of_callback(self) -> Sequence[str]:
+        """Names of the tensors that the callback is to be given: one of `diffusers.callbacks` says them itself."""
+        return getattr(self.callback_on_step_end, "tensor_inputs", self.callback_on_step_end_tensor_inputs)
+
+    @property
+    def asked_by_callback(self) -> str:
+        """For errors: who asks for these tensors, if it is not the call."""
+        if self.tensors_of_callback is self.callback_on_step_end_tensor_inputs:
+            return ""
+        return (
+            f", which {type(self.callback_on_step_end).__name__} asks for; a function may set pipeline._guidance_scale"
+        )
 
     @property
     def noise_share(self) -> float:
@@ -191,8 +203,8 @@ class SamplingMixin(ConditionImagesMixin):
         if call.num_resample_steps != 1:
             check_resampling(call.num_resample_steps, call.mask_image is not None, self.scheduler)
         device = self._execution_device
-        pixels = None if call.image is None else self._to_pixels(call.image, device)
-        mask = None if call.mask_image is None else self._to_mask(call.mask_image, pixels)
+        pixels = None if call.image is None else condition.for_each_image(self._to_pixels(call.image, device))
+        mask = None if call.mask_image is None else condition.for_each_image(self._to_mask(call.mask_image, pixels))
         batch_size = count_images(
             call.batch_size, **condition.per_image, latents=call.latents, image=pixels, mask_image=mask
         )
@@ -218,7 +230,7 @@ class SamplingMixin(ConditionImagesMixin):
         steps.keep(x0, mask)
 
         scale = 1.0 if call.guidance_scale is None else call.guidance_scale
-        self._guidance_scale, self._num_timesteps = scale, len(timesteps)
+        self._guidance_scale, self._num_timesteps, self._interrupt = scale, len(timesteps), False
         with self.progress_bar(total=len(timesteps) * call.num_resample_steps) as bar:
             for i, t in enumerate(timesteps):
                 self._current_timestep = t
@@ -228,12 +240,9 @@ class SamplingMixin(ConditionImagesMixin):
                     x = steps.put_known(x, i, times_left)
                     bar.update()
 
-                if call.callback_on_step_end is not None:
-                    returned = call.callback_on_step_end(self, i, t, {"latents": x})
-                    x = (returned or {}).get("latents", x)
-                    if self._guidance_scale != scale:
-                        scale = self._guidance_scale
-                        steps.guide_by(scale)
+                x = self._call_back(call, steps, i, x)
+                if self._interrupt:
+                    break
 
         images = decode_images(
             *(x, self.vae, call.output_type, pixels, mask), self.statistics, labels, self._value_scale
@@ -243,6 +252,16 @@ class SamplingMixin(ConditionImagesMixin):
         if not call.return_dict:
             return (images,) if trajectory is None else (images, trajectory)
         return GuidedDiffusionPipelineOutput(images=images, trajectory=trajectory)
+
+    def _call_back(self, call: CallOptions, steps: Steps, i: int, x: Tensor) -> Tensor:
+        """x as the call's callback leaves it after a step; if it has set another scale, the next ones are guided by that."""
+        if call.callback_on_step_end is None:
+            return x
+        scale = self._guidance_scale
+        returned = call.callback_on_step_end(self, i, steps.timesteps[i], {"latents": x})
+        if self._guidance_scale != scale:
+            steps.guide_by(self._guidance_scale)
+        return (returned or {}).get("latents", x)
 
     def _completed(self, condition: Condition, call: CallOptions) -> CallOptions:
         """The call with what it leaves open as the pipeline was saved."""
@@ -284,6 +303,11 @@ class SamplingMixin(ConditionImagesMixin):
     def guidance_scale(self) -> float:
         """Weight of classifier-free guidance in the current step, or in the last one that was made."""
         return self._guidance_scale
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has ended the call early, by setting `_interrupt`: the images are those of its last step."""
+        return self._interrupt
 
     @property
     def num_timesteps(self) -> int:
@@ -329,17 +353,19 @@ class SamplingMixin(ConditionImagesMixin):
             raise ValueError(f"mask_image must have the size of image, {sizes[0]}, got {sizes[1]}")
         return mask
 
+    def _check_output_type(self, output_type: str) -> None:
+        channels = self._sample_shape[0] if self.vae is None else image_channels(self.vae.config)
+        check_output_type(output_type, channels, self._dims)
+
     def _check_outputs(self, call: CallOptions) -> None:
         """Refuses outputs that the pipeline cannot give."""
         vae, config = self.vae, self.scheduler.config
-        channels = self._sample_shape[0] if vae is None else vae.config.out_channels
-        check_output_type(call.output_type, channels, self._dims)
-        unknown = [
-            name for name in call.callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs
-        ]
+        self._check_output_type(call.output_type)
+        unknown = [name for name in call.tensors_of_callback if name not in self._callback_tensor_inputs]
         if unknown:
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs must be among {self._callback_tensor_inputs}, got {unknown}"
+                f"{call.asked_by_callback}"
             )
         if vae is not None:
             latent_scale(vae, torch.empty(1, self._sample_shape[0], *[1] * self._dims))

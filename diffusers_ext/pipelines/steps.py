@@ -52,6 +52,7 @@ class Steps:
         self._channels = _channels_for_step(scheduler, pipe._sample_shape[0])
         self._known: KnownPixels | None = None
         self.guide_by(call.guidance_scale)
+        _check_refinements(pipe, condition, call)
 
     def guide_by(self, guidance_scale: float | None) -> None:
         """From the next step on, guides by this scale."""
@@ -103,6 +104,20 @@ class Steps:
             return x
         x = self._known.put_into(x, self.timesteps[i + 1] if i + 1 < len(self.timesteps) else None)
         return self._known.renoise(x, self.timesteps[i]) if times_left else x
+
+
+def _check_refinements(pipe, condition, call) -> None:
+    """Refuses to guide in some of the steps, or to rescale, where nothing says by what to guide."""
+    nothing = (None, None, 0, 1)
+    asked = (call.guider, call.guidance_scale, call.classifier_scale, call.internal_guidance_scale)
+    if asked != nothing or pipe.guider is not None or condition.weighted:
+        return
+    refined = {"guidance_interval": call.guidance_interval, "guidance_rescale": call.guidance_rescale or None}
+    given = [name for name, value in refined.items() if value is not None]
+    if given:
+        raise ValueError(
+            f"{' and '.join(given)} would do nothing, since nothing guides this call: give a guidance_scale, or leave it out"
+        )
 
 
 def noisy_start(

@@ -48,11 +48,12 @@ def components_for(cls: type[DiffusionPipeline], pipeline: DiffusionPipeline) ->
     return {name: there[source] for name, source in found.items()}
 
 
-def check_stock_denoiser(denoiser: nn.Module, with_texts: bool) -> None:
+def check_stock_denoiser(denoiser: nn.Module, with_texts: bool, component: str = "denoiser") -> None:
     """Refuses a network of diffusers that a pipeline of ours cannot call; networks of others are taken at their word.
 
     Args:
         with_texts: Whether the pipeline calls it with texts.
+        component: What it is in the pipeline, for errors.
 
     Raises:
         ValueError: with what it would need.
@@ -69,21 +70,21 @@ def check_stock_denoiser(denoiser: nn.Module, with_texts: bool) -> None:
         instead = "GuidedDiffusionPipeline" if with_texts else "TextGuidedDiffusionPipeline"
         hint = f"; for it there is {instead}" if names.intersection(other) else ""
         raise ValueError(
-            f"denoiser must be a network that is called {reason}: one of this package, or {' or '.join(fitting)} of "
+            f"{component} must be a network that is called {reason}: one of this package, or {' or '.join(fitting)} of "
             f"diffusers, got {kind}{hint}"
         )
     for name, neutral in (("class_embed_type", None), ("addition_embed_type", None), ("encoder_hid_dim_type", None)):
         if config.get(name) != neutral:
             raise ValueError(
-                f"denoiser must have {name}={neutral}, got a {kind} with {config[name]!r}, which asks for inputs that this "
+                f"{component} must have {name}={neutral}, got a {kind} with {config[name]!r}, which asks for inputs that this "
                 "pipeline does not have"
             )
     if with_texts and config.get("num_class_embeds") is not None:
-        raise ValueError(f"denoiser must have no labels beside texts, got a {kind} with {config.num_class_embeds}")
+        raise ValueError(f"{component} must have no labels beside texts, got a {kind} with {config.num_class_embeds}")
     if config.get("sample_size") is None:
         raise ValueError(
-            f"denoiser must say the size of its samples, got a {kind} with sample_size=None: set it by "
-            "denoiser.register_to_config(sample_size=SIDE)"
+            f"{component} must say the size of its samples, got a {kind} with sample_size=None: set it by "
+            f"{component}.register_to_config(sample_size=SIDE)"
         )
 
 

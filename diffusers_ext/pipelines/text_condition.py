@@ -49,11 +49,13 @@ class TextCondition:
     ):
         if prompt is None:
             raise ValueError("prompt or prompt_embeds must be given; an empty text stands for no text")
-        if num_images_per_prompt < 1:
-            raise ValueError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}")
+        number = num_images_per_prompt
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise ValueError(f"num_images_per_prompt must be an integer of at least 1, got {number!r}")
         width = None if pipe.denoiser is None else context_width(pipe.denoiser)
         embeds = _embeds("prompt", prompt, pipe.encode_prompt, width)
-        count = len(embeds.states)
+        self.num_prompts, self.num_images_per_prompt = len(embeds.states), num_images_per_prompt
+        count = self.num_prompts
         negative_is_text = negative is not None and not isinstance(negative, TextEmbeds)
         self.negative_is_empty = negative_is_text and not all(text.strip() for text in negative)
         if negative is not None:
@@ -90,6 +92,12 @@ class TextCondition:
         if not pipe.knows_empty_text and (self.negative is None or self.negative_is_empty):
             return False
         return self.negative is not None or self._empty is not None or pipe.text_encoder is not None
+
+    def for_each_image(self, values: Tensor) -> Tensor:
+        """What is given once for each of several prompts, as often as each has images; anything else as it is."""
+        if len(values) != self.num_prompts or self.num_prompts == 1:
+            return values
+        return values.repeat_interleave(self.num_images_per_prompt, dim=0)
 
     def check_count(self, name: str, count: int) -> None:
         """Refuses an argument that must be given once for each image, and is given `count` times."""

@@ -71,9 +71,11 @@ def truncated_start(
 
 
 def check_latents(latents: Tensor, shape: tuple[int, ...]) -> None:
-    """Refuses latents of another shape than the call's samples."""
+    """Refuses latents of another shape than the call's samples, and those on the CPU that are not finite."""
     if latents.shape != shape:
         raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}")
+    if latents.device.type == "cpu" and not latents.isfinite().all():  # an accelerator would be waited for
+        raise ValueError("latents must be finite, got some that are not")
 
 
 def draw_clean(

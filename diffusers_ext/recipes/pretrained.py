@@ -27,7 +27,7 @@ from diffusers_ext.models.unet import UNetModel
 from diffusers_ext.pipelines.stock import stock_name
 from diffusers_ext.recipes.pretrained_parts import hold
 from diffusers_ext.schedulers.levels import describe_path, is_linear, prediction_type_of
-from diffusers_ext.sizes import as_size, downsampling_factor
+from diffusers_ext.sizes import as_size, compression
 
 
 PRETRAINED_PATH = "pretrained"  # the option `path` of a run whose path is that of a pipeline
@@ -135,7 +135,7 @@ class Pretrained:
     @property
     def resolution(self) -> tuple[int, ...]:
         """Of the images."""
-        factor = 1 if self.vae is None else downsampling_factor(self.vae.get("block_out_channels", (0,)))
+        factor = 1 if self.vae is None else compression(self.vae)
         return tuple(side * factor for side in self.size)
 
     def describe(self) -> str:

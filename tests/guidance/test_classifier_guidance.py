@@ -57,6 +57,13 @@ def calls(pipe, **kwargs):
     return counts["denoiser"], counts["classifier"]
 
 
+def test_its_gradient_is_there_in_inference_mode_too():
+    pipe = pipeline()
+    expected = sample(pipe, classifier_scale=2.0, guidance_scale=2.0)
+    with torch.inference_mode():
+        assert torch.equal(sample(pipe, classifier_scale=2.0, guidance_scale=2.0), expected)
+
+
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 def test_a_step_is_the_formula_by_hand(scale):
     pipe, noise = pipeline(), torch.randn(2, 1, 8, 8)

@@ -103,6 +103,15 @@ def test_weights_that_add_up_to_one_need_no_null_label():
     torch.testing.assert_close(both[1], plain[1], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("weight", [1.3, 0.37, 0.71])
+def test_weights_add_up_to_one_but_for_their_rounding(weight):
+    pipe = pipeline()
+    pipe.denoiser.register_to_config(learned_unconditional=False)
+    pipe({0: weight, 1: 1 - weight}, num_inference_steps=2, output_type="latent")
+    with pytest.raises(ValueError, match="weights of labels that do not add up to 1"):
+        pipe({0: weight, 1: 1.01 - weight}, num_inference_steps=2, output_type="latent")
+
+
 def test_weights_of_one_label_under_two_names_add_up():
     pipe = pipeline()
     torch.testing.assert_close(sample(pipe, {"bag": 2.0, 1: 1.0}), sample(pipe, {1: 3.0}))

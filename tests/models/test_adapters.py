@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from peft import LoraConfig, get_peft_model_state_dict
 
-from diffusers_ext import DiTModel, ExtDDIMScheduler, GuidedDiffusionPipeline
+from diffusers_ext import DiTModel, ExtDDIMScheduler, GuidedDiffusionPipeline, TextGuidedDiffusionPipeline
 from tiny import assert_same_weights, image_of, tiny_unet
+from tiny_text import tiny_stable_diffusion
 
 
 TARGETS = ["to_q", "to_kv", "to_out"]
@@ -85,3 +87,28 @@ def test_a_pipeline_loads_weighs_fuses_and_unloads_adapters(tmp_path):
     loaded = GuidedDiffusionPipeline.from_pretrained(tmp_path / "pipe")
     assert np.abs(image_of(loaded) - expected).max() < 1e-4
     assert_same_weights(loaded.denoiser, pipe.denoiser)
+
+
+def test_an_adapter_of_a_pipeline_of_diffusers_is_found_by_its_own_names(tmp_path):
+    """Those begin with `unet`; one that has nothing for the denoiser is refused, and not loaded to no effect."""
+    stock = tiny_stable_diffusion(DDIMScheduler())
+    pipe = TextGuidedDiffusionPipeline.from_pipe(stock)
+    options = {"prompt": "red dot", "num_inference_steps": 2, "output_type": "np"}
+    pipe.set_progress_bar_config(disable=True)
+
+    def made():
+        return pipe(generator=torch.Generator().manual_seed(0), **options).images
+
+    plain = made()
+    torch.manual_seed(0)
+    layers = {
+        f"down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_v.lora_{name}.weight": torch.randn(shape)
+        for name, shape in (("A", (2, 16)), ("B", (16, 2)))
+    }
+    StableDiffusionPipeline.save_lora_weights(tmp_path / "lora", unet_lora_layers=layers)
+    pipe.load_lora_weights(tmp_path / "lora", adapter_name="theirs")
+    assert set(pipe.denoiser.peft_config) == {"theirs"} and np.abs(made() - plain).max() > 1e-4
+    pipe.unload_lora_weights()
+    assert np.array_equal(made(), plain)
+    with pytest.raises(ValueError, match="begin with one of denoiser, unet, transformer, and this one has none"):
+        pipe.load_lora_weights({f"text_encoder.{name}": value for name, value in layers.items()})

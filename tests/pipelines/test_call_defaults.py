@@ -51,14 +51,22 @@ def test_a_call_that_says_nothing_has_the_defaults(plain, chosen, tmp_path):
     [
         {"guidance_scale": 1.0},
         {"guidance_scale": 2.0},
-        {"guidance_rescale": 0.5},
-        {"guidance_interval": (0.0, 1.0)},
+        {"guidance_scale": 2.0, "guidance_rescale": 0.5},
         {"guider": ClassifierFreeGuidance(2.0)},
     ],
 )
 def test_a_call_that_says_how_to_guide_has_none_of_the_defaults_of_guidance(plain, chosen, said):
     got = images(chosen, class_labels=[0, 2], **said)
     assert torch.equal(got, images(plain, class_labels=[0, 2], num_inference_steps=4, **said))
+
+
+@pytest.mark.parametrize("said", [{"guidance_rescale": 0.5}, {"guidance_interval": (0.0, 1.0)}])
+def test_a_call_that_says_where_or_how_much_of_it_has_the_default_scale(plain, chosen, said):
+    got = images(chosen, class_labels=[0, 2], **said)
+    assert torch.equal(got, images(plain, class_labels=[0, 2], **(DEFAULTS | said)))
+    with pytest.raises(ValueError, match=f"{next(iter(said))} would do nothing, since nothing guides this call"):
+        images(plain, class_labels=[0, 2], **said)
+    images(plain, class_labels=[0, 2], guidance_scale=1.0, **said)  # one of a row of scales
 
 
 def test_numbers_of_steps_are_the_calls_own(plain, chosen):
@@ -124,9 +132,14 @@ def test_texts_are_guided_by_four_where_neither_call_nor_pipeline_says_more(tmp_
     usual = images(plain, prompt=prompts, num_inference_steps=4, guidance_scale=4.0)
     assert torch.equal(images(plain, prompt=prompts, num_inference_steps=4), usual)
     assert not torch.equal(usual, expected)
-    for said in ({"guidance_scale": 1.0}, {"guidance_interval": (0.0, 0.5)}):  # then nothing of the defaults
-        got, by_plain = (images(pipe, prompt=prompts, num_inference_steps=4, **said) for pipe in (chosen, plain))
-        assert torch.equal(got, by_plain)
+    got, by_plain = (
+        images(pipe, prompt=prompts, num_inference_steps=4, guidance_scale=1.0) for pipe in (chosen, plain)
+    )
+    assert torch.equal(got, by_plain)
+    early = {"guidance_interval": (0.0, 0.5)}
+    assert torch.equal(images(chosen, prompt=prompts, **early), images(plain, prompt=prompts, **(DEFAULTS | early)))
+    usual = images(plain, prompt=prompts, guidance_scale=4.0, **early)
+    assert torch.equal(images(plain, prompt=prompts, **early), usual)
     chosen.save_pretrained(tmp_path)
     assert_same_output(images(DiffusionPipeline.from_pretrained(tmp_path), prompt=prompts), expected)
     blocks = ModularPipeline.from_pretrained(tmp_path)

@@ -4,9 +4,10 @@ import dataclasses
 import inspect
 import re
 
+import numpy as np
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, UNet2DConditionModel, UNet2DModel
 from diffusers.guiders import AutoGuidance
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -15,6 +16,7 @@ from diffusers_ext import (
     DiTModel,
     ExtDDIMScheduler,
     ExtDDPMScheduler,
+    FlowScheduler,
     GuidedDiffusionPipeline,
     NoisyClassifierModel,
     TextGuidedDiffusionPipeline,
@@ -314,6 +316,100 @@ def test_under_autocast_the_networks_run_in_half_precision_and_the_steps_do_not(
     seen.clear()
     torch.testing.assert_close(sample(pipe, generator=seeded(1, 2), **options), exact)
     assert set(seen) == {torch.float32}
+
+
+def test_both_sides_of_an_interpolation_run_in_half_precision():
+    pipe = pipeline(3, FlowScheduler())
+    pipe.enable_autocast(torch.bfloat16)
+    seen, ends = precisions_of(pipe), torch.rand(2, 1, 1, 8, 8).unbind()
+    pipe.interpolate(*ends, 2, class_labels=1, num_inference_steps=2, output_type="pt")
+    assert seen == [torch.bfloat16] * 6
+
+
+def test_a_text_and_the_empty_text_are_encoded_in_one_precision():
+    tokenizer = tiny_tokenizer()
+    encoder, seen = tiny_clip(tokenizer), []
+    pipe = TextGuidedDiffusionPipeline(tiny_text_unet(), ExtDDIMScheduler(), tokenizer, encoder)
+    pipe.enable_autocast(torch.bfloat16)
+    layer = next(module for module in encoder.modules() if isinstance(module, torch.nn.Linear))
+    layer.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    sample(pipe, prompt="red dot", guidance_scale=2.0)
+    assert seen == [torch.bfloat16] * 2
+
+
+def test_an_interpolation_takes_what_the_call_takes():
+    """A network with a learned variance that the path does not use; and no output that the call refuses."""
+    torch.manual_seed(0)
+    unet = UNetModel(8, 1, 2, block_out_channels=(8, 16), layers_per_block=1)
+    pipe, ends = GuidedDiffusionPipeline(unet, FlowScheduler()), torch.rand(2, 1, 1, 8, 8).unbind()
+    assert pipe.interpolate(*ends, 3, num_inference_steps=2, output_type="np").shape == (3, 8, 8, 1)
+    with pytest.raises(ValueError, match="output_type must be one of pil, np, pt, latent, got 'jpg'"):
+        pipe.interpolate(*ends, 3, output_type="jpg")
+    with pytest.raises(ValueError, match="num_images must be an integer of at least 2, the two ends, got 2.5"):
+        pipe.interpolate(*ends, 2.5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_noise_that_is_not_finite_is_refused(value):
+    with pytest.raises(ValueError, match="latents must be finite"):
+        sample(pipeline(), latents=torch.full((1, 1, 8, 8), value))
+
+
+def test_networks_of_another_kind_are_refused():
+    conditional = UNet2DConditionModel(
+        8, 1, 1, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), block_out_channels=(32,)
+    )
+    with pytest.raises(ValueError, match="weak_denoiser .*UNet2DConditionModel"):
+        GuidedDiffusionPipeline(tiny_unet(), ExtDDIMScheduler(), weak_denoiser=conditional)
+    with pytest.raises(ValueError, match="weak_denoiser .*sample_size"):
+        GuidedDiffusionPipeline(tiny_unet(), ExtDDIMScheduler(), weak_denoiser=UNet2DModel())
+    with pytest.raises(ValueError, match="classifier must have logits of labels, .* got a UNetModel"):
+        GuidedDiffusionPipeline(tiny_unet(3), ExtDDIMScheduler(), classifier=tiny_unet(3))
+
+
+@pytest.mark.parametrize(
+    "id2label, message",
+    [
+        ({1: "a", 2: "b", 3: "c"}, "id2label must name labels from 0 to 2, got names of '3'"),
+        ({i: str(i) for i in range(9)}, "got names of '3', '4', '5', '6', '7', ..."),
+        ({"zero": "a"}, "got names of 'zero'"),
+    ],
+)
+def test_names_of_what_is_no_label_are_refused(id2label, message):
+    with pytest.raises(ValueError, match=message):
+        GuidedDiffusionPipeline(tiny_unet(3), ExtDDIMScheduler(), id2label=id2label)
+
+
+def test_a_name_of_two_labels_does_not_say_which():
+    pipe = GuidedDiffusionPipeline(tiny_unet(3), ExtDDIMScheduler(), id2label={0: "crane", 1: "duck", 2: "crane"})
+    assert pipe.get_label_ids("duck") == [1]
+    with pytest.raises(ValueError, match="'crane' is the name of the labels 0, 2: give the number of one of them"):
+        pipe.get_label_ids(["duck", "crane"])
+
+
+def test_a_set_is_of_all_images_and_a_label_may_be_a_tensor():
+    pipe = pipeline(3)
+    assert pipe.label_tensor({0, 2}).tolist() == [[True, False, True]]
+    assert pipe.label_tensor(frozenset([1])).tolist() == [[False, True, False]]
+    assert pipe.label_tensor([torch.tensor(2), np.int64(1)]).tolist() == [2, 1]
+
+
+def test_images_may_be_one_for_each_prompt():
+    """As often as each prompt has images; so with masks."""
+    tokenizer = tiny_tokenizer()
+    pipe = TextGuidedDiffusionPipeline(
+        tiny_text_unet(), ExtDDIMScheduler(clip_sample=False), tokenizer, tiny_clip(tokenizer)
+    )
+    prompts, images = ["red dot", "blue bar"], torch.rand(2, 3, 8, 8)
+    masks = torch.stack([torch.zeros(8, 8), torch.cat([torch.ones(4, 8), torch.zeros(4, 8)])])[:, None]
+    options = {"strength": 0.5, "mask_image": masks, "guidance_scale": 1.0, "num_images_per_prompt": 2}
+    got = sample(pipe, prompt=prompts, image=images, generator=seeded(1, 2, 3, 4), **options)
+    options |= {"mask_image": masks.repeat_interleave(2, 0)}
+    every = sample(pipe, prompt=prompts, image=images.repeat_interleave(2, 0), generator=seeded(1, 2, 3, 4), **options)
+    assert torch.equal(got, every)
+    torch.testing.assert_close(got[:2], images[:1].expand(2, -1, -1, -1))  # nothing of it is made anew
+    with pytest.raises(ValueError, match="num_images_per_prompt must be an integer of at least 1, got 2.0"):
+        sample(pipe, prompt=prompts, num_images_per_prompt=2.0)
 
 
 def test_the_precision_by_default_is_what_the_machine_is_fast_at():

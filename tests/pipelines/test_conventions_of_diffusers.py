@@ -13,6 +13,7 @@ from diffusers import (
     SASolverScheduler,
     UniPCMultistepScheduler,
 )
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback, SDCFGCutoffCallback
 from diffusers.guiders import ClassifierFreeGuidance
 from torch import nn
 
@@ -103,6 +104,44 @@ def test_a_callback_cannot_scale_a_guider_that_was_given():
 
     with pytest.raises(ValueError, match="guidance_scale must not be given together with a guider"):
         sample(tiny_pipeline(), guider=ClassifierFreeGuidance(guidance_scale=2.0), callback_on_step_end=set_scale)
+
+
+def test_a_callback_may_end_a_call_early():
+    """Its images are those of the last step, and the next call is whole again."""
+    pipeline, seen = tiny_pipeline(), []
+
+    def stop(pipeline, step, timestep, tensors):
+        seen.append(tensors["latents"])
+        pipeline._interrupt = step == 1
+
+    stopped = sample(pipeline, callback_on_step_end=stop)
+    assert pipeline.interrupt and len(seen) == 2
+    assert torch.equal(stopped, seen[-1])
+    whole = sample(pipeline)
+    assert not pipeline.interrupt and not torch.equal(whole, stopped)
+
+
+def test_a_callback_of_diffusers_says_itself_which_tensors_it_changes():
+    class Halve(PipelineCallback):
+        tensor_inputs = ["latents"]
+
+        def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
+            return {"latents": callback_kwargs["latents"] * 0.5}
+
+    def halve(pipeline, step, timestep, tensors):
+        return {"latents": tensors["latents"] * 0.5}
+
+    expected = sample(tiny_pipeline(), callback_on_step_end=halve)
+    for callback in (Halve(), MultiPipelineCallbacks([Halve()])):
+        assert torch.equal(sample(tiny_pipeline(), callback_on_step_end=callback), expected)
+    calls = []
+    pipeline = tiny_pipeline()
+    pipeline.denoiser.register_forward_hook(lambda *args: calls.append(1))
+    with pytest.raises(
+        ValueError, match=r"among \['latents'\], got \['prompt_embeds'\], which SDCFGCutoffCallback asks"
+    ):
+        sample(pipeline, callback_on_step_end=SDCFGCutoffCallback(0.5))
+    assert not calls
 
 
 def test_a_pipeline_is_called_while_its_weights_are_elsewhere():

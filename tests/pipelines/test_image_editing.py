@@ -382,5 +382,5 @@ def test_what_a_scheduler_cannot_do_is_refused():
         pipe(image=pictures(1, 1, 8, 8), mask_image=half_mask(), num_resample_steps=2)
     with pytest.raises(ValueError, match="inversion needs a scheduler of this package, .* got DDPMScheduler"):
         pipe.invert(pictures(1, 1, 8, 8))
-    with pytest.raises(ValueError, match="num_images must be at least 2"):
+    with pytest.raises(ValueError, match="num_images must be an integer of at least 2"):
         pipe.interpolate(pictures(1, 1, 8, 8), pictures(1, 1, 8, 8), 1)

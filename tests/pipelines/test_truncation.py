@@ -153,6 +153,20 @@ def test_draws_of_a_label_have_its_law_and_depend_on_their_own_generator_alone()
         prior.sample(1, torch.ones(1, 3).bool())
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"num_classes": 3}, "labels and num_classes must be given together"),
+        ({"labels": torch.zeros(9, dtype=torch.long)}, "labels and num_classes must be given together"),
+        ({"labels": torch.zeros(8, dtype=torch.long), "num_classes": 3}, r"each of the 9 samples, got \(8,\)"),
+        ({"labels": torch.arange(9) - 1, "num_classes": 3}, r"labels must be in \[0, 3\], got -1 to 7"),
+    ],
+)
+def test_labels_that_a_prior_cannot_be_fitted_to_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        GaussianPriorModel.fit(torch.randn(9, 1, 2, 2), **options)
+
+
 def test_the_default_of_a_pipeline_counts_unless_a_call_says_where_it_starts(tmp_path):
     prior, defaults = GaussianPriorModel(8, 1, rank=2), {"num_inference_steps": 3, "start_timestep": 299}
     pipe = GuidedDiffusionPipeline(tiny_unet(), ExtDDIMScheduler(), prior=prior, call_defaults=defaults)
