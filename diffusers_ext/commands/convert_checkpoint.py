@@ -41,6 +41,11 @@ class ConvertConfig:
     num_head_channels: int | None = option(None, "or the channels of each, if those were", at_least=1)
     use_new_attention_order: bool = option(False, "whether the network was made with it")
     predict_xstart: bool = option(False, "whether the network predicts x_0, and not the noise")
+    rescale_timesteps: bool | None = option(
+        None,
+        "whether the network was given timesteps of 1000, whatever diffusion_steps is: the default of improved-diffusion, and "
+        "not of guided-diffusion; asked for where diffusion_steps is not 1000",
+    )
 
     use_ema: bool = option(
         True, "take the averaged weights of a trainer's checkpoint", "of denoising_diffusion_pytorch"
@@ -68,7 +73,13 @@ class ConvertConfig:
                 raise ValueError(f"{name} is of checkpoints of {project}, and {self.file} is none: leave it out")
 
 
-OF_GUIDED_DIFFUSION = ("num_heads", "num_head_channels", "use_new_attention_order", "predict_xstart")
+OF_GUIDED_DIFFUSION = (
+    "num_heads",
+    "num_head_channels",
+    "use_new_attention_order",
+    "predict_xstart",
+    "rescale_timesteps",
+)
 OF_LUCIDRAINS = ("use_ema", "objective", "sinusoidal_pos_emb_theta")
 
 
@@ -99,7 +110,11 @@ def _of_guided_diffusion(config: ConvertConfig, checkpoint: Mapping[str, Any]) -
         use_new_attention_order=config.use_new_attention_order,
     )
     scheduler = guided_diffusion.make_scheduler(
-        network, config.noise_schedule or "linear", config.diffusion_steps, config.predict_xstart
+        network,
+        config.noise_schedule or "linear",
+        config.diffusion_steps,
+        config.predict_xstart,
+        config.rescale_timesteps,
     )
     return GuidedDiffusionPipeline(network, scheduler, clip_guided_noise=True)
 

@@ -25,6 +25,7 @@ from diffusers import UNet2DModel
 from torch import Tensor
 
 from diffusers_ext.conversion.files import load_all
+from diffusers_ext.diffusion.betas import make_betas
 from diffusers_ext.schedulers import ExtDDIMScheduler
 
 
@@ -270,7 +271,11 @@ def _place(layout: Layout, block: str, part: int) -> str:
 
 
 def make_scheduler(
-    network: UNet2DModel, noise_schedule: str = "linear", diffusion_steps: int = 1000, predict_xstart: bool = False
+    network: UNet2DModel,
+    noise_schedule: str = "linear",
+    diffusion_steps: int = 1000,
+    predict_xstart: bool = False,
+    rescale_timesteps: bool | None = None,
 ) -> ExtDDIMScheduler:
     """The path that a converted network was trained on; options by the names that they have there.
 
@@ -279,9 +284,12 @@ def make_scheduler(
         noise_schedule: One of `NOISE_SCHEDULES`.
         diffusion_steps: Timesteps of the path.
         predict_xstart: Whether the network predicts x_0, and not the noise.
+        rescale_timesteps: Whether the network was given timesteps of 1000 whatever `diffusion_steps` is, by default in
+            improved-diffusion and not in guided-diffusion. The scheduler then visits those levels alone whose timesteps of 1000
+            are whole numbers, a chain of 1000 steps. It must be given where `diffusion_steps` is another number.
 
     Raises:
-        ValueError: for a schedule that there is not.
+        ValueError: for a schedule that there is not, and where it is not said, or cannot be, which timesteps the network knows.
     """
     if noise_schedule not in NOISE_SCHEDULES:
         raise ValueError(f"noise_schedule must be one of {', '.join(NOISE_SCHEDULES)}, got {noise_schedule!r}")
@@ -289,6 +297,14 @@ def make_scheduler(
     if noise_schedule == "linear":
         start, end = (beta * REFERENCE_TIMESTEPS / diffusion_steps for beta in LINEAR_BETAS)
         options = {"beta_schedule": "linear", "beta_start": start, "beta_end": end}
+    if diffusion_steps != REFERENCE_TIMESTEPS and rescale_timesteps is None:
+        raise ValueError(
+            f"rescale_timesteps must be given for {diffusion_steps} diffusion_steps: whether the network was given timesteps of "
+            f"{REFERENCE_TIMESTEPS}, which improved-diffusion does by default and guided-diffusion does not"
+        )
+    if diffusion_steps != REFERENCE_TIMESTEPS and rescale_timesteps:
+        options = {"trained_betas": _betas_between_whole_timesteps(diffusion_steps, **options)}
+        diffusion_steps = REFERENCE_TIMESTEPS
     scheduler = ExtDDIMScheduler(
         num_train_timesteps=diffusion_steps,
         prediction_type="sample" if predict_xstart else "epsilon",
@@ -298,6 +314,18 @@ def make_scheduler(
     if network.config.out_channels == 2 * network.config.in_channels:
         scheduler.register_to_config(variance_type="learned_range")
     return scheduler
+
+
+def _betas_between_whole_timesteps(diffusion_steps: int, beta_schedule: str, **ends: float) -> list[float]:
+    """Betas of the chain of those levels whose timestep, times 1000 / diffusion_steps, is a whole number."""
+    every, rest = divmod(diffusion_steps, REFERENCE_TIMESTEPS)
+    if rest:
+        raise ValueError(
+            f"diffusion_steps must be a multiple of {REFERENCE_TIMESTEPS} where timesteps are rescaled to as many, got "
+            f"{diffusion_steps}: there are no whole timesteps that the network knows"
+        )
+    alpha_bar = (1 - make_betas(beta_schedule, diffusion_steps, **ends)).cumprod(0)[::every]
+    return [1 - alpha_bar[0].item(), *(1 - alpha_bar[1:] / alpha_bar[:-1]).tolist()]
 
 
 def tensors_of(checkpoint: Mapping, file: str) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from diffusers_ext import DiffusionPipeline
+from diffusers_ext import DiffusionPipeline, GuidedDiffusionPipeline
 from diffusers_ext.conversion.files import load_checkpoint
 from diffusers_ext.conversion.guided_diffusion import convert_unet, make_scheduler, tensors_of
 from diffusers_ext.diffusion.betas import make_betas
@@ -67,7 +67,7 @@ def test_a_checkpoint_becomes_a_pipeline_with_its_path(tmp_path):
     save_file(reference.state_dict(), tmp_path / "same.safetensors")
     assert load_checkpoint(tmp_path / "same.safetensors").keys() == load_checkpoint(tmp_path / "model.pt").keys()
     config = {"file": str(tmp_path / "model.pt"), "image_size": 16, "num_head_channels": 16}
-    folder = main(ConvertConfig(**config, noise_schedule="cosine", diffusion_steps=100))
+    folder = main(ConvertConfig(**config, noise_schedule="cosine", diffusion_steps=100, rescale_timesteps=False))
     assert folder == tmp_path / "model"
     pipe = DiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
@@ -81,12 +81,32 @@ def test_a_checkpoint_becomes_a_pipeline_with_its_path(tmp_path):
 def test_the_linear_schedule_is_scaled_to_its_length(steps):
     network = convert_unet(random_unet(num_heads=1).state_dict(), 16, num_heads=1)
     betas = torch.linspace(1e-4 * 1000 / steps, 0.02 * 1000 / steps, steps, dtype=torch.float64)
-    scheduler = make_scheduler(network, "linear", steps)
+    scheduler = make_scheduler(network, "linear", steps, rescale_timesteps=False)
     torch.testing.assert_close(scheduler.alphas_cumprod.double(), (1 - betas).cumprod(0), rtol=1e-5, atol=1e-7)
-    cosine = make_scheduler(network, "cosine", steps, predict_xstart=True)
+    cosine = make_scheduler(network, "cosine", steps, True, rescale_timesteps=False)
     expected = (1 - torch.as_tensor(make_betas("cosine", steps))).cumprod(0).double()
     torch.testing.assert_close(cosine.alphas_cumprod.double(), expected, rtol=1e-5, atol=1e-7)
     assert cosine.config.prediction_type == "sample"
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_a_network_that_was_given_timesteps_of_1000_is_given_them_again(name):
+    """Of 4000 levels, as improved-diffusion's published networks have, each fourth: at timestep t that of 4 t."""
+    network = convert_unet(random_unet(num_heads=1).state_dict(), 16, num_heads=1)
+    scheduler = make_scheduler(network, name, 4000, rescale_timesteps=True)
+    ends = {"beta_start": 1e-4 / 4, "beta_end": 0.02 / 4} if name == "linear" else {}
+    alpha_bar = (1 - torch.as_tensor(make_betas(name, 4000, **ends))).cumprod(0).double()
+    torch.testing.assert_close(scheduler.alphas_cumprod.double(), alpha_bar[::4], rtol=1e-5, atol=1e-9)
+    seen = []
+    pipe = GuidedDiffusionPipeline(network, scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    network.register_forward_pre_hook(lambda module, args: seen.append(float(args[1])))
+    pipe(num_inference_steps=4, output_type="latent")
+    assert seen == [999, 749, 499, 249]
+    with pytest.raises(ValueError, match="rescale_timesteps must be given for 4000 diffusion_steps"):
+        make_scheduler(network, name, 4000)
+    with pytest.raises(ValueError, match="diffusion_steps must be a multiple of 1000 .* got 500"):
+        make_scheduler(network, name, 500, rescale_timesteps=True)
 
 
 def test_what_cannot_be_converted_is_refused(tmp_path):
