@@ -36,8 +36,15 @@ class DiagonalGaussian:
         prior_mean: The prior is N(prior_mean, 1) for each latent.
     """
 
+    deterministic = False
+
     def __init__(self, mean: Tensor, logvar: Tensor, prior_mean: float = 0.0):
         self.mean, self.logvar, self.prior_mean = mean, logvar.clamp(-30.0, 20.0), prior_mean
+
+    @property
+    def parameters(self) -> Tensor:
+        """Mean and log of the variance, shape `(batch, 2 * channels, ...)`."""
+        return torch.cat([self.mean, self.logvar], dim=1)
 
     @property
     def std(self) -> Tensor:

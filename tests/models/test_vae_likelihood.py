@@ -148,7 +148,8 @@ def test_the_posterior_agrees_with_that_of_diffusers():
     torch.testing.assert_close(ours.kl(), theirs.kl())
     torch.testing.assert_close(ours.nll(x), theirs.nll(x))
     torch.testing.assert_close(ours.nll(x, dims=[1, 2]), theirs.nll(x, dims=[1, 2]))
-    for name in ("std", "var"):
+    assert ours.deterministic == theirs.deterministic
+    for name in ("std", "var", "parameters"):
         torch.testing.assert_close(getattr(ours, name), getattr(theirs, name))
     generators = [torch.Generator().manual_seed(seed) for seed in (3, 3)]
     torch.testing.assert_close(ours.sample(generators[0]), theirs.sample(generators[1]))
