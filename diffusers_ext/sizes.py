@@ -16,6 +16,11 @@ def as_size(size: int | Sequence[int], dims: int = 2, name: str = "sample_size")
     return sides
 
 
+def one_if_equal(sides: Sequence[int]) -> int | tuple[int, ...]:
+    """The length of equal axes as one number, which is what pipelines of diffusers ask a config for."""
+    return sides[0] if len(set(sides)) == 1 else tuple(sides)
+
+
 def downsampling_factor(block_out_channels: Sequence[int]) -> int:
     """Ratio of a sample's side to that of the lowest resolution, of which each is half of the one before."""
     return 2 ** (len(block_out_channels) - 1)

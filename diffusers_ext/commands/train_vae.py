@@ -43,7 +43,7 @@ from diffusers_ext.recipes.vae_objective import (
 )
 from diffusers_ext.recipes.vae_perceptual import load_perceptual
 from diffusers_ext.recipes.vae_scale import LatentMoments, measure_latents, store_scale
-from diffusers_ext.sizes import downsampling_factor
+from diffusers_ext.sizes import downsampling_factor, one_if_equal
 from diffusers_ext.trainer.adversary import Adversary
 from diffusers_ext.trainer.config import TrainerConfig, resolve_for_machine
 from diffusers_ext.trainer.ending import EndingCost, seconds_of
@@ -317,7 +317,7 @@ def load_pretrained(config: TrainVAEConfig, data: ImageData | StreamData) -> VAE
     part = read_vae(config.pretrained_pipeline)
     part.check_samples(data.channels, None if config.architecture == "conv" else data.size)
     vae = part.load()
-    vae.register_to_config(sample_size=data.size)
+    vae.register_to_config(sample_size=one_if_equal(data.size))
     if isinstance(vae, VAEModel):  # what its encoder gives, as while it was trained
         vae.register_to_config(latent_offset=0.0, shift_factor=None, scaling_factor=1.0)
     return vae

@@ -28,7 +28,7 @@ from diffusers_ext.data.prepare import prepare_data
 from diffusers_ext.data.sequences import in_scale_of
 from diffusers_ext.data.stream import StreamData
 from diffusers_ext.latents import check_one_level, latent_scale, normalize_latents
-from diffusers_ext.sizes import downsampling_factor
+from diffusers_ext.sizes import downsampling_factor, one_if_equal
 from diffusers_ext.untrusted import from_mapping, read_yaml_mapping
 
 
@@ -387,7 +387,7 @@ class SampleSpace:
             )
         resolution = data.info.resolution if cached else data.size
         shape = data.info.latent_shape if cached else latent_shape(vae, data.size)
-        vae.register_to_config(sample_size=resolution[0] if len(set(resolution)) == 1 else resolution)
+        vae.register_to_config(sample_size=one_if_equal(resolution))
         return cls(shape, resolution, None, vae, cached)
 
     @property

@@ -11,6 +11,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from diffusers_ext.models.derivatives import in_torch_func
+from diffusers_ext.sizes import one_if_equal
 from diffusers_ext.untrusted import check_config
 
 
@@ -30,6 +31,8 @@ class Network(AttentionMixin, ModelMixin, PeftAdapterMixin, ConfigMixin):
     def __init__(self):
         super().__init__()
         check_config(self.config, type(self).__init__, finite=True)  # a saved one may be anybody's
+        if isinstance(size := self.config.get("sample_size"), list | tuple):
+            self.register_to_config(sample_size=one_if_equal(size))
 
     def run(self, module: nn.Module, *args) -> Tensor:
         """Calls a module of the network; with gradient checkpointing, its activations are recomputed in backward."""

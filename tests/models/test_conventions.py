@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, DiTPipeline
 
 from diffusers_ext import DiTModel, ExtDDIMScheduler, GuidedDiffusionPipeline, UNetModel, VAEModel
 from diffusers_ext.models.dit_blocks import DiTAttention, DiTAttentionProcessor
@@ -117,3 +117,21 @@ def test_a_model_is_made_without_numbers_from_memory():
         torch.manual_seed(3)
         assert all(torch.equal(a, b) for a, b in zip(first.parameters(), make().parameters(), strict=True))
         assert all(parameter.isfinite().all() for parameter in copy.deepcopy(first).parameters())
+
+
+@pytest.mark.parametrize("size", [(8, 8), [8, 8], 8])
+def test_a_square_is_one_number_in_the_config_by_which_diffusers_draws_noise(size, tmp_path):
+    for model in (
+        DiTModel(size, 2, 4, hidden_size=16, num_layers=1, num_attention_heads=2, num_classes=3),
+        UNetModel(size, 4, 4, block_out_channels=(8, 16), layers_per_block=1),
+        VAEModel(size, 1, 1, block_out_channels=(8, 16), layers_per_block=1),
+    ):
+        assert model.config.sample_size == 8
+        model.save_pretrained(tmp_path)
+        assert type(model).from_pretrained(tmp_path).config.sample_size == 8
+    assert tuple(UNetModel((8, 16), 1, 1, block_out_channels=(8, 16)).config.sample_size) == (8, 16)
+    dit = DiTModel(size, 2, 4, hidden_size=16, num_layers=1, num_attention_heads=2, num_classes=3)
+    vae = VAEModel(16, 3, 3, block_out_channels=(8, 16), layers_per_block=1, latent_channels=4)
+    pipe = DiTPipeline(dit, vae, ExtDDIMScheduler(clip_sample=False))
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe([1], num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)
