@@ -37,7 +37,7 @@ from diffusers_ext.evaluation.likelihood_curves import draw_likelihood
 from diffusers_ext.evaluation.likelihood_options import LikelihoodOptions
 from diffusers_ext.evaluation.options import AskedOptions, take_options_of_run
 from diffusers_ext.evaluation.perceptual_distance import LPIPS_NETWORKS, PerceptualDistance, load_distance
-from diffusers_ext.evaluation.pipeline_facts import image_size_of, label_names_of, takes_prompts
+from diffusers_ext.evaluation.pipeline_facts import image_size_of, label_names_of, samples_in_bf16, takes_prompts
 from diffusers_ext.evaluation.real_images import RealImages, describe_reference, load_real_images
 from diffusers_ext.evaluation.reference_cache import reference_features
 from diffusers_ext.evaluation.report import CONDITIONED_PICTURE, LIKELIHOOD_PICTURE, describe, figures_of
@@ -48,7 +48,7 @@ from diffusers_ext.evaluation.sweep_results import SweepResults
 from diffusers_ext.figures import save_picture
 from diffusers_ext.guidance.guided_denoiser import check_guidance_scale
 from diffusers_ext.hub.cards import add_figures
-from diffusers_ext.machine import process_state, runs_in_bf16, set_threads
+from diffusers_ext.machine import process_state, set_threads
 from diffusers_ext.options import option, parse_config, run_script, to_command
 
 
@@ -195,7 +195,7 @@ def main(config: EvaluateConfig) -> dict | None:
         images, labels, sampling = *read_images(config, real), None
     num_images = len(images) if pipeline is None else config.num_images
     evaluator = make_evaluator(config, real, features, num_images, about_features) if state.is_main_process else None
-    bf16 = runs_in_bf16(config.mixed_precision, state.device.type)
+    bf16 = samples_in_bf16(pipeline, config.mixed_precision, state.device.type)
     reference = describe_reference(real, config.for_data().dataset_split, num_images, config.num_neighbours)
     setting = Setting(config, state, real, reference, about_features, bf16)
     if config.sweep:

@@ -5,10 +5,11 @@ The command `diffusers-ext sample`; `training/sample.py` says how it is used.
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,9 +25,16 @@ from diffusers_ext.atomic_files import PARTIAL, atomic_write
 from diffusers_ext.draws import check_seed
 from diffusers_ext.evaluation.animation import check_animated, denoising_frames, interpolation_frames
 from diffusers_ext.evaluation.generate import LARGEST_SEED_OF_SETS, SEED_STRIDE, generate_images
+from diffusers_ext.evaluation.image_folder import METADATA, SAMPLED, SAMPLING_RECORD
 from diffusers_ext.evaluation.label_shares import balanced_labels
-from diffusers_ext.evaluation.pipeline_facts import default_of, label_names_of, num_labels_of, takes_prompts
-from diffusers_ext.evaluation.subject import load_pipeline
+from diffusers_ext.evaluation.pipeline_facts import (
+    default_of,
+    label_names_of,
+    num_labels_of,
+    samples_in_bf16,
+    takes_prompts,
+)
+from diffusers_ext.evaluation.subject import guidance_of_call, load_pipeline
 from diffusers_ext.figures import (
     ANIMATION_FORMATS,
     check_animation_format,
@@ -35,14 +43,12 @@ from diffusers_ext.figures import (
     save_picture,
 )
 from diffusers_ext.guidance.guided_denoiser import check_guidance_scale
-from diffusers_ext.machine import process_state, runs_in_bf16, set_threads
+from diffusers_ext.machine import process_state, set_threads
 from diffusers_ext.options import check_options, option, parse_config, run_script, to_command
 from diffusers_ext.untrusted import is_plain_name
 
 
 MAX_ROWS = 16  # of the grid
-RECORD = "sampling.json"
-IMAGES, METADATA = "images", "metadata.jsonl"
 
 
 @dataclass(frozen=True)
@@ -184,22 +190,24 @@ def main(config: SampleConfig) -> Path:
     wanted = Wanted.of(config, pipeline)
     if config.denoising or config.interpolation:
         check_animated(pipeline)
-    state.wait_for_everyone()  # all have checked
-    if state.is_main_process and folder.exists() and config.overwrite_output_dir:
-        clear(folder)
-    state.wait_for_everyone()
-    bf16 = runs_in_bf16(config.mixed_precision, state.device.type)
+    bf16 = samples_in_bf16(pipeline, config.mixed_precision, state.device.type)
     names = file_names(config, wanted)
-    if state.is_main_process:  # first of all, since the folder is known by it
-        write_record(config, pipeline, "bf16" if bf16 else "no")
     with torch.autocast(state.device.type, torch.bfloat16) if bf16 else nullcontext():
-        save_images(config, pipeline, wanted, names, state)
+        batches = make_images(config, pipeline, wanted, state)
+        first = list(islice(batches, 1))  # so that what the call refuses leaves a folder as it is
+        state.wait_for_everyone()  # all have checked
+        if state.is_main_process and folder.exists() and config.overwrite_output_dir:
+            clear(folder)
+        if state.is_main_process:  # before all images, since the folder is known by it
+            write_record(config, pipeline, "bf16" if bf16 else "no")
+        state.wait_for_everyone()
+        save_images(config, chain(first, batches), names)
         state.wait_for_everyone()
         if not state.is_main_process:
             return folder
-        saved = [IMAGES, *save_grid(config, wanted, names), *save_animations(config, pipeline, wanted)]
+        saved = [SAMPLED, *save_grid(config, wanted, names), *save_animations(config, pipeline, wanted)]
     write_metadata(config, wanted, names)
-    print(f"{config.num_images} images in {folder}: {', '.join([*saved, RECORD])}")
+    print(f"{config.num_images} images in {folder}: {', '.join([*saved, SAMPLING_RECORD])}")
     return folder
 
 
@@ -210,19 +218,19 @@ def check_folder(config: SampleConfig) -> None:
         return
     if not config.overwrite_output_dir:
         raise ValueError(f"output_dir {folder} is not empty: give another one, or --overwrite_output_dir")
-    if not (folder / RECORD).is_file():
+    if not (folder / SAMPLING_RECORD).is_file():
         raise ValueError(f"output_dir {folder} holds nothing that this command has saved, and is left as it is")
 
 
 def clear(folder: Path) -> None:
     """Removes what this command saves, and what of it was being written when a process ended."""
-    shutil.rmtree(folder / IMAGES, ignore_errors=True)
+    shutil.rmtree(folder / SAMPLED, ignore_errors=True)
     animations = (f"{what}.{end}" for what in ("denoising", "interpolation") for end in ANIMATION_FORMATS)
     for path in (
         *folder.glob(f"{PARTIAL}*"),
         folder / "grid.png",
         *(folder / name for name in animations),
-        folder / RECORD,  # by which the folder is known, so last
+        folder / SAMPLING_RECORD,  # by which the folder is known, so last
     ):
         path.unlink(missing_ok=True)
 
@@ -236,8 +244,10 @@ def file_names(config: SampleConfig, wanted: Wanted) -> list[str]:
     return [f"{name}/{file}" for name, file in zip(wanted.names, files, strict=True)]
 
 
-def save_images(config: SampleConfig, pipeline, wanted: Wanted, names: list[str], state: PartialState) -> None:
-    """The share of this process, saved batch by batch."""
+def make_images(
+    config: SampleConfig, pipeline, wanted: Wanted, state: PartialState
+) -> Iterator[list[tuple[int, Image.Image]]]:
+    """The share of this process, batch by batch: the index of each image and its picture."""
     mine = range(state.process_index, config.num_images, state.num_processes)
     with tqdm(total=len(mine), desc="sampling", unit="image", disable=not state.is_main_process) as bar:
         for start in range(0, len(mine), config.batch_size):
@@ -252,11 +262,16 @@ def save_images(config: SampleConfig, pipeline, wanted: Wanted, names: list[str]
                 seed=config.seed,
                 show_progress=False,
             )
-            for index, image in zip(indices, images, strict=True):
-                path = config.folder / IMAGES / names[index]
-                path.parent.mkdir(parents=True, exist_ok=True)
-                save_picture(to_picture(image, config.upscale, config.image_format), path)
+            pictures = [to_picture(image, config.upscale, config.image_format) for image in images]
             bar.update(len(indices))
+            yield list(zip(indices, pictures, strict=True))
+
+
+def save_images(config: SampleConfig, batches: Iterable[list[tuple[int, Image.Image]]], names: list[str]) -> None:
+    for index, picture in chain.from_iterable(batches):
+        path = config.folder / SAMPLED / names[index]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_picture(picture, path)
 
 
 def to_picture(image: Tensor, upscale: int, image_format: str) -> Image.Image:
@@ -286,7 +301,7 @@ def save_grid(config: SampleConfig, wanted: Wanted, names: list[str]) -> list[st
     rows = [indices[:columns] for indices in by_name.values()][:MAX_ROWS]
     if not rows:
         rows = list(torch.arange(config.num_images).split(columns))[:MAX_ROWS]
-    pictures = [torch.stack([read_picture(config.folder / IMAGES / names[i]) for i in row]) for row in rows]
+    pictures = [torch.stack([read_picture(config.folder / SAMPLED / names[i]) for i in row]) for row in rows]
     save_picture(labelled_grid(pictures, list(by_name)[:MAX_ROWS] or None), path)
     return [path.name]
 
@@ -324,7 +339,7 @@ def write_metadata(config: SampleConfig, wanted: Wanted, names: list[str]) -> No
         if wanted.names is not None:
             line["label" if wanted.prompts is None else "text"] = wanted.names[index]
         lines.append(json.dumps(line, ensure_ascii=False))
-    with atomic_write(config.folder / IMAGES / METADATA) as partial:
+    with atomic_write(config.folder / SAMPLED / METADATA) as partial:
         partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -336,14 +351,14 @@ def write_record(config: SampleConfig, pipeline, precision: str) -> None:
         "pipeline_class": type(pipeline).__name__,
         "scheduler_class": type(pipeline.scheduler).__name__,
         "num_inference_steps": config.num_inference_steps or default_of(pipeline, "num_inference_steps"),
-        "guidance_scale": config.guidance_scale,
+        **guidance_of_call(pipeline, config.guidance_scale, config.settings),
         "mixed_precision": precision,
         "seed": config.seed,
         "num_images": config.num_images,
         "versions": {"diffusers_ext": diffusers_ext.__version__, "torch": torch.__version__},
     }
     config.folder.mkdir(parents=True, exist_ok=True)
-    with atomic_write(config.folder / RECORD) as partial:
+    with atomic_write(config.folder / SAMPLING_RECORD) as partial:
         partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 

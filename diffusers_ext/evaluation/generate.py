@@ -158,6 +158,5 @@ def _check_arguments(pipeline, needed: set[str]) -> None:
     known = parameters_of(pipeline)
     if missing := sorted(needed - known.keys()):
         raise ValueError(
-            f"{type(pipeline).__name__} takes no {', '.join(missing)}, so it cannot be evaluated with it;"
-            f" it takes {', '.join(known)}"
+            f"{type(pipeline).__name__} takes no {', '.join(missing)}: leave what says it out; it takes {', '.join(known)}"
         )

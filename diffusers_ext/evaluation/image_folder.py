@@ -1,6 +1,8 @@
 """A folder of images, to be measured as a pipeline's images are."""
 
+import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,9 @@ from diffusers_ext.evaluation.real_images import CHANNEL_MODES, RealImages
 from diffusers_ext.pixels import open_picture, to_array
 
 
+# What `training/sample.py` saves: images, what is known of each of them, and how all were made.
+SAMPLED, METADATA, SAMPLING_RECORD = "images", "metadata.jsonl", "sampling.json"
+
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
@@ -28,7 +33,7 @@ def is_image_folder(name: str) -> bool:
     finish_replacing(folder)  # which has no index until then, and the pictures of its pipeline
     if not folder.is_dir() or (folder / "model_index.json").is_file():
         return False
-    if _image_files(folder):
+    if _image_files(_images_of(folder)):
         return True
     raise ValueError(f"{folder} holds neither a pipeline (model_index.json) nor images ({', '.join(IMAGE_SUFFIXES)})")
 
@@ -39,7 +44,8 @@ def read_image_folder(
     """The images of a folder and its subfolders, prepared like the real ones.
 
     Args:
-        name: Folder. If each image is in a subfolder that bears the name of a label, those are the labels.
+        name: Folder. Labels are those of its `metadata.jsonl`, such as `training/sample.py` writes, or else the names of the
+            subfolders that the images are in.
         real: The data set.
         pad_value: Of a border, where images are smaller than the real ones, in the range of those.
         max_bad_share: Share of the files, rounded up to a whole one, that may fail to decode and are left out.
@@ -55,7 +61,8 @@ def read_image_folder(
     channels, height, width = real.image_shape
     if channels > len(CHANNEL_MODES):
         raise ValueError(f"files hold images of up to 4 channels, but those of {real.name} have {channels}")
-    paths = _image_files(Path(name))
+    folder = _images_of(Path(name))
+    paths = _image_files(folder)
     border = round(pad_value * 255 / real.white)
     images, faults = np.empty((len(paths), height, width, channels), np.uint8), {}
     for row, path in zip(images, paths, strict=True):
@@ -73,8 +80,43 @@ def read_image_folder(
     paths = [path for path in paths if path not in faults]
 
     ids = {label_name: label for label, label_name in enumerate(real.train.label_names)}
-    labels = [ids.get(path.relative_to(name).parts[0]) for path in paths]
-    return images, None if None in labels else torch.tensor(labels)
+    told = _labels_told(folder)
+    labels = [ids.get(told.get(place, place.parts[0])) for place in (path.relative_to(folder) for path in paths)]
+    if None not in labels:
+        return images, torch.tensor(labels)
+    if ids and PartialState().is_main_process:
+        without = paths[labels.index(None)].relative_to(folder)
+        print(
+            f"the labels of the images are not all known, such as that of {without}, so that none is measured: name them in "
+            f"{METADATA}, or by subfolders",
+            file=sys.stderr,
+        )
+    return images, None
+
+
+def _labels_told(folder: Path) -> dict[Path, str]:
+    """Names of labels by the place of an image in the folder, of those that `metadata.jsonl` tells.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    told = {}
+    with suppress(FileNotFoundError):
+        for number, line in enumerate((folder / METADATA).read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                row = json.loads(line)
+                if "label" in row:
+                    told[Path(row["file_name"])] = str(row["label"])
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(
+                    f"line {number} of {folder / METADATA} must be a JSON object with a file_name, got {line[:80]!r}"
+                ) from error
+    return told
+
+
+def _images_of(folder: Path) -> Path:
+    """The folder itself, or where `training/sample.py` has put the images, beside which there are grids of them."""
+    return folder / SAMPLED if (folder / SAMPLING_RECORD).is_file() else folder
 
 
 def _image_files(folder: Path) -> list[Path]:

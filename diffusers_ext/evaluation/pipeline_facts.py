@@ -5,6 +5,7 @@ import inspect
 from diffusers import ModelMixin
 
 from diffusers_ext.guidance.labels import num_classes_of
+from diffusers_ext.machine import runs_in_bf16
 from diffusers_ext.pipelines.call_defaults import DEFAULT_NUM_STEPS
 from diffusers_ext.sizes import compression
 
@@ -43,6 +44,22 @@ def image_size_of(pipeline) -> tuple[int, ...]:
             scale = 1 if vae is None else compression(vae.config)
             return tuple(side * scale for side in sides)
     raise ValueError(f"the size of the images of {type(pipeline).__name__} is not in its configs: give --resolution")
+
+
+def samples_in_bf16(pipeline, mixed_precision: str | None, device: str) -> bool:
+    """Whether a pipeline's networks run under bf16 autocast, by an option as in `runs_in_bf16`.
+
+    Raises:
+        ValueError: if that is asked for, and the pipeline cannot.
+    """
+    if not any(cls.__name__ == "LDMPipeline" for cls in type(pipeline).__mro__):
+        return runs_in_bf16(mixed_precision, device)
+    if mixed_precision == "bf16":
+        raise ValueError(
+            "mixed_precision must be no for LDMPipeline, which makes arrays of numpy of what its autoencoder gives, and numpy has "
+            "no bfloat16"
+        )
+    return False
 
 
 def default_of(pipeline, name: str):

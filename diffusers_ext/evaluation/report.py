@@ -3,9 +3,10 @@
 What is described is the result of `training/evaluate.py`, the contents of `evaluation.json`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from diffusers_ext.guidance.guiding import Interval
 from diffusers_ext.hub.cards import Figure
 
 
@@ -58,6 +59,8 @@ CLOSENESS = {
     "ms_ssim": ("MS-SSIM", "MS-SSIM"),
     "lpips": ("LPIPS", "LPIPS"),
 }
+# Of results that have several sets of images.
+MEASURED_ONCE = {"conditioned": "closeness to the condition images", "likelihood": "bits/dim"}
 CONDITIONED_PICTURE = "conditions.png"
 LIKELIHOOD_PICTURE = "likelihood.png"
 
@@ -76,6 +79,9 @@ def describe(result: dict) -> list[str]:
             f"each measure is the mean over {len(seeds)} sets of images, of seeds {seeds[0]} to {seeds[-1]}, ± their standard "
             "deviation"
         )
+        once = [name for key, name in MEASURED_ONCE.items() if key in result]
+        if once:
+            lines.append(f"{' and '.join(once)}: of seed {seeds[0]} alone")
     if "likelihood" in result:
         lines.append(describe_likelihood(result["likelihood"]))
     if "curves" in result.get("likelihood", {}):
@@ -184,12 +190,20 @@ def _closeness(measures: dict, beginning: str = "") -> str:
     return ", ".join(f"{name} {value:.4g}" for name, value in named.items())
 
 
+def _interval(interval: Interval | None) -> str:
+    if interval is None:
+        return ""
+    (unit, bounds), *_ = (interval if isinstance(interval, Mapping) else {"steps": interval}).items()
+    low, high = bounds
+    return f" in {unit} {low:.3g} to {high:.3g}"
+
+
 def figures_of(result: dict, command: str) -> list[Figure]:
     """The measures of the generated images as a model card shows them, with the command that made them."""
     sampling, measures = result["sampling"], result["generated"]
     sampler = sampling["scheduler_class"]
     if sampling["guidance_scale"] not in (None, 1.0):
-        sampler += f", guidance {sampling['guidance_scale']:g}"
+        sampler += f", guidance {sampling['guidance_scale']:g}{_interval(sampling['guidance_interval'])}"
     if sampling["internal_guidance_scale"] != 1.0:
         sampler += f", internal guidance {sampling['internal_guidance_scale']:g}"
     if sampling["guider"]:

@@ -178,8 +178,7 @@ def generate_for(
         "pipeline_class": type(pipeline).__name__,
         "scheduler_class": type(pipeline.scheduler).__name__,
         "num_inference_steps": num_inference_steps or default_of(pipeline, "num_inference_steps"),
-        "guidance_scale": default_scale(pipeline) if guidance_scale is None else guidance_scale,
-        "internal_guidance_scale": (settings or {}).get("internal_guidance_scale", 1.0),
+        **guidance_of_call(pipeline, guidance_scale, settings or {}),
         "call_defaults": getattr(pipeline, "config", {}).get("call_defaults"),
         "guider": None if guider is None else type(guider).__name__,
         "by_label": asked.proportions is not None,
@@ -212,6 +211,23 @@ def _check_labels(pipeline, num_classes: int, real: RealImages) -> None:
             f"the pipeline's {num_classes} labels ({_some(names)}) are not the {len(in_data)} of {real.name} "
             f"({_some(in_data)}): evaluate it on the data set that it was trained on"
         )
+
+
+def guidance_of_call(pipeline, guidance_scale: float | None, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What guides a call, for the record of how images were made: as it says, or else as the pipeline was saved.
+
+    Args:
+        guidance_scale, settings: Of the call.
+    """
+    internal = settings.get("internal_guidance_scale", 1.0)
+    interval = settings.get("guidance_interval")
+    if guidance_scale is None and internal == 1.0 and interval is None and default_scale(pipeline) is not None:
+        interval = (getattr(pipeline, "config", {}).get("call_defaults") or {}).get("guidance_interval")
+    return {
+        "guidance_scale": default_scale(pipeline) if guidance_scale is None else guidance_scale,
+        "guidance_interval": interval,
+        "internal_guidance_scale": internal,
+    }
 
 
 def default_scale(pipeline) -> float | None:

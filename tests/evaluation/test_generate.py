@@ -96,7 +96,7 @@ def test_channels_are_converted_as_pillow_does():
 
 
 def test_bad_input_is_refused():
-    with pytest.raises(ValueError, match="DDPMPipeline takes no guidance_scale, so it cannot be evaluated with it"):
+    with pytest.raises(ValueError, match="DDPMPipeline takes no guidance_scale: leave what says it out"):
         generate_images(make_stock_pipeline(), [0], guidance_scale=2.0)
     with pytest.raises(ValueError, match="DDPMPipeline takes no class_labels"):
         generate_images(make_stock_pipeline(), [0], labels=[1])

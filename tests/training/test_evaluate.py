@@ -1,6 +1,7 @@
 import json
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -170,10 +171,33 @@ def test_the_training_images_as_a_folder_are_perfect(tmp_path, features_folder):
     assert result["sampling"] is None
 
 
-def test_a_folder_without_known_labels_has_no_label_accuracy(tmp_path, features_folder):
+def test_labels_are_told_beside_the_images_too_and_grids_of_them_are_no_images(tmp_path, features_folder):
+    """As `training/sample.py` saves them where the name of a label is not one of a folder."""
+    from diffusers_ext.data.sources import load_digits
+
+    images = save_digits(tmp_path / "made" / "images", "test", by_label=False)
+    rows = [
+        {"file_name": f"{index:04}.png", "label": str(row["label"])} for index, row in enumerate(load_digits("test"))
+    ]
+    (images / "metadata.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    (tmp_path / "made" / "sampling.json").write_text("{}")
+    shutil.copy(images / "0000.png", tmp_path / "made" / "grid.png")
+    options = ("--dataset_name", "digits", "--features", features_folder, "--no-svc", "--no-pixel_metrics")
+    for folder in (tmp_path / "made", images):
+        result = run(folder, *options, "--output_file", tmp_path / "result.json")
+        assert result["generated"]["num_images"] == len(rows)
+        assert result["generated"]["label_accuracy"] == result["held_out"]["label_accuracy"]
+    with (images / "metadata.jsonl").open("a") as file:
+        file.write("not json\n")
+    with pytest.raises(ValueError, match=f"line {len(rows) + 1} of .* must be a JSON object with a file_name"):
+        run(images, *options, "--output_file", tmp_path / "result.json")
+
+
+def test_a_folder_without_known_labels_has_no_label_accuracy(tmp_path, features_folder, capsys):
     folder = save_digits(tmp_path / "images", "test", by_label=False)
     result = run(folder, "--dataset_name", "digits", "--features", features_folder, "--no-svc")
     assert "label_accuracy" not in result["generated"]
+    assert "the labels of the images are not all known, such as that of 0000.png" in capsys.readouterr().err
     assert result["generated"]["frechet_distance"] == pytest.approx(result["held_out"]["frechet_distance"], rel=1e-4)
 
 
@@ -189,6 +213,7 @@ def test_internal_guidance_is_measured_and_named(tmp_path, features_folder):
     settings += ("--max_train_samples", 300)
     result = run(folder, *settings, "--internal_guidance_scale", 1.5)
     assert result["sampling"]["internal_guidance_scale"] == 1.5
+    assert result["sampling"]["guidance_interval"] is None
     card = (folder / "README.md").read_text()
     assert ", internal guidance 1.5" in card and "--internal_guidance_scale 1.5" in card
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, LDMPipeline, VQModel
 from PIL import Image
 
 from diffusers_ext import ExtDDIMScheduler, GuidedDiffusionPipeline, TextGuidedDiffusionPipeline
@@ -191,6 +191,47 @@ def test_a_folder_is_replaced_if_this_command_has_made_it_and_is_asked_to(made, 
         str(saved / "labels"), overwrite_output_dir=True, num_images=1, output_dir=str(tmp_path / "new"), **QUICK
     )
     assert main(again) == main(again) and len(records(tmp_path / "new")) == 1
+
+
+@pytest.mark.parametrize(
+    "pipeline, options, message",
+    [
+        ("stock", {"guidance_scale": 2.0}, "DDPMPipeline takes no guidance_scale: leave what says it out"),
+        ("labels", {"num_inference_steps": 5000}, "num_inference_steps must be .* got 5000"),
+    ],
+)
+def test_what_a_call_refuses_leaves_the_images_that_were_there(saved, tmp_path, pipeline, options, message):
+    config = {"num_images": 2, "output_dir": str(tmp_path / "new"), **QUICK}
+    before = {path: path.read_bytes() for path in main(SampleConfig(str(saved / pipeline), **config)).rglob("*.*")}
+    with pytest.raises(ValueError, match=message):
+        main(SampleConfig(str(saved / pipeline), overwrite_output_dir=True, **(config | options)))
+    assert before == {path: path.read_bytes() for path in (tmp_path / "new").rglob("*.*")}
+
+
+def test_the_record_says_what_guided_a_call_that_did_not(saved, tmp_path):
+    pipe = GuidedDiffusionPipeline.from_pretrained(saved / "labels")
+    chosen = {"guidance_scale": 3.0, "guidance_interval": {"sigma": [0.1, 2.0]}}
+    pipe.register_to_config(call_defaults=chosen)
+    pipe.save_pretrained(tmp_path / "chosen")
+    for scale, expected in ((None, chosen), (2.0, {"guidance_scale": 2.0, "guidance_interval": None})):
+        folder = tmp_path / f"images {scale}"
+        main(
+            SampleConfig(str(tmp_path / "chosen"), guidance_scale=scale, num_images=1, output_dir=str(folder), **QUICK)
+        )
+        record = json.loads((folder / "sampling.json").read_text())
+        assert {name: record[name] for name in expected} == expected
+
+
+def test_a_pipeline_whose_images_cannot_be_in_bf16_is_sampled_in_float32(tmp_path):
+    """`LDMPipeline` hands its autoencoder's output to numpy as it is."""
+    vqvae = VQModel(3, 3, block_out_channels=(8, 8), latent_channels=3, num_vq_embeddings=8, norm_num_groups=4)
+    unet = tiny_stock_unet(in_channels=3, out_channels=3)
+    LDMPipeline(vqvae, unet, DDIMScheduler(clip_sample=False)).save_pretrained(tmp_path / "ldm")
+    options = {"num_threads": 1, "num_inference_steps": 2, "num_images": 1}
+    folder = main(SampleConfig(str(tmp_path / "ldm"), output_dir=str(tmp_path / "images"), **options))
+    assert json.loads((folder / "sampling.json").read_text())["mixed_precision"] == "no"
+    with pytest.raises(ValueError, match="mixed_precision must be no for LDMPipeline"):
+        main(SampleConfig(str(tmp_path / "ldm"), output_dir=str(tmp_path / "n"), mixed_precision="bf16", **options))
 
 
 def test_a_label_is_its_name_before_it_is_a_number():
