@@ -83,8 +83,9 @@ class GaussianSchedulerMixin:
     def _setup(self) -> None:
         """Builds everything from `self.config`, refusing what cannot work."""
         check_config(self.config, type(self).__init__)
-        # Some samplers of diffusers have other defaults for the path, to which `from_config` would fall back.
-        self._register_explicitly(**{key: self.config[key] for key in PATH_KEYS})
+        # Some samplers of diffusers have other defaults for the path, to which `from_config` would fall back. Those that
+        # never clip hand on the range, by which `read_model` knows that the model is not one of theirs.
+        self._register_explicitly(**{key: self.config[key] for key in (*PATH_KEYS, "clip_sample_range")})
         self._choose_timesteps(self.config)
         self._check_config(self.config)
         self.schedule, betas = self._make_schedule(self.config)

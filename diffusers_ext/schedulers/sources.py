@@ -129,6 +129,8 @@ def read_model(config: Mapping[str, Any], cls: type, given: Mapping[str, Any]) -
     if maker is not None:
         defaults = defaults_of(maker)
         config = {key: defaults[key] for key in MODEL_KEYS if key in defaults} | config
+        if "clip_sample" not in defaults and "clip_sample_range" not in config:
+            config.setdefault("clip_sample", False)  # it clips nothing, and no class before it said how far
     if maker is not None or in_memory:
         config = MEANT_BY_ABSENCE | config
     config.setdefault("prediction_type", MEANT_BY_ABSENCE["prediction_type"])

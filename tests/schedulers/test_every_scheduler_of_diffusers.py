@@ -108,13 +108,13 @@ def roads(scheduler: SchedulerMixin, folder) -> list:
 def test_a_config_makes_the_path_of_its_source(cls, tmp_path):
     """By every road to one class of ours, and from memory and disk to the others: how a config is read is one for all."""
     source = cls()
-    in_memory, *others, content = roads(source, tmp_path)
+    in_memory, *named, options = roads(source, tmp_path)
     for ours in OURS:
         given = {"prediction_type": "v_prediction"} if ours is VPredictionScheduler else {}
         results = [ours.from_config(in_memory, **given), ours.from_pretrained(tmp_path, **given)]
         if ours is ExtDDIMScheduler:
             nearly_nothing = {"_class_name": cls.__name__}
-            results += [ours.from_config(config) for config in (*others, content, nearly_nothing)]
+            results += [ours.from_config(config) for config in (*named, nearly_nothing, options)]
         back = []
         if ours is ExtDDIMScheduler or cls is diffusers.DDPMScheduler:  # some take seconds to be made
             back = [cls.from_config(results[0].config)]
@@ -122,9 +122,22 @@ def test_a_config_makes_the_path_of_its_source(cls, tmp_path):
             torch.testing.assert_close(
                 result.alphas_cumprod.double(), source.alphas_cumprod.double(), rtol=2e-3, atol=1e-6, msg=ours.__name__
             )
+        nameless = results.pop().config.clip_sample if ours is ExtDDIMScheduler else None
+        assert nameless in (None, source.config.get("clip_sample", True))  # whose options they are, nobody knows
         for result in results:
-            for key in ("clip_sample", "clip_sample_range"):
-                assert result.config[key] == source.config.get(key, result.config[key]), ours
+            # A class that has no such key never clips.
+            assert result.config.clip_sample == source.config.get("clip_sample", False), ours
+            assert result.config.clip_sample_range == source.config.get("clip_sample_range", 1.0), ours
+
+
+@pytest.mark.parametrize("cls", [cls for cls in WITH_BETAS if "clip_sample" not in inspect.signature(cls).parameters])
+def test_clipping_goes_through_a_class_that_never_clips(cls):
+    """What our classes were told, or left to their default, is the model's; and an option goes before all."""
+    for ours, told in ((ExtDDIMScheduler, {}), (ExtDDPMScheduler, {"clip_sample": False}), (ConsistencyScheduler, {})):
+        made = ours(**told)
+        assert ours.from_config(cls.from_config(made.config).config).config.clip_sample == made.config.clip_sample
+    assert ExtDDIMScheduler.from_config(cls().config, clip_sample=True).config.clip_sample
+    assert ExtDDIMScheduler.from_config({"_class_name": cls.__name__, "clip_sample": True}).config.clip_sample
 
 
 @pytest.mark.parametrize("cls", OTHERS)
@@ -165,7 +178,7 @@ def test_options_go_before_the_config():
     source = diffusers.LCMScheduler()
     made = ExtDDIMScheduler.from_config(source.config, beta_end=0.02, clip_sample=True)
     assert (made.config.beta_start, made.config.beta_end, made.config.clip_sample) == (0.00085, 0.02, True)
-    assert set(MODEL_KEYS) & set(made.config["_use_default_values"]) <= {"trained_betas", "clip_sample_range"}
+    assert set(MODEL_KEYS) & set(made.config["_use_default_values"]) <= {"trained_betas"}
 
 
 # In a pipeline.
