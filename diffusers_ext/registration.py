@@ -79,6 +79,7 @@ def register_with_diffusers(namespace: Mapping[str, object]) -> None:
     _read_configs_without_code()
     _load_ours_with_consent_too()
     _look_before_loading()
+    _miss_no_pipeline_class()
     _load_our_blocks_without_code()
 
 
@@ -106,8 +107,9 @@ def _read_configs_without_code() -> None:
     @functools.wraps(read)
     def dict_from_json_file(cls, json_file):
         config = read_json(json_file)  # which refuses what is no mapping, or takes too much room
-        if os.path.basename(json_file) == DiffusionPipeline.config_name:
-            check_pipeline_class(config.get("_class_name"), json_file)
+        # Who reads the index alone needs no class in it; who loads a pipeline is told of it there.
+        if os.path.basename(json_file) == DiffusionPipeline.config_name and "_class_name" in config:
+            check_pipeline_class(config["_class_name"], json_file)
         return without_code(read(cls, json_file))
 
     ConfigMixin._dict_from_json_file = classmethod(dict_from_json_file)
@@ -154,6 +156,28 @@ def _look_before_loading() -> None:
     pipeline_loading_utils.get_class_obj_and_candidates = get_class_obj_and_candidates
 
 
+def _miss_no_pipeline_class() -> None:
+    """Lets diffusers say in a sentence that a pipeline names no class at all, which is a `KeyError` there."""
+    load = DiffusionPipeline.__dict__["from_pretrained"].__func__
+    if hasattr(load, "misses_no_class"):
+        return
+
+    @functools.wraps(load)
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        try:
+            return load(cls, pretrained_model_name_or_path, **kwargs)
+        except KeyError as error:
+            if error.args != ("_class_name",):
+                raise
+            raise ValueError(
+                f"{pretrained_model_name_or_path} must name a class of pipelines under _class_name in its "
+                f"{DiffusionPipeline.config_name}, got none"
+            ) from error
+
+    from_pretrained.misses_no_class = True  # type: ignore[attr-defined]
+    DiffusionPipeline.from_pretrained = classmethod(from_pretrained)
+
+
 def check_pipeline_class(name: Any, where: Any) -> None:
     """Refuses a pipeline that names no class: its own name, or the file of its code and the name.
 
@@ -163,11 +187,16 @@ def check_pipeline_class(name: Any, where: Any) -> None:
     Raises:
         ValueError: with the name.
     """
-    parts = name if isinstance(name, list) else [name]
-    if not parts or not all(isinstance(part, str) and part.isidentifier() and part[0] != "_" for part in parts):
+    parts = name if isinstance(name, list) and len(name) == 2 else [name]
+    if not _is_class_name(parts[-1]) or not is_plain_name(parts[0]):  # a file may be named as no class may
         raise ValueError(f"{where} must name a class of pipelines under _class_name, got {name!r}")
     if not isinstance(getattr(diffusers, parts[-1], type), type):
         raise ValueError(f"{where} must name a class of pipelines under _class_name, got {name!r}, which is none")
+
+
+def _is_class_name(name: Any) -> bool:
+    """Whether a class may be named so; of what Python itself names with two underscores, none is a component's."""
+    return isinstance(name, str) and name.isidentifier() and not name.startswith("__")
 
 
 def check_component(library: Any, class_name: Any, folder: Path | None) -> None:
@@ -183,11 +212,12 @@ def check_component(library: Any, class_name: Any, folder: Path | None) -> None:
         ValueError: with what is named.
     """
     names = isinstance(library, str) and isinstance(class_name, str)
-    if not names or not re.fullmatch(r"[A-Za-z]\w*(\.[A-Za-z_]\w*)*", library, re.ASCII):
+    has_code = names and folder is not None and is_plain_name(f"{library}.py") and (folder / f"{library}.py").is_file()
+    # Modules may begin with an underscore, as `__main__` does, where a notebook has its classes.
+    if not names or not (has_code or re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", library, re.ASCII)):
         raise ValueError(f"a component must name a library and a class in it, got {library!r} and {class_name!r}")
-    if not class_name.isidentifier() or class_name.startswith("_"):
+    if not _is_class_name(class_name):
         raise ValueError(f"a component must name a class of {library}, got {class_name!r}")
-    has_code = folder is not None and is_plain_name(f"{library}.py") and (folder / f"{library}.py").is_file()
     known = library in LOADABLE_CLASSES or hasattr(diffusers.pipelines, library) or library in sys.modules
     module = sys.modules.get(library)
     if known and not has_code and library not in LOADABLE_CLASSES and not hasattr(diffusers.pipelines, library):

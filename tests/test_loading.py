@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import diffusers
 import numpy as np
@@ -146,6 +147,51 @@ def test_consent_is_refused_for_what_is_not_ours_as_diffusers_does(tmp_path):
     stock_unet().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="does not appear to have any custom code"):
         diffusers.AutoModel.from_pretrained(str(tmp_path), trust_remote_code=True)
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [("__main__", "OwnScheduler"), ("_own_models", "OwnScheduler"), ("_own_models", "_Scheduler")]
+)
+def test_a_component_of_a_module_of_the_user_loads(tmp_path, monkeypatch, module, name):
+    """As it does in a notebook or a script, whose module is `__main__`."""
+    cls = type(name, (DDIMScheduler,), {"__module__": module})
+    monkeypatch.setitem(sys.modules, "_own_models", ModuleType("_own_models"))
+    monkeypatch.setattr(sys.modules[module], name, cls, raising=False)
+    for base in (
+        diffusers.ModelMixin,
+        diffusers.SchedulerMixin,
+    ):  # for diffusers, which looks for them beside the class
+        monkeypatch.setattr(sys.modules[module], base.__name__, base, raising=False)
+    DDPMPipeline(unet=tiny_unet(), scheduler=DDIMScheduler()).save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text()) | {"scheduler": [module, name]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    assert type(DDPMPipeline.from_pretrained(tmp_path).scheduler) is cls
+
+
+def test_a_pipeline_class_of_the_user_loads_under_a_private_name(tmp_path):
+    cls = type("_Pipe", (DDPMPipeline,), {})
+    cls(unet=tiny_unet(), scheduler=DDIMScheduler()).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "model_index.json").read_text())["_class_name"] == "_Pipe"
+    assert type(cls.from_pretrained(tmp_path)) is cls
+
+
+def test_files_of_code_may_have_names_that_no_class_has(tmp_path):
+    """With consent alone, as every code."""
+    DDPMPipeline(unet=tiny_unet(), scheduler=DDIMScheduler()).save_pretrained(tmp_path)
+    (tmp_path / "my-pipe.py").write_text("from diffusers import DDPMPipeline\n\nclass MyP(DDPMPipeline):\n    pass\n")
+    (tmp_path / "scheduler" / "my-own.py").write_text("from diffusers import DDIMScheduler as Own\n")
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    index |= {"_class_name": ["my-pipe", "MyP"], "scheduler": ["my-own", "Own"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        diffusers.DiffusionPipeline.from_pretrained(tmp_path)
+    loaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
+    assert type(loaded).__name__ == "MyP" and type(loaded.scheduler) is DDIMScheduler
+
+
+def test_an_index_can_be_read_without_a_class(tmp_path):
+    (tmp_path / "model_index.json").write_text('{"unet": ["diffusers", "UNet2DModel"]}')
+    assert diffusers.DiffusionPipeline.load_config(tmp_path) == {"unet": ["diffusers", "UNet2DModel"]}
 
 
 # What is written.

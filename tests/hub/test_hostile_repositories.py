@@ -319,7 +319,11 @@ def a_module_that_lies_about(box, where):
     "subprocess.Popen",
     "diffusers.utils",
     "diffusers_ext.__builtins__",
+    "diffusers_ext.__class__",
     "__main__.Path",
+    "__main__.__loader__",
+    "_pickle.Pickler",
+    "_not_imported.Model",
     "..beside.secret",
     ".relative",
 )
@@ -330,12 +334,24 @@ def a_component_of_another_kind(box, name):
     DiffusionPipeline.from_pretrained(box.folder)
 
 
-@case("_class_name|class_name", "__loader__", "utils", "logging.os", "", "7", "null", "[]")
+LISTS = ("[]", '["pipeline"]', '["pipeline", "__loader__"]', '["../beside/pipeline", "Theirs"]', '["a", "b", "c"]')
+
+
+@case("_class_name|class_name", "__loader__", "utils", "logging.os", "", "7", "null", *LISTS)
 def a_pipeline_of_another_kind(box, name):
     box.take("run")
-    value = json.loads(name) if name in ("7", "null", "[]") else name
+    value = json.loads(name) if name in ("7", "null", *LISTS) else name
     box.edit("model_index.json", _class_name=value)
     DiffusionPipeline.from_pretrained(box.folder)
+
+
+@case("must name a class of pipelines under _class_name", "folder", "Hub")
+def a_pipeline_without_a_class(box, where):
+    box.take("run")
+    index = json.loads((box.folder / "model_index.json").read_text())
+    del index["_class_name"]
+    box.put("model_index.json", json.dumps(index))
+    DiffusionPipeline.from_pretrained(box.folder if where == "folder" else box.publish())
 
 
 @case("trust_remote_code=True", "folder", "Hub", "says it itself")
