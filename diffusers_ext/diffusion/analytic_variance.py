@@ -151,14 +151,14 @@ def measure_prediction(
     Raises:
         ValueError: If there are no images, or the model's output has another shape.
     """
-    error, eps_square, last = (torch.zeros(len(timesteps), dtype=torch.float64) for _ in range(3))
+    error, eps_square, last = (torch.zeros(len(timesteps), dtype=torch.float64, device="cpu") for _ in range(3))
     x0_square, count = 0.0, 0
     for x0 in batches:
         count += x0.numel()
         x0_square += x0.to(widest_float(x0.device)).square().sum().item()
         for i, timestep in enumerate(timesteps.tolist()):
             eps = noise(i) if noise else draw_normal(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
-            at = torch.full((len(x0),), timestep)
+            at = torch.full((len(x0),), timestep, device="cpu")
             level = schedule.level(timestep, x0)
             x_t = add_noise(x0, eps, level)
             output = denoise(x_t, schedule.labels(at).to(x0.device)).to(x0.dtype)

@@ -82,7 +82,7 @@ def respace_betas(betas: Tensor, num_train_timesteps: int) -> Tensor:
     """
     log_alpha_bar = torch.cat([betas.new_zeros(1), torch.log1p(-betas).cumsum(0)])
     log_alpha_bar = log_alpha_bar.clamp(min=-1e4)  # stands for -inf, with which there is no interpolating
-    place = torch.linspace(0, len(betas), num_train_timesteps + 1, dtype=torch.float64)
+    place = torch.linspace(0, len(betas), num_train_timesteps + 1, dtype=torch.float64, device="cpu")
     low = place.floor().long().clamp(max=len(betas) - 1)
     log_alpha_bar = torch.lerp(log_alpha_bar[low], log_alpha_bar[low + 1], place - low)
     return -torch.expm1(log_alpha_bar.diff())
@@ -106,21 +106,23 @@ def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
 def _betas_between(name: str, num_timesteps: int, beta_start: float, beta_end: float) -> Tensor:
     match name:
         case "linear":
-            return torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64)
+            return torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64, device="cpu")
         case "scaled_linear":
-            return torch.linspace(beta_start**0.5, beta_end**0.5, num_timesteps, dtype=torch.float64).square()
+            return torch.linspace(
+                beta_start**0.5, beta_end**0.5, num_timesteps, dtype=torch.float64, device="cpu"
+            ).square()
         case "sigmoid":
-            gate = torch.linspace(-6, 6, num_timesteps, dtype=torch.float64).sigmoid()
+            gate = torch.linspace(-6, 6, num_timesteps, dtype=torch.float64, device="cpu").sigmoid()
             return gate * (beta_end - beta_start) + beta_start
 
 
 def _betas_of_alpha_bar(name: str, num_timesteps: int) -> Tensor:
-    u = torch.linspace(0, 1, num_timesteps + 1, dtype=torch.float64)  # time, 0 clean and 1 noise
+    u = torch.linspace(0, 1, num_timesteps + 1, dtype=torch.float64, device="cpu")  # time, 0 clean and 1 noise
     match name:
         case "squaredcos_cap_v2" | "cosine":  # Nichol & Dhariwal 2021, Eq. 17, s = 0.008
             alpha_bar = ((u + 0.008) / 1.008 * (torch.pi / 2)).cos().square()
         case "sigmoid_alpha_bar":
-            start, end = torch.tensor([-3.0, 3.0], dtype=torch.float64).sigmoid()
+            start, end = torch.tensor([-3.0, 3.0], dtype=torch.float64, device="cpu").sigmoid()
             alpha_bar = (end - (6 * u - 3).sigmoid()) / (end - start)
         case "laplace":
             # The root of snr / (1 + snr) with snr = exp(log_snr / 2): diffusers' own reading of the schedule.

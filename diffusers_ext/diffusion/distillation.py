@@ -86,12 +86,12 @@ def partner_timesteps(schedule: NoiseSchedule, doublings: int, factor: float = 2
     """
     noise = noise_ratio(schedule)
     partners = torch.searchsorted(noise, partner_noise(noise, doublings, factor), right=True) - 1
-    return partners.minimum(torch.arange(len(noise)) - 1)
+    return partners.minimum(torch.arange(len(noise), device="cpu") - 1)
 
 
 def doublings_until_neighbours(schedule: NoiseSchedule, factor: float = 2.0, most: int = 64) -> int:
     """The least number of doublings at which each timestep is paired with its neighbour, but no more than `most`."""
-    neighbours = torch.arange(len(schedule)) - 1
+    neighbours = torch.arange(len(schedule), device="cpu") - 1
     for doublings in range(most):
         if torch.equal(partner_timesteps(schedule, doublings, factor), neighbours):
             return doublings
@@ -116,8 +116,8 @@ def consistency_weights(schedule: NoiseSchedule, partners: Tensor, weighting: st
     Raises:
         ValueError: if `weighting` is none of `CONSISTENCY_WEIGHTINGS`.
     """
-    like = torch.zeros(1, dtype=torch.float64)
-    t, r = schedule.level(torch.arange(len(schedule)), like), schedule.level(partners, like)
+    like = torch.zeros(1, dtype=torch.float64, device="cpu")
+    t, r = schedule.level(torch.arange(len(schedule), device="cpu"), like), schedule.level(partners, like)
     match weighting:
         case "unit_scale":
             return 1 / (t.sigma - t.alpha * (r.sigma / r.alpha))
@@ -142,12 +142,14 @@ def angle_timesteps(schedule: NoiseSchedule, number: int) -> list[int]:
 
     With two, the second is where signal and noise are equal.
     """
-    level = schedule.level(torch.arange(len(schedule)), torch.zeros(1, dtype=torch.float64))
+    level = schedule.level(
+        torch.arange(len(schedule), device="cpu"), torch.zeros(1, dtype=torch.float64, device="cpu")
+    )
     angles = angle(level)
-    wanted = angles[-1] * torch.arange(number, 0, -1, dtype=torch.float64) / number
+    wanted = angles[-1] * torch.arange(number, 0, -1, dtype=torch.float64, device="cpu") / number
     nearest = (angles[:, None] - wanted).abs().argmin(0)
     # No two the same, by as little as it takes.
-    index = torch.arange(number)
+    index = torch.arange(number, device="cpu")
     ascending = (nearest.flip(0) - index).cummax(0).values + index
     ascending = ascending.minimum(len(angles) - number + index)
     return ascending.flip(0).tolist()

@@ -59,7 +59,7 @@ def likelihood_weights(schedule: NoiseSchedule) -> Tensor:
 
     Returns: float64, shape `(T,)`.
     """
-    every, like = torch.arange(len(schedule)), torch.zeros(1, dtype=torch.float64)
+    every, like = torch.arange(len(schedule), device="cpu"), torch.zeros(1, dtype=torch.float64, device="cpu")
     snr = schedule.level(every, like).snr
     before = (2 * snr[:1].log() - snr[1:2].log()).exp() if len(snr) > 1 and snr[1] > 0 else 2 * snr[:1]
     return 0.5 * len(schedule) * (torch.cat([before, snr[:-1]]) - snr)
@@ -110,7 +110,7 @@ and v where alpha^2 + sigma^2 = 1; but not at the cleanest levels | Li & He 2025
         case "p2":
             x0_weight = snr / (1 + snr) ** p2_gamma
         case "velocity":
-            x0_weight = torch.as_tensor(level.sigma).clamp(min=SMALLEST_DIVISOR) ** -2
+            x0_weight = torch.as_tensor(level.sigma, device=snr.device).clamp(min=SMALLEST_DIVISOR) ** -2
         case "sample":
             x0_weight = snr.new_ones(snr.shape)
         case "likelihood":
@@ -129,13 +129,15 @@ def trained_share(
     That is (sum L)^2 / (T sum L^2) for the loss L_t at each of T levels of a model that outputs zeros, on data of unit
     variance: 1 if it is the same at all levels, 1 / T if it is all at one. Of a small share, the others learn little.
     """
-    level = schedule.level(torch.arange(len(schedule)), torch.zeros(1, dtype=torch.float64))
+    level = schedule.level(
+        torch.arange(len(schedule), device="cpu"), torch.zeros(1, dtype=torch.float64, device="cpu")
+    )
     a, b = output_coefficients(level, prediction_type)
     options = {"snr_gamma": snr_gamma, "p2_gamma": p2_gamma}
     if weighting == "likelihood":
         options["x0_weight"] = likelihood_weights(schedule)
     weight = loss_weight(level, weighting, prediction_type, **options)
-    loss = weight * (torch.as_tensor(a).square() + torch.as_tensor(b).square())
+    loss = weight * (torch.as_tensor(a, device="cpu").square() + torch.as_tensor(b, device="cpu").square())
     loss = (loss / loss.max()).nan_to_num(1.0)  # what is infinite has it all
     return (loss.sum().square() / (len(schedule) * loss.square().sum())).item()
 

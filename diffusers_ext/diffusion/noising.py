@@ -94,7 +94,7 @@ class NoiseSchedule:
         betas = check_betas(betas)
         # Logs in float64: in float32, 1 - cumprod(1 - betas) is off by 2e-4 at t = 0 for the DDPM betas.
         log_alpha_bar = torch.log1p(-betas).cumsum(0)
-        clean_end = torch.tensor([final_alpha_bar], dtype=torch.float64).log()
+        clean_end = torch.tensor([final_alpha_bar], dtype=torch.float64, device="cpu").log()
         log_alpha_bar = torch.cat([log_alpha_bar, clean_end])  # last, so that index -1 finds it
         self._set_levels(log_alpha_bar.mul(0.5).exp(), log_alpha_bar.expm1().neg().sqrt(), preserves_variance=True)
 
@@ -117,7 +117,7 @@ class NoiseSchedule:
             raise ValueError("alpha must be finite and at least 0, and sigma finite and above 0, at all levels")
         if not (alpha / sigma).diff().lt(0).all():
             raise ValueError("levels must be from the cleanest to the noisiest: alpha / sigma must fall")
-        clean_end = torch.tensor([1.0, 0.0], dtype=torch.float64)
+        clean_end = torch.tensor([1.0, 0.0], dtype=torch.float64, device="cpu")
         schedule = cls.__new__(cls)
         schedule._set_levels(torch.cat([alpha, clean_end[:1]]), torch.cat([sigma, clean_end[1:]]))
         return schedule

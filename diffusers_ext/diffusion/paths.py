@@ -243,9 +243,9 @@ class PathSchedule(NoiseSchedule):
     def __init__(self, path: Path, num_train_timesteps: int, first_label: int = 0):
         check_integer("num_train_timesteps", num_train_timesteps)
         self.path, self.first_label = path, first_label
-        times = torch.arange(1, num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps
+        times = torch.arange(1, num_train_timesteps + 1, dtype=torch.float64, device="cpu") / num_train_timesteps
         alpha, sigma = path.level(times)
-        clean_end = torch.tensor([1.0, 0.0], dtype=torch.float64)
+        clean_end = torch.tensor([1.0, 0.0], dtype=torch.float64, device="cpu")
         self._set_levels(torch.cat([alpha, clean_end[:1]]), torch.cat([sigma, clean_end[1:]]))
 
 

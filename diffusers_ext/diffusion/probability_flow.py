@@ -115,12 +115,12 @@ def flow_bound(
         noise = draw_normal(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
     if dequantization == "decoder":
         with torch.no_grad():
-            first = torch.zeros(len(x0), dtype=torch.int64)
+            first = torch.zeros(len(x0), dtype=torch.int64, device="cpu")
             x_t, step, p, _ = evaluate_transition(denoise, x0, noise, chain, first, prediction_type, variance)
             decoder = decoder_nats(x0, p, num_bins, units).flatten(1).sum(1)
             log_q = normal_log_prob(noise) - step.t.sigma.log()
     else:
-        level = chain.at(torch.zeros(1, dtype=torch.int64), x0).t
+        level = chain.at(torch.zeros(1, dtype=torch.int64, device="cpu"), x0).t
         half_bin = 1 / (num_bins - 1) / (1.0 if units is None else units.scale.to(x0))
         x_t, log_q = dequantize(x0, level, half_bin, dequantization, noise)
         decoder = x0.new_zeros(len(x0))
@@ -228,7 +228,7 @@ def flow_density(
 
     def slope(u: Tensor, angle: float) -> tuple[Tensor, Tensor]:
         """v and its divergence."""
-        angle = torch.tensor([angle], dtype=torch.float64)
+        angle = torch.tensor([angle], dtype=torch.float64, device="cpu")
         timestep = path.timestep(angle)
         scale = path.scale(timestep)
         level = NoiseLevel(
@@ -247,7 +247,7 @@ def flow_density(
         parts = [(grad * probe).flatten(1).sum(1) for grad, probe in zip(grads, probes, strict=True)]
         return v.detach(), share * torch.stack(parts).sum(0)
 
-    times = torch.tensor(timesteps, dtype=torch.float64)
+    times = torch.tensor(timesteps, dtype=torch.float64, device="cpu")
     ends, scale = path.angle(times).log().tolist(), path.scale(times[:1]).item()
     if tolerance is None:
         u, total, num_calls = _fixed_steps(slope, x / scale, ends, num_steps)
@@ -263,7 +263,10 @@ Slope = Callable[[Tensor, float], tuple[Tensor, Tensor]]
 
 def _fixed_steps(slope: Slope, u: Tensor, ends: list[float], num_steps: int) -> tuple[Tensor, Tensor, int]:
     """u at the second end, the integral of the divergence, and the calls of the model."""
-    angles, total = torch.linspace(*ends, num_steps + 1, dtype=torch.float64).exp().tolist(), u.new_zeros(len(u))
+    angles, total = (
+        torch.linspace(*ends, num_steps + 1, dtype=torch.float64, device="cpu").exp().tolist(),
+        u.new_zeros(len(u)),
+    )
     for start, end in zip(angles[:-1], angles[1:], strict=True):
         width, middle = end - start, (start + end) / 2
         v1, d1 = slope(u, start)
@@ -283,7 +286,7 @@ def _adaptive_steps(slope: Slope, u: Tensor, ends: list[float], tolerance: float
         v, divergence = slope(torch.from_numpy(values[: -len(u)]).view(u.shape).to(u), angle)
         return torch.cat([v.cpu().double().flatten(), divergence.cpu().double()]).mul(angle).numpy()
 
-    start = torch.cat([u.cpu().double().flatten(), torch.zeros(len(u), dtype=torch.float64)]).numpy()
+    start = torch.cat([u.cpu().double().flatten(), torch.zeros(len(u), dtype=torch.float64, device="cpu")]).numpy()
     values, num_calls = solve_adaptively(joint, ends, start, tolerance, tolerance)
     values = torch.from_numpy(values)
     return values[: -len(u)].view(u.shape).to(u), values[-len(u) :].to(u), num_calls
@@ -318,7 +321,7 @@ def solve_flow(
     """
 
     def slope(log_angle: float, values: np.ndarray) -> np.ndarray:
-        angle = torch.tensor([log_angle], dtype=torch.float64).exp()
+        angle = torch.tensor([log_angle], dtype=torch.float64, device="cpu").exp()
         timestep = path.timestep(angle)
         scale = 1.0 if unit_scale_input else path.scale(timestep).item()
         level = NoiseLevel(
@@ -330,7 +333,7 @@ def solve_flow(
             v = velocity(output, seen, level, prediction_type)
         return (v.cpu().double() * angle).flatten().numpy()
 
-    times = torch.tensor(timesteps, dtype=torch.float64)
+    times = torch.tensor(timesteps, dtype=torch.float64, device="cpu")
     scales, ends = path.scale(times).tolist(), path.angle(times).log().tolist()
     start = (x.cpu().double() / scales[0]).flatten().numpy()
     values, num_calls = solve_adaptively(slope, ends, start, rtol, atol)

@@ -88,10 +88,10 @@ class ReverseChain:
         self.schedule = schedule
         length = len(schedule)
         timesteps = range(length - 1, -1, -1) if timesteps is None else timesteps
-        self.timesteps = torch.tensor(check_timesteps(timesteps, length)[::-1].copy())
-        like = torch.zeros(1, dtype=torch.float64)
+        self.timesteps = torch.tensor(check_timesteps(timesteps, length)[::-1].copy(), device="cpu")
+        like = torch.zeros(1, dtype=torch.float64, device="cpu")
         t = schedule.level(self.timesteps, like)
-        s = schedule.level(torch.cat([torch.tensor([-1]), self.timesteps[:-1]]), like)
+        s = schedule.level(torch.cat([torch.tensor([-1], device="cpu"), self.timesteps[:-1]]), like)
         small, large = posterior_std(t, s), transition_std(t, s)
         small[0] = small[1] if len(small) > 1 else large[0]
         optimal = torch.full_like(small, math.nan)

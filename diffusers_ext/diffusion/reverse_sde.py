@@ -74,7 +74,7 @@ class SDEStep(NamedTuple):
             predictor: One of `PREDICTORS`; "heun" has the numbers of "ode".
             unit_scale_input: Whether the model sees x_t / h, and its output is that of the path at unit scale.
         """
-        like = torch.zeros(1, dtype=torch.float64)
+        like = torch.zeros(1, dtype=torch.float64, device="cpu")
         t, s = schedule.level(timesteps, like), schedule.level(following, like)
         one, zero = torch.ones_like(t.alpha), torch.zeros_like(t.alpha)
         seen = NoiseLevel(t.alpha / t.scale, t.sigma / t.scale) if unit_scale_input else t

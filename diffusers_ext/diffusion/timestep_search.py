@@ -92,11 +92,11 @@ def bound_costs(
 
     Returns: In nats of a coordinate, shapes `(M, M + 1)` and `(M,)`.
     """
-    level = schedule.level(grid, torch.zeros(1, dtype=torch.float64))
+    level = schedule.level(grid, torch.zeros(1, dtype=torch.float64, device="cpu"))
     t, s = (NoiseLevel(*(part.view(shape) for part in level)) for shape in ((-1, 1), (1, -1)))
-    error = torch.as_tensor(x0_variance, dtype=torch.float64).view(-1, 1).clamp(min=SMALLEST_ERROR)
+    error = torch.as_tensor(x0_variance, dtype=torch.float64, device="cpu").view(-1, 1).clamp(min=SMALLEST_ERROR)
     # A step up has no cost that is read; a level of its own keeps the formulas finite.
-    later = torch.ones(len(grid), len(grid), dtype=torch.bool).triu(1)
+    later = torch.ones(len(grid), len(grid), dtype=torch.bool, device="cpu").triu(1)
     s = NoiseLevel(torch.where(later, s.alpha, 1.0), torch.where(later, s.sigma, 0.5 * t.sigma))
     # The means of p and of the posterior are apart by as much as the variance of p has more, in the mean over the data: what
     # is left of their KL is the log.
@@ -135,7 +135,7 @@ def search_grid(schedule: NoiseSchedule, number: int) -> Tensor:
     """At most `number` timesteps, descending, both ends among them: half evenly spaced, half evenly in log SNR."""
     length = len(schedule)
     if number >= length:
-        return torch.arange(length - 1, -1, -1)
+        return torch.arange(length - 1, -1, -1, device="cpu")
     even = np.linspace(0, length - 1, number - number // 2).round()
     levels = -np.maximum(log_snr(schedule), -30.0)  # rising
     inner = np.linspace(levels[0], levels[-1], number // 2 + 2)[1:-1]

@@ -265,14 +265,14 @@ def variational_bound(
     last = len(chain) - 1
     if num_terms is not None and not 1 <= num_terms <= last:
         raise ValueError(f"num_terms must be in [1, {last}], one less than the chain's timesteps, got {num_terms}")
-    index = torch.arange(1, len(chain)).expand(len(x0), -1)
-    weight = torch.ones(index.shape, dtype=torch.float64)
+    index = torch.arange(1, len(chain), device="cpu").expand(len(x0), -1)
+    weight = torch.ones(index.shape, dtype=torch.float64, device="cpu")
     if num_terms is not None and num_terms < last:
         index, weight = _spread(len(x0), num_terms, chain, generator)
     draw = noise or (lambda i: draw_normal(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype))
 
     def cost(column: int | None) -> tuple[Tensor, Tensor]:
-        at = torch.zeros(len(x0), dtype=torch.int64) if column is None else index[:, column]
+        at = torch.zeros(len(x0), dtype=torch.int64, device="cpu") if column is None else index[:, column]
         model = (chain, at, prediction_type, variance, clip)
         x_t, step, p, x0_hat = evaluate_transition(denoise, x0, draw(int(at[0])), *model)
         nats = decoder_nats(x0, p, num_bins, units) if column is None else transition_kl(x0, x_t, step, p)
@@ -335,8 +335,8 @@ def optimal_variances(
 
 def chain_variances(chain: ReverseChain, x0_variance: Tensor) -> Tensor:
     """The reverse variance of each transition for predictions of x_0 that are off by `x0_variance`, both of shape `(n,)`."""
-    like = torch.zeros(1, dtype=torch.float64)
-    before = torch.cat([torch.tensor([-1]), chain.timesteps[:-1]])
+    like = torch.zeros(1, dtype=torch.float64, device="cpu")
+    before = torch.cat([torch.tensor([-1], device="cpu"), chain.timesteps[:-1]])
     return analytic_variance(
         chain.schedule.level(chain.timesteps, like), chain.schedule.level(before, like), x0_variance
     )
@@ -356,12 +356,14 @@ def _spread(
         uniform = torch.stack([_uniform(num_terms, generator=one) for one in generator])
     else:
         uniform = _uniform(num_images, num_terms, generator=generator)
-    level = chain.schedule.level(chain.timesteps, torch.zeros(1, dtype=torch.float64))
+    level = chain.schedule.level(chain.timesteps, torch.zeros(1, dtype=torch.float64, device="cpu"))
     change = -level.snr.log().diff()
     change = change.nan_to_num(posinf=0.0)  # to zero terminal SNR, which the even half has
     probability = 0.5 / len(change) + 0.5 * change / change.sum().clamp(min=1e-300)
     sums = (probability / probability.sum()).cumsum(0)
-    place = (torch.arange(num_terms) + uniform) / num_terms  # evenly distributed over [0, 1) taken together
+    place = (
+        torch.arange(num_terms, device="cpu") + uniform
+    ) / num_terms  # evenly distributed over [0, 1) taken together
     drawn = torch.searchsorted(sums, place, right=True).clamp(max=len(change) - 1)
     return 1 + drawn, probability.sum() / (num_terms * probability[drawn])
 

@@ -112,7 +112,7 @@ class GaussianSchedulerMixin:
         self.betas = betas.float()
         self.alphas = (1 - betas).float()
         self.alphas_cumprod = alpha_bar.float()
-        self.one = torch.tensor(1.0)
+        self.one = torch.tensor(1.0, device="cpu")
         self.final_alpha_cumprod = self.one if self.schedule.alpha[-1] == 1 else self.alphas_cumprod[0]
         self.custom_timesteps = False
         self.num_inference_steps = None
@@ -163,7 +163,7 @@ class GaussianSchedulerMixin:
     def _make_betas(self, config) -> Tensor:
         length = config.num_train_timesteps
         if config.trained_betas is not None:
-            betas = torch.as_tensor(np.asarray(config.trained_betas, dtype=np.float64))
+            betas = torch.as_tensor(np.asarray(config.trained_betas, dtype=np.float64), device="cpu")
             if betas.shape != (length,):
                 raise ValueError(
                     f"trained_betas must have shape ({length},) (num_train_timesteps), got {tuple(betas.shape)}"
@@ -246,7 +246,7 @@ class GaussianSchedulerMixin:
 
     def _visit(self, descending: np.ndarray, device: str | torch.device | None) -> None:
         values = self._ordered(descending)
-        self.timesteps = torch.tensor(values, device=device)
+        self.timesteps = torch.tensor(values, device="cpu").to(device)
         # The standard deviation of x_t where sampling starts.
         self.init_noise_sigma = 1.0 if self.schedule.preserves_variance else float(self.schedule.scale[max(values)])
         self._current_transitions(values)
@@ -274,7 +274,7 @@ class GaussianSchedulerMixin:
 
     def _steps_between(self, timesteps: Tensor, following: Tensor) -> Transition:
         """The numbers of the steps from timesteps to others, in float64; -1 stands for the clean end."""
-        like = torch.zeros(1, dtype=torch.float64)
+        like = torch.zeros(1, dtype=torch.float64, device="cpu")
         t, s = self.schedule.level(timesteps, like), self.schedule.level(following, like)
         return Transition.between(t, s, self.config.prediction_type)
 

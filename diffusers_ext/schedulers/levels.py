@@ -59,7 +59,9 @@ def noise_level(scheduler: SchedulerMixin, timestep: Tensor | float, like: Tenso
     with np.errstate(divide="ignore"):  # infinite at a level without signal
         ratio = np.interp(float(timestep), np.arange(len(alpha_bar)), np.sqrt((1 - alpha_bar) / alpha_bar))
     alpha = (1 + ratio**2) ** -0.5
-    pair = torch.tensor([alpha, (1 - alpha**2) ** 0.5], dtype=torch.promote_types(like.dtype, torch.float32))
+    pair = torch.tensor(
+        [alpha, (1 - alpha**2) ** 0.5], dtype=torch.promote_types(like.dtype, torch.float32), device="cpu"
+    )
     return NoiseLevel(*pair.to(like.device).view(2, -1, *[1] * (like.ndim - 1)))
 
 

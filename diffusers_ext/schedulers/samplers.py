@@ -134,7 +134,7 @@ def _wrong_path(scheduler: SchedulerMixin, user: str, path: str | None) -> str:
 
 def _reaches_a_point(scheduler: SchedulerMixin, prediction_type: str) -> bool:
     """Whether, from the exact outputs for data that are a single point, a scheduler ends at that point."""
-    trial, point, x = copy.deepcopy(scheduler), 0.3, torch.ones(1, 1, 2, 2)
+    trial, point, x = copy.deepcopy(scheduler), 0.3, torch.ones(1, 1, 2, 2, device="cpu")
     options = {"generator": torch.Generator()} if "generator" in inspect.signature(trial.step).parameters else {}
     try:
         with torch.random.fork_rng(devices=[]):

@@ -123,7 +123,7 @@ class ExtDDIMScheduler(MultistepMixin, ReversibleMixin, DDIMScheduler):
 
     def _get_variance(self, timestep: Tensor | int, prev_timestep: Tensor | int) -> Tensor:
         """The variance at `eta=1` of the transition between two timesteps; below 0 stands for the clean end."""
-        like = torch.zeros((), device=timestep.device if isinstance(timestep, Tensor) else None)
+        like = torch.zeros((), device=timestep.device if isinstance(timestep, Tensor) else "cpu")
         prev_timestep = prev_timestep.clamp(min=-1) if isinstance(prev_timestep, Tensor) else max(prev_timestep, -1)
         t, s = self.schedule.level(timestep, like), self.schedule.level(prev_timestep, like)
         return (posterior_std(t, s) ** 2).squeeze()

@@ -175,11 +175,11 @@ class ExtDDPMScheduler(GaussianSchedulerMixin, DDPMScheduler):
         """
         variance_type = variance_type or self.variance_type
         check_choice("variance_type", variance_type, VARIANCE_TYPES)
-        like = predicted_variance if predicted_variance is not None else torch.zeros(())
+        like = predicted_variance if predicted_variance is not None else torch.zeros((), device="cpu")
         timestep = t
         t, s = self.schedule.level(t, like), self.schedule.level(self.previous_timestep(t), like)
         if variance_type == "analytic":
-            return torch.as_tensor(analytic_std(self._transition(timestep, like)) ** 2)
+            return torch.as_tensor(analytic_std(self._transition(timestep, like)) ** 2, device=like.device)
         small, large = posterior_std(t, s), transition_std(t, s)
         if variance_type in LEARNED_VARIANCES:
             if predicted_variance is None:

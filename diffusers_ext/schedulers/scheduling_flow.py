@@ -221,9 +221,11 @@ class FlowScheduler(MultistepMixin, FlowMatchEulerDiscreteScheduler):
         config = self.config
         if timesteps is not None and sigmas is None:
             self.num_inference_steps = len(lists[0])
-            listed = torch.tensor(lists[0], dtype=torch.float32)
+            listed = torch.tensor(lists[0], dtype=torch.float32, device="cpu")
             end = float(config.invert_sigmas)
-            self._visit(listed, torch.cat([listed / config.num_train_timesteps, torch.full((1,), end)]), device)
+            self._visit(
+                listed, torch.cat([listed / config.num_train_timesteps, torch.full((1,), end, device="cpu")]), device
+            )
             return
         if sigmas is None and self._chosen is not None:
             chosen = self._chosen.make(num_inference_steps, "trajectory").tolist()

@@ -38,8 +38,8 @@ class Transitions:
     ):
         self.timesteps, self.config = timesteps, config
         self._listed = [int(t) for t in timesteps.tolist()] if listed is None else listed
-        every = torch.arange(len(schedule))
-        ascending = torch.tensor(sorted(self._listed))
+        every = torch.arange(len(schedule), device="cpu")
+        ascending = torch.tensor(sorted(self._listed), device="cpu")
         num_below = torch.searchsorted(ascending, every)
         following = torch.where(num_below > 0, ascending[(num_below - 1).clamp(min=0)], -1)
         self._next = DeviceTable(following)
@@ -128,9 +128,9 @@ class FlowTransitions:
         self._listed, self._length, self._inverted = listed, length, inverted
         self._index = {value: index for index, value in enumerate(listed)}
         # Row 0 is the clean end, and row k the k-th of the listed ones from there. Shares are those of noise in time.
-        ascending = torch.tensor([self._clean_timestep, *reversed(listed)], dtype=torch.float64)
+        ascending = torch.tensor([self._clean_timestep, *reversed(listed)], dtype=torch.float64, device="cpu")
         shares = self._share(ascending)
-        sigmas = torch.tensor([0.0, *reversed(levels)], dtype=torch.float64)
+        sigmas = torch.tensor([0.0, *reversed(levels)], dtype=torch.float64, device="cpu")
         if not (shares.diff() > 0).all():
             raise ValueError(f"timesteps must be different ones and go from noise to data, got {listed}")
         self._next = DeviceTable(torch.stack([ascending, sigmas]))
@@ -139,7 +139,7 @@ class FlowTransitions:
         # What a level is read from, where the list has levels of its own.
         self._knots = None
         if (shares - sigmas).abs().max() > LEVEL_ROUNDING:
-            end = torch.ones(int(shares[-1] < 1), dtype=torch.float64)
+            end = torch.ones(int(shares[-1] < 1), dtype=torch.float64, device="cpu")
             self._knots = DeviceTable(torch.stack([torch.cat([shares, end]), torch.cat([sigmas, end])]))
         self._on_host: dict[float, Transition] = {}
 
@@ -156,7 +156,9 @@ class FlowTransitions:
             known = host_value(timestep, self.timesteps, self._listed)
             if known is not None:
                 if known not in self._on_host:
-                    numbers = self._between(torch.tensor(self._checked(known), dtype=torch.float64)).flatten()
+                    numbers = self._between(
+                        torch.tensor(self._checked(known), dtype=torch.float64, device="cpu")
+                    ).flatten()
                     self._on_host[known] = Transition.of([number.item() for number in numbers])
                 return self._on_host[known]
         return self._between(self._beside(timestep, like))
@@ -170,7 +172,7 @@ class FlowTransitions:
 
     def following(self, timestep: Tensor | float) -> Tensor:
         """The timestep that `timestep` steps to: the next listed one, or that of the clean end."""
-        timestep = torch.as_tensor(timestep)
+        timestep = timestep if isinstance(timestep, Tensor) else torch.tensor(timestep, device="cpu")
         values = timestep.to(widest_float(timestep.device))
         return self._after(self._share(values))[0].to(self.timesteps.dtype)
 
