@@ -137,6 +137,11 @@ def read_model(config: Mapping[str, Any], cls: type, given: Mapping[str, Any]) -
     if config.get("variance_type", "") is None and defaults_of(cls).get("variance_type") is not None:
         del config["variance_type"]  # solvers without noise say so of a variance that is not learned
 
+    changed = given.keys() & {*PATH_KEYS, "beta_reference_timesteps"}
+    if changed and "trained_betas" not in given and _follow_from_name(config):
+        # They stand for the schedule, for classes that do not know its name, and would hide what is asked of it.
+        config["trained_betas"] = None
+
     shift = config.get("snr_shift_scale")
     if shift is not None and shift != 1:
         # Within the betas, and so for every class that reads them; the key itself is CogVideoX's alone.
@@ -196,8 +201,23 @@ def _betas(config: Mapping[str, Any]) -> Tensor:
     """The betas that a config says, before anything is done to them."""
     if config.get("trained_betas") is not None:
         return check_betas(np.asarray(config["trained_betas"], dtype=np.float64))
-    ends = {key: config[key] for key in ("beta_start", "beta_end") if key in config}
-    return make_betas(config.get("beta_schedule", "linear"), config.get("num_train_timesteps", 1000), **ends)
+    options = {key: config[key] for key in ("beta_start", "beta_end") if key in config}
+    options["reference_timesteps"] = config.get("beta_reference_timesteps")
+    return make_betas(config.get("beta_schedule", "linear"), config.get("num_train_timesteps", 1000), **options)
+
+
+def _follow_from_name(config: Mapping[str, Any]) -> bool:
+    """Whether the betas of a config are those that the schedule it names makes of its other keys."""
+    betas = config.get("trained_betas")
+    if betas is None:
+        return False
+    try:
+        named = _betas({**config, "trained_betas": None})
+        betas = np.asarray(betas, dtype=np.float64)
+    except (TypeError, ValueError):  # of what is wrong the class tells
+        return False
+    # Up to the rounding of another machine's exponentials.
+    return betas.shape == named.shape and np.allclose(betas, named.numpy(), rtol=1e-9, atol=0)
 
 
 def _named_class(config: Mapping[str, Any]) -> type | None:

@@ -138,6 +138,42 @@ def test_diffusers_builds_the_same_path_from_our_config(cls, name):
         torch.testing.assert_close(multistep.alphas_cumprod, ours.alphas_cumprod, rtol=1e-3, atol=1e-7)
 
 
+OVERRIDES = [
+    ({"beta_schedule": "cosine"}, {"beta_schedule": "linear"}),
+    ({"beta_schedule": "cosine"}, {"num_train_timesteps": 500}),
+    ({"beta_schedule": "sigmoid"}, {"beta_end": 0.03}),
+    ({"beta_schedule": "sigmoid"}, {"beta_start": 0.001, "beta_end": 0.03}),
+    ({"beta_schedule": "laplace"}, {"beta_schedule": "sigmoid_alpha_bar"}),
+    ({"num_train_timesteps": 500, "beta_reference_timesteps": 1000}, {"beta_reference_timesteps": None}),
+    ({"num_train_timesteps": 500, "beta_reference_timesteps": 1000}, {"num_train_timesteps": 250}),
+]
+
+
+@pytest.mark.parametrize("cls", [ExtDDIMScheduler, ExtDDPMScheduler, ScoreSDEScheduler, ConsistencyScheduler])
+@pytest.mark.parametrize(("config", "given"), OVERRIDES)
+@pytest.mark.filterwarnings("ignore:alpha_bar of the last timestep")
+def test_an_option_changes_a_schedule_that_stands_in_the_config_as_betas(cls, config, given, tmp_path):
+    """In memory, from the disk, and through a class of diffusers, whose betas are those of `trained_betas`."""
+    made, expected = cls(**config), cls(**config | given)
+    made.save_pretrained(tmp_path)
+    results = [cls.from_config(made.config, **given), cls.from_pretrained(tmp_path, **given)]
+    if config.get("beta_schedule") != "sigmoid":  # of stock DDPM alone, for which ours writes no betas
+        results.append(cls.from_config(DDIMScheduler.from_config(made.config).config, **given))
+    for result in results:
+        assert torch.equal(result.schedule.alpha, expected.schedule.alpha)
+
+
+def test_betas_that_were_given_stay_whatever_else_is_asked():
+    betas = np.linspace(0.01, 0.6, 1000).tolist()
+    made = ExtDDIMScheduler(trained_betas=betas, beta_schedule="cosine")
+    back = ExtDDIMScheduler.from_config(made.config, beta_end=0.01)
+    assert torch.equal(back.schedule.alpha, made.schedule.alpha)
+    cosine = ExtDDIMScheduler(beta_schedule="cosine").config
+    both = ExtDDIMScheduler.from_config(cosine, beta_schedule="linear", trained_betas=betas)
+    assert torch.equal(both.schedule.alpha, made.schedule.alpha)
+    assert ExtDDIMScheduler.from_config(cosine, clip_sample=False).config.trained_betas == cosine.trained_betas
+
+
 def test_the_default_path_reaches_samplers_with_other_defaults():
     """Heun's default betas are Stable Diffusion's: stock's config, at its own defaults, silently turns into those."""
     assert HeunDiscreteScheduler.from_config(DDPMScheduler().config).config.beta_end == 0.012
