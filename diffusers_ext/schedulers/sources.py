@@ -162,10 +162,12 @@ def read_flow_model(config: Mapping[str, Any], cls: type, given: Mapping[str, An
     config = dict(config)
     _check_flow(config, cls, maker)
     unset = set(config.get("_use_default_values", ()))
-    if "shift" in given or ("shift" in config and "shift" not in unset):
-        config.pop("flow_shift", None)
-    elif "flow_shift" in unset:
-        del config["flow_shift"]
+    # One number by two names. An option goes before the config, and there the name that the config's class reads.
+    names = ("shift", "flow_shift")
+    said = {key for key in names if given.get(key) is not None}
+    said = said or {key for key in names if key in config and key not in unset}
+    reads_flow_shift = maker is not None and "flow_shift" in defaults_of(maker) and "shift" not in defaults_of(maker)
+    config.pop("shift" if "flow_shift" in said and ("shift" not in said or reads_flow_shift) else "flow_shift", None)
     if not str(config.get("use_flow_sigmas")) == "True":
         config.pop("use_flow_sigmas", None)
     # What solvers of another path understand by the word is not the spacing on this one; beside timesteps that were chosen

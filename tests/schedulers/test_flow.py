@@ -155,6 +155,34 @@ def test_configs_of_solvers_with_flow_sigmas_are_read_and_written(source):
     assert all(back.config[key] == theirs.config[key] for key in keys)
 
 
+def test_a_shift_is_read_by_the_name_that_was_set_last(tmp_path):
+    """`shift` here and in the schedulers of flow matching, `flow_shift` in the solvers of other paths."""
+    ours = FlowScheduler(shift=3.0)
+    solver = diffusers.UniPCMultistepScheduler.from_config(ours.config, flow_shift=5.0)
+    solver.save_pretrained(tmp_path)
+    stock = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    unset = diffusers.UniPCMultistepScheduler.from_config(
+        stock.config, use_flow_sigmas=True, prediction_type="flow_prediction"
+    )
+    for scheduler, shift in (
+        (FlowScheduler.from_config(diffusers.UniPCMultistepScheduler.from_config(ours.config).config), 3.0),
+        (FlowScheduler.from_config(solver.config), 5.0),
+        (FlowScheduler.from_pretrained(tmp_path), 5.0),
+        (FlowScheduler.from_config(unset.config), 3.0),
+        (FlowScheduler.from_config(FlowMatchEulerDiscreteScheduler.from_config(ours.config, shift=4.0).config), 4.0),
+        (FlowScheduler.from_config(ours.config, flow_shift=5.0), 5.0),
+        (FlowScheduler.from_config(ours.config, shift=4.0), 4.0),
+        (FlowScheduler.from_config(solver.config, shift=4.0), 4.0),
+        (FlowScheduler.from_config(solver.config, flow_shift=2.0), 2.0),
+        (FlowScheduler.from_config(stock.config, flow_shift=2.0), 2.0),
+        (FlowScheduler.from_config(stock.config), 3.0),
+        (FlowScheduler.from_config({"flow_shift": 2.0}), 2.0),
+    ):
+        assert scheduler.config.shift == scheduler.config.flow_shift == shift
+    with pytest.raises(ValueError, match="one number by two names"):
+        FlowScheduler.from_config(ours.config, shift=2.0, flow_shift=4.0)
+
+
 def test_a_model_of_another_path_is_refused_by_its_kind():
     for config, kind in (
         (diffusers.DDIMScheduler().config, "a model of a Gaussian path given by betas"),
