@@ -38,6 +38,13 @@ class DeviceTable:
         return picked.view(len(picked), *[1] * (like.ndim - 1), -1).unbind(-1)
 
 
+def is_readable(tensor: Tensor) -> bool:
+    """Whether the host can look at the values at once: on the CPU, and neither traced nor within `torch.func`."""
+    if torch.compiler.is_compiling() or type(tensor) is not Tensor or tensor.device.type != "cpu":
+        return False
+    return not torch._C._are_functorch_transforms_active()
+
+
 def dtype_beside(tensor: Tensor) -> torch.dtype:
     """That of numbers that scale `tensor`: float64 if it is float64, or else float32, whatever its own."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32

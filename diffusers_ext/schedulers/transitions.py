@@ -10,7 +10,7 @@ from diffusers_ext.diffusion.analytic_variance import X0Variances
 from diffusers_ext.diffusion.multistep import LEVEL_ROUNDING
 from diffusers_ext.diffusion.noising import NoiseLevel, NoiseSchedule, Transition
 from diffusers_ext.diffusion.paths import Linear
-from diffusers_ext.diffusion.tables import DeviceTable, dtype_beside
+from diffusers_ext.diffusion.tables import DeviceTable, dtype_beside, is_readable
 from diffusers_ext.machine import widest_float
 
 
@@ -147,7 +147,8 @@ class FlowTransitions:
         """The step from `timestep`: of floats if the host knows it, or of tensors that broadcast against `like`.
 
         Args:
-            timestep: One, one for each sample, or one for each entry of the first dimensions of `like`.
+            timestep: One, one for each sample, or one for each entry of the first dimensions of `like`; those of a tensor on
+                an accelerator are not looked at.
 
         Raises:
             ValueError: If a timestep is out of range, or there are neither one nor `len(like)`.
@@ -165,14 +166,13 @@ class FlowTransitions:
 
     def level(self, timestep: Tensor | float, like: Tensor) -> NoiseLevel:
         """The level at `timestep`, broadcasting against `like`, in float32 or wider."""
-        if not isinstance(timestep, Tensor):
-            self._checked(timestep)
         level = Linear().level(self._sigma(self._beside(timestep, like)))
         return NoiseLevel(*[factor.to(dtype_beside(like)) for factor in level])
 
     def following(self, timestep: Tensor | float) -> Tensor:
         """The timestep that `timestep` steps to: the next listed one, or that of the clean end."""
         timestep = timestep if isinstance(timestep, Tensor) else torch.tensor(timestep, device="cpu")
+        self._check_range(timestep)
         values = timestep.to(widest_float(timestep.device))
         return self._after(self._share(values))[0].to(self.timesteps.dtype)
 
@@ -215,13 +215,18 @@ class FlowTransitions:
         """`timestep` on the device of `like`, in as wide a type as that has, broadcasting against it."""
         dtype = widest_float(like.device)
         if not isinstance(timestep, Tensor):
-            return torch.full((1,) * like.ndim, timestep, device=like.device, dtype=dtype)
+            return torch.full((1,) * like.ndim, self._checked(timestep), device=like.device, dtype=dtype)
         shape = timestep.shape if timestep.ndim else timestep.shape + (1,)
         if shape != (1,) and shape != like.shape[: len(shape)]:
             raise ValueError(
                 f"timestep must be one or one for each of the {len(like)} samples, got shape {tuple(timestep.shape)}"
             )
+        self._check_range(timestep)
         return timestep.to(like.device, dtype).view(*shape, *[1] * (like.ndim - len(shape)))
+
+    def _check_range(self, timestep: Tensor) -> None:
+        if is_readable(timestep) and not ((timestep >= 0) & (timestep <= self._length)).all():  # NaN too
+            raise ValueError(f"timestep must be in [0, {self._length}], got {timestep.tolist()}")
 
     def _checked(self, timestep: float) -> float:
         if not 0 <= timestep <= self._length:

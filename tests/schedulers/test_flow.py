@@ -129,6 +129,37 @@ def test_each_sample_steps_from_its_own_timestep_to_the_next_of_the_list():
         scheduler.step(output, timesteps[:3], sample)
 
 
+@pytest.mark.parametrize("wrong", [1000.5, -0.5, float("nan"), float("inf")])
+def test_timesteps_outside_the_path_are_refused_in_tensors_too(wrong):
+    """Those that the host can look at without waiting; NaN is in no range."""
+    scheduler = FlowScheduler(shift=3.0)
+    scheduler.set_timesteps(4)
+    output, x = draws(2, 3, 4, 4, count=2)
+    tokens = torch.tensor([[500.0, wrong, 0.0]] * 2)
+    for timestep in (wrong, torch.tensor(wrong), torch.tensor([wrong]), torch.tensor([500.0, wrong])):
+        for use in (
+            lambda t: scheduler.step(output, t, x),
+            lambda t: scheduler.reverse_step(output, t, x),
+            lambda t: scheduler.level(t, x),
+            lambda t: scheduler.add_noise(x, output, t),
+            lambda t: scheduler.scale_noise(x, t, output),
+            lambda t: scheduler.previous_timestep(t),
+        ):
+            with pytest.raises(ValueError, match=rf"timestep must be in \[0, 1000\], got .*{wrong}"):
+                use(timestep)
+    with pytest.raises(ValueError, match=r"timestep must be in \[0, 1000\]"):
+        scheduler.step(output[:, :, 0], 500.0, x[:, :, 0], per_token_timesteps=tokens)
+
+
+def test_levels_are_found_within_transforms_of_torch():
+    scheduler, x = FlowScheduler(), draws(2, 3, count=1)[0]
+    timesteps = torch.tensor([250.0, 750.0])
+    each = torch.func.vmap(lambda t: scheduler.level(t.reshape(1), x).sigma)(timesteps)
+    assert each.flatten().tolist() == [0.25, 0.75]
+    slope = torch.func.grad(lambda t: scheduler.add_noise(x, torch.ones_like(x), t).sum())(timesteps)
+    torch.testing.assert_close(slope, (1 - x).sum(1) / 1000)
+
+
 def test_ddims_options_are_refused_where_they_mean_nothing():
     scheduler = FlowScheduler()
     x = torch.zeros(1, 3, 2, 2)
