@@ -73,27 +73,35 @@ class Transitions:
             raise ValueError(
                 f"timestep must be one or one for each of the {len(like)} samples, got shape {tuple(timestep.shape)}"
             )
+        timestep = _integers(timestep)
         try:
             # In float64, as the host's: differences of squares follow.
             return self._kind.of(self._table.gather(timestep, like, widest_float(like.device)))
         except IndexError:
-            raise ValueError(
-                f"timestep must be in [0, {len(self._next.values) - 1}], got {timestep.tolist()}"
-            ) from None
+            raise self._out_of_range(timestep.tolist()) from None
 
     def following(self, timestep: Tensor | int) -> Tensor:
-        """The timestep that `timestep` steps to, -1 for the clean end."""
+        """The timestep that `timestep` steps to, -1 for the clean end.
+
+        Raises:
+            ValueError: If a timestep is out of range or not an integer.
+        """
         known = self._host_timestep(timestep)
-        if known is None:
-            table = self._next.on(timestep.device, torch.int64)
-            return table.index_select(0, timestep.reshape(-1)).view(timestep.shape)
-        return self._next.values[self._checked(known)]
+        if known is not None:
+            return self._next.values[self._checked(known)]
+        timestep = _integers(timestep)
+        try:
+            return _picked(self._next.on(timestep.device, torch.int64), timestep)
+        except IndexError:
+            raise self._out_of_range(timestep.tolist()) from None
 
     def _checked(self, timestep: int) -> int:
-        last = len(self._next.values) - 1
-        if not 0 <= timestep <= last:
-            raise ValueError(f"timestep must be in [0, {last}], got {timestep}")
+        if not 0 <= timestep < len(self._next.values):
+            raise self._out_of_range(timestep)
         return timestep
+
+    def _out_of_range(self, timestep: int | list[int]) -> ValueError:
+        return ValueError(f"timestep must be in [0, {len(self._next.values) - 1}], got {timestep}")
 
     def _host_timestep(self, timestep: Tensor | int) -> int | None:
         value = host_value(timestep, self.timesteps, self._listed)
@@ -256,8 +264,18 @@ def host_value(timestep: Tensor | float, timesteps: Tensor, listed: list) -> int
     return listed[(timestep.storage_offset() - timesteps.storage_offset()) // timesteps.stride(0)]
 
 
+def _integers(timestep: Tensor) -> Tensor:
+    """Timesteps for each sample as integers, from floats too if the host can see that they are whole."""
+    if not timestep.is_floating_point():
+        return timestep
+    whole = timestep.long()
+    if timestep.device.type != "cpu" or is_readable(timestep) and not torch.equal(whole.to(timestep.dtype), timestep):
+        got = timestep.tolist() if timestep.device.type == "cpu" else f"a tensor of {timestep.dtype}"
+        raise ValueError(f"timestep must be an integer, got {got}")
+    return whole
+
+
 def _integer(timestep) -> int:
-    value = int(timestep)
-    if value != timestep:
+    if timestep % 1 != 0:  # true of what is not finite too
         raise ValueError(f"timestep must be an integer, got {timestep}")
-    return value
+    return int(timestep)

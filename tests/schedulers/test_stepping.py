@@ -316,6 +316,32 @@ def test_bad_timesteps_are_refused(cls, kwargs, message):
     assert len(scheduler.timesteps) == 1000
 
 
+@pytest.mark.parametrize("cls", [*SAMPLERS, ExtDDIMInverseScheduler])
+def test_whole_floats_are_timesteps_for_each_sample(cls):
+    """Some pipelines of diffusers make such; others are refused, and none is rounded."""
+    scheduler = cls()
+    scheduler.set_timesteps(10)
+    output, sample = batch()
+    draws = {} if cls is ExtDDIMInverseScheduler else {"variance_noise": torch.zeros_like(sample)}
+    each = torch.tensor([700, 30])
+    expected = scheduler.step(output, each, sample, **draws).prev_sample
+    for dtype in (torch.float32, torch.float64, torch.float16):
+        assert torch.equal(scheduler.step(output, each.to(dtype), sample, **draws).prev_sample, expected)
+        following = scheduler.previous_timestep(each.to(dtype))
+        assert following.dtype == torch.int64 and torch.equal(following, scheduler.previous_timestep(each))
+    for wrong in ([700.5, 30.0], [float("nan"), 30.0], [float("inf"), 30.0]):
+        for use in (lambda t: scheduler.step(output, t, sample), scheduler.previous_timestep):
+            with pytest.raises(ValueError, match="timestep must be an integer, got "):
+                use(torch.tensor(wrong))
+            with pytest.raises(ValueError, match="timestep must be an integer, got "):
+                use(wrong[0])
+    for wrong in ([9000], [-1, 3], [9000.0, 3.0]):
+        with pytest.raises(ValueError, match=r"timestep must be in \[0, 999\], got \[(9000|-1)"):
+            scheduler.previous_timestep(torch.tensor(wrong))
+    with pytest.raises(ValueError, match="timestep must be an integer, got a tensor of torch.float32"):
+        scheduler.step(output.to("meta"), each.to("meta", torch.float32), sample.to("meta"))
+
+
 def test_timesteps_replaced_from_outside_are_followed():
     """Image-to-image pipelines cut the list, some by assignment."""
     scheduler = ExtDDIMScheduler()
