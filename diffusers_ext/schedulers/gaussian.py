@@ -23,6 +23,7 @@ from diffusers_ext.diffusion.noising import (
     training_target,
     weighted_sum,
 )
+from diffusers_ext.diffusion.tables import is_readable
 from diffusers_ext.diffusion.timestep_search import ChosenTimesteps
 from diffusers_ext.diffusion.timesteps import TIMESTEP_SPACINGS, check_timesteps, make_timesteps
 from diffusers_ext.draws import draw_normal
@@ -289,15 +290,32 @@ class GaussianSchedulerMixin:
 
         Args:
             timesteps: In [0, num_train_timesteps), one or one for each sample.
+
+        Raises:
+            ValueError: If the host can see that one is out of range.
         """
-        level = self.schedule.level(timesteps, original_samples)
+        level = self._noisy_level(timesteps, original_samples)
         return add_noise(original_samples, noise, level).to(torch.promote_types(original_samples.dtype, noise.dtype))
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor | int) -> Tensor:
-        """The target of v-prediction, alpha noise - sigma sample, in float32 or wider and cast last."""
-        level = self.schedule.level(timesteps, sample)
+        """The target of v-prediction, alpha noise - sigma sample, in float32 or wider and cast last.
+
+        Args:
+            timesteps: As in `add_noise`.
+        """
+        level = self._noisy_level(timesteps, sample)
         velocity = training_target(sample, noise, level, "v_prediction")
         return velocity.to(torch.promote_types(sample.dtype, noise.dtype))
+
+    def _noisy_level(self, timesteps: Tensor | int, like: Tensor) -> NoiseLevel:
+        """That of timesteps without -1, the clean end, which no network is trained at."""
+        if isinstance(timesteps, Tensor):
+            lowest = min(timesteps.reshape(-1).tolist(), default=0) if is_readable(timesteps) else 0
+        else:
+            lowest = timesteps
+        if lowest < 0:
+            raise ValueError(f"timesteps must be in [0, {len(self) - 1}], got {lowest}")
+        return self.schedule.level(timesteps, like)
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps

@@ -342,6 +342,19 @@ def test_whole_floats_are_timesteps_for_each_sample(cls):
         scheduler.step(output.to("meta"), each.to("meta", torch.float32), sample.to("meta"))
 
 
+@pytest.mark.parametrize("cls", [*SAMPLERS, ExtDDIMInverseScheduler])
+def test_noise_is_added_at_the_timesteps_of_the_path_alone(cls):
+    """The clean end, -1, has a level, and no network is trained there: who asks for it means another timestep."""
+    scheduler, (sample, noise) = cls(), batch()
+    for use in (scheduler.add_noise, scheduler.get_velocity):
+        for timesteps in (-1, torch.tensor(-1), torch.tensor([5, -1])):
+            with pytest.raises(ValueError, match=r"timesteps must be in \[0, 999\], got -1"):
+                use(sample, noise, timesteps)
+        with pytest.raises(ValueError, match=r"timesteps must be in .*999\], got"):
+            use(sample, noise, torch.tensor([5, 1000]))
+    assert scheduler.level(-1, sample).sigma.item() == 0
+
+
 def test_timesteps_replaced_from_outside_are_followed():
     """Image-to-image pipelines cut the list, some by assignment."""
     scheduler = ExtDDIMScheduler()
