@@ -12,14 +12,21 @@ class DeviceTable:
     """
 
     def __init__(self, values: Tensor):
+        # Within `torch.inference_mode` too: autograd refuses tensors that were made in it, and tables outlast it.
+        if not torch.compiler.is_compiling() and values.is_inference():
+            with torch.inference_mode(False):
+                values = values.clone()
         self._copies = {(values.device, values.dtype): values}
         self.values = values
 
     def on(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         copy = self._copies.get((device, dtype))
         if copy is None:
-            copy = self.values.to(device, dtype)
-            if type(copy) is Tensor and not torch.compiler.is_compiling():  # not what tracing puts in its place
+            if torch.compiler.is_compiling():
+                return self.values.to(device, dtype)
+            with torch.inference_mode(False):
+                copy = self.values.to(device, dtype)
+            if type(copy) is Tensor:  # not what tracing puts in its place
                 self._copies[device, dtype] = copy
         return copy
 
@@ -35,7 +42,7 @@ class DeviceTable:
         """
         table = self.on(like.device, dtype or dtype_beside(like))
         picked = table.index_select(0, rows.to(like.device).reshape(-1))
-        return picked.view(len(picked), *[1] * (like.ndim - 1), -1).unbind(-1)
+        return picked.view(len(picked), *[1] * (like.ndim - 1), table.shape[1]).unbind(-1)
 
 
 def is_readable(tensor: Tensor) -> bool:
