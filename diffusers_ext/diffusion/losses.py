@@ -59,8 +59,7 @@ def likelihood_weights(schedule: NoiseSchedule) -> Tensor:
 
     Returns: float64, shape `(T,)`.
     """
-    every, like = torch.arange(len(schedule), device="cpu"), torch.zeros(1, dtype=torch.float64, device="cpu")
-    snr = schedule.level(every, like).snr
+    snr = _every_level(schedule).snr
     before = (2 * snr[:1].log() - snr[1:2].log()).exp() if len(snr) > 1 and snr[1] > 0 else 2 * snr[:1]
     return 0.5 * len(schedule) * (torch.cat([before, snr[:-1]]) - snr)
 
@@ -121,6 +120,31 @@ and v where alpha^2 + sigma^2 = 1; but not at the cleanest levels | Li & He 2025
     return x0_weight * x0_error_scale(level, prediction_type)
 
 
+def level_weights(
+    schedule: NoiseSchedule, weighting: str, prediction_type: str, *, snr_gamma: float = 5.0, p2_gamma: float = 1.0
+) -> Tensor:
+    """`loss_weight` at each level of a schedule, float64, shape `(T,)`.
+
+    Raises:
+        ValueError: if that at a level is no number, as most are where there is no noise: the weight of x_0 is infinite
+            there, and its error 0.
+    """
+    level = _every_level(schedule)
+    x0_weight = likelihood_weights(schedule) if weighting == "likelihood" else None
+    weight = loss_weight(
+        *(level, weighting, prediction_type), snr_gamma=snr_gamma, p2_gamma=p2_gamma, x0_weight=x0_weight
+    )
+    wrong = weight.isnan().nonzero()
+    if len(wrong):
+        timestep = int(wrong[0])
+        raise ValueError(
+            f"loss_weighting {weighting} with prediction_type {prediction_type} must have a weight at each noise level, got "
+            f"none at timestep {timestep}, of alpha {level.alpha[timestep]:.3g} and sigma {level.sigma[timestep]:.3g}: take "
+            f"a path with noise and signal there, such as one whose first beta is above 0, or another weighting"
+        )
+    return weight
+
+
 def trained_share(
     schedule: NoiseSchedule, weighting: str, prediction_type: str, *, snr_gamma: float = 5.0, p2_gamma: float = 1.0
 ) -> float:
@@ -128,15 +152,12 @@ def trained_share(
 
     That is (sum L)^2 / (T sum L^2) for the loss L_t at each of T levels of a model that outputs zeros, on data of unit
     variance: 1 if it is the same at all levels, 1 / T if it is all at one. Of a small share, the others learn little.
+
+    Raises:
+        ValueError: if the loss at a level is no number; see `level_weights`.
     """
-    level = schedule.level(
-        torch.arange(len(schedule), device="cpu"), torch.zeros(1, dtype=torch.float64, device="cpu")
-    )
-    a, b = output_coefficients(level, prediction_type)
-    options = {"snr_gamma": snr_gamma, "p2_gamma": p2_gamma}
-    if weighting == "likelihood":
-        options["x0_weight"] = likelihood_weights(schedule)
-    weight = loss_weight(level, weighting, prediction_type, **options)
+    a, b = output_coefficients(_every_level(schedule), prediction_type)
+    weight = level_weights(schedule, weighting, prediction_type, snr_gamma=snr_gamma, p2_gamma=p2_gamma)
     loss = weight * (torch.as_tensor(a, device="cpu").square() + torch.as_tensor(b, device="cpu").square())
     loss = (loss / loss.max()).nan_to_num(1.0)  # what is infinite has it all
     return (loss.sum().square() / (len(schedule) * loss.square().sum())).item()
@@ -227,3 +248,8 @@ def bound_loss(
         units=units,
     )
     return len(chain) * nats.flatten(1).mean(1)
+
+
+def _every_level(schedule: NoiseSchedule) -> NoiseLevel:
+    like = torch.zeros(1, dtype=torch.float64, device="cpu")
+    return schedule.level(torch.arange(len(schedule), device="cpu"), like)

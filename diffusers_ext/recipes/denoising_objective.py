@@ -16,6 +16,7 @@ from diffusers_ext.diffusion.losses import (
     OBJECTIVES,
     bound_loss,
     denoising_loss,
+    level_weights,
     likelihood_weights,
     trained_share,
 )
@@ -119,6 +120,13 @@ class DenoisingObjective(RecordedObjective):
             raise ValueError(f"vlb_weight must be positive, got {vlb_weight}")
         self.schedule, self.prediction_type, self.objective = schedule, prediction_type, objective
         self.weights = {"weighting": weighting, "snr_gamma": snr_gamma, "p2_gamma": p2_gamma}
+        if objective != "vlb":
+            level_weights(schedule, prediction_type=prediction_type, **self.weights)  # which refuses what is none
+        if objective != "simple" and not (schedule.sigma[:-1] > 0).all():
+            raise ValueError(
+                f"objective {objective} needs noise at each level, by which the bound scales its errors, got sigma 0 at "
+                f"timestep {int(schedule.sigma[:-1].argmin())}: take a path whose first beta is above 0"
+            )
         if objective != "vlb" and not importance_sampling:  # which draws them as often as the loss is there
             self._warn_of_few_levels()
         if internal_weight is not None:

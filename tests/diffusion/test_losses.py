@@ -7,6 +7,7 @@ from diffusers_ext.diffusion.losses import (
     LOSS_WEIGHTINGS,
     bound_loss,
     denoising_loss,
+    level_weights,
     likelihood_weights,
     loss_weight,
     trained_share,
@@ -286,3 +287,21 @@ def test_the_share_of_levels_that_a_loss_trains(schedule, weighting, prediction_
     if (weighting, prediction_type) == ("uniform", "score"):
         size = schedule.sigma[:-1] ** -2
         assert found == pytest.approx((size.mean() ** 2 / (size**2).mean()).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("weighting", LOSS_WEIGHTINGS)
+def test_a_weight_at_a_level_without_noise_is_a_number_or_refused(weighting, prediction_type):
+    """The weight of x_0 is infinite there and its error 0: their product is taken for no share of the loss."""
+    clean_first = NoiseSchedule(make_betas("linear", 50, beta_start=0.0))
+    message = f"loss_weighting {weighting} with prediction_type {prediction_type} must have a weight .* at timestep 0"
+    level = clean_first.level(torch.tensor([0]), torch.zeros(1, dtype=torch.float64))
+    options = {"x0_weight": likelihood_weights(clean_first)[:1]} if weighting == "likelihood" else {}
+    if loss_weight(level, weighting, prediction_type, **options).isnan():
+        for use in (level_weights, trained_share):
+            with pytest.raises(ValueError, match=message):
+                use(clean_first, weighting, prediction_type)
+    else:
+        assert level_weights(clean_first, weighting, prediction_type).isfinite().all()
+    with_noise = NoiseSchedule(make_betas("linear", 50))
+    assert level_weights(with_noise, weighting, prediction_type).isfinite().all()

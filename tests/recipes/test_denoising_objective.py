@@ -502,3 +502,22 @@ def test_a_middle_layers_weight_that_makes_no_sense_is_refused():
         make_objective(internal_weight=-1.0)
     with pytest.raises(ValueError, match="needs a model with an output in a middle layer"):
         make_objective(internal_weight=0.5)(model, make_batch(0))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"weighting": "simple"},
+        {"weighting": "simple", "importance_sampling": True},
+        {"weighting": "likelihood"},
+        {"objective": "vlb"},
+        {"objective": "hybrid"},
+    ],
+)
+def test_a_path_whose_first_level_has_no_noise_is_refused_where_the_loss_divides_by_it(options):
+    schedule = NoiseSchedule(make_betas("linear", 50, beta_start=0.0))
+    with pytest.raises(
+        ValueError, match=r"(must have a weight|needs noise) at each .*level.* at timestep 0.*first beta"
+    ):
+        DenoisingObjective(schedule, "epsilon", **options)
+    DenoisingObjective(schedule, "epsilon")  # by its default every error of eps counts the same, there too
