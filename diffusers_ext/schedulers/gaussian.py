@@ -266,8 +266,8 @@ class GaussianSchedulerMixin:
         known = self._transitions
         if torch.compiler.is_compiling():
             return known  # made by `set_timesteps`, outside of the graph
-        # Pipelines replace `timesteps` and the config behind our back.
-        if known is None or known.timesteps is not self.timesteps or known.config is not self._internal_dict:
+        # Pipelines replace `timesteps` and the config behind our back, or change the list in place.
+        if known is None or not known.is_of(self.timesteps, self._internal_dict):
             known = self._transitions = Transitions(
                 self.timesteps, listed, self.schedule, self._steps_between, self._internal_dict
             )

@@ -31,7 +31,7 @@ from diffusers_ext.schedulers.gaussian import (
 )
 from diffusers_ext.schedulers.multistep import MultistepMixin, check_order
 from diffusers_ext.schedulers.sources import FLOW_PREDICTION, read_flow_model
-from diffusers_ext.schedulers.transitions import FlowTransitions
+from diffusers_ext.schedulers.transitions import FlowTransitions, version_of
 from diffusers_ext.untrusted import check_config
 
 
@@ -258,7 +258,17 @@ class FlowScheduler(MultistepMixin, FlowMatchEulerDiscreteScheduler):
         self.timesteps, self.sigmas = timesteps.to(device), sigmas.to(device)
         self._step_index = self._begin_index = self._last_step = None
         self._transitions = self._make_transitions(listed, levels[:-1].tolist())
-        self._listed_sigmas = self.sigmas
+        self._remember_lists()
+
+    def _remember_lists(self) -> None:
+        lists = self._known_lists = (self.timesteps, self.sigmas)
+        self._known_versions = tuple(map(version_of, lists))
+
+    def _lists_are_known(self) -> bool:
+        """Whether the lists are those of the transitions, neither of them replaced or written to."""
+        lists = self.timesteps, self.sigmas
+        same = all(known is each for known, each in zip(self._known_lists, lists, strict=True))
+        return same and self._known_versions == tuple(map(version_of, lists))
 
     def _make_transitions(self, listed: list[float], levels: list[float]) -> FlowTransitions:
         config = self.config
@@ -270,12 +280,12 @@ class FlowScheduler(MultistepMixin, FlowMatchEulerDiscreteScheduler):
         known = self._transitions
         if torch.compiler.is_compiling():
             return known
-        if known.timesteps is not self.timesteps or self._listed_sigmas is not self.sigmas:
-            # Pipelines replace them behind our back.
+        if not self._lists_are_known():
+            # Pipelines replace them behind our back, or change them in place.
             sigmas = self.sigmas.cpu().double()
             levels = (1 - sigmas if self.config.invert_sigmas else sigmas)[: len(self.timesteps)]
             known = self._transitions = self._make_transitions(self.timesteps.tolist(), levels.tolist())
-            self._listed_sigmas = self.sigmas
+            self._remember_lists()
         return known
 
     def stretch_shift_to_terminal(self, t: np.ndarray | Tensor) -> np.ndarray | Tensor:

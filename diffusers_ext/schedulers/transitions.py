@@ -36,7 +36,7 @@ class Transitions:
         between: Callable[[Tensor, Tensor], Transition],
         config,
     ):
-        self.timesteps, self.config = timesteps, config
+        self.timesteps, self.config, self._version = timesteps, config, version_of(timesteps)
         self._listed = [int(t) for t in timesteps.tolist()] if listed is None else listed
         every = torch.arange(len(schedule), device="cpu")
         ascending = torch.tensor(sorted(self._listed), device="cpu")
@@ -54,6 +54,10 @@ class Transitions:
             steps = steps._replace(x0_variance=measured.values, largest_std=largest)
         self._table = DeviceTable(torch.stack(steps.flatten(), dim=-1))
         self._on_host: dict[int, Transition] = {}
+
+    def is_of(self, timesteps: Tensor, config) -> bool:
+        """Whether the steps are still those of this list and config, neither of them replaced or written to."""
+        return self.timesteps is timesteps and self.config is config and self._version == version_of(timesteps)
 
     def at(self, timestep: Tensor | int, like: Tensor) -> Transition:
         """The step from `timestep`: of floats if the host knows it, or of tensors that broadcast against `like`.
@@ -245,6 +249,11 @@ class FlowTransitions:
 def _picked(column: Tensor, rows: Tensor) -> Tensor:
     """The entries at `rows`, in their shape."""
     return column.index_select(0, rows.reshape(-1)).view(rows.shape)
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was written to in place, which waits for no device; inference tensors do not count it."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def host_value(timestep: Tensor | float, timesteps: Tensor, listed: list) -> int | float | None:

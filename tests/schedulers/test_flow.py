@@ -186,6 +186,23 @@ def test_configs_of_solvers_with_flow_sigmas_are_read_and_written(source):
     assert all(back.config[key] == theirs.config[key] for key in keys)
 
 
+@pytest.mark.parametrize("name", ["timesteps", "sigmas"])
+def test_lists_changed_in_place_are_followed(name):
+    scheduler, replaced = FlowScheduler(shift=3.0), FlowScheduler(shift=3.0)
+    output, x = draws(2, 3, 4, 4, count=2)
+    for each in (scheduler, replaced):
+        each.set_timesteps(4)
+        each.step(output, each.timesteps[1], x)
+    known = scheduler._current_transitions()
+    assert scheduler._current_transitions() is known
+    getattr(scheduler, name).mul_(0.9)
+    setattr(replaced, name, getattr(replaced, name) * 0.9)
+    for i in range(4):
+        results = [each.step(output, each.timesteps[i], x).prev_sample for each in (scheduler, replaced)]
+        assert torch.equal(*results)
+    assert scheduler._current_transitions() is not known
+
+
 def test_a_shift_is_read_by_the_name_that_was_set_last(tmp_path):
     """`shift` here and in the schedulers of flow matching, `flow_shift` in the solvers of other paths."""
     ours = FlowScheduler(shift=3.0)

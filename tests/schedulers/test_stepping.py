@@ -367,6 +367,24 @@ def test_timesteps_replaced_from_outside_are_followed():
     assert torch.equal(cut, scheduler.step(output, 700, sample).prev_sample)
 
 
+def test_timesteps_changed_in_place_are_followed():
+    scheduler, expected, (output, sample) = ExtDDIMScheduler(), ExtDDIMScheduler(), batch()
+    scheduler.set_timesteps(10)
+    scheduler.step(output, 400, sample)
+    known = scheduler._current_transitions()
+    assert scheduler._current_transitions() is known
+    scheduler.timesteps += 50
+    expected.set_timesteps(timesteps=scheduler.timesteps)
+    assert scheduler.previous_timestep(450) == 350
+    for timestep in (450, scheduler.timesteps[3], torch.tensor([450, 50])):
+        results = [each.step(output, timestep, sample).prev_sample for each in (scheduler, expected)]
+        assert torch.equal(*results)
+    with torch.inference_mode():  # whose tensors count no changes
+        scheduler.set_timesteps(10)
+        assert scheduler.previous_timestep(400) == 300
+        scheduler.step(output, scheduler.timesteps[0], sample)
+
+
 def test_a_config_replaced_from_outside_is_followed():
     """`StableDiffusionPipeline` switches clipping off behind the scheduler's back."""
     scheduler = ExtDDIMScheduler()
