@@ -197,7 +197,7 @@ class ScoreSDEScheduler(AnyPathSchedulerMixin):
 
         Args:
             denoise: The model, `denoise(x, timesteps)` with x as it sees it and fractional timesteps in [0, T - 1], shape
-                `(batch,)`, in the dtype of `sample`.
+                `(batch,)`, in the dtype of `sample`. As in `step` it may have twice the channels.
             sample: x_T, such as N(0, 1) times `init_noise_sigma`, shape `(batch, channels, ...)`.
             rtol, atol: Tolerances of x_t / sqrt(alpha^2 + sigma^2) in each step.
 
@@ -206,10 +206,15 @@ class ScoreSDEScheduler(AnyPathSchedulerMixin):
         Raises:
             ImportError: If SciPy is not installed.
             RuntimeError: If the tolerances cannot be kept.
+            ValueError: If the model's output has another shape.
         """
+
+        def predict(x: Tensor, timesteps: Tensor) -> Tensor:
+            return check_output(denoise(x, timesteps), x, takes_variance=True)[0]
+
         config, last = self.config, len(self.schedule) - 1
         x, num_calls = solve_flow(
-            denoise,
+            predict,
             sample,
             ContinuousTime(self.schedule),
             (last, 0),
@@ -219,7 +224,7 @@ class ScoreSDEScheduler(AnyPathSchedulerMixin):
             atol=atol,
         )
         with torch.no_grad():
-            output = denoise(self.scale_model_input(x, 0), x.new_zeros(len(x))).to(x.dtype)
+            output = predict(self.scale_model_input(x, 0), x.new_zeros(len(x))).to(x.dtype)
         return self._predict_x0(self._transition(0, x), output, x), num_calls + 1
 
     def _end_with_mean(self, x0: Tensor) -> Tensor:

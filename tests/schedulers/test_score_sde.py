@@ -184,6 +184,16 @@ def test_the_adaptive_solver_ends_where_the_flow_does(path, unit_scale_input):
     assert rough < num_calls / 2
 
 
+def test_the_adaptive_solver_takes_networks_of_a_learned_variance():
+    """As `step` does; for other shapes it has the same words."""
+    scheduler, start = make("vp", "v_prediction"), torch.randn(2, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    x, num_calls = scheduler.solve_ode(lambda x, t: 0.3 * x, start)
+    doubled, same_calls = scheduler.solve_ode(lambda x, t: torch.cat([0.3 * x, x / 0], dim=1), start)
+    assert torch.equal(doubled, x) and same_calls == num_calls
+    with pytest.raises(ValueError, match=r"model_output must have shape \(2, 3, 2, 2\) or \(2, 6, 2, 2\), got"):
+        scheduler.solve_ode(lambda x, t: x[:, :2], start)
+
+
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_the_adaptive_solver_says_when_it_fails():
     with pytest.raises(RuntimeError, match="the flow could not be solved with rtol=1e-05 and atol=1e-05"):
