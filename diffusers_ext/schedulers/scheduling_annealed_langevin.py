@@ -128,7 +128,7 @@ class AnnealedLangevinScheduler(AnyPathSchedulerMixin):
 
         may_end = self._next_call() == "last" and self.config.final_denoising
         if may_end and has_no_noise(at.s):
-            x = x0
+            x = x0.clone()  # what is returned may be written to, and x_0 may be the network's own output
         else:
             noise = wide(draw_noise(output, generator, variance_noise))
             x = langevin(x_t, predict_eps(x0, x_t, at.t), at.t, self._step_size, noise)

@@ -43,6 +43,16 @@ def test_the_last_call_denoises_without_noise(path):
     assert torch.equal(generator.get_state(), state)
 
 
+def test_what_a_last_call_returns_shares_no_memory():
+    scheduler = make(prediction_type="sample", num_langevin_steps=1)
+    scheduler.set_timesteps(2)
+    x, x0 = torch.randn(2, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    before = x0.clone()
+    result = scheduler.step(x0, scheduler.timesteps[-1], x)
+    result.prev_sample.add_(1)
+    assert torch.equal(x0, before) and torch.equal(result.pred_original_sample, before)
+
+
 def test_samples_that_are_through_are_denoised_while_others_go_on():
     scheduler = make(prediction_type="sample", num_langevin_steps=1)
     scheduler.set_timesteps(3)
