@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from diffusers_ext.diffusion.noising import Factor, NoiseLevel, NoiseSchedule, posterior
+from diffusers_ext.diffusion.timesteps import check_number_of_steps
 
 
 # The weight of the distance between predictions at t and r: one over how far apart x_t and x_r are, by scale of the path.
@@ -141,7 +142,11 @@ def angle_timesteps(schedule: NoiseSchedule, number: int) -> list[int]:
     """`number` timesteps from the noisiest down whose angles are evenly apart, as far as timesteps are; descending.
 
     With two, the second is where signal and noise are equal.
+
+    Raises:
+        ValueError: if `number` is not in [1, T].
     """
+    check_number_of_steps(number, len(schedule))
     level = schedule.level(
         torch.arange(len(schedule), device="cpu"), torch.zeros(1, dtype=torch.float64, device="cpu")
     )

@@ -176,3 +176,8 @@ def test_timesteps_by_the_angle_start_at_noise_and_halve_it(config):
     for number in (4, 8, 1000):
         listed = angle_timesteps(schedule, number)
         assert len(listed) == number and listed == sorted(set(listed), reverse=True) and 0 <= listed[-1]
+    for number in (0, 1001):
+        with pytest.raises(
+            ValueError, match=rf"num_inference_steps must be an integer in \[1, 1000\] .*, got {number}"
+        ):
+            angle_timesteps(schedule, number)
