@@ -29,7 +29,6 @@ from diffusers_ext.diffusion.noising import (
     NoiseSchedule,
     Transition,
     add_noise,
-    output_eps,
     posterior_std,
     predict_x0,
 )
@@ -90,14 +89,12 @@ class PredictionMoments:
 
     Attributes:
         x0_error: Of |x_0 - x_0_hat|^2, with x_0_hat as the sampler clips it, shape `(timesteps,)`.
-        eps_square: Of |eps_hat|^2, before any clipping, shape `(timesteps,)`.
         x0_square: Of |x_0|^2.
         count: Number of coordinates.
         last_nats: Of -log p(x_0 | x_t) if the step from here is the last one, shape `(timesteps,)`; NaN if not asked for.
     """
 
     x0_error: Tensor
-    eps_square: Tensor
     x0_square: float
     count: int
     last_nats: Tensor
@@ -105,7 +102,6 @@ class PredictionMoments:
     def __add__(self, other: "PredictionMoments") -> "PredictionMoments":
         return PredictionMoments(
             self.x0_error + other.x0_error,
-            self.eps_square + other.eps_square,
             self.x0_square + other.x0_square,
             self.count + other.count,
             self.last_nats + other.last_nats,
@@ -115,13 +111,6 @@ class PredictionMoments:
     def x0_variance(self) -> Tensor:
         """v_t as measured."""
         return self.x0_error / self.count
-
-    def x0_variance_of_best(self, level: NoiseLevel) -> Tensor:
-        """v_t as it follows from E|eps_hat|^2 if the network is the best there is (Analytic-DPM).
-
-        It needs no x_0 beside x_t, and loses its digits where there is much noise.
-        """
-        return (level.sigma / level.alpha) ** 2 * (1 - self.eps_square / self.count)
 
 
 @torch.no_grad()
@@ -151,7 +140,7 @@ def measure_prediction(
     Raises:
         ValueError: If there are no images, or the model's output has another shape.
     """
-    error, eps_square, last = (torch.zeros(len(timesteps), dtype=torch.float64, device="cpu") for _ in range(3))
+    error, last = (torch.zeros(len(timesteps), dtype=torch.float64, device="cpu") for _ in range(2))
     x0_square, count = 0.0, 0
     for x0 in batches:
         count += x0.numel()
@@ -172,10 +161,9 @@ def measure_prediction(
             error[i] += squares.sum().cpu().double()
             std = squares.mean().sqrt().clamp(min=SMALLEST_ERROR)
             last[i] += math.nan if decoder is None else decoder(x0, x0_hat, std).sum().cpu().double()
-            eps_square[i] += output_eps(output, x_t, level, prediction_type).square().sum().cpu().double()
     if not count:
         raise ValueError("batches must hold at least one image, got none")
-    return PredictionMoments(error, eps_square, x0_square, count, last)
+    return PredictionMoments(error, x0_square, count, last)
 
 
 class X0Variances:
