@@ -39,6 +39,15 @@ COMMON_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 LARGE_ALPHA_BAR = 0.01
 
 
+def plain(value: Any) -> Any:
+    """A value of a config as JSON has it: arrays and tensors, also within mappings and lists, as lists of numbers."""
+    if isinstance(value, Tensor | np.ndarray | np.generic):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {plain(key): plain(each) for key, each in value.items()}
+    return [plain(each) for each in value] if isinstance(value, list | tuple) else value
+
+
 def read_chosen(
     lists: Mapping | None, spacing: str, num_train_timesteps: int, first: int = 0
 ) -> tuple[ChosenTimesteps | None, str]:
@@ -84,6 +93,8 @@ class GaussianSchedulerMixin:
     def _setup(self) -> None:
         """Builds everything from `self.config`, refusing what cannot work."""
         check_config(self.config, type(self).__init__)
+        measured = {key: self.config.get(key) for key in ("trained_betas", "analytic_variance", "optimal_timesteps")}
+        self._register_explicitly(**{key: plain(value) for key, value in measured.items() if value is not None})
         # Some samplers of diffusers have other defaults for the path, to which `from_config` would fall back. Those that
         # never clip hand on the range, by which `read_model` knows that the model is not one of theirs.
         self._register_explicitly(**{key: self.config[key] for key in (*PATH_KEYS, "clip_sample_range")})

@@ -26,6 +26,7 @@ from diffusers_ext.schedulers.gaussian import (
     check_choice,
     draw_noise,
     has_no_noise,
+    plain,
     read_chosen,
     wide,
 )
@@ -123,6 +124,9 @@ class FlowScheduler(MultistepMixin, FlowMatchEulerDiscreteScheduler):
         check_config(self.config, FlowScheduler.__init__)
         prediction_type = "flow" if prediction_type == FLOW_PREDICTION else prediction_type
         check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
+        if optimal_timesteps is not None:
+            optimal_timesteps = plain(optimal_timesteps)
+            self._register_explicitly(optimal_timesteps=optimal_timesteps)
         self._chosen, timestep_spacing = read_chosen(optimal_timesteps, timestep_spacing, num_train_timesteps, first=1)
         if self._chosen is not None and invert_sigmas:
             raise ValueError("optimal_timesteps are from T to 0, and invert_sigmas goes from 0 to T: give one of them")

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -55,6 +56,29 @@ def test_config_survives_the_disk(cls, tmp_path):
     assert json.loads(text)["timestep_spacing"] == "trailing"  # which every class of diffusers knows
     back = cls.from_pretrained(tmp_path)
     assert listed(back) == listed(made) and back.config.analytic_variance == TABLE
+
+
+@pytest.mark.parametrize("array", [np.array, torch.tensor])
+def test_what_was_measured_may_be_arrays_and_is_saved_as_lists(array, tmp_path):
+    betas = [0.01] * 1000
+    config = CONFIG | {
+        "analytic_variance": {key: array(values) for key, values in TABLE.items()} | {"last_noise": np.float32(0.5)},
+        "optimal_timesteps": LISTS | {"trajectory": {np.int64(3): array(LISTS["trajectory"]["3"])}},
+        "trained_betas": array(betas),
+    }
+    for cls in ALL:
+        made = cls(**config)
+        made.save_pretrained(tmp_path / cls.__name__)
+        back = cls.from_pretrained(tmp_path / cls.__name__)
+        assert listed(back) == listed(made) and torch.equal(back.schedule.alpha, made.schedule.alpha)
+        assert back.config.analytic_variance == made.config.analytic_variance
+        for key, value in (TABLE | {"last_noise": 0.5}).items():
+            assert back.config.analytic_variance[key] == pytest.approx(value)
+        assert made.config.trained_betas == back.config.trained_betas == pytest.approx(betas)
+    lists = {"spacing": "trailing", "trajectory": {3: array([1000, 500, 1])}}
+    flow = FlowScheduler(timestep_spacing="optimal", optimal_timesteps=lists)
+    flow.save_pretrained(tmp_path)
+    assert listed(FlowScheduler.from_pretrained(tmp_path)) == listed(flow) == [1000, 500, 1]
 
 
 @pytest.mark.product
