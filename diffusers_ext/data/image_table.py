@@ -74,6 +74,11 @@ class ImageData:
         return self.pixels.shape[:-1]
 
     @property
+    def resolution(self) -> tuple[int, ...]:
+        """That which the option of this name gives: of latents that of their images."""
+        return self.size
+
+    @property
     def channels(self) -> int:
         return self.pixels.shape[-1]
 

@@ -153,6 +153,10 @@ class LatentData(ImageData):
         return self.info.latent_shape[1:]
 
     @property
+    def resolution(self) -> tuple[int, ...]:
+        return self.info.resolution
+
+    @property
     def channels(self) -> int:
         return self.info.latent_shape[0]
 
@@ -385,7 +389,7 @@ class SampleSpace:
                 f"--vae takes images of {vae.config.in_channels} channels, those of {data.name} have {data.channels}; see "
                 "--image_mode"
             )
-        resolution = data.info.resolution if cached else data.size
+        resolution = data.resolution
         shape = data.info.latent_shape if cached else latent_shape(vae, data.size)
         vae.register_to_config(sample_size=one_if_equal(resolution))
         return cls(shape, resolution, None, vae, cached)

@@ -71,6 +71,10 @@ class StreamData:
         return self.how.size
 
     @property
+    def resolution(self) -> tuple[int, int]:
+        return self.size
+
+    @property
     def channels(self) -> int:
         return self.how.channels
 

@@ -26,11 +26,11 @@ def prepare_validation(
     """The held-out images that the options ask for, brought to the shape and the labels of the training's; or None.
 
     Args:
-        config: With the `resolution` of `data`.
+        config: As `data` were made by: what it leaves open is as in `data`.
         prepare: As `data` were made: `prepare_data`, or what takes the same arguments.
 
     Raises:
-        ValueError: if they are other images: of another number of channels, or with labels that `data` does not have.
+        ValueError: if they are other images: of another size or number of channels, or with labels that `data` does not have.
     """
     if config.validation_split is None:
         return None
@@ -42,6 +42,7 @@ def prepare_validation(
             validation_split=None,
             validation_steps=None,
             max_validation_samples=None,
+            resolution=data.resolution,
             resize_mode="crop" if data.resize_mode == "random_crop" else data.resize_mode,
             white_value=config.white_value or data.whites.integers,
         ),
@@ -56,6 +57,9 @@ def prepare_validation(
             f"{what} must be of {theirs[0]} channels in {theirs[1]}, as those trained on, got {mine[0]} in {mine[1]}; "
             "--image_mode makes them the same"
         )
+    if held_out.size != data.size:
+        sides = ["x".join(map(str, each.size)) for each in (data, held_out)]
+        raise ValueError(f"{what} must have the size of those trained on, {sides[0]}, got {sides[1]}")
     if held_out.conditions is not None and held_out.conditions.shape != data.conditions.shape:
         sizes = [" x ".join(map(str, each.conditions.shape)) for each in (data, held_out)]
         raise ValueError(

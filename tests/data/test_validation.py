@@ -125,6 +125,24 @@ def test_images_are_read_like_those_of_the_training(data):
     assert prepare_validation(TrainerConfig(), data) is None
 
 
+def test_images_are_brought_to_the_size_that_is_trained_on():
+    """Which no option says: those of the training have got a border up to a multiple."""
+    config = TrainerConfig(validation_split="test", max_train_samples=3, max_validation_samples=3)
+    data = prepare_data(config, multiple_of=6)
+    held_out = prepare_validation(config, data)
+    assert held_out.size == data.size == (12, 12) and held_out.resize_mode == data.resize_mode == "pad"
+
+
+def test_images_of_another_size_are_refused(data):
+    """As latents have that were encoded at another resolution."""
+
+    def prepare(config, **_):
+        return prepare_images("digits", split="test", max_samples=3, resolution=(12, 8))
+
+    with pytest.raises(ValueError, match="split 'test' must have the size of those trained on, 8x8, got 12x8"):
+        prepare_validation(TrainerConfig(validation_split="test"), data, prepare)
+
+
 def test_labels_are_numbered_like_those_of_the_training(data):
     """Of a training set with other numbers for the same names."""
     turned = dataclasses.replace(data, id2label={label: str(9 - label) for label in range(10)})
