@@ -43,6 +43,7 @@ def prepare_validation(
             validation_steps=None,
             max_validation_samples=None,
             resolution=data.resolution,
+            random_flip=False,  # nothing of them is random, so that latents need no mirrored ones
             resize_mode="crop" if data.resize_mode == "random_crop" else data.resize_mode,
             white_value=config.white_value or data.whites.integers,
         ),

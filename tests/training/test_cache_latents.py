@@ -1,6 +1,7 @@
 """Latents from disk beside the same images encoded at each batch."""
 
 import dataclasses
+from functools import partial
 
 import datasets
 import pytest
@@ -11,6 +12,7 @@ from torch.testing import assert_close
 from diffusers_ext import VAEModel
 from diffusers_ext.data.batches import BatchOptions, make_batches
 from diffusers_ext.data.latent_cache import SampleSpace, fingerprint, load_vae, prepare_samples, read_info
+from diffusers_ext.data.validation import prepare_validation
 from diffusers_ext.evaluation.options import DataOptions, take_options_of_run
 from diffusers_ext.trainer.run_folder import read_metrics
 from processes import in_ranks
@@ -87,6 +89,18 @@ def test_cached_latents_are_those_encoded_at_each_batch(folder, vae_path, random
     assert cached["images"].shape == (8, 2, 4, 4) == cached["noise"].shape
     assert_close(cached["images"], fresh["images"], rtol=2e-3, atol=2e-3 * fresh["images"].abs().max().item())
     assert (data.id2label, len(data), data.num_classes) == (images.id2label, 40, 10)
+
+
+def test_held_out_latents_need_no_mirror_images(vae_path, tmp_path):
+    """Beside training with them: nothing of the held-out ones is random."""
+    folder, options = str(tmp_path / "digits"), CACHE | {"max_train_samples": 4}
+    for split, random_flip in (("train", True), ("test", False)):
+        main(CacheConfig(vae=vae_path, output_dir=folder, dataset_split=split, random_flip=random_flip, **options))
+        forget_accelerate()
+    config = TrainConfig(dataset_name=folder, vae=vae_path, random_flip=True, validation_split="test")
+    vae = load_vae(vae_path)
+    data = prepare_samples(config, vae)
+    assert len(prepare_validation(config, data, partial(prepare_samples, vae=vae))) == len(data) == 4
 
 
 def test_latents_are_drawn_and_scaled(folder, vae_path):
