@@ -3,13 +3,17 @@
 A cell is undecoded: the bytes or the path of a picture's file, or an array. Its `pixels` are uint8 or uint16.
 """
 
+import hashlib
 import math
+import os
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets.utils.file_utils import xopen
 from PIL import Image
 
@@ -150,7 +154,7 @@ def decode_rows(
 ):
     """Decodes and fits every row once, with a bar; `datasets` keeps the result where it keeps the data set.
 
-    A row that cannot be decoded is named on stderr and left out.
+    Files that rows name are read anew when their sizes or times have changed. A row that cannot be decoded is named on stderr and left out.
 
     Args:
         max_bad_share: Share of the rows that may fail, rounded up to a whole row.
@@ -167,6 +171,7 @@ def decode_rows(
     rows = source.select_columns(columns)
     for each in columns:
         rows = undecoded(rows, each)
+    key = (_CACHE_VERSION, _state_of_files(rows, columns))
     table = rows.map(
         _decode_batch,
         batched=True,
@@ -174,7 +179,7 @@ def decode_rows(
         writer_batch_size=rows_per_chunk,
         remove_columns=columns,
         features=datasets.Features(_DECODED),
-        fn_kwargs={"column": column, "how": how, "version": _CACHE_VERSION} | ({} if like is None else {"like": like}),
+        fn_kwargs={"column": column, "how": how, "key": key} | ({} if like is None else {"like": like}),
         num_proc=num_proc if num_proc and num_proc > 1 else None,
         desc=f"decoding {how.noun}s",
     )
@@ -193,8 +198,13 @@ def decode_rows(
 
 
 def _decode_batch(
-    rows: dict[str, list], column: str, how: "Fit | SequenceFit", version: int, like: str | None = None
+    rows: dict[str, list], column: str, how: "Fit | SequenceFit", key: tuple, like: str | None = None
 ) -> dict[str, list]:
+    """The decoded cells of some rows.
+
+    Args:
+        key: What the result depends on beside the arguments, by which `datasets` finds it again.
+    """
     done = {name: [] for name in _DECODED}
     for row, value in enumerate(rows[column]):
         try:
@@ -209,6 +219,37 @@ def _decode_batch(
         for name, cell in zip(_DECODED, cells, strict=True):
             done[name].append(cell)
     return done
+
+
+def _state_of_files(rows: datasets.Dataset, columns: list[str]) -> str | None:
+    """A digest of paths, sizes and times of the local files that cells name instead of holding their bytes.
+
+    Rows of a table stay the same when such a file changes. None if there are no such files.
+    """
+    types = {name: rows.data.column(name) for name in columns}
+    named = [name for name in columns if pa.types.is_struct(types[name].type) and _bytes_of(types[name]).null_count]
+    if not named:
+        return None
+    digest = hashlib.sha256()
+    for batch in rows.select_columns(named).with_format("arrow").iter(1000):
+        for name in named:
+            cells = batch.column(name)
+            for path in pc.struct_field(cells, "path").filter(_bytes_of(cells).is_null()).to_pylist():
+                if path is not None and "://" not in path:
+                    digest.update(repr((path, *_size_and_time(path))).encode())
+    return digest.hexdigest()
+
+
+def _bytes_of(cells: pa.ChunkedArray) -> pa.ChunkedArray:
+    return pc.struct_field(cells, "bytes")
+
+
+def _size_and_time(path: str) -> tuple[int, ...]:
+    try:
+        state = os.stat(path)
+    except OSError:  # what is missing is said when it is decoded
+        return ()
+    return state.st_size, state.st_mtime_ns
 
 
 def check_same_size(condition: Any, image: Any) -> None:

@@ -395,6 +395,21 @@ def test_a_file_that_is_written_anew_is_read_anew(tmp_path, declared, form):
         assert values(prepare(root)) == [value]
 
 
+@pytest.mark.parametrize("form", ["csv", "parquet"])
+def test_a_file_that_a_table_names_is_read_anew(tmp_path, form):
+    """The rows of the table stay as they are when it changes."""
+    root = tmp_path / "data"
+    names = [f"pictures/{number}.png" for number in range(3)]
+    root.mkdir()
+    getattr(pd.DataFrame({"img": names}), f"to_{form}")(root / f"data.{form}", index=False)
+    for first in (1, 2):
+        for number, name in enumerate(names):
+            put(root, name, png(10 * number + first))
+            time = 1_700_000_000 + first
+            os.utime(root / name, (time, time))
+        assert values(prepare(root / f"data.{form}")) == [first, 10 + first, 20 + first]
+
+
 def test_a_stream_of_a_folder_has_the_rows_of_the_folder(write):
     root = write(*(f"{name}/{number}.png" for name in ("cat", "dog") for number in range(4)))
     stream = prepare_stream(str(root), cache_dir=str(root.parent / "cache"))
