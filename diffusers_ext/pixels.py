@@ -215,10 +215,15 @@ def _load(source: bytes | str | Path) -> Image.Image:
         return upright(image)
 
 
+def limits_of_pixels() -> tuple[str | None, int | None]:
+    """What `open_picture` holds pictures to: the limit that the environment sets, and Pillow's in the place of none."""
+    return os.environ.get(MAX_PIXELS), Image.MAX_IMAGE_PIXELS
+
+
 @contextmanager
 def _limit_of_pixels() -> Iterator[int | None]:
     """The limit that the environment sets, in the place of Pillow's; None if it sets none."""
-    given, pillows = os.environ.get(MAX_PIXELS), Image.MAX_IMAGE_PIXELS
+    given, pillows = limits_of_pixels()
     if given is not None and not given.isdecimal():
         raise ValueError(f"{MAX_PIXELS} must be a number of pixels, got {given!r}")
     try:

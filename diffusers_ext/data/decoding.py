@@ -21,7 +21,7 @@ from diffusers_ext.data.identity import hash_cell
 from diffusers_ext.data.image_columns import undecoded
 from diffusers_ext.data.image_table import PixelTable, RandomCropTable
 from diffusers_ext.data.images import cover, fit
-from diffusers_ext.pixels import DEFAULT_WHITES, Whites, image_mode, open_picture, to_array, to_range
+from diffusers_ext.pixels import DEFAULT_WHITES, Whites, image_mode, limits_of_pixels, open_picture, to_array, to_range
 
 
 if TYPE_CHECKING:
@@ -154,7 +154,8 @@ def decode_rows(
 ):
     """Decodes and fits every row once, with a bar; `datasets` keeps the result where it keeps the data set.
 
-    Files that rows name are read anew when their sizes or times have changed. A row that cannot be decoded is named on stderr and left out.
+    Files that rows name are read anew when their sizes or times have changed, and all when a picture may have more or fewer
+    pixels than then, since those that were left out are kept as such. A row that cannot be decoded is named on stderr and left out.
 
     Args:
         max_bad_share: Share of the rows that may fail, rounded up to a whole row.
@@ -171,7 +172,7 @@ def decode_rows(
     rows = source.select_columns(columns)
     for each in columns:
         rows = undecoded(rows, each)
-    key = (_CACHE_VERSION, _state_of_files(rows, columns))
+    key = (_CACHE_VERSION, limits_of_pixels(), _state_of_files(rows, columns))
     table = rows.map(
         _decode_batch,
         batched=True,

@@ -287,6 +287,8 @@ def test_a_picture_too_large_is_left_out_by_name_with_how_to_allow_it(folder, mo
     assert len(prepare_images(path, resolution=(8,))) == 100
     err = capsys.readouterr().err
     assert f"image {path}/large.png left out" in err and "DIFFUSERS_EXT_MAX_IMAGE_PIXELS" in err
+    monkeypatch.setenv("DIFFUSERS_EXT_MAX_IMAGE_PIXELS", "8100")
+    assert len(prepare_images(path, resolution=(8,))) == 101
 
 
 def test_damaged_files_of_a_folder_to_evaluate_are_named_and_left_out_as_in_training(folder, capsys):
