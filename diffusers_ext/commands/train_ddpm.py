@@ -82,7 +82,7 @@ def main(config: TrainConfig) -> Path:
         config = dataclasses.replace(config, resolution=space.resolution, resize_mode=data.resize_mode)
         config.check_sample(space.shape[1:], space.resolution)
         unlabelled = config.label_dropout > 0 or data.num_classes is None or data.has_unlabelled
-        refuse_unlearned_guidance(config, unlabelled or config.drops_condition, "label_dropout")
+        refuse_unlearned_guidance(config, unlabelled, None if data.num_classes is None else "label_dropout")
         led, unconditional = config.leads_targets, None
         config = left_to_labels(config, data, learned=unlabelled)
         # As it was given, but for a preset's guidance that is left out, which would then be asked for.

@@ -53,7 +53,7 @@ def main(config: TextConfig) -> Path:
         config = dataclasses.replace(config, resolution=space.resolution, resize_mode=data.resize_mode)
         config.check_sample(space.shape[1:], space.resolution)
         empty = config.caption_dropout > 0 or has_empty_caption(data)
-        refuse_unlearned_guidance(config, empty or config.drops_condition, "caption_dropout")
+        refuse_unlearned_guidance(config, empty, "caption_dropout")
         unconditional = None
         if config.leads_targets:
             unconditional = unconditional_inputs(data, learned=empty, dropout="caption_dropout")

@@ -47,16 +47,24 @@ def load_validation(
     return held_out
 
 
-def refuse_unlearned_guidance(config: DenoisingConfig, learned_unconditional: bool, dropout: str) -> None:
+def refuse_unlearned_guidance(config: DenoisingConfig, learned_unconditional: bool, dropout: str | None) -> None:
     """Refuses to guide the sample grids away from what the model is not trained with.
 
     Args:
-        dropout: The option that would train it.
+        learned_unconditional: Whether it learns to do without its label or its text, if it has one.
+        dropout: The option that would train it; None for data without labels and texts.
 
     Raises:
         ValueError: if so.
     """
-    if not learned_unconditional and config.guidance_scale != 1:
+    if config.guidance_scale == 1 or config.drops_condition:
+        return
+    if dropout is None:
+        raise ValueError(
+            "guidance_scale, of the sample grids, must be 1 for images without labels, unless they have a condition image "
+            f"that is dropped (condition_dropout): there is nothing to lead to, got {config.guidance_scale:g}"
+        )
+    if not learned_unconditional:
         raise ValueError(
             f"guidance_scale, of the sample grids, must be 1 with a {dropout} of 0, which trains nothing to lead away from, "
             f"got {config.guidance_scale:g}"

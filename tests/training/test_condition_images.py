@@ -83,6 +83,16 @@ def test_a_run_saves_how_its_condition_is_made(run):
     assert (run / "denoising.png").exists()
 
 
+def test_without_labels_a_grid_is_guided_by_what_is_dropped_alone(tmp_path):
+    """That is refused before the first step."""
+    options = {"unconditional": True, "guidance_scale": 3.0, "max_train_steps": 1}
+    for more in ({}, {"condition": "lowres:2", "condition_dropout": 0.0}):
+        with pytest.raises(ValueError, match="guidance_scale, .* must be 1 for images without labels, .* got 3"):
+            main(config_of(tmp_path / "run", **options, **more))
+        assert not (tmp_path / "run").exists()
+    assert (main(config_of(tmp_path / "run", **options, condition="lowres:2")) / "samples.png").exists()
+
+
 def test_it_resumes_to_the_bit(run, tmp_path):
     half = tmp_path / "half"
     shutil.copytree(run, half)
