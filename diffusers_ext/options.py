@@ -276,6 +276,8 @@ def preset_of(cls: type, values: dict[str, Any]) -> dict[str, Any]:
     is not off, or "option=value", and what it leaves no room for) is left to that.
     """
     preset = values.get("preset")
+    if values.keys() >= _hints_of(cls).keys():  # of a config that is replaced, where one was taken when it was made
+        return {}
     if preset is None and hasattr(cls, "preset_for"):
         preset = cls.preset_for(values)
     if preset not in getattr(cls, "PRESETS", {}):

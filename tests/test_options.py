@@ -24,6 +24,7 @@ from diffusers_ext.options import (
     to_yaml,
 )
 from diffusers_ext.recipes.text_to_image import TextConfig
+from diffusers_ext.trainer.config import resolve_for_machine
 from diffusers_ext.trainer.signals import Interrupted
 from training import evaluate, train_ddpm, train_features, train_vae
 
@@ -428,6 +429,20 @@ def test_a_run_that_goes_on_has_the_preset_that_it_began_with(tmp_path, preset):
     for request in ("latest", "checkpoint-5", str(tmp_path / "checkpoint-5")):
         for budget in ({"max_train_time": "10m"}, {"max_train_time": "2h"}, {"max_train_steps": 9}):
             assert again(**budget, resume_from_checkpoint=request).preset == preset
+
+
+def test_a_run_that_goes_on_is_found_in_the_folder_that_it_is_given_by_default(tmp_path, monkeypatch):
+    """Once: settling the options for the machine does not look again."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs" / "images"
+    folder.mkdir(parents=True)
+    write(folder / "train_config.yaml", yaml.safe_dump({"preset": "quick"}))
+    options = {"dataset_name": "path/to/images", "max_train_time": "30m", "resume_from_checkpoint": "latest"}
+    config = train_ddpm.TrainConfig(**options)
+    assert (config.preset, config.model) == ("quick", "dit")
+    (folder / "train_config.yaml").unlink()
+    settled = resolve_for_machine(config)
+    assert (settled.output_dir, settled.preset, settled.model) == ("runs/images", "quick", "dit")
 
 
 def test_options_that_were_given_are_known_though_they_are_the_defaults(tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_ext.recipes.training_path import SCHEDULERS
+from diffusers_ext.trainer.config import default_output_dir
 from diffusers_ext.trainer.run_folder import CONFIG_FILE
 from diffusers_ext.trainer.schedule import parse_duration
 from diffusers_ext.untrusted import read_yaml_mapping
@@ -110,7 +111,8 @@ def preset_for(values: dict[str, Any]) -> str | None:
 
 def _preset_of_run(values: dict[str, Any]) -> str | None:
     """The preset in the options of the checkpoint, or of the folder with the latest one, that a run goes on from."""
-    request, folder = values["resume_from_checkpoint"], Path(values.get("output_dir") or "")
+    request = values["resume_from_checkpoint"]
+    folder = Path(values.get("output_dir") or default_output_dir(values.get("dataset_name", "digits")))
     places = [folder] if request == "latest" else [Path(request), folder / request]
     found = next((place / CONFIG_FILE for place in places if (place / CONFIG_FILE).is_file()), None)
     return None if found is None else read_yaml_mapping(found).get("preset")

@@ -244,6 +244,11 @@ class TrainerConfig(TrainingDataConfig):
         ]
 
 
+def default_output_dir(dataset_name: str) -> str:
+    """The folder of a run that names none."""
+    return f"runs/{os.path.basename(os.path.abspath(dataset_name))}"
+
+
 def resolve_for_machine(config: TrainerConfig) -> TrainerConfig:
     """Settles what was left open: precision, memory layout and workers, by the machine; optimizer and kind of average."""
     device = default_device()
@@ -274,7 +279,7 @@ def resolve_for_machine(config: TrainerConfig) -> TrainerConfig:
     if config.validation_split is not None and config.validation_steps is None:
         changes["validation_steps"] = DEFAULT_VALIDATION_STEPS
     if config.output_dir is None:
-        changes["output_dir"] = f"runs/{os.path.basename(os.path.abspath(config.dataset_name))}"
+        changes["output_dir"] = default_output_dir(config.dataset_name)
     return dataclasses.replace(config, **changes)
 
 
