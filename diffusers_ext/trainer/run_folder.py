@@ -38,13 +38,30 @@ PICTURES = (
 )
 
 
+# What a run replaces, or removes with `overwrite_output_dir`, beside what makes a folder one of a run.
+_FILES = (
+    "config.json",
+    *CODE_FILES,
+    "README.md",
+    "evaluation.json",
+    CALIBRATION_FILE,
+    ADAPTER_FILE,
+    PAGE_FILE,
+    "loss_by_snr.csv",
+    "accuracy.csv",
+    *(f"{name}.png" for name in PICTURES),
+)
+
+
 def check_output_dir(config: TrainerConfig, is_main_process: bool = True) -> None:
-    """Refuses a folder that holds another run. What a run was kept from moving there is moved.
+    """Refuses a folder that holds another run, or files of no run that this one would replace.
+
+    What a run was kept from moving there is moved.
 
     Raises:
         FolderInUse: if another run writes there.
-        ValueError: if `output_dir` holds a run and the config says neither to go on with it nor to overwrite it, or
-            if it is a file.
+        ValueError: if `output_dir` holds a run and the config says neither to go on with it nor to overwrite it, if it holds
+            such files and no run, or if it is a file.
     """
     path = Path(config.output_dir)
     if path.exists() and not path.is_dir():
@@ -54,9 +71,15 @@ def check_output_dir(config: TrainerConfig, is_main_process: bool = True) -> Non
             finish_replacing(path)
             for left in path.glob(".checkpoint-*"):  # half written, or half removed
                 shutil.rmtree(left)
+    if not _holds_run(path):
+        if others := [name for name in _FILES if (path / name).exists()]:
+            raise ValueError(
+                f"output_dir {path} must be a folder of a run or one without the files that a run writes: it holds no run, but "
+                f"{', '.join(others[:3])}. Move what is yours away, or choose another --output_dir"
+            )
+        return
     checkpoints = list_checkpoints(path)
-    holds_run = checkpoints or any((path / name).exists() for name in (*_OF_A_RUN, STAGES))
-    if holds_run and not (config.resume_from_checkpoint or config.overwrite_output_dir):
+    if not (config.resume_from_checkpoint or config.overwrite_output_dir):
         newest = f", checkpoints up to {checkpoints[-1].name}" if checkpoints else ", no checkpoints"
         raise ValueError(
             f"output_dir {path} holds another run{newest}. Go on with it by --resume_from_checkpoint latest, start over "
@@ -64,8 +87,14 @@ def check_output_dir(config: TrainerConfig, is_main_process: bool = True) -> Non
         )
 
 
+def _holds_run(path: Path) -> bool:
+    return bool(list_checkpoints(path)) or any((path / name).exists() for name in (*_OF_A_RUN, STAGES))
+
+
 def clear_output_dir(path: Path) -> None:
-    """Removes what a run has written, and nothing else."""
+    """Removes what a run has written, and nothing else; nothing at all from a folder that holds no run."""
+    if not _holds_run(path):
+        return
     with suppress(OSError, ValueError):  # there is none, or it is damaged
         for name in filter(is_plain_name, read_json(path / "model_index.json")):
             shutil.rmtree(path / name, ignore_errors=True)
@@ -73,22 +102,10 @@ def clear_output_dir(path: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     for name in ("samples", "before", "logs", "profile", STAGES, SNAPSHOT_FOLDER, MILESTONES):
         shutil.rmtree(path / name, ignore_errors=True)
-    for name in (
-        *_OF_A_RUN,
-        "config.json",
-        *CODE_FILES,
-        "README.md",
-        "evaluation.json",
-        CALIBRATION_FILE,
-        ADAPTER_FILE,
-        PAGE_FILE,
-        "loss_by_snr.csv",
-        "accuracy.csv",
-        *(f"{name}.png" for name in PICTURES),
-    ):
-        (path / name).unlink(missing_ok=True)
     for file in [*path.glob("diffusion_pytorch_model*"), *path.glob(f"{PARTIAL}*")]:
         file.unlink()
+    for name in (*_FILES, *reversed(_OF_A_RUN)):  # what says that there is a run last, if this is interrupted
+        (path / name).unlink(missing_ok=True)
 
 
 def check_same_run(config: TrainerConfig, checkpoint: Path) -> list[str]:

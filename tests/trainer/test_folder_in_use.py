@@ -112,6 +112,7 @@ def test_a_save_without_room_leaves_the_old_pipeline(tmp_path):
 
 def test_files_that_were_complete_when_the_process_was_killed_are_moved(tmp_path):
     (tmp_path / "config.json").write_text("old")
+    (tmp_path / "train_config.yaml").touch()
     (tmp_path / SAVED / "part").mkdir(parents=True)
     (tmp_path / SAVED / "config.json").write_text("new")
     (tmp_path / f"{SAVING}ab" / "new").mkdir(parents=True)  # in which it was written
@@ -119,7 +120,8 @@ def test_files_that_were_complete_when_the_process_was_killed_are_moved(tmp_path
     (tmp_path / "part" / "stale").touch()
     check_output_dir(TrainerConfig(output_dir=str(tmp_path), overwrite_output_dir=True))
     assert (tmp_path / "config.json").read_text() == "new"
-    assert sorted(os.listdir(tmp_path)) == ["config.json", "part"] and os.listdir(tmp_path / "part") == []
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "part", "train_config.yaml"]
+    assert os.listdir(tmp_path / "part") == []
     with pytest.raises(ValueError, match=r"features.json must be among"):
         replace_files(tmp_path, "features.json", lambda folder: None)
 

@@ -33,6 +33,23 @@ def test_a_folder_with_other_things_is_taken(tmp_path):
         check_output_dir(TrainerConfig(output_dir=str(tmp_path / "notes.txt")))
 
 
+@pytest.mark.parametrize("options", [{}, {"overwrite_output_dir": True}, {"resume_from_checkpoint": "latest"}])
+@pytest.mark.parametrize("name", ["README.md", "config.json", "samples.png", "index.html"])
+def test_files_that_no_run_has_written_are_not_replaced(tmp_path, name, options):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=f"holds no run, but {name}. Move what is yours away, or choose another"):
+        check_output_dir(TrainerConfig(output_dir=str(tmp_path), **options))
+
+
+def test_nothing_is_cleared_where_no_run_is(tmp_path):
+    for name in ("logs", "samples"):
+        (tmp_path / name).mkdir()
+    check_output_dir(TrainerConfig(output_dir=str(tmp_path), overwrite_output_dir=True))
+    (tmp_path / "config.json").write_text("mine")
+    clear_output_dir(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "logs", "samples"]
+
+
 def test_clearing_removes_the_run_and_nothing_else(tmp_path):
     for name in ("checkpoint-7", ".checkpoint-8.partial", ".saving-x", "denoiser", "samples", "logs", "mine"):
         (tmp_path / name).mkdir()
