@@ -10,7 +10,7 @@ from PIL import Image
 from diffusers_ext import ExtDDPMScheduler, GuidedDiffusionPipeline, UNetModel
 
 
-def tiny_unet(num_classes: int | None = None) -> UNetModel:
+def tiny_unet(num_classes: int | None = None, dropout: float = 0.0) -> UNetModel:
     """One with random weights throughout: as it is made, the last layer is zero and so is the output."""
     torch.manual_seed(0)
     model = UNetModel(
@@ -20,6 +20,7 @@ def tiny_unet(num_classes: int | None = None) -> UNetModel:
         block_out_channels=(8, 16),
         layers_per_block=1,
         num_classes=num_classes,
+        dropout=dropout,
     )
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)

@@ -60,7 +60,9 @@ class TrainClassifierConfig(TrainerConfig):
         None, "sides of the maps with attention; by default the largest of at most 16"
     )
     attention_head_dim: int = fixed_option(64, "channels of an attention head")
-    dropout: float = fixed_option(0.1, "share of the features dropped in each residual block")
+    dropout: float | None = fixed_option(
+        None, "share of the features dropped in each residual block; by default 0.1, or that of pretrained_pipeline"
+    )
 
     pipeline: str | None = fixed_option(
         None,
@@ -114,6 +116,10 @@ class TrainClassifierConfig(TrainerConfig):
         if self.pretrained_pipeline is not None:
             self._take_over()
         super().__post_init__()
+        if self.dropout is None:  # resolved here, so that a run's options say what it was
+            object.__setattr__(self, "dropout", 0.1)
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout:g}")
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         changed = [name for name in self.SCHEDULE_OPTIONS if getattr(self, name) != defaults[name]]
         if self.pipeline is not None and changed:
@@ -132,6 +138,8 @@ class TrainClassifierConfig(TrainerConfig):
         part = read_classifier(self)
         names = ("block_out_channels", "layers_per_block", "attention_resolutions", "attention_head_dim")
         take_over(self, {name: part.config[name] for name in names}, part.name)
+        if self.dropout is None:
+            object.__setattr__(self, "dropout", part.config["dropout"])
         if self.pipeline is not None:
             raise ValueError(
                 f"pipeline and pretrained_pipeline {part.name} both say which noise levels to train on: give one of them"
@@ -276,7 +284,7 @@ def build_model(
                 f"the images must have the {part.config['num_classes']} labels that --pretrained_pipeline {part.name} tells "
                 f"apart, got {num_classes}"
             )
-        return part.load()
+        return part.load(dropout=config.dropout)
     torch.manual_seed(config.seed)
     return NoisyClassifierModel(
         sample_size=tuple(size),

@@ -166,7 +166,7 @@ def load_network(
             "the condition images must have as many channels for the network of --pretrained_pipeline "
             f"{source.name} as it was trained with, {network.config.get('condition_channels', 0)}, got {condition_channels}"
         )
-    changes = _of_size(network, space.shape[1:], source) | {"dropout": config.dropout or network.config.dropout}
+    changes = _of_size(network, space.shape[1:], source) | {"dropout": config.dropout}
     if isinstance(network, UNet2DModel):
         if num_classes is not None and learned_unconditional:
             raise ValueError(

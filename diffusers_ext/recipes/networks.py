@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -37,7 +37,9 @@ class NetworkConfig(TrainerConfig):
     model: Literal[NETWORKS] = fixed_option(
         "unet", "kind of network: convolutions, or a transformer over patches", "model"
     )
-    dropout: float = fixed_option(0.0, "share of the features dropped in each block")
+    dropout: float | None = fixed_option(
+        None, "share of the features dropped in each block; by default 0, or that of pretrained_pipeline"
+    )
     block_out_channels: tuple[int, ...] = unet_option(
         (64, 128, 128), "channels at each resolution, the full one first", "unet"
     )
@@ -85,8 +87,12 @@ class NetworkConfig(TrainerConfig):
         "fine-tuning",
     )
 
+    OLDER_THAN: ClassVar[dict[str, Any]] = TrainerConfig.OLDER_THAN | {"dropout": 0.0}
+
     def __post_init__(self):
         super().__post_init__()
+        if self.dropout is None:  # resolved here, so that a run's options say what it was
+            object.__setattr__(self, "dropout", 0.0)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout:g}")
         if self.model == "dit":

@@ -247,6 +247,7 @@ def options_from(config: Any, source: Pretrained) -> dict[str, Any]:
     taken["objective"] = config.objective or ("hybrid" if learned else "simple")
     if source.vae is None and config.vae is not None:
         raise ValueError(f"vae must be left out with --pretrained_pipeline {source.name}, which is of pixels")
+    taken["dropout"] = source.denoiser["dropout"] if config.dropout is None else config.dropout
     taken["vae"] = config.vae or (None if source.vae is None else source.name)
     return taken
 

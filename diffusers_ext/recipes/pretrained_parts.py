@@ -57,10 +57,10 @@ class PretrainedPart:
                 f"{sides[1]}; see --resolution"
             )
 
-    def load(self) -> ModelMixin:
-        """The model, with its weights in float32."""
+    def load(self, **changes: Any) -> ModelMixin:
+        """The model, with its weights in float32, and with these changes of its config, which no weights follow from."""
         cls = getattr(diffusers, self.class_name)
-        return cls.from_pretrained(self.name, subfolder=self.subfolder).float()
+        return cls.from_pretrained(self.name, subfolder=self.subfolder, **changes).float()
 
 
 def read_part(name: str, part: str, classes: tuple[str, ...]) -> PretrainedPart:

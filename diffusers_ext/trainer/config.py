@@ -4,7 +4,7 @@ import dataclasses
 import os
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -166,6 +166,8 @@ class TrainerConfig(TrainingDataConfig):
     hub_private_repo: bool = option(False, "make the repository private")
 
     DEFAULT_MAX_TRAIN_STEPS: ClassVar[int] = 1200
+    # What options were in runs that are older than they, where the default leaves them open.
+    OLDER_THAN: ClassVar[dict[str, Any]] = {}
     # What `--help` lists: `--help-all` has the rest.
     ESSENTIAL: ClassVar[tuple[str, ...]] = (
         *("dataset_name", "resolution", "random_flip", "streaming", "validation_split"),

@@ -120,7 +120,7 @@ def check_same_run(config: TrainerConfig, checkpoint: Path) -> list[str]:
     """
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     defaults = {name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()}
-    before = defaults | read_yaml_mapping(checkpoint / CONFIG_FILE)
+    before = defaults | config.OLDER_THAN | read_yaml_mapping(checkpoint / CONFIG_FILE)
     now = written_options(config)
     free = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint"}
     changed = [name for name in now if name not in free and before[name] != now[name]]

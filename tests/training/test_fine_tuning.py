@@ -228,6 +228,16 @@ def test_options_that_say_what_the_pipeline_says_are_taken(ours, tmp_path):
     assert config.path == "pretrained"
 
 
+@pytest.mark.parametrize("given, taken", [(None, 0.25), (0.0, 0.0), (0.5, 0.5)])
+def test_dropout_is_that_of_the_pipeline_or_as_given_and_written_down(tmp_path, given, taken):
+    pipe = GuidedDiffusionPipeline(tiny_unet(dropout=0.25), ExtDDIMScheduler())
+    pipe.save_pretrained(tmp_path / "begun")
+    options = {"unconditional": True, "max_train_steps": 1} | ({} if given is None else {"dropout": given})
+    after, _ = run(tmp_path / "run", str(tmp_path / "begun"), **options)
+    assert after.denoiser.config.dropout == taken
+    assert yaml.safe_load((tmp_path / "run" / "train_config.yaml").read_text())["dropout"] == taken
+
+
 def test_what_cannot_be_begun_with_is_refused(folder, ours, tmp_path):
     with pytest.raises(ValueError, match="path pretrained is that of a pretrained_pipeline"):
         TrainConfig(path="pretrained")

@@ -110,6 +110,19 @@ def test_a_classifier_of_a_pipeline_is_gone_on_with_on_its_levels_and_latents(fo
     assert after.config.noise_schedule == before.config.noise_schedule
 
 
+@pytest.mark.parametrize("given, taken", [({}, 0.25), ({"dropout": 0.0}, 0.0), ({"dropout": 0.5}, 0.5)])
+def test_dropout_of_a_classifier_is_its_own_or_as_given(tmp_path, given, taken):
+    path = describe_path(ExtDDPMScheduler(num_train_timesteps=50))
+    NoisyClassifierModel(8, 1, 10, (8, 16), noise_schedule=path, dropout=0.25).save_pretrained(tmp_path / "begun")
+    options = SMALL | {"max_train_steps": 1, "output_dir": str(tmp_path / "run")} | given
+    config = TrainClassifierConfig(pretrained_pipeline=str(tmp_path / "begun"), **options)
+    assert config.dropout == taken
+    after = NoisyClassifierModel.from_pretrained(train_classifier(config))
+    assert (
+        {part.p for part in after.modules() if isinstance(part, torch.nn.Dropout)} == {after.config.dropout} == {taken}
+    )
+
+
 def test_what_a_classifier_is_not_is_refused(folders, tmp_path):
     with pytest.raises(ValueError, match=r"block_out_channels must be \(8, 16\), as it is of"):
         classifier_config(tmp_path, folders / "pipeline", block_out_channels=(8, 8))
