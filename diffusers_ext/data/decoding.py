@@ -54,6 +54,7 @@ class Fit:
         whites: Which values are white.
         array_dtype: Of a column of arrays.
         channels_first: Whether its arrays are (channels, height, width).
+        own_size: (height, width) that all of the first pictures have, where nobody gave a size: another one is a fault.
     """
 
     size: tuple[int, int]
@@ -67,6 +68,7 @@ class Fit:
     white: int = 255
     array_dtype: str | None = None
     channels_first: bool = False
+    own_size: tuple[int, int] | None = None
 
     noun: ClassVar[str] = "image"
 
@@ -109,6 +111,11 @@ def decode_cell(value: Any, how: Fit) -> np.ndarray:
         picture = picture if picture.ndim == 3 else picture[..., None]
     if picture.shape[2] != how.channels:
         raise ValueError(f"{picture.shape[2]} channels where the first row has {how.channels}")
+    if how.own_size not in (None, picture.shape[:2]):
+        got, expected = ("x".join(map(str, size)) for size in (picture.shape[:2], how.own_size))
+        raise ValueError(
+            f"a size of {got} where the first images are all {expected}: give --resolution to bring all of them to one size"
+        )
     if how.resize_mode == "random_crop":
         return np.ascontiguousarray(cover(picture, how.size))
     return fit(picture, how.size, how.resize_mode, how.border)

@@ -233,6 +233,7 @@ def decide_fit(
         white=reading.white,
         array_dtype=seen.array_dtype,
         channels_first=seen.channels_first,
+        own_size=seen.sizes[0] if config.resolution is None else None,
     )
     return how, [*reading.notes, *([note] if note else [])]
 

@@ -140,6 +140,19 @@ def test_images_of_several_sizes_need_a_resolution(parquet):
     assert prepare_images(folder, resolution=(8,)).size == (8, 8)
 
 
+def test_another_size_behind_the_first_images_is_no_size_that_nobody_gave(parquet, capsys):
+    """A picture of it is left out by name, as one that cannot be decoded; with a resolution it is brought to that."""
+    rows = [encode(picture) for picture in (*pictures(150), *pictures(1, 20, 8))]
+    folder = parquet({"image": rows}, {"image": datasets.Image()})
+    data = prepare_images(folder)
+    assert len(data) == 150 and "1 of 151 images could not be decoded and are left out" in data.notes
+    reason = "a size of 20x8 where the first images are all 8x8: give --resolution to bring all of them to one size"
+    assert f"image of row 150 left out: ValueError: {reason}" in capsys.readouterr().err
+    assert len(prepare_images(folder, resolution=(8,))) == 151
+    with pytest.raises(ValueError, match="1 of 151 images .* give --resolution .*--max_bad_share"):
+        prepare_images(folder, max_bad_share=0.0)
+
+
 def test_grey_and_colour_together_become_colour(parquet):
     cells = [encode(pictures(1, 8, 8, 1)[0]), encode(pictures(1, 8, 8, 3)[0])]
     folder = parquet({"image": cells}, {"image": datasets.Image()})
