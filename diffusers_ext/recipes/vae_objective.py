@@ -123,22 +123,19 @@ class VAEObjective(RunningSums):
         self.adversary = adversary
         # Kept from `nn.Module`: neither a network's weights nor the model's belong into the objective's state.
         self._outside = {"perceptual": perceptual, "last_layer": last_layer}
-        self._num_batches, self._warned = 0, False
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps that have begun."""
-        return -(-self._num_batches // self.accelerator.gradient_accumulation_steps)
+        # Set by the trainer: optimizer steps that are done, whatever the batches of each were.
+        self.steps: Callable[[], int] = lambda: 0
+        self._begun, self._warned = 0, False  # optimizer steps that have begun
 
     @property
     def current_kl_weight(self) -> float:
         if not self.training or not self.kl_warmup_steps:
             return self.kl_weight
-        return self.kl_weight * min(1.0, self.step / self.kl_warmup_steps)
+        return self.kl_weight * min(1.0, self._begun / self.kl_warmup_steps)
 
     def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         if self.training:
-            self._num_batches += 1
+            self._begun = self.steps() + 1
         x = binarize(batch["images"], self.binarization, batch.get("noise"))
         out = model(x, noise=batch["latent_noise"])
         dims = x[0].numel()
@@ -220,7 +217,7 @@ class VAEObjective(RunningSums):
         self.clear()
         terms = dict(zip(TERMS, values[: len(TERMS)], strict=True))
         of_latents, warning = self.describe_latents(values[len(TERMS) :], terms["rate"])
-        if num_images >= 100 and self.step >= self.kl_warmup_steps + STEPS_TO_WAKE and warning and not self._warned:
+        if num_images >= 100 and self._begun >= self.kl_warmup_steps + STEPS_TO_WAKE and warning and not self._warned:
             self.accelerator.print(f"\nwarning: {warning}")
             self._warned = True
         return {
@@ -245,10 +242,10 @@ class VAEObjective(RunningSums):
         return super()._apply(fn, recurse)
 
     def get_extra_state(self) -> Tensor:
-        return torch.tensor(self._num_batches)
+        return torch.tensor(self._begun)
 
     def set_extra_state(self, state: Tensor):
-        self._num_batches = int(state)
+        self._begun = int(state)
 
 
 def _by_latent(kl: list[float]) -> dict[str, float]:

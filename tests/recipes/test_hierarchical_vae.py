@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -102,6 +104,7 @@ def test_the_kl_weight_of_all_levels_rises_from_zero():
     distortion, kl = (part for part in terms_by_hand(vae, data))
     watched = objective(vae, kl_warmup_steps=4)
     for step in range(1, 6):
+        watched.steps = partial(int, step - 1)  # as the trainer says them
         expected = (distortion + min(1, step / 4) * sum(map(total, kl))) / 64
         torch.testing.assert_close(watched(vae, data), expected)
 

@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -78,17 +79,20 @@ def test_free_bits_leave_what_a_channel_spends_below_them_alone():
     assert watched.metrics()["rate"] == pytest.approx(kl.flatten(1).sum(1).mean().item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_the_kl_weight_rises_over_optimizer_steps_and_goes_on_after_a_resume(accumulation):
+@pytest.mark.parametrize("accumulation, later", [(1, 1), (2, 2), (4, 1)])
+def test_the_kl_weight_rises_over_optimizer_steps_and_goes_on_after_a_resume(accumulation, later):
+    """Also with other numbers of batches in a step."""
     vae, data = model(), batch()
     distortion, kl = (term.detach() for term in terms_by_hand(vae, data))
     watched = objective(vae, accumulation, kl_weight=2.0, kl_warmup_steps=4)
     for step in range(1, 7):
+        if step == 3:  # broken off here, within a warm-up
+            state = {name: value.clone() for name, value in watched.state_dict().items()}
+            accumulation, watched = later, objective(vae, later, kl_weight=2.0, kl_warmup_steps=4)
+            watched.load_state_dict(state)
+            assert watched.current_kl_weight == 2 * 2 / 4
+        watched.steps = partial(int, step - 1)  # as the trainer says them
         for _ in range(accumulation):
-            if step == 3:  # broken off here, within a warm-up
-                state = {name: value.clone() for name, value in watched.state_dict().items()}
-                watched = objective(vae, accumulation, kl_weight=2.0, kl_warmup_steps=4)
-                watched.load_state_dict(state)
             loss = watched(vae, data)
             weight = 2 * min(1, step / 4)
             torch.testing.assert_close(loss, (distortion + weight * kl.flatten(1).sum(1).mean()) / 64)
@@ -133,7 +137,7 @@ def test_a_collapse_is_told_once_with_what_to_do(capsys):
     vae = model()
     vae.encoder.conv_out.weight.data.zero_()  # the posterior no longer depends on the image
     watched = objective(vae)
-    watched._num_batches = 600
+    watched.steps = lambda: 600
     for _ in "12":
         watched(vae, batch(120))
         watched.metrics()
