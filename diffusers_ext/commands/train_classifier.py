@@ -24,7 +24,7 @@ from diffusers_ext.data.image_table import ImageData
 from diffusers_ext.data.latent_cache import SampleSpace, fingerprint, load_vae, prepare_samples
 from diffusers_ext.data.sequences import refuse_sequences
 from diffusers_ext.data.stream import StreamData
-from diffusers_ext.data.validation import ValidationBatches, prepare_validation
+from diffusers_ext.data.validation import ValidationBatches, describe_held_out, prepare_validation
 from diffusers_ext.diffusion.betas import BETA_SCHEDULES
 from diffusers_ext.models.statistics import check_statistics
 from diffusers_ext.models.unet import refuse_unmatched_resolutions
@@ -255,7 +255,7 @@ def load_data(
                 f"{config.dataset_name} has several labels an image, and the classifier learns one of them"
             )
         held_out = prepare_validation(config, data, partial(prepare_samples, vae=vae))
-    for note in (describe_data(config, data), *data.notes):
+    for note in (describe_data(config, data), *data.notes, *describe_held_out(held_out, config.validation_split)):
         accelerator.print(note)
     return data, held_out
 

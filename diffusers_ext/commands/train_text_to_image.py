@@ -19,7 +19,7 @@ from diffusers_ext.data.captions import captions_of, find_caption_column, has_em
 from diffusers_ext.data.image_table import ImageData
 from diffusers_ext.data.latent_cache import SampleSpace, prepare_samples
 from diffusers_ext.data.sequences import refuse_sequences
-from diffusers_ext.data.validation import prepare_validation
+from diffusers_ext.data.validation import describe_held_out, prepare_validation
 from diffusers_ext.guidance.texts import width_of
 from diffusers_ext.options import run_script, to_command
 from diffusers_ext.recipes.adapters import clipped_noise_of_run, save_adapter, without_adapter
@@ -131,8 +131,8 @@ def load_data(
     data = with_labels_of(config, dataclasses.replace(data, notes=tuple(notes)))
     for note in (describe_data(config, data), *data.notes):
         accelerator.print(note)
-    if held_out is not None:
-        accelerator.print(f"the loss is taken on {len(held_out)} images of the split {config.validation_split} too")
+    for line in describe_held_out(held_out, config.validation_split):
+        accelerator.print(line)
     return data, held_out, texts
 
 

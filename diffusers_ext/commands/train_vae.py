@@ -25,7 +25,7 @@ from diffusers_ext.data.image_table import ImageData
 from diffusers_ext.data.latent_cache import value_scale_of
 from diffusers_ext.data.prepare import prepare_data
 from diffusers_ext.data.stream import StreamData
-from diffusers_ext.data.validation import ValidationBatches, prepare_validation
+from diffusers_ext.data.validation import ValidationBatches, describe_held_out, prepare_validation
 from diffusers_ext.models.vae import ARCHITECTURES
 from diffusers_ext.models.vae_discriminator import PatchDiscriminator
 from diffusers_ext.models.vae_likelihood import LIKELIHOODS
@@ -273,7 +273,7 @@ def load_data(config: TrainVAEConfig, accelerator: Accelerator) -> tuple[ImageDa
     with accelerator.local_main_process_first():
         data = prepare_data(config, multiple_of=config.size_multiple)
         held_out = prepare_validation(config, data)
-    for note in (describe_data(config, data), *data.notes):
+    for note in (describe_data(config, data), *data.notes, *describe_held_out(held_out, config.validation_split)):
         accelerator.print(note)
     return data, held_out
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffusers_ext.data.batches import EPOCH, BatchMaker, BatchOptions
 from diffusers_ext.data.config import TrainingDataConfig
+from diffusers_ext.data.identity import DIGEST_BYTES
 from diffusers_ext.data.image_table import ImageData
 from diffusers_ext.data.prepare import prepare_data
 from diffusers_ext.data.sequences import SequenceData
@@ -30,7 +31,8 @@ def prepare_validation(
         prepare: As `data` were made: `prepare_data`, or what takes the same arguments.
 
     Raises:
-        ValueError: if they are other images: of another size or number of channels, or with labels that `data` does not have.
+        ValueError: if they are other images: of another size or number of channels, or with labels that `data` does not have;
+            or if all of them are trained on.
     """
     if config.validation_split is None:
         return None
@@ -74,6 +76,7 @@ def prepare_validation(
     if held_out.has_label_sets != data.has_label_sets:
         with_sets = "validation" if held_out.has_label_sets else "training"
         raise ValueError(f"the {with_sets} images alone have several labels each; see --label_column")
+    held_out = _told_from(data, held_out, config)
     if held_out.id2label in (None, data.id2label) or data.texts is not None:  # captions need not be known ones
         return held_out
     # Where labels are names, each split numbers those that it has.
@@ -82,6 +85,50 @@ def prepare_validation(
         raise ValueError(f"{what} have labels that are not trained on: {', '.join(unknown[:5])}")
     numbers = [label2id[held_out.id2label[label]] for label in sorted(held_out.id2label)]
     return renumbered(held_out, data.id2label, numbers)
+
+
+def _told_from(data: ImageData | StreamData, held_out: ImageData, config: TrainingDataConfig) -> ImageData:
+    """The held-out images with a note on those that are trained on too.
+
+    Raises:
+        ValueError: if all are, and are of the same split. In another one there may be reasons for the same images.
+    """
+    known = _also_in(data, held_out, same_split=config.validation_split == config.dataset_split)
+    if known == len(held_out) and _names_in(config.validation_split) <= _names_in(config.dataset_split):
+        raise ValueError(
+            f"the images of the split {config.validation_split!r} must be others than those trained on, and all {known} are "
+            f"among them: give another --validation_split, or train on the rest of {config.dataset_split!r} "
+            "(--dataset_split 'train[:90%]' beside 'train[90%:]')"
+        )
+    if not known:
+        return held_out
+    note = f"{known} of {len(held_out)} are trained on too, by which the loss on them is too low"
+    return dataclasses.replace(held_out, notes=(*held_out.notes, note))
+
+
+def _names_in(split: str) -> set[str]:
+    """Of splits that an expression speaks of, such as `train[:90%]+extra`."""
+    return {part.split("[")[0].strip() for part in split.split("+")}
+
+
+def _also_in(data: ImageData | StreamData, held_out: ImageData, same_split: bool) -> int:
+    """How many held-out images are among `data`, as far as that is known: by their contents, or by their rows in a split."""
+    if isinstance(data, StreamData):  # of which no part can be asked for
+        return len(held_out) if same_split else 0
+    ours, theirs = held_out.digests(), data.digests()
+    if isinstance(ours, str):  # of latents, whose images are not there any more
+        return int(np.isin(held_out.rows, data.rows).sum()) if same_split else 0
+    ours, theirs = (np.ascontiguousarray(each).view(f"V{DIGEST_BYTES}").ravel().tolist() for each in (ours, theirs))
+    return sum(map(set(theirs).__contains__, ours))
+
+
+def describe_held_out(held_out: ImageData | None, split: str | None) -> list[str]:
+    """Lines on the held-out images of a run; none without."""
+    if held_out is None:
+        return []
+    noun = "sequences" if isinstance(held_out, SequenceData) else "images"
+    first = f"the loss is taken on {len(held_out)} {noun} of the split {split} too"
+    return [first, *(f"of these {noun}: {note}" for note in held_out.notes)]
 
 
 def renumbered(data: ImageData, id2label: dict[int, str], numbers: Sequence[int]) -> ImageData:

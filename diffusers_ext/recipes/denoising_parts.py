@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from diffusers_ext.data.image_table import ImageData
 from diffusers_ext.data.latent_cache import SampleSpace, prepare_samples
 from diffusers_ext.data.stream import StreamData
-from diffusers_ext.data.validation import prepare_validation
+from diffusers_ext.data.validation import describe_held_out, prepare_validation
 from diffusers_ext.models.dit import DiTModel
 from diffusers_ext.models.unet import UNetModel
 from diffusers_ext.recipes.adapters import add_adapter
@@ -42,8 +42,8 @@ def load_validation(
     """The held-out images, if the options name any, read like those of the training."""
     with accelerator.local_main_process_first():
         held_out = prepare_validation(config, data, partial(prepare_samples, vae=vae))
-    if held_out is not None:
-        accelerator.print(f"the loss is taken on {len(held_out)} images of the split {config.validation_split} too")
+    for line in describe_held_out(held_out, config.validation_split):
+        accelerator.print(line)
     return held_out
 
 

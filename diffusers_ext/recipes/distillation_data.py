@@ -15,7 +15,7 @@ from diffusers_ext.data.image_table import ImageData
 from diffusers_ext.data.latent_cache import SampleSpace, prepare_samples, read_info
 from diffusers_ext.data.sequences import in_scale_of
 from diffusers_ext.data.stream import StreamData
-from diffusers_ext.data.validation import prepare_validation
+from diffusers_ext.data.validation import describe_held_out, prepare_validation
 from diffusers_ext.evaluation.pipeline_facts import image_size_of, label_names_of
 from diffusers_ext.pipelines.pipeline_text_guided_diffusion import TextGuidedDiffusionPipeline
 from diffusers_ext.recipes.distillation import DistillConfig
@@ -62,7 +62,7 @@ def load_student_data(
         held_out = prepare_validation(of_data, data, partial(prepare_samples, vae=space.vae))
         if held_out is not None and subject.of_texts:
             held_out = _with_texts(config, held_out, pipe, accelerator.device)
-    for note in (describe_data(config, data), *data.notes):
+    for note in (describe_data(config, data), *data.notes, *describe_held_out(held_out, config.validation_split)):
         accelerator.print(note)
     return (
         dataclasses.replace(config, resolution=space.resolution, resize_mode=data.resize_mode),

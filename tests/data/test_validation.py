@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from diffusers_ext.data.prepare import prepare_data, prepare_images
-from diffusers_ext.data.validation import ValidationBatches, prepare_validation
+from diffusers_ext.data.validation import ValidationBatches, describe_held_out, prepare_validation
 from diffusers_ext.figures import draw_loss
 from diffusers_ext.trainer.config import TrainerConfig
 from runs import assert_same_run, metrics, squared_error, trainer
@@ -141,6 +141,36 @@ def test_images_of_another_size_are_refused(data):
 
     with pytest.raises(ValueError, match="split 'test' must have the size of those trained on, 8x8, got 12x8"):
         prepare_validation(TrainerConfig(validation_split="test"), data, prepare)
+
+
+@pytest.fixture(scope="module")
+def numbered(tmp_path_factory):
+    """A folder of 20 different pictures, and of two in a split of their own that are among them."""
+    folder = tmp_path_factory.mktemp("numbered")
+    pictures = [b"P5\n8 8\n255\n" + bytes(range(number, number + 64)) for number in range(20)]
+    for split, rows in (("train", pictures), ("test", pictures[:2])):
+        pd.DataFrame({"image": rows}).to_parquet(folder / f"{split}.parquet")
+    return {"dataset_name": str(folder), "cache_dir": str(tmp_path_factory.mktemp("cache"))}
+
+
+@pytest.mark.parametrize("split", ["train[90%:]", "train"])
+def test_images_that_are_all_trained_on_are_none_that_are_held_out(numbered, split):
+    config = TrainerConfig(validation_split=split, **numbered)
+    with pytest.raises(ValueError, match=r"must be others than those trained on, and all \d+ are among them"):
+        prepare_validation(config, prepare_data(config))
+    streamed = dataclasses.replace(config, validation_split="train", streaming=True, max_validation_samples=3)
+    with pytest.raises(ValueError, match=r"must be others than those trained on, and all 3 are among them"):
+        prepare_validation(streamed, prepare_data(streamed))
+
+
+@pytest.mark.parametrize("split, known, number", [("train[9:15]", 3, 6), ("test", 2, 2), ("train[12:]", 0, 8)])
+def test_how_many_are_trained_on_is_said(numbered, split, known, number):
+    config = TrainerConfig(dataset_split="train[:12]", validation_split=split, **numbered)
+    lines = describe_held_out(prepare_validation(config, prepare_data(config)), split)
+    said = f"of these images: {known} of {number} are trained on too, by which the loss on them is too low"
+    assert lines[0] == f"the loss is taken on {number} images of the split {split} too"
+    assert [line for line in lines if "trained on" in line] == ([said] if known else [])
+    assert describe_held_out(None, None) == []
 
 
 def test_labels_are_numbered_like_those_of_the_training(data):
