@@ -196,9 +196,10 @@ def main(config: TrainClassifierConfig) -> Path:
         if accelerator.is_main_process:
             images = "training images" if held_out is None else f"held-out images, {config.validation_split}"
             save_accuracy(rows, trainer.output_dir, num_classes=data.num_classes, images=images)
-            notes = [describe_data(config, data), *data.notes, describe_accuracy(rows, images)]
-            print(notes[-1], flush=True)
-            finish_run(trainer, command, "\n\n".join(notes), PICTURES, "image-classification", LIMITATIONS)
+            notes, accuracy = [describe_data(config, data), *data.notes], describe_accuracy(rows, images)
+            print(accuracy, flush=True)
+            about = {"pictures": PICTURES, "pipeline_tag": "image-classification", "limitations": LIMITATIONS}
+            finish_run(trainer, command, "\n\n".join(notes), **about, measured=[accuracy])
     return trainer.output_dir
 
 

@@ -31,6 +31,8 @@ CARD_TEMPLATE = Path(__file__).with_name("model_card_template.md")
 
 # Of `training/calibrate.py`, beside the pipeline.
 CALIBRATION_FILE, CALIBRATION_HEADING = "calibration.json", "## Calibration"
+_NOTHING = "No figure was measured."
+_CALIBRATED = "No figure was measured beside those of the calibration below."
 _NAME = re.compile(r"[^,;:.!?\n]{1,40}")  # of a metric
 
 DEFAULT_LIMITATIONS = (
@@ -99,6 +101,8 @@ class TrainingRun:
         seconds: Training time alone.
         hardware: What it ran on, as `describe_machine()` gives it.
         options_file: The file in the pipeline's folder that has every option.
+        origin: How its weights came to be, and from what, in Markdown.
+        base_model: What they began as: a folder, or a name on the Hub; None for random weights.
     """
 
     command: str | None = None
@@ -108,6 +112,8 @@ class TrainingRun:
     seconds: float | None = None
     hardware: str | None = None
     options_file: str | None = None
+    origin: str = "trained from scratch"
+    base_model: str | None = None
 
 
 def write_card(
@@ -116,6 +122,7 @@ def write_card(
     data: str,
     training: TrainingRun | None = None,
     figures: Sequence[Figure] = (),
+    measured: Sequence[str] = (),
     sample_grid: str | os.PathLike | None = None,
     pictures: Mapping[str, str] | None = None,
     repo_id: str | None = None,
@@ -134,6 +141,7 @@ def write_card(
     Args:
         data: What it was trained on, in Markdown: source, number and size of the images, labels, preparation.
         figures: What was measured; none at all is said so.
+        measured: What else was measured, in Markdown.
         sample_grid: An image to show. One from outside the folder is copied into it.
         pictures: What pictures in the folder mean, by their names there, in Markdown.
         repo_id: Where it is to be loaded from. The folder's own name stands in for it.
@@ -156,7 +164,7 @@ def write_card(
     saved = SavedFolder.read(folder)
     if dataset_id is not None:
         check_repo_id(dataset_id)
-    training = training or TrainingRun()
+    training = training or TrainingRun(origin="trained")
     title = one_line(title or Path(repo_id or folder.resolve()).name)
     card_data = ModelCardData(
         license=license,
@@ -164,18 +172,20 @@ def write_card(
         pipeline_tag=pipeline_tag,
         tags=list(dict.fromkeys(["diffusers", "diffusers_ext", *tags])),
         datasets=dataset_id,
+        base_model=None if training.base_model is None or Path(training.base_model).exists() else training.base_model,
     )
     _put_into_metadata(card_data, figures, title)
     sections = {
         "title": title,
         "class_name": saved.class_name,
+        "origin": one_line(training.origin),
         "components": saved.components,
         "labels": saved.labels,
         "data": data.strip(),
         "training": _training_rows(training),
         "command": _without_tokens(training.command),
         "options_file": training.options_file,
-        "results": _results(figures),
+        "results": "\n\n".join([*measured, *([_results(figures)] if figures or not measured else [])]),
         "sample_grid": _inside(folder, sample_grid),
         "pictures": {name: shown for name, shown in (pictures or {}).items() if (folder / name).is_file()},
         **_ways_to_load(saved, repo_id or folder.resolve().name, revision),
@@ -224,6 +234,8 @@ def add_calibration(folder: str | os.PathLike) -> Path | None:
         return None
     before = before.partition(f"\n{CALIBRATION_HEADING}\n")[0].rstrip("\n")
     section = _calibration(Path(folder))
+    if section:
+        before = before.replace(f"## Results\n\n{_NOTHING}", f"## Results\n\n{_CALIBRATED}")
     card.text = f"{before}\n{section and chr(10) + section}{heading}{after}"
     return _save(card, path)
 
@@ -260,7 +272,7 @@ def _ways_to_load(saved: SavedFolder, name: str, revision: str | None) -> dict[s
 
 def _results(figures: Sequence[Figure]) -> str:
     if not figures:
-        return "No figure was measured."
+        return _NOTHING
     rows = ["| metric | value | samples | sampler | steps |", "|---|---|---|---|---|"]
     for figure in figures:
         cells = (figure.metric, f"{figure.value:.4g}", figure.num_samples, figure.sampler, figure.num_inference_steps)

@@ -303,6 +303,13 @@ class DenoisingConfig(PathConfig):
         *("num_inference_steps", "guidance_scale"),
     )
 
+    @property
+    def origin(self) -> tuple[str, str | None]:
+        if self.lora_rank is None:
+            return super().origin
+        name = self.pretrained_pipeline
+        return f"fine-tuned by an adapter of rank {self.lora_rank} (LoRA) from `{name}`", name
+
     takes_texts: ClassVar[bool] = False  # whether captions are the condition
 
     @property

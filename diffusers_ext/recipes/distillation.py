@@ -207,6 +207,10 @@ class DistillConfig(TrainerConfig):
         return self.student_steps
 
     @property
+    def origin(self) -> tuple[str, str | None]:
+        return f"distilled from `{self.pipeline}`", self.pipeline
+
+    @property
     def grid_guidance_scale(self) -> float:
         """Of the sample grids: a student is not guided."""
         return 1.0

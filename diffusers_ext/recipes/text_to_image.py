@@ -114,6 +114,13 @@ class TextConfig(DenoisingConfig):
         *("caption_column", "pretrained_text_encoder", "validation_prompts"),
     )
 
+    @property
+    def origin(self) -> tuple[str, str | None]:
+        how, name = super().origin
+        if name is None and self.pretrained_text_encoder is not None:
+            how = f"whose denoiser was trained from scratch, beside the text encoder of `{self.pretrained_text_encoder}`,"
+        return how, name
+
     def __post_init__(self):
         super().__post_init__()
         if not 0 <= self.caption_dropout < 1:

@@ -213,6 +213,12 @@ class TrainerConfig(TrainingDataConfig):
         for std in {self.ema_std, *(self.ema_stds or ())} - {None}:
             power_function_exponent(std)  # refuses one out of range
 
+    @property
+    def origin(self) -> tuple[str, str | None]:
+        """How the weights of the run come to be, as a card says it, and what they began as; None for random ones."""
+        name = getattr(self, "pretrained_pipeline", None)  # an option of most scripts
+        return ("trained from scratch", None) if name is None else (f"fine-tuned from `{name}`", name)
+
     def default_optimizer(self) -> str:
         """What is taken if no optimizer is named."""
         return "adamw"

@@ -94,13 +94,15 @@ class Milestones:
 
     def _save(self, saved: DiffusionPipeline | ModelMixin, folder: Path) -> None:
         trainer = self._trainer
-        name = hub_name(trainer.config)
+        name, (origin, base_model) = hub_name(trainer.config), trainer.config.origin
         run = TrainingRun(
             commit=source_commit(),
             seed=trainer.config.seed,
             num_steps=trainer.state.step,
             seconds=trainer.clock.now(),
             hardware=describe_machine(),
+            origin=origin,
+            base_model=base_model,
         )
         about = {
             "data": f"{trainer.data.name}, split {trainer.config.dataset_split}. The training was not at its end.",

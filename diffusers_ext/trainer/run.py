@@ -3,7 +3,7 @@
 import math
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -179,6 +179,7 @@ def finish_run(
     pictures: Mapping[str, str] = DENOISING_PICTURES,
     pipeline_tag: str = "unconditional-image-generation",
     limitations: str = cards.DEFAULT_LIMITATIONS,
+    measured: Sequence[str] = (),
 ) -> None:
     """Draws the loss, ends the page, writes the card, pushes if asked to, and says where everything is.
 
@@ -190,8 +191,10 @@ def finish_run(
         pictures: Those in the folder, with what they show; the first goes into the card.
         pipeline_tag: The Hub's name of the task.
         limitations: In Markdown, for the card.
+        measured: What was measured beside the loss, in Markdown, for the card.
     """
     config, output_dir, state = trainer.config, trainer.output_dir, trainer.state
+    origin, base_model = config.origin
     draw_loss(read_metrics(output_dir / METRICS_FILE), output_dir / "loss.png")
     has_curve = (output_dir / "loss.png").exists()
     if hasattr(trainer.objective, "draw"):
@@ -212,7 +215,10 @@ def finish_run(
             seconds=state.seconds,
             hardware=cards.describe_machine(),
             options_file=CONFIG_FILE,
+            origin=origin,
+            base_model=base_model,
         ),
+        measured=[*_loss_on_held_out(config, output_dir), *measured],
         sample_grid=output_dir / next(iter(pictures)),
         pictures={**pictures, "loss.png": "the training loss by optimizer step"},
         limitations=limitations,
@@ -238,6 +244,18 @@ def finish_run(
     saved = SavedFolder.read(output_dir)
     how = loading_lines(output_dir, saved.class_name if saved.is_model else None)
     print("\n".join([*lines, "", how]), file=sys.stdout, flush=True)
+
+
+def _loss_on_held_out(config: TrainerConfig, output_dir: Path) -> list[str]:
+    """A line on the last loss on held-out images; none without."""
+    records = [record for record in read_metrics(output_dir / METRICS_FILE) if "val_loss" in record]
+    if not records:
+        return []
+    last = records[-1]
+    split = f"the loss on held-out data of the split {config.validation_split}"
+    return [
+        f"After step {last['step']} {split} was {last['val_loss']:.4g}; `{METRICS_FILE}` has it along the training."
+    ]
 
 
 def _duration(seconds: float) -> str:

@@ -1,4 +1,5 @@
 import ast
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -13,7 +14,15 @@ from PIL import Image
 from diffusers_ext import ExtDDPMScheduler, GuidedDiffusionPipeline
 from diffusers_ext.commands import evaluate_vae
 from diffusers_ext.evaluation import report
-from diffusers_ext.hub.cards import Figure, TrainingRun, add_figures, describe_machine, source_commit, write_card
+from diffusers_ext.hub.cards import (
+    CALIBRATION_FILE,
+    Figure,
+    TrainingRun,
+    add_figures,
+    describe_machine,
+    source_commit,
+    write_card,
+)
 from diffusers_ext.hub.saved_folder import loading_lines
 from diffusers_ext.models.unet import UNetModel
 from tiny import save_run, tiny_unet
@@ -93,6 +102,27 @@ def test_card_counts_the_parameters_of_each_component(folder):
     text = write_card(folder, data="Digits.").read_text(encoding="utf-8")
     assert f"| `denoiser` | `diffusers_ext.UNetModel` | {expected:,} |" in text
     assert "| `scheduler` | `diffusers_ext.ExtDDPMScheduler` |  |" in text
+
+
+def test_card_says_what_the_weights_began_as(folder):
+    def card(**options):
+        return ModelCard(write_card(folder, data="Digits.", **options).read_text(encoding="utf-8"))
+
+    local = card(training=TrainingRun(origin=f"fine-tuned from `{folder}`", base_model=str(folder)))
+    assert f"fine-tuned from `{folder}` with `diffusers_ext`" in local.text and local.data.base_model is None
+    of_hub = card(training=TrainingRun(origin="fine-tuned from `alice/digits`", base_model="alice/digits"))
+    assert of_hub.data.base_model == "alice/digits" and "from scratch" not in of_hub.text
+    assert "trained from scratch with" in card(training=TrainingRun()).text
+    assert "from scratch" not in card().text  # nobody has said so
+
+
+def test_results_are_not_none_where_something_was_measured(folder):
+    text = write_card(folder, data="Digits.", measured=["The label is the likeliest of 9 images in 50 %."]).read_text()
+    assert "## Results\n\nThe label is the likeliest of 9 images in 50 %.\n\n## Use" in text
+    (folder / CALIBRATION_FILE).write_text(json.dumps({"lines": ["Steps were chosen."]}))
+    text = write_card(folder, data="Digits.").read_text()
+    assert "## Results\n\nNo figure was measured beside those of the calibration below.\n\n## Use" in text
+    (folder / CALIBRATION_FILE).unlink()
 
 
 def test_card_names_the_labels(folder):

@@ -123,6 +123,7 @@ def test_each_stage_is_a_pipeline_that_makes_its_steps_unguided(folders, progres
         assert listed == make_timesteps("trailing", 8, 40).tolist()[:: 8 // steps] and pipe.guidance_scale == 1
         card = (folder / "README.md").read_text()
         assert "training/distill.py" in card and "--teacher_steps 8" in card
+        assert "`GuidedDiffusionPipeline` distilled from `" in card
         assert all((folder / name).is_file() for name in ("samples.png", "loss.png", "index.html"))
         saved = yaml.safe_load((folder / "train_config.yaml").read_text())
         assert saved["guidance_scale"] == (1.5 if steps == 4 else 1.0) and saved["teacher_steps"] == 2 * steps

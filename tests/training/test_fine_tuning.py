@@ -105,9 +105,9 @@ def test_path_prediction_type_and_network_are_taken_over_and_written_down(from_o
         **{name: tuple(value) if isinstance(value, list) else value for name, value in written.items()}
     )
     assert (again.path, again.scheduler, again.loss_weighting) == ("pretrained", "ddim", "uniform")
-    assert (
-        "7, letter" not in (folder / "README.md").read_text() and "starts from" in (folder / "README.md").read_text()
-    )
+    card = (folder / "README.md").read_text()
+    assert "7, letter" not in card and "starts from" in card
+    assert "`GuidedDiffusionPipeline` fine-tuned from `" in card and "from scratch" not in card
 
 
 def test_a_run_goes_on_from_its_checkpoint_to_the_same_weights(ours, tmp_path):

@@ -50,6 +50,10 @@ def test_only_the_adapter_is_trained_and_the_pipeline_has_it_in_its_weights(run,
     assert changed and all(name.rsplit(".", 2)[1] in ("to_q", "to_kv", "to_out") for name in changed)
 
 
+def test_the_card_says_that_an_adapter_was_trained(run, base):
+    assert f"fine-tuned by an adapter of rank 2 (LoRA) from `{base}`" in (run / "README.md").read_text()
+
+
 def test_the_pipeline_it_began_with_and_the_adapter_make_the_pictures_of_the_pipeline_saved(run, base):
     assert all(name.startswith("denoiser.") and "lora" in name for name in load_file(run / ADAPTER_FILE))
     pipe = DiffusionPipeline.from_pretrained(base)
