@@ -7,6 +7,7 @@ the same conversion, so that `learning_rate: 1e-4`, which YAML reads as a string
 import argparse
 import dataclasses
 import difflib
+import math
 import os
 import shlex
 import signal
@@ -49,7 +50,7 @@ def option(
         help: One line.
         group: The heading under which `--help` lists it; by default that of the field above it.
         alias: A second name, such as that of a diffusers script.
-        at_least: The smallest value. None is no value and always allowed.
+        at_least: The smallest value, of each of several. None is no value and always allowed.
         needs: Another option that must be on for this one to have an effect; or that option with the values that it must
             have, such as `{"lr_scheduler": ("polynomial",)}`.
         fixed_on_resume: Whether a run that goes on from a checkpoint must have the same value as before.
@@ -66,14 +67,15 @@ def check_options(config: Any) -> None:
     """Holds the options of a config to their rules. The first `__post_init__` of each config calls it.
 
     Raises:
-        ValueError: if an option is below its minimum or no number, or differs from its default where it has no effect.
+        ValueError: if an option is below its minimum or no finite number, or differs from its default where it has no effect.
     """
     for field in dataclasses.fields(config):
         value, lowest, needs = getattr(config, field.name), field.metadata["at_least"], field.metadata["needs"]
-        if lowest is not None and value is not None and not value >= lowest:
-            raise ValueError(f"{field.name} must be at least {lowest}, got {value}")
-        if any(part != part for part in (value if isinstance(value, tuple) else (value,))):
-            raise ValueError(f"{field.name} must be a number, got {value}")
+        parts = value if isinstance(value, tuple) else (value,)
+        if lowest is not None and any(part is not None and not part >= lowest for part in parts):
+            raise ValueError(f"{field.name} must be at least {lowest}, got {' '.join(map(str, parts))}")
+        if any(isinstance(part, float) and not math.isfinite(part) for part in parts):
+            raise ValueError(f"{field.name} must be a finite number, got {' '.join(map(str, parts))}")
         if needs is not None and value != field.default and (missing := _missing(config, needs)):
             raise ValueError(f"{field.name} has no meaning without {missing}: give both or neither")
 

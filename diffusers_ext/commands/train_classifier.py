@@ -53,13 +53,13 @@ class TrainClassifierConfig(TrainerConfig):
     """Train a classifier of noisy images, for guiding a diffusion model by its gradient."""
 
     block_out_channels: tuple[int, ...] = fixed_option(
-        (64, 128, 128), "channels at each resolution, the full one first", "model"
+        (64, 128, 128), "channels at each resolution, the full one first", "model", at_least=1
     )
-    layers_per_block: int = fixed_option(1, "residual blocks at each resolution")
+    layers_per_block: int = fixed_option(1, "residual blocks at each resolution", at_least=1)
     attention_resolutions: tuple[int, ...] | None = fixed_option(
         None, "sides of the maps with attention; by default the largest of at most 16"
     )
-    attention_head_dim: int = fixed_option(64, "channels of an attention head")
+    attention_head_dim: int = fixed_option(64, "channels of an attention head", at_least=1)
     dropout: float | None = fixed_option(
         None, "share of the features dropped in each residual block; by default 0.1, or that of pretrained_pipeline"
     )
@@ -75,7 +75,7 @@ class TrainClassifierConfig(TrainerConfig):
         "autoencoder whose latents are classified: a folder, a pipeline that has one, or a name on the Hub; images are "
         "encoded at each batch unless dataset_name is a folder of training/cache_latents.py",
     )
-    num_train_timesteps: int = fixed_option(1000, "noise levels", alias="ddpm_num_steps")
+    num_train_timesteps: int = fixed_option(1000, "noise levels", alias="ddpm_num_steps", at_least=1)
     beta_schedule: Literal[BETA_SCHEDULES] = fixed_option("cosine", "noise schedule", alias="ddpm_beta_schedule")
     beta_start: float = beta_option(1e-4, "first beta of linear, scaled_linear and sigmoid")
     beta_end: float = beta_option(0.02, "last beta of linear, scaled_linear and sigmoid")

@@ -78,8 +78,9 @@ class TrainVAEConfig(TrainerConfig):
     block_out_channels: tuple[int, ...] = conv_option(
         (32, 64),
         "conv, hierarchical: channels at each resolution, the full one first; each further one halves the side",
+        at_least=1,
     )
-    latent_channels: int = conv_option(4, "conv, hierarchical: channels of the latents")
+    latent_channels: int = conv_option(4, "conv, hierarchical: channels of the latents", at_least=1)
     num_levels: int = levels_option(
         3, "hierarchical: levels of latents; each halves the side of the one below it", at_least=1
     )
@@ -87,13 +88,13 @@ class TrainVAEConfig(TrainerConfig):
         None, "hierarchical: channels of each level's latents, from the top; by default latent_channels for each"
     )
     layers_per_block: int = conv_option(
-        1, "conv, hierarchical: residual blocks at each resolution; one more in the decoder"
+        1, "conv, hierarchical: residual blocks at each resolution; one more in the decoder", at_least=1
     )
     mid_block_add_attention: bool = conv_option(
         True, "conv, hierarchical: attention at the lowest resolution, and at the levels above"
     )
-    latent_dim: int = mlp_option(10, "mlp: number of latents")
-    hidden_dims: tuple[int, ...] = mlp_option((256, 256), "mlp: widths of the encoder's hidden layers")
+    latent_dim: int = mlp_option(10, "mlp: number of latents", at_least=1)
+    hidden_dims: tuple[int, ...] = mlp_option((256, 256), "mlp: widths of the encoder's hidden layers", at_least=1)
 
     likelihood: Literal[LIKELIHOODS] = fixed_option("gaussian", "p(x | z); laplace is L1", "loss")
     likelihood_scale: float = fixed_option(
@@ -120,9 +121,9 @@ class TrainVAEConfig(TrainerConfig):
         500, "optimizer steps before the discriminator begins to learn and to count", at_least=0
     )
     adversarial_learning_rate: float = adversary_option(2e-4, "the discriminator's peak learning rate")
-    discriminator_channels: int = adversary_option(32, "channels of its first convolution")
+    discriminator_channels: int = adversary_option(32, "channels of its first convolution", at_least=1)
     discriminator_layers: int = adversary_option(
-        2, "its convolutions that halve the side; a patch has 16, 34 or 70 pixels"
+        2, "its convolutions that halve the side; a patch has 16, 34 or 70 pixels", at_least=1
     )
 
     pretrained_pipeline: str | None = fixed_option(

@@ -41,13 +41,13 @@ class NetworkConfig(TrainerConfig):
         None, "share of the features dropped in each block; by default 0, or that of pretrained_pipeline"
     )
     block_out_channels: tuple[int, ...] = unet_option(
-        (64, 128, 128), "channels at each resolution, the full one first", "unet"
+        (64, 128, 128), "channels at each resolution, the full one first", "unet", at_least=1
     )
-    layers_per_block: int = unet_option(2, "residual blocks at each resolution")
+    layers_per_block: int = unet_option(2, "residual blocks at each resolution", at_least=1)
     attention_resolutions: tuple[int, ...] | None = unet_option(
         None, "sides of the maps with attention; by default the largest of at most 16"
     )
-    attention_head_dim: int = unet_option(64, "channels of an attention head")
+    attention_head_dim: int = unet_option(64, "channels of an attention head", at_least=1)
     fourier_features: tuple[int, ...] = unet_option(
         (), "exponents n of the inputs sin(2^n pi x) and cos(2^n pi x), such as 7 8, for likelihood in 8 bits"
     )

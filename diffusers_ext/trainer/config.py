@@ -33,7 +33,7 @@ class TrainerConfig(TrainingDataConfig):
     """
 
     dataloader_num_workers: int | None = option(
-        None, "processes that make batches; by default 0 on a CPU, else up to 4"
+        None, "processes that make batches; by default 0 on a CPU, else up to 4", at_least=0
     )
 
     output_dir: str | None = option(None, "folder of the run; by default runs/NAME_OF_THE_DATA_SET", "run")
@@ -79,12 +79,14 @@ class TrainerConfig(TrainingDataConfig):
         "share of what follows the warm-up that warmup_stable_decay decays in",
         needs={"lr_scheduler": ("warmup_stable_decay",)},
     )
-    lr_num_cycles: int = option(1, "cycles of cosine_with_restarts", needs={"lr_scheduler": ("cosine_with_restarts",)})
-    lr_power: float = option(1.0, "power of polynomial", needs={"lr_scheduler": ("polynomial",)})
+    lr_num_cycles: int = option(
+        1, "cycles of cosine_with_restarts", at_least=1, needs={"lr_scheduler": ("cosine_with_restarts",)}
+    )
+    lr_power: float = option(1.0, "power of polynomial", at_least=0, needs={"lr_scheduler": ("polynomial",)})
     adam_beta1: float = option(0.9, "AdamW's beta_1")
     adam_beta2: float = option(0.99, "AdamW's beta_2")
-    adam_weight_decay: float = option(0.0, "AdamW's weight decay")
-    adam_epsilon: float = option(1e-8, "AdamW's epsilon")
+    adam_weight_decay: float = option(0.0, "AdamW's weight decay", at_least=0)
+    adam_epsilon: float = option(1e-8, "AdamW's epsilon", at_least=0)
     max_grad_norm: float = option(1.0, "norm to clip gradients at; 0 for no clipping", at_least=0)
 
     use_ema: bool = fixed_option(
@@ -196,8 +198,10 @@ class TrainerConfig(TrainingDataConfig):
         self.budget()
 
     def _check_shares(self):
-        if not 0 <= self.muon_momentum < 1:
-            raise ValueError(f"muon_momentum must be in [0, 1), got {self.muon_momentum:g}")
+        for name in ("adam_beta1", "adam_beta2", "muon_momentum", "ema_decay"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {value:g}")
         if self.lr_warmup_share is not None and not 0 <= self.lr_warmup_share < 1:
             raise ValueError(f"lr_warmup_share must be in [0, 1), got {self.lr_warmup_share:g}")
         if self.lr_warmup_share is not None and self.lr_warmup_steps is not None:

@@ -220,6 +220,7 @@ def test_latents_are_measured_on_each_training_image_once(tmp_path):
             {"likelihood": "bernoulli", "likelihood_scale": 0.2},
             "likelihood_scale has no meaning without likelihood gaussian or laplace",
         ),
+        ({"latent_dim": 0}, "latent_dim must be at least 1, got 0"),
         ({"max_measured_samples": 0}, "max_measured_samples must be at least 1"),
     ],
 )
