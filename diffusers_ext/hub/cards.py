@@ -23,6 +23,7 @@ from diffusers_ext.atomic_files import atomic_write
 from diffusers_ext.hub.push import check_repo_id
 from diffusers_ext.hub.remote_code import MODEL_FILE, PIPELINE_FILE
 from diffusers_ext.hub.saved_folder import SavedFolder, lines_of_part, lines_without_package, loading_lines
+from diffusers_ext.hub.stock_places import stock_places
 from diffusers_ext.untrusted import one_line, read_json
 
 
@@ -39,13 +40,6 @@ DEFAULT_LIMITATIONS = (
     "It makes images like those it was trained on and shares their gaps and biases. It was not examined for copies of"
     " training images beyond what Results says, nor for any use outside that data."
 )
-
-# Where a part has its place in diffusers' own pipelines.
-FITS = {
-    "UNetModel": "`unet` of `DDPMPipeline`, `DDIMPipeline`, `LDMPipeline`; with cross-attention, of `StableDiffusionPipeline`",
-    "DiTModel": "`transformer` of `DiTPipeline`",
-    "VAEModel": "`vae` of `StableDiffusionPipeline` and `DiTPipeline`, `vqvae` of `LDMPipeline`",
-}
 
 
 @dataclass(frozen=True)
@@ -144,7 +138,8 @@ def write_card(
         measured: What else was measured, in Markdown.
         sample_grid: An image to show. One from outside the folder is copied into it.
         pictures: What pictures in the folder mean, by their names there, in Markdown.
-        repo_id: Where it is to be loaded from. The folder's own name stands in for it.
+        repo_id: Where it is to be loaded from; by default the folder, by a path from here or by its name. A push puts the
+            repository in its place.
         revision: The branch that it is on, if not on `main`.
         title: Heading; the last part of `repo_id` or of the folder's path unless given.
         dataset_id: Id of the data set on the Hub, if it is there.
@@ -188,7 +183,7 @@ def write_card(
         "results": "\n\n".join([*measured, *([_results(figures)] if figures or not measured else [])]),
         "sample_grid": _inside(folder, sample_grid),
         "pictures": {name: shown for name, shown in (pictures or {}).items() if (folder / name).is_file()},
-        **_ways_to_load(saved, repo_id or folder.resolve().name, revision),
+        **_ways_to_load(saved, repo_id or _local_name(folder), revision),
         "limitations": limitations.strip(),
     }
     card = ModelCard.from_template(card_data, template_path=str(CARD_TEMPLATE), **sections)
@@ -258,9 +253,9 @@ def _ways_to_load(saved: SavedFolder, name: str, revision: str | None) -> dict[s
     """With the package; by the code in the repository; and which parts fit which pipelines of diffusers."""
     model_class = saved.class_name if saved.is_model else None
     fitting = {
-        (None if saved.is_model else component.name): (component.class_name, FITS[component.class_name])
+        (None if saved.is_model else component.name): (component.class_name, places)
         for component in saved.components
-        if component.class_name in FITS and component.dims == 2  # those pipelines make images
+        if (places := stock_places(component, {other.name: other for other in saved.components}))
     }
     return {
         "loading_lines": loading_lines(name, model_class, revision),
@@ -268,6 +263,11 @@ def _ways_to_load(saved: SavedFolder, name: str, revision: str | None) -> dict[s
         "code_file": MODEL_FILE if saved.is_model else PIPELINE_FILE,
         "parts": {lines_of_part(name, part, cls, revision): places for part, (cls, places) in fitting.items()},
     }
+
+
+def _local_name(folder: Path) -> str:
+    """As a folder is given, unless that says where it is on this machine."""
+    return folder.resolve().name if folder.is_absolute() or ".." in folder.parts else folder.as_posix()
 
 
 def _results(figures: Sequence[Figure]) -> str:

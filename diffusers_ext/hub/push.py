@@ -16,10 +16,12 @@ from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
 from diffusers_ext.hub.modular_index import MODULAR_FILES
 from diffusers_ext.hub.remote_code import CODE_FILES, ForeignParts, files_with_code
-from diffusers_ext.hub.saved_folder import SavedFolder
+from diffusers_ext.hub.saved_folder import SavedFolder, of_repository
 
 
 logger = logging.get_logger(__name__)
+
+CARD = "README.md"
 
 # What a training run leaves beside what it saves and nobody needs for loading it.
 MILESTONES = "milestones"
@@ -102,6 +104,8 @@ def push_folder(
     there = _files_to_upload(folder, ignore_patterns)
     repo_id = prepare_repo(repo_id, token=token, private=private)
     files = there | _code_to_upload(folder, repo_id, branch)
+    if CARD in files:
+        files[CARD] = of_repository((folder / CARD).read_text(encoding="utf-8"), repo_id, branch).encode()
 
     api = _api(token)
     with _clear_refusals(repo_id), _branch(api, repo_id, branch):

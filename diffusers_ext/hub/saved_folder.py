@@ -3,14 +3,20 @@
 import json
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from diffusers_ext.atomic_files import finish_replacing
 from diffusers_ext.untrusted import is_plain_name, one_line, read_json
+
+
+# Of the section of a card that has the lines below.
+USE_HEADING = "## Use"
 
 
 @dataclass(frozen=True)
@@ -21,14 +27,14 @@ class Component:
         name: Its name in the pipeline, which is its folder too; "model" for a model that was saved by itself.
         library, class_name: Where its class comes from.
         num_parameters: As its weights have them; 0 for what has none.
-        dims: Of its samples: 2 for images, 1 for sequences.
+        config: Of a model or a scheduler; empty for what has none.
     """
 
     name: str
     library: str
     class_name: str
     num_parameters: int
-    dims: int = 2
+    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,9 @@ class SavedFolder:
                 raise ValueError(
                     f"config.json in {str(folder)!r} is of a {class_name}, but there are no weights beside it"
                 )
-            return cls(class_name, True, [Component("model", "diffusers_ext", class_name, weights, _dims_of(folder))])
+            return cls(
+                class_name, True, [Component("model", "diffusers_ext", class_name, weights, _config_of(folder))]
+            )
         raise ValueError(
             f"{str(folder)!r} must hold a saved pipeline or model, but has no model_index.json and no config.json. Save"
             " one there with `save_pretrained(folder)`."
@@ -106,9 +114,27 @@ def lines_without_package(name: str | os.PathLike, is_model: bool = False, revis
 
 def lines_of_part(name: str | os.PathLike, part: str | None, class_name: str, revision: str | None = None) -> str:
     """Those that load a component of a pipeline by itself, or a model that was saved by itself (`part` is `None`)."""
-    arguments = _arguments(name, subfolder=part, revision=revision)
+    arguments = _arguments(name, revision=revision, subfolder=part)
     variable = part or "model"
     return f"from diffusers_ext import {class_name}\n{variable} = {class_name}.from_pretrained({arguments})"
+
+
+def of_repository(card: str, repo_id: str, revision: str | None = None) -> str:
+    """A card whose lines to load with, in the section on its use, load from a repository and not from a folder.
+
+    Args:
+        card: Its text.
+        revision: A branch of the repository, if it is not the main one.
+    """
+
+    def renamed(others: str) -> str:
+        return _arguments(repo_id, revision=revision) + re.sub(rf", revision={text}", "", others)
+
+    before, heading, rest = card.partition(f"\n{USE_HEADING}\n")
+    use, end, after = rest.partition("\n## ")
+    text = r'"(?:[^"\\\n]|\\.)*"'
+    use = re.sub(rf"(?<=\bfrom_pretrained\(){text}(.*)(?=\)$)", lambda call: renamed(call[1]), use, flags=re.MULTILINE)
+    return f"{before}{heading}{use}{end}{after}"
 
 
 def _arguments(name: str | os.PathLike, **options) -> str:
@@ -156,8 +182,8 @@ def _components(folder: Path, entries: dict) -> list[Component]:
                 f"model_index.json in {str(folder)!r} names the component {name!r}, but has no such folder"
             )
         library, class_name = entry
-        numbers = _count_parameters(folder / name), _dims_of(folder / name)
-        components.append(Component(name, library, class_name, *numbers))
+        about = _count_parameters(folder / name), _config_of(folder / name)
+        components.append(Component(name, library, class_name, *about))
     return components
 
 
@@ -165,9 +191,9 @@ def _is_dotted(name: str) -> bool:
     return all(part.isidentifier() for part in name.split("."))
 
 
-def _dims_of(folder: Path) -> int:
-    path = folder / "config.json"
-    return read_json(path).get("dims", 2) if path.is_file() else 2
+def _config_of(folder: Path) -> dict[str, Any]:
+    paths = (folder / name for name in ("config.json", "scheduler_config.json"))
+    return next((read_json(path) for path in paths if path.is_file()), {})
 
 
 def _count_parameters(folder: Path) -> int:

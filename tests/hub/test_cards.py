@@ -4,6 +4,7 @@ import re
 import subprocess
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 import yaml
@@ -11,7 +12,15 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from diffusers_ext import ExtDDPMScheduler, GuidedDiffusionPipeline
+from diffusers_ext import (
+    DiTModel,
+    ExtDDIMScheduler,
+    ExtDDPMScheduler,
+    FlowScheduler,
+    GuidedDiffusionPipeline,
+    UNetModel,
+    VAEModel,
+)
 from diffusers_ext.commands import evaluate_vae
 from diffusers_ext.evaluation import report
 from diffusers_ext.hub.cards import (
@@ -23,8 +32,7 @@ from diffusers_ext.hub.cards import (
     source_commit,
     write_card,
 )
-from diffusers_ext.hub.saved_folder import loading_lines
-from diffusers_ext.models.unet import UNetModel
+from diffusers_ext.hub.saved_folder import loading_lines, of_repository
 from tiny import save_run, tiny_unet
 
 
@@ -278,3 +286,78 @@ def test_what_others_have_named_stays_in_its_line_and_is_no_template(tmp_path):
     assert yaml.safe_load(head.removeprefix("---\n"))["library_name"] == "diffusers"
     name = 'x")\nimport os\n("'
     assert ast.literal_eval(loading_lines(name).split("from_pretrained")[1]) == name
+
+
+def unet(size=8, channels=1, **options):
+    return UNetModel(size, channels, channels, block_out_channels=(8, 16), layers_per_block=1, **options)
+
+
+def dit(channels=4, **options):
+    return DiTModel(8, 4, channels, hidden_size=16, num_layers=1, num_attention_heads=2, **options)
+
+
+def image_vae():
+    return VAEModel(16, 3, 3, block_out_channels=(8, 16), layers_per_block=1, scaling_factor=0.5)
+
+
+BETAS, FLOW = ExtDDIMScheduler(clip_sample=False), FlowScheduler()
+
+
+@pytest.mark.parametrize(
+    "parts, expected",
+    [
+        ({"denoiser": unet(), "scheduler": BETAS}, ["unet DDPMPipeline", "unet DDIMPipeline"]),
+        ({"denoiser": unet(), "scheduler": FLOW}, ["unet DDPMPipeline"]),
+        ({"denoiser": unet(num_classes=3, learned_unconditional=False), "scheduler": BETAS}, []),
+        (
+            {"denoiser": unet(8, 4), "scheduler": FLOW, "vae": image_vae()},
+            ["unet LDMPipeline", "vae StableDiffusionPipeline", "vae DiTPipeline", "vqvae LDMPipeline"],
+        ),
+        ({"denoiser": dit(1, num_classes=3), "scheduler": BETAS}, []),
+        (
+            {"denoiser": dit(num_classes=3), "scheduler": BETAS, "vae": image_vae()},
+            ["transformer DiTPipeline", "vae StableDiffusionPipeline", "vae DiTPipeline", "vqvae LDMPipeline"],
+        ),
+        (
+            {"denoiser": dit(), "scheduler": BETAS, "vae": image_vae()},
+            ["vae StableDiffusionPipeline", "vae DiTPipeline", "vqvae LDMPipeline"],
+        ),
+    ],
+)
+def test_card_names_the_pipelines_of_diffusers_that_take_the_parts(tmp_path, parts, expected):
+    """And they do take those of them that need no other network."""
+    folder = tmp_path / "run"
+    GuidedDiffusionPipeline(**parts).save_pretrained(folder)
+    text = write_card(folder, data="x").read_text(encoding="utf-8")
+    named = []
+    for line in text.partition("The weights by themselves")[2].splitlines():
+        for place, pipelines in re.findall(r"`(unet|transformer|vae|vqvae)` of ((?:`\w+Pipeline`(?:, | and )?)+)", line):
+            named += [f"{place} {name}" for name in re.findall(r"`(\w+)`", pipelines)]
+    assert named == expected
+    for each in named:
+        place, name = each.split()
+        if place not in ("unet", "transformer"):
+            continue
+        networks = {"DiTPipeline": {"vae": parts.get("vae")}, "LDMPipeline": {"vqvae": parts.get("vae")}}.get(name, {})
+        pipe = getattr(diffusers, name)(**{place: parts["denoiser"], "scheduler": parts["scheduler"]}, **networks)
+        pipe.set_progress_bar_config(disable=True)
+        arguments = {"class_labels": [1]} if name == "DiTPipeline" else {"batch_size": 1}
+        images = pipe(**arguments, num_inference_steps=2, output_type="np").images
+        assert images.shape[:3] == (1, 16, 16) if "vae" in parts else images.shape[:3] == (1, 8, 8)
+
+
+def test_card_of_a_run_loads_it_from_where_it_was_made(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent.parent)
+    place = Path(folder.parent.name, folder.name)
+    text = write_card(place, data="x").read_text(encoding="utf-8")
+    assert f"```python\n{loading_lines(place)}\n```" in text
+    assert f"```python\n{loading_lines(folder.name)}\n```" in write_card(folder, data="x").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("revision", [None, "tried"])
+def test_card_of_a_folder_becomes_that_of_a_repository(folder, revision):
+    here = write_card(folder, data='`x.from_pretrained("mine")`', revision="old").read_text(encoding="utf-8")
+    there = write_card(
+        folder, data='`x.from_pretrained("mine")`', repo_id="alice/it", revision=revision, title=folder.name
+    )
+    assert of_repository(here, "alice/it", revision) == there.read_text(encoding="utf-8")
