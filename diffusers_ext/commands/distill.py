@@ -63,9 +63,8 @@ def main(config: DistillConfig) -> Path:
         config, data, held_out, space = load_student_data(config, accelerator, teacher)
         if config.label_dropout is None:
             config = dataclasses.replace(config, label_dropout=0.1 if teacher.subject.can_guide else 0.0)
-        open_folder(
-            dataclasses.replace(resolve_for_machine(config), report_to=None)
-        )  # each stage has trackers of its own
+        no_trackers = {"report_to": None, "tracker_project_name": DistillConfig.tracker_project_name}
+        open_folder(dataclasses.replace(resolve_for_machine(config), **no_trackers))  # each stage has its own
         for stage in config.stages():
             folder = Path(stage.output_dir)
             if stage.output_dir != config.output_dir:

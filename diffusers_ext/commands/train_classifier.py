@@ -98,6 +98,9 @@ class TrainClassifierConfig(TrainerConfig):
         2000, "images that the accuracy by noise level is measured on", "watching", at_least=1
     )
 
+    # An option of the other scripts: a classifier makes no images while it is trained.
+    save_images_steps: ClassVar[int | None] = None
+
     SCHEDULE_OPTIONS: ClassVar[tuple[str, ...]] = (
         "num_train_timesteps",
         "beta_schedule",

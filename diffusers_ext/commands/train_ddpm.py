@@ -69,6 +69,17 @@ class TrainConfig(DenoisingConfig):
         super().__post_init__()
         if not 0 <= self.label_dropout < 1:
             raise ValueError(f"label_dropout must be in [0, 1), got {self.label_dropout:g}")
+        if self.unconditional:
+            self.refuse_dropout("unconditional, which leaves the labels out")
+
+    def refuse_dropout(self, without: str) -> None:
+        """Refuses a `label_dropout` where there are no labels; none is as good as the default there.
+
+        Raises:
+            ValueError: if one is given.
+        """
+        if self.label_dropout not in (0, type(self).label_dropout):
+            raise ValueError(f"label_dropout has no meaning with {without}, got {self.label_dropout:g}: leave it out")
 
 
 def main(config: TrainConfig) -> Path:
@@ -78,6 +89,8 @@ def main(config: TrainConfig) -> Path:
     with open_run(config, accelerator) as open_folder:
         vae = pretrained_vae(config)
         data = load_data(config, accelerator, vae)
+        if data.num_classes is None:
+            config.refuse_dropout(f"{data.name}, which has no labels")
         space = with_statistics(config, data, SampleSpace.of(data, vae), accelerator)
         config = dataclasses.replace(config, resolution=space.resolution, resize_mode=data.resize_mode)
         config.check_sample(space.shape[1:], space.resolution)

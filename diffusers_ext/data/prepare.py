@@ -83,6 +83,7 @@ def prepare_images(
     column, noun, decide = find_sequence_column(source, config), "sequences", decide_sequence_fit
     if column is None:
         column = find_image_column(source, config.image_column, condition_column)
+        _refuse_options_of_sequences(config)
         noun, decide = "images", decide_fit
     max_samples, chosen = config.max_train_samples, None
     if read_ahead:
@@ -166,6 +167,15 @@ def _decode_conditions(
     return pixels, rows, [f"condition images: {note}" for note in decided]
 
 
+def _refuse_options_of_sequences(config: DataConfig) -> None:
+    """Raises: ValueError: if an option is given that has no effect on images."""
+    for name in ("sequence_layout", "sequence_scale"):
+        if (value := getattr(config, name)) is not None:
+            raise ValueError(
+                f"{name} is of sequences, and {config.dataset_name} holds images, got {value}: leave it out"
+            )
+
+
 def _with_options(
     config: DataConfig | str, options: dict[str, Any], kind: Callable[..., DataConfig]
 ) -> DataConfig | TrainingDataConfig:
@@ -210,6 +220,7 @@ def prepare_stream(config: TrainingDataConfig | str, *, multiple_of: int = 1, **
             "sequences are not read as a stream, since the scale of their values is measured on all of them: leave streaming out"
         )
     column = find_image_column(source, config.image_column)
+    _refuse_options_of_sequences(config)
     labels = None if config.unconditional else find_stream_labels(source, config.label_column, config.names_of_labels)
     columns = [column] if labels is None else [column, labels.column]
     rows = undecoded(source, column).select_columns(columns)

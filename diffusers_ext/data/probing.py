@@ -153,6 +153,8 @@ def decide_reading(seen: Probed, column: str, mode: str | None, white_value: int
 
 
 def _notes_on_range(seen: Probed, whites: Whites, white_value: int | None) -> list[str]:
+    if white_value is not None and not set(seen.largest) - {np.dtype(np.uint8), np.dtype(bool)}:
+        return [f"white_value {white_value} has no effect on pixels of 8 bits, as those of the first images are"]
     notes, first = [], f"of the first {len(seen.sizes)} images"
     for dtype, largest in seen.largest.items():
         white, says = whites.of(dtype, largest), "--white_value says another"

@@ -239,7 +239,8 @@ class DistillConfig(TrainerConfig):
                 more |= {
                     "output_dir": str(Path(self.output_dir) / STAGES / f"{steps}_steps"),
                     "push_to_hub": False,
-                    "push_to_hub_every": None,
+                    **dict.fromkeys(("push_to_hub_every", "hub_model_id")),
+                    "hub_private_repo": False,
                 }
             stages.append(dataclasses.replace(self, **more))
             pipeline = stages[-1].output_dir

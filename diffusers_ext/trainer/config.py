@@ -154,7 +154,7 @@ class TrainerConfig(TrainingDataConfig):
         "that are there",
         alias="logger",
     )
-    tracker_project_name: str = option("diffusers_ext", "project that trackers file the run under")
+    tracker_project_name: str = option("diffusers_ext", "project that trackers file the run under", needs="report_to")
 
     push_to_hub: bool = option(False, "upload the finished pipeline and its card", "Hub")
     push_to_hub_every: int | None = option(
@@ -163,9 +163,11 @@ class TrainerConfig(TrainingDataConfig):
         at_least=1,
         needs="push_to_hub",
     )
-    hub_model_id: str | None = option(None, "repository to push to; by default the name of output_dir")
+    hub_model_id: str | None = option(
+        None, "repository to push to; by default the name of output_dir", needs="push_to_hub"
+    )
     hub_token: str | None = option(None, "token to push with; by default the one that is logged in")
-    hub_private_repo: bool = option(False, "make the repository private")
+    hub_private_repo: bool = option(False, "make the repository private", needs="push_to_hub")
 
     DEFAULT_MAX_TRAIN_STEPS: ClassVar[int] = 1200
     # What options were in runs that are older than they, where the default leaves them open.

@@ -8,7 +8,7 @@ from PIL import ExifTags, Image
 
 from diffusers_ext.data.config import DataConfig
 from diffusers_ext.data.label_columns import fair_share, read_labels
-from diffusers_ext.data.prepare import prepare_images
+from diffusers_ext.data.prepare import prepare_images, prepare_stream
 from diffusers_ext.data.sources import load_digits
 from diffusers_ext.recipes.sample_grids import rows_by_label
 
@@ -151,6 +151,16 @@ def test_another_size_behind_the_first_images_is_no_size_that_nobody_gave(parque
     assert len(prepare_images(folder, resolution=(8,))) == 151
     with pytest.raises(ValueError, match="1 of 151 images .* give --resolution .*--max_bad_share"):
         prepare_images(folder, max_bad_share=0.0)
+
+
+def test_options_that_images_have_no_use_for_are_refused_or_said(parquet):
+    folder = parquet({"image": [encode(picture) for picture in pictures(3)]}, {"image": datasets.Image()})
+    for name, value in (("sequence_scale", "mean_max"), ("sequence_layout", "length_channels")):
+        for prepare in (prepare_images, prepare_stream):
+            with pytest.raises(ValueError, match=f"{name} is of sequences, and .* holds images, got {value}"):
+                prepare(folder, **{name: value})
+    notes = prepare_images(folder, white_value=300).notes
+    assert "white_value 300 has no effect on pixels of 8 bits, as those of the first images are" in notes
 
 
 def test_grey_and_colour_together_become_colour(parquet):

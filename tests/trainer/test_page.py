@@ -117,7 +117,7 @@ def test_the_policy_lets_run_what_is_of_the_page_and_nothing_else(tmp_path):
 def test_no_text_of_a_run_becomes_markup(tmp_path):
     save(tmp_path / "samples" / "step-0000010" / f"{HOSTILE.replace('/', '')}.png")
     (tmp_path / "shown.png").write_bytes(next(tmp_path.glob("samples/*/*.png")).read_bytes())
-    config = TrainerConfig(output_dir=str(tmp_path), tracker_project_name=HOSTILE)
+    config = TrainerConfig(output_dir=str(tmp_path), report_to="tensorboard", tracker_project_name=HOSTILE)
     page = RunPage(config, config.budget(), HOSTILE)
     page.add(record(10, **{HOSTILE: 1.0}))
     page.add(record(20, **{HOSTILE: 2.0}))

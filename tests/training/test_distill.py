@@ -99,6 +99,13 @@ def run(folders, *more, **which):
 PROGRESSIVE = ("--teacher_steps", "8", "--student_steps", "2", "--steps_per_stage", "4", "--guidance_scale", "1.5")
 
 
+def test_stages_on_the_way_are_not_pushed(folders):
+    words = ("--push_to_hub", "--hub_model_id", "a/b", "--hub_private_repo", "--output_dir", "out")
+    *others, last = options(folders, *PROGRESSIVE, *words).stages()
+    assert [(each.push_to_hub, each.hub_model_id) for each in others] == [(False, None)]
+    assert (last.push_to_hub, last.hub_model_id, last.hub_private_repo) == (True, "a/b", True)
+
+
 @pytest.fixture(scope="module")
 def progressive(folders):
     return run(folders, *PROGRESSIVE, "--output_dir", str(folders / "progressive"))

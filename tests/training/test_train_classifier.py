@@ -223,6 +223,7 @@ def test_the_exact_classifier_has_the_accuracy_of_the_mixture():
         (["--beta_end", "0.03"], "beta_end has no meaning without beta_schedule linear, scaled_linear or sigmoid"),
         (["--unconditional"], "a classifier learns them"),
         (["--resolution", "9"], "resolution must be a multiple of 4"),
+        (["--save_images_steps", "1"], "unknown option --save_images_steps"),
         (["--dropout", "1.5"], "dropout must be in [0, 1), got 1.5"),
         (["--layers_per_block", "0"], "layers_per_block must be at least 1, got 0"),
         (["--block_out_channels", "8", "0"], "block_out_channels must be at least 1, got 8 0"),

@@ -291,6 +291,7 @@ def test_images_get_a_border_rather_than_being_enlarged(tmp_path, capsys):
         ),
         ({"resolution": (2, 8)}, "got 2: take 4"),
         ({"label_dropout": 1.0}, r"label_dropout must be in \[0, 1\), got 1"),
+        ({"label_dropout": 0.5, "unconditional": True}, "label_dropout has no meaning with unconditional, .* got 0.5"),
         ({"num_inference_steps": 0}, "num_inference_steps must be at least 1, got 0"),
         ({"objective": "hybrid", "vlb_weight": 0.0}, "vlb_weight must be positive, got 0"),
         ({"vlb_weight": 0.1}, "vlb_weight has no meaning without objective hybrid: give both or neither"),
