@@ -67,14 +67,15 @@ def check_options(config: Any) -> None:
     """Holds the options of a config to their rules. The first `__post_init__` of each config calls it.
 
     Raises:
-        ValueError: if an option is below its minimum or no finite number, or differs from its default where it has no effect.
+        ValueError: if an option is below its minimum or no number that is finite, or differs from its default where it has no effect.
     """
     for field in dataclasses.fields(config):
         value, lowest, needs = getattr(config, field.name), field.metadata["at_least"], field.metadata["needs"]
         parts = value if isinstance(value, tuple) else (value,)
         if lowest is not None and any(part is not None and not part >= lowest for part in parts):
             raise ValueError(f"{field.name} must be at least {lowest}, got {' '.join(map(str, parts))}")
-        if any(isinstance(part, float) and not math.isfinite(part) for part in parts):
+        # Of several, such as the ends of an interval, one may be infinite.
+        if any(part != part for part in parts) or (isinstance(value, float) and math.isinf(value)):
             raise ValueError(f"{field.name} must be a finite number, got {' '.join(map(str, parts))}")
         if needs is not None and value != field.default and (missing := _missing(config, needs)):
             raise ValueError(f"{field.name} has no meaning without {missing}: give both or neither")
