@@ -1,6 +1,7 @@
 """Checkpoints of other projects: files, read without running what is in them, and weights, put into a network whole."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,16 +14,22 @@ def load_checkpoint(file: str) -> dict[str, Any]:
     Raises:
         ValueError: if it cannot be read so, or holds nothing by name.
     """
-    if str(file).endswith(".safetensors"):
-        from safetensors.torch import load_file
-
-        return load_file(file)
+    if not Path(file).is_file():
+        raise ValueError(f"the checkpoint must be a file, .pt or .safetensors, and there is none at {file}")
     try:
+        if str(file).endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            return load_file(file)
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # what torch raises depends on where the file is broken
-        if not isinstance(error, OSError):
-            raise ValueError(f"{file} cannot be read as weights alone: {error}") from error
-        raise
+    except Exception as error:  # what is raised depends on where the file is broken
+        if isinstance(error, OSError):
+            raise
+        # Without its words: those of torch are a number, or advise to run the code that there is in the file.
+        raise ValueError(
+            f"{file} must hold weights alone, as torch.save or safetensors write a state dict: it is damaged, or holds "
+            f"something else ({type(error).__name__})"
+        ) from error
     if not isinstance(checkpoint, Mapping):
         raise ValueError(
             f"{file} must hold tensors by name, the state dict of a network, got {type(checkpoint).__name__}"

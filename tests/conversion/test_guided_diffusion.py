@@ -129,7 +129,15 @@ def test_what_cannot_be_converted_is_refused(tmp_path):
     with pytest.raises(ValueError, match="must hold tensors by name, .* got step, model"):
         tensors_of(load_checkpoint(tmp_path / "trainer.pt"), "trainer.pt")
     (tmp_path / "broken.pt").write_bytes(b"no checkpoint")
-    with pytest.raises(ValueError, match="cannot be read as weights alone"):
+    with pytest.raises(
+        ValueError, match="the checkpoint must be a file, .pt or .safetensors, and there is none at none.pt"
+    ):
+        load_checkpoint("none.pt")
+    for name, kind in (("text.pt", "UnpicklingError"), ("text.safetensors", "SafetensorError")):
+        (tmp_path / name).write_text("image,label")
+        with pytest.raises(ValueError, match=f"must hold weights alone, .* or holds something else .{kind}"):
+            load_checkpoint(tmp_path / name)
+    with pytest.raises(ValueError, match="must hold weights alone"):
         load_checkpoint(tmp_path / "broken.pt")
 
 

@@ -331,7 +331,9 @@ def test_card_names_the_pipelines_of_diffusers_that_take_the_parts(tmp_path, par
     text = write_card(folder, data="x").read_text(encoding="utf-8")
     named = []
     for line in text.partition("The weights by themselves")[2].splitlines():
-        for place, pipelines in re.findall(r"`(unet|transformer|vae|vqvae)` of ((?:`\w+Pipeline`(?:, | and )?)+)", line):
+        for place, pipelines in re.findall(
+            r"`(unet|transformer|vae|vqvae)` of ((?:`\w+Pipeline`(?:, | and )?)+)", line
+        ):
             named += [f"{place} {name}" for name in re.findall(r"`(\w+)`", pipelines)]
     assert named == expected
     for each in named:
