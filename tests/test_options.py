@@ -66,6 +66,7 @@ class Ruled:
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"weight": -0.5}, "weight must be at least 0, got -0.5"),
         ({"weight": float("nan")}, "weight must be at least 0, got nan"),
+        ({"weight": float("inf")}, "weight must be a finite number, got inf"),
         ({"kind": "c", "weight": 1.0}, "weight has no meaning without kind a or b: give both or neither"),
         ({"length": 6}, "length has no meaning without kind c: give both or neither"),
         ({"start": 1}, "start has no meaning without steps: give both or neither"),
@@ -443,6 +444,10 @@ def test_a_run_that_goes_on_is_found_in_the_folder_that_it_is_given_by_default(t
     (folder / "train_config.yaml").unlink()
     settled = resolve_for_machine(config)
     assert (settled.output_dir, settled.preset, settled.model) == ("runs/images", "quick", "dit")
+
+
+def test_an_end_of_an_interval_may_be_infinite():
+    assert Budgeted(rates=(0.5, float("inf"))).rates == (0.5, float("inf"))
 
 
 def test_options_that_were_given_are_known_though_they_are_the_defaults(tmp_path):
