@@ -5,7 +5,8 @@ The command `diffusers-ext study`; `training/study.py` says how it is used.
 
 import dataclasses
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -84,6 +85,8 @@ class StudyConfig(DataOptions):
         check_seed(self.seed, LARGEST_SEED_OF_SETS)
         if self.study not in ("noise_end", "scaling") and len(self.pipelines) != 1:
             raise ValueError(f"pipelines must be one for {self.study}, got {len(self.pipelines)}")
+        if len({os.path.abspath(folder) for folder in self.pipelines}) < len(self.pipelines):
+            raise ValueError(f"pipelines must be different ones, got {' '.join(self.pipelines)}")
         if min(self.lengths) < 2:
             raise ValueError(f"lengths must be at least 2, got {min(self.lengths)}")
 
@@ -93,7 +96,7 @@ class Material:
     """What a study looks at.
 
     Attributes:
-        pipes: By their names, those of the folders.
+        pipes: By their names, see `names_of`.
         features: To measure samples in, where the study does.
     """
 
@@ -137,7 +140,7 @@ def main(config: StudyConfig) -> Path:
     state = process_state()
     set_threads(config.num_threads, state.num_processes)
     pipes = {}
-    for folder in config.pipelines:
+    for name, folder in zip(names_of(config.pipelines), config.pipelines, strict=True):
         pipe = load_pipeline(folder)
         if not isinstance(pipe, GuidedDiffusionPipeline) or not hasattr(pipe.scheduler, "schedule"):
             raise ValueError(
@@ -145,7 +148,7 @@ def main(config: StudyConfig) -> Path:
             )
         pipe.set_progress_bar_config(disable=True)
         pipe.denoiser.eval()
-        pipes[Path(folder).name] = pipe.to(state.device)
+        pipes[name] = pipe.to(state.device)
     data = take_options_of_run(config, config.pipelines[0])
     if data.resolution is None:
         data = dataclasses.replace(data, resolution=image_size_of(pipe))
@@ -158,6 +161,12 @@ def main(config: StudyConfig) -> Path:
     page = report.write(Path(config.output_dir), config.study)
     print(f"{report.table()}\n\n{page}")
     return page
+
+
+def names_of(folders: Sequence[str]) -> list[str]:
+    """What rows and curves call the pipelines: by their folders, and by the paths as given where two folders have one name."""
+    last = [Path(os.path.abspath(folder)).name for folder in folders]
+    return [folder if last.count(name) > 1 else name for name, folder in zip(last, folders, strict=True)]
 
 
 def study_noise_end(material: Material) -> Report:

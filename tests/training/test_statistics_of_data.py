@@ -1,5 +1,8 @@
 """Runs with statistics of the data, what follows them, and studies of them, each the whole command on tiny networks."""
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -166,6 +169,22 @@ def test_each_study_leaves_a_page_a_figure_and_numbers(run, name, tmp_path, monk
     assert page.name == f"{name}.md" and text.startswith("# ") and f"({name}.png)" in text
     assert (tmp_path / f"{name}.png").stat().st_size > 1000 and (tmp_path / f"{name}.json").is_file()
     assert "nan" not in text and len(text.split("| --- |")) > 1
+
+
+def ask_scaling(folders, output_dir, *words):
+    """The page of the study that is soonest made."""
+    words = ["--num_levels", "2", "--factors", "2", "--output_dir", str(output_dir), *words]
+    return study.main(study.parse(["scaling", "--pipelines", *map(str, folders), *words])).read_text()
+
+
+def test_pipelines_of_folders_with_one_name_are_both_studied_and_named_by_their_paths(run, tmp_path):
+    other = tmp_path / "other" / run.name
+    shutil.copytree(run, other)
+    text = ask_scaling([run, other], tmp_path)
+    assert f"| {run} |" in text and f"| {other} |" in text
+    assert study.names_of(["runs/a", "other/a/", "runs/b", "."]) == ["runs/a", "other/a/", "b", Path.cwd().name]
+    with pytest.raises(ValueError, match="pipelines must be different ones, got runs/a runs/a/"):
+        study.StudyConfig(study="scaling", pipelines=("runs/a", "runs/a/"))
 
 
 def test_the_betas_of_a_chain_of_another_length_can_be_asked_for():
