@@ -269,6 +269,11 @@ def study_data_draws(material: Material) -> Report:
     asked = subject.condition({} if chosen is None else {"labels": chosen})
     network, generator = subject.network(asked, config.num_images), torch.Generator(images.device)
     by_label = None if condition.labels is None else condition.labels.to(images.device)
+    if by_label is not None and chosen is not None and (missing := sorted({*chosen} - {*by_label.tolist()})):
+        raise ValueError(
+            f"num_data must be so large that each label has an image among those drawn, got {config.num_data}, of which none is of "
+            f"{_in_words(pipe, missing)}: give more by --num_data"
+        )
     posterior = data_draws.DataPosterior(images, by_label, None if by_label is None else labels)
 
     def of_network(x: Tensor, level, timestep: int) -> Tensor:
@@ -366,6 +371,12 @@ def study_embedding(material: Material) -> Report:
     return Report(
         "Where do images, samples and latents lie?", lines, rows, embeddings.draw_planes(planes, of_kinds, names)
     )
+
+
+def _in_words(pipe: GuidedDiffusionPipeline, labels: Sequence[int]) -> str:
+    """The labels by their names, where they have some."""
+    names = label_names_of(pipe)
+    return ", ".join(names[label] if names else str(label) for label in labels)
 
 
 def _to_bytes(images: Tensor) -> Tensor:

@@ -171,6 +171,13 @@ def test_each_study_leaves_a_page_a_figure_and_numbers(run, name, tmp_path, monk
     assert "nan" not in text and len(text.split("| --- |")) > 1
 
 
+def test_labels_without_an_image_among_those_drawn_are_named(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "features_for", no_features)
+    words = ["--num_images", "20", "--num_data", "2", "--num_inference_steps", "4", "--output_dir", str(tmp_path)]
+    with pytest.raises(ValueError, match=r"got 2, of which none is of [0-9](, [0-9]){7,8}: give more by --num_data"):
+        study.main(study.parse(["data_draws", "--pipelines", str(run), *words]))
+
+
 def ask_scaling(folders, output_dir, *words):
     """The page of the study that is soonest made."""
     words = ["--num_levels", "2", "--factors", "2", "--output_dir", str(output_dir), *words]
