@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from diffusers_ext import GuidedDiffusionPipeline
@@ -35,6 +36,7 @@ from diffusers_ext.metrics.features import FeatureClassifierModel
 from diffusers_ext.options import option, parse_config, run_script
 from diffusers_ext.pipelines.call_condition import CallCondition
 from diffusers_ext.pipelines.outputs import decode_samples
+from diffusers_ext.schedulers.levels import is_linear
 from diffusers_ext.studies import data_draws, embeddings, noise_end, scaling
 from diffusers_ext.studies.report import Report
 
@@ -142,10 +144,7 @@ def main(config: StudyConfig) -> Path:
     pipes = {}
     for name, folder in zip(names_of(config.pipelines), config.pipelines, strict=True):
         pipe = load_pipeline(folder)
-        if not isinstance(pipe, GuidedDiffusionPipeline) or not hasattr(pipe.scheduler, "schedule"):
-            raise ValueError(
-                f"{folder} must be a GuidedDiffusionPipeline of a path of betas, got a {type(pipe).__name__}"
-            )
+        check_subject(folder, pipe)
         pipe.set_progress_bar_config(disable=True)
         pipe.denoiser.eval()
         pipes[name] = pipe.to(state.device)
@@ -161,6 +160,25 @@ def main(config: StudyConfig) -> Path:
     page = report.write(Path(config.output_dir), config.study)
     print(f"{report.table()}\n\n{page}")
     return page
+
+
+def check_subject(folder: str, pipe: DiffusionPipeline) -> None:
+    """Refuses what no study is of: its questions are about a chain of steps with betas.
+
+    Raises:
+        ValueError: with the pipeline, its path or its scheduler.
+    """
+    if not isinstance(pipe, GuidedDiffusionPipeline):
+        raise ValueError(f"{folder} must be a GuidedDiffusionPipeline, got a {type(pipe).__name__}")
+    if not hasattr(pipe.scheduler, "schedule"):
+        name = type(pipe.scheduler).__name__
+        if is_linear(pipe.scheduler):
+            raise ValueError(
+                f"{folder} must be of a path of betas, got the linear path of its {name}: train one with --path vp"
+            )
+        raise ValueError(
+            f"{folder} must have a scheduler of this package, got {name}: save it with ExtDDIMScheduler.from_config of its config"
+        )
 
 
 def names_of(folders: Sequence[str]) -> list[str]:

@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -176,6 +177,28 @@ def test_labels_without_an_image_among_those_drawn_are_named(run, tmp_path, monk
     words = ["--num_images", "20", "--num_data", "2", "--num_inference_steps", "4", "--output_dir", str(tmp_path)]
     with pytest.raises(ValueError, match=r"got 2, of which none is of [0-9](, [0-9]){7,8}: give more by --num_data"):
         study.main(study.parse(["data_draws", "--pipelines", str(run), *words]))
+
+
+@pytest.mark.parametrize(
+    "scheduler, message",
+    [
+        (
+            diffusers_ext.FlowScheduler(),
+            "must be of a path of betas, got the linear path of its FlowScheduler: .* --path vp",
+        ),
+        (
+            diffusers.EulerDiscreteScheduler(),
+            "must have a scheduler of this package, got EulerDiscreteScheduler: save it with",
+        ),
+    ],
+)
+def test_a_path_or_scheduler_without_a_chain_of_betas_is_named(run, scheduler, message):
+    pipe = load(run)
+    study.check_subject("runs/a", pipe)
+    with pytest.raises(ValueError, match=f"runs/a {message}"):
+        study.check_subject("runs/a", diffusers_ext.GuidedDiffusionPipeline(pipe.denoiser, scheduler))
+    with pytest.raises(ValueError, match="runs/a must be a GuidedDiffusionPipeline, got a DDPMPipeline"):
+        study.check_subject("runs/a", diffusers.DDPMPipeline(pipe.denoiser, diffusers.DDPMScheduler()))
 
 
 def ask_scaling(folders, output_dir, *words):
