@@ -191,7 +191,7 @@ def study_noise_end(material: Material) -> Report:
     """L_T, the distance from a Gaussian, and that of samples, by the length of the chain."""
     config, rows, lines = material.config, [], []
     curves: dict[str, dict] = {"L_T in bits/dim": {}, "distance of p(x_T) from N(0, 1)": {}, "Fréchet distance": {}}
-    longest = min(len(pipe.scheduler.schedule) for pipe in material.pipes.values())
+    longest, looked_at = min(len(pipe.scheduler.schedule) for pipe in material.pipes.values()), 0
     lengths = sorted({min(length, longest) for length in config.lengths})
 
     def add(name: str, x0: Tensor, schedule, distance: Callable[[int], float | None]) -> None:
@@ -212,13 +212,14 @@ def study_noise_end(material: Material) -> Report:
 
     for name, pipe in material.pipes.items():
         x0, _ = material.clean(pipe)
+        looked_at = len(x0)  # the same of all: they may be fewer than num_data
         add(name, x0.cpu(), pipe.scheduler.schedule, partial(_distance_at_length, material, pipe))
     single = material.clean(material.pipe)[0][:1].cpu()
     schedule = material.pipe.scheduler.schedule
     add(f"one image, {next(iter(material.pipes))}", single, schedule, lambda length: None)
     add("one image, its mean subtracted", torch.zeros_like(single), schedule, lambda length: None)
     about = (
-        f"L_T over {config.num_data} images; the distance is the largest between the distribution functions of x_T and N(0, 1) along "
+        f"L_T over {looked_at} images; the distance is the largest between the distribution functions of x_T and N(0, 1) along "
         f"{noise_end.NUM_COMPONENTS} principal components, and below {noise_end.SMALL_DISTANCE} called none; the Fréchet distance is "
         f"that of {config.num_images} samples in up to {config.num_inference_steps} steps from N(0, 1) at timestep T - 1."
     )
@@ -262,14 +263,14 @@ def study_scaling(material: Material) -> Report:
             *(timesteps, config.factors),
             torch.Generator().manual_seed(config.seed),
         )
-        measured.append((name, timesteps, errors))
+        measured.append((name, timesteps, errors, len(x0)))
         for timestep, of_factors in zip(timesteps, errors.tolist(), strict=True):
             columns = {f"c = {c:g}": error for c, error in zip(config.factors, of_factors, strict=True)}
             rows.append({"model": name, "timestep": timestep} | columns)
-    name, timesteps, errors = measured[0]
+    name, timesteps, errors, looked_at = measured[0]
     lines = [
         "The error is |eps(c x, t) - c eps(x, t)| / |c eps(x, t)|, in root mean squares over "
-        f"{min(BATCH, config.num_data)} images; the figure is of {name}.",
+        f"{looked_at} images; the figure is of {name}.",
         f"A network that is homogeneous in x has none. The largest of {name} is {errors.max().item():.3g}, at timestep "
         f"{timesteps[int(errors.max(1).values.argmax())]}, and the smallest {errors.min().item():.3g}, at timestep "
         f"{timesteps[int(errors.min(1).values.argmin())]}.",

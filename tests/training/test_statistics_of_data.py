@@ -172,6 +172,14 @@ def test_each_study_leaves_a_page_a_figure_and_numbers(run, name, tmp_path, monk
     assert "nan" not in text and len(text.split("| --- |")) > 1
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_page_counts_the_images_that_were_there_and_not_those_asked_for(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "features_for", no_features)
+    assert "over 60 images; the figure" in ask_scaling([run], tmp_path, "--num_data", "99")
+    words = ["--num_data", "99", "--lengths", "10", "--output_dir", str(tmp_path)]
+    assert "L_T over 60 images" in study.main(study.parse(["noise_end", "--pipelines", str(run), *words])).read_text()
+
+
 def test_labels_without_an_image_among_those_drawn_are_named(run, tmp_path, monkeypatch):
     monkeypatch.setattr(study, "features_for", no_features)
     words = ["--num_images", "20", "--num_data", "2", "--num_inference_steps", "4", "--output_dir", str(tmp_path)]
