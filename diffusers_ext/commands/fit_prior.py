@@ -22,6 +22,7 @@ from diffusers_ext.evaluation.options import DataOptions, take_options_of_run
 from diffusers_ext.evaluation.pipeline_facts import default_of, image_size_of, label_names_of
 from diffusers_ext.evaluation.real_images import load_real_images
 from diffusers_ext.evaluation.subject import load_pipeline
+from diffusers_ext.hub.card_changes import renew_card
 from diffusers_ext.machine import process_state, set_threads
 from diffusers_ext.options import option, parse_config, run_script
 from diffusers_ext.pipelines.truncation import check_prior, truncated_timesteps
@@ -151,12 +152,23 @@ def clean_samples(config: FitPriorConfig, pipe: GuidedDiffusionPipeline) -> tupl
 
 
 def save(config: FitPriorConfig, pipe: nn.Module) -> None:
-    """Writes the pipeline, with the options of its run, so that evaluate.py knows the data."""
+    """Writes the pipeline, with the options of its run, so that evaluate.py knows the data.
+
+    A card that lies there lists the prior then, and drops figures of images that started elsewhere.
+    """
     config.folder.mkdir(parents=True, exist_ok=True)
-    save_atomically(pipe, config.folder)
-    options = Path(config.pipeline) / CONFIG_FILE
-    if options.is_file() and config.folder.resolve() != Path(config.pipeline).resolve():
-        shutil.copy(options, config.folder / CONFIG_FILE)
+    options, card = Path(config.pipeline) / CONFIG_FILE, config.folder / "README.md"
+
+    def write(partial: Path):
+        if options.is_file() and config.folder.resolve() != Path(config.pipeline).resolve():
+            shutil.copy(options, partial)
+        if card.is_file():
+            shutil.copy(card, partial)
+            results = f"No figure was measured since calls start at timestep {config.start_timestep}, from the prior; pictures are of before."
+            if renew_card(partial, results) is None:
+                print(f"{card} is no card of diffusers_ext, and was left as it is: it says nothing of the prior")
+
+    save_atomically(pipe, config.folder, also=write)
 
 
 parse = partial(parse_config, FitPriorConfig, first="pipeline")

@@ -15,6 +15,7 @@ from diffusers_ext.data.prepare import prepare_images
 from diffusers_ext.evaluation.bits_per_dim import measure_bits_per_dim
 from diffusers_ext.evaluation.guidance_comparison import add_networks
 from diffusers_ext.evaluation.labelled_images import LabelledImages
+from diffusers_ext.hub import cards
 from diffusers_ext.recipes.denoising import DenoisingConfig
 from diffusers_ext.recipes.text_to_image import TextConfig
 from diffusers_ext.recipes.training_path import build_scheduler
@@ -126,6 +127,33 @@ def test_a_fitted_prior_is_where_calls_start_by_default(run, tmp_path, capsys):
     ):
         with pytest.raises(ValueError, match=message):
             fit_prior.main(fit_prior.FitPriorConfig(pipeline=str(run), num_threads=1, **options))
+
+
+def test_the_card_lists_a_prior_fitted_in_place_and_no_figure_of_before(run, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    figure = cards.Figure("Fréchet distance", 1.25, 10, "ExtDDIMScheduler", 5, "evaluate.py runs/x")
+    before = cards.add_figures(folder, [figure]).read_text()
+    assert "`prior`" not in before and "model-index" in before
+    words = ["--start_timestep", "600", "--rank", "2", "--num_threads", "1"]
+    fit_prior.main(fit_prior.parse([str(folder), *words]))
+    text = (folder / "README.md").read_text()
+    assert "| `prior` | `diffusers_ext.GaussianPriorModel` | " in text
+    assert "## Results\n\nNo figure was measured since calls start at timestep 600" in text
+    assert "1.25" not in text and "model-index" not in text and "evaluate.py runs/x" not in text
+    unchanged = ("## Data", "## Training", "## Use", "## Limitations")
+    assert [after(text, heading) for heading in unchanged] == [after(before, heading) for heading in unchanged]
+    table = text.partition("| component")[2].partition("\n\n")[0]
+    assert table in cards.write_card(folder, data="as a new card has it").read_text()
+    (folder / "README.md").write_text("Mine.\n")
+    fit_prior.main(fit_prior.parse([str(folder), *words]))
+    assert (folder / "README.md").read_text() == "Mine.\n"
+    assert "is no card of diffusers_ext, and was left as it is" in capsys.readouterr().out
+
+
+def after(text, heading):
+    """A section of a card."""
+    return text.partition(f"\n{heading}\n")[2].partition("\n## ")[0]
 
 
 def test_latents_are_normalised_by_channel_beside_the_scale_of_their_autoencoder(tmp_path):
