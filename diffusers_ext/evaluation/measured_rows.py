@@ -26,11 +26,16 @@ class MeasuredRows:
         """The rows of an earlier command.
 
         Raises:
-            ValueError: if it was with other images or another model.
+            ValueError: if it was with other images or another model, or the file is of another command.
         """
         if not self.path.is_file():
             return []
         saved = read_json(self.path)
+        if not (isinstance(saved.get("made_with"), dict) and isinstance(saved.get("results"), list)):
+            raise ValueError(
+                f"{self.path} must have results of this command, made_with and results, got {', '.join(saved) or 'nothing'}: give "
+                "another file or folder for the results"
+            )
         before = saved["made_with"]
         changed = [name for name in (*self.made_with, *before) if before.get(name) != self.made_with.get(name)]
         if changed:

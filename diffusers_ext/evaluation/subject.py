@@ -29,6 +29,9 @@ from diffusers_ext.schedulers.levels import is_linear, path_name
 from diffusers_ext.schedulers.samplers import check_sampler
 
 
+INDEX_FILE = diffusers.DiffusionPipeline.config_name
+
+
 def load_pipeline(name: str, scheduler: str | None = None) -> diffusers.DiffusionPipeline:
     """A pipeline from a folder or the Hub.
 
@@ -37,7 +40,7 @@ def load_pipeline(name: str, scheduler: str | None = None) -> diffusers.Diffusio
         scheduler: Class of diffusers or of this package to sample with, made from the config of the pipeline's own.
 
     Raises:
-        ValueError: if there is no such pipeline or scheduler, or the scheduler is for models of another path.
+        ValueError: if there is no such pipeline or scheduler, or it is not whole, or the scheduler is for models of another path.
         ImportError: if the scheduler needs a library that is not installed.
     """
     if not Path(name).is_dir():
@@ -46,15 +49,28 @@ def load_pipeline(name: str, scheduler: str | None = None) -> diffusers.Diffusio
         except HFValidationError:
             raise ValueError(f"{name} is no folder here, and no name of a pipeline on the Hub") from None
     finish_replacing(name)
+    if Path(name).is_dir():
+        _check_has_pipeline(Path(name))
     try:
         pipeline = diffusers_ext.DiffusionPipeline.from_pretrained(name)
     except OSError as error:
         if Path(name).is_dir():
-            raise
+            raise ValueError(f"{name} must hold a whole pipeline, which cannot be loaded: {error}") from error
         raise ValueError(f"{name} is no folder here, and cannot be had from the Hub: {error}") from error
     if scheduler is not None:
         pipeline.register_modules(scheduler=make_sampler(pipeline, scheduler))
     return pipeline
+
+
+def _check_has_pipeline(folder: Path) -> None:
+    """Refuses a folder without a pipeline, such as a checkpoint or a component of one."""
+    if (folder / INDEX_FILE).is_file():
+        return
+    above = next((each for each in folder.absolute().parents if (each / INDEX_FILE).is_file()), None)
+    hint = "give the folder of a run that is through, or of save_pretrained"
+    raise ValueError(
+        f"{folder} must hold a pipeline, but has no {INDEX_FILE}: {hint if above is None else f'{above} has one'}"
+    )
 
 
 def make_sampler(pipeline: diffusers.DiffusionPipeline, name: str) -> diffusers.SchedulerMixin:

@@ -166,3 +166,13 @@ def test_measures_that_not_every_set_has_have_no_mean():
 def test_what_cannot_be_swept_is_refused_before_the_first_image(options, message):
     with pytest.raises(ValueError, match=message):
         Sweep(pipeline(), shades(), SweepOptions(sweep=True, **options), SETTINGS, range(1))
+
+
+def test_a_file_of_another_command_is_not_read_as_results(tmp_path):
+    path = tmp_path / "evaluation.json"
+    for text, got in (('{"pipeline": "a", "generated": {}}', "pipeline, generated"), ("{}", "nothing")):
+        path.write_text(text)
+        with pytest.raises(
+            ValueError, match=f"must have results of this command, made_with and results, got {got}: give"
+        ):
+            SweepResults(path, {}, "the command").load()

@@ -789,7 +789,7 @@ def labels_of_another_kind(box):
 
 
 @case(
-    "no folder here|no file named model_index.json",
+    "no folder here|has no model_index.json",
     "../beside",
     "a/b/c",
     "a\nb",

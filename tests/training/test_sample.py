@@ -1,6 +1,8 @@
 """Images in a folder: the same whatever the batch size, labels in turn, with what is known of each."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from diffusers_ext.data.prepare import prepare_images
 from diffusers_ext.draws import between_draws
 from diffusers_ext.evaluation.animation import interpolation_frames
 from diffusers_ext.evaluation.generate import generate_images
+from diffusers_ext.evaluation.subject import load_pipeline
 from diffusers_ext.figures import check_animation_format, labelled_grid
 from processes import in_ranks
 from tiny import tiny_stock_unet, tiny_unet
@@ -52,6 +55,19 @@ def read(folder, name):
 
 def records(folder):
     return [json.loads(line) for line in (folder / "images" / "metadata.jsonl").read_text().splitlines()]
+
+
+def test_a_folder_without_a_whole_pipeline_is_answered_in_a_sentence(saved, tmp_path):
+    for folder, message in (
+        (saved, "must hold a pipeline, but has no model_index.json: give the folder of a run"),
+        (saved / "labels" / "denoiser", f"but has no model_index.json: {saved / 'labels'} has one"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_pipeline(str(folder))
+    broken = shutil.copytree(saved / "labels", tmp_path / "broken")
+    next(Path(broken, "denoiser").glob("*.safetensors")).unlink()
+    with pytest.raises(ValueError, match="broken must hold a whole pipeline, which cannot be loaded: .*denoiser"):
+        load_pipeline(str(broken))
 
 
 def test_each_image_has_its_label_and_the_seed_that_makes_it_again(made, saved):
