@@ -25,6 +25,7 @@ from diffusers_ext.evaluation.subject import default_scale, make_sampler
 from diffusers_ext.figures import enlarged, labelled_grid
 from diffusers_ext.guidance.guiding import guided_steps
 from diffusers_ext.pipelines.outputs import decode_samples
+from diffusers_ext.pipelines.truncation import truncated_timesteps
 from diffusers_ext.schedulers.samplers import set_timesteps
 from diffusers_ext.value_scale import ValueScale
 
@@ -70,7 +71,7 @@ class Studio:
         labels: Names, or numbers, of the labels that can be asked for; None without labels.
         takes_prompts: Whether images are asked for by a text.
         is_of_images: Whether pictures can be given to it, which sequences cannot.
-        schedulers: `AS_SAVED`, and those of `SCHEDULERS` that sample the model.
+        schedulers: `AS_SAVED`, and those of `SCHEDULERS` that sample the model from where its calls start.
 
     Raises:
         ValueError: for a pipeline that the demo cannot ask.
@@ -86,6 +87,7 @@ class Studio:
             raise ValueError("this pipeline makes images of condition images, for which the demo has no field")
         pipe.set_progress_bar_config(disable=True)
         self._pipe, self._lock = pipe, threading.Lock()
+        self._start = (pipe.config.get("call_defaults") or {}).get("start_timestep")
         self.takes_prompts, self.is_of_images = takes_prompts(pipe), len(image_size_of(pipe)) == 2
         count = None if self.takes_prompts else num_labels_of(pipe)
         self.labels = None if count is None else label_names_of(pipe) or [str(label) for label in range(count)]
@@ -94,7 +96,9 @@ class Studio:
         for name in SCHEDULERS:
             try:
                 sampler = make_sampler(pipe, name)
-                set_timesteps(sampler, TRIED_STEPS, None, 1.0, pipe._execution_device)
+                self._set_timesteps(
+                    sampler, TRIED_STEPS if self._start is None else min(TRIED_STEPS, self._start or 1)
+                )
             except (ValueError, ImportError):  # of another path or config, or of a library that is not there
                 continue
             self._samplers[name] = sampler
@@ -114,7 +118,7 @@ class Studio:
         interval = (pipe.config.get("call_defaults") or {}).get("guidance_interval")
         if interval is None:
             return scale, 0.0, 1.0
-        sampler, timesteps = set_timesteps(pipe.scheduler, self.default_steps, None, 1.0, pipe._execution_device)
+        sampler, timesteps = self._set_timesteps(pipe.scheduler, self.default_steps)
         acts = [step for step, guided in enumerate(guided_steps(interval, sampler, timesteps)) if guided]
         if not acts:
             return 1.0, 0.0, 1.0
@@ -169,15 +173,22 @@ class Studio:
     def _make(self, settings: Settings, **more: Any) -> Made:
         condition = self._condition(settings, settings.num_images)
         with self._lock:
-            shown = evenly(self._num_steps(settings, more.get("strength", 1.0)), MAX_SHOWN_STEPS)
+            shown = evenly(self._num_steps(settings, more.get("strength", 1.0), "image" in more), MAX_SHOWN_STEPS)
             result = self._call(settings, condition, settings.seeds, trajectory_steps=shown, **more)
         labels = None if "class_labels" not in condition else self._pipe.label_tensor(condition["class_labels"])
         return Made(self._pictures(result.images), [self._shown(point, labels) for point in result.trajectory])
 
-    def _num_steps(self, settings: Settings, strength: float) -> int:
+    def _num_steps(self, settings: Settings, strength: float, of_image: bool) -> int:
         """Steps that the scheduler takes, which may be other than were asked for: with a picture to begin with, fewer."""
-        sampler = self._sampler(settings)
-        return len(set_timesteps(sampler, settings.num_steps, None, strength, self._pipe._execution_device)[1])
+        return len(self._set_timesteps(self._sampler(settings), settings.num_steps, strength, of_image)[1])
+
+    def _set_timesteps(
+        self, sampler: SchedulerMixin, num_steps: int, strength: float = 1.0, of_image: bool = False
+    ) -> tuple[SchedulerMixin, Tensor]:
+        """As a call of the pipeline sets them, which starts where its `call_defaults` say unless it has a picture."""
+        start = None if of_image else self._start
+        listed = None if start is None else truncated_timesteps(sampler, num_steps, start)
+        return set_timesteps(sampler, num_steps, listed, strength, self._pipe._execution_device)
 
     def _sampler(self, settings: Settings) -> SchedulerMixin:
         if settings.scheduler not in self._samplers:

@@ -1,5 +1,6 @@
 """A chain that starts below its noisiest level, from a prior of what is there (arXiv 2202.09671)."""
 
+import inspect
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,8 +23,14 @@ def truncated_timesteps(scheduler: SchedulerMixin, num_inference_steps: int, sta
     """Evenly spaced timesteps from `start_timestep` down, as "trailing" are from the last.
 
     Raises:
-        ValueError: if the path has no such timestep, or there are fewer of them than steps.
+        ValueError: if the path has no such timestep, there are fewer of them than steps, or the scheduler goes through a list of
+            its own alone.
     """
+    if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
+        raise ValueError(
+            f"scheduler must take timesteps where calls start at start_timestep {start_timestep}, got {type(scheduler).__name__}, "
+            "which always starts at the noisiest: take ExtDDIMScheduler or DPMSolverMultistepScheduler"
+        )
     first = int(is_linear(scheduler))  # of whose timesteps 0 is the data
     length = scheduler.config.num_train_timesteps
     if isinstance(start_timestep, bool) or not isinstance(start_timestep, int) or not first <= start_timestep < length:

@@ -2,13 +2,14 @@
 
 import dataclasses
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import diffusers_ext
-from diffusers_ext import ExtDDIMScheduler, GuidedDiffusionPipeline, TextGuidedDiffusionPipeline
+from diffusers_ext import ExtDDIMScheduler, GaussianPriorModel, GuidedDiffusionPipeline, TextGuidedDiffusionPipeline
 from diffusers_ext.calibration.guidance import Guidance
 from diffusers_ext.demo.settings import AS_SAVED, Settings
 from diffusers_ext.demo.studio import Studio, evenly, painted
@@ -50,6 +51,25 @@ def test_the_steps_show_x_t_above_the_predicted_x_0(studio):
     assert np.abs(below[4::8, 4::8] - values(made.images[0])[::16, ::16]).max() <= 1
     noise = values(made.steps[0].picture.convert("L"))[3:65, left : left + 64]
     assert noise.std() > 60
+
+
+def test_a_pipeline_that_starts_lower_is_offered_with_samplers_that_can_and_with_no_other():
+    prior = GaussianPriorModel(8, 1, rank=2)
+    defaults = {"num_inference_steps": 3, "start_timestep": 600}
+    pipe = GuidedDiffusionPipeline(tiny_unet(), ExtDDIMScheduler(), prior=prior, call_defaults=defaults)
+    studio = Studio(pipe)
+    assert not {"UniPCMultistepScheduler", "EulerAncestralDiscreteScheduler"} & {*studio.schedulers}
+    assert {"ExtDDIMScheduler", "DPMSolverMultistepScheduler"} <= {*studio.schedulers}
+    for name in studio.schedulers:
+        made = studio.generate(Settings(num_images=1, num_steps=3, scheduler=name))
+        assert made.steps[0].head == "t = 600"
+    picture = Image.new("L", (8, 8), 128)
+    assert studio.from_image(Settings(num_images=1, num_steps=4), picture, 1.0).steps[0].head != "t = 600"
+    pipe.register_modules(scheduler=diffusers.UniPCMultistepScheduler())
+    with pytest.raises(
+        ValueError, match="take timesteps where calls start at start_timestep 600, got UniPC.*: take Ext"
+    ):
+        pipe()
 
 
 @pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "HeunDiscreteScheduler", "ExtDDPMScheduler"])
