@@ -14,7 +14,7 @@ from diffusers_ext.hub.cards import write_card
 from diffusers_ext.hub.push import prepare_repo, push_folder, push_patiently
 from diffusers_ext.hub.remote_code import code_of_pipeline
 from diffusers_ext.hub.saved_folder import loading_lines
-from tiny import assert_same_pipeline, assert_same_weights, save_run, tiny_unet
+from tiny import assert_same_pipeline, assert_same_weights, save_run, tiny_stock_unet, tiny_unet
 
 
 ALICE, BOB = "hf_token_of_alice", "hf_token_of_bob"
@@ -281,7 +281,10 @@ def test_command_writes_code_into_a_folder(tmp_path, capsys):
     main(["code", str(tmp_path)])
     assert capsys.readouterr().out == f"written to {tmp_path}: modeling_diffusers_ext.py\n"
     assert (tmp_path / "modeling_diffusers_ext.py").read_text() == code_of_pipeline()
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    main(["code", str(empty)])
+    tiny_stock_unet().save_pretrained(tmp_path / "stock")
+    main(["code", str(tmp_path / "stock")])
     assert "holds nothing of diffusers_ext" in capsys.readouterr().out
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "mistyped"):
+        with pytest.raises(SystemExit, match=f"{name} must be a folder of a saved pipeline or model"):
+            main(["code", str(tmp_path / name)])
