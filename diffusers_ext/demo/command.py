@@ -7,7 +7,7 @@ from pathlib import Path
 
 import diffusers_ext
 from diffusers_ext import examples
-from diffusers_ext.demo.space import export_space
+from diffusers_ext.demo.space import export_space, how_to_install
 from diffusers_ext.demo.studio import Studio
 from diffusers_ext.evaluation.subject import load_pipeline
 from diffusers_ext.examples import example_names
@@ -26,6 +26,7 @@ def run(arguments: Sequence[str] | None = None, program: str = "diffusers-ext de
         if given.export is not None:
             names = export_space(given.pipeline, given.export, diffusers_ext.__version__)
             print(f"{given.export} has {', '.join(names)}: a Space, to push as it is")
+            print(how_to_install(diffusers_ext.__version__))
             return
         try:
             from diffusers_ext.demo.app import build_page

@@ -4,16 +4,22 @@ import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import diffusers
 import yaml
 from huggingface_hub.utils import filter_repo_objects
 
+import diffusers_ext
 from diffusers_ext.atomic_files import LOCK, lock_folder
+from diffusers_ext.demo.studio import NO_CONDITION_IMAGES, Studio, check_class
+from diffusers_ext.evaluation.subject import load_pipeline
 from diffusers_ext.hub.push import NOT_UPLOADED
+from diffusers_ext.hub.saved_folder import saved_class
 from diffusers_ext.untrusted import one_line
 
 
 PIPELINE_FOLDER = "pipeline"  # of a pipeline that is a folder here, in the Space
 GRADIO = "6.0.0"  # of a Space, where gradio is not installed here
+REQUIREMENT = "diffusers_ext[demo]>={version}"
 _APP = '''"""The demo of a diffusion pipeline, by diffusers_ext."""
 
 from pathlib import Path
@@ -41,11 +47,12 @@ def export_space(pipeline: str, folder: str | Path, package_version: str) -> lis
     Returns: the names of what was written.
 
     Raises:
-        ValueError: if the folder holds something.
+        ValueError: if the folder holds something, there is no such pipeline, or the page cannot ask it.
     """
     folder, is_local = Path(folder), Path(pipeline).is_dir()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"--export {folder} must be a new or an empty folder")
+    _check_can_be_shown(pipeline)
     title = one_line(Path(pipeline).resolve().name if is_local else pipeline)
     where = f"str(Path(__file__).with_name({PIPELINE_FOLDER!r}))" if is_local else repr(pipeline)
     header = {
@@ -59,9 +66,10 @@ def export_space(pipeline: str, folder: str | Path, package_version: str) -> lis
     } | ({} if is_local else {"models": [pipeline]})
     texts = {
         "app.py": _APP.format(pipeline=where, title=title),
-        "requirements.txt": f"diffusers_ext[demo]>={package_version}\n",
+        "requirements.txt": REQUIREMENT.format(version=package_version) + "\n",
         "README.md": f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---\n\n"
-        "Images of a diffusion pipeline: by label or text, from a picture, painted in, and between two seeds.\n",
+        "Images of a diffusion pipeline: by label or text, from a picture, painted in, and between two seeds.\n\n"
+        f"{how_to_install(package_version)}\n",
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
     hidden = folder.with_name(f".space-{folder.name}")
@@ -77,6 +85,34 @@ def export_space(pipeline: str, folder: str | Path, package_version: str) -> lis
             raise
     hidden.replace(folder)
     return [*texts, *([f"{PIPELINE_FOLDER}/"] if is_local else [])]
+
+
+def how_to_install(package_version: str) -> str:
+    """What the one who pushes a Space must know of its requirements: a Space installs them before it has its other files."""
+    wheel = f"https://huggingface.co/NAME/resolve/main/diffusers_ext-{package_version}-py3-none-any.whl"
+    return (
+        f"`requirements.txt` asks pip for `{REQUIREMENT.format(version=package_version)}`. Where no index has it, push a wheel "
+        "(`pip wheel --no-deps --wheel-dir dist .` in a checkout) to a public repository `NAME` on the Hub and write "
+        f"`diffusers_ext[demo] @ {wheel}` in the place of that line."
+    )
+
+
+def _check_can_be_shown(pipeline: str) -> None:
+    """Makes the checks of the page: of a folder all, by loading it, and of a pipeline on the Hub those of its index."""
+    if Path(pipeline).is_dir():
+        Studio(load_pipeline(pipeline))
+        return
+    try:
+        index = diffusers_ext.DiffusionPipeline.load_config(pipeline)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{pipeline} is no folder here, and cannot be had from the Hub: {error}") from error
+    name = saved_class(index, Path(diffusers_ext.DiffusionPipeline.config_name))
+    known = next((getattr(module, name) for module in (diffusers_ext, diffusers) if hasattr(module, name)), None)
+    if known is None:
+        raise ValueError(f"{pipeline} must be a pipeline of diffusers_ext, got a {name}")
+    check_class(known)
+    if index.get("image_condition") is not None:
+        raise ValueError(NO_CONDITION_IMAGES)
 
 
 def _clear(hidden: Path) -> None:

@@ -45,6 +45,7 @@ SCHEDULERS = (
 TRIED_STEPS = 10  # which a scheduler must be able to make
 MAX_SHOWN_STEPS = 50  # of a trajectory
 MIN_SIDE = 128  # pixels of a picture on the page; smaller ones are enlarged by a whole number
+NO_CONDITION_IMAGES = "this pipeline makes images of condition images, for which the demo has no field"
 MAX_BETWEEN = 32  # images of an interpolation
 
 
@@ -64,6 +65,19 @@ class Made:
     steps: list[ShownStep]
 
 
+def check_class(cls: type) -> None:
+    """Refuses pipelines of a class that the demo does not know how to ask.
+
+    Raises:
+        ValueError: with what to do instead.
+    """
+    if not hasattr(cls, "_sample_shape"):
+        raise ValueError(
+            f"the demo takes pipelines of diffusers_ext, got {cls.__name__}: GuidedDiffusionPipeline.from_pipe makes one of it, if it "
+            "makes images by labels or without"
+        )
+
+
 class Studio:
     """A pipeline of this package, asked by settings. One call at a time: others wait.
 
@@ -78,13 +92,9 @@ class Studio:
     """
 
     def __init__(self, pipe: DiffusionPipeline):
-        if not hasattr(pipe, "_sample_shape"):
-            raise ValueError(
-                f"the demo takes pipelines of diffusers_ext, got {type(pipe).__name__}: GuidedDiffusionPipeline.from_pipe makes "
-                "one of it, if it makes images by labels or without"
-            )
+        check_class(type(pipe))
         if getattr(pipe, "image_condition", None) is not None:
-            raise ValueError("this pipeline makes images of condition images, for which the demo has no field")
+            raise ValueError(NO_CONDITION_IMAGES)
         pipe.set_progress_bar_config(disable=True)
         self._pipe, self._lock = pipe, threading.Lock()
         self._start = (pipe.config.get("call_defaults") or {}).get("start_timestep")

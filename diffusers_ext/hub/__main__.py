@@ -59,7 +59,9 @@ def _push(options: argparse.Namespace) -> str:
 
 def _code(options: argparse.Namespace) -> str:
     if not any(Path(options.folder, name).is_file() for name in ("model_index.json", "config.json")):
-        raise ValueError(f"{options.folder} must be a folder of a saved pipeline or model: it has no model_index.json and no config.json")
+        raise ValueError(
+            f"{options.folder} must be a folder of a saved pipeline or model: it has no model_index.json and no config.json"
+        )
     names = [name for name in files_with_code(options.folder) if name.rpartition("/")[2] in CODE_FILES]
     if not names:
         return f"{options.folder} holds nothing of diffusers_ext, so nothing was written"

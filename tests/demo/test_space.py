@@ -3,14 +3,21 @@
 import importlib.util
 import runpy
 import sys
+from pathlib import Path
 
+import diffusers
 import pytest
 import yaml
 
 import diffusers_ext
+from diffusers_ext import ExtDDIMScheduler, GuidedDiffusionPipeline, UNetModel, examples
 from diffusers_ext.demo.command import run
 from diffusers_ext.demo.space import export_space
+from diffusers_ext.hub.push import push_folder
+from tiny import tiny_stock_unet
 
+
+EXAMPLE = Path(examples.__file__).parent / "digits"
 
 HAS_GRADIO = importlib.util.find_spec("gradio") is not None
 
@@ -41,10 +48,31 @@ def test_an_exported_pipeline_of_a_folder_goes_along(tmp_path, capsys):
     compile((space / "app.py").read_text(), "app.py", "exec")
 
 
-def test_an_exported_pipeline_of_the_hub_is_loaded_from_there(tmp_path):
-    assert "pipeline/" not in export_space("somebody/digits", tmp_path / "space", "1.2")
-    assert header_of(tmp_path / "space")["models"] == ["somebody/digits"]
-    assert "load_pipeline('somebody/digits')" in (tmp_path / "space" / "app.py").read_text()
+def test_an_exported_pipeline_of_the_hub_is_loaded_from_there(hub, tmp_path):
+    push_folder(EXAMPLE, "alice/digits", token="hf_token_of_alice")
+    assert "pipeline/" not in export_space("alice/digits", tmp_path / "space", "1.2")
+    assert header_of(tmp_path / "space")["models"] == ["alice/digits"]
+    assert "load_pipeline('alice/digits')" in (tmp_path / "space" / "app.py").read_text()
+    # Until an index has the package, the one who pushes must bring a wheel.
+    assert "diffusers_ext-1.2-py3-none-any.whl" in (tmp_path / "space" / "README.md").read_text()
+
+
+def test_what_the_page_cannot_ask_is_not_exported(hub, tmp_path):
+    unet, scheduler = tiny_stock_unet(), diffusers.DDPMScheduler()
+    diffusers.DDPMPipeline(unet, scheduler).save_pretrained(tmp_path / "stock")
+    of_pairs = UNetModel(8, 1, 1, block_out_channels=(8,), layers_per_block=1, condition_channels=1)
+    GuidedDiffusionPipeline(of_pairs, ExtDDIMScheduler()).save_pretrained(tmp_path / "pairs")
+    push_folder(tmp_path / "stock", "alice/stock", token="hf_token_of_alice")
+    for name, message in (
+        ("nothing", "nothing is no folder here, and cannot be had from the Hub"),
+        (str(tmp_path / "stock"), "the demo takes pipelines of diffusers_ext, got DDPMPipeline"),
+        ("alice/stock", "the demo takes pipelines of diffusers_ext, got DDPMPipeline"),
+        (str(tmp_path / "pairs"), "condition images, for which the demo has no field"),
+        (str(EXAMPLE / "denoiser"), "must hold a pipeline, but has no model_index.json"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            run([name, "--export", str(tmp_path / "space")])
+        assert not (tmp_path / "space").exists()
 
 
 @pytest.mark.skipif(not HAS_GRADIO, reason="takes gradio")
