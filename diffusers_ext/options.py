@@ -52,7 +52,7 @@ def option(
         alias: A second name, such as that of a diffusers script.
         at_least: The smallest value, of each of several. None is no value and always allowed.
         needs: Another option that must be on for this one to have an effect; or that option with the values that it must
-            have, such as `{"lr_scheduler": ("polynomial",)}`.
+            have, such as `{"lr_scheduler": ("polynomial",)}`; of an option with several values, at least one of these.
         fixed_on_resume: Whether a run that goes on from a checkpoint must have the same value as before.
     """
     rules = {"at_least": at_least, "needs": needs, "fixed_on_resume": fixed_on_resume}
@@ -86,7 +86,8 @@ def _missing(config: Any, needs: str | dict[str, tuple[str, ...]]) -> str | None
     if isinstance(needs, str):
         return None if getattr(config, needs) else needs
     ((name, accepted),) = needs.items()
-    if getattr(config, name) in accepted:
+    value = getattr(config, name)
+    if any(each in accepted for each in (value if isinstance(value, tuple) else (value,))):
         return None
     *others, last = accepted
     return f"{name} {', '.join(others)} or {last}" if others else f"{name} {last}"

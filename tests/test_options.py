@@ -77,6 +77,21 @@ def test_an_option_is_held_to_its_rules(values, message):
         Ruled(**values)
 
 
+@dataclass(frozen=True)
+class OfSeveral:
+    """An option that needs one of the values of another."""
+
+    kinds: tuple[str, ...] = option(("a", "b"), "several")
+    share: float = option(0.5, "share", needs={"kinds": ("b", "c")})
+
+
+def test_an_option_can_need_one_of_the_values_of_another():
+    check_options(OfSeveral(share=0.1))
+    check_options(OfSeveral(("a",)))
+    with pytest.raises(ValueError, match="^share has no meaning without kinds b or c: give both or neither$"):
+        check_options(OfSeveral(("a", "d"), share=0.1))
+
+
 def test_an_option_that_is_as_by_default_or_has_what_it_needs_passes():
     Ruled()
     Ruled(kind="c", length=6, weight=0.0)

@@ -67,12 +67,15 @@ class CompareConfig(GuidanceOptions, DataOptions):
     """Compare ways to guide a pipeline, over guidance scales: label accuracy, Fréchet distance, calls of the networks."""
 
     pipeline: str | None = option(None, "PIPELINE may also stand first, without --pipeline", "what is compared")
-    methods: tuple[str, ...] = option(tuple(METHODS), "which of them, in the order of the figure")
     guidance_scales: tuple[float, ...] = option((1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0), "at least 1, which is none")
     weak_pipeline: str | None = option(
-        None, "pipeline with a smaller or less trained denoiser, for autoguidance; without one, layers are dropped"
+        None,
+        "pipeline with a smaller or less trained denoiser, for autoguidance; without one, layers are dropped",
+        needs={"methods": ("autoguidance",)},
     )
-    classifier: str | None = option(None, "folder of training/train_classifier.py, for classifier guidance")
+    classifier: str | None = option(
+        None, "folder of training/train_classifier.py, for classifier guidance", needs={"methods": ("classifier",)}
+    )
     num_images: int = option(1000, "images of each method and scale, of each label its share in the training images")
     num_inference_steps: int | None = option(
         None, "steps of the sampler; by default the run's or the pipeline's", at_least=1
@@ -117,6 +120,10 @@ class CompareConfig(GuidanceOptions, DataOptions):
         if min(self.guidance_scales) < 1 or len(set(self.guidance_scales)) < len(self.guidance_scales):
             given = " ".join(f"{scale:g}" for scale in self.guidance_scales)
             raise ValueError(f"guidance_scales must be different numbers of at least 1, got {given}")
+        if self.auto_guidance_layers is not None and self.weak_pipeline is not None:
+            raise ValueError(
+                "auto_guidance_layers are dropped where there is no weaker network: leave them or weak_pipeline out"
+            )
         check_number(self.num_images, NUM_NEIGHBOURS)
         check_seed(self.seed, LARGEST_SEED_OF_SETS)
         self.check_guidance()

@@ -123,12 +123,16 @@ def main(config: EvaluateVAEConfig) -> dict | None:
     state = process_state()
     set_threads(config.num_threads, state.num_processes)
     given, config = config, take_options_of_run(config, config.model, ["binarize"])
+    how = config.binarize or "none"
+    if how != "none" and config.features not in (None, "none"):
+        raise ValueError(
+            f"features have no meaning for images in black and white, got {config.features} with binarize {how}: leave features out"
+        )
     vae = load_autoencoder(config.model).to(state.device).eval()
     with state.main_process_first():
         real = load_real_images(config.for_data(), config.held_out_split)
         refuse_sequences(real, "training/evaluate_vae.py")
     images = held_out_images(config, real, vae)
-    how = config.binarize or "none"
     features, about_features = (None, None) if how != "none" else features_for(real, config.features, state)
     if features is not None and len(images) < 2:
         raise ValueError(

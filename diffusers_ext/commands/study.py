@@ -42,6 +42,8 @@ from diffusers_ext.studies.report import Report
 
 
 STUDIES = ("noise_end", "scaling", "data_draws", "embedding")
+IN_FEATURES = ("noise_end", "data_draws")  # which measure samples
+OF_SAMPLES = {"study": (*IN_FEATURES, "embedding")}  # which make some
 BATCH = 100
 
 
@@ -53,14 +55,22 @@ class StudyConfig(DataOptions):
     pipelines: tuple[str, ...] | None = option(
         None, "folders of runs of training/train_ddpm.py; for noise_end several, of the same data and path"
     )
-    num_images: int = option(500, "samples of each Fréchet distance, and points of an embedding", at_least=5)
+    num_images: int = option(
+        500, "samples of each Fréchet distance, and points of an embedding", at_least=5, needs=OF_SAMPLES
+    )
     num_data: int = option(2000, "images of the data, drawn by the seed, that are looked at", at_least=2)
-    num_inference_steps: int = option(20, "steps of the samplers", at_least=1)
-    lengths: tuple[int, ...] = option((50, 100, 200, 400, 700, 1000), "lengths of the chain of noise_end")
-    factors: tuple[float, ...] = option((0.5, 0.8, 0.95, 1.05, 1.25, 2.0), "factors c of scaling")
-    num_levels: int = option(12, "noise levels of scaling", at_least=2)
+    num_inference_steps: int = option(20, "steps of the samplers", at_least=1, needs=OF_SAMPLES)
+    lengths: tuple[int, ...] = option(
+        (50, 100, 200, 400, 700, 1000), "lengths of the chain of noise_end", needs={"study": ("noise_end",)}
+    )
+    factors: tuple[float, ...] = option(
+        (0.5, 0.8, 0.95, 1.05, 1.25, 2.0), "factors c of scaling", needs={"study": ("scaling",)}
+    )
+    num_levels: int = option(12, "noise levels of scaling", at_least=2, needs={"study": ("scaling",)})
     features: str | None = option(
-        None, "folder of a network of training/train_features.py, or none; by default one is trained, once, and kept"
+        None,
+        "folder of a network of training/train_features.py, or none; by default one is trained, once, and kept",
+        needs={"study": IN_FEATURES},
     )
     seed: int = option(0, "of the noise and of the draw of images")
     num_threads: int | None = option(None, "CPU threads; by default all cores", at_least=1)
@@ -153,7 +163,7 @@ def main(config: StudyConfig) -> Path:
         data = dataclasses.replace(data, resolution=image_size_of(pipe))
     real = load_real_images(data.for_data(), data.held_out_split, label_names=label_names_of(pipe))
     features = None
-    if config.study in ("noise_end", "data_draws"):
+    if config.study in IN_FEATURES:
         with torch.enable_grad():  # which trains a network of them, if there is none
             features, _ = features_for(real, config.features, state)
     report = MAKERS[config.study](Material(config, pipes, real, features))

@@ -36,18 +36,33 @@ UNGUIDED, UNGUIDED_TITLE = "none", "no guidance"
 class GuidanceOptions:
     """The settings of the methods, beside their scale."""
 
+    methods: tuple[str, ...] = option(tuple(METHODS), "which of them, in the order of the figure", "guidance")
     guidance_interval: tuple[float, ...] = option(
-        (0.2, 0.8), "where CFG with interval guides, two numbers in interval_unit", "guidance"
+        (0.2, 0.8),
+        "where CFG with interval guides, two numbers in interval_unit",
+        needs={"methods": ("cfg_interval",)},
     )
     interval_unit: Literal[INTERVAL_UNITS] = option(
-        "steps", "shares of the steps, or sigma / alpha, or timesteps of the training"
+        "steps",
+        "shares of the steps, or sigma / alpha, or timesteps of the training",
+        needs={"methods": ("cfg_interval",)},
     )
-    guidance_rescale: float = option(0.7, "of CFG with rescale, in [0, 1] (arXiv 2305.08891)")
-    apg_eta: float = option(0.0, "weight of the part of APG's direction along the prediction (arXiv 2410.02416)")
-    apg_momentum: float = option(-0.5, "APG's momentum, negative against the steps before")
-    apg_norm_threshold: float = option(2.5, "largest norm of APG's direction; 0 for any")
+    guidance_rescale: float = option(
+        0.7, "of CFG with rescale, in [0, 1] (arXiv 2305.08891)", needs={"methods": ("cfg_rescale",)}
+    )
+    apg_eta: float = option(
+        0.0,
+        "weight of the part of APG's direction along the prediction (arXiv 2410.02416)",
+        needs={"methods": ("apg",)},
+    )
+    apg_momentum: float = option(
+        -0.5, "APG's momentum, negative against the steps before", needs={"methods": ("apg",)}
+    )
+    apg_norm_threshold: float = option(2.5, "largest norm of APG's direction; 0 for any", needs={"methods": ("apg",)})
     auto_guidance_layers: tuple[int, ...] | None = option(
-        None, "layers that autoguidance drops where there is no weaker network; by default the middle one"
+        None,
+        "layers that autoguidance drops where there is no weaker network; by default the middle one",
+        needs={"methods": ("autoguidance",)},
     )
 
     def check_guidance(self) -> None:

@@ -247,6 +247,18 @@ def test_two_processes_give_the_measures_of_one(folders, compared, tmp_path):
         (["a", "--guidance_scales", "0.5", "2"], "guidance_scales must be different numbers of at least 1, got 0.5 2"),
         (["a", "--num_images", "5"], "num_images must be at least 6, got 5"),
         (["a", "--guidance_interval", "0.2"], "guidance_interval must be two numbers"),
+        (["a", "--methods", "cfg", "--apg_eta", "0.5"], "apg_eta has no meaning without methods apg: give both"),
+        (
+            ["a", "--methods", "cfg", "--guidance_rescale", "0.2"],
+            "guidance_rescale has no meaning without methods cfg_rescale",
+        ),
+        (
+            ["a", "--methods", "cfg", "--weak_pipeline", "b"],
+            "weak_pipeline has no meaning without methods autoguidance",
+        ),
+        (["a", "--methods", "cfg", "--classifier", "b"], "classifier has no meaning without methods classifier"),
+        (["a", "--methods", "cfg", "--guidance_interval", "0", "1"], "no meaning without methods cfg_interval"),
+        (["a", "--weak_pipeline", "b", "--auto_guidance_layers", "1"], "leave them or weak_pipeline out"),
         (["a", "--guidance_rescale", "2"], r"guidance_rescale must be in \[0, 1\], got 2"),
     ],
 )

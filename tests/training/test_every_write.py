@@ -136,14 +136,7 @@ def sweep(material, folder):
 
 
 def ask(material, folder):
-    options = {
-        "num_images": 5,
-        "num_data": 8,
-        "num_levels": 2,
-        "factors": (0.5,),
-        "features": "none",
-        "num_threads": 1,
-    }
+    options = {"num_data": 8, "num_levels": 2, "factors": (0.5,), "num_threads": 1}
     given = {"pipelines": (str(material / "pipeline"),), "dataset_name": str(material / "data")}
     study.main(study.StudyConfig(study="scaling", output_dir=str(folder), **given, **options))
 

@@ -190,10 +190,10 @@ def no_features(*args):
 def test_each_study_leaves_a_page_a_figure_and_numbers(run, name, tmp_path, monkeypatch):
     monkeypatch.setenv("DIFFUSERS_EXT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(study, "features_for", no_features)
-    words = ["--num_images", "20", "--num_data", "40", "--num_inference_steps", "4", "--lengths", "10", "1000"]
-    page = study.main(
-        study.parse([name, "--pipelines", str(run), *words, "--num_levels", "3", "--output_dir", str(tmp_path)])
-    )
+    words = ["--num_data", "40", "--output_dir", str(tmp_path)]
+    words += ["--num_levels", "3"] if name == "scaling" else ["--num_images", "20", "--num_inference_steps", "4"]
+    words += ["--lengths", "10", "1000"] if name == "noise_end" else []
+    page = study.main(study.parse([name, "--pipelines", str(run), *words]))
     text = page.read_text()
     assert page.name == f"{name}.md" and text.startswith("# ") and f"({name}.png)" in text
     assert (tmp_path / f"{name}.png").stat().st_size > 1000 and (tmp_path / f"{name}.json").is_file()
@@ -235,6 +235,22 @@ def test_a_path_or_scheduler_without_a_chain_of_betas_is_named(run, scheduler, m
         study.check_subject("runs/a", diffusers_ext.GuidedDiffusionPipeline(pipe.denoiser, scheduler))
     with pytest.raises(ValueError, match="runs/a must be a GuidedDiffusionPipeline, got a DDPMPipeline"):
         study.check_subject("runs/a", diffusers.DDPMPipeline(pipe.denoiser, diffusers.DDPMScheduler()))
+
+
+@pytest.mark.parametrize(
+    "name, option, value, needed",
+    [
+        ("scaling", "lengths", (50,), "noise_end"),
+        ("scaling", "num_images", 7, "noise_end, data_draws or embedding"),
+        ("scaling", "num_inference_steps", 7, "noise_end, data_draws or embedding"),
+        ("embedding", "features", "runs/features", "noise_end or data_draws"),
+        ("data_draws", "factors", (2.0,), "scaling"),
+        ("noise_end", "num_levels", 3, "scaling"),
+    ],
+)
+def test_options_of_another_study_are_refused(name, option, value, needed):
+    with pytest.raises(ValueError, match=f"{option} has no meaning without study {needed}: give both or neither"):
+        study.StudyConfig(study=name, pipelines=("runs/a",), **{option: value})
 
 
 def ask_scaling(folders, output_dir, *words):

@@ -127,6 +127,10 @@ def test_evaluation_says_what_is_missing(run, tmp_path):
         ValueError, match=r"takes images of \(channels, height, width\) \(1, 8, 8\), those of digits are"
     ):
         evaluate(EvaluateVAEConfig(model=str(run), resolution=(16,)))
+    with pytest.raises(
+        ValueError, match="features have no meaning for images in black and white, got runs/features with"
+    ):
+        evaluate(EvaluateVAEConfig(model=str(run), binarize="threshold", features="runs/features"))
     assert parse([str(run), "--num_samples", "3"]).num_samples == 3
 
 
