@@ -29,7 +29,7 @@ from diffusers_ext.evaluation.report import describe_network, name_network
 from diffusers_ext.hub.cards import Figure, add_figures
 from diffusers_ext.machine import process_state, set_threads
 from diffusers_ext.metrics.frechet import FeatureStatistics, frechet_distance
-from diffusers_ext.metrics.reconstruction import multi_scale_ssim, psnr, ssim
+from diffusers_ext.metrics.reconstruction import multi_scale_ssim, psnr, rmse, ssim
 from diffusers_ext.models.vae_likelihood import vae_likelihood
 from diffusers_ext.options import option, parse_config, run_script, to_command
 from diffusers_ext.pixels import to_images
@@ -52,6 +52,7 @@ METRICS = {
     "distortion_nats": "of these the distortion, -log p(x given z)",
     "rate_nats": "and the rate, KL divergence from the prior",
     "iwae_nats": "negative importance-weighted bound of {k} draws, nats an image",
+    "rmse": "RMSE of reconstructions, of 256 values",
     "psnr": "PSNR of reconstructions, dB",
     "ssim": "SSIM of reconstructions",
     "ms_ssim": "MS-SSIM of reconstructions",
@@ -69,6 +70,7 @@ METRIC_NAMES = {
     "distortion_nats": "distortion in nats",
     "rate_nats": "rate in nats",
     "iwae_nats": "negative IWAE bound in nats",
+    "rmse": "RMSE",
     "psnr": "PSNR in dB",
     "ssim": "SSIM",
     "ms_ssim": "MS-SSIM",
@@ -208,7 +210,7 @@ def measure(
     Returns:
         `elbo_nats` with its terms `distortion_nats` and `rate_nats`, and `iwae_nats`, all of them upper bounds on
         -log p(x), averaged over images; the same two bounds in `..._bits_per_dim`, None for grey images under
-        "bernoulli"; `psnr` (dB), `ssim`, `ms_ssim` and, with a network, `lpips`, averaged over images; `frechet_distance`, None without features;
+        "bernoulli"; `rmse` of 256 values, of the mean squared error of all images; `psnr` (dB), `ssim`, `ms_ssim` and, with a network, `lpips`, averaged over images; `frechet_distance`, None without features;
         `active_latents`; with levels of latents, the rate of each too.
     """
     how, num_dims = config.binarize or "none", images[0].numel()
@@ -223,7 +225,8 @@ def measure(
         latents.update(posterior)
         shown = (vae.decode(posterior.mode()).sample.float() / 2 + 0.5).clamp(0, 1).mul(255).round()
         decoded[rows] = shown.to("cpu", torch.uint8)
-        of_each = [how_close(x / 2 + 0.5, shown / 255) for how_close in (psnr, ssim, multi_scale_ssim)]
+        pair = x / 2 + 0.5, shown / 255
+        of_each = [(255 * rmse(*pair)).square(), *(each(*pair) for each in (psnr, ssim, multi_scale_ssim))]
         if lpips is not None:
             of_each.append(lpips.measure((x * 127.5 + 127.5).round().to(torch.uint8), decoded[rows]).to(of_each[0]))
         closeness.append(torch.stack(of_each).cpu())
@@ -233,7 +236,7 @@ def measure(
             estimate = vae_likelihood(vae, x[:left], levels=LEVELS, **settings)
             bounds.append(torch.stack([*estimate.bound, estimate.importance_weighted, *estimate.rates]).cpu())
     distortion, rate, iwae, *rates = torch.cat(bounds, dim=1).mean(1).tolist()
-    means = torch.cat(closeness, dim=1).mean(1).tolist()
+    error, *means = torch.cat(closeness, dim=1).mean(1).tolist()
     is_probability = vae.config.likelihood != "bernoulli" or how != "none"
     return {
         "elbo_nats": distortion + rate,
@@ -243,6 +246,7 @@ def measure(
         "iwae_nats": iwae,
         "elbo_bits_per_dim": bits_per_dim(distortion + rate, num_dims) if is_probability else None,
         "iwae_bits_per_dim": bits_per_dim(iwae, num_dims) if is_probability else None,
+        "rmse": error**0.5,
         **dict(zip(("psnr", "ssim", "ms_ssim", "lpips"), means, strict=False)),
         "frechet_distance": None if features is None else _distance(features, images, decoded),
         **_activity(latents),

@@ -108,11 +108,13 @@ def test_it_is_measured_on_held_out_images(run, tmp_path):
     assert result["elbo_bits_per_dim"] == pytest.approx(result["elbo_nats"] / 64 / np.log(2))
     error = ((decoded.clamp(-1, 1) - images[order]) / 2).square().flatten(1).mean(1)
     assert result["psnr"] == pytest.approx(-10 * error.log10().mean().item(), abs=0.05)  # of 8-bit images
+    assert result["rmse"] == pytest.approx(255 * error.mean().sqrt().item(), rel=0.01)
     assert 0 < result["ssim"] < 1 and result["frechet_distance"] > 0 and result["active_latents"] == 2
     card = (run / "README.md").read_text()
     assert "draws from the prior, which are not samples of the data" in card and "is no sample of the data" in card
     assert (run / "modeling_diffusers_ext.py").is_file()
     assert "negative importance-weighted bound of 64 draws, bits/dim" in card and "PSNR of reconstructions, dB" in card
+    assert "| RMSE of reconstructions, of 256 values | " in card
     assert f"\npython training/evaluate_vae.py {run} " in card or f"\npython training/evaluate_vae.py {run}\n" in card
 
 
