@@ -471,10 +471,16 @@ def report(config: EvaluateConfig, result: dict):
     if "held_out" in result:
         columns["held-out real"] = result["held_out"]
     print(format_table(columns, {"generated": result.get("spread", {})}))
-    print("\n".join([*describe(result), f"written to {path}"]))
+    print("\n".join([reference_in_words(result["reference"]), *describe(result), f"written to {path}"]))
     if result["sampling"] and (folder / "README.md").is_file() and (folder / "train_config.yaml").is_file():
         command = to_command(config, "training/evaluate.py", launcher="python", first="pipeline")
         print(f"and into {add_figures(folder, figures_of(result, command))}")
+
+
+def reference_in_words(reference: dict) -> str:
+    """The real images, as `describe_reference` has them, in a line of the screen."""
+    name, size = Path(reference["dataset_name"]).name, "x".join(map(str, reference["image_shape"][1:]))
+    return f"reference: {reference['num_images']} images of {name}, split {reference['dataset_split']}, {size}"
 
 
 parse = partial(parse_config, EvaluateConfig, first="pipeline")

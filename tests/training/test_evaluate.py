@@ -96,6 +96,7 @@ def test_a_run_folder_is_measured_without_options(tmp_path, features_folder, cap
     assert generated["label_accuracy"] < 0.3 and held_out["label_accuracy"] > 0.85
     printed = capsys.readouterr().out
     assert "frechet_distance" in printed and "FID" not in printed
+    assert "\nreference: 1500 images of digits, split train, 8x8\n" in printed
     assert str(features_folder) in printed
 
 
