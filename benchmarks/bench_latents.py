@@ -1,6 +1,6 @@
 """Training on latents from disk beside encoding the same images at each batch: images/s of `training/train_ddpm.py`.
 
-    python benchmarks/bench_latents.py --dataset_name path/to/twemoji64 --latents latents/twemoji64 --vae runs/vae
+    PYTHONPATH=.:training python benchmarks/bench_latents.py --dataset_name path/to/twemoji64 --latents latents/twemoji64 --vae runs/vae
 
 The two take turns, and the fastest of each counts; the first steps of a run, up to its first line of the log, do not.
 """
