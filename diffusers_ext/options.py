@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -30,6 +31,7 @@ from diffusers_ext.untrusted import parse_yaml, read_yaml_mapping
 
 Config = TypeVar("Config")
 
+_SECTION = re.compile(r"\n\s*(?:Args|Attributes|Returns|Raises):")  # of a docstring
 OTHERS_WAIT_SECONDS = 10.0
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -374,7 +376,7 @@ def _parser(cls: type, program: str | None = None, everything: bool = False) -> 
     parser = _Parser(
         prog=program,
         usage="%(prog)s [--OPTION VALUE ...]",  # the list of all of them would hide the message of an error
-        description=cls.__doc__,
+        description=_description(cls),
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         formatter_class=_HelpFormatter,
@@ -406,6 +408,11 @@ def _parser(cls: type, program: str | None = None, everything: bool = False) -> 
         keywords = _argument(field.name, hints[field.name])
         group.add_argument(f"--{field.name}", *alias, dest=field.name, help=help, **keywords)
     return parser
+
+
+def _description(cls: type) -> str:
+    """What a config is for, by its docstring without the sections for those who call it from Python."""
+    return name_commands(_SECTION.split(cls.__doc__ or "", maxsplit=1)[0].strip())
 
 
 class _Parser(argparse.ArgumentParser):

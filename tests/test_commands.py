@@ -33,7 +33,9 @@ def test_each_command_of_the_table_says_its_own_name_in_its_help(name, capsys):
     with pytest.raises(SystemExit) as exit:
         main([name, "--help"])
     assert not exit.value.code
-    assert capsys.readouterr().out.startswith(f"usage: diffusers-ext {name} ")
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"usage: diffusers-ext {name} ")
+    assert not re.search("(Raises|Args|Attributes|Returns):", printed)  # which are for those who write Python
 
 
 def test_each_script_of_training_is_a_command_and_starts_the_same_function():
@@ -129,6 +131,11 @@ def test_texts_name_the_command_that_the_user_has(monkeypatch, capsys):
     assert ended(["evaluate"], capsys)[1].endswith(
         "say what to evaluate: diffusers-ext evaluate PIPELINE, a folder or a name on the Hub\n"
     )
+    for name, rest in (
+        ("compare-guidance", "PIPELINE, a folder"),
+        ("study", "noise_end|scaling|data_draws|embedding"),
+    ):
+        assert f": diffusers-ext {name} {rest}" in ended([name], capsys)[1]
     with pytest.raises(SystemExit):
         main(["train-vae", "--help-all"])
     assert "diffusers-ext train-features" in capsys.readouterr().out

@@ -110,7 +110,11 @@ class CompareConfig(GuidanceOptions, DataOptions):
 
     def __post_init__(self):
         if self.pipeline is None:
-            raise ValueError("say what to guide: compare_guidance.py PIPELINE, a folder or a name on the Hub")
+            raise ValueError(
+                name_commands(
+                    "say what to guide: training/compare_guidance.py PIPELINE, a folder or a name on the Hub"
+                )
+            )
         super().__post_init__()
         unknown = [method for method in self.methods if method not in METHODS]
         if unknown or len(set(self.methods)) < len(self.methods):

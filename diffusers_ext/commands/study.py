@@ -19,6 +19,7 @@ from torch import Tensor
 from diffusers_ext import GuidedDiffusionPipeline
 from diffusers_ext.calibration.examples import Examples
 from diffusers_ext.calibration.subject import Subject
+from diffusers_ext.command_names import name_commands
 from diffusers_ext.diffusion.noising import predict_x0
 from diffusers_ext.draws import check_seed
 from diffusers_ext.evaluation.evaluator import Evaluator
@@ -92,7 +93,10 @@ class StudyConfig(DataOptions):
 
     def __post_init__(self):
         if self.study is None or not self.pipelines:
-            raise ValueError(f"say what to study and of what: study.py {'|'.join(STUDIES)} --pipelines PIPELINE ...")
+            names = "|".join(STUDIES)
+            raise ValueError(
+                name_commands(f"say what to study and of what: training/study.py {names} --pipelines PIPELINE ...")
+            )
         super().__post_init__()
         check_seed(self.seed, LARGEST_SEED_OF_SETS)
         if self.study not in ("noise_end", "scaling") and len(self.pipelines) != 1:

@@ -241,7 +241,7 @@ def test_two_processes_give_the_measures_of_one(folders, compared, tmp_path):
 @pytest.mark.parametrize(
     "words, message",
     [
-        ([], "say what to guide: compare_guidance.py PIPELINE"),
+        ([], "say what to guide: training/compare_guidance.py PIPELINE"),
         (["a", "--methods", "cgf"], "methods must be different ones of cfg, cfg_interval, .*, got cgf"),
         (["a", "--methods", "cfg_interval"], "cfg_interval is compared with cfg"),
         (["a", "--guidance_scales", "0.5", "2"], "guidance_scales must be different numbers of at least 1, got 0.5 2"),
