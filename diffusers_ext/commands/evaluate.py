@@ -354,6 +354,7 @@ def check_options(config: EvaluateConfig, pipeline: DiffusionPipeline | None) ->
     """
     if pipeline is not None:
         check_number(config.num_images, config.num_neighbours)
+        config.check_likelihood_of(pipeline)
     by_text = pipeline is not None and takes_prompts(pipeline)
     what = f"{config.pipeline} is a folder of images" if pipeline is None else f"got a {type(pipeline).__name__}"
     if pipeline is None:

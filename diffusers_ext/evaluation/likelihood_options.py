@@ -79,6 +79,18 @@ class LikelihoodOptions:
         if self.bits_per_dim:
             FlowSettings.of(self.num_flow_steps, self.flow_tolerance, self.dequantization)
 
+    def check_likelihood_of(self, pipeline) -> None:
+        """Refuses more timesteps than a pipeline has, before any data are read.
+
+        Raises:
+            ValueError: with their number.
+        """
+        length, asked = pipeline.scheduler.config.get("num_train_timesteps"), self.num_likelihood_steps
+        if None not in (length, asked) and asked > length:
+            raise ValueError(
+                f"num_likelihood_steps must be at most the {length} timesteps that the model was trained on, got {asked}"
+            )
+
     def measure_likelihood(self, pipeline, real: RealImages, *, batch_size: int, bf16: bool, seed: int) -> dict:
         """The variational bound of held-out images, see `measure_bits_per_dim`.
 

@@ -447,6 +447,11 @@ def test_what_cannot_be_evaluated_is_refused(tmp_path, features_folder):
             (ten, *digits, "--num_images", 400, "--num_neighbours", 300),
             "num_neighbours must be smaller than the number of training images, 300",
         ),
+        (
+            # Before the data are read, which are not there.
+            (ten, "--dataset_name", "somebody/nothing", "--bits_per_dim", "--num_likelihood_steps", 2000),
+            "num_likelihood_steps must be at most the 1000 timesteps that the model was trained on, got 2000",
+        ),
         ((few, *digits), "the number of images in .*few must be at least 6, got 2: precision and recall"),
         ((broken, *digits), "a.png cannot be decoded"),
         ((broken.parent / "pictures", *digits, "--bits_per_dim"), "--bits_per_dim is of a model, and .* of images"),
