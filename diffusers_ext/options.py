@@ -76,9 +76,11 @@ def check_options(config: Any) -> None:
         parts = value if isinstance(value, tuple) else (value,)
         if lowest is not None and any(part is not None and not part >= lowest for part in parts):
             raise ValueError(f"{field.name} must be at least {lowest}, got {' '.join(map(str, parts))}")
+        if any(part != part for part in parts):
+            raise ValueError(f"{field.name} must be a number, got {' '.join(map(str, parts))}")
         # Of several, such as the ends of an interval, one may be infinite.
-        if any(part != part for part in parts) or (isinstance(value, float) and math.isinf(value)):
-            raise ValueError(f"{field.name} must be a finite number, got {' '.join(map(str, parts))}")
+        if isinstance(value, float) and math.isinf(value):
+            raise ValueError(f"{field.name} must be finite, got {value}")
         if needs is not None and value != field.default and (missing := _missing(config, needs)):
             raise ValueError(f"{field.name} has no meaning without {missing}: give both or neither")
 

@@ -66,7 +66,7 @@ class Ruled:
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"weight": -0.5}, "weight must be at least 0, got -0.5"),
         ({"weight": float("nan")}, "weight must be at least 0, got nan"),
-        ({"weight": float("inf")}, "weight must be a finite number, got inf"),
+        ({"weight": float("inf")}, "weight must be finite, got inf"),
         ({"kind": "c", "weight": 1.0}, "weight has no meaning without kind a or b: give both or neither"),
         ({"length": 6}, "length has no meaning without kind c: give both or neither"),
         ({"start": 1}, "start has no meaning without steps: give both or neither"),

@@ -106,7 +106,7 @@ def test_metrics_after_the_step_that_a_run_goes_on_from_are_dropped(tmp_path):
         ({"resolution": (8, 8, 8)}, "resolution must be one side or height and width, got 8 8 8"),
         ({"max_bad_share": 1.5}, r"max_bad_share must be in \[0, 1\), got 1.5"),
         ({"learning_rate": 0.0}, "learning_rate must be positive"),
-        ({"learning_rate": float("inf")}, "learning_rate must be a finite number, got inf"),
+        ({"learning_rate": float("inf")}, "learning_rate must be finite, got inf"),
         ({"lr_scheduler": "polynomial", "lr_power": -1.0}, "lr_power must be at least 0, got -1.0"),
         ({"lr_scheduler": "cosine_with_restarts", "lr_num_cycles": -1}, "lr_num_cycles must be at least 1, got -1"),
         ({"adam_beta1": 1.5}, r"adam_beta1 must be in \[0, 1\), got 1.5"),

@@ -345,7 +345,7 @@ def test_a_data_set_of_one_label_is_measured_in_pixels(tmp_path):
         (
             sample_prompts.SampleConfig,
             ["--guidance_scales", "nan"],
-            "guidance_scales must be a finite number, got nan",
+            "guidance_scales must be a number, got nan",
         ),
         (train_features.FeaturesConfig, ["--num_train_epochs", "0"], "num_train_epochs must be at least 1, got 0"),
         (train_features.FeaturesConfig, ["--train_batch_size", "1"], "train_batch_size must be at least 2, got 1"),
