@@ -25,7 +25,7 @@ def run(arguments: Sequence[str] | None = None, program: str = "diffusers-ext de
     try:
         if given.export is not None:
             names = export_space(given.pipeline, given.export, diffusers_ext.__version__)
-            print(f"{given.export} has {', '.join(names)}: a Space, to push as it is")
+            print(f"{given.export} has {', '.join(names)}: a Space, to push")
             print(how_to_install(diffusers_ext.__version__))
             return
         try:
