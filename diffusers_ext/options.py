@@ -18,7 +18,7 @@ import traceback
 import types
 import typing
 from collections.abc import Callable
-from functools import cache, partial, wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -26,6 +26,7 @@ import yaml
 
 from diffusers_ext.command_names import launched_command, name_commands, started_as
 from diffusers_ext.foreign_options import explain_foreign
+from diffusers_ext.option_values import convert, hints_of, without_none, without_path
 from diffusers_ext.untrusted import parse_yaml, read_yaml_mapping
 
 
@@ -229,12 +230,12 @@ def read_yaml_text(cls: type, text: str, name: str) -> dict[str, Any]:
 def _options_of(cls: type, content: dict, path: object) -> dict[str, Any]:
     aliases = {field.metadata["alias"]: field.name for field in dataclasses.fields(cls)}
     content = {aliases.get(key, key): value for key, value in content.items()}
-    hints = _hints_of(cls)
+    hints = hints_of(cls)
     unknown = [str(key) for key in content if key not in hints]
     if unknown:
         raise ValueError(f"{path}: {_unknown(unknown, cls)}")
     try:
-        return {key: _convert(key, value, hints[key]) for key, value in content.items()}
+        return {key: convert(key, value, hints[key]) for key, value in content.items()}
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -257,24 +258,14 @@ def takes_keywords(cls: type[Config]) -> type[Config]:
         cls = type(self)
         aliases = {field.metadata["alias"]: field.name for field in dataclasses.fields(cls)}
         values = {aliases.get(name, name): value for name, value in values.items()}
-        hints = _hints_of(cls)
+        hints = hints_of(cls)
         if unknown := [name for name in values if name not in hints]:
             raise TypeError(f"{cls.__name__}: {_unknown(unknown, cls)}")
-        values = {name: _convert(name, _without_path(value), hints[name]) for name, value in values.items()}
+        values = {name: convert(name, without_path(value), hints[name]) for name, value in values.items()}
         init(self, **values | preset_of(cls, values))
 
     cls.__init__ = __init__
     return cls
-
-
-@cache
-def _hints_of(cls: type) -> dict[str, Any]:
-    names = {field.name for field in dataclasses.fields(cls)}
-    return {name: hint for name, hint in typing.get_type_hints(cls).items() if name in names}
-
-
-def _without_path(value: Any) -> Any:
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def preset_of(cls: type, values: dict[str, Any]) -> dict[str, Any]:
@@ -284,7 +275,7 @@ def preset_of(cls: type, values: dict[str, Any]) -> dict[str, Any]:
     is not off, or "option=value", and what it leaves no room for) is left to that.
     """
     preset = values.get("preset")
-    if values.keys() >= _hints_of(cls).keys():  # of a config that is replaced, where one was taken when it was made
+    if values.keys() >= hints_of(cls).keys():  # of a config that is replaced, where one was taken when it was made
         return {}
     if preset is None and hasattr(cls, "preset_for"):
         preset = cls.preset_for(values)
@@ -441,7 +432,7 @@ class _HelpFormatter(argparse.HelpFormatter):
 
 
 def _argument(name: str, hint: Any) -> dict[str, Any]:
-    kind = _without_none(hint)
+    kind = without_none(hint)
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}  # type=bool would read "False" as True
     if typing.get_origin(kind) is Literal:
@@ -454,48 +445,6 @@ def _argument(name: str, hint: Any) -> dict[str, Any]:
 class _StoreTuple(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         setattr(namespace, self.dest, tuple(values))
-
-
-def _without_none(hint: Any) -> Any:
-    """`X` for `X | None`."""
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):  # `Literal[...] | None` is the second
-        (hint,) = [part for part in typing.get_args(hint) if part is not type(None)]
-    return hint
-
-
-def _convert(name: str, value: Any, hint: Any) -> Any:
-    kind = _without_none(hint)
-    if value is None:
-        if kind is not hint:
-            return None
-        raise ValueError(f"{name} must have a value, got null")
-    origin = typing.get_origin(kind)
-    if origin is Literal:
-        if value is False and "no" in typing.get_args(kind):
-            return "no"  # YAML 1.1 reads a bare `no` as false
-        if value not in typing.get_args(kind):
-            raise ValueError(f"{name} must be one of {', '.join(typing.get_args(kind))}, got {value!r}")
-        return value
-    if origin is tuple:
-        return tuple(_convert(name, part, typing.get_args(kind)[0]) for part in _listed(value))
-    if kind is str and isinstance(value, str | int | float) and not isinstance(value, bool):
-        return str(value)
-    if isinstance(value, bool) == (kind is bool) and isinstance(value, bool | int | float | str):
-        try:
-            converted = kind(value)
-        except ValueError:
-            converted = None
-        if converted is not None and (isinstance(value, str) or converted == value):
-            return converted
-    raise ValueError(f"{name} must be {_described(kind)}, got {value!r}")
-
-
-def _listed(value: Any) -> list:
-    return list(value) if isinstance(value, list | tuple) else [value]
-
-
-def _described(kind: type) -> str:
-    return {bool: "true or false", int: "an integer", float: "a number", str: "a text"}[kind]
 
 
 def _unknown(names: list[str], cls: type, prefix: str = "") -> str:
