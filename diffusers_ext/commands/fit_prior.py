@@ -22,7 +22,7 @@ from diffusers_ext.evaluation.options import DataOptions, take_options_of_run
 from diffusers_ext.evaluation.pipeline_facts import default_of, image_size_of, label_names_of
 from diffusers_ext.evaluation.real_images import load_real_images
 from diffusers_ext.evaluation.subject import load_pipeline
-from diffusers_ext.hub.card_changes import renew_card
+from diffusers_ext.hub.cards import renew_card
 from diffusers_ext.machine import process_state, set_threads
 from diffusers_ext.options import option, parse_config, run_script
 from diffusers_ext.pipelines.truncation import check_prior, truncated_timesteps

@@ -22,7 +22,13 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from diffusers_ext.atomic_files import atomic_write
 from diffusers_ext.hub.push import check_repo_id
 from diffusers_ext.hub.remote_code import MODEL_FILE, PIPELINE_FILE
-from diffusers_ext.hub.saved_folder import SavedFolder, lines_of_part, lines_without_package, loading_lines
+from diffusers_ext.hub.saved_folder import (
+    USE_HEADING,
+    SavedFolder,
+    lines_of_part,
+    lines_without_package,
+    loading_lines,
+)
 from diffusers_ext.hub.stock_places import stock_places
 from diffusers_ext.untrusted import one_line, read_json
 
@@ -32,6 +38,8 @@ CARD_TEMPLATE = Path(__file__).with_name("model_card_template.md")
 
 # Of `training/calibrate.py`, beside the pipeline.
 CALIBRATION_FILE, CALIBRATION_HEADING = "calibration.json", "## Calibration"
+RESULTS_HEADING = "## Results"
+_COMPONENTS = re.compile(r"^\| component \|.*\n(?:\|.*(?:\n|\Z))+", re.MULTILINE)  # the table of them
 _NOTHING = "No figure was measured."
 _CALIBRATED = "No figure was measured beside those of the calibration below."
 _NAME = re.compile(r"[^,;:.!?\n]{1,40}")  # of a metric
@@ -204,14 +212,48 @@ def add_figures(folder: str | os.PathLike, figures: Sequence[Figure]) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is no file: write the card by write_card first")
     card = ModelCard.load(path)
-    before, heading, rest = card.text.partition("## Results\n")
-    _, next_heading, after = rest.partition("\n## Use\n")
-    if not (heading and next_heading):
+    text = _with_results(card.text, _results(figures))
+    if text is None:
         raise ValueError(
-            f"{path} has no section '## Results' followed by '## Use' to put figures in: write it by write_card"
+            f"{path} has no section '{RESULTS_HEADING}' followed by '{USE_HEADING}' to put figures in: write it by write_card"
         )
-    card.text = f"{before}{heading}\n{_results(figures)}\n{next_heading}{after}"
+    card.text = text
     _put_into_metadata(card.data, figures, Path(folder).resolve().name)
+    return _save(card, path)
+
+
+def _with_results(text: str, results: str) -> str | None:
+    """A card with another section of results; None if it has no such section before that on its use."""
+    before, heading, rest = text.partition(f"{RESULTS_HEADING}\n")
+    _, next_heading, after = rest.partition(f"\n{USE_HEADING}\n")
+    return f"{before}{heading}\n{results}\n{next_heading}{after}" if heading and next_heading else None
+
+
+def renew_card(folder: Path, results: str) -> Path | None:
+    """Lists the parts that are now in `folder` in its card, and drops the figures, which were of the pipeline before.
+
+    Args:
+        results: What stands in the place of the figures, in Markdown.
+
+    Returns: The path of the card; None if there is no card, or it is none of `write_card`.
+
+    Raises:
+        ValueError: if the folder holds no whole pipeline or model.
+    """
+    path = folder / "README.md"
+    if not path.is_file():
+        return None
+    card = ModelCard.load(path)
+    text = _with_results(card.text, results)
+    if text is None or not _COMPONENTS.search(text):
+        return None
+    # As the template has it.
+    parts = {"components": SavedFolder.read(folder).components}
+    table = _COMPONENTS.search(
+        ModelCard.from_template(ModelCardData(), template_path=str(CARD_TEMPLATE), **parts).text
+    )
+    card.text = _COMPONENTS.sub(lambda _: table[0], text, count=1)
+    card.data.eval_results = card.data.model_name = None  # the Hub's tables of the same figures
     return _save(card, path)
 
 
@@ -230,7 +272,7 @@ def add_calibration(folder: str | os.PathLike) -> Path | None:
     before = before.partition(f"\n{CALIBRATION_HEADING}\n")[0].rstrip("\n")
     section = _calibration(Path(folder))
     if section:
-        before = before.replace(f"## Results\n\n{_NOTHING}", f"## Results\n\n{_CALIBRATED}")
+        before = before.replace(f"{RESULTS_HEADING}\n\n{_NOTHING}", f"{RESULTS_HEADING}\n\n{_CALIBRATED}")
     card.text = f"{before}\n{section and chr(10) + section}{heading}{after}"
     return _save(card, path)
 
