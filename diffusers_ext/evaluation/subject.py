@@ -22,6 +22,7 @@ from diffusers_ext.evaluation.label_shares import describe_labels, proportional_
 from diffusers_ext.evaluation.labelled_images import convert_channels
 from diffusers_ext.evaluation.pipeline_facts import default_of, label_names_of, num_labels_of, takes_prompts
 from diffusers_ext.evaluation.real_images import RealImages
+from diffusers_ext.pipelines.call_defaults import with_defaults
 from diffusers_ext.pipelines.pipeline_guided_diffusion import GuidedDiffusionPipeline
 from diffusers_ext.pipelines.pipeline_text_guided_diffusion import TextGuidedDiffusionPipeline
 from diffusers_ext.pipelines.text_condition import DEFAULT_GUIDANCE_SCALE
@@ -235,14 +236,13 @@ def guidance_of_call(pipeline, guidance_scale: float | None, settings: Mapping[s
     Args:
         guidance_scale, settings: Of the call.
     """
-    internal = settings.get("internal_guidance_scale", 1.0)
-    interval = settings.get("guidance_interval")
-    if guidance_scale is None and internal == 1.0 and interval is None and default_scale(pipeline) is not None:
-        interval = (getattr(pipeline, "config", {}).get("call_defaults") or {}).get("guidance_interval")
+    scale, defaults = default_scale(pipeline), getattr(pipeline, "config", {}).get("call_defaults")
+    given = {"num_inference_steps": None, **settings, "guidance_scale": guidance_scale}
+    call = given | with_defaults(given, defaults, can_guide=scale is not None)
     return {
-        "guidance_scale": default_scale(pipeline) if guidance_scale is None else guidance_scale,
-        "guidance_interval": interval,
-        "internal_guidance_scale": internal,
+        "guidance_scale": scale if guidance_scale is None else guidance_scale,
+        "guidance_interval": call.get("guidance_interval"),
+        "internal_guidance_scale": call.get("internal_guidance_scale", 1.0),
     }
 
 

@@ -65,6 +65,11 @@ def check_call_defaults(defaults: Mapping[str, Any] | None) -> dict[str, Any] | 
     return saved
 
 
+def says_guidance(given: Mapping[str, Any]) -> bool:
+    """Whether a call, by its arguments, says by what to guide."""
+    return any(given.get(name, nothing) != nothing for name, nothing in SAYS_GUIDANCE.items())
+
+
 def with_defaults(given: Mapping[str, Any], defaults: Mapping[str, Any] | None, can_guide: bool) -> dict[str, Any]:
     """Values of the arguments that a call has left open.
 
@@ -78,7 +83,6 @@ def with_defaults(given: Mapping[str, Any], defaults: Mapping[str, Any] | None, 
         filled["num_inference_steps"] = defaults.get("num_inference_steps", DEFAULT_NUM_STEPS)
     if all(given.get(name) is None for name in SAYS_START) and "start_timestep" in defaults:
         filled["start_timestep"] = defaults["start_timestep"]
-    silent = all(given.get(name, nothing) == nothing for name, nothing in SAYS_GUIDANCE.items())
-    if can_guide and silent:
+    if can_guide and not says_guidance(given):
         filled |= {name: defaults[name] for name in OF_GUIDANCE if name in defaults and given.get(name) is None}
     return filled

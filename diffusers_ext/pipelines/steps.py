@@ -13,6 +13,7 @@ from torch import Generator, Tensor
 
 from diffusers_ext.draws import draw_normal
 from diffusers_ext.guidance.guiding import choose_guider, guided_steps
+from diffusers_ext.pipelines.call_defaults import says_guidance
 from diffusers_ext.pipelines.components import check_clipped_noise
 from diffusers_ext.pipelines.inpainting import KnownPixels, mask_of_latents
 from diffusers_ext.pipelines.outputs import TrajectoryPoint
@@ -108,9 +109,7 @@ class Steps:
 
 def _check_refinements(pipe, condition, call) -> None:
     """Refuses to guide in some of the steps, or to rescale, where nothing says by what to guide."""
-    nothing = (None, None, 0, 1)
-    asked = (call.guider, call.guidance_scale, call.classifier_scale, call.internal_guidance_scale)
-    if asked != nothing or pipe.guider is not None or condition.weighted:
+    if says_guidance(vars(call)) or pipe.guider is not None or condition.weighted:
         return
     refined = {"guidance_interval": call.guidance_interval, "guidance_rescale": call.guidance_rescale or None}
     given = [name for name, value in refined.items() if value is not None]
