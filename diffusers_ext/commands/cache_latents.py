@@ -29,7 +29,6 @@ from diffusers_ext.data.image_table import ImageData, mirror
 from diffusers_ext.data.latent_cache import (
     DTYPE,
     LatentsInfo,
-    downsampling,
     fingerprint,
     latent_shape,
     load_vae,
@@ -43,6 +42,7 @@ from diffusers_ext.data.sequences import SequenceData
 from diffusers_ext.machine import is_fast_at_bf16, set_threads
 from diffusers_ext.options import option, run_script
 from diffusers_ext.pixels import to_images
+from diffusers_ext.sizes import compression
 
 
 # What the shards that are there were made with, until all are.
@@ -98,7 +98,7 @@ def main(config: CacheConfig) -> Path:
         raise ValueError(f"dataset_split must be a split without a slice, whose name the shards bear, got {split}")
     vae = load_vae(config.vae).to(accelerator.device)
     with accelerator.local_main_process_first():
-        data = scaled_for(vae, prepare_images(config, multiple_of=downsampling(vae)), config)
+        data = scaled_for(vae, prepare_images(config, multiple_of=compression(vae.config)), config)
     info = describe(config, data, vae)
     count = -(-len(data) // config.shard_size)
     paths = [shard_path(folder, split, number, count) for number in range(count)]

@@ -28,7 +28,7 @@ from diffusers_ext.data.prepare import prepare_data
 from diffusers_ext.data.sequences import in_scale_of
 from diffusers_ext.data.stream import StreamData
 from diffusers_ext.latents import check_one_level, latent_scale, normalize_latents
-from diffusers_ext.sizes import downsampling_factor, one_if_equal
+from diffusers_ext.sizes import compression, one_if_equal
 from diffusers_ext.untrusted import from_mapping, read_yaml_mapping
 
 
@@ -195,11 +195,6 @@ def fingerprint(vae: ModelMixin) -> str:
     """A hash of all that the latents of an image depend on: the weights, and the config but for the latents' scale."""
     config = {name: value for name, value in vae.config.items() if name[0] != "_" and name not in _NO_INFLUENCE}
     return hash_weights(vae, json.dumps([type(vae).__name__, config], sort_keys=True, default=str).encode())
-
-
-def downsampling(vae: ModelMixin) -> int:
-    """Ratio of an image's side to that of its latents."""
-    return downsampling_factor(vae.config.get("block_out_channels", (0,)))
 
 
 @torch.no_grad()
@@ -441,7 +436,7 @@ def prepare_samples(
         read_ahead: See `prepare_data`.
     """
     if not read_info(config.dataset_name):
-        factor = 1 if vae is None else downsampling(vae)
+        factor = 1 if vae is None else compression(vae.config)
         data = prepare_data(config, multiple_of * factor, read_ahead=read_ahead)
         return data if vae is None else scaled_for(vae, data, config)
     if config.streaming:
