@@ -40,7 +40,13 @@ from diffusers_ext.evaluation.perceptual_distance import LPIPS_NETWORKS, Percept
 from diffusers_ext.evaluation.pipeline_facts import image_size_of, label_names_of, samples_in_bf16, takes_prompts
 from diffusers_ext.evaluation.real_images import RealImages, describe_reference, load_real_images
 from diffusers_ext.evaluation.reference_cache import reference_features
-from diffusers_ext.evaluation.report import CONDITIONED_PICTURE, LIKELIHOOD_PICTURE, describe, figures_of
+from diffusers_ext.evaluation.report import (
+    CONDITIONED_PICTURE,
+    LIKELIHOOD_PICTURE,
+    describe,
+    figures_of,
+    reference_in_words,
+)
 from diffusers_ext.evaluation.spread import measure_over_seeds
 from diffusers_ext.evaluation.subject import generate_for, load_pipeline
 from diffusers_ext.evaluation.sweep import SWEPT, Sweep, SweepOptions
@@ -476,12 +482,6 @@ def report(config: EvaluateConfig, result: dict):
     if result["sampling"] and (folder / "README.md").is_file() and (folder / "train_config.yaml").is_file():
         command = to_command(config, "training/evaluate.py", launcher="python", first="pipeline")
         print(f"and into {add_figures(folder, figures_of(result, command))}")
-
-
-def reference_in_words(reference: dict) -> str:
-    """The real images, as `describe_reference` has them, in a line of the screen."""
-    name, size = Path(reference["dataset_name"]).name, "x".join(map(str, reference["image_shape"][1:]))
-    return f"reference: {reference['num_images']} images of {name}, split {reference['dataset_split']}, {size}"
 
 
 parse = partial(parse_config, EvaluateConfig, first="pipeline")

@@ -2,7 +2,7 @@
 
 import inspect
 
-from diffusers import ModelMixin
+from diffusers import LDMPipeline, ModelMixin
 
 from diffusers_ext.guidance.labels import num_classes_of
 from diffusers_ext.machine import runs_in_bf16
@@ -52,7 +52,7 @@ def samples_in_bf16(pipeline, mixed_precision: str | None, device: str) -> bool:
     Raises:
         ValueError: if that is asked for, and the pipeline cannot.
     """
-    if not any(cls.__name__ == "LDMPipeline" for cls in type(pipeline).__mro__):
+    if not isinstance(pipeline, LDMPipeline):
         return runs_in_bf16(mixed_precision, device)
     if mixed_precision == "bf16":
         raise ValueError(

@@ -93,6 +93,12 @@ def describe(result: dict) -> list[str]:
     return lines
 
 
+def reference_in_words(reference: dict) -> str:
+    """The real images, as `describe_reference` has them, in a line of the screen."""
+    name, size = Path(reference["dataset_name"]).name, "x".join(map(str, reference["image_shape"][1:]))
+    return f"reference: {reference['num_images']} images of {name}, split {reference['dataset_split']}, {size}"
+
+
 def describe_network(about: dict) -> str:
     """Which network the features are of, by what is known of it."""
     if "name" in about:

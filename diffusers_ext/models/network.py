@@ -10,7 +10,7 @@ from diffusers.models.attention import AttentionMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from diffusers_ext.models.derivatives import in_torch_func
+from diffusers_ext.diffusion.tables import is_readable
 from diffusers_ext.sizes import one_if_equal
 from diffusers_ext.untrusted import check_config
 
@@ -126,7 +126,7 @@ def _check_labels(class_labels: Tensor, batch_size: int, num_classes: int, has_n
             f"({batch_size}, {num_classes}), got {tuple(class_labels.shape)}"
         )
     # On other devices the embedding checks the range itself, and a check here would wait for the device.
-    if class_labels.device.type != "cpu" or torch.compiler.is_compiling() or in_torch_func():
+    if not is_readable(class_labels):
         return
     if is_sets:
         outside = class_labels[(class_labels != 0) & (class_labels != 1)]

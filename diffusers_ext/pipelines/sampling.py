@@ -115,20 +115,6 @@ class CallOptions:
                 raise ValueError(f"start_timestep and {given[0]} both say where to start: give one of them")
 
     @property
-    def tensors_of_callback(self) -> Sequence[str]:
-        """Names of the tensors that the callback is to be given: one of `diffusers.callbacks` says them itself."""
-        return getattr(self.callback_on_step_end, "tensor_inputs", self.callback_on_step_end_tensor_inputs)
-
-    @property
-    def asked_by_callback(self) -> str:
-        """For errors: who asks for these tensors, if it is not the call."""
-        if self.tensors_of_callback is self.callback_on_step_end_tensor_inputs:
-            return ""
-        return (
-            f", which {type(self.callback_on_step_end).__name__} asks for; a function may set pipeline._guidance_scale"
-        )
-
-    @property
     def noise_share(self) -> float:
         """How far back to noise the call starts: `strength`, or what it is by default; 1 is noise alone."""
         if self.strength is not None:
@@ -361,12 +347,15 @@ class SamplingMixin(ConditionImagesMixin):
         """Refuses outputs that the pipeline cannot give."""
         vae, config = self.vae, self.scheduler.config
         self._check_output_type(call.output_type)
-        unknown = [name for name in call.tensors_of_callback if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs must be among {self._callback_tensor_inputs}, got {unknown}"
-                f"{call.asked_by_callback}"
-            )
+        known, asked, callback = self._callback_tensor_inputs, "", call.callback_on_step_end
+        names = call.callback_on_step_end_tensor_inputs
+        if hasattr(
+            callback, "tensor_inputs"
+        ):  # one of `diffusers.callbacks`, which says itself what it is to be given
+            names = callback.tensor_inputs
+            asked = f", which {type(callback).__name__} asks for; a function may set pipeline._guidance_scale"
+        if unknown := [name for name in names if name not in known]:
+            raise ValueError(f"callback_on_step_end_tensor_inputs must be among {known}, got {unknown}{asked}")
         if vae is not None:
             latent_scale(vae, torch.empty(1, self._sample_shape[0], *[1] * self._dims))
         check_clipping(config, vae is not None, self.statistics)

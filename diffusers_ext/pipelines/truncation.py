@@ -8,6 +8,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Generator, Tensor, nn
 
 from diffusers_ext.command_names import name_commands
+from diffusers_ext.diffusion.tables import is_readable
 from diffusers_ext.diffusion.timesteps import make_timesteps
 from diffusers_ext.draws import draw_normal
 from diffusers_ext.models.gaussian_prior import GaussianPriorModel
@@ -81,7 +82,7 @@ def check_latents(latents: Tensor, shape: tuple[int, ...]) -> None:
     """Refuses latents of another shape than the call's samples, and those on the CPU that are not finite."""
     if latents.shape != shape:
         raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}")
-    if latents.device.type == "cpu" and not latents.isfinite().all():  # an accelerator would be waited for
+    if is_readable(latents) and not latents.isfinite().all():  # an accelerator would be waited for
         raise ValueError("latents must be finite, got some that are not")
 
 
